@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Each sets everything up in .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint lock clean
+
+demo: $(READY)
+	$(BIN)/python launch/train.py run.name=demo run.overwrite=true
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow --no-header
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch and torchvision are asked for first and by pin: a matching pair of builds from the registry.
+$(READY): setup.cfg pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit("vlmvqa needs Python 3.11 or newer; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint requirements.lock torch torchvision
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[all]'
+	@touch $(READY)
+
+# Pins of what is installed now; run it after changing the bounds in setup.cfg.
+lock: $(READY)
+	$(BIN)/pip freeze --exclude-editable | grep -v '^-e' > requirements.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage

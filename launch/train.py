@@ -1,0 +1,165 @@
+"""Train, score, report.
+
+python launch/train.py                                             the tiny model on shapes
+python launch/train.py model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2
+python launch/train.py resume=auto                                 go on where the run stood
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import from_config
+from command_line import run
+from from_config import DataSettings, group
+from omegaconf import DictConfig, OmegaConf
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.batch import Processor, TrainingSet, split_questions
+from vlmvqa.data.example import Example, count_questions
+from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmvqa.errors import InputError, suggest
+from vlmvqa.inference.evaluate import evaluate, score, table, write_results
+from vlmvqa.inference.predict import Predictor
+from vlmvqa.models.generation import Decoding
+from vlmvqa.models.vlm import ModelSettings, build, set_trainable
+from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.settings import build_settings
+from vlmvqa.training.banner import banner
+from vlmvqa.training.checkpoints import remove_unfinished, whole_checkpoints
+from vlmvqa.training.trainer import PARTS, VqaTrainer, read_log
+
+
+def train(config: DictConfig) -> None:
+    folder = from_config.run_folder(config)
+    checkpoint = open_run(folder, config.resume, config.run.overwrite)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    set_seed(config.seed)
+    data = from_config.data_settings(config)
+    bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
+    train_examples = from_config.read_examples(data, data.train_split, data.max_train_samples, bad_records)
+    eval_examples = from_config.read_examples(data, data.eval_split, data.max_eval_samples, bad_records)
+
+    predictor = build_predictor(config, data, train_examples)
+    for part in PARTS:
+        set_trainable(getattr(predictor.model, part), config.trainable[part], part)
+    questions_per_row = data.questions_per_row if predictor.model.mode in SHAREABLE else 1
+    training_set = TrainingSet(
+        split_questions(train_examples, questions_per_row), predictor.processor, data.target, config.seed, bad_records
+    )
+    arguments = training_arguments(group(config, "trainer"), folder, config.seed)
+
+    def score_now() -> dict[str, float]:
+        answers = predictor.answer_examples(
+            eval_examples,
+            batch_size=arguments.per_device_eval_batch_size,
+            workers=arguments.dataloader_num_workers,
+            bad_records=bad_records,
+        )
+        return {"vqa_accuracy": score(eval_examples, {name: answer.text for name, answer in answers.items()}).overall}
+
+    trainer = VqaTrainer(
+        predictor.model,
+        arguments,
+        training_set,
+        predictor.processor,
+        images_per_row=data.images_per_row,
+        learning_rates=group(config, "learning_rates"),
+        score=score_now,
+    )
+    print(banner(predictor.model, trainer.parameter_groups()))
+    print(f"{count_questions(train_examples):,} questions on {len(train_examples):,} images to train on, ", end="")
+    print(f"{count_questions(eval_examples):,} on {len(eval_examples):,} to evaluate on; all results in {folder}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    predictor.save(folder / "model")
+
+    facts = {"checkpoint": str(folder / "model"), "split": data.eval_split, "data": data.source, "prompt": data.prompt}
+    metrics, predictions = evaluate(
+        predictor,
+        eval_examples,
+        train_examples,
+        facts | {"decoding": group(config, "decoding")},
+        batch_size=arguments.per_device_eval_batch_size,
+        workers=arguments.dataloader_num_workers,
+        bad_records=bad_records,
+    )
+    write_results(
+        folder,
+        metrics,
+        predictions,
+        eval_examples,
+        title=f"{config.run.name}: {data.source} {data.eval_split}",
+        log=read_log(folder / "log.jsonl"),
+        config_yaml=OmegaConf.to_yaml(config, resolve=True),
+    )
+    print(table(metrics))
+    if metrics["skipped"]:
+        print(f"left out {len(metrics['skipped'])} bad records, listed in {bad_records.listing}")
+    print(f"report: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
+
+
+def open_run(folder: Path, resume: str | None, overwrite: bool) -> Path | None:
+    """Make the run's folder; the checkpoint to go on from, if any."""
+    if resume not in (None, "auto"):
+        raise InputError(f"resume={resume} is unknown; use resume=auto, or leave it out to start anew")
+    checkpoints = whole_checkpoints(folder)
+    if resume is None and (folder / "log.jsonl").exists():
+        if not overwrite:
+            raise InputError(
+                f"{folder} already holds a run; go on with resume=auto, choose another run.name, "
+                "or replace it with run.overwrite=true"
+            )
+        shutil.rmtree(folder)
+        checkpoints = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in remove_unfinished(folder):
+        print(f"{unfinished} was cut short while it was written and is removed")
+    return checkpoints[-1] if resume == "auto" and checkpoints else None
+
+
+def build_predictor(config: DictConfig, data: DataSettings, train_examples: list[Example]) -> Predictor:
+    """The model with its tokenizer, image settings and prompt."""
+    values = group(config, "model")
+    tokenizer_name = values["language"].pop("tokenizer")
+    settings = build_settings(ModelSettings, values, "model")
+    model = build(settings)
+    if tokenizer_name == "trained":
+        tokenizer = train_tokenizer(train_examples, model.language.config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(tokenizer_name or settings.language.name)
+    known = model.vision.data_config
+    images = ImageSettings(
+        settings.vision.image_size, tuple(known["mean"]), tuple(known["std"]), known["interpolation"], data.resize
+    )
+    processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
+    decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
+    return Predictor(model, processor, data.prompt, settings, decoding)
+
+
+def training_arguments(values: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:
+    """transformers' TrainingArguments; what a run is (its folder and seed) is set by us."""
+    known = [field.name for field in fields(TrainingArguments)]
+    for key in values:
+        if key not in known:
+            raise InputError(f"trainer has no key '{key}'{suggest(key, known)}")
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            seed=seed,
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,  # a NaN is an error here, not smoothed away
+            **values,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+
+
+if __name__ == "__main__":
+    transformers_logging.set_verbosity_error()
+    run(train, "train")

@@ -1,0 +1,147 @@
+"""From a file, bytes or a PIL image to the tensor that the vision encoder reads.
+
+    decode      any picture -> RGB, upright, 8 bits      or one sentence that names the file
+    to_tensor   RGB -> float[3, size, size], normalised
+
+A picture that cannot be read whole is refused, never filled with grey: a model would learn the grey.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vlmvqa.data.example import ImageSource
+from vlmvqa.errors import InputError, suggest
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+RESIZES = ("squash", "center_crop")
+
+# Pillow's decoders let all of these through when a file is damaged.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What the vision encoder was trained on.
+
+    Attributes:
+        size: side of the square input in pixels.
+        mean, std: normalisation of red, green and blue in 0..1.
+        interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`.
+        resize: `squash` keeps the whole picture and loses its proportions, `center_crop` the reverse.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    resize: str = "squash"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise InputError(f"the image size is {self.size} pixels; use 1 or more.")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise InputError(
+                f"the image normalisation needs three means and three positive stds, not {self.mean} and {self.std}."
+            )
+        for name, value, known in (
+            ("interpolation", self.interpolation, tuple(INTERPOLATIONS)),
+            ("resize", self.resize, RESIZES),
+        ):
+            if value not in known:
+                near = suggest(value, known)
+                raise InputError(f"{name}={value} is unknown (use {' or '.join(known)}){near or '.'}")
+
+
+def decode(source: ImageSource, name: str) -> Image.Image:
+    """The picture as RGB, upright, its first frame if there are several.
+
+    Args:
+        source: a path, an encoded file's bytes, or a PIL image (which is left as it is).
+        name: how an error names the picture.
+
+    Raises:
+        InputError: there is no such file, it is no picture, it is damaged, or it is too large.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source, name)
+        content = source if isinstance(source, bytes) else source.read_bytes()
+        if not content:
+            raise InputError(f"{name} is empty (0 bytes); fetch it again.")
+        with Image.open(io.BytesIO(content)) as image:
+            return _upright_rgb(image, name)
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{name} does not exist; fetch it, or correct the path.") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name} is not a picture in a known format; fetch it again or convert it.") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(name) from None
+    except DAMAGED as error:
+        raise InputError(f"{name} cannot be read ({_reason(error)}); fetch it again.") from None
+
+
+def to_tensor(image: Image.Image, settings: ImageSettings) -> torch.Tensor:
+    """`image` (RGB) resized and normalised: float[3, size, size]."""
+    width, height = image.size
+    box = (0, 0, width, height)
+    if settings.resize == "center_crop":
+        # Cropped in the same call, which gives the pixels of "resize the shorter side, then crop" without
+        # ever making them: a 20,000 x 1 picture would first become 20,000 * size^2 of them.
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+    resized = image.resize((settings.size, settings.size), INTERPOLATIONS[settings.interpolation], box=box)
+    pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1).contiguous()
+    mean = torch.tensor(settings.mean).view(3, 1, 1)
+    std = torch.tensor(settings.std).view(3, 1, 1)
+    return pixels.div_(255).sub_(mean).div_(std)
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """A new RGB image: turned as its EXIF data say, transparent parts white."""
+    # Pillow itself only warns up to twice its limit.
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise _too_large(name)
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise InputError(f"{name} holds floating-point pixels, whose range is unknown; convert it to 8 or 16 bits.")
+    if image.mode.startswith("I"):
+        return _from_16_bits(image, name).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(white, layer).convert("RGB")
+
+
+def _from_16_bits(image: Image.Image, name: str) -> Image.Image:
+    """The high byte of each 16-bit grey value (Pillow's own conversion of mode I clips instead)."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{name} holds 32-bit pixels, whose range is unknown; convert it to 8 or 16 bits.")
+    return Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
+
+
+def _too_large(name: str) -> InputError:
+    return InputError(f"{name} has too many pixels (over {Image.MAX_IMAGE_PIXELS:,}) to be decoded; scale it down.")
+
+
+def _reason(error: Exception) -> str:
+    """Pillow's or the system's words, on one line."""
+    strerror = error.strerror if isinstance(error, OSError) else None
+    return " ".join((strerror or str(error) or type(error).__name__).split())

@@ -1,0 +1,402 @@
+"""The embedded data set: scenes of coloured shapes with questions, written in VQAv2's own files.
+
+It needs no download, and a model learns it in minutes, so it serves the first run, the tests and the
+comparison of two changes. A question alone must not give its answer away (the flaw of VQAv1 that
+VQAv2 was made to mend), so the answers to each question text are handed out evenly:
+
+    focus   "how many red shapes" = 4     drawn first, because many-of-a-kind is rare by chance
+    scene   2 to 5 shapes that fit it     drawn at random, never overlapping
+    ask     all unambiguous questions     keep those whose answer was given least so far
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from vlmvqa.data import vqav2
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.example import Example
+from vlmvqa.errors import InputError
+
+VERSION = 1  # of what the generator draws and asks; a data set made by another version is not reused
+SMALLEST_IMAGE = 32
+
+COLORS = {
+    "red": (220, 30, 30),
+    "green": (20, 150, 50),
+    "blue": (35, 70, 215),
+    "yellow": (240, 205, 10),
+    "purple": (150, 40, 185),
+    "black": (15, 15, 15),
+}
+FORMS = ("circle", "square", "triangle", "star")
+SIZES = {"small": 0.20, "large": 0.30}  # of the image's side: 13 and 19 pixels of 64
+ATTRIBUTES = {"form": FORMS, "color": tuple(COLORS), "size": tuple(SIZES)}
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+COUNTS = ("0", "1", "2", "3", "4")
+YES_NO = ("yes", "no")
+
+GAP = 0.03  # between two shapes, and to the border
+CLEAR = 0.10  # two positions nearer than this are never compared
+OFF_CENTER = 0.08  # a shape nearer to a centre line than this is never asked for its place
+SUPERSAMPLING = 4  # edges are drawn this much larger, then averaged
+
+# kind of question: (share, VQAv2's question_type: the opening words, VQAv2's answer_type)
+KINDS = {
+    "count": (0.18, "how many", "number"),
+    "exists": (0.12, "is there a", "yes/no"),
+    "more": (0.08, "are there", "yes/no"),
+    "relation": (0.12, "is the", "yes/no"),
+    "color": (0.18, "what color is the", "other"),
+    "form": (0.12, "what", "other"),
+    "size": (0.06, "what", "other"),
+    "where": (0.14, "where is the", "other"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One shape of a scene; `x`, `y` (centre) and `side` are fractions of the image's side."""
+
+    form: str
+    color: str
+    size: str
+    side: float
+    x: float = 0.0
+    y: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question, its answer, and all the answers it could have had."""
+
+    kind: str
+    text: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+def write(
+    root: Path,
+    *,
+    train_images: int,
+    val_images: int,
+    image_size: int = 64,
+    questions_per_image: int = 6,
+    seed: int = 0,
+    progress: bool = False,
+) -> Path:
+    """Write the data set under `root` unless it is there already, and return `root`.
+
+    It appears whole or not at all, so several processes may ask for it at once. The validation images
+    depend on `seed`, `image_size` and `questions_per_image` alone, not on the number of training images.
+
+    Args:
+        image_size: side of the square images in pixels; below 64 the shapes get small.
+        questions_per_image: on average; single images have one more or one less.
+
+    Raises:
+        InputError: a setting is out of range, or `root` holds something else.
+    """
+    settings = {
+        "version": VERSION,
+        "train_images": train_images,
+        "val_images": val_images,
+        "image_size": image_size,
+        "questions_per_image": questions_per_image,
+        "seed": seed,
+    }
+    _check(settings)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        return _reuse(root, settings)
+    unfinished = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
+    try:
+        unfinished.mkdir(parents=True)
+        for split, first_id, images in (("train2014", 1, train_images), ("val2014", 1_000_001, val_images)):
+            _write_split(unfinished, split, range(first_id, first_id + images), settings, progress)
+        (unfinished / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+        os.rename(unfinished, root)
+    except OSError as error:
+        # Another process finished first: a folder cannot be renamed over one that holds files.
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return _reuse(root, settings)
+        raise InputError(
+            f"cannot write the shapes data set to {root}: {error.strerror}; choose another data.root."
+        ) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return root
+
+
+def _check(settings: dict[str, int]) -> None:
+    """Refuse numbers no data set can be made of."""
+    least = {"train_images": 1, "val_images": 1, "image_size": SMALLEST_IMAGE, "questions_per_image": 1}
+    for name, minimum in least.items():
+        if settings[name] < minimum:
+            raise InputError(f"the shapes data set needs {name} of at least {minimum}, not {settings[name]}.")
+
+
+def _reuse(root: Path, settings: dict[str, int]) -> Path:
+    """`root`, if it was written with these settings."""
+    try:
+        found = json.loads((root / "settings.json").read_text())
+    except (OSError, ValueError):
+        raise InputError(
+            f"{root} exists and is not a shapes data set (no readable settings.json); choose another data.root."
+        ) from None
+    if found != settings:
+        raise InputError(
+            f"{root} was written with other settings ({_differences(found, settings)}); "
+            "delete it, or choose another data.root."
+        )
+    return root
+
+
+def _differences(found: Any, wanted: dict[str, int]) -> str:
+    """`seed 0, now 1`: what differs between two settings."""
+    found = found if isinstance(found, dict) else {}
+    return ", ".join(
+        f"{name} {found.get(name)}, now {value}" for name, value in wanted.items() if found.get(name) != value
+    )
+
+
+# --- scenes -------------------------------------------------------------------------------------------
+
+
+def _draw_scene(rng: random.Random, attribute: str, value: str, count: int) -> list[Shape]:
+    """A scene of 2 to 5 shapes of which exactly `count` have `attribute` = `value`."""
+    others = [other for other in ATTRIBUTES[attribute] if other != value]
+    while True:
+        shapes = []
+        for index in range(rng.randint(max(2, count), 5)):
+            look = {name: rng.choice(known) for name, known in ATTRIBUTES.items()}
+            look[attribute] = value if index < count else rng.choice(others)
+            side = SIZES[look["size"]] * rng.uniform(0.97, 1.03)
+            shapes.append(Shape(look["form"], look["color"], look["size"], side))
+        placed = _place(rng, shapes)
+        if placed:
+            return placed
+
+
+def _place(rng: random.Random, shapes: list[Shape]) -> list[Shape]:
+    """Random positions without overlap, the large shapes first; empty if there was no room."""
+    placed: list[Shape] = []
+    for shape in sorted(shapes, key=lambda shape: -shape.side):
+        low = shape.side / 2 + GAP
+        for _ in range(20):
+            x, y = rng.uniform(low, 1 - low), rng.uniform(low, 1 - low)
+            if all(max(abs(x - p.x), abs(y - p.y)) >= (shape.side + p.side) / 2 + GAP for p in placed):
+                placed.append(Shape(shape.form, shape.color, shape.size, shape.side, x, y))
+                break
+        else:
+            return []
+    return placed
+
+
+def _paint(rng: random.Random, shapes: list[Shape], image_size: int) -> Image.Image:
+    """The scene as an RGB image on a plain light background."""
+    large = image_size * SUPERSAMPLING
+    level = rng.randint(215, 250)
+    background = tuple(level + rng.randint(-5, 5) for _ in range(3))
+    image = Image.new("RGB", (large, large), background)
+    canvas = ImageDraw.Draw(image)
+    for shape in shapes:
+        x, y, half = shape.x * large, shape.y * large, shape.side * large / 2
+        if shape.form == "circle":
+            canvas.ellipse((x - half, y - half, x + half, y + half), fill=COLORS[shape.color])
+        else:
+            corners = [(x + half * dx, y + half * dy) for dx, dy in OUTLINES[shape.form]]
+            canvas.polygon(corners, fill=COLORS[shape.color])
+    return image.reduce(SUPERSAMPLING)
+
+
+def _star() -> list[tuple[float, float]]:
+    """Ten corners of a five-pointed star inside the square of half side 1."""
+    radii = (1.05, 0.45) * 5
+    angles = [math.pi * (index / 5 - 0.5) for index in range(10)]
+    return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in zip(radii, angles, strict=True)]
+
+
+OUTLINES = {
+    "square": [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)],
+    "triangle": [(0.0, -1.0), (1.0, 1.0), (-1.0, 1.0)],
+    "star": _star(),
+}
+
+
+# --- questions ----------------------------------------------------------------------------------------
+
+
+def _plural(attribute: str, value: str) -> str:
+    return f"{value}s" if attribute == "form" else f"{value} shapes"
+
+
+def _askable(scene: list[Shape]) -> Iterator[Asked]:
+    """Every unambiguous question about the scene, counting apart: it is drawn before the scene."""
+    yield from _about_presence(scene)
+    colors = ATTRIBUTES["color"]
+    for shape in scene:
+        of_color = sum(other.color == shape.color for other in scene) == 1
+        of_form = sum(other.form == shape.form for other in scene) == 1
+        if of_form:
+            yield Asked("color", f"What color is the {shape.form}?", shape.color, colors)
+        elif sum((other.form, other.size) == (shape.form, shape.size) for other in scene) == 1:
+            yield Asked("color", f"What color is the {shape.size} {shape.form}?", shape.color, colors)
+        if of_color:
+            yield Asked("form", f"What shape is the {shape.color} object?", shape.form, FORMS)
+            yield Asked("size", f"What size is the {shape.color} object?", shape.size, ATTRIBUTES["size"])
+        if min(abs(shape.x - 0.5), abs(shape.y - 0.5)) >= OFF_CENTER:
+            place = f"{'top' if shape.y < 0.5 else 'bottom'} {'left' if shape.x < 0.5 else 'right'}"
+            for unique, name in ((of_color, f"{shape.color} shape"), (of_form, shape.form)):
+                if unique:
+                    yield Asked("where", f"Where is the {name}?", place, PLACES)
+    yield from _about_order(scene)
+
+
+def _about_presence(scene: list[Shape]) -> Iterator[Asked]:
+    """`Is there a red circle?` and `Are there more circles than squares?`"""
+    present = {(shape.color, shape.form) for shape in scene}
+    for color in COLORS:
+        for form in FORMS:
+            # A "no" is only asked where the colour or the form is there: else looking for one of them would do.
+            if any(color == shape.color or form == shape.form for shape in scene):
+                answer = "yes" if (color, form) in present else "no"
+                yield Asked("exists", f"Is there a {color} {form}?", answer, YES_NO)
+    counts = {form: sum(shape.form == form for shape in scene) for form in FORMS}
+    for more, fewer in permutations(FORMS, 2):
+        if counts[more] or counts[fewer]:
+            answer = "yes" if counts[more] > counts[fewer] else "no"
+            yield Asked("more", f"Are there more {more}s than {fewer}s?", answer, YES_NO)
+
+
+def _about_order(scene: list[Shape]) -> Iterator[Asked]:
+    """`Is the red shape left of the blue shape?` and `What color is the leftmost shape?`"""
+    unique = [shape for shape in scene if sum(other.color == shape.color for other in scene) == 1]
+    for one, other in permutations(unique, 2):
+        for axis, relation in (("x", "left of"), ("y", "above")):
+            difference = getattr(other, axis) - getattr(one, axis)
+            if abs(difference) >= CLEAR:
+                text = f"Is the {one.color} shape {relation} the {other.color} shape?"
+                yield Asked("relation", text, "yes" if difference > 0 else "no", YES_NO)
+    for axis, first, last in (("x", "leftmost", "rightmost"), ("y", "highest", "lowest")):
+        ordered = sorted(scene, key=lambda shape: float(getattr(shape, axis)))
+        for word, end, next_to_it in ((first, ordered[0], ordered[1]), (last, ordered[-1], ordered[-2])):
+            if abs(getattr(end, axis) - getattr(next_to_it, axis)) >= CLEAR:
+                yield Asked("color", f"What color is the {word} shape?", end.color, ATTRIBUTES["color"])
+
+
+class _Asker:
+    """Chooses the questions of a split's scenes so that no question text has a favourite answer."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.given: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+
+    def excess(self, text: str, answer: str, choices: Sequence[str]) -> int:
+        """How much more often `answer` was given to `text` than the rarest of its `choices`."""
+        given = self.given[text]
+        return given[answer] - min(given[choice] for choice in choices)
+
+    def choose(self, questions: Sequence[Asked]) -> Asked | None:
+        """The question whose answer is most due, at random among equals; None if each has had its share."""
+        ranked = [(self.excess(q.text, q.answer, q.choices), self.rng.random(), q) for q in questions]
+        excess, _, question = min(ranked, key=lambda entry: entry[:2], default=(0, 0.0, None))
+        return question if excess <= 1 else None
+
+    def scene(self, questions_per_image: int) -> tuple[list[Shape], list[Asked]]:
+        """A new scene and the questions asked about it."""
+        attribute = self.rng.choice(tuple(ATTRIBUTES))
+        value = self.rng.choice(ATTRIBUTES[attribute])
+        text = f"How many {_plural(attribute, value)} are there?"
+        count = min(COUNTS, key=lambda count: (self.excess(text, count, COUNTS), self.rng.random()))
+        shapes = _draw_scene(self.rng, attribute, value, int(count))
+
+        open_questions: dict[str, list[Asked]] = {kind: [] for kind in KINDS}
+        for question in (Asked("count", text, count, COUNTS), *_askable(shapes)):
+            open_questions[question.kind].append(question)
+        wanted = max(1, questions_per_image + self.rng.randint(-1, 1))
+        asked: list[Asked] = []
+        shares = [share for share, _, _ in KINDS.values()]
+        for kind in self.rng.choices(tuple(KINDS), shares, k=5 * wanted):
+            chosen = self.choose(open_questions[kind])
+            if chosen:
+                self.given[chosen.text][chosen.answer] += 1
+                open_questions[kind] = [q for q in open_questions[kind] if q.text != chosen.text]
+                asked.append(chosen)
+            if len(asked) == wanted:
+                break
+        return shapes, asked
+
+
+# --- VQAv2's files ------------------------------------------------------------------------------------
+
+
+def _annotators(rng: random.Random, question: Asked) -> list[dict[str, Any]]:
+    """Ten people's answers: of three questions in ten, one to three of them are wrong."""
+    wrong = rng.choices((1, 2, 3), (3, 2, 1))[0] if rng.random() < 0.3 else 0
+    others = [choice for choice in question.choices if choice != question.answer]
+    answers = [rng.choice(others) for _ in range(wrong)] + [question.answer] * (10 - wrong)
+    rng.shuffle(answers)
+    return [
+        {"answer": answer, "answer_confidence": "yes" if answer == question.answer else "maybe", "answer_id": number}
+        for number, answer in enumerate(answers, start=1)
+    ]
+
+
+def _write_split(root: Path, split: str, image_ids: range, settings: dict[str, int], progress: bool) -> None:
+    """One split's images, questions file and annotations file."""
+    rng = random.Random(f"{settings['seed']} {split}")
+    asker = _Asker(rng)
+    questions: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    (root / split).mkdir()
+    for image_id in tqdm(image_ids, desc=f"drawing {split}", unit="image", disable=not progress):
+        shapes, asked = asker.scene(settings["questions_per_image"])
+        image = _paint(rng, shapes, settings["image_size"])
+        image.save(root / split / f"COCO_{split}_{image_id:012d}.jpg", quality=95, subsampling=0)
+        for number, question in enumerate(asked):
+            _, question_type, answer_type = KINDS[question.kind]
+            ids = {"image_id": image_id, "question_id": image_id * 1000 + number}
+            questions.append({**ids, "question": question.text})
+            annotations.append(
+                {
+                    **ids,
+                    "question_type": question_type,
+                    "answer_type": answer_type,
+                    "multiple_choice_answer": question.answer,
+                    "answers": _annotators(rng, question),
+                }
+            )
+    header = {"info": {"description": "coloured shapes"}, "data_type": "shapes", "data_subtype": split}
+    task = {**header, "task_type": "Open-Ended"}
+    (root / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps({**task, "questions": questions}))
+    (root / f"v2_mscoco_{split}_annotations.json").write_text(json.dumps({**header, "annotations": annotations}))
+
+
+def read(
+    root: Path,
+    split: str,
+    *,
+    prompt: str,
+    max_samples: int | None,
+    bad_records: BadRecords,
+    **settings: int,
+) -> list[Example]:
+    """The generated set, drawn at first use, read back by the loader of the real one."""
+    write(root, **settings, progress=True)
+    return vqav2.read(root, split, prompt=prompt, max_samples=max_samples, bad_records=bad_records)

@@ -1,0 +1,215 @@
+"""The page a run leaves: its numbers beside their controls, its curves, and answers to look at.
+
+One HTML file with everything in it (pictures and drawings too), so that it can be mailed, archived and opened
+offline. All text of the data set and of the model is escaped by the template.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from PIL.Image import Image
+
+Record = Mapping[str, Any]
+
+RIGHT_FROM = 50.0  # percent; of ten annotators two must have given the answer for that
+GALLERY_NOTES = (
+    f"Scored {RIGHT_FROM:.0f} or more. Drawn at random, the surest first: the question, the model's answer with its "
+    "probability p and its score, and the reference answers.",
+    f"Scored less than {RIGHT_FROM:.0f}. Drawn at random, the surest first.",
+)
+THUMBNAIL = (320, 320)  # pixels; 48 JPEGs of this size are about 1 MB
+UNFOLDED_ROWS, MOST_ROWS = 12, 80  # VQAv2 has 65 question types
+MOST_POINTS = 250  # of a curve: more cannot be told apart at its width
+
+# Key in metrics.json, name beside the model's bar, name of the column, what it is.
+CONTROLS = (
+    ("shuffled_images", "Shuffled images", "shuffled", "the same questions, each about another image"),
+    ("prior", "Prior", "prior", "the most frequent training answer of each question type"),
+)
+CURVES = {
+    "loss": "Training loss",
+    "eval_vqa_accuracy": "Evaluated VQA accuracy (%)",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "questions_per_second": "Questions per second",
+}
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    metrics: Mapping[str, Any],
+    log: Sequence[Record],
+    predictions: Sequence[Record],
+    images: Mapping[Any, Image],
+    config_yaml: str,
+) -> None:
+    """Write the page to `path`.
+
+    Args:
+        title: what was run.
+        metrics: what `metrics.json` holds: "metrics", "controls", and what they were measured with.
+        log: records of `log.jsonl`, each with a "step"; empty when nothing was trained.
+        predictions: records of `predictions.jsonl`, all of them.
+        images: picture by "image_id" for the records that `choose_gallery` takes.
+        config_yaml: the resolved config.
+    """
+    right, wrong = choose_gallery(predictions)
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(resources.files("vlmvqa.inference").joinpath("report.html.j2").read_text(encoding="utf-8"))
+    page = template.render(
+        title=title,
+        questions=len(predictions),
+        bars=_bars(metrics),
+        tables={
+            "Answer type": _rows_per_type(metrics, predictions, "answer_type"),
+            "Question type": _rows_per_type(metrics, predictions, "question_type"),
+        },
+        control_columns=list(_measured_controls(metrics)),
+        most_points=MOST_POINTS,
+        unfolded_rows=UNFOLDED_ROWS,
+        most_rows=MOST_ROWS,
+        curves=[(name, _draw(name, points)) for key, name in CURVES.items() if (points := _points(log, key))],
+        galleries={
+            "right": (GALLERY_NOTES[0], [_card(record, images) for record in right]),
+            "wrong": (GALLERY_NOTES[1], [_card(record, images) for record in wrong]),
+        },
+        measured={key: _plain(value) for key, value in metrics.items() if key not in ("metrics", "controls")},
+        config_yaml=config_yaml,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Scraped text may hold half a surrogate pair, which UTF-8 cannot write.
+    path.write_text(page, encoding="utf-8", errors="replace")
+
+
+def choose_gallery(predictions: Sequence[Record], most: int = 24, seed: int = 0) -> tuple[list[Record], list[Record]]:
+    """The answers to show, right and wrong: at most so many of each, drawn at random, the surest first."""
+    scored = [record for record in predictions if record["vqa_accuracy"] is not None]
+    right = [record for record in scored if record["vqa_accuracy"] >= RIGHT_FROM]
+    wrong = [record for record in scored if record["vqa_accuracy"] < RIGHT_FROM]
+    draw = random.Random(seed)
+    right, wrong = (draw.sample(records, min(most, len(records))) for records in (right, wrong))
+    return sorted(right, key=_probability, reverse=True), sorted(wrong, key=_probability, reverse=True)
+
+
+def _probability(record: Record) -> float:
+    return math.exp(record["log_probability"])
+
+
+def _control(metrics: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A control's figures, or a reason why there are none."""
+    return metrics.get("controls", {}).get(key) or {"overall": None, "reason": "not measured"}
+
+
+def _measured_controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The controls that have figures, by the name of their column."""
+    controls = {column: _control(metrics, key) for key, _, column, _ in CONTROLS}
+    return {column: control for column, control in controls.items() if control["overall"] is not None}
+
+
+def _bars(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The model and its controls, as the page compares them: percent, or the reason why there is none."""
+    compared = [("This model", "", metrics["metrics"]["vqa_accuracy"])]
+    compared += [(name, note, _control(metrics, key)) for key, name, _, note in CONTROLS]
+    return [
+        {"name": name, "note": note, "percent": figures["overall"], "reason": figures.get("reason")}
+        for name, note, figures in compared
+    ]
+
+
+def _rows_per_type(metrics: Mapping[str, Any], predictions: Sequence[Record], kind: str) -> list[dict[str, Any]]:
+    """Name, number of questions and percents of each answer or question type, the most frequent first."""
+    counts = Counter(record[kind] or "unknown" for record in predictions)  # as `evaluate.score` calls it
+    accuracy = metrics["metrics"]["vqa_accuracy"].get(f"per_{kind}", {})
+    controls = [control.get(f"per_{kind}", {}) for control in _measured_controls(metrics).values()]
+    return [
+        {
+            "name": name,
+            "n": counts[name],
+            "accuracy": accuracy[name],
+            "controls": [control.get(name) for control in controls],
+        }
+        for name in sorted(accuracy, key=lambda name: (-counts[name], name))
+    ]
+
+
+def _card(record: Record, images: Mapping[Any, Image]) -> dict[str, Any]:
+    image = images.get(record["image_id"])
+    return {
+        **record,
+        "probability": _probability(record),
+        "picture": None if image is None else _data_uri(image),
+        "counted": Counter(record["answers"]).most_common(),
+    }
+
+
+def _data_uri(image: Image) -> str:
+    small = image.convert("RGB")
+    small.thumbnail(THUMBNAIL)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _points(log: Sequence[Record], key: str) -> list[tuple[float, float]]:
+    """(step, value) in order, thinned by averaging; a step logged again after a resume counts as it was last."""
+    values = {record["step"]: record[key] for record in log if record.get(key) is not None}
+    points = sorted((step, value) for step, value in values.items() if math.isfinite(value))
+    per_bin = math.ceil(len(points) / MOST_POINTS) or 1
+    bins = [points[start : start + per_bin] for start in range(0, len(points), per_bin)]
+    return [(_mean([step for step, _ in part]), _mean([value for _, value in part])) for part in bins]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _draw(name: str, points: Sequence[tuple[float, float]]) -> Markup:
+    """The curve as inline SVG in the page's own colours, so that it turns dark with the page."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # without pyplot nothing looks for a display
+
+    line, ink = "#010203", "#040506"  # stand-ins, replaced below: matplotlib takes no CSS variables
+    # Text stays text and takes the page's font; the salt keeps the ids of one drawing out of the next.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8}):
+        figure = Figure(figsize=(4.6, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(*zip(*points, strict=True), color=line, linewidth=1.4, marker="o" if len(points) < 20 else "", ms=3)
+        axes.set_xlabel("step")
+        axes.margins(x=0.02)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(ink)
+        axes.tick_params(colors=ink, length=2)
+        axes.xaxis.label.set_color(ink)
+        axes.yaxis.offsetText.set_color(ink)
+        axes.grid(color=ink, alpha=0.12, linewidth=0.6)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True)
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(line, "var(--accent)").replace(ink, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)  # addresses of vocabularies, of no use here
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"| font-family: [^;"]*;', "", svg)
+    return Markup(svg)
+
+
+def _plain(value: Any) -> str:
+    """A setting as one line of text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(_plain, value)) or "none"
+    return "none" if value is None else str(value)

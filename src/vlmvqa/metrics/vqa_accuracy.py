@@ -1,0 +1,211 @@
+"""VQA accuracy, digit for digit as the official script counts it.
+
+Source: `vqaEval.py` of github.com/GT-Vision-Lab/VQA as of 2021 (BSD-2). The rules that papers and
+other evaluators use instead are here under their own names and never the default: a number is
+comparable only with numbers counted the same way.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+from vlmvqa.errors import InputError, suggest
+
+Id = TypeVar("Id", bound=int | str)
+
+NORMALIZE = ("official", "always", "never")
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
+# The script's first lookaround is mistyped, `(?!<=\d)`, so that no digit before a period protects it: "3." -> "3".
+_PERIOD = re.compile(r"\.(?!\d)")
+# The script passes `re.UNICODE` to `sub` where `count` belongs: 32 periods go, the 33rd stays.
+_MOST_PERIODS = int(re.UNICODE)
+
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGIT = {word: str(number) for number, word in enumerate(_NUMBERS)} | {"none": "0"}
+_ARTICLES = ("a", "an", "the")
+
+_CONTRACTIONS = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
+    he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+    not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
+    won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
+"""
+# The script lists each word with one apostrophe missing; "im", "ive", "shes", "lets" are not among them and stay.
+_CONTRACTION = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTIONS.split()
+    for place, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the one entry that the script has the wrong way round
+
+
+@dataclass(frozen=True, slots=True)
+class VqaAccuracy:
+    """VQA accuracy in percent: means rounded to two digits as the script prints them, questions unrounded."""
+
+    overall: float
+    per_answer_type: dict[str, float]
+    per_question_type: dict[str, float]
+    per_question: dict[int | str, float]
+
+
+def vqa_accuracy(
+    predictions: Mapping[Id, str],
+    references: Mapping[Id, Sequence[str]],
+    *,
+    answer_types: Mapping[Id, str] | None = None,
+    question_types: Mapping[Id, str] | None = None,
+    normalize: str = "official",
+    consensus: str = "leave_one_out",
+) -> VqaAccuracy:
+    """Mean agreement of each predicted answer with the annotators' answers to its question.
+
+    With fewer than four references the official rule cannot reach 100, and with one it is always 0.
+
+    Args:
+        predictions: raw answer of the model by question id.
+        references: the annotators' raw answers (ten in VQAv2, any number here) by question id.
+        answer_types, question_types: category by question id, for the means of each category.
+        normalize: "official" normalises prediction and references unless the references are all the same;
+            "always" (lmms-eval, VLMEvalKit) normalises those too; "never" compares raw text.
+        consensus: "leave_one_out" is official; "min3" is min(matches / 3, 1) over all references, the short form
+            of many READMEs, which reads 1.3 (TextVQA) to 2.4 (VizWiz) points higher.
+
+    Raises:
+        InputError: ids differ between the mappings, a question has no reference, or an option is unknown.
+    """
+    _check_option("normalize", normalize, NORMALIZE)
+    _check_option("consensus", consensus, CONSENSUS)
+    _check_answers(predictions, references)
+    _check_ids("answer type", answer_types, references)
+    _check_ids("question type", question_types, references)
+    agreement = CONSENSUS[consensus]
+    accuracy = {
+        question: agreement(*_matches(predictions[question], answers, normalize))
+        for question, answers in references.items()
+    }
+    return VqaAccuracy(
+        overall=_mean(accuracy.values()),
+        per_answer_type=_mean_per_type(accuracy, answer_types),
+        per_question_type=_mean_per_type(accuracy, question_types),
+        per_question={question: 100 * value for question, value in accuracy.items()},
+    )
+
+
+def _matches(prediction: str, answers: Sequence[str], normalize: str) -> tuple[int, int]:
+    """How many of the `answers` the prediction equals, and how many there are."""
+    prediction = _clean(prediction)
+    counts = Counter(map(_clean, answers))
+    # The official script leaves answers unprocessed when all ten agree, so "Yes" scores 0 against ten times "yes".
+    if normalize == "always" or (normalize == "official" and len(counts) > 1):
+        prediction = normalize_answer(prediction)
+        return sum(count for answer, count in counts.items() if normalize_answer(answer) == prediction), len(answers)
+    return counts[prediction], len(answers)
+
+
+def _leave_one_out(matches: int, references: int) -> float:
+    """Mean over the references of min(1, matches among the others / 3), in closed form."""
+    thirds = matches * min(3, matches - 1) + (references - matches) * min(3, matches)
+    return thirds / 3 / references
+
+
+def _min3(matches: int, references: int) -> float:
+    return min(1.0, matches / 3)
+
+
+CONSENSUS: dict[str, Callable[[int, int], float]] = {"leave_one_out": _leave_one_out, "min3": _min3}
+
+
+@lru_cache(maxsize=1 << 17)
+def normalize_answer(text: str) -> str:
+    """The official script's normal form of an answer: no punctuation, lower case, digits, no articles, apostrophes."""
+    words = (_DIGIT.get(word, word) for word in _strip_punctuation(_clean(text)).lower().split())
+    return " ".join(_CONTRACTION.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _clean(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _strip_punctuation(text: str) -> str:
+    """Delete or blank each mark: what decides is the original text, wherever in it the mark stands."""
+    digits_around_comma = _DIGITS_AROUND_COMMA.search(text) is not None
+    stripped = text
+    for mark in _PUNCTUATION:
+        if mark in text:
+            deleted = digits_around_comma or f"{mark} " in text or f" {mark}" in text
+            stripped = stripped.replace(mark, "" if deleted else " ")
+    return _PERIOD.sub("", stripped, count=_MOST_PERIODS)
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The script's `round(100 * mean, 2)`; `fsum`, so that the order of the questions cannot move the last digit."""
+    values = list(values)
+    return round(100 * math.fsum(values) / len(values), 2)
+
+
+def _mean_per_type(accuracy: Mapping[Id, float], types: Mapping[Id, str] | None) -> dict[str, float]:
+    if types is None:
+        return {}
+    groups: dict[str, list[float]] = {}
+    for question, value in accuracy.items():
+        groups.setdefault(types[question], []).append(value)
+    return {name: _mean(values) for name, values in groups.items()}
+
+
+def _check_option(option: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise InputError(f"{option}={name!r} is unknown{suggest(name, known)}; use one of {', '.join(known)}.")
+
+
+def _check_answers(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> None:
+    if not references:
+        raise InputError("There are no reference answers to score against; use a split that has answers.")
+    _check_ids("prediction", predictions, references, exactly=True)
+    if wrong := [question for question, answers in references.items() if not _is_list_of_text(answers)]:
+        raise InputError(
+            f"{len(wrong)} of {len(references)} questions have no list of reference answers ({_few(wrong)}); "
+            "give each a list of at least one string."
+        )
+    if wrong := [question for question, answer in predictions.items() if not isinstance(answer, str)]:
+        raise InputError(f"{len(wrong)} of {len(predictions)} predictions are not text ({_few(wrong)}); give strings.")
+
+
+def _is_list_of_text(answers: object) -> bool:
+    """A bare string is a sequence of strings too, and would quietly count as so many one-letter answers."""
+    return (
+        isinstance(answers, Sequence)
+        and not isinstance(answers, str)
+        and len(answers) > 0
+        and all(isinstance(answer, str) for answer in answers)
+    )
+
+
+def _check_ids(
+    what: str, given: Mapping[Id, str] | None, references: Mapping[Id, Sequence[str]], exactly: bool = False
+) -> None:
+    """Each question with references must have its `what`; `exactly` also forbids any others."""
+    if given is None:
+        return
+    missing = [question for question in references if question not in given]
+    extra = [question for question in given if question not in references] if exactly else []
+    if not missing and not extra:
+        return
+    problems = [f"{len(missing)} of {len(references)} questions have no {what} ({_few(missing)})"] * bool(missing)
+    problems += [f"{len(extra)} of {len(given)} {what}s have no reference answers ({_few(extra)})"] * bool(extra)
+    raise InputError(f"{' and '.join(problems)}; score exactly the questions of one split, with ids of the same kind.")
+
+
+def _few(ids: Sequence[int | str]) -> str:
+    return ", ".join(map(repr, ids[:3])) + (", ..." if len(ids) > 3 else "")

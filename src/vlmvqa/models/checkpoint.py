@@ -1,0 +1,108 @@
+"""A trained model as one folder, enough without the original weights.
+
+config.json          settings of the model (the decoder's whole config with them), and `extra`
+model.safetensors    every weight
+tokenizer/           as transformers saves it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
+from transformers.initialization import no_init_weights
+
+from vlmvqa.errors import InputError
+from vlmvqa.models.language import LanguageModel
+from vlmvqa.models.vision import VisionEncoder
+from vlmvqa.models.vlm import DTYPES, VLM, ModelSettings, assemble
+from vlmvqa.settings import build_settings
+
+FORMAT = 1
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+
+
+def save(
+    folder: Path, model: VLM, settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, extra: dict[str, Any]
+) -> None:
+    """Write the folder; `config.json` comes last, so that a folder that has it is whole.
+
+    Args:
+        settings: what the model was built from.
+        extra: what else goes into `config.json` (image settings, prompt).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    save_file(model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
+    tokenizer.save_pretrained(folder / TOKENIZER)
+    config = {
+        "format": FORMAT,
+        "model": dataclasses.asdict(settings),
+        "language_config": model.language.config.to_dict(),
+        "versions": {"torch": torch.__version__, "transformers": transformers_version},
+        **extra,
+    }
+    partial = folder / (CONFIG + ".partial")
+    partial.write_text(json.dumps(config, indent=2, default=str) + "\n")
+    partial.replace(folder / CONFIG)
+
+
+def load(
+    path_or_hub_id: str | Path, device: str = "cpu"
+) -> tuple[VLM, ModelSettings, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Model, its settings, tokenizer and `config.json` from a folder, or from a hub id where no such folder exists.
+
+    Raises:
+        InputError: no such folder or hub id, or the folder is not a whole saved model.
+    """
+    folder = _folder(path_or_hub_id)
+    config = json.loads((folder / CONFIG).read_text())
+    if config.get("format") != FORMAT:
+        raise InputError(f"{folder / CONFIG}: not a config of vlmvqa, format {FORMAT}; name the model/ folder of a run")
+    settings = build_settings(ModelSettings, config["model"], f"{folder / CONFIG}: model")
+    dtype = DTYPES[settings.dtype]
+    language_config = dict(config["language_config"])
+    with no_init_weights():  # the weights follow
+        vision = VisionEncoder(dataclasses.replace(settings.vision, weights="random"))
+        causal_lm = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(language_config.pop("model_type"), **language_config), dtype=dtype
+        )
+    model = assemble(vision, LanguageModel(causal_lm, settings.language.attention), settings)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{folder / WEIGHTS} does not hold this model's weights ({str(error).splitlines()[0]})"
+        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
+    return model.to(device).eval(), settings, tokenizer, config
+
+
+def _folder(path_or_hub_id: str | Path) -> Path:
+    folder = Path(path_or_hub_id)
+    if (folder / "model" / CONFIG).is_file():  # a run's folder
+        return folder / "model"
+    if (folder / CONFIG).is_file():
+        return folder
+    if folder.exists():
+        raise InputError(
+            f"{folder} is not a saved model: it holds no {CONFIG}; name a run's folder or its model/ folder"
+        )
+    if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
+        raise InputError(f"{path_or_hub_id}: no such folder; name a run's folder, its model/ folder, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_id)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{path_or_hub_id} is neither a folder here nor readable from the hub; check the path or the id, "
+            "the network, and HF_TOKEN for gated weights"
+        ) from error

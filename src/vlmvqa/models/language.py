@@ -1,0 +1,208 @@
+"""The language model: a transformers decoder that reads embeddings and our masks.
+
+Gemma 2 first; any decoder-only model of transformers that takes `inputs_embeds` works. The causal language model
+is the library's own class: what is ours is the mask it gets and where its logits are computed.
+
+Legend: B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from vlmvqa.errors import InputError, suggest
+from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask
+
+BACKENDS = ("dense", "flex")
+LAYER_KINDS = ("full_attention", "sliding_attention")
+# Heads that rescale their logits in a way that `LanguageModel.logits` does not know would train on wrong numbers.
+UNKNOWN_HEADS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """Which decoder.
+
+    Attributes:
+        name: a hub id or local folder (its config, and with weights="hub" its weights), or an architecture of
+            transformers ("gemma2", "llama", "qwen2"...) whose config class's defaults then apply.
+        weights: "hub" (also for a local folder) or "random".
+        overrides: fields of the config class, for random weights.
+        attention: "dense" (a boolean mask, any device) or "flex" (FlexAttention's BlockMask, CUDA).
+    """
+
+    name: str = "google/gemma-2-2b"
+    weights: str = "hub"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    attention: str = "dense"
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of transformers, taken apart: `embed`, `forward` (its decoder), `logits` (its head).
+
+    A head that is tied to the embedding is used through the embedding, so that each weight has one name: a
+    checkpoint holds it once, and no strategy that shards parameters meets it twice.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, attention: str = "dense") -> None:
+        super().__init__()
+        self.config: PreTrainedConfig = causal_lm.config
+        _refuse_unknown(self.config)
+        self.decoder = causal_lm.get_decoder()
+        self.head = None if self.config.tie_word_embeddings else causal_lm.get_output_embeddings()
+        self.set_attention(attention)
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.decoder.layers)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.decoder.norm
+
+    def set_attention(self, attention: str) -> None:
+        """Choose the backend. Softcapping is never dropped: SDPA, which cannot do it, is taken only without it."""
+        if attention not in BACKENDS:
+            raise InputError(f"model.language.attention={attention} is unknown; use one of {BACKENDS}")
+        softcap = getattr(self.config, "attn_logit_softcapping", None)
+        self.attention = attention
+        dense = "eager" if softcap is not None else "sdpa"
+        self.decoder.set_attn_implementation("flex_attention" if attention == "flex" else dense)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """`int64[B, T] -> float[B, T, D]`, scaled as the model does it (Gemma: by sqrt(D), inside its embedding)."""
+        return self.decoder.get_input_embeddings()(input_ids)
+
+    def forward(
+        self, embeddings: Tensor, tokens: Tokens, keys: Tokens | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """The last hidden state.
+
+        Args:
+            embeddings: float[B, T, D].
+            tokens: their properties, `[B, T]`.
+            keys: properties of cached and new tokens together, `[B, K]`, when a cache is used.
+            cache: keys and values of the tokens before.
+
+        Returns:
+            float[B, T, D]
+        """
+        outputs = self.decoder(
+            inputs_embeds=embeddings,
+            attention_mask=self._masks(tokens, keys or tokens, embeddings.dtype),
+            # Padding's positions are arbitrary but must be valid.
+            position_ids=tokens.position,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return outputs.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`float[S, D] -> float32[S, V]`, with the final softcap where the config has one."""
+        if self.head is None:
+            logits = F.linear(hidden, self.decoder.get_input_embeddings().weight)
+        else:
+            logits = self.head(hidden)
+        logits = logits.float()
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    def checkpoint_activations(self) -> None:
+        """Recompute layer activations in the backward pass (non-reentrant)."""
+        # transformers renamed it in 5.2x; 5.17 has the old name only.
+        enable = getattr(self.decoder, "activation_checkpointing_enable", None)
+        if enable is not None:
+            enable({"use_reentrant": False})
+        else:
+            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _masks(self, tokens: Tokens, keys: Tokens, dtype: torch.dtype) -> Any:
+        """The mask of each kind of layer, in the form this decoder takes: a dict by layer kind, or one mask."""
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and keys.document.shape[1] <= window:
+            window = None  # no position is that far back: the local mask is the global one
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types is None:  # Llama; Mistral, whose layers are all local
+            return self._mask(tokens, keys, window, dtype)
+        full = self._mask(tokens, keys, None, dtype)
+        local = full if window is None else self._mask(tokens, keys, window, dtype)
+        return {"full_attention": full, "sliding_attention": local}
+
+    def _mask(self, tokens: Tokens, keys: Tokens, window: int | None, dtype: torch.dtype) -> Any:
+        if self.attention == "flex":
+            return block_mask(tokens, window)
+        mask = dense_mask(tokens, keys, window)
+        if self.decoder.config._attn_implementation == "sdpa":
+            return mask
+        # transformers' eager attention adds the mask to the scores.
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def language_config(settings: LanguageSettings) -> PreTrainedConfig:
+    """The decoder's config: from the hub or a folder, or an architecture's defaults with overrides."""
+    if settings.name in CONFIG_MAPPING_NAMES:
+        config_class = type(AutoConfig.for_model(settings.name))
+        known = config_class().to_dict()
+        for key in settings.overrides:
+            if key not in known:
+                raise InputError(f"model.language.overrides has no '{key}' for {settings.name}{suggest(key, known)}")
+        return config_class(**settings.overrides)
+    try:
+        return AutoConfig.from_pretrained(settings.name, **settings.overrides)
+    except OSError as error:
+        raise InputError(
+            f"model.language.name={settings.name} cannot be read from the hub or disk; check the name, the network, "
+            f"and for gated weights accept the licence and set HF_TOKEN or run `huggingface-cli login` "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def build_language_model(settings: LanguageSettings, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """The decoder with weights from the hub or a folder, or random ones.
+
+    Raises:
+        InputError: unknown name, unreachable or gated weights, an architecture without weights.
+    """
+    config = language_config(settings)
+    if settings.weights == "random":
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    elif settings.weights != "hub":
+        raise InputError(
+            f"model.language.weights={settings.weights} is unknown; use 'hub' (also for a folder) or 'random'"
+        )
+    elif settings.name in CONFIG_MAPPING_NAMES:
+        raise InputError(
+            f"model.language.name={settings.name} is an architecture, which has no weights; "
+            "name a hub id or folder, or set model.language.weights=random"
+        )
+    else:
+        causal_lm = AutoModelForCausalLM.from_pretrained(settings.name, config=config, dtype=dtype)
+    return LanguageModel(causal_lm, settings.attention)
+
+
+def _refuse_unknown(config: PreTrainedConfig) -> None:
+    kinds = set(getattr(config, "layer_types", None) or LAYER_KINDS)
+    if not kinds <= set(LAYER_KINDS):
+        raise InputError(
+            f"model.language: {config.model_type} has layers of kind {sorted(kinds - set(LAYER_KINDS))}, "
+            f"which our masks do not cover; choose a model of {LAYER_KINDS}"
+        )
+    odd = [name for name in UNKNOWN_HEADS if getattr(config, name, None) not in (None, 1, 1.0)]
+    if odd:
+        raise InputError(
+            f"model.language: {config.model_type} rescales its logits ({', '.join(odd)}), "
+            "which is not supported; choose another model"
+        )

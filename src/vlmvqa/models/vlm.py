@@ -1,0 +1,132 @@
+"""The model: a vision encoder, a projector, and a language model that reads image features as prefix tokens.
+
+    pixel_values [I, 3, H, H] --vision--> [I, N, Dv] --projector--> [I, N, D] --+ (place)
+    input_ids    [B, T]       --embedding-------------------------> [B, T, D] --+--> decoder --> [B, T, D]
+    document, branch, role, position [B, T] ---one predicate---> mask [B, 1, T, T] --^              |
+    labels       [B, T]       ---------------supervised positions only: logits [S, V], loss <-------+
+
+Legend: B rows, T tokens, I images, N image tokens, D width, Dv vision width, S supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.language import LanguageModel, LanguageSettings, build_language_model
+from vlmvqa.models.projector import Projector
+from vlmvqa.models.vision import VisionEncoder, VisionSettings
+from vlmvqa.sequence.loss import supervised_loss
+from vlmvqa.sequence.masks import MODES, Tokens
+from vlmvqa.sequence.rows import NO_IMAGE
+
+Batch = Mapping[str, Tensor]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ProjectorSettings:
+    """`kind` "linear" or "mlp"; `dropout` on the projected features."""
+
+    kind: str = "linear"
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """All that builds a `VLM`; `dtype` is that of the weights ("float32", "bfloat16")."""
+
+    vision: VisionSettings = field(default_factory=VisionSettings)
+    projector: ProjectorSettings = field(default_factory=ProjectorSettings)
+    language: LanguageSettings = field(default_factory=LanguageSettings)
+    mode: str = "blockwise_prefix"
+    dtype: str = "float32"
+
+
+class VLM(nn.Module):
+    """Vision encoder, projector and language model; `mode` says who sees whom (`sequence/masks.py`)."""
+
+    # The loss is divided by the supervised tokens of the whole global batch, which only the trainer knows.
+    accepts_loss_kwargs = True
+
+    def __init__(self, vision: VisionEncoder, projector: Projector, language: LanguageModel, mode: str) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise InputError(f"model.mode={mode} is unknown; use one of {', '.join(MODES)}{suggest(mode, MODES)}")
+        self.vision = vision
+        self.projector = projector
+        self.language = language
+        self.mode = mode
+
+    def image_tokens(self, batch: Batch) -> Tensor:
+        """`pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` -> `float[I * N, D]`."""
+        features = batch["image_features"] if "image_features" in batch else self.vision(batch["pixel_values"])
+        return self.projector(features).flatten(0, 1)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Text and image tokens in place: `float[B, T, D]`. One gather, one where, whatever the data."""
+        text = self.language.embed(batch["input_ids"])
+        images = self.image_tokens(batch).to(text.dtype)
+        index = batch["image_index"]
+        return torch.where((index != NO_IMAGE)[..., None], images[index.clamp(min=0)], text)
+
+    def tokens(self, batch: Batch) -> Tokens:
+        """What the mask's predicate knows of the batch's tokens."""
+        return Tokens.of(batch["document"], batch["branch"], batch["role"], batch["position"], self.mode)
+
+    def decode(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """The last hidden state of every token: `float[B, T, D]`; fills the cache, if one is given."""
+        return self.language(self.embed(batch), self.tokens(batch), cache=cache)
+
+    def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
+        """The loss over supervised positions.
+
+        Args:
+            num_items_in_batch: what the sum is divided by (default: this batch's supervised tokens). The trainer
+                gives the number over all accumulation steps and ranks.
+            batch: as DESIGN's batch, see `data/batch.py`.
+
+        Returns:
+            `loss` (scalar) and `supervised_tokens` (scalar).
+        """
+        hidden = self.decode(batch)
+        loss, supervised_tokens = supervised_loss(hidden, batch["labels"], self.language.logits)
+        divisor = supervised_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": loss / divisor, "supervised_tokens": supervised_tokens}
+
+    def checkpoint_activations(self) -> None:
+        """Trade time for memory: recompute activations of encoder blocks and decoder layers in the backward pass."""
+        self.vision.checkpoint_activations()
+        self.language.checkpoint_activations()
+
+
+def build(settings: ModelSettings) -> VLM:
+    """A `VLM` from settings, weights included."""
+    if settings.dtype not in DTYPES:
+        raise InputError(f"model.dtype={settings.dtype} is unknown; use one of {', '.join(DTYPES)}")
+    vision = VisionEncoder(settings.vision)
+    return assemble(vision, build_language_model(settings.language, DTYPES[settings.dtype]), settings)
+
+
+def assemble(vision: VisionEncoder, language: LanguageModel, settings: ModelSettings) -> VLM:
+    """Join an encoder and a language model by a new projector."""
+    projector = Projector(vision.width, language.width, settings.projector.kind, settings.projector.dropout)
+    return VLM(vision, projector, language, settings.mode).to(DTYPES[settings.dtype])
+
+
+def set_trainable(part: VisionEncoder | LanguageModel | Projector, choice: str | int, name: str) -> None:
+    """Let a part train: "all", "none", or an int n for its last n blocks (the encoder's final norm with them)."""
+    if choice not in ("all", "none") and not isinstance(choice, int):
+        raise InputError(f"trainable.{name}={choice} is unknown; use all, none, or the number of last blocks")
+    part.requires_grad_(choice == "all")
+    if isinstance(choice, int):
+        if isinstance(part, Projector) or not 0 < choice <= len(part.blocks):
+            raise InputError(f"trainable.{name}={choice}: no such number of last blocks there; use all or none")
+        for block in part.blocks[-choice:]:
+            block.requires_grad_(True)
+        part.final_norm.requires_grad_(True)

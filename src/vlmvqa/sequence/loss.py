@@ -1,0 +1,49 @@
+"""The loss of supervised positions only: no logits where nothing is predicted.
+
+Gemma 2's output matrix has 256,000 rows: logits for every position of a batch are gigabytes, and most
+positions (image, question, padding) carry no label.
+
+Legend: B rows, T tokens, S supervised tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from vlmvqa.sequence.rows import IGNORE
+
+CHUNK = 1024  # supervised tokens at a time: 1 GiB of fp32 logits at V = 256,000
+
+
+def supervised_loss(
+    hidden: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy in fp32 over supervised positions, and their number.
+
+    Args:
+        hidden: float[B, T, D], the decoder's last hidden state.
+        labels: int64[B, T], the token each position predicts, -100 where none.
+        logits: float[S, D] -> float32[S, V], the output head with its softcap.
+        chunk: how many positions meet the output head at once; each chunk's logits are recomputed in the
+            backward pass instead of kept, where there is more than one.
+
+    Returns:
+        the sum (0, still attached to the graph, where nothing is supervised) and S.
+    """
+
+    def chunk_loss(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits(states), targets, reduction="sum")
+
+    supervised = labels != IGNORE
+    states, targets = hidden[supervised], labels[supervised]
+    pieces = list(zip(states.split(chunk), targets.split(chunk), strict=True))
+    if len(pieces) == 1:
+        losses = [chunk_loss(*pieces[0])]
+    else:
+        losses = [torch.as_tensor(checkpoint(chunk_loss, *piece, use_reentrant=False)) for piece in pieces]
+    return torch.stack(losses).sum(), supervised.sum()

@@ -1,0 +1,83 @@
+"""Who may see whom: one predicate, and the two masks made from it.
+
+The predicate is written once, over token properties (`Tokens`), not over indices. A dense boolean mask (any
+device) and a FlexAttention `BlockMask` (CUDA) both evaluate it.
+
+Legend: B rows, Q query tokens, K key tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from vlmvqa.sequence.rows import PADDING
+
+NONE = -1
+# Attention mode -> the bidirectional block of an image, a prompt and an answer token (NONE: plain causal).
+# Tokens of one block (and one branch, or the image) see each other both ways.
+MODES = {
+    "causal": (NONE, NONE, NONE),
+    "image_prefix": (0, NONE, NONE),
+    "blockwise_prefix": (0, 1, NONE),
+    "prefix_lm": (0, 0, NONE),  # PaliGemma's: the image sees the question, so no two questions may share it
+}
+SHAREABLE = ("causal", "image_prefix", "blockwise_prefix")
+
+
+class Tokens(NamedTuple):
+    """What the predicate knows of tokens: `int64` tensors of one shape (see the diagram in `rows.py`)."""
+
+    document: Tensor
+    branch: Tensor
+    block: Tensor
+    position: Tensor
+
+    @classmethod
+    def of(cls, document: Tensor, branch: Tensor, role: Tensor, position: Tensor, mode: str) -> Tokens:
+        """The columns of a batch, with each role's bidirectional block under `mode`."""
+        return cls(document, branch, torch.tensor(MODES[mode], device=role.device)[role], position)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        return Tokens(*(function(column) for column in self))
+
+    def append(self, other: Tokens) -> Tokens:
+        return Tokens(*(torch.cat(columns, dim=1) for columns in zip(self, other, strict=True)))
+
+
+def visible(query: Tokens, key: Tokens, window: int | None = None) -> Tensor:
+    """Whether `query` sees `key`: `bool`, broadcast over the shapes of both.
+
+    Args:
+        window: Gemma 2's local layers see this many positions back (None: all). Counted on restarted
+            positions, not on indices, so that a question sees the same whichever row it shares.
+    """
+    same_document = (query.document == key.document) & (key.document != PADDING)
+    image_or_own_branch = (key.branch == 0) | (key.branch == query.branch)
+    same_block = (query.block == key.block) & (key.block != NONE)
+    seen = same_document & image_or_own_branch & ((key.position <= query.position) | same_block)
+    return seen if window is None else seen & (query.position - key.position < window)
+
+
+def dense_mask(query: Tokens, key: Tokens, window: int | None = None) -> Tensor:
+    """`bool[B, 1, Q, K]` from tokens `[B, Q]` and `[B, K]`.
+
+    A query that may see nothing (padding) is let see everything: softmax over nothing is NaN, and NaN times the
+    zero gradient of an unused position is NaN in every key. No label stands there, so nothing depends on it.
+    """
+    mask = visible(query.map(lambda t: t[:, :, None]), key.map(lambda t: t[:, None, :]), window)
+    return (mask | ~mask.any(-1, keepdim=True))[:, None]
+
+
+def block_mask(tokens: Tokens, window: int | None = None) -> BlockMask:
+    """FlexAttention's `BlockMask` over tokens `[B, T]` that attend to themselves."""
+
+    def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(tokens.map(lambda t: t[row, query]), tokens.map(lambda t: t[row, key]), window)
+
+    rows, length = tokens.document.shape
+    return create_block_mask(may_see, rows, None, length, length, device=str(tokens.document.device))

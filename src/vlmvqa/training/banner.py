@@ -1,0 +1,29 @@
+"""What is frozen and what trains, at a glance, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from vlmvqa.models.vlm import VLM
+
+
+def banner(model: VLM, groups: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the parts: parameters, how many train, dtype, learning rate.
+
+    Args:
+        groups: the optimizer's parameter groups (`VqaTrainer.parameter_groups`).
+    """
+    rates = {group["name"]: group["lr"] for group in groups}
+    parts: dict[str, nn.Module] = {"vision": model.vision, "projector": model.projector, "language": model.language}
+    lines = [f"{'module':<12}{'parameters':>16}{'trained':>16}  {'dtype':<10}{'learning rate':>14}"]
+    for name, part in [*parts.items(), ("total", model)]:
+        parameters = list(part.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+        rate = "" if name == "total" else f"{rates[name]:g}" if name in rates else "-"
+        count = sum(p.numel() for p in parameters)
+        lines.append(f"{name:<12}{count:>16,}{f'{trained:,}' if trained else 'frozen':>16}  {dtypes:<10}{rate:>14}")
+    return "\n".join(lines)

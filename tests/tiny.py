@@ -1,0 +1,88 @@
+"""Small real parts: the model's own classes at sizes where a test takes milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmvqa.models.language import LanguageSettings
+from vlmvqa.models.vision import VisionSettings
+from vlmvqa.models.vlm import VLM, ModelSettings, ProjectorSettings, build
+from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
+
+VOCABULARY, EOS = 96, 1
+IMAGE_SIZE = 28
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "eos_token_id": EOS,
+    "bos_token_id": 2,
+    # Weights ten times the usual: scores reach the softcaps, so that dropping one changes the result.
+    "initializer_range": 0.2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    # A window shorter than a row, so that local layers differ from global ones.
+    "gemma2": {**COMMON, "query_pre_attn_scalar": 8, "sliding_window": 12, "attn_logit_softcapping": 5.0},
+    "gemma": COMMON,
+    "llama": COMMON,
+    "qwen2": {key: value for key, value in COMMON.items() if key != "head_dim"},
+    "mistral": {**COMMON, "sliding_window": 12},
+}
+VISION = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0}
+
+
+def settings(mode: str = "blockwise_prefix", family: str = "gemma2", **language: Any) -> ModelSettings:
+    return ModelSettings(
+        vision=VisionSettings(image_size=IMAGE_SIZE, weights="random", overrides=VISION),
+        projector=ProjectorSettings(),
+        language=LanguageSettings(name=family, weights="random", overrides={**FAMILIES[family], **language}),
+        mode=mode,
+    )
+
+
+def model(mode: str = "blockwise_prefix", family: str = "gemma2", seed: int = 0, **language: Any) -> VLM:
+    torch.manual_seed(seed)
+    return build(settings(mode, family, **language)).eval()
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def question(prompt: int, answer: int, seed: int = 0) -> TokenizedQuestion:
+    """A question of so many prompt and answer tokens (EOS is added), none of them special."""
+    generator = torch.Generator().manual_seed(1000 * seed + 10 * prompt + answer)
+    ids = torch.randint(3, VOCABULARY, (prompt + answer,), generator=generator).tolist()
+    return TokenizedQuestion(ids[:prompt], [*ids[prompt:], EOS] if answer else [])
+
+
+def documents(questions_per_image: Sequence[int], seed: int = 0) -> list[Document]:
+    """Images with so many questions of different lengths."""
+    return [
+        Document(image, [question(3 + (n + image) % 4, 1 + n % 3, seed + 31 * image + n) for n in range(count)])
+        for image, count in enumerate(questions_per_image)
+    ]
+
+
+def without_answers(given: Sequence[Document]) -> list[Document]:
+    return [Document(d.image, [TokenizedQuestion(q.prompt) for q in d.questions]) for d in given]
+
+
+def apart(given: Sequence[Document]) -> list[list[Document]]:
+    """A row for each question alone."""
+    return [[Document(d.image, [q])] for d in given for q in d.questions]
+
+
+def batch(vlm: VLM, rows: Sequence[Sequence[Document]], pixels: Tensor, multiple: int = 8) -> dict[str, Tensor]:
+    columns = pad_rows([build_row(row, vlm.vision.tokens, vlm.mode) for row in rows], multiple)
+    return {"pixel_values": pixels, **columns}

@@ -1,0 +1,139 @@
+"""Who may see whom, read out as sentences; and that no later token changes an earlier one (promise 1)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import tiny
+from vlmvqa.models.vlm import VLM
+from vlmvqa.sequence.masks import MODES, SHAREABLE, Tokens, block_mask, dense_mask, visible
+from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
+
+WORDS = {1: "what", 2: "color", 3: "red", 4: "how", 5: "many", 6: "two", 7: "of", 8: "them"}
+
+
+def sees(mode: str, shared: bool = True, window: int | None = None) -> dict[str, str]:
+    """For every word of a small row, the words it sees, in order; `i` is an image token."""
+    questions = [TokenizedQuestion([1, 2], [3, 9]), TokenizedQuestion([4, 5], [6, 7, 9])]
+    rows = pad_rows([build_row([Document(0, questions if shared else questions[:1])], 2, mode)])
+    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], mode)
+    mask = visible(tokens.map(lambda t: t[0, :, None]), tokens.map(lambda t: t[0, None, :]), window)
+    names = [WORDS.get(token, "i") for token in rows["input_ids"][0].tolist()]
+    return {name: " ".join(n for n, seen in zip(names, mask[q], strict=True) if seen) for q, name in enumerate(names)}
+
+
+def test_causal() -> None:
+    assert sees("causal") == {
+        "i": "i i",
+        "what": "i i what",
+        "color": "i i what color",
+        "red": "i i what color red",
+        "how": "i i how",
+        "many": "i i how many",
+        "two": "i i how many two",
+        "of": "i i how many two of",
+    }
+
+
+def test_image_prefix_lets_image_tokens_see_each_other() -> None:
+    rows = pad_rows([build_row(tiny.documents([1]), 3, "image_prefix")])
+    for mode, expected in (("causal", [1, 2, 3]), ("image_prefix", [3, 3, 3])):
+        tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], mode)
+        mask = dense_mask(tokens, tokens)[0, 0]
+        assert mask[:3].sum(1).tolist() == expected
+
+
+def test_blockwise_prefix_lets_a_question_see_itself_both_ways() -> None:
+    seen = sees("blockwise_prefix")
+    assert seen["what"] == "i i what color"
+    assert seen["how"] == "i i how many"
+    assert seen["two"] == "i i how many two"
+    assert seen["i"] == "i i"
+
+
+def test_prefix_lm_lets_the_image_see_the_question_but_not_the_answer() -> None:
+    seen = sees("prefix_lm", shared=False)
+    assert seen["i"] == seen["what"] == "i i what color"
+    assert seen["red"] == "i i what color red"
+
+
+def test_the_window_counts_restarted_positions() -> None:
+    """The second question sees as far back as it would alone, though more tokens lie between."""
+    seen = sees("causal", window=3)
+    assert seen["how"] == "i i how"
+    assert seen["of"] == "many two of"
+
+
+def test_padding_is_seen_by_nobody_and_gives_no_nan() -> None:
+    rows = pad_rows([build_row(tiny.documents([1]), 3, "causal")], multiple=16)
+    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], "causal")
+    real = rows["document"][0] >= 0
+    mask = dense_mask(tokens, tokens)[0, 0]
+    assert not mask[real][:, ~real].any()
+    assert mask.any(-1).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_block_mask_is_the_dense_mask(mode: str, window: int | None) -> None:
+    given = tiny.documents([1, 1] if mode == "prefix_lm" else [3, 2])
+    rows = pad_rows([build_row(given, 4, mode), build_row(given[:1], 4, mode)], multiple=64)
+    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], mode)
+    flex = block_mask(tokens, window)
+    row, query, key = torch.meshgrid(*(torch.arange(n) for n in (2, 64, 64)), indexing="ij")
+    spelled_out = flex.mask_mod(row, torch.zeros(()), query, key)
+    real = (rows["document"] >= 0)[:, :, None]
+    assert torch.equal(spelled_out & real, dense_mask(tokens, tokens, window)[:, 0] & real)
+
+
+def earlier_is_unchanged(vlm: VLM, rows: dict[str, torch.Tensor], at: int) -> None:
+    """Change the token at `at`; every position that may not see it keeps its hidden state."""
+    changed = {name: column.clone() for name, column in rows.items()}
+    changed["input_ids"][0, at] = (changed["input_ids"][0, at] + 7) % tiny.VOCABULARY
+    with torch.no_grad():
+        before, after = vlm.decode(rows)[0], vlm.decode(changed)[0]
+    tokens = vlm.tokens(rows)
+    # What a layer may see at one step it may pass on: reach is the closure of sight over the layers.
+    sight = visible(tokens.map(lambda t: t[0, :, None]), tokens.map(lambda t: t[0, None, :]))
+    may_change = torch.linalg.matrix_power(sight.double(), 8)[:, at] > 0
+    real = rows["document"][0] >= 0
+    assert may_change[at] and not may_change[real].all()
+    moved = (before - after).abs().amax(-1)
+    assert moved[at] > 1e-3
+    torch.testing.assert_close(before[~may_change & real], after[~may_change & real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", ["dense", "flex"])
+def test_a_later_token_never_changes_an_earlier_one(mode: str, backend: str) -> None:
+    vlm = tiny.model(mode)
+    vlm.language.set_attention(backend)
+    given = tiny.documents([1] if mode == "prefix_lm" else [3])
+    rows = tiny.batch(vlm, [given], tiny.images(1))
+    answers = (rows["role"][0] == 2).nonzero()[:, 0].tolist()
+    with torch.compiler.set_stance("force_eager"):  # FlexAttention's reference, without a minute of compiling
+        for at in answers[:: 1 if backend == "dense" else 2]:
+            earlier_is_unchanged(vlm, rows, at)
+
+
+@pytest.mark.parametrize("mode", SHAREABLE)
+def test_a_question_never_changes_its_neighbours(mode: str) -> None:
+    vlm = tiny.model(mode)
+    rows = tiny.batch(vlm, [tiny.documents([3, 2])], tiny.images(2))
+    for at in (rows["role"][0] == 1).nonzero()[:, 0].tolist()[:6]:
+        earlier_is_unchanged(vlm, rows, at)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_flex_attention_is_dense_attention(mode: str) -> None:
+    """Compiled, softcap and window included (forward only: FlexAttention has no backward on CPU)."""
+    vlm = tiny.model(mode)
+    given = tiny.documents([2, 2])
+    rows = tiny.batch(vlm, tiny.apart(given) if mode == "prefix_lm" else [given], tiny.images(2))
+    real = rows["document"] >= 0
+    with torch.no_grad():
+        dense = vlm.decode(rows)[real]
+        vlm.language.set_attention("flex")
+        flex = vlm.decode(rows)[real]
+    torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,239 @@
+"""The report is one safe, self-contained page that shows the run's numbers, whatever is missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmvqa.inference.report import choose_gallery, write_report
+
+HOSTILE = "<script>alert(\"1\")</script><img src=x onerror=alert(2)> & 'so on'"
+
+
+class Page(HTMLParser):
+    """Tags, visible text, and every attribute value of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += " " * (self.text[-1:] not in ("", " ")) + " ".join(data.split())
+
+
+def record(number: int, accuracy: float = 100.0, **changes: Any) -> dict[str, Any]:
+    return {
+        "question_id": number,
+        "image_id": number // 2,
+        "question": "What color is the bus?",
+        "answer": "red",
+        "log_probability": -0.1,
+        "target": "red",
+        "answers": ["red"] * 7 + ["dark red"] * 3,
+        "question_type": "what color is the" if number % 3 else "is the",
+        "answer_type": "other" if number % 3 else "yes/no",
+        "vqa_accuracy": accuracy,
+    } | changes
+
+
+def scores(overall: float, answer_type: Mapping[str, float], question_type: Mapping[str, float]) -> dict[str, Any]:
+    return {"overall": overall, "per_answer_type": dict(answer_type), "per_question_type": dict(question_type)}
+
+
+MODEL = scores(71.24, {"yes/no": 88.12, "other": 61.07}, {"is the": 87.5, "what color is the": 64.31})
+PRIOR = scores(38.51, {"yes/no": 62.02, "other": 20.3}, {"is the": 61.99})
+SHUFFLED = scores(45.07, {"yes/no": 63.4, "other": 31.41}, {"is the": 60.12, "what color is the": 33.33})
+METRICS = {
+    "metrics": {"vqa_accuracy": MODEL},
+    "controls": {"prior": PRIOR, "shuffled_images": SHUFFLED},
+    "prompt": "{question} Answer shortly.",
+    "split": "minival",
+    "decoding": {"method": "greedy", "max_new_tokens": 16},
+    "metric_version": "official script of 2021",
+    "checkpoint": None,
+}
+LOG = [
+    {"step": step, "loss": 3 / step, "learning_rate": 6e-4, "grad_norm": 1.2, "questions_per_second": 300.0}
+    for step in range(10, 1000, 10)
+] + [{"step": step, "eval_vqa_accuracy": 50 + step / 100} for step in (500, 1000)]
+
+
+def write(folder: Path, **changes: Any) -> tuple[str, Page]:
+    arguments = {
+        "title": "A run",
+        "metrics": METRICS,
+        "log": LOG,
+        "predictions": [record(number, accuracy=30.0 * (number % 4)) for number in range(30)],
+        "images": {},
+        "config_yaml": "seed: 0\n",
+    } | changes
+    write_report(folder / "runs" / "report.html", **arguments)
+    html = (folder / "runs" / "report.html").read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+def test_numbers_stand_beside_their_controls(tmp_path: Path) -> None:
+    _, page = write(tmp_path)
+    assert "71.24 % VQA accuracy on 30 questions" in page.text
+    assert "This model 71.24 Shuffled images 45.07" in page.text
+    assert "Prior 38.51" in page.text
+    assert "n accuracy shuffled prior other 20 61.07 31.41 20.30 yes/no 10 88.12 63.40 62.02" in page.text
+    assert "what color is the 20 64.31 33.33 \u2013 is the 10 87.50 60.12 61.99" in page.text
+
+
+def test_says_what_the_numbers_were_measured_with(tmp_path: Path) -> None:
+    _, page = write(tmp_path)
+    assert "prompt {question} Answer shortly. split minival decoding method greedy, max_new_tokens 16" in page.text
+    assert "metric version official script of 2021 checkpoint none" in page.text
+    assert "seed: 0" in page.text
+
+
+def test_a_control_without_a_number_gives_its_reason(tmp_path: Path) -> None:
+    controls = {"prior": {"overall": None, "reason": "the training split has no answers"}, "shuffled_images": None}
+    _, page = write(tmp_path, metrics=METRICS | {"controls": controls})
+    assert "Shuffled images none: not measured Prior none: the training split has no answers" in page.text
+    assert "n accuracy other 20 61.07 yes/no 10 88.12" in page.text
+
+
+def test_a_split_without_answers_has_no_accuracy_and_says_why(tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {
+        "overall": None,
+        "per_answer_type": {},
+        "per_question_type": {},
+        "reason": "the split has no answers",
+    }
+    metrics = METRICS | {"metrics": {"vqa_accuracy": nothing}, "controls": {}}
+    unscored = [record(1, answers=[], target=None, question_type=None, answer_type=None) | {"vqa_accuracy": None}]
+    _, page = write(tmp_path, metrics=metrics, predictions=unscored)
+    assert "VQA accuracy on 1 question This model none: the split has no answers" in page.text
+    assert "table" not in page.tags
+    assert "Answered" not in page.text
+
+
+def test_questions_without_a_type_are_counted_as_unknown(tmp_path: Path) -> None:
+    metrics = METRICS | {"metrics": {"vqa_accuracy": scores(50.0, {"unknown": 50.0}, {})}}
+    _, page = write(tmp_path, metrics=metrics, predictions=[record(1, answer_type=None), record(2, answer_type=None)])
+    assert "unknown 2 50.00" in page.text
+
+
+def test_a_long_list_of_skipped_records_is_cut_short(tmp_path: Path) -> None:
+    skipped = [{"where": f"{number}.jpg", "problem": "cannot be read"} for number in range(100_000)]
+    html, page = write(tmp_path, metrics=METRICS | {"skipped": skipped})
+    assert "skipped where 0.jpg, problem cannot be read; where 1.jpg" in page.text
+    assert len(html) < 500_000
+
+
+def test_text_of_data_and_model_is_never_markup(tmp_path: Path) -> None:
+    everywhere: dict[str, Any] = dict.fromkeys(
+        ("question", "answer", "question_type", "answer_type", "image_id"), HOSTILE
+    )
+    metrics = METRICS | {
+        "metrics": {"vqa_accuracy": scores(1.0, {HOSTILE: 1.0}, {HOSTILE: 1.0})},
+        "controls": {"prior": {"overall": None, "reason": HOSTILE}},
+        "prompt": HOSTILE,
+        HOSTILE: {HOSTILE: HOSTILE},
+    }
+    html, page = write(
+        tmp_path,
+        title=HOSTILE,
+        metrics=metrics,
+        predictions=[record(1, **everywhere, answers=[HOSTILE] * 10)],
+        images={HOSTILE: Image.new("RGB", (8, 8))},
+        config_yaml=f"prompt: {HOSTILE}",
+    )
+    assert "<script" not in html.lower()
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.tags.count("img") == 1
+    assert page.text.count(HOSTILE) >= 9
+
+
+def test_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
+    html, page = write(tmp_path, images={number: Image.new("RGB", (20, 10)) for number in range(15)})
+    assert "//" not in re.sub(r"base64,[\w+/=]+", "", html)  # no address of any scheme
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    sources = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
+    assert sources
+    assert all(value.startswith(("data:image/jpeg;base64,", "#")) for value in sources)
+
+
+def test_curves_are_drawn_and_each_drawing_has_its_own_ids(tmp_path: Path) -> None:
+    _, page = write(tmp_path)
+    assert page.tags.count("figure") == 5
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("log", [[], [{"step": 1, "loss": float("nan")}], [{"step": 1, "loss": None}]])
+def test_no_log_no_curves(tmp_path: Path, log: list[dict[str, Any]]) -> None:
+    _, page = write(tmp_path, log=log)
+    assert "figure" not in page.tags
+    assert "Training" not in page.text
+
+
+def test_a_step_logged_again_after_a_resume_counts_once(tmp_path: Path) -> None:
+    once, _ = write(tmp_path, log=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}])
+    again, _ = write(tmp_path, log=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 9.0}, {"step": 2, "loss": 1.0}])
+    assert once == again
+
+
+def test_nothing_wrong_and_no_pictures(tmp_path: Path) -> None:
+    _, page = write(tmp_path, predictions=[record(number) for number in range(3)])
+    assert "Answered wrong None." in page.text
+    assert page.text.count("no picture") == 3
+
+
+def test_a_card_shows_question_answer_probability_score_and_counted_references(tmp_path: Path) -> None:
+    _, page = write(tmp_path, predictions=[record(1, accuracy=60.0)])
+    assert "What color is the bus? red p 0.90, scored 60 red \u00d77, dark red \u00d73" in page.text
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
+def test_pictures_of_any_mode_stay_as_they_were(tmp_path: Path, mode: str) -> None:
+    image = Image.new(mode, (900, 600))
+    _, page = write(tmp_path, predictions=[record(0)], images={0: image})
+    assert page.tags.count("img") == 1
+    assert (image.mode, image.size) == (mode, (900, 600))
+
+
+def test_large_run_stays_under_five_megabytes(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    predictions = [record(number, 100.0 * (number % 2), question="why " * 500) for number in range(2000)]
+    right, wrong = choose_gallery(predictions)
+    images = {one["image_id"]: Image.fromarray(noise) for one in right + wrong}
+    log = [{"step": step, "loss": 1.0, "grad_norm": 1.0} for step in range(30_000)]
+    html, page = write(tmp_path, predictions=predictions, images=images, log=log)
+    assert page.tags.count("img") == 48
+    assert len(html.encode()) < 5_000_000
+
+
+def test_gallery_is_drawn_by_seed_and_sorted_by_confidence() -> None:
+    predictions = [record(number, 30.0 * (number % 4), log_probability=-float(number % 7)) for number in range(200)]
+    right, wrong = choose_gallery(predictions, most=10, seed=1)
+    assert (right, wrong) == choose_gallery(predictions, most=10, seed=1)
+    assert (right, wrong) != choose_gallery(predictions, most=10, seed=2)
+    assert {one["vqa_accuracy"] for one in right} == {60.0, 90.0}
+    assert {one["vqa_accuracy"] for one in wrong} == {0.0, 30.0}
+    for part in (right, wrong):
+        assert len(part) == 10
+        assert [one["log_probability"] for one in part] == sorted(
+            (one["log_probability"] for one in part), reverse=True
+        )
+
+
+def test_text_that_utf8_cannot_write_does_not_stop_the_report(tmp_path: Path) -> None:
+    _, page = write(tmp_path, predictions=[record(1, answer="caf\ud800é")])
+    assert "caf?é" in page.text

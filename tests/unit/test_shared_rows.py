@@ -1,0 +1,90 @@
+"""Promise 2: a shared row is its questions asked alone: loss, every gradient, every generated token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from tests import tiny
+from vlmvqa.models.generation import Decoding, generate
+from vlmvqa.models.vlm import VLM
+from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.sequence.rows import Document
+
+LAYOUTS = {
+    "one question": [[1]],
+    "seven questions": [[7]],
+    "several images a row": [[3, 1, 2]],
+    "rows of different length, padded": [[1], [7], [2, 4]],
+}
+
+
+def lay_out(rows: Sequence[Sequence[int]]) -> list[list[Document]]:
+    counts = [count for row in rows for count in row]
+    flat = tiny.documents(counts)
+    taken = iter(flat)
+    return [[next(taken) for _ in row] for row in rows]
+
+
+def loss_and_gradients(vlm: VLM, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    vlm.zero_grad()
+    loss = vlm(**batch)["loss"]
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in vlm.named_parameters() if p.grad is not None}
+
+
+def shared_is_apart(vlm: VLM, rows: Sequence[Sequence[Document]]) -> None:
+    """The same loss and gradients, to the rounding of fp32, from shared rows and from a row a question."""
+    flat = [document for row in rows for document in row]
+    pixels = tiny.images(len(flat))
+    loss, gradients = loss_and_gradients(vlm, tiny.batch(vlm, rows, pixels))
+    alone, expected = loss_and_gradients(vlm, tiny.batch(vlm, tiny.apart(flat), pixels))
+    assert loss == pytest.approx(alone, rel=1e-6)
+    assert gradients.keys() == expected.keys() == {name for name, _ in vlm.named_parameters()}
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", SHAREABLE)
+def test_loss_and_every_gradient(mode: str, layout: str) -> None:
+    shared_is_apart(tiny.model(mode), lay_out(LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", SHAREABLE)
+@pytest.mark.parametrize("decoding", [Decoding(12), Decoding(8, beams=3)], ids=["greedy", "beams"])
+def test_every_generated_token(mode: str, layout: str, decoding: Decoding) -> None:
+    vlm = tiny.model(mode)
+    rows = [tiny.without_answers(row) for row in lay_out(LAYOUTS[layout])]
+    flat = [document for row in rows for document in row]
+    pixels = tiny.images(len(flat))
+    shared = generate(vlm, tiny.batch(vlm, rows, pixels), {tiny.EOS}, decoding)
+    one_by_one = [
+        generate(
+            vlm, tiny.batch(vlm, [[Document(0, q.questions)]], pixels[q.image : q.image + 1]), {tiny.EOS}, decoding
+        )
+        for row in tiny.apart(flat)
+        for q in row
+    ]
+    assert [answer.tokens for answer in shared] == [answers[0].tokens for answers in one_by_one]
+    for answer, (alone,) in zip(shared, one_by_one, strict=True):
+        assert answer.log_probability == pytest.approx(alone.log_probability, abs=1e-3)
+    assert len({tuple(answer.tokens) for answer in shared}) > len(shared) // 2  # they are not all the same
+
+
+def test_the_loss_of_prefix_lm_would_differ() -> None:
+    """Why prefix_lm may not share: its image tokens see the question."""
+    vlm = tiny.model("prefix_lm")
+    rows = tiny.apart(tiny.documents([2]))
+    pixels = tiny.images(1)
+    with torch.no_grad():
+        first, second = (vlm.decode(tiny.batch(vlm, [row], pixels))[0, : vlm.vision.tokens] for row in rows)
+    assert (first - second).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "mistral"])
+def test_other_families_share_too(family: str) -> None:
+    shared_is_apart(tiny.model("blockwise_prefix", family), lay_out([[3, 2]]))
