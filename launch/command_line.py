@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,89 +17,114 @@ from omegaconf.errors import OmegaConfBaseException
 from vlmvqa.errors import InputError, suggest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+# Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
+OPEN = ("overrides", "options")
 
 
-def run(main: Callable[[DictConfig], None], config_name: str) -> None:
-    """Run `main` as a Hydra job over `conf/<config_name>.yaml`, with this process's command line."""
+def run(main: Callable[[DictConfig], None], config_name: str, repeatable: Sequence[str] = ()) -> None:
+    """Run `main` as a Hydra job over `conf/<config_name>.yaml`, with this process's command line.
+
+    Args:
+        repeatable: keys that may be given several times; their values are taken as they are, quotes and all.
+    """
     try:
-        sys.argv[1:] = check_overrides(sys.argv[1:], config_name)
+        sys.argv[1:] = check_overrides(collect(sys.argv[1:], repeatable), config_name)
     except InputError as error:
         sys.exit(f"error: {error}")
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def job(config: DictConfig) -> None:
         try:
+            missing = [key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra")]
+            if missing:
+                raise InputError(f"{missing[0]} must be given; add {missing[0]}=... to the command")
             main(config)
         except InputError as error:
             # From a DataLoader's worker the message is a traceback that ends with "...InputError: sentence".
             sys.exit("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])
         except KeyboardInterrupt:
-            sys.exit("stopped by the keyboard; go on with resume=auto")
+            sys.exit("stopped by the keyboard")
 
     job()
 
 
-def check_overrides(arguments: list[str], config_name: str) -> list[str]:
-    """The arguments as Hydra takes them: trainer.* keys that are TrainingArguments need no `+`.
+def collect(arguments: Sequence[str], repeatable: Sequence[str]) -> list[str]:
+    """`question=a question=b` as one list, quoted for Hydra."""
+    kept = [argument for argument in arguments if argument.partition("=")[0] not in repeatable]
+    for key in repeatable:
+        values = [argument.partition("=")[2] for argument in arguments if argument.partition("=")[0] == key]
+        quoted = ",".join("'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" for value in values)
+        if values:
+            kept.append(f"{key}=[{quoted}]")
+    return kept
+
+
+def check_overrides(arguments: Sequence[str], config_name: str) -> list[str]:
+    """The arguments as Hydra takes them: any of TrainingArguments may be given as trainer.x without a `+`.
 
     Raises:
         InputError: an override names a key or a group's choice that does not exist; the nearest is suggested.
     """
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        known = OmegaConf.to_container(hydra.compose(config_name, _choices(overrides)), resolve=False)
-        known_keys = sorted(_flatten(known))
-        checked = {override: _check(override, known, known_keys) for override in overrides}
         try:
+            known = OmegaConf.to_container(hydra.compose(config_name, _choices(overrides)), resolve=False)
+            checked = {override: _checked(override, known) for override in overrides}
             hydra.compose(config_name, list(checked.values()), return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise InputError(str(error).splitlines()[0]) from error
+            raise InputError(" ".join(str(error).split())) from error
     return [checked.get(argument, argument) for argument in arguments]
 
 
-def _choices(overrides: list[str]) -> list[str]:
+def refuse_overrides(reason: str, *keys: str) -> None:
+    """Stop if the command line sets a key that this script would not obey."""
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+~").partition("=")[0]
+        if key in keys:
+            raise InputError(f"{key} cannot be set here: it is {reason}; leave it out")
+
+
+def _choices(overrides: Iterable[str]) -> list[str]:
     """The overrides that choose a file of a group (model=tiny, +experiment=x)."""
     chosen = []
     for override in overrides:
         group, _, choice = override.lstrip("+~").partition("=")
-        folder = CONF / group
-        if folder.is_dir():
-            names = sorted(path.stem for path in folder.glob("*.yaml"))
+        if (CONF / group).is_dir():
+            names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
             if choice not in names:
                 raise InputError(f"{group}={choice}: there is no conf/{group}/{choice}.yaml{suggest(choice, names)}")
             chosen.append(override)
     return chosen
 
 
-def _check(override: str, known: object, known_keys: list[str]) -> str:
-    from transformers import TrainingArguments
-
+def _checked(override: str, known: Any) -> str:
     key = override.lstrip("+~").partition("=")[0]
-    if (CONF / key).is_dir() or key.partition(".")[0] == "hydra":
+    parts = key.split(".")
+    if (CONF / key).is_dir() or parts[0] == "hydra":
         return override
-    if override.startswith("~"):
-        return override
-    group, _, name = key.partition(".")
-    if group == "trainer" and name and key not in known_keys:
-        fields = [field.name for field in dataclasses.fields(TrainingArguments)]
-        if name.partition(".")[0] in fields:
-            return "++" + override.lstrip("+")
-        raise InputError(f"there is no key '{key}'{suggest(key, [f'trainer.{f}' for f in fields])}")
     node = known
-    for part in key.split("."):
-        if not isinstance(node, dict):
-            raise InputError(f"there is no key '{key}'{suggest(key, known_keys)}")
-        if part not in node:
-            if key.split(".")[-2:-1] in (["overrides"], ["options"]):  # arguments of another library, checked by it
-                return "++" + override.lstrip("+")
-            raise InputError(f"there is no key '{key}'{suggest(key, known_keys)}")
-        node = node[part]
+    for depth, part in enumerate(parts):
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif depth and parts[depth - 1] in OPEN:
+            return "++" + override.lstrip("+")
+        elif depth == 1 and parts[0] == "trainer" and part in training_arguments():
+            return "++" + override.lstrip("+")
+        else:
+            names = [*_flatten(known), *(f"trainer.{name}" for name in training_arguments() if "trainer" in known)]
+            raise InputError(f"there is no key '{key}'{suggest(key, names)}")
     return override
 
 
-def _flatten(node: object, prefix: str = "") -> list[str]:
+def training_arguments() -> list[str]:
+    """The names of transformers' TrainingArguments."""
+    from transformers import TrainingArguments
+
+    return [field.name for field in dataclasses.fields(TrainingArguments)]
+
+
+def _flatten(node: Any, prefix: str = "") -> list[str]:
     if not isinstance(node, dict):
         return []
-    return [prefix + str(key) for key in node] + [
-        name for key, value in node.items() for name in _flatten(value, f"{prefix}{key}.")
-    ]
+    children = [name for key, value in node.items() for name in _flatten(value, f"{prefix}{key}.")]
+    return [prefix + str(key) for key in node] + children

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +12,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.batch import Processor
 from vlmvqa.data.example import Example
+from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmvqa.errors import InputError
+from vlmvqa.inference.predict import Predictor
+from vlmvqa.models.generation import Decoding
+from vlmvqa.models.vlm import ModelSettings, build
 from vlmvqa.settings import build_settings
 
 
@@ -74,6 +80,25 @@ def read_examples(
     )
 
 
+def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequence[Example]) -> Predictor:
+    """The model with its tokenizer, image settings and prompt."""
+    values = group(config, "model")
+    tokenizer_name = values["language"].pop("tokenizer")
+    settings = build_settings(ModelSettings, values, "model")
+    model = build(settings)
+    if tokenizer_name == "trained":
+        tokenizer = train_tokenizer(train_examples, model.language.config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(tokenizer_name or settings.language.name)
+    known = model.vision.data_config
+    images = ImageSettings(
+        settings.vision.image_size, tuple(known["mean"]), tuple(known["std"]), known["interpolation"], data.resize
+    )
+    processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
+    decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
+    return Predictor(model, processor, data.prompt, settings, decoding)
+
+
 def run_folder(config: DictConfig) -> Path:
     return Path(group(config, "run")["dir"]).expanduser()
 
@@ -83,3 +108,11 @@ def _source(name: str) -> ModuleType:
         return importlib.import_module(f"vlmvqa.data.{name}")
     except ModuleNotFoundError as error:
         raise InputError(f"data.source={name}: there is no src/vlmvqa/data/{name}.py") from error
+
+
+def training_answers(settings: DataSettings, bad_records: BadRecords) -> list[Example] | None:
+    """The training split, for the prior control; None where its files are not there."""
+    try:
+        return read_examples(settings, settings.train_split, settings.max_train_samples, bad_records)
+    except InputError:
+        return None

@@ -14,23 +14,18 @@ from typing import Any
 
 import from_config
 from command_line import run
-from from_config import DataSettings, group
+from from_config import group
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor, TrainingSet, split_questions
-from vlmvqa.data.example import Example, count_questions
-from vlmvqa.data.images import ImageSettings
-from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmvqa.data.batch import TrainingSet, split_questions
+from vlmvqa.data.example import count_questions
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.inference.evaluate import evaluate, score, table, write_results
-from vlmvqa.inference.predict import Predictor
-from vlmvqa.models.generation import Decoding
-from vlmvqa.models.vlm import ModelSettings, build, set_trainable
+from vlmvqa.models.vlm import set_trainable
 from vlmvqa.sequence.masks import SHAREABLE
-from vlmvqa.settings import build_settings
 from vlmvqa.training.banner import banner
 from vlmvqa.training.checkpoints import remove_unfinished, whole_checkpoints
 from vlmvqa.training.trainer import PARTS, VqaTrainer, read_log
@@ -46,7 +41,7 @@ def train(config: DictConfig) -> None:
     train_examples = from_config.read_examples(data, data.train_split, data.max_train_samples, bad_records)
     eval_examples = from_config.read_examples(data, data.eval_split, data.max_eval_samples, bad_records)
 
-    predictor = build_predictor(config, data, train_examples)
+    predictor = from_config.build_predictor(config, data, train_examples)
     for part in PARTS:
         set_trainable(getattr(predictor.model, part), config.trainable[part], part)
     questions_per_row = data.questions_per_row if predictor.model.mode in SHAREABLE else 1
@@ -121,25 +116,6 @@ def open_run(folder: Path, resume: str | None, overwrite: bool) -> Path | None:
     for unfinished in remove_unfinished(folder):
         print(f"{unfinished} was cut short while it was written and is removed")
     return checkpoints[-1] if resume == "auto" and checkpoints else None
-
-
-def build_predictor(config: DictConfig, data: DataSettings, train_examples: list[Example]) -> Predictor:
-    """The model with its tokenizer, image settings and prompt."""
-    values = group(config, "model")
-    tokenizer_name = values["language"].pop("tokenizer")
-    settings = build_settings(ModelSettings, values, "model")
-    model = build(settings)
-    if tokenizer_name == "trained":
-        tokenizer = train_tokenizer(train_examples, model.language.config.vocab_size)
-    else:
-        tokenizer = load_tokenizer(tokenizer_name or settings.language.name)
-    known = model.vision.data_config
-    images = ImageSettings(
-        settings.vision.image_size, tuple(known["mean"]), tuple(known["std"]), known["interpolation"], data.resize
-    )
-    processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
-    decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
-    return Predictor(model, processor, data.prompt, settings, decoding)
 
 
 def training_arguments(values: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:

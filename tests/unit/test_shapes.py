@@ -85,7 +85,7 @@ def test_yes_is_as_frequent_as_no_and_each_count_as_any_other(train: list[Exampl
     assert 0.47 < yes_no["yes"] / yes_no.total() < 0.53
     counts = Counter(q.target for q in questions(train) if q.answer_type == "number")
     assert set(counts) == {"0", "1", "2", "3", "4"}
-    assert max(counts.values()) < 1.2 * min(counts.values())
+    assert all(0.14 < count / counts.total() < 0.26 for count in counts.values())
 
 
 def test_the_majority_is_right_and_a_perfect_model_scores_100(val: list[Example]) -> None:
@@ -114,6 +114,12 @@ def test_answers_about_presence_and_number_agree_with_the_scene() -> None:
         "What color is the large circle?": "red",
         "What shape is the blue object?": "square",
         "What size is the red object?": "large",
+        "What size is the square?": "small",
+        "What shape is the large object?": "circle",
+        "How many circles are there?": "2",
+        "How many yellow shapes are there?": "0",
+        "Is there a green shape?": "yes",
+        "Is there a star?": "no",
         "Where is the red shape?": "top left",
         "Where is the green shape?": "bottom right",
         "Is the red shape left of the blue shape?": "yes",
@@ -129,6 +135,12 @@ def test_answers_about_presence_and_number_agree_with_the_scene() -> None:
         assert text not in answers
 
 
+def test_a_scene_of_one_shape_has_questions_too() -> None:
+    answers = {q.text: q.answer for q in shapes._askable([shapes.Shape("star", "black", "small", 0.2, 0.7, 0.3)])}
+    assert answers["Where is the star?"] == "top right" and answers["How many stars are there?"] == "1"
+    assert "What color is the leftmost shape?" not in answers
+
+
 def test_the_picture_shows_what_the_answer_says(val: list[Example]) -> None:
     """Checked by counting pixels of each colour and by where they lie, not by the generator's own record."""
     checked: Counter[str] = Counter()
@@ -140,11 +152,11 @@ def test_the_picture_shows_what_the_answer_says(val: list[Example]) -> None:
         near = {name: np.abs(pixels - color).max(axis=-1) < 40 for name, color in shapes.COLORS.items()}
         for question in example.questions:
             if question.question_type == "what color is the":
-                assert near[question.target or ""].sum() > 40, question
+                assert near[question.target or ""].sum() > 25, question
                 checked["color"] += 1
             for name, mask in near.items():
                 if question.text == f"How many {name} shapes are there?":
-                    assert (mask.sum() > 40) == (question.target != "0"), question
+                    assert (mask.sum() > 25) == (question.target != "0"), question
                     checked["count"] += 1
                 if question.text == f"Where is the {name} shape?":
                     y, x = (indices.mean() for indices in np.nonzero(mask))

@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
 from vlmvqa.errors import InputError, suggest
@@ -92,4 +93,18 @@ def _create(settings: VisionSettings) -> nn.Module:
         raise InputError(f"model.vision: timm's {architecture} does not take these settings: {error}") from error
     if not hasattr(encoder, "has_class_token") or not hasattr(encoder, "blocks"):
         raise InputError(f"model.vision.name={settings.name} is not a vision transformer; choose a timm vit_* model")
+    if settings.weights == "random":
+        _draw_positions(encoder)
     return encoder
+
+
+def _draw_positions(encoder: nn.Module) -> None:
+    """Start from 2-D sine-cosine positions, as MAE does.
+
+    timm draws them with a standard deviation of 0.02, fifty times smaller than a patch: trained from scratch, the
+    encoder is long blind to where a patch is.
+    """
+    height, width = encoder.patch_embed.grid_size
+    positions = build_sincos2d_pos_embed([height, width], encoder.embed_dim, temperature=100.0)
+    with torch.no_grad():
+        encoder.pos_embed[0, -height * width :] = 0.5 * positions.to(encoder.pos_embed)

@@ -1,0 +1,64 @@
+"""Score a trained model on a split.
+
+    python launch/eval.py checkpoint=runs/demo data=shapes split=val
+    python launch/eval.py checkpoint=runs/vqa data=vqav2 data.root=/data/vqav2 split=val[:10%] decoding.beams=3
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import from_config
+from command_line import refuse_overrides, run
+from from_config import group
+from omegaconf import DictConfig, OmegaConf
+
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.errors import InputError
+from vlmvqa.inference.evaluate import evaluate, table, write_results
+from vlmvqa.inference.predict import load
+from vlmvqa.models.generation import Decoding
+from vlmvqa.settings import build_settings
+
+
+def main(config: DictConfig) -> None:
+    folder = from_config.run_folder(config)
+    if (folder / "metrics.json").exists() and not config.run.overwrite:
+        raise InputError(f"{folder} already holds results; choose another run.name or set run.overwrite=true")
+    refuse_overrides("the checkpoint's own, as it was trained", "data.prompt", "data.resize", "data.max_text_tokens")
+    data = from_config.data_settings(config)
+    predictor = load(config.checkpoint)
+    predictor.decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
+    data = replace(data, prompt=predictor.prompt)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
+    examples = from_config.read_examples(data, config.split, data.max_eval_samples, bad_records)
+    facts = {"checkpoint": str(config.checkpoint), "split": config.split, "data": data.source, "prompt": data.prompt}
+    metrics, predictions = evaluate(
+        predictor,
+        examples,
+        from_config.training_answers(data, bad_records),
+        facts | {"decoding": group(config, "decoding")},
+        batch_size=config.batch_size,
+        workers=config.workers,
+        seed=config.seed,
+        bad_records=bad_records,
+    )
+    write_results(
+        folder,
+        metrics,
+        predictions,
+        examples,
+        title=f"{config.checkpoint}: {data.source} {config.split}",
+        log=[],
+        config_yaml=OmegaConf.to_yaml(config, resolve=True),
+    )
+    print(table(metrics))
+    if metrics["skipped"]:
+        print(f"left out {len(metrics['skipped'])} bad records, listed in {bad_records.listing}")
+    print(f"report: {folder / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run(main, "eval")

@@ -1,0 +1,64 @@
+"""Ask a trained model about pictures.
+
+    python launch/predict.py checkpoint=runs/demo image=photo.jpg question="what color is it?" question="how many?"
+    python launch/predict.py checkpoint=runs/demo image=photos/ questions=questions.txt
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import from_config
+from command_line import run
+from from_config import group
+from omegaconf import DictConfig
+from PIL import Image
+
+from vlmvqa.errors import InputError
+from vlmvqa.inference.predict import load
+from vlmvqa.models.generation import Decoding
+from vlmvqa.settings import build_settings
+
+
+def main(config: DictConfig) -> None:
+    images = [path for given in config.image for path in _images(Path(given).expanduser())]
+    questions = [*config.question, *_read_questions(config.questions)]
+    if not images or not questions:
+        raise InputError("nothing to ask: give image=... (a file or folder) and question=... or questions=... (a file)")
+    predictor = load(config.checkpoint)
+    predictor.decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
+    folder = from_config.run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "predictions.jsonl").open("w") as file:
+        for image in images:
+            print(image)
+            for question, answer in zip(questions, predictor.answer(image, questions), strict=True):
+                print(f"  {question}  {answer.text}  ({math.exp(answer.log_probability):.2f})")
+                record = {"image": str(image), "question": question, "answer": answer.text}
+                file.write(json.dumps({**record, "log_probability": answer.log_probability}) + "\n")
+
+
+def _images(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]  # whether it is a picture is said when it is read
+    endings = Image.registered_extensions()
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
+    if not found:
+        raise InputError(f"{path} holds no image files")
+    return found
+
+
+def _read_questions(path: str | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"questions={path} cannot be read as text, one question a line ({error})") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+if __name__ == "__main__":
+    run(main, "predict", repeatable=("image", "question"))

@@ -1,0 +1,43 @@
+"""Look at one sample as the model reads it: tokens, roles, supervision, positions, and who sees whom.
+
+    python launch/show.py sample=3
+    python launch/show.py model.mode=causal data=vqav2 data.root=/data/vqav2
+"""
+
+from __future__ import annotations
+
+import from_config
+import torch
+from command_line import run
+from omegaconf import DictConfig, open_dict
+
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.batch import split_questions
+from vlmvqa.errors import InputError
+from vlmvqa.inference.show import describe, draw
+from vlmvqa.sequence.masks import SHAREABLE
+
+
+def main(config: DictConfig) -> None:
+    folder = from_config.run_folder(config)
+    data = from_config.data_settings(config)
+    bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
+    examples = from_config.read_examples(data, config.split, None, bad_records)
+    with open_dict(config), torch.device("meta"):  # sizes and the tokenizer are enough: no weights
+        config.model.vision.weights = config.model.language.weights = "random"
+        processor = from_config.build_predictor(config, data, examples).processor
+    questions_per_row = data.questions_per_row if processor.mode in SHAREABLE else 1
+    examples = split_questions(examples, questions_per_row)
+    if not 0 <= config.sample < len(examples):
+        raise InputError(f"sample={config.sample}: {config.split} has samples 0 to {len(examples) - 1}")
+    example = examples[config.sample]
+    batch = processor.collate([processor.encode(example, [question.target for question in example.questions])])
+    folder.mkdir(parents=True, exist_ok=True)
+    print(example.name)
+    print(describe(batch, processor))
+    draw(batch, processor, folder / "row.png", title=example.name)
+    print(f"picture: {folder / 'row.png'}")
+
+
+if __name__ == "__main__":
+    run(main, "show")
