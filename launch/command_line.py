@@ -44,6 +44,10 @@ def run(main: Callable[[DictConfig], None], config_name: str, repeatable: Sequen
             sys.exit("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])
         except KeyboardInterrupt:
             sys.exit("stopped by the keyboard")
+        except Exception as error:
+            if "No space left on device" not in str(error):  # however the library that wrote wraps it
+                raise
+            sys.exit(f"error: the disk is full ({error}); free space, and go on with resume=auto where a run trained")
 
     job()
 
@@ -106,9 +110,7 @@ def _checked(override: str, known: Any) -> str:
     for depth, part in enumerate(parts):
         if isinstance(node, dict) and part in node:
             node = node[part]
-        elif depth and parts[depth - 1] in OPEN:
-            return "++" + override.lstrip("+")
-        elif depth == 1 and parts[0] == "trainer" and part in training_arguments():
+        elif (depth and parts[depth - 1] in OPEN) or (parts[0] == "trainer" and part in training_arguments()):
             return "++" + override.lstrip("+")
         else:
             names = [*_flatten(known), *(f"trainer.{name}" for name in training_arguments() if "trainer" in known)]

@@ -1,18 +1,18 @@
 """Score a trained model on a split.
 
-    python launch/eval.py checkpoint=runs/demo data=shapes split=val
-    python launch/eval.py checkpoint=runs/vqa data=vqav2 data.root=/data/vqav2 split=val[:10%] decoding.beams=3
+python launch/eval.py checkpoint=runs/demo data=shapes split=val
+python launch/eval.py checkpoint=runs/vqa data=vqav2 data.root=/data/vqav2 split=val[:10%] decoding.beams=3
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from omegaconf import DictConfig, OmegaConf
+
 import from_config
 from command_line import refuse_overrides, run
 from from_config import group
-from omegaconf import DictConfig, OmegaConf
-
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.errors import InputError
 from vlmvqa.inference.evaluate import evaluate, table, write_results
@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
     metrics, predictions = evaluate(
         predictor,
         examples,
-        from_config.training_answers(data, bad_records),
+        from_config.training_answers(data),
         facts | {"decoding": group(config, "decoding")},
         batch_size=config.batch_size,
         workers=config.workers,

@@ -110,9 +110,9 @@ def _source(name: str) -> ModuleType:
         raise InputError(f"data.source={name}: there is no src/vlmvqa/data/{name}.py") from error
 
 
-def training_answers(settings: DataSettings, bad_records: BadRecords) -> list[Example] | None:
-    """The training split, for the prior control; None where its files are not there."""
+def training_answers(settings: DataSettings) -> list[Example] | str:
+    """The training split, for the prior control; where it cannot be read, why."""
     try:
-        return read_examples(settings, settings.train_split, settings.max_train_samples, bad_records)
-    except InputError:
-        return None
+        return read_examples(settings, settings.train_split, settings.max_train_samples, BadRecords("skip"))
+    except InputError as error:
+        return f"the training split cannot be read ({error})"

@@ -1,7 +1,7 @@
 """Ask a trained model about pictures.
 
-    python launch/predict.py checkpoint=runs/demo image=photo.jpg question="what color is it?" question="how many?"
-    python launch/predict.py checkpoint=runs/demo image=photos/ questions=questions.txt
+python launch/predict.py checkpoint=runs/demo image=photo.jpg question="what color is it?" question="how many?"
+python launch/predict.py checkpoint=runs/demo image=photos/ questions=questions.txt
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import json
 import math
 from pathlib import Path
 
-import from_config
-from command_line import run
-from from_config import group
 from omegaconf import DictConfig
 from PIL import Image
 
+import from_config
+from command_line import run
+from from_config import group
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import load
 from vlmvqa.models.generation import Decoding
@@ -31,13 +31,15 @@ def main(config: DictConfig) -> None:
     predictor.decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
     folder = from_config.run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "predictions.jsonl").open("w") as file:
+    unfinished = folder / "predictions.jsonl.partial"  # a bad image must not cost the answers of before
+    with unfinished.open("w", encoding="utf-8") as file:
         for image in images:
             print(image)
             for question, answer in zip(questions, predictor.answer(image, questions), strict=True):
                 print(f"  {question}  {answer.text}  ({math.exp(answer.log_probability):.2f})")
                 record = {"image": str(image), "question": question, "answer": answer.text}
                 file.write(json.dumps({**record, "log_probability": answer.log_probability}) + "\n")
+    unfinished.replace(folder / "predictions.jsonl")
 
 
 def _images(path: Path) -> list[Path]:

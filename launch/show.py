@@ -1,16 +1,16 @@
 """Look at one sample as the model reads it: tokens, roles, supervision, positions, and who sees whom.
 
-    python launch/show.py sample=3
-    python launch/show.py model.mode=causal data=vqav2 data.root=/data/vqav2
+python launch/show.py sample=3
+python launch/show.py model.mode=causal data=vqav2 data.root=/data/vqav2
 """
 
 from __future__ import annotations
 
-import from_config
 import torch
-from command_line import run
 from omegaconf import DictConfig, open_dict
 
+import from_config
+from command_line import run
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import split_questions
 from vlmvqa.errors import InputError

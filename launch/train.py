@@ -12,13 +12,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import from_config
-from command_line import run
-from from_config import group
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
+import from_config
+from command_line import run
+from from_config import group
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import TrainingSet, split_questions
 from vlmvqa.data.example import count_questions

@@ -30,7 +30,7 @@ def build_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, Mapping):
                 raise InputError(f"{where}.{key} must be a group of keys, not {value!r}")
-            value = build_settings(types[key], value, f"{where}.{key}")  # type: ignore[arg-type]
+            value = build_settings(types[key], value, f"{where}.{key}")
         arguments[str(key)] = tuple(value) if isinstance(value, list) else value
     for name, field in fields.items():
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

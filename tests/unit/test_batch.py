@@ -55,7 +55,9 @@ def test_a_long_question_loses_its_own_tokens_only(tokenizer: PreTrainedTokenize
     long = ask(1, "what color is " + "very " * 5000 + "long", "dark red")
     batch = make.collate([make.encode(example(long), ["dark red"])])
     assert (batch["role"][0][batch["document"][0] >= 0] == 0).sum() == 4
-    prompt = tokenizer.decode(batch["input_ids"][0][batch["role"][0] == 1][: int((batch["document"][0] >= 0).sum()) - 4])
+    prompt = tokenizer.decode(
+        batch["input_ids"][0][batch["role"][0] == 1][: int((batch["document"][0] >= 0).sum()) - 4]
+    )
     assert prompt.startswith("<bos>answer en what color is very very") and "\n" in prompt
     supervised = batch["labels"][0][batch["labels"][0] != -100]
     assert tokenizer.decode(supervised) == "dark red<eos>"

@@ -64,7 +64,7 @@ def test_what_is_no_vision_transformer_is_refused() -> None:
         encoder(depht=3)
     with pytest.raises(InputError, match="no such file"):
         VisionEncoder(VisionSettings(weights="/nowhere.pth"))
-    with pytest.raises(InputError, match="not a vision transformer|does not take"):
+    with pytest.raises(InputError, match=r"not a vision transformer|does not take"):
         VisionEncoder(VisionSettings("resnet18", 224, weights="random"))
 
 

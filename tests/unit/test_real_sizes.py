@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from command_line import CONF
 from omegaconf import OmegaConf
 
+from command_line import CONF
 from vlmvqa.models.vlm import ModelSettings, build
 from vlmvqa.settings import build_settings
 

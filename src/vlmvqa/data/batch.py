@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
 TARGETS = ("most_common", "sampled")
+REMEMBERED = 2**17  # texts whose tokens a processor keeps: the same are met again every epoch
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Processor:
     image_tokens: int
     mode: str
     max_text_tokens: int | None = None
+    _known: dict[str, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def tokenize(self, question: Question, answer: str | None) -> TokenizedQuestion:
         """BOS, prompt; then the answer and EOS (`answer=None`: nothing, the model is to write it).
@@ -92,8 +94,12 @@ class Processor:
         return {"pixel_values": torch.stack([example.pixels for example in encoded]), **pad_rows(rows, multiple=8)}
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        known = self._known
+        if text not in known:
+            if len(known) >= REMEMBERED:
+                known.clear()
+            known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return known[text]
 
 
 def split_questions(examples: Sequence[Example], questions_per_row: int | None) -> list[Example]:

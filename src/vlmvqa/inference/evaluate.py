@@ -33,7 +33,7 @@ def score(examples: Sequence[Example], answers: Mapping[int | str, str]) -> VqaA
 def evaluate(
     predictor: Predictor,
     examples: Sequence[Example],
-    train: Sequence[Example] | None,
+    train: Sequence[Example] | str,
     facts: Mapping[str, Any],
     *,
     batch_size: int = 64,
@@ -44,7 +44,7 @@ def evaluate(
     """Answer every question; score the answers and the two controls.
 
     Args:
-        train: the training split, for the prior control (None: that control is left out, and says so).
+        train: the training split, for the prior control; or the reason why there is none.
         facts: what the numbers were measured with (split, checkpoint, ...), copied into the metrics.
 
     Returns:
@@ -69,8 +69,7 @@ def evaluate(
         }
         per_question: Mapping[Any, float] = result.per_question
     else:
-        reason = "the split has no answers"
-        nothing = {"overall": None, "per_answer_type": {}, "per_question_type": {}, "reason": reason}
+        nothing = _nothing("the split has no answers")
         metrics["metrics"] = {"vqa_accuracy": nothing}
         metrics["controls"] = {"prior": nothing, "shuffled_images": nothing}
         per_question = {}
@@ -147,16 +146,16 @@ def _table(result: VqaAccuracy) -> dict[str, Any]:
     }
 
 
+def _nothing(reason: str) -> dict[str, Any]:
+    """A result that could not be had, and why: never a 0."""
+    return {"overall": None, "per_answer_type": {}, "per_question_type": {}, "reason": reason}
+
+
 def _prior(
-    examples: Sequence[Example], texts: Mapping[int | str, str], train: Sequence[Example] | None
+    examples: Sequence[Example], texts: Mapping[int | str, str], train: Sequence[Example] | str
 ) -> dict[str, Any]:
-    if train is None:
-        return {
-            "overall": None,
-            "per_answer_type": {},
-            "per_question_type": {},
-            "reason": "no training split was given",
-        }
+    if isinstance(train, str):
+        return _nothing(train)
     answers = prior_answers(train, examples)
     return _table(score(examples, {question: answers[question] for question in texts}))
 
@@ -171,8 +170,7 @@ def _shuffled(
     readable = [example for example in examples if example.questions[0].id in texts]
     shuffled = shuffle_images(readable, seed)
     if shuffled is None:
-        reason = "one image cannot be shuffled"
-        return {"overall": None, "per_answer_type": {}, "per_question_type": {}, "reason": reason}
+        return _nothing("one image cannot be shuffled")
     answers = predictor.answer_examples(shuffled, **options)
     return _table(score(shuffled, {question: answer.text for question, answer in answers.items()}))
 

@@ -81,15 +81,15 @@ def draw(batch: Mapping[str, Tensor], processor: Processor, path: Path, title: s
 
 
 def _mask(batch: Mapping[str, Tensor], processor: Processor, row: int) -> Tensor:
-    columns = [batch[name][row : row + 1] for name in ("document", "branch", "role", "position")]
-    tokens = Tokens.of(*columns, mode=processor.mode)
+    document, branch, role, position = (batch[n][row : row + 1] for n in ("document", "branch", "role", "position"))
+    tokens = Tokens.of(document, branch, role, position, processor.mode)
     return visible(tokens.map(lambda t: t[0, :, None]), tokens.map(lambda t: t[0, None, :]))
 
 
 def _words(columns: Mapping[str, list[int]], processor: Processor) -> list[str]:
     words = []
     for token, role in zip(columns["input_ids"], columns["role"], strict=True):
-        word = "image" if role == IMAGE else processor.tokenizer.decode([token])
+        word = "image" if role == IMAGE else str(processor.tokenizer.decode([token]))
         words.append(word.strip() or repr(word).strip("'"))
     return words
 

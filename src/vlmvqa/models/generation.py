@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,8 @@ class OpenQuestions:
             states[:, :, -source.shape[-1] :] = written.gather(1, index).flatten(0, 1)
             return states
 
-        for layer in self.cache.layers:
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
             layer.keys, layer.values = gather(layer.keys), gather(layer.values)
 
     def _place(self, values: Tensor, fill: int) -> Tensor:

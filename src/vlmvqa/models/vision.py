@@ -44,13 +44,13 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, settings: VisionSettings) -> None:
         super().__init__()
-        self.encoder = _create(settings)
+        self.encoder: Any = _create(settings)  # timm's classes share no type
         self.image_size = settings.image_size
         self.width: int = self.encoder.embed_dim
         self.tokens: int = int(self.encoder.has_class_token) + self.encoder.patch_embed.num_patches
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        features = self.encoder.forward_features(pixel_values)
+        features: Tensor = self.encoder.forward_features(pixel_values)
         prefix = self.encoder.num_prefix_tokens  # class token, then registers, then patches
         class_token = features[:, : int(self.encoder.has_class_token)]
         return torch.cat([class_token, features[:, prefix:]], dim=1)
@@ -61,19 +61,21 @@ class VisionEncoder(nn.Module):
 
     @property
     def final_norm(self) -> nn.Module:
-        return self.encoder.norm
+        norm: nn.Module = self.encoder.norm
+        return norm
 
     @property
     def data_config(self) -> dict[str, Any]:
         """timm's own mean, std and interpolation for these weights."""
-        return timm.data.resolve_data_config(model=self.encoder)
+        config: dict[str, Any] = timm.data.resolve_data_config(model=self.encoder)
+        return config
 
     def checkpoint_activations(self) -> None:
         """Recompute block activations in the backward pass (timm's, non-reentrant)."""
         self.encoder.set_grad_checkpointing(True)
 
 
-def _create(settings: VisionSettings) -> nn.Module:
+def _create(settings: VisionSettings) -> Any:
     name = settings.name.removeprefix("timm/")
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
@@ -98,7 +100,7 @@ def _create(settings: VisionSettings) -> nn.Module:
     return encoder
 
 
-def _draw_positions(encoder: nn.Module) -> None:
+def _draw_positions(encoder: Any) -> None:
     """Start from 2-D sine-cosine positions, as MAE does.
 
     timm draws them with a standard deviation of 0.02, fifty times smaller than a patch: trained from scratch, the

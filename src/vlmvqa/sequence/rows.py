@@ -79,8 +79,8 @@ def build_row(documents: Sequence[Document], image_tokens: int, mode: str) -> Ro
     for number, document in enumerate(documents):
         if mode == "prefix_lm" and len(document.questions) > 1:
             raise ValueError(
-                f"{len(document.questions)} questions share an image under prefix_lm, where the image sees the question; "
-                "give each question its own row (data.questions_per_row=1) or use another attention mode"
+                f"{len(document.questions)} questions share an image under prefix_lm, where the image sees its "
+                "question; give each question its own row (data.questions_per_row=1) or use another attention mode"
             )
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")

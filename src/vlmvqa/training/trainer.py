@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,6 +50,7 @@ class VqaTrainer(Trainer):
         learning_rates: Mapping[str, float | None] | None = None,
         score: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
+        self.vlm, self.folder = model, Path(str(args.output_dir))
         self.learning_rates = dict(learning_rates or {})
         self.score = score
         self.questions_seen, self.counting_since = 0, time.perf_counter()
@@ -59,22 +61,22 @@ class VqaTrainer(Trainer):
             train_dataset=training_set,
             # `evaluate` brings its own questions, but the Trainer wants to see a data set before it evaluates.
             eval_dataset=training_set if score else None,
-            callbacks=[LogFile(Path(args.output_dir) / "log.jsonl"), EpochOfTargets(training_set)],
+            callbacks=[LogFile(self.folder / "log.jsonl"), EpochOfTargets(training_set)],
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Groups by part and by whether weights decay; the scheduler scales each group's own rate."""
         if self.optimizer is None:
-            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(self.parameter_groups(), **arguments)
         return self.optimizer
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups: `params`, `lr`, `weight_decay`, and the `name` of the part."""
-        decayed = set(self.get_decay_parameter_names(self.model))
+        decayed = set(self.get_decay_parameter_names(self.vlm))
         groups = []
         for part in PARTS:
-            named = [(n, p) for n, p in self.model.named_parameters() if n.startswith(part + ".") and p.requires_grad]
+            named = [(n, p) for n, p in self.vlm.named_parameters() if n.startswith(part + ".") and p.requires_grad]
             rate = self.learning_rates.get(part)
             rate = self.args.learning_rate if rate is None else rate
             for decays in (True, False):
@@ -102,7 +104,7 @@ class VqaTrainer(Trainer):
         return norm
 
     def _diverged(self, what: str) -> InputError:
-        kept = whole_checkpoints(Path(self.args.output_dir))
+        kept = whole_checkpoints(self.folder)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written before it"
         return InputError(
             f"{what} at step {self.state.global_step + 1}, so training stopped before the weights took it in; {last}; "
@@ -131,12 +133,12 @@ class VqaTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
-            remove_unfinished(Path(self.args.output_dir))
-            if "No space left" not in str(error) and "enforce fail" not in str(error):
-                raise
-            kept = whole_checkpoints(Path(self.args.output_dir))
+            remove_unfinished(self.folder)
+            if "No space left on device" not in str(error) and shutil.disk_usage(self.folder).free > 2**20:
+                raise  # torch.save says only that its writer failed
+            kept = whole_checkpoints(self.folder)
             raise InputError(
-                f"the disk of {self.args.output_dir} is full: checkpoint {self.state.global_step} was not kept"
+                f"the disk of {self.folder} is full: checkpoint {self.state.global_step} was not kept"
                 f"{f', {kept[-1]} is whole' if kept else ''}; free space and go on with resume=auto"
             ) from error
 

@@ -1,0 +1,208 @@
+"""The main job from the command line: train, score, resume after a kill, evaluate, ask, show."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import vlmvqa
+from tests.conftest import ROOT
+from vlmvqa.data import vqav2
+from vlmvqa.inference.evaluate import score
+from vlmvqa.training.checkpoints import whole_checkpoints
+from vlmvqa.training.trainer import read_log
+
+SMALL = (
+    "data.options.train_images=40",
+    "data.options.val_images=12",
+    "data.options.questions_per_image=4",
+    "model.vision.overrides.depth=1",
+    "model.language.overrides.num_hidden_layers=2",
+    "trainer.per_device_train_batch_size=8",
+    "trainer.logging_steps=1",
+    "trainer.eval_steps=6",
+    "trainer.save_steps=3",
+    "trainer.use_cpu=true",
+)
+
+
+def command(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments]
+
+
+def launch(script: str, *arguments: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command(script, *arguments), capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.root={tmp_path_factory.mktemp('data') / 'shapes'}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: str) -> tuple[Path, str]:
+    """A run of 12 steps, never interrupted, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    printed = launch("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=12")
+    return folder, printed
+
+
+def test_a_run_leaves_what_the_design_lists(trained: tuple[Path, str]) -> None:
+    folder, printed = trained
+    metrics = json.loads((folder / "metrics.json").read_text())
+    n = sum(1 for _ in (folder / "predictions.jsonl").open())
+    assert metrics["n"] == n > 0
+    assert 0 <= metrics["metrics"]["vqa_accuracy"]["overall"] <= 100
+    assert 0 < metrics["controls"]["prior"]["overall"] <= 100
+    assert 0 <= metrics["controls"]["shuffled_images"]["overall"] <= 100
+    assert metrics["prompt"] == "answer en {question}\n" and metrics["split"] == "val"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_steps"] == 12
+    assert sorted(losses(folder)) == list(range(1, 13))
+    assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-9", "checkpoint-12"]
+    assert "vision" in printed and "frozen" not in printed and "VQA accuracy" in printed
+    assert list((folder / "runs").rglob("events.out.tfevents*"))
+    HTMLParser().feed((folder / "report.html").read_text())
+
+
+def test_the_scores_are_the_metrics_of_the_predictions(trained: tuple[Path, str], data: str) -> None:
+    """Read the official files and the submission file back, score them: the number of `metrics.json`."""
+    folder, _ = trained
+    answers = {
+        record["question_id"]: record["answer"] for record in json.loads((folder / "submission.json").read_text())
+    }
+    examples = vqav2.read(Path(data.removeprefix("data.root=")), "val")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert score(examples, answers).overall == metrics["metrics"]["vqa_accuracy"]["overall"]
+
+
+def test_killed_and_resumed_is_never_stopped(tmp_path: Path, trained: tuple[Path, str], data: str) -> None:
+    """Promise 5 by kill -9: the same losses at every step, the same predictions, and the log without a gap."""
+    folder = tmp_path / "killed"
+    arguments = command("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=12")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stderr is not None
+        while process.stderr.read(1):  # it writes a progress bar, so this turns with every step
+            if max(losses(folder), default=0) >= 7:
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    # What the kill may leave: a checkpoint that was being written.
+    half = folder / "checkpoint-9"
+    half.mkdir(exist_ok=True)
+    (half / "trainer_state.json").unlink(missing_ok=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    launch("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=12", "resume=auto")
+    expected, _ = trained
+    assert losses(folder) == losses(expected)
+    assert (folder / "predictions.jsonl").read_text() == (expected / "predictions.jsonl").read_text()
+
+
+def test_sampled_targets_go_on_after_a_resume(tmp_path: Path, data: str) -> None:
+    """Targets drawn anew each epoch are the same whether an epoch was begun before or after the resume."""
+    small = (*SMALL, data, "data.target=sampled", "trainer.lr_scheduler_type=constant", "trainer.eval_strategy=no")
+    launch("train", f"run.dir={tmp_path / 'whole'}", *small, "trainer.max_steps=8")
+    launch("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=6")
+    launch("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=8", "resume=auto")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_eval_gives_what_training_gave(tmp_path: Path, trained: tuple[Path, str], data: str) -> None:
+    folder, _ = trained
+    shapes = [argument for argument in SMALL if argument.startswith("data.")]
+    launch("eval", f"checkpoint={folder}", "data=shapes", data, *shapes, "split=val", f"run.dir={tmp_path}/e")
+    ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "e", folder))
+    assert ours["metrics"] == theirs["metrics"] and ours["controls"] == theirs["controls"]
+    sliced = ["split=val[:50%]", "decoding.beams=2", f"run.dir={tmp_path}/half"]
+    launch("eval", f"checkpoint={folder}/model", "data=shapes", data, *shapes, *sliced)
+    half = json.loads((tmp_path / "half" / "metrics.json").read_text())
+    assert half["n"] == round(theirs["n"] / 2) and half["decoding"]["beams"] == 2
+
+
+def test_predict_asks_every_question_about_every_picture(tmp_path: Path, trained: tuple[Path, str]) -> None:
+    folder, _ = trained
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for color in ("red", "blue"):
+        Image.new("RGB", (50, 40), color).save(pictures / f"{color}.png")
+    (tmp_path / "questions.txt").write_text("How many shapes?\n\nWhat's the star's color, if any?\n")
+    asked = ["question=What color is it?", "question=Is it 'red', or not?", f"questions={tmp_path}/questions.txt"]
+    printed = launch("predict", f"checkpoint={folder}", f"image={pictures}", *asked, f"run.dir={tmp_path}/p")
+    records = [json.loads(line) for line in (tmp_path / "p" / "predictions.jsonl").open()]
+    assert len(records) == 8
+    assert {record["question"] for record in records} == {
+        "What color is it?",
+        "Is it 'red', or not?",
+        "How many shapes?",
+        "What's the star's color, if any?",
+    }
+    assert all(record["log_probability"] <= 0 for record in records)
+    assert "red.png" in printed and "blue.png" in printed
+
+
+@pytest.mark.parametrize("mode", ["blockwise_prefix", "prefix_lm"])
+def test_show_draws_a_row(tmp_path: Path, data: str, mode: str) -> None:
+    shapes = [argument for argument in SMALL if argument.startswith("data.")]
+    printed = launch("show", data, *shapes, "sample=1", f"model.mode={mode}", f"run.dir={tmp_path}")
+    assert "image x 10" in printed and "<eos>" in printed and "10 image tokens, then '<bos>answer en" in printed
+    with Image.open(tmp_path / "row.png") as picture:
+        assert min(picture.size) > 300
+
+
+def test_load_answers_and_saves(tmp_path: Path, trained: tuple[Path, str]) -> None:
+    """`vlmvqa.load(folder).answer(...)`, and the saved folder is enough: the same answers from a copy of it."""
+    folder, _ = trained
+    model = vlmvqa.load(folder)
+    picture = Image.new("RGB", (50, 40), "red")
+    one = model.answer(picture, "What color is it?")
+    both = model.answer(picture, ["What color is it?", "How many shapes are there?"])
+    assert both[0].text == one.text and both[0].log_probability == pytest.approx(one.log_probability, abs=1e-4)
+    model.save(tmp_path / "copy")
+    copied = vlmvqa.load(tmp_path / "copy")
+    assert copied.answer(picture, "What color is it?") == one
+    assert copied.settings == model.settings
+    weights: dict[str, Any] = model.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in copied.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("model.mode=prefix_lm",),
+        ("model.mode=causal", "data.images_per_row=3", "data.questions_per_row=2"),
+        ("model.mode=image_prefix", "model.projector.kind=mlp", "model.projector.dropout=0.1"),
+        ("trainable.vision=1", "trainable.language=none", "learning_rates.vision=1e-5"),
+        ("trainer.activation_checkpointing=true", "trainer.bf16=true", "trainer.gradient_accumulation_steps=2"),
+        ("data.resize=center_crop", "data.target=sampled", "trainer.adam_beta2=0.95", "decoding.beams=2"),
+    ],
+    ids=lambda changed: changed[0],
+)
+def test_what_can_be_turned(tmp_path: Path, data: str, changed: tuple[str, ...]) -> None:
+    launch("train", f"run.dir={tmp_path / 'run'}", data, *SMALL, "trainer.max_steps=2", *changed)
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["vqa_accuracy"]["overall"] is not None
+
+
+@pytest.mark.slow
+def test_the_model_compiles(tmp_path: Path, data: str) -> None:
+    launch("train", f"run.dir={tmp_path / 'run'}", data, *SMALL, "trainer.max_steps=2", "trainer.torch_compile=true")
+    plain = tmp_path / "plain"
+    launch("train", f"run.dir={plain}", data, *SMALL, "trainer.max_steps=2")
+    assert losses(tmp_path / "run")[2] == pytest.approx(losses(plain)[2], abs=1e-3)
