@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 from vlmvqa.errors import InputError, suggest
 
@@ -41,15 +43,22 @@ def run(main: Callable[[DictConfig], None], config_name: str, repeatable: Sequen
             main(config)
         except InputError as error:
             # From a DataLoader's worker the message is a traceback that ends with "...InputError: sentence".
-            sys.exit("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])
+            _stop("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])
         except KeyboardInterrupt:
-            sys.exit("stopped by the keyboard")
+            _stop("stopped by the keyboard")
         except Exception as error:
             if "No space left on device" not in str(error):  # however the library that wrote wraps it
                 raise
-            sys.exit(f"error: the disk is full ({error}); free space, and go on with resume=auto where a run trained")
+            _stop(f"error: the disk is full ({error}); free space, and go on with resume=auto where a run trained")
 
     job()
+
+
+def _stop(sentence: str) -> NoReturn:
+    """End with a sentence on a line of its own: an open progress bar would share it, and show itself again below."""
+    for bar in list(tqdm._instances):
+        bar.close()
+    sys.exit(sentence)
 
 
 def collect(arguments: Sequence[str], repeatable: Sequence[str]) -> list[str]:
@@ -57,10 +66,15 @@ def collect(arguments: Sequence[str], repeatable: Sequence[str]) -> list[str]:
     kept = [argument for argument in arguments if argument.partition("=")[0] not in repeatable]
     for key in repeatable:
         values = [argument.partition("=")[2] for argument in arguments if argument.partition("=")[0] == key]
-        quoted = ",".join("'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'" for value in values)
+        quoted = ",".join(_quote(value) for value in values)
         if values:
             kept.append(f"{key}=[{quoted}]")
     return kept
+
+
+def _quote(value: str) -> str:
+    """A string in Hydra's grammar, where backslashes count only before a quote."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 
 
 def check_overrides(arguments: Sequence[str], config_name: str) -> list[str]:

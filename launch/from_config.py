@@ -49,9 +49,9 @@ def group(config: DictConfig, name: str) -> dict[str, Any]:
     Raises:
         InputError: a mandatory value (`???`) was not given.
     """
-    missing = [key for key in OmegaConf.missing_keys(config) if key.startswith(name)]
+    missing = sorted(OmegaConf.missing_keys(config[name]))
     if missing:
-        raise InputError(f"{missing[0]} must be given; add {missing[0]}=... to the command")
+        raise InputError(f"{name}.{missing[0]} must be given; add {name}.{missing[0]}=... to the command")
     node = OmegaConf.to_container(config[name], resolve=True)
     assert isinstance(node, dict)
     return {str(key): value for key, value in node.items()}
@@ -59,8 +59,12 @@ def group(config: DictConfig, name: str) -> dict[str, Any]:
 
 def data_settings(config: DictConfig) -> DataSettings:
     settings = build_settings(DataSettings, group(config, "data"), "data")
-    if "{question}" not in settings.prompt:
-        raise InputError(f"data.prompt={settings.prompt!r} has no {{question}} in it; say where the question goes")
+    try:
+        asked = settings.prompt.format(question="?")
+    except (KeyError, IndexError, ValueError):
+        asked = settings.prompt
+    if asked == settings.prompt:
+        raise InputError(f"data.prompt={settings.prompt!r} must hold {{question}}, and no other braces")
     return settings
 
 

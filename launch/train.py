@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -124,8 +125,9 @@ def training_arguments(values: dict[str, Any], folder: Path, seed: int) -> Train
     for key in values:
         if key not in known:
             raise InputError(f"trainer has no key '{key}'{suggest(key, known)}")
+    values = {"dataloader_pin_memory": torch.cuda.is_available(), **values}
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
             seed=seed,
             remove_unused_columns=False,
@@ -134,6 +136,9 @@ def training_arguments(values: dict[str, Any], folder: Path, seed: int) -> Train
         )
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+    # One process drives one GPU: the Trainer's DataParallel would split a batch's rows from their images.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 if __name__ == "__main__":

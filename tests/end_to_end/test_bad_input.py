@@ -1,7 +1,6 @@
 """What a user can get wrong, from the command line: one sentence that names it, exit status 1, nothing lost.
 
-Each script is run as a user runs it once or twice; the other cases run its job in this process, which saves the
-eight seconds of imports.
+`launch` runs a script as a user does; most cases `call` its job in this process, which saves seconds of imports.
 """
 
 from __future__ import annotations
@@ -259,7 +258,7 @@ def test_evaluation_names_the_truncated_jpeg(tmp_path: Path, root: Path, trained
 def test_show_and_predict_name_the_image(tmp_path: Path, root: Path, trained: Path) -> None:
     (root / TRAIN_IMAGE).unlink()
     folder = f"run.dir={tmp_path / 'out'}"
-    ended = launch("show", "data=vqav2", f"data.root={root}", folder, *MODEL)
+    ended = call("show", "data=vqav2", f"data.root={root}", folder, *MODEL)
     assert f"{TRAIN_IMAGE} is missing" in sentence(ended) and "question 3000" in sentence(ended)
     page = tmp_path / "page.jpg"
     page.write_text("<html>404 Not Found</html>")
@@ -417,7 +416,7 @@ def test_a_split_without_answers_can_be_evaluated_in_training_but_not_trained_on
     done(call("train", *data, "data.eval_split=test", f"run.dir={tmp_path / 'run'}"))
     assert metrics(tmp_path / "run")["metrics"]["vqa_accuracy"]["overall"] is None
     ended = call("train", *data, "data.train_split=test", f"run.dir={tmp_path / 'refused'}")
-    assert "data.train_split=test" in sentence(ended) and "no answers" in sentence(ended)
+    assert "data.train_split" in sentence(ended) and "no answers" in sentence(ended)
 
 
 # --- checkpoints and run folders ----------------------------------------------------------------------
@@ -445,7 +444,6 @@ def test_a_wrong_checkpoint_is_named(tmp_path: Path, whole: Path, trained: Path)
             said = sentence(call(script, f"checkpoint={checkpoint}", *rest))
             assert said.startswith(f"error: {checkpoint}") and problem in said
     assert not (tmp_path / "run").exists()
-    assert "runs/nowhere" in sentence(launch("eval", "checkpoint=runs/nowhere", *evaluated))
 
 
 def test_a_folder_that_holds_a_run_is_not_touched(tmp_path: Path, whole: Path, trained: Path) -> None:

@@ -130,6 +130,12 @@ class TrainingSet(Dataset[Encoded]):
             raise InputError(f"data.target={target} is unknown; use one of {', '.join(TARGETS)}")
         if not examples:
             raise InputError("the training split holds no examples; check data.train_split and data.max_train_samples")
+        unanswered = [question.id for example in examples for question in example.questions if question.target is None]
+        if unanswered:
+            raise InputError(
+                f"the training split has no answers to {len(unanswered)} questions (the first is {unanswered[0]}); "
+                "set data.train_split to a split with answers"
+            )
         self.examples, self.processor, self.target, self.seed = examples, processor, target, seed
         self.bad_records = bad_records
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch

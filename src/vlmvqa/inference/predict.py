@@ -98,7 +98,7 @@ class Predictor:
         )
         answers: dict[int | str, Answer] = {}
         shown = zip(_batches(examples, batch_size), loader, strict=True)
-        for group, encoded in tqdm(shown, "answering", len(loader), disable=not progress, leave=False):
+        for group, encoded in tqdm(shown, "answering", len(loader), disable=None if progress else True, leave=False):
             readable = [(example, one) for example, one in zip(group, encoded, strict=True) if one is not None]
             if readable:
                 ids = [question.id for example, _ in readable for question in example.questions]

@@ -1,0 +1,100 @@
+"""Every command of the README, as it stands there; where it names weights or VQAv2, on tiny ones of its classes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from tests.end_to_end.test_train import SMALL, launch
+from vlmvqa.data import shapes
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^python (launch/.*)$", README, re.MULTILINE)
+DEMO = [command for command in COMMANDS if "runs/demo" in command or "show.py" in command]
+REAL = [command for command in COMMANDS if command not in DEMO]
+TINY = (
+    "model.language.name=gemma2 model.language.weights=random model.language.tokenizer=trained "
+    "model.vision.weights=random "
+    "model.language.overrides={vocab_size:400,hidden_size:32,intermediate_size:32,num_hidden_layers:1,"
+    "num_attention_heads:2,num_key_value_heads:1,head_dim:16,pad_token_id:0,eos_token_id:1,bos_token_id:2} "
+    "model.vision.image_size=28 model.vision.overrides={embed_dim:32,depth:1,num_heads:2} "
+    "trainer.max_steps=2 trainer.eval_strategy=no trainer.use_cpu=true"
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's relative paths exist: a trained runs/demo, data/shapes, photo.jpg, VQAv2."""
+    home = tmp_path_factory.mktemp("home")
+    launch("train", f"run.dir={home}/runs/demo", f"data.root={home}/data/shapes", *SMALL, "trainer.max_steps=2")
+    Image.new("RGB", (60, 40), "red").save(home / "photo.jpg")
+    vqav2 = shapes.write(home / "vqav2", train_images=8, val_images=4, questions_per_image=2)
+    (vqav2 / "test2015").mkdir()
+    for picture in (vqav2 / "val2014").iterdir():
+        shutil.copy(picture, vqav2 / "test2015" / picture.name.replace("val2014", "test2015"))
+    names = (f"v2_OpenEnded_mscoco_{subset}_questions.json" for subset in ("val2014", "test-dev2015"))
+    shutil.copy(*(vqav2 / name for name in names))
+    return home
+
+
+def run(command: str, home: Path, *more: str) -> str:
+    script, *arguments = shlex.split(command.replace("/data/vqav2", str(home / "vqav2")))
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *arguments, *more],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_readme_has_the_commands_that_are_tested() -> None:
+    assert len(DEMO) == 3 and len(REAL) == 4
+    makes = set(re.findall(r"^make (\S+)$", README, re.MULTILINE))
+    assert makes == {"demo", "test"}  # `make test` is what runs this; `make demo` is run below
+
+
+@pytest.mark.parametrize("command", DEMO)
+def test_what_follows_the_demo(home: Path, command: str) -> None:
+    small = [argument for argument in SMALL if argument.startswith("data.")] if "predict" not in command else []
+    assert run(command, home, *small)
+
+
+def test_the_python_lines(home: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"-\d", done.stdout)
+
+
+def test_training_for_real(home: Path) -> None:
+    for command in REAL:
+        tiny = TINY.split() if "train.py" in command else []
+        run(command, home, *tiny)
+    submission = json.loads((home / "runs" / "test-dev" / "submission.json").read_text())
+    assert {"question_id", "answer"} == submission[0].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1700)
+def test_make_demo_keeps_its_promise() -> None:
+    """At least 95 % on pictures never seen, at most 55 % with the pictures shuffled."""
+    done = subprocess.run(["make", "demo"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((ROOT / "runs" / "demo" / "metrics.json").read_text())
+    print(done.stdout[-900:])
+    assert metrics["metrics"]["vqa_accuracy"]["overall"] >= 95
+    assert metrics["controls"]["shuffled_images"]["overall"] <= 55
+    assert "report: runs/demo/report.html" in done.stdout
