@@ -516,9 +516,9 @@ def test_a_misspelt_key_or_choice_is_refused_with_the_nearest_right_one(
     assert not (folder / "log.jsonl").exists()  # so the right command may follow in the same folder
 
 
-def test_a_misspelt_key_as_a_user_sees_it(tmp_path: Path) -> None:
-    ended = launch("train", "trainer.learning_rte=1", f"run.dir={tmp_path / 'run'}")
-    assert ended.err == ("error: there is no key 'trainer.learning_rte'; did you mean 'trainer.learning_rate'?\n")
+def test_a_misspelt_key_costs_one_line_and_nothing_else(tmp_path: Path) -> None:
+    ended = call("train", "trainer.learning_rte=1", f"run.dir={tmp_path / 'run'}")
+    assert ended.err == "error: there is no key 'trainer.learning_rte'; did you mean 'trainer.learning_rate'?\n"
     assert ended.out == "" and not (tmp_path / "run").exists()
 
 

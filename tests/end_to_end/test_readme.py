@@ -27,7 +27,7 @@ TINY = (
     "model.language.overrides={vocab_size:400,hidden_size:32,intermediate_size:32,num_hidden_layers:1,"
     "num_attention_heads:2,num_key_value_heads:1,head_dim:16,pad_token_id:0,eos_token_id:1,bos_token_id:2} "
     "model.vision.image_size=28 model.vision.overrides={embed_dim:32,depth:1,num_heads:2} "
-    "trainer.max_steps=2 trainer.eval_strategy=no trainer.use_cpu=true"
+    "trainer.max_steps=2 trainer.dataloader_num_workers=1 trainer.use_cpu=true"
 )
 
 
