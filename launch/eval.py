@@ -32,6 +32,7 @@ def main(config: DictConfig) -> None:
     data = replace(data, prompt=predictor.prompt)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    (folder / "skipped.jsonl").unlink(missing_ok=True)  # of the results that are overwritten
     bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
     examples = from_config.read_examples(data, config.split, data.max_eval_samples, bad_records)
     facts = {"checkpoint": str(config.checkpoint), "split": config.split, "data": data.source, "prompt": data.prompt}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -34,11 +34,10 @@ from vlmvqa.training.trainer import PARTS, VqaTrainer, read_log
 
 def train(config: DictConfig) -> None:
     folder = from_config.run_folder(config)
-    checkpoint = open_run(folder, config.resume, config.run.overwrite)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    refuse_run(folder, config.resume, config.run.overwrite)
     set_seed(config.seed)
     data = from_config.data_settings(config)
-    bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
+    bad_records = BadRecords(data.on_bad_record)
     train_examples = from_config.read_examples(data, data.train_split, data.max_train_samples, bad_records)
     eval_examples = from_config.read_examples(data, data.eval_split, data.max_eval_samples, bad_records)
 
@@ -52,6 +51,8 @@ def train(config: DictConfig) -> None:
     arguments = training_arguments(group(config, "trainer"), folder, config.seed)
 
     def score_now() -> dict[str, float]:
+        if not all(question.answers for example in eval_examples for question in example.questions):
+            return {}  # a test split
         answers = predictor.answer_examples(
             eval_examples,
             batch_size=arguments.per_device_eval_batch_size,
@@ -69,6 +70,10 @@ def train(config: DictConfig) -> None:
         learning_rates=group(config, "learning_rates"),
         score=score_now,
     )
+    # Only now, when all that the command says has been understood, is anything written or replaced.
+    checkpoint = open_run(folder, config.resume)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    bad_records.list_in(folder / "skipped.jsonl")
     print(banner(predictor.model, trainer.parameter_groups()))
     print(f"{count_questions(train_examples):,} questions on {len(train_examples):,} images to train on, ", end="")
     print(f"{count_questions(eval_examples):,} on {len(eval_examples):,} to evaluate on; all results in {folder}")
@@ -100,20 +105,25 @@ def train(config: DictConfig) -> None:
     print(f"report: {folder / 'report.html'}\nmodel:  {folder / 'model'}")
 
 
-def open_run(folder: Path, resume: str | None, overwrite: bool) -> Path | None:
-    """Make the run's folder; the checkpoint to go on from, if any."""
+def refuse_run(folder: Path, resume: str | None, overwrite: bool) -> None:
+    """Stop where the folder holds a run that is neither to go on nor to be replaced."""
     if resume not in (None, "auto"):
         raise InputError(f"resume={resume} is unknown; use resume=auto, or leave it out to start anew")
-    checkpoints = whole_checkpoints(folder)
+    if resume is None and (folder / "log.jsonl").exists() and not overwrite:
+        raise InputError(
+            f"{folder} already holds a run; go on with resume=auto, choose another run.name, "
+            "or replace it with run.overwrite=true"
+        )
+
+
+def open_run(folder: Path, resume: str | None) -> Path | None:
+    """Make the run's folder, empty if the run starts anew; the checkpoint to go on from, if any."""
     if resume is None and (folder / "log.jsonl").exists():
-        if not overwrite:
-            raise InputError(
-                f"{folder} already holds a run; go on with resume=auto, choose another run.name, "
-                "or replace it with run.overwrite=true"
-            )
         shutil.rmtree(folder)
-        checkpoints = []
     folder.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        (folder / "skipped.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
+    checkpoints = whole_checkpoints(folder)
     for unfinished in remove_unfinished(folder):
         print(f"{unfinished} was cut short while it was written and is removed")
     return checkpoints[-1] if resume == "auto" and checkpoints else None
@@ -121,10 +131,16 @@ def open_run(folder: Path, resume: str | None, overwrite: bool) -> Path | None:
 
 def training_arguments(values: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:
     """transformers' TrainingArguments; what a run is (its folder and seed) is set by us."""
+    kinds = get_type_hints(TrainingArguments)
     known = [field.name for field in fields(TrainingArguments)]
-    for key in values:
+    for key, value in values.items():
         if key not in known:
             raise InputError(f"trainer has no key '{key}'{suggest(key, known)}")
+        # TrainingArguments takes any text for a number or a yes, and stumbles over it later or never.
+        wanted = set(get_args(kinds[key]) or [kinds[key]]) - {type(None)}
+        if isinstance(value, str) and wanted <= {int, float, bool}:
+            names = " or ".join(sorted(kind.__name__ for kind in wanted))
+            raise InputError(f"trainer.{key}={value} should be of type {names}")
     values = {"dataloader_pin_memory": torch.cuda.is_available(), **values}
     try:
         arguments = TrainingArguments(

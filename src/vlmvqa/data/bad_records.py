@@ -41,14 +41,24 @@ class BadRecords:
         if self.policy == "error":
             raise InputError(f"{str(error).rstrip('.')}, or set data.on_bad_record=skip to leave it out") from error
         self.seen.append(str(error))
-        if self.listing is not None:
-            self.listing.parent.mkdir(parents=True, exist_ok=True)
-            line = (json.dumps({"record": str(error)}) + "\n").encode()
-            descriptor = os.open(self.listing, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(descriptor, line)
-            finally:
-                os.close(descriptor)
+        self._list(str(error))
+
+    def list_in(self, listing: Path) -> None:
+        """List here from now on, and what was left out so far: for a folder that is made once all input was read."""
+        self.listing = listing
+        for record in self.seen:
+            self._list(record)
+
+    def _list(self, record: str) -> None:
+        if self.listing is None:
+            return
+        self.listing.parent.mkdir(parents=True, exist_ok=True)
+        line = (json.dumps({"record": record}) + "\n").encode()
+        descriptor = os.open(self.listing, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
 
     def listed(self) -> list[str]:
         """The records left out so far, each once, by this process and by all that share the listing."""

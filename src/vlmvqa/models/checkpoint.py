@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
@@ -62,7 +63,10 @@ def load(
         InputError: no such folder or hub id, or the folder is not a whole saved model.
     """
     folder = _folder(path_or_hub_id)
-    config = json.loads((folder / CONFIG).read_text())
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise InputError(f"{folder / CONFIG} is not readable JSON ({error}); save or copy the model again") from error
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG}: not a config of vlmvqa, format {FORMAT}; name the model/ folder of a run")
     settings = build_settings(ModelSettings, config["model"], f"{folder / CONFIG}: model")
@@ -76,7 +80,7 @@ def load(
     model = assemble(vision, LanguageModel(causal_lm, settings.language.attention), settings)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(
             f"{folder / WEIGHTS} does not hold this model's weights ({str(error).splitlines()[0]})"
         ) from error
@@ -97,11 +101,11 @@ def _folder(path_or_hub_id: str | Path) -> Path:
     if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
         raise InputError(f"{path_or_hub_id}: no such folder; name a run's folder, its model/ folder, or a hub id")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path_or_hub_id)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{path_or_hub_id} is neither a folder here nor readable from the hub; check the path or the id, "
             "the network, and HF_TOKEN for gated weights"

@@ -5,6 +5,8 @@ Legend: I images, N tokens an image, H height and width, Dv width.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import build_sincos2d_pos_embed
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vlmvqa.errors import InputError, suggest
@@ -92,7 +95,11 @@ def _create(settings: VisionSettings) -> Any:
     try:
         encoder = timm.create_model(name, **arguments)
     except TypeError as error:
-        raise InputError(f"model.vision: timm's {architecture} does not take these settings: {error}") from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        near = suggest(unknown[1], inspect.signature(VisionTransformer).parameters) if unknown else ""
+        raise InputError(
+            f"model.vision.overrides: timm's {architecture} does not take these settings: {error}{near}"
+        ) from error
     if not hasattr(encoder, "has_class_token") or not hasattr(encoder, "blocks"):
         raise InputError(f"model.vision.name={settings.name} is not a vision transformer; choose a timm vit_* model")
     if settings.weights == "random":

@@ -133,8 +133,9 @@ class VqaTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(self.folder).free  # before the unfinished checkpoint's part is given back
             remove_unfinished(self.folder)
-            if "No space left on device" not in str(error) and shutil.disk_usage(self.folder).free > 2**20:
+            if "No space left on device" not in str(error) and free > 2**20:
                 raise  # torch.save says only that its writer failed
             kept = whole_checkpoints(self.folder)
             raise InputError(
