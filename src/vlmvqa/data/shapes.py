@@ -36,7 +36,7 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 
-VERSION = 4  # of what the generator draws and asks; a data set made by another version is not reused
+VERSION = 5  # of what the generator draws and asks; a data set made by another version is not reused
 SMALLEST_IMAGE = 32
 
 COLORS = {
@@ -60,18 +60,18 @@ OFF_CENTER = 0.08  # a shape nearer to a centre line than this is never asked fo
 SUPERSAMPLING = 4  # edges are drawn this much larger, then averaged
 
 # Chances of 1 to 4 shapes; in crowded scenes 3 or 4 of one kind, for by chance they are too rare to count.
-FEW = (0.4, 0.3, 0.25, 0.05)
+FEW = (0.45, 0.3, 0.2, 0.05)
 CROWDED = 0.3
 
 # kind of question: (share, VQAv2's question_type: the opening words, VQAv2's answer_type)
 KINDS = {
     "count": (0.15, "how many", "number"),
-    "exists": (0.13, "is there a", "yes/no"),
-    "more": (0.07, "are there", "yes/no"),
-    "relation": (0.08, "is the", "yes/no"),
+    "exists": (0.16, "is there a", "yes/no"),
+    "more": (0.08, "are there", "yes/no"),
+    "relation": (0.03, "is the", "yes/no"),
     "color": (0.20, "what color is the", "other"),
     "form": (0.14, "what", "other"),
-    "size": (0.09, "what", "other"),
+    "size": (0.10, "what", "other"),
     "where": (0.14, "where is the", "other"),
 }
 

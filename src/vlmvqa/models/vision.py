@@ -14,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import build_sincos2d_pos_embed
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
@@ -108,12 +107,9 @@ def _create(settings: VisionSettings) -> Any:
 
 
 def _draw_positions(encoder: Any) -> None:
-    """Start from 2-D sine-cosine positions, as MAE does.
+    """Draw the position embedding as large as the patches it is added to.
 
-    timm draws them with a standard deviation of 0.02, fifty times smaller than a patch: trained from scratch, the
-    encoder is long blind to where a patch is.
+    timm draws it with a standard deviation of 0.02, fifty times smaller: trained from scratch, the encoder then
+    sees for a long time what is there, but not where.
     """
-    height, width = encoder.patch_embed.grid_size
-    positions = build_sincos2d_pos_embed([height, width], encoder.embed_dim, temperature=100.0)
-    with torch.no_grad():
-        encoder.pos_embed[0, -height * width :] = 0.5 * positions.to(encoder.pos_embed)
+    nn.init.normal_(encoder.pos_embed)
