@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -72,6 +73,18 @@ def collect(arguments: Sequence[str], repeatable: Sequence[str]) -> list[str]:
     return kept
 
 
+def _quoted_if_needed(argument: str) -> str:
+    """An override whose value is not in Hydra's grammar (split=val[:10%]) is taken as the text that it is."""
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-"):
+        return argument
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return f"{key}={_quote(value)}"
+    return argument
+
+
 def _quote(value: str) -> str:
     """A string in Hydra's grammar, where backslashes count only before a quote."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
@@ -83,6 +96,7 @@ def check_overrides(arguments: Sequence[str], config_name: str) -> list[str]:
     Raises:
         InputError: an override names a key or a group's choice that does not exist; the nearest is suggested.
     """
+    arguments = [_quoted_if_needed(argument) for argument in arguments]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:

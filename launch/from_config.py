@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from vlmvqa.data.bad_records import BadRecords
@@ -59,12 +60,9 @@ def group(config: DictConfig, name: str) -> dict[str, Any]:
 
 def data_settings(config: DictConfig) -> DataSettings:
     settings = build_settings(DataSettings, group(config, "data"), "data")
-    try:
-        asked = settings.prompt.format(question="?")
-    except (KeyError, IndexError, ValueError):
-        asked = settings.prompt
-    if asked == settings.prompt:
-        raise InputError(f"data.prompt={settings.prompt!r} must hold {{question}}, and no other braces")
+    rest = settings.prompt.split("{question}")
+    if len(rest) != 2 or set("{}") & set("".join(rest)):
+        raise InputError(f"data.prompt={settings.prompt!r} must hold {{question}} once, and no other braces")
     return settings
 
 
@@ -120,3 +118,11 @@ def training_answers(settings: DataSettings) -> list[Example] | str:
         return read_examples(settings, settings.train_split, settings.max_train_samples, BadRecords("skip"))
     except InputError as error:
         return f"the training split cannot be read ({error})"
+
+
+def decoding(config: DictConfig, trained: Decoding) -> Decoding:
+    """The decoding a model was trained and scored with, but for what the command line says."""
+    given = [override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task]
+    keys = [key.removeprefix("decoding.") for key in given if key.startswith("decoding.")]
+    values = group(config, "decoding")
+    return replace(trained, **{key: values[key] for key in keys})

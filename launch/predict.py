@@ -15,11 +15,8 @@ from PIL import Image
 
 import from_config
 from command_line import run
-from from_config import group
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import load
-from vlmvqa.models.generation import Decoding
-from vlmvqa.settings import build_settings
 
 
 def main(config: DictConfig) -> None:
@@ -28,7 +25,7 @@ def main(config: DictConfig) -> None:
     if not images or not questions:
         raise InputError("nothing to ask: give image=... (a file or folder) and question=... or questions=... (a file)")
     predictor = load(config.checkpoint)
-    predictor.decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
+    predictor.decoding = from_config.decoding(config, predictor.decoding)
     folder = from_config.run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "predictions.jsonl.partial"  # a bad image must not cost the answers of before

@@ -72,6 +72,8 @@ def train(config: DictConfig) -> None:
     )
     # Only now, when all that the command says has been understood, is anything written or replaced.
     checkpoint = open_run(folder, config.resume)
+    if checkpoint is not None:
+        refuse_changes(folder, config)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     bad_records.list_in(folder / "skipped.jsonl")
     print(banner(predictor.model, trainer.parameter_groups()))
@@ -127,6 +129,26 @@ def open_run(folder: Path, resume: str | None) -> Path | None:
     for unfinished in remove_unfinished(folder):
         print(f"{unfinished} was cut short while it was written and is removed")
     return checkpoints[-1] if resume == "auto" and checkpoints else None
+
+
+def refuse_changes(folder: Path, config: DictConfig) -> None:
+    """Stop a resumed run whose model, data, seed or trained parts are not those of its checkpoint."""
+    before, now = OmegaConf.load(folder / "config.yaml"), OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    free = ("data.eval_split", "data.max_eval_samples", "data.on_bad_record", "model.language.attention")
+    for node in ("model", "data", "seed", "trainable"):
+        values = [_flat(OmegaConf.to_container(c).get(node), node) for c in (before, now)]
+        for key in sorted(values[0] | values[1]):
+            if values[0].get(key) != values[1].get(key) and key not in free:
+                raise InputError(
+                    f"{folder} was trained with {key}={values[0].get(key)}, now it is {values[1].get(key)}: "
+                    "give it as it was, or start another run.name"
+                )
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for part, inner in value.items() for key, leaf in _flat(inner, f"{name}.{part}").items()}
 
 
 def training_arguments(values: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:

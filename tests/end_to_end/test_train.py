@@ -178,7 +178,7 @@ def test_load_answers_and_saves(tmp_path: Path, trained: tuple[Path, str]) -> No
     model.save(tmp_path / "copy")
     copied = vlmvqa.load(tmp_path / "copy")
     assert copied.answer(picture, "What color is it?") == one
-    assert copied.settings == model.settings
+    assert copied.settings == model.settings and copied.decoding == model.decoding
     weights: dict[str, Any] = model.model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in copied.model.state_dict().items())
 

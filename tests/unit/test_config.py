@@ -80,6 +80,12 @@ def test_any_training_argument_may_be_given() -> None:
     assert check_overrides(["model.vision.overrides.reg_tokens=4"], "train")[0].startswith("++model")
 
 
+def test_slices_need_no_quotes() -> None:
+    given = check_overrides(["data.train_split=train[:10%]", "data.root=/a b/c"], "train")
+    config = compose("train", *given)
+    assert config.data.train_split == "train[:10%]" and config.data.root == "/a b/c"
+
+
 def test_repeated_questions_become_a_list() -> None:
     given = ["question=What's it, a 'cat'?", "checkpoint=x", "question=how many\\few?"]
     kept = collect(given, ["question", "image"])

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from vlmvqa.errors import InputError
+from vlmvqa.models.generation import Decoding, generate
 from vlmvqa.models.language import LanguageSettings, build_language_model, language_config
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
@@ -86,6 +87,10 @@ def test_a_language_model_from_a_local_folder(tmp_path: Path) -> None:
     for name, weight in loaded.decoder.state_dict().items():
         assert torch.equal(weight, trained.get_decoder().state_dict()[name]), name
     assert loaded.head is None  # tied: used through the embedding
+    with pytest.raises(InputError, match="would change the shape"):
+        build_language_model(LanguageSettings(str(tmp_path), overrides={"num_hidden_layers": 1}))
+    with pytest.raises(InputError, match="no 'num_hiden_layers'"):
+        build_language_model(LanguageSettings(str(tmp_path), "random", {"num_hiden_layers": 1}))
 
 
 def test_an_untied_head_is_kept(tmp_path: Path) -> None:
@@ -123,7 +128,7 @@ def test_freezing_whole_parts_and_last_blocks() -> None:
     set_trainable(vlm.vision, 1, "vision")
     blocks = {name.split(".")[3] for name in trained_names(vlm) if name.startswith("vision.encoder.blocks")}
     assert blocks == {"1"} and "vision.encoder.norm.weight" in trained_names(vlm)
-    for wrong in (9, 0, "some"):
+    for wrong in (9, 0, "some", True):
         with pytest.raises(InputError, match=r"trainable\.vision="):
             set_trainable(vlm.vision, wrong, "vision")
 
@@ -155,9 +160,10 @@ def test_recomputed_activations_change_nothing() -> None:
 def test_bfloat16_weights_compute_and_stay_bfloat16() -> None:
     vlm = build(replace(tiny.settings(initializer_range=0.02), dtype="bfloat16"))
     assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}
-    batch = tiny.batch(vlm, [tiny.documents([2])], tiny.images(1).bfloat16())
+    batch = tiny.batch(vlm, [tiny.documents([2])], tiny.images(1))
     loss = vlm(**batch)["loss"]
     assert loss.dtype == torch.float32
+    assert len(generate(vlm, batch, {tiny.EOS}, Decoding(3))) == 2
     expected = vlm.float()(**tiny.batch(vlm, [tiny.documents([2])], tiny.images(1)))["loss"]
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
     with pytest.raises(InputError, match="dtype=float16 is unknown"):

@@ -61,7 +61,7 @@ class Predictor:
         if not texts or not all(text.strip() for text in texts):
             raise InputError("a question is empty; ask something")
         questions = tuple(
-            Question(number, text, self.prompt.format(question=text)) for number, text in enumerate(texts)
+            Question(number, text, self.prompt.replace("{question}", text)) for number, text in enumerate(texts)
         )
         example = Example(Path(image) if isinstance(image, str) else image, "given", questions)
         answers = self.answer_examples([example])
@@ -112,6 +112,7 @@ class Predictor:
             "images": dataclasses.asdict(self.processor.images),
             "prompt": self.prompt,
             "max_text_tokens": self.processor.max_text_tokens,
+            "decoding": dataclasses.asdict(self.decoding),
         }
         checkpoint.save(Path(folder), self.model, self.settings, self.processor.tokenizer, extra)
 
@@ -136,7 +137,8 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     model, settings, tokenizer, config = checkpoint.load(path_or_hub_id, device)
     images = build_settings(ImageSettings, config["images"], "config.json: images")
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, config["max_text_tokens"])
-    return Predictor(model, processor, config["prompt"], settings)
+    decoding = build_settings(Decoding, config["decoding"], "config.json: decoding")
+    return Predictor(model, processor, config["prompt"], settings, decoding)
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

@@ -153,21 +153,24 @@ class LanguageModel(nn.Module):
 
 def language_config(settings: LanguageSettings) -> PreTrainedConfig:
     """The decoder's config: from the hub or a folder, or an architecture's defaults with overrides."""
-    if settings.name in CONFIG_MAPPING_NAMES:
-        config_class = type(AutoConfig.for_model(settings.name))
-        known = config_class().to_dict()
-        for key in settings.overrides:
-            if key not in known:
-                raise InputError(f"model.language.overrides has no '{key}' for {settings.name}{suggest(key, known)}")
-        return config_class(**settings.overrides)
     try:
-        return AutoConfig.from_pretrained(settings.name, **settings.overrides)
+        if settings.name in CONFIG_MAPPING_NAMES:
+            config = AutoConfig.for_model(settings.name)
+        else:
+            config = AutoConfig.from_pretrained(settings.name)
     except OSError as error:
         raise InputError(
             f"model.language.name={settings.name} cannot be read from the hub or disk; check the name, the network, "
             f"and for gated weights accept the licence and set HF_TOKEN or run `huggingface-cli login` "
             f"({str(error).splitlines()[0]})"
         ) from error
+    known = config.to_dict()
+    for key in settings.overrides:
+        if key not in known:
+            raise InputError(f"model.language.overrides has no '{key}' for {settings.name}{suggest(key, known)}")
+    if settings.name in CONFIG_MAPPING_NAMES:
+        return type(config)(**settings.overrides)
+    return AutoConfig.from_pretrained(settings.name, **settings.overrides)
 
 
 def build_language_model(settings: LanguageSettings, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -176,6 +179,11 @@ def build_language_model(settings: LanguageSettings, dtype: torch.dtype = torch.
     Raises:
         InputError: unknown name, unreachable or gated weights, an architecture without weights.
     """
+    if settings.weights == "hub" and settings.overrides:
+        raise InputError(
+            f"model.language.overrides would change the shape of {settings.name}'s trained weights; "
+            "leave them out, or set model.language.weights=random"
+        )
     config = language_config(settings)
     if settings.weights == "random":
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,11 @@ class VLM(nn.Module):
 
     def image_tokens(self, batch: Batch) -> Tensor:
         """`pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` -> `float[I * N, D]`."""
-        features = batch["image_features"] if "image_features" in batch else self.vision(batch["pixel_values"])
-        return self.projector(features).flatten(0, 1)
+        dtype = next(self.projector.parameters()).dtype
+        features = (
+            batch["image_features"] if "image_features" in batch else self.vision(batch["pixel_values"].to(dtype))
+        )
+        return self.projector(features.to(dtype)).flatten(0, 1)
 
     def embed(self, batch: Batch) -> Tensor:
         """Text and image tokens in place: `float[B, T, D]`. One gather, one where, whatever the data."""
@@ -104,6 +108,12 @@ class VLM(nn.Module):
         self.vision.checkpoint_activations()
         self.language.checkpoint_activations()
 
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """What transformers' Trainer calls under `activation_checkpointing=true`."""
+        if activation_checkpointing_kwargs or options.get("every_n_layers", 1) != 1 or options.get("offload"):
+            raise InputError("trainer.activation_checkpointing_kwargs is not supported; leave it out")
+        self.checkpoint_activations()
+
 
 def build(settings: ModelSettings) -> VLM:
     """A `VLM` from settings, weights included."""
@@ -121,7 +131,7 @@ def assemble(vision: VisionEncoder, language: LanguageModel, settings: ModelSett
 
 def set_trainable(part: VisionEncoder | LanguageModel | Projector, choice: str | int, name: str) -> None:
     """Let a part train: "all", "none", or an int n for its last n blocks (the encoder's final norm with them)."""
-    if choice not in ("all", "none") and not isinstance(choice, int):
+    if isinstance(choice, bool) or (choice not in ("all", "none") and not isinstance(choice, int)):
         raise InputError(f"trainable.{name}={choice} is unknown; use all, none, or the number of last blocks")
     part.requires_grad_(choice == "all")
     if isinstance(choice, int):

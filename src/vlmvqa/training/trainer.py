@@ -53,7 +53,7 @@ class VqaTrainer(Trainer):
         self.vlm, self.folder = model, Path(str(args.output_dir))
         self.learning_rates = dict(learning_rates or {})
         self.score = score
-        self.questions_seen, self.counting_since = 0, time.perf_counter()
+        self.questions_seen, self.counting_since = 0, 0.0
         super().__init__(
             model=model,
             args=args,
@@ -91,6 +91,7 @@ class VqaTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        self.counting_since = self.counting_since or time.perf_counter()
         self.questions_seen += int(((inputs["role"] == PROMPT) & (inputs["labels"] != IGNORE)).sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
