@@ -21,13 +21,29 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^python (launch/.*)$", README, re.MULTILINE)
 DEMO = [command for command in COMMANDS if "runs/demo" in command or "show.py" in command]
 REAL = [command for command in COMMANDS if command not in DEMO]
+LANGUAGE = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
 TINY = (
-    "model.language.name=gemma2 model.language.weights=random model.language.tokenizer=trained "
-    "model.vision.weights=random "
-    "model.language.overrides={vocab_size:400,hidden_size:32,intermediate_size:32,num_hidden_layers:1,"
-    "num_attention_heads:2,num_key_value_heads:1,head_dim:16,pad_token_id:0,eos_token_id:1,bos_token_id:2} "
-    "model.vision.image_size=28 model.vision.overrides={embed_dim:32,depth:1,num_heads:2} "
-    "trainer.max_steps=2 trainer.dataloader_num_workers=1 trainer.use_cpu=true"
+    "model.language.name=gemma2",
+    "model.language.weights=random",
+    "model.language.tokenizer=trained",
+    *(f"model.language.overrides.{key}={value}" for key, value in LANGUAGE.items()),
+    "model.vision.weights=random",
+    "model.vision.image_size=28",
+    *(f"model.vision.overrides.{key}" for key in ("embed_dim=32", "depth=1", "num_heads=2")),
+    "trainer.max_steps=2",
+    "trainer.dataloader_num_workers=1",
+    "trainer.use_cpu=true",
 )
 
 
@@ -81,8 +97,7 @@ def test_the_python_lines(home: Path) -> None:
 
 def test_training_for_real(home: Path) -> None:
     for command in REAL:
-        tiny = TINY.split() if "train.py" in command else []
-        run(command, home, *tiny)
+        run(command, home, *(TINY if "train.py" in command else ()))
     submission = json.loads((home / "runs" / "test-dev" / "submission.json").read_text())
     assert {"question_id", "answer"} == submission[0].keys()
 
