@@ -1,0 +1,1 @@
+"""Answers, scores with their controls, and the pages that show them."""

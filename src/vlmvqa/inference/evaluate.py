@@ -95,7 +95,7 @@ def write_results(
     """Leave `metrics.json`, `predictions.jsonl`, `submission.json` (the official results file) and `report.html`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    with (folder / "predictions.jsonl").open("w") as file:
+    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
     write_submission(folder / "submission.json", {record["question_id"]: record["answer"] for record in predictions})
     shown = {record["image_id"] for group in choose_gallery(predictions) for record in group}

@@ -1,0 +1,1 @@
+"""transformers' Trainer, thinly subclassed, and what a run leaves while it trains."""

@@ -171,7 +171,10 @@ class LogFile(TrainerCallback):
 
 
 class EpochOfTargets(TrainerCallback):
-    """Tells the training set which epoch it is, for targets drawn anew each epoch."""
+    """Tells the training set which epoch it is, for targets drawn anew each epoch.
+
+    accelerate forwards the epoch to the data set in one process only, to the sampler in several.
+    """
 
     def __init__(self, training_set: TrainingSet) -> None:
         self.training_set = training_set
