@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import torch
+import torch.distributed
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -17,11 +20,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from vlmvqa import ranks
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.training.parallel import launcher_choice
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
 OPEN = ("overrides", "options")
+# What PyTorch says on a rank whose peers are gone.
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+# What a launcher implies for `dist`, and its name: read once, before its arguments are taken out.
+LAUNCHER = launcher_choice(os.environ, sys.argv[1:])
 
 
 def run(main: Callable[[DictConfig], None], config_name: str, repeatable: Sequence[str] = ()) -> None:
@@ -30,10 +39,12 @@ def run(main: Callable[[DictConfig], None], config_name: str, repeatable: Sequen
     Args:
         repeatable: keys that may be given several times; their values are taken as they are, quotes and all.
     """
+    # `deepspeed` puts --local_rank=0 before the overrides, where Hydra would take it for one.
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank", "--local-rank"))]
     try:
-        sys.argv[1:] = check_overrides(collect(sys.argv[1:], repeatable), config_name)
+        sys.argv[1:] = check_overrides(collect(arguments, repeatable), config_name)
     except InputError as error:
-        sys.exit(f"error: {error}")
+        _stop(f"error: {error}")
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def job(config: DictConfig) -> None:
@@ -48,18 +59,41 @@ def run(main: Callable[[DictConfig], None], config_name: str, repeatable: Sequen
         except KeyboardInterrupt:
             _stop("stopped by the keyboard")
         except Exception as error:
-            if "No space left on device" not in str(error):  # however the library that wrote wraps it
+            sentence = _known(error)
+            if sentence is None and ranks.claim_failure(type(error).__name__) is None:
                 raise
-            _stop(f"error: the disk is full ({error}); free space, and go on with resume=auto where a run trained")
+            _stop(f"error: {sentence}")
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
     job()
 
 
+def _known(error: Exception) -> str | None:
+    """A sentence for what is no mistake of ours, however the library that met it wraps it."""
+    said = str(error)
+    if "No space left on device" in said:
+        return f"the disk is full ({error}); free space, and go on with resume=auto where a run trained"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory is full; launch/plan.py with the same arguments says what fits"
+    if ranks.together() and any(mark in said for mark in PEER_GONE):
+        return f"another rank was killed or cannot be reached ({said.splitlines()[0]}); go on with resume=auto"
+    return None
+
+
 def _stop(sentence: str) -> NoReturn:
-    """End with a sentence on a line of its own: an open progress bar would share it, and show itself again below."""
+    """End with a sentence on a line of its own: an open progress bar would share it, and show itself again below.
+
+    Of several ranks the first to fail says so. Before they have met, all fail alike, and rank 0 speaks for them.
+    """
     for bar in list(tqdm._instances):
         bar.close()
-    sys.exit(sentence)
+    if not ranks.is_first() and not torch.distributed.is_initialized() and "rank" not in sentence:
+        sys.exit(1)
+    if ranks.claim_failure(sentence) is not None:
+        sys.exit(1)
+    sys.exit(sentence if ranks.is_first() else f"rank {ranks.rank()}: {sentence}")
 
 
 def collect(arguments: Sequence[str], repeatable: Sequence[str]) -> list[str]:
@@ -93,10 +127,14 @@ def _quote(value: str) -> str:
 def check_overrides(arguments: Sequence[str], config_name: str) -> list[str]:
     """The arguments as Hydra takes them: any of TrainingArguments may be given as trainer.x without a `+`.
 
+    A group may be given with and without it: dist=fsdp is +dist=fsdp.
+
     Raises:
         InputError: an override names a key or a group's choice that does not exist; the nearest is suggested.
     """
     arguments = [_quoted_if_needed(argument) for argument in arguments]
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    arguments = [arg.lstrip("+") if arg.lstrip("+").partition("=")[0] in groups else arg for arg in arguments]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
+from transformers import TrainingArguments
 
+from command_line import CONF, LAUNCHER
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Processor
 from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
-from vlmvqa.errors import InputError
+from vlmvqa.errors import InputError, suggest
 from vlmvqa.inference.predict import Predictor
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings, build
 from vlmvqa.settings import build_settings
+from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_config
+from vlmvqa.training.preflight import Asked, optimizer_for
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,87 @@ def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequ
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
     decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
     return Predictor(model, processor, data.prompt, settings, decoding)
+
+
+def dist_settings(config: DictConfig) -> DistSettings:
+    """The strategy: what `dist=...` says, or what the launcher implies; the config then holds it.
+
+    Raises:
+        InputError: they contradict each other.
+    """
+    if LAUNCHER is not None:
+        choice, launcher = LAUNCHER
+        if config.get("dist") is None:
+            path = CONF / "dist" / f"{choice}.yaml"
+            if not path.exists():
+                raise InputError(f"{launcher} asks for {choice}, which is not in conf/dist; add dist=zero2")
+            with open_dict(config):
+                config.dist = OmegaConf.load(path)
+        named = group(config, "dist")["strategy"]
+        if launcher != "the deepspeed launcher" and named != choice.removesuffix("_offload"):
+            raise InputError(f"{launcher} asks for {choice}, the command for {named}; change one of them")
+    if config.get("dist") is None:
+        return DistSettings()
+    return build_settings(DistSettings, group(config, "dist"), "dist")
+
+
+def asked(config: DictConfig, dist: DistSettings) -> Asked:
+    """What the command asks for, as `preflight.refuse` wants to know it."""
+    gpu = torch.cuda.is_available() and not config.trainer.get("use_cpu")
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    ours = "bf16" if config.trainer.get("bf16") else "fp16" if config.trainer.get("fp16") else "no"
+    if mixed not in ("no", ours):
+        raise InputError(f"accelerate's config file asks for {mixed}, the run for {ours}; add trainer.{mixed}=true")
+    model = group(config, "model")
+    model["language"].pop("tokenizer")
+    return Asked(
+        dist,
+        group(config, "trainer"),
+        build_settings(ModelSettings, model, "model"),
+        config.data.questions_per_row,
+        gpu,
+        torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True,
+    )
+
+
+def training_arguments(config: DictConfig, dist: DistSettings) -> TrainingArguments:
+    """transformers' TrainingArguments; what a run is (its folder, seed and strategy) is set by us."""
+    values = group(config, "trainer")
+    kinds = get_type_hints(TrainingArguments)
+    known = [field.name for field in fields(TrainingArguments)]
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(f"trainer has no key '{key}'{suggest(key, known)}")
+        # TrainingArguments takes any text for a number or a yes, and stumbles over it later or never.
+        wanted = set(get_args(kinds[key]) or [kinds[key]]) - {type(None)}
+        if isinstance(value, str) and wanted <= {int, float, bool}:
+            names = " or ".join(sorted(kind.__name__ for kind in wanted))
+            raise InputError(f"trainer.{key}={value} should be of type {names}")
+    values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
+    defaults = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),  # where there is no GPU, ranks over gloo
+        "ddp_find_unused_parameters": False,
+        "metric_for_best_model": "vqa_accuracy",
+        "greater_is_better": True,
+    }
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(run_folder(config)),
+            seed=config.seed,
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,  # a NaN is an error here, not smoothed away
+            deepspeed=deepspeed_config(dist) if dist.is_zero else None,
+            ddp_timeout=int(60 * dist.timeout_minutes),
+            **{**defaults, **values},
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+    if dist.is_zero:
+        correct_deepspeed()
+    # One process drives one GPU: the Trainer's DataParallel would split a batch's rows from their images.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def run_folder(config: DictConfig) -> Path:

@@ -34,7 +34,7 @@ from vlmvqa.training.checkpoints import whole_checkpoints
 from vlmvqa.training.trainer import read_log
 
 JOBS: dict[str, Callable[[], None]] = {
-    "train": lambda: command_line.run(train_script.train, "train"),
+    "train": lambda: command_line.run(train_script.main, "train"),
     "eval": lambda: command_line.run(eval_script.main, "eval"),
     "predict": lambda: command_line.run(predict_script.main, "predict", repeatable=("image", "question")),
     "show": lambda: command_line.run(show_script.main, "show"),
@@ -480,6 +480,7 @@ def test_a_run_outlives_a_mistake_in_the_command_that_was_to_replace_it(
 # --- the command line ---------------------------------------------------------------------------------
 
 
+PROMPT_RULE = "must hold {question} once, and no other braces"
 # what is given: what the sentence must say
 MISSPELT: dict[str, tuple[str, ...]] = {
     "trainer.learning_rte=1": ("no key 'trainer.learning_rte'; did you mean 'trainer.learning_rate'?",),
@@ -503,6 +504,8 @@ MISSPELT: dict[str, tuple[str, ...]] = {
     "data.train_split=trian": ("'trian'", "did you mean 'train'?"),
     "trainable.vision=most": ("trainable.vision=most is unknown",),
     "resume=yes": ("resume=", "is unknown; use resume=auto"),
+    "data.prompt={question} in {language}": ("data.prompt='{question} in {language}'", PROMPT_RULE),
+    "data.prompt={question} {question}": ("data.prompt='{question} {question}'", PROMPT_RULE),
 }
 
 
@@ -520,6 +523,15 @@ def test_a_misspelt_key_costs_one_line_and_nothing_else(tmp_path: Path) -> None:
     ended = call("train", "trainer.learning_rte=1", f"run.dir={tmp_path / 'run'}")
     assert ended.err == "error: there is no key 'trainer.learning_rte'; did you mean 'trainer.learning_rate'?\n"
     assert ended.out == "" and not (tmp_path / "run").exists()
+
+
+def test_how_activations_are_recomputed_is_not_to_be_set(tmp_path: Path, whole: Path) -> None:
+    asked = ("trainer.activation_checkpointing=true", "trainer.activation_checkpointing_kwargs={use_reentrant: true}")
+    ended = call("train", "data=vqav2", f"data.root={whole}", f"run.dir={tmp_path / 'run'}", *SMALL, *asked)
+    assert sentence(ended) == (
+        "error: trainer.activation_checkpointing_kwargs cannot be set: leave it out, they are recomputed one way"
+    )
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 # --- during training ----------------------------------------------------------------------------------

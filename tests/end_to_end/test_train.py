@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,8 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, trained: tuple[Path
                 break
     assert process.returncode == -signal.SIGKILL
     # What the kill may leave: a checkpoint that was being written.
-    half = folder / "checkpoint-9"
+    half = folder / "checkpoint-9.partial"
     half.mkdir(exist_ok=True)
-    (half / "trainer_state.json").unlink(missing_ok=True)
     (half / "model.safetensors").write_bytes(b"half")
     launch("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=12", "resume=auto")
     expected, _ = trained
@@ -116,12 +116,16 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, trained: tuple[Path
     assert (folder / "predictions.jsonl").read_text() == (expected / "predictions.jsonl").read_text()
 
 
+# A longer run has other learning rates, unless they are constant: it goes on only when told to.
+FORCED = ("resume=auto", "resume_force=true")
+
+
 def test_sampled_targets_go_on_after_a_resume(tmp_path: Path, data: str) -> None:
     """Targets drawn anew each epoch are the same whether an epoch was begun before or after the resume."""
     small = (*SMALL, data, "data.target=sampled", "trainer.lr_scheduler_type=constant", "trainer.eval_strategy=no")
     launch("train", f"run.dir={tmp_path / 'whole'}", *small, "trainer.max_steps=8")
     launch("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=6")
-    launch("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=8", "resume=auto")
+    launch("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=8", *FORCED)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
@@ -191,13 +195,56 @@ def test_load_answers_and_saves(tmp_path: Path, trained: tuple[Path, str]) -> No
         ("model.mode=image_prefix", "model.projector.kind=mlp", "model.projector.dropout=0.1"),
         ("trainable.vision=1", "trainable.language=none", "learning_rates.vision=1e-5"),
         ("trainer.activation_checkpointing=true", "trainer.bf16=true", "trainer.gradient_accumulation_steps=2"),
-        ("data.resize=center_crop", "data.target=sampled", "trainer.adam_beta2=0.95", "decoding.beams=2"),
     ],
     ids=lambda changed: changed[0],
 )
 def test_what_can_be_turned(tmp_path: Path, data: str, changed: tuple[str, ...]) -> None:
     launch("train", f"run.dir={tmp_path / 'run'}", data, *SMALL, "trainer.max_steps=2", *changed)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["vqa_accuracy"]["overall"] is not None
+
+
+ASKED = {"prompt": "Q: {question} A:", "resize": "center_crop", "max_text_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def unusual(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
+    """A run of 2 steps whose prompt, image settings and decoding are not the default ones."""
+    folder = tmp_path_factory.mktemp("runs") / "unusual"
+    asked = [f"data.{key}={value}" for key, value in ASKED.items()]
+    more = ("data.target=sampled", "trainer.adam_beta2=0.95", "decoding.beams=2", "decoding.max_new_tokens=6")
+    launch("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=2", *asked, *more)
+    return folder
+
+
+def test_eval_changes_only_the_decoding_it_is_given_and_records_the_models_own(
+    tmp_path: Path, unusual: Path, data: str
+) -> None:
+    shapes = [argument for argument in SMALL if argument.startswith("data.")]
+    asked = ("split=val[:3]", "decoding.max_new_tokens=4", f"run.dir={tmp_path}/e")
+    launch("eval", f"checkpoint={unusual}", "data=shapes", data, *shapes, *asked)
+    trained = vlmvqa.load(unusual).decoding
+    assert (trained.beams, trained.max_new_tokens) == (2, 6)
+    config = yaml.safe_load((tmp_path / "e" / "config.yaml").read_text())
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert config["decoding"] == metrics["decoding"] == asdict(replace(trained, max_new_tokens=4))
+    assert {key: config["data"][key] for key in ASKED} == ASKED and metrics["prompt"] == ASKED["prompt"]
+
+
+def test_predict_changes_only_the_decoding_it_is_given(tmp_path: Path, unusual: Path) -> None:
+    picture, question = tmp_path / "red.png", "What color is it?"
+    Image.new("RGB", (50, 40), "red").save(picture)
+    asked = (f"image={picture}", f"question={question}", "decoding.beams=1", "decoding.temperature=1")
+    launch("predict", f"checkpoint={unusual}", *asked, f"run.dir={tmp_path}/p")
+    written = json.loads((tmp_path / "p" / "predictions.jsonl").read_text())["log_probability"]
+    model = vlmvqa.load(unusual)
+
+    def log_probability(**changed: int) -> float:
+        return replace(model, decoding=replace(model.decoding, **changed)).answer(picture, question).log_probability
+
+    assert written == pytest.approx(log_probability(beams=1, temperature=1), abs=1e-4)
+    # The comparison has teeth: without what was given, or without what the model keeps, it is another number.
+    for other in ({}, {"beams": 1, "temperature": 1, "max_new_tokens": 20}):
+        assert written != pytest.approx(log_probability(**other), abs=1e-2)
 
 
 def test_the_model_compiles(tmp_path: Path, data: str) -> None:

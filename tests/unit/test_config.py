@@ -7,16 +7,17 @@ from pathlib import Path
 import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf
-from train import training_arguments
 
+import from_config
 from command_line import CONF, check_overrides, collect
-from from_config import DataSettings, group
+from from_config import DataSettings, dist_settings, group, training_arguments
 from vlmvqa.errors import InputError
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.settings import build_settings
+from vlmvqa.training.parallel import DistSettings, deepspeed_config, launcher_choice
 
-CHECKED = {"data": DataSettings, "decoding": Decoding}
+CHECKED = {"data": DataSettings, "decoding": Decoding, "dist": DistSettings}
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hydra_quiet")
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
 
@@ -36,15 +37,114 @@ def test_every_script_has_its_config(name: str) -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_builds(choice: str, tmp_path: Path) -> None:
     name = choice.partition("=")[0]
-    config = compose("train", choice, "data.root=somewhere")
-    values = group(config, name)
-    if name == "model":
-        values["language"].pop("tokenizer")
-        build_settings(ModelSettings, values, "model")
-    elif name == "trainer":
-        training_arguments(values | {"use_cpu": True}, tmp_path, 0)
+    config = compose(
+        "train", choice, "data.root=somewhere", "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true"
+    )
+    if name == "experiment":
+        training_arguments(config, DistSettings())
+        groups = ["model", *CHECKED]
     else:
-        build_settings(CHECKED[name], values, name)
+        groups = [name]
+    for each in groups:
+        values = group(config, each)
+        if each == "model":
+            values["language"].pop("tokenizer")
+            build_settings(ModelSettings, values, "model")
+        elif each == "trainer":
+            training_arguments(config, DistSettings())
+        else:
+            build_settings(CHECKED[each], values, each)
+
+
+def test_the_recipe_to_the_letter(tmp_path: Path) -> None:
+    """The published recipe's table, against what the experiment resolves to."""
+    given = ("data.root=somewhere", "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true")
+    config = compose("train", "experiment=vlm_vqa_4xa10g", *given)
+    vision, data, dist = config.model.vision, from_config.data_settings(config), dist_settings(config)
+    assert (vision.name, vision.image_size) == ("vit_base_patch14_dinov2.lvd142m", 224)
+    assert (config.model.projector.kind, config.model.projector.dropout) == ("linear", 0.1)
+    assert config.model.language.name == "google/gemma-2-2b"
+    assert (data.source, data.questions_per_row, data.max_text_tokens) == ("vqav2", 1, 64)
+    assert (dist.strategy, dist.offload) == ("fsdp", False)
+    args = training_arguments(config, dist)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (6, 10)
+    assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (1e-5, 1e-4, 1.0)
+    assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.num_train_epochs) == ("cosine", 10, 1)
+    assert config.trainer.optim == "adamw_bnb_8bit" and args.optim == "adamw_torch_8bit"  # under FSDP2
+    assert config.clip_percentile == 95
+
+
+def test_a_group_may_be_given_with_and_without_a_plus() -> None:
+    assert check_overrides(["+dist=fsdp"], "train") == check_overrides(["dist=fsdp"], "train") == ["dist=fsdp"]
+    assert compose("train", "dist=zero2").dist.strategy == "zero2"
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "expected"),
+    [
+        ({}, ["a=b"], None),
+        ({}, ["--local_rank=0", "a=b"], ("zero2", "the deepspeed launcher")),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], ("fsdp", "accelerate's config file")),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"},
+            [],
+            ("fsdp_offload", "accelerate's config file"),
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            [],
+            ("zero3", "accelerate's config file"),
+        ),
+        (
+            {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+            },
+            [],
+            ("zero3_offload", "accelerate's config file"),
+        ),
+    ],
+)
+def test_what_a_launcher_implies(
+    environment: dict[str, str], arguments: list[str], expected: tuple[str, str] | None
+) -> None:
+    assert launcher_choice(environment, arguments) == expected
+
+
+def test_a_launcher_that_contradicts_the_command_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(from_config, "LAUNCHER", ("fsdp", "accelerate's config file"))
+    with pytest.raises(InputError, match="accelerate's config file asks for fsdp, the command for zero2"):
+        dist_settings(compose("train", "dist=zero2"))
+    assert dist_settings(compose("train")).strategy == "fsdp"
+    monkeypatch.setattr(from_config, "LAUNCHER", ("zero2", "the deepspeed launcher"))
+    assert dist_settings(compose("train")).strategy == "zero2"
+    assert dist_settings(compose("train", "dist=fsdp")).strategy == "fsdp"  # deepspeed starts anything
+    monkeypatch.setattr(from_config, "LAUNCHER", ("zero1_offload", "accelerate's config file"))
+    with pytest.raises(InputError, match="zero1_offload, which is not in conf/dist"):
+        dist_settings(compose("train"))
+
+
+def test_accelerates_precision_must_be_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(InputError, match="accelerate's config file asks for bf16, the run for no"):
+        from_config.asked(compose("train"), DistSettings())
+
+
+def test_deepspeeds_own_keys_go_under_options() -> None:
+    settings = DistSettings(
+        "zero2", options={"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": 1}
+    )
+    config = deepspeed_config(settings)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000 and config["zero_optimization"]["stage"] == 2
+    assert config["wall_clock_breakdown"] == 1
+    for wrong, said in (
+        (("ddp", True), "dist.offload is for fsdp and zero3"),
+        (("fsdp", False, {"a": 1}), "dist.options are DeepSpeed's"),
+        (("fsdpp",), "dist.strategy=fsdpp is unknown"),
+    ):
+        with pytest.raises(InputError, match=said):
+            DistSettings(*wrong)
 
 
 def test_a_key_that_only_a_yaml_has_is_an_error_too() -> None:

@@ -43,14 +43,22 @@ def test_an_encoder_without_class_token_gives_patches_alone() -> None:
 
 def test_weights_from_a_local_file_at_another_size(tmp_path: Path) -> None:
     """timm interpolates the position embedding; at the same size the features are the same."""
-    trained = encoder(size=28)
+    settings = VisionSettings("test_vit", 32, weights="random")  # timm's own small one: 300,096 parameters
+    trained = VisionEncoder(settings).eval()
     torch.save(trained.encoder.state_dict(), tmp_path / "weights.pth")
-    settings = VisionSettings(image_size=28, weights=str(tmp_path / "weights.pth"), overrides=tiny.VISION)
+    settings = replace(settings, weights=str(tmp_path / "weights.pth"))
     again = VisionEncoder(settings).eval()
-    assert torch.equal(again(tiny.images(1)), trained(tiny.images(1)))
-    larger = VisionEncoder(replace(settings, image_size=56)).eval()
-    assert larger.tokens == 1 + 8 * 8
-    assert larger.encoder.pos_embed.shape[1] == 65
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again(pixels), trained(pixels))
+    larger = VisionEncoder(replace(settings, image_size=64)).eval()
+    assert larger.tokens == 1 + 4 * 4
+    assert larger.encoder.pos_embed.shape[1] == 17
+
+
+def test_trained_weights_keep_their_shape(tmp_path: Path) -> None:
+    for weights in ("hub", str(tmp_path / "weights.pth")):
+        with pytest.raises(InputError, match=r"overrides would change the shape of .* model\.vision\.weights=random"):
+            VisionEncoder(VisionSettings(weights=weights, overrides={"depth": 3}))
 
 
 def test_the_encoders_own_normalisation() -> None:

@@ -82,6 +82,18 @@ def test_sdpa_is_never_taken_where_it_would_drop_the_softcap() -> None:
     assert LanguageModel(causal_lm("llama")).decoder.config._attn_implementation == "sdpa"
 
 
+def timm_block(
+    n: int, given: dict[str, Tensor], layer: str, attention: str, names: dict[str, str]
+) -> dict[str, Tensor]:
+    """Weights of transformers' `layer` under the names of timm's block `n`, where q, k and v are one."""
+    block = {}
+    for kind in ("weight", "bias"):
+        qkv = [given[f"{layer}{attention}.{part}_proj.{kind}"] for part in "qkv"]
+        block[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(qkv)
+        block |= {f"blocks.{n}.{new}.{kind}": given[f"{layer}{old}.{kind}"] for old, new in names.items()}
+    return block
+
+
 def dinov2_weights(theirs: Dinov2Model) -> dict[str, Tensor]:
     """transformers' Dinov2 weights under timm's names."""
     given = theirs.state_dict()
@@ -96,13 +108,8 @@ def dinov2_weights(theirs: Dinov2Model) -> dict[str, Tensor]:
     names = {"attention.o_proj": "attn.proj"} | {name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")}
     for n in range(theirs.config.num_hidden_layers):
         layer = f"encoder.layer.{n}."
-        for kind in ("weight", "bias"):
-            qkv = [given[f"{layer}attention.{part}_proj.{kind}"] for part in "qkv"]
-            weights[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(qkv)
-            for old, new in names.items():
-                weights[f"blocks.{n}.{new}.{kind}"] = given[f"{layer}{old}.{kind}"]
-        for k in (1, 2):
-            weights[f"blocks.{n}.ls{k}.gamma"] = given[f"{layer}layer_scale{k}.lambda1"]
+        weights |= timm_block(n, given, layer, "attention", names)
+        weights |= {f"blocks.{n}.ls{k}.gamma": given[f"{layer}layer_scale{k}.lambda1"] for k in (1, 2)}
     return weights
 
 
@@ -133,12 +140,7 @@ def siglip_weights(theirs: nn.Module) -> dict[str, Tensor]:
     names = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     names["self_attn.out_proj"] = "attn.proj"
     for n in range(theirs.config.num_hidden_layers):
-        layer = f"encoder.layers.{n}."
-        for kind in ("weight", "bias"):
-            qkv = [given[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            weights[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(qkv)
-            for old, new in names.items():
-                weights[f"blocks.{n}.{new}.{kind}"] = given[f"{layer}{old}.{kind}"]
+        weights |= timm_block(n, given, f"encoder.layers.{n}.", "self_attn", names)
     return weights
 
 

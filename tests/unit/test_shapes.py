@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmvqa.data import shapes, vqav2
+from vlmvqa.data import scenes, shapes, vqav2
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question, count_questions
 from vlmvqa.errors import InputError
@@ -99,11 +99,11 @@ def test_the_majority_is_right_and_a_perfect_model_scores_100(val: list[Example]
 
 def test_answers_about_presence_and_number_agree_with_the_scene() -> None:
     scene = [
-        shapes.Shape("circle", "red", "large", 0.3, 0.2, 0.2),
-        shapes.Shape("square", "blue", "small", 0.2, 0.8, 0.25),
-        shapes.Shape("circle", "green", "small", 0.2, 0.7, 0.8),
+        scenes.Shape("circle", "red", "large", 0.3, 0.2, 0.2),
+        scenes.Shape("square", "blue", "small", 0.2, 0.8, 0.25),
+        scenes.Shape("circle", "green", "small", 0.2, 0.7, 0.8),
     ]
-    answers = {question.text: question.answer for question in shapes._askable(scene)}
+    answers = {question.text: question.answer for question in scenes.askable(scene)}
     expected = {
         "Is there a red circle?": "yes",
         "Is there a blue circle?": "no",
@@ -136,7 +136,7 @@ def test_answers_about_presence_and_number_agree_with_the_scene() -> None:
 
 
 def test_a_scene_of_one_shape_has_questions_too() -> None:
-    answers = {q.text: q.answer for q in shapes._askable([shapes.Shape("star", "black", "small", 0.2, 0.7, 0.3)])}
+    answers = {q.text: q.answer for q in scenes.askable([scenes.Shape("star", "black", "small", 0.2, 0.7, 0.3)])}
     assert answers["Where is the star?"] == "top right" and answers["How many stars are there?"] == "1"
     assert "What color is the leftmost shape?" not in answers
 
@@ -149,7 +149,7 @@ def test_the_picture_shows_what_the_answer_says(val: list[Example]) -> None:
         with Image.open(example.image) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (48, 48))
             pixels = np.asarray(image).astype(int)
-        near = {name: np.abs(pixels - color).max(axis=-1) < 40 for name, color in shapes.COLORS.items()}
+        near = {name: np.abs(pixels - color).max(axis=-1) < 40 for name, color in scenes.COLORS.items()}
         for question in example.questions:
             if question.question_type == "what color is the":
                 assert near[question.target or ""].sum() > 15, question
@@ -227,23 +227,56 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shapes, "_paint", interrupted)
+    monkeypatch.setattr(scenes, "paint", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shapes.write(tmp_path / "shapes", train_images=4, val_images=3)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_processes_that_ask_at_once_get_one_data_set(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from vlmvqa.data import shapes; "
-        "shapes.write(Path(sys.argv[1]), train_images=60, val_images=20)"
-    )
+# A process that has drawn the whole set and waits for a word before it gives it its name.
+DRAWS_AND_WAITS = """
+import os, sys
+from pathlib import Path
+from vlmvqa.data import shapes
+
+def rename(*paths, now=os.rename):
+    print("drawn", flush=True)
+    sys.stdin.readline()
+    now(*paths)
+
+os.rename = rename
+shapes.write(Path(sys.argv[1]), train_images=20, val_images=5, seed=int(sys.argv[2]))
+"""
+
+
+def write_at_once(folder: Path, *seeds: int) -> list[str]:
+    """How processes end that have all drawn before the first is done: the last line of their errors."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, str(tmp_path / "shapes")]
-    started = [subprocess.Popen(command, env=environment) for _ in range(2)]
-    assert [process.wait() for process in started] == [0, 0]
+    command = [sys.executable, "-c", DRAWS_AND_WAITS, str(folder)]
+    pipe = subprocess.PIPE
+    started = [
+        subprocess.Popen([*command, str(seed)], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+        for seed in seeds
+    ]
+    assert [process.stdout.readline() for process in started if process.stdout] == ["drawn\n"] * len(seeds)
+    return [process.communicate("go on\n")[1].strip().rpartition("\n")[2] for process in started]
+
+
+@pytest.mark.parametrize("empty_folder", [False, True])
+def test_two_processes_that_draw_at_once_leave_one_data_set(tmp_path: Path, empty_folder: bool) -> None:
+    folder = tmp_path / "shapes"
+    if empty_folder:
+        folder.mkdir()
+    assert write_at_once(folder, 0, 0) == ["", ""]
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
-    assert len(vqav2.read(tmp_path / "shapes", "train")) == 60
+    alone = shapes.write(tmp_path / "alone", train_images=20, val_images=5)
+    assert files(folder) == files(alone)
+
+
+def test_of_two_settings_drawn_at_once_the_later_is_refused(tmp_path: Path) -> None:
+    first, second = write_at_once(tmp_path / "shapes", 0, 1)
+    assert first == "" and "was written with other settings (seed 0, now 1)" in second
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import VLM, set_trainable
+from vlmvqa.training import checkpoints, moments
 from vlmvqa.training.banner import banner
-from vlmvqa.training.checkpoints import remove_unfinished, whole_checkpoints
+from vlmvqa.training.clipping import Clipping
 from vlmvqa.training.trainer import VqaTrainer, read_log
 
 COLORS = ("red", "green", "blue", "black")
@@ -135,14 +135,89 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> N
     assert all(torch.isfinite(p).all() for name, p in vlm.named_parameters() if not name.startswith("projector"))
 
 
+def write_checkpoint(folder: Path, step: int, **files: str) -> Path:
+    with checkpoints.writing(folder, step) as partial:
+        for name, text in files.items():
+            (partial / name).write_text(text)
+    return folder / f"checkpoint-{step}"
+
+
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
-    for step, state in ((2, {"global_step": 2}), (10, {"global_step": 10}), (4, None), (6, "cut")):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_bytes(b"weights")
-        if state is not None:
-            (folder / "trainer_state.json").write_text(json.dumps(state) if state != "cut" else '{"global_st')
+    write_checkpoint(tmp_path, 10, weights="a")
+    write_checkpoint(tmp_path, 2, weights="b")
+    assert (tmp_path / "latest").resolve().name == "checkpoint-2"
+    with pytest.raises(RuntimeError), checkpoints.writing(tmp_path, 12) as partial:
+        (partial / "weights").write_text("c")
+        raise RuntimeError  # a kill, a full disk
+    assert (tmp_path / "latest").resolve().name == "checkpoint-2"
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in whole_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
-    assert [path.name for path in remove_unfinished(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
-    assert (tmp_path / "checkpoint-best").exists() and not (tmp_path / "checkpoint-4").exists()
+    assert [path.name for path in checkpoints.whole_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    assert [path.name for path in checkpoints.remove_unfinished(tmp_path)] == ["checkpoint-12.partial"]
+    assert checkpoints.remove_unfinished(tmp_path) == [] and (tmp_path / "checkpoint-best").exists()
+
+
+@pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "unreadable"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: str) -> None:
+    for step in (2, 4):
+        write_checkpoint(tmp_path, step, weights="0123456789")
+    assert checkpoints.newest_sound(tmp_path) == (tmp_path / "checkpoint-4", [])
+    weights = tmp_path / "checkpoint-4" / "weights"
+    if harm == "cut":
+        weights.write_text("01234")
+    elif harm == "flipped":
+        weights.write_text("0123456798")
+    elif harm == "missing":
+        weights.unlink()
+    else:
+        (tmp_path / "checkpoint-4" / checkpoints.FILES).write_text("{")
+    newest, complaints = checkpoints.newest_sound(tmp_path)
+    assert newest == tmp_path / "checkpoint-2"
+    assert len(complaints) == 1 and "checkpoint-4 is damaged" in complaints[0] and "checkpoint before" in complaints[0]
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    made = [write_checkpoint(tmp_path, step, weights="x") for step in (1, 2, 3, 4)]
+    checkpoints.rotate(tmp_path, None, None)
+    assert checkpoints.whole_checkpoints(tmp_path) == made
+    checkpoints.rotate(tmp_path, 2, str(made[0]))
+    assert checkpoints.whole_checkpoints(tmp_path) == [made[0], made[3]]
+    checkpoints.rotate(tmp_path, 1, str(made[0]))  # the newest stays in any case: a run goes on from it
+    assert checkpoints.whole_checkpoints(tmp_path) == [made[0], made[3]]
+    checkpoints.rotate(tmp_path, 1, None)
+    assert checkpoints.whole_checkpoints(tmp_path) == [made[3]]
+
+
+def test_the_percentile_of_the_last_hundred_norms() -> None:
+    """As bitsandbytes' `percentile_clipping` chose it: the 95th of 100 sorted norms, the newest among them."""
+    clipping = Clipping(max_norm=0.0, percentile=95)
+    assert (
+        clipping.limit(3.0) == 3.0 and clipping.limit(7.0) == 7.0 and clipping.limit(5.0) == 7.0
+    )  # nothing is usual yet
+    norms = torch.rand(250, generator=torch.Generator().manual_seed(0)).tolist()
+    for number, norm in enumerate(norms):
+        limit = clipping.limit(norm)
+        if number >= 100:
+            assert limit == sorted(norms[number - 99 : number + 1])[95]
+    assert clipping.norms == norms[-100:]
+    both = Clipping(max_norm=0.5, percentile=95)
+    assert both.limit(2.0) == 0.5 and both.limit(0.2) == 0.5
+    assert Clipping().limit(4.0) == float("inf")
+    with pytest.raises(InputError, match="clip_percentile=0 must lie between 1 and 100"):
+        Clipping(percentile=0)
+
+
+@pytest.mark.parametrize("numbers", [2, 256, 1000])
+def test_eight_bit_moments_come_back_as_they_were(numbers: int) -> None:
+    """Codes and scales of a real bitsandbytes step, read as fp32 and written again."""
+    from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
+
+    for signed in (True, False):
+        qmap = create_dynamic_map(signed=signed)
+        values = torch.randn(numbers, generator=torch.Generator().manual_seed(numbers)) ** 3
+        values = values if signed else values.abs()
+        values[0] = -9.0 if signed else 9.0  # the extreme is negative: its code stands for -0.993
+        codes, state = quantize_blockwise(values, code=qmap.clone(), blocksize=256)
+        dense = moments.dequantize(codes.flatten(), qmap, state.absmax, 256)
+        again, absmax = moments.quantize(dense, qmap, 256)
+        torch.testing.assert_close(absmax, state.absmax.flatten(), rtol=1e-6, atol=0)
+        assert torch.equal(again, codes.flatten())

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Encoded, Processor, QuestionSet, split_questions
 from vlmvqa.data.example import Example, ImageSource, Question
@@ -78,7 +80,7 @@ class Predictor:
         bad_records: BadRecords | None = None,
         progress: bool = False,
     ) -> dict[int | str, Answer]:
-        """Answer every question of every example, by question id.
+        """Answer every question of every example, by question id. Of several ranks each answers its share for all.
 
         Args:
             batch_size: images at a time.
@@ -88,7 +90,8 @@ class Predictor:
         """
         if self.model.mode not in SHAREABLE:
             examples = split_questions(examples, 1)
-        questions = QuestionSet(examples, self.processor, bad_records or BadRecords())
+        mine = examples[ranks.rank() :: ranks.world_size()] if ranks.together() else examples
+        questions = QuestionSet(mine, self.processor, bad_records or BadRecords())
         loader = DataLoader(
             questions,
             batch_size,
@@ -97,24 +100,32 @@ class Predictor:
             generator=torch.Generator(),  # its own, so that evaluating does not move the training's random state
         )
         answers: dict[int | str, Answer] = {}
-        shown = zip(_batches(examples, batch_size), loader, strict=True)
-        for group, encoded in tqdm(shown, "answering", len(loader), disable=None if progress else True, leave=False):
+        shown = zip(_batches(mine, batch_size), loader, strict=True)
+        hidden = None if progress and ranks.is_first() else True
+        for group, encoded in tqdm(shown, "answering", len(loader), disable=hidden, leave=False):
             readable = [(example, one) for example, one in zip(group, encoded, strict=True) if one is not None]
             if readable:
                 ids = [question.id for example, _ in readable for question in example.questions]
                 written = self._answer_batch([one for _, one in readable], images_per_row)
                 answers.update(zip(ids, written, strict=True))
-        return answers
+        return {question: answer for shares in ranks.gather(answers) for question, answer in shares.items()}
 
     def save(self, folder: str | Path) -> None:
         """Write model, tokenizer, image settings and prompt into one folder that `vlmvqa.load` reads."""
-        extra = {
+        checkpoint.save(Path(folder), self.model, self.settings, self.processor.tokenizer, self._extra())
+
+    def describe(self, folder: Path) -> None:
+        """The same but for the weights, which are in the folder already."""
+        config = self.model.language.config
+        checkpoint.describe(folder, config, self.settings, self.processor.tokenizer, self._extra())
+
+    def _extra(self) -> dict[str, Any]:
+        return {
             "images": dataclasses.asdict(self.processor.images),
             "prompt": self.prompt,
             "max_text_tokens": self.processor.max_text_tokens,
             "decoding": dataclasses.asdict(self.decoding),
         }
-        checkpoint.save(Path(folder), self.model, self.settings, self.processor.tokenizer, extra)
 
     def _answer_batch(self, encoded: Sequence[Encoded], images_per_row: int) -> list[Answer]:
         device = next(self.model.parameters()).device

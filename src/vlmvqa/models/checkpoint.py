@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 from transformers.initialization import no_init_weights
 
@@ -41,17 +41,36 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     save_file(model.state_dict(), folder / WEIGHTS, metadata={"format": "pt"})
+    describe(folder, model.language.config, settings, tokenizer, extra)
+
+
+def describe(
+    folder: Path,
+    language_config: PreTrainedConfig,
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    extra: dict[str, Any],
+) -> None:
+    """All of the folder but the weights, which are there already: a sharded model's come from its trainer."""
     tokenizer.save_pretrained(folder / TOKENIZER)
     config = {
         "format": FORMAT,
         "model": dataclasses.asdict(settings),
-        "language_config": model.language.config.to_dict(),
+        "language_config": language_config.to_dict(),
         "versions": {"torch": torch.__version__, "transformers": transformers_version},
         **extra,
     }
     partial = folder / (CONFIG + ".partial")
     partial.write_text(json.dumps(config, indent=2, default=str) + "\n")
     partial.replace(folder / CONFIG)
+
+
+def blank(settings: ModelSettings, language_config: PreTrainedConfig) -> VLM:
+    """A model whose weights are still to be filled in."""
+    with no_init_weights():
+        vision = VisionEncoder(dataclasses.replace(settings.vision, weights="random"))
+        causal_lm = AutoModelForCausalLM.from_config(language_config, dtype=DTYPES[settings.dtype])
+    return assemble(vision, LanguageModel(causal_lm, settings.language.attention), settings)
 
 
 def load(
@@ -70,14 +89,8 @@ def load(
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG}: not a config of vlmvqa, format {FORMAT}; name the model/ folder of a run")
     settings = build_settings(ModelSettings, config["model"], f"{folder / CONFIG}: model")
-    dtype = DTYPES[settings.dtype]
     language_config = dict(config["language_config"])
-    with no_init_weights():  # the weights follow
-        vision = VisionEncoder(dataclasses.replace(settings.vision, weights="random"))
-        causal_lm = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(language_config.pop("model_type"), **language_config), dtype=dtype
-        )
-    model = assemble(vision, LanguageModel(causal_lm, settings.language.attention), settings)
+    model = blank(settings, AutoConfig.for_model(language_config.pop("model_type"), **language_config))
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

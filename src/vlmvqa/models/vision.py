@@ -78,6 +78,11 @@ class VisionEncoder(nn.Module):
 
 
 def _create(settings: VisionSettings) -> Any:
+    if settings.weights != "random" and settings.overrides:
+        raise InputError(
+            f"model.vision.overrides would change the shape of {settings.name}'s trained weights; "
+            "leave them out, or set model.vision.weights=random"
+        )
     name = settings.name.removeprefix("timm/")
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):

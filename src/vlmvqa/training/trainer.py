@@ -2,42 +2,64 @@
 
 loss          over supervised tokens, divided by those of the whole global batch (the Trainer counts them,
               `VLM.forward` divides)
-optimizer     a learning rate a part (encoder, projector, language model), no decay on norms and biases
+optimizer     a learning rate a part (encoder, projector, language model), no decay on norms and biases; the gradient's
+              norm, over all ranks, clipped to a bound and to a percentile of the last ones (`clipping.py`)
+strategies    the model arrives sharded under FSDP2, DeepSpeed wraps it here (`parallel.py`); checked before the first
+              step (`preflight.py`)
 evaluation    answers are generated and scored, logits never leave the model
 log           `log.jsonl`, one line a logging step, with questions per second
-checkpoints   only whole ones count (`checkpoints.py`)
+checkpoints   the same files under every strategy and number of ranks (`whole.py`); only whole ones count
+              (`checkpoints.py`)
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import random
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
+from vlmvqa import ranks
 from vlmvqa.data.batch import Processor, TrainingSet
 from vlmvqa.errors import InputError
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models import checkpoint
+from vlmvqa.models.vlm import VLM, ModelSettings
 from vlmvqa.sequence.rows import IGNORE, PROMPT
-from vlmvqa.training.checkpoints import remove_unfinished, whole_checkpoints
+from vlmvqa.training import checkpoints, preflight
+from vlmvqa.training.clipping import Clipping
+from vlmvqa.training.parallel import DistSettings
+from vlmvqa.training.stopping import Watch
+from vlmvqa.training.whole import Whole, WholeZero
 
 PARTS = ("vision", "projector", "language")
+WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 
 
 class VqaTrainer(Trainer):
     """transformers' Trainer over a `VLM` and a `TrainingSet`.
 
     Args:
-        score: called with nothing at every evaluation; its numbers are logged with the prefix `eval_`.
+        model: under fsdp already sharded (`parallel.shard`).
+        dist: the strategy.
+        settings: what the model was built from, for a whole copy to evaluate where this one is sharded.
+        score: called with a whole model at every evaluation; its numbers are logged with the prefix `eval_`.
         learning_rates: of each part, where it differs from `args.learning_rate` (None: it does not).
+        clip_percentile: see `clipping.py`.
     """
 
     def __init__(
@@ -48,12 +70,23 @@ class VqaTrainer(Trainer):
         processor: Processor,
         images_per_row: int = 1,
         learning_rates: Mapping[str, float | None] | None = None,
-        score: Callable[[], Mapping[str, float]] | None = None,
+        score: Callable[[VLM], Mapping[str, float]] | None = None,
+        dist: DistSettings | None = None,
+        settings: ModelSettings | None = None,
+        clip_percentile: int | None = None,
     ) -> None:
         self.vlm, self.folder = model, Path(str(args.output_dir))
+        self.dist, self.settings = dist or DistSettings(), settings
+        self.dtype = next(model.parameters()).dtype
         self.learning_rates = dict(learning_rates or {})
         self.score = score
+        self.clipping = Clipping(args.max_grad_norm, clip_percentile)
+        self.watch = Watch(self.dist.timeout_minutes)
         self.questions_seen, self.counting_since = 0, 0.0
+        # Before DeepSpeed rounds all weights to what is computed in: those that do not train are saved as they were.
+        zero_rounds = self.dist.is_zero and (args.bf16 or args.fp16) and ranks.is_first()
+        untrained = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        self.frozen = {name: p.detach().clone() for name, p in untrained} if zero_rounds else {}
         super().__init__(
             model=model,
             args=args,
@@ -61,8 +94,49 @@ class VqaTrainer(Trainer):
             train_dataset=training_set,
             # `evaluate` brings its own questions, but the Trainer wants to see a data set before it evaluates.
             eval_dataset=training_set if score else None,
-            callbacks=[LogFile(self.folder / "log.jsonl"), EpochOfTargets(training_set)],
+            callbacks=[LogFile(self.folder / "log.jsonl"), EpochOfTargets(training_set), self.watch],
         )
+        # For the Trainer, a model that arrives sharded: it neither wraps nor moves it.
+        self.is_distributed_loading_by_transformers = self.dist.strategy == "fsdp"
+
+    # ---- before the first step
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Everything in place, loaded where a run goes on, and checked to be what was asked for."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.dist.is_zero:
+            unset_hf_deepspeed_config()  # accelerate has set it again (`parallel.correct_deepspeed`)
+            self.whole: Whole = WholeZero(self.vlm, self.engine, self.frozen)
+            self._clip_under_deepspeed()
+        else:
+            self.whole = Whole(self.vlm, self._plain_optimizer())
+        if resume_from_checkpoint is not None:
+            self._load(Path(resume_from_checkpoint))
+        ranks.say(preflight.check(self))
+        self.watch.start()
+        if resume_from_checkpoint is None:
+            torch.manual_seed(self.args.seed + ranks.rank())  # each rank drops out its own activations
+        return prepared
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.dist.strategy != "fsdp":  # its shards are where they belong, which may be host memory
+            super()._move_model_to_device(model, device)
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        """FSDP2 reduces at every micro-batch: waiting would hold a whole model's gradients on every GPU."""
+        return contextlib.nullcontext()
+
+    @property
+    def engine(self) -> Any:
+        """DeepSpeed's wrapper of the model."""
+        return self.model_wrapped
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        optimizer: Any = self.optimizer
+        while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
+            optimizer = optimizer.optimizer
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Groups by part and by whether weights decay; the scheduler scales each group's own rate."""
@@ -88,61 +162,201 @@ class VqaTrainer(Trainer):
             raise InputError("nothing trains: every part is set to trainable=none; set one to all")
         return groups
 
+    # ---- a step
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        self.watch.beat(self.state.global_step)
         self.counting_since = self.counting_since or time.perf_counter()
         self.questions_seen += int(((inputs["role"] == PROMPT) & (inputs["labels"] != IGNORE)).sum())
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss: Any = super().compute_loss(*args, **kwargs)
+        # Here and not after the backward pass, in which DeepSpeed already takes its step.
+        if not torch.isfinite(loss).all():
             raise self._diverged(f"the loss is {loss.item()}")
         return loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(float(norm)):
-            raise self._diverged(f"the gradient norm is {float(norm)}")
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip the gradient's norm, taken over all ranks; returns it as it was before."""
+        if self.dist.is_zero:  # it has clipped, in the backward pass
+            return torch.tensor(float(self.engine.get_global_grad_norm() or 0.0))
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.vlm.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        limit = self.clipping.limit(self._finite(norm))
+        if limit < float("inf"):
+            clip_grads_with_norm_(self.vlm.parameters(), limit, norm.to(gradients[0].device))
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        return self._finite(self._clip_grad_norm(model) if grad_norm is None else grad_norm)
+
+    def _clip_under_deepspeed(self) -> None:
+        """DeepSpeed knows the norm only inside its step, and asks for the bound once a partition: answer it there."""
+        zero, clip = self.engine.optimizer, self.engine.optimizer.unscale_and_clip_grads
+        answered: list[int] = []
+
+        def unscale_and_clip_grads(part: Any, total_norm: Any) -> Any:
+            if answered != [self.state.global_step]:
+                answered[:] = [self.state.global_step]
+                limit = self.clipping.limit(self._finite(total_norm / zero.loss_scale))
+                zero.clip_grad = 0.0 if limit == float("inf") else limit
+            return clip(part, total_norm)
+
+        zero.unscale_and_clip_grads = unscale_and_clip_grads
+
+    def _finite(self, norm: Any) -> float:
+        norm = float(norm)
+        if not math.isfinite(norm) and not self.args.fp16:  # under fp16 the scaler steps over it
+            raise self._diverged(f"the gradient norm is {norm}")
         return norm
 
     def _diverged(self, what: str) -> InputError:
-        kept = whole_checkpoints(self.folder)
+        kept = checkpoints.whole_checkpoints(self.folder)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written before it"
         return InputError(
             f"{what} at step {self.state.global_step + 1}, so training stopped before the weights took it in; {last}; "
             "lower trainer.learning_rate or trainer.max_grad_norm, or look at the data"
         )
 
+    # ---- evaluation and log
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Generate and score answers, instead of the Trainer's loop over logits."""
         if self.score is None:
             raise InputError("the trainer was built without questions to evaluate on")
         started = time.perf_counter()
-        metrics = {f"eval_{name}": value for name, value in self.score().items()}
+        with self.watch.paused(), self._whole_model() as model:
+            metrics = {f"eval_{name}": value for name, value in self.score(model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.counting_since += time.perf_counter() - started  # questions per second are training's
         return metrics
 
+    @contextlib.contextmanager
+    def _whole_model(self) -> Iterator[VLM]:
+        """The model to generate with: where it is sharded a whole copy, so that no rank waits for another's answers."""
+        if not self.dist.is_zero and self.dist.strategy != "fsdp":
+            yield self.vlm
+            return
+        assert self.settings is not None
+        copy = checkpoint.blank(self.settings, self.vlm.language.config).to(self.args.device)
+        parameters = dict(copy.named_parameters())
+        with torch.no_grad():
+            for name, weight in self.whole.weights():
+                parameters[name].copy_(weight)
+        yield copy.eval()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             now = time.perf_counter()
-            logs["questions_per_second"] = self.questions_seen / (now - self.counting_since)
+            asked = sum(ranks.gather(self.questions_seen))
+            logs["questions_per_second"] = asked / (now - self.counting_since)
             self.questions_seen, self.counting_since = 0, now
         super().log(logs, start_time)
 
+    # ---- checkpoints
+
+    def save_weights(self, path: Path) -> None:
+        """Write the whole weights in the model's own type, from rank 0; all ranks together."""
+        whole = {name: weight.to("cpu", self.dtype) for name, weight in self.whole.weights() if ranks.is_first()}
+        if ranks.is_first():
+            save_file({name: weight.contiguous() for name, weight in whole.items()}, path, {"format": "pt"})
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
-            super()._save_checkpoint(model, trial)
+            with checkpoints.writing(self.folder, self.state.global_step) as folder:
+                self._write(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free  # before the unfinished checkpoint's part is given back
-            remove_unfinished(self.folder)
             if "No space left on device" not in str(error) and free > 2**20:
                 raise  # torch.save says only that its writer failed
-            kept = whole_checkpoints(self.folder)
+            checkpoints.remove_unfinished(self.folder)
+            kept = checkpoints.whole_checkpoints(self.folder)
             raise InputError(
                 f"the disk of {self.folder} is full: checkpoint {self.state.global_step} was not kept"
                 f"{f', {kept[-1]} is whole' if kept else ''}; free space and go on with resume=auto"
             ) from error
+        if ranks.is_first():
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best).exists():
+                checkpoints.point(self.folder / checkpoints.BEST, Path(best))
+            checkpoints.rotate(self.folder, self.args.save_total_limit, best)
+
+    def _write(self, folder: Path) -> None:
+        """The files of a checkpoint, whole whatever holds the parts, so that any strategy reads them."""
+        self.save_weights(folder / WEIGHTS)
+        moments = {name: moment.float().cpu() for name, moment in self.whole.moments() if ranks.is_first()}
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(self.folder / f"checkpoint-{self.state.global_step}")
+        self._save_rng_state(str(folder))
+        if not ranks.is_first():
+            return
+        contiguous = {name: moment.contiguous() for name, moment in moments.items()}
+        save_file(contiguous, folder / MOMENTS, {"step": str(self.whole.step())})
+        assert self.lr_scheduler is not None
+        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        self._save_scaler(str(folder))
+        progress = {"world_size": ranks.world_size(), "global_batch": self.global_batch, "norms": self.clipping.norms}
+        (folder / PROGRESS).write_text(json.dumps(progress) + "\n")
+        exported: Any = self.state.stateful_callbacks
+        exported["TrainerControl"] = self.control.state()
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _load(self, folder: Path) -> None:
+        self.whole.put_weights(load_file(folder / WEIGHTS))
+        with safe_open(folder / MOMENTS, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            self.whole.put_moments({name: file.get_tensor(name) for name in file.keys()}, step)  # noqa: SIM118
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        for group, rate in zip(self._plain_optimizer().param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        self._load_scaler(str(folder))
+        self.clipping.norms = self._progress(folder)["norms"]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing yet: weights are loaded once they are where they belong (`_load`)."""
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self.whole.put_weights(load_file(Path(self.state.best_model_checkpoint) / WEIGHTS))
+
+    @property
+    def global_batch(self) -> int:
+        """Examples an optimizer step sees, over all ranks."""
+        return self.get_total_train_batch_size(self.args)
+
+    def _progress(self, folder: Path) -> dict[str, Any]:
+        progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
+        return progress
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """Where in the data to go on: after as many examples as the run has seen, whatever its batch was then."""
+        epoch, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
+        )
+        if resume is None or self._progress(Path(resume))["global_batch"] == self.global_batch:
+            return epoch, batches
+        seen = self.state.global_step * self._progress(Path(resume))["global_batch"]
+        steps = math.ceil(seen / self.global_batch)
+        epoch, within = divmod(steps, num_update_steps_per_epoch)
+        return epoch, within * self.args.gradient_accumulation_steps
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The rank's own random state; with another number of ranks a new one, drawn from seed, step and rank."""
+        if checkpoint is None:
+            return
+        if self._progress(Path(checkpoint))["world_size"] == ranks.world_size():
+            super()._load_rng_state(checkpoint)
+        else:
+            set_seed(random.Random(f"{self.args.seed}-{self.state.global_step}-{ranks.rank()}").randrange(2**32))
 
 
 class LogFile(TrainerCallback):
@@ -152,6 +366,8 @@ class LogFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not ranks.is_first():
+            return
         records = read_log(self.path)
         kept = [record for record in records if record["step"] <= state.global_step] if state.global_step else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +381,7 @@ class LogFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if state.is_world_process_zero and self.path.parent.exists():
+        if ranks.is_first() and self.path.parent.exists():
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 

@@ -1,0 +1,129 @@
+"""The folder of a training run: whether it may be used, and from which checkpoint its run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vlmvqa.errors import InputError
+from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
+from vlmvqa.training.trainer import PROGRESS
+
+# What decides how a run goes: it cannot be changed on the way...
+DECIDES = ("model", "data", "seed", "trainable", "learning_rates", "trainer", "clip_percentile")
+# ...but for where its data lies, how often it is looked at, and how its work is cut (the global batch is checked too).
+FREE = (
+    "data.root",
+    "data.eval_split",
+    "data.max_eval_samples",
+    "data.on_bad_record",
+    "model.language.attention",
+    "trainer.per_device",
+    "trainer.gradient_accumulation_steps",
+    "trainer.activation_checkpointing",
+    "trainer.torch_compile",
+    "trainer.use_cpu",
+    "trainer.logging",
+    "trainer.eval",
+    "trainer.save",
+    "trainer.dataloader",
+    "trainer.report_to",
+    "trainer.disable_tqdm",
+)
+
+
+def going_on(config: DictConfig) -> bool:
+    """Whether the run goes on where it stood: as it was told, or because torchrun started it again after a failure."""
+    if config.resume not in (None, "auto"):
+        raise InputError(f"resume={config.resume} is unknown; use resume=auto, or leave it out to start anew")
+    return config.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def refuse_run(folder: Path, config: DictConfig) -> None:
+    """Stop where the folder holds a run that is neither to go on nor to be replaced."""
+    if not going_on(config) and (folder / "log.jsonl").exists() and not config.run.overwrite:
+        raise InputError(
+            f"{folder} already holds a run; go on with resume=auto, choose another run.name, "
+            "or replace it with run.overwrite=true"
+        )
+
+
+def open_run(folder: Path, config: DictConfig, global_batch: int, ranks: int) -> tuple[Path | None, list[str]]:
+    """Make the run's folder, empty if the run starts anew.
+
+    Args:
+        global_batch: examples an optimizer step sees now.
+        ranks: how many share them.
+
+    Returns:
+        the checkpoint to go on from, if any; and what there is to tell.
+    """
+    if not going_on(config) and (folder / "log.jsonl").exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not going_on(config):
+        (folder / "skipped.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
+    said = [
+        f"{unfinished} was cut short while it was written and is removed" for unfinished in remove_unfinished(folder)
+    ]
+    checkpoint, complaints = newest_sound(folder) if going_on(config) else (None, [])
+    if checkpoint is not None:
+        if not config.resume_force:
+            _refuse_changes(folder, config)
+            _refuse_other_batch(checkpoint, global_batch, ranks, config)
+        point(folder / LATEST, checkpoint)
+        said += [*complaints, f"going on from {checkpoint}"]
+    elif complaints:
+        raise InputError(f"{folder}: no checkpoint is whole ({complaints[0]}); start anew with run.overwrite=true")
+    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    return checkpoint, said
+
+
+def _refuse_changes(folder: Path, config: DictConfig) -> None:
+    """Stop a resumed run that is configured otherwise than the one it goes on with."""
+    before = folder / "config.yaml"
+    if not before.exists():
+        raise InputError(
+            f"{before} is missing, so what this run was trained with is not known; or set resume_force=true"
+        )
+    values = [_flat(OmegaConf.to_container(c, resolve=True)) for c in (OmegaConf.load(before), config)]
+    changed = [
+        f"{key} was {values[0].get(key)} and is now {values[1].get(key)}"
+        for key in sorted(values[0] | values[1])
+        if key.split(".")[0] in DECIDES and not key.startswith(FREE) and values[0].get(key) != values[1].get(key)
+    ]
+    if changed:
+        raise InputError(
+            f"{folder} cannot go on as it was trained: {'; '.join(changed)}; give what it had, "
+            "choose another run.name, or go on all the same with resume_force=true"
+        )
+
+
+def _refuse_other_batch(checkpoint: Path, global_batch: int, ranks: int, config: DictConfig) -> None:
+    """Stop a resumed run whose steps would see more or fewer examples than before."""
+    before = json.loads((checkpoint / PROGRESS).read_text())["global_batch"]
+    if before == global_batch:
+        return
+    accumulated, rest = divmod(before, ranks * config.trainer.per_device_train_batch_size)
+    remedy = "choose trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps that keep it"
+    if accumulated and not rest:
+        remedy = f"set trainer.gradient_accumulation_steps={accumulated}"
+    raise InputError(
+        f"{checkpoint} was trained with {before} images a step, now it would be {global_batch}: {remedy}, "
+        "or go on all the same with resume_force=true"
+    )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {
+        key: leaf
+        for part, inner in value.items()
+        for key, leaf in _flat(inner, f"{name}.{part}" if name else str(part)).items()
+    }

@@ -1,0 +1,181 @@
+"""How a model is spread over processes: DDP, FSDP2 or DeepSpeed ZeRO. The model itself knows nothing of it.
+
+strategy  parameters   gradients    optimizer states   whose code
+ddp       whole        whole        whole              PyTorch's DistributedDataParallel
+fsdp      sharded      sharded      sharded            PyTorch's fully_shard, a unit a transformer block
+zero1     whole        whole        sharded            DeepSpeed
+zero2     whole        sharded      sharded            DeepSpeed
+zero3     sharded      sharded      sharded            DeepSpeed
+
+FSDP2 is applied here and not through accelerate, which without a GPU would silently train under DDP instead.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import DistributedType, PartialState
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.vlm import VLM
+
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class DistSettings:
+    """The `dist` group.
+
+    Attributes:
+        strategy: one of `STRATEGIES`.
+        offload: keep parameters and optimizer states in host memory (fsdp, zero3).
+        options: further keys of DeepSpeed's own configuration (zero1 to zero3).
+        timeout_minutes: how long ranks wait for each other before the run stops and says who is missing.
+    """
+
+    strategy: str = "ddp"
+    offload: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            near = suggest(self.strategy, STRATEGIES)
+            raise InputError(f"dist.strategy={self.strategy} is unknown; use one of {', '.join(STRATEGIES)}{near}")
+        if self.offload and self.strategy not in ("fsdp", "zero3"):
+            raise InputError(f"dist.offload is for fsdp and zero3, not for {self.strategy}; use dist=zero3_offload")
+        if self.options and not self.is_zero:
+            raise InputError(f"dist.options are DeepSpeed's, and {self.strategy} is not; leave them out")
+
+    @property
+    def is_zero(self) -> bool:
+        return self.strategy.startswith("zero")
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage."""
+        return int(self.strategy.removeprefix("zero"))
+
+
+def launcher_choice(environment: Mapping[str, str], arguments: list[str]) -> tuple[str, str] | None:
+    """The `dist` that a launcher implies, and the launcher's name; None where it implies none.
+
+    accelerate passes its config file's strategy in the environment; `deepspeed` starts scripts with --local_rank.
+    """
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        offload = environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+        return ("fsdp_offload" if offload else "fsdp"), "accelerate's config file"
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        kept = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+        return (f"zero{stage}_offload" if kept == "cpu" else f"zero{stage}"), "accelerate's config file"
+    if any(argument.startswith(("--local_rank", "--local-rank")) for argument in arguments):
+        return "zero2", "the deepspeed launcher"
+    return None
+
+
+def start(settings: DistSettings, cpu: bool) -> None:
+    """Join the process group that the launcher's environment describes; alone, where the strategy needs one, make it.
+
+    Args:
+        cpu: train on the CPU although there is a GPU.
+    """
+    if "RANK" not in os.environ:
+        if settings.strategy == "ddp":
+            return
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    gpu = torch.cuda.is_available() and not cpu
+    if gpu:
+        local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= here:
+            raise InputError(f"{local + 1} or more processes were started on a machine with {here} GPUs; start {here}")
+        torch.cuda.set_device(local)
+    timeout = timedelta(minutes=settings.timeout_minutes)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(name, None)  # read above; accelerate would wrap the model a second time
+    if settings.is_zero:
+        _quieten_deepspeed()
+
+
+def correct_deepspeed() -> None:
+    """What DeepSpeed's integration gets wrong, put right as soon as there are TrainingArguments.
+
+    Without a GPU these know nothing of DeepSpeed under use_cpu, and without use_cpu they count one process, so that
+    every rank would train on the same data. And under ZeRO-3 every model of transformers that is built later would be
+    partitioned: the one that is only looked at, too.
+    """
+    PartialState().distributed_type = DistributedType.DEEPSPEED
+    unset_hf_deepspeed_config()
+
+
+def _quieten_deepspeed() -> None:
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    # Shared-memory collectives for CPUs: they would be compiled first, and gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def shard(model: VLM, device: torch.device, dtype: torch.dtype | None, offload: bool) -> None:
+    """FSDP2 in place: a unit an encoder block and a decoder layer, and one of all the rest.
+
+    Args:
+        dtype: what is computed in, where it is not the weights' own; gradients are reduced in fp32 all the same.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    keep = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    for block in (*model.vision.blocks, *model.language.blocks):
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=keep)
+    # The root's inputs stay as they are: in bfloat16 the number of supervised tokens would lose its last digits.
+    root = replace(precision, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=root, offload_policy=keep)
+    # Gathered when the forward pass begins, needed again when it ends: kept in between.
+    model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
+
+
+def deepspeed_config(settings: DistSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration; "auto" is filled in by transformers from the trainer's arguments."""
+    zero: dict[str, Any] = {"stage": settings.stage, "overlap_comm": torch.cuda.is_available()}
+    if settings.offload:
+        place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero |= {"offload_param": place, "offload_optimizer": place}
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "zero_optimization": zero,
+        # Ours, with a learning rate a part; torch's AdamW where it is offloaded, which needs no compiler.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    return _merged(config, settings.options)
+
+
+def _merged(config: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in more.items():
+        nested = isinstance(value, Mapping) and isinstance(config.get(key), dict)
+        config[key] = _merged(config[key], value) if nested else value
+    return config
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

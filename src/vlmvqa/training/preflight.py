@@ -1,0 +1,271 @@
+"""What was asked for is what runs, or the run stops before its first step.
+
+`refuse` knows the combinations that cannot work and names the nearest one that does, before anything is built;
+`check` looks at what was built.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vlmvqa import ranks
+from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.vlm import ModelSettings
+from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.training.moments import OPTIMIZERS
+from vlmvqa.training.parallel import DistSettings
+
+if TYPE_CHECKING:
+    from vlmvqa.training.trainer import VqaTrainer
+
+# What an optimizer's class is called, and the package and extra it comes from.
+CLASSES = {
+    "adamw_torch": ("torch.optim", "AdamW", None),
+    "adamw_torch_fused": ("torch.optim", "AdamW", None),
+    "adamw_bnb_8bit": ("bitsandbytes", "AdamW", "8bit"),
+    "adamw_torch_8bit": ("torchao", "AdamW8bit", "8bit"),
+    "sgd": ("torch.optim", "SGD", None),
+}
+OURS = {  # of TrainingArguments, what is set elsewhere or would run something else than the run says
+    "fsdp": "add dist=fsdp",
+    "fsdp_config": "add dist=fsdp",
+    "deepspeed": "add dist=zero2; further keys of DeepSpeed's go under dist.options",
+    "parallelism_config": "choose a strategy by dist=...",
+    "activation_checkpointing_kwargs": "leave it out, they are recomputed one way",
+    "auto_find_batch_size": "launch/plan.py says which batch fits",
+    "save_only_model": "a run could not go on from it",
+    "push_to_hub": "set hub_id=... to upload the finished model",
+    "resume_from_checkpoint": "add resume=auto",
+    "output_dir": "set run.dir",
+    "seed": "set seed=...",
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command asks for, as far as it can clash.
+
+    Attributes:
+        trainer: the `trainer` group.
+        questions_per_row: `data.questions_per_row`.
+        gpu: whether it trains on one.
+        bf16_works: whether the device computes in bfloat16.
+    """
+
+    dist: DistSettings
+    trainer: Mapping[str, Any]
+    model: ModelSettings
+    questions_per_row: int | None = None
+    gpu: bool = False
+    bf16_works: bool = True
+
+
+def optimizer_for(asked: str, dist: DistSettings) -> str:
+    """bitsandbytes' kernels know no shards: under FSDP2 torchao's 8-bit AdamW, of the same blocks, takes over."""
+    return "adamw_torch_8bit" if dist.strategy == "fsdp" and asked == "adamw_bnb_8bit" else asked
+
+
+def refuse(asked: Asked) -> None:
+    """Stop at a combination that cannot work.
+
+    Raises:
+        InputError: with the nearest one that does.
+    """
+    for sentence in _problems(asked):
+        raise InputError(sentence)
+
+
+def _problems(asked: Asked) -> Iterator[str]:
+    trainer, dist, model = asked.trainer, asked.dist, asked.model
+    for key, instead in OURS.items():
+        if trainer.get(key):
+            yield f"trainer.{key} cannot be set: {instead}"
+    optim = optimizer_for(trainer.get("optim", "adamw_torch"), dist)
+    if optim not in CLASSES:
+        yield (
+            f"trainer.optim={optim} is not one whose states are saved under every strategy; use one of "
+            f"{', '.join(OPTIMIZERS)}{suggest(optim, OPTIMIZERS)}"
+        )
+    package, _, extra = CLASSES[optim]
+    if extra and importlib.util.find_spec(package) is None:
+        yield f"trainer.optim={optim} needs {package}; install it with: pip install 'vlmvqa[{extra}]'"
+    if dist.is_zero and importlib.util.find_spec("deepspeed") is None:
+        install = "install it with: pip install 'vlmvqa[deepspeed]'"
+        yield f"dist={dist.strategy} needs DeepSpeed; {install}, or use dist=fsdp"
+    if dist.is_zero and optim == "adamw_torch_8bit":
+        yield f"trainer.optim=adamw_torch_8bit does not step on {dist.strategy}'s partitions; use adamw_bnb_8bit"
+    if dist.offload and optim == "adamw_torch_8bit" and not asked.gpu:
+        yield "8-bit AdamW with offloaded shards needs a GPU; use trainer.optim=adamw_torch"
+    if dist.is_zero and trainer.get("use_cpu") and torch.cuda.is_available():
+        yield (
+            f"trainer.use_cpu=true: DeepSpeed takes the GPU it finds all the same; hide it with CUDA_VISIBLE_DEVICES=, "
+            f"or use dist=ddp instead of {dist.strategy}"
+        )
+    if trainer.get("fp16") and not asked.gpu:
+        yield "trainer.fp16=true needs a GPU; use trainer.bf16=true or neither on the CPU"
+    if trainer.get("fp16") and dist.strategy == "fsdp":
+        yield "trainer.fp16=true does not work under dist=fsdp; use trainer.bf16=true, or dist=zero2 without it"
+    if trainer.get("bf16") and not asked.bf16_works:
+        yield "trainer.bf16=true: this card does not compute in bfloat16; use trainer.fp16=true under dist=ddp or zero2"
+    if model.dtype != "float32" and dist.is_zero and not trainer.get("bf16"):
+        yield f"model.dtype={model.dtype} under {dist.strategy} needs trainer.bf16=true"
+    if model.language.attention == "flex" and not asked.gpu:
+        yield (
+            "model.language.attention=flex: FlexAttention has no backward pass on the CPU; "
+            "use model.language.attention=dense"
+        )
+    if model.mode not in SHAREABLE and asked.questions_per_row not in (None, 1):
+        yield (
+            f"model.mode={model.mode} lets the image see its question, so data.questions_per_row="
+            f"{asked.questions_per_row} questions cannot share one; set data.questions_per_row=1, or "
+            "model.mode=blockwise_prefix"
+        )
+
+
+def check(trainer: VqaTrainer) -> str:
+    """Compare what was built with what was asked for; a table of it.
+
+    Raises:
+        InputError: at the first difference.
+    """
+    parameters = dict(trainer.vlm.named_parameters())
+    rows = {
+        "strategy": _strategy(trainer),
+        "parameters": _held(trainer, parameters),
+        "computed in": _computed_in(trainer),
+        "attention": _attention(trainer),
+        "optimizer": _optimizer(trainer),
+        "trained": _trained(trainer, parameters),
+        "global batch": _batch(trainer),
+    }
+    return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
+
+
+def _strategy(trainer: VqaTrainer) -> str:
+    dist, world = trainer.dist, ranks.world_size()
+    if dist.is_zero:
+        stage = trainer.engine.zero_optimization_stage()
+        _same("ZeRO's stage", dist.stage, stage)
+    elif dist.strategy == "fsdp":
+        blocks = [*trainer.vlm.vision.blocks, *trainer.vlm.language.blocks, trainer.vlm]
+        _same("units that FSDP2 holds", len(blocks), sum(isinstance(block, FSDPModule) for block in blocks))
+    else:
+        _same("a model that DDP wraps", world > 1, _is_ddp(trainer.model_wrapped))
+    _same("ranks that train together", world, trainer.accelerator.num_processes)
+    offload = ", offloaded to host memory" if dist.offload else ""
+    name = dist.strategy if world > 1 or dist.strategy != "ddp" else "one process"
+    return f"{name}{offload}, {world} rank{'s' if world > 1 else ''} on {trainer.args.device.type}"
+
+
+def _is_ddp(model: Any) -> bool:
+    return isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
+
+
+def _held(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) -> str:
+    total, world = 0, ranks.world_size()
+    local = 0
+    for name, parameter in parameters.items():
+        if trainer.dist.strategy == "fsdp":
+            if not isinstance(parameter, DTensor):
+                raise InputError(f"dist=fsdp was asked for, but {name} is not sharded; please report it")
+            rows = len(parameter)
+            share = -(-rows // world)  # torch.chunk: equal pieces, the last ones smaller or empty
+            mine = min(max(rows - share * ranks.rank(), 0), share)
+            expected = mine * (parameter.numel() // rows if rows else 0)
+            _same(f"elements of {name} on rank {ranks.rank()}", expected, parameter.to_local().numel())
+            local += expected
+            total += parameter.numel()
+        elif trainer.dist.strategy == "zero3":
+            whole, mine = int(parameter.ds_numel), int(parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
+            _same(f"elements of {name} on rank {ranks.rank()}", -(-whole // world), mine)
+            local, total = local + mine, total + whole
+        else:
+            local, total = local + parameter.numel(), total + parameter.numel()
+    return f"{total:,}, of which {local:,} on this rank" if local != total else f"{total:,}, whole on every rank"
+
+
+def _computed_in(trainer: VqaTrainer) -> str:
+    args = trainer.args
+    asked = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    if trainer.dist.is_zero:
+        engine = trainer.engine
+        now = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "no"
+    else:
+        now = trainer.accelerator.mixed_precision
+    _same("mixed precision", asked, now)
+    name = {"bf16": "bfloat16", "fp16": "float16", "no": str(trainer.dtype).removeprefix("torch.")}[asked]
+    extras = []
+    if args.activation_checkpointing:
+        extras.append("activations recomputed")
+    if args.torch_compile:
+        extras.append(f"compiled by {args.torch_compile_backend}")
+    return ", ".join([f"{name}, weights kept in {str(trainer.dtype).removeprefix('torch.')}", *extras])
+
+
+def _attention(trainer: VqaTrainer) -> str:
+    language = trainer.vlm.language
+    runs = language.decoder.config._attn_implementation
+    _same("the attention", "flex_attention" if language.attention == "flex" else "dense", _dense_or(runs))
+    return f"{trainer.vlm.mode}, {language.attention} ({runs})"
+
+
+def _dense_or(implementation: str) -> str:
+    return "dense" if implementation in ("eager", "sdpa") else implementation
+
+
+def _optimizer(trainer: VqaTrainer) -> str:
+    optimizer, asked = trainer._plain_optimizer(), str(trainer.args.optim).removeprefix("OptimizerNames.").lower()
+    asked = getattr(trainer.args.optim, "value", asked)
+    package, kind, _ = CLASSES[asked]
+    if trainer.dist.strategy == "fsdp" and package == "bitsandbytes":
+        raise InputError(f"trainer.optim={asked} cannot step on FSDP2's shards; use adamw_torch_8bit")
+    found = type(optimizer)
+    _same("the optimizer", f"{kind} of {package}", f"{found.__name__} of {_package(found.__module__, package)}")
+    eight = "8bit" in asked
+    states = "8-bit moments in blocks of 256, fp32 below 4,096 elements" if eight else "fp32 moments"
+    if asked == "sgd":
+        states = "no moments"
+    if eight and package == "bitsandbytes":
+        _same("bits of the optimizer's states", 8, optimizer.args.optim_bits)  # type: ignore[attr-defined]
+    bounds = [f"norm clipped to {trainer.clipping.max_norm:g}"] if trainer.clipping.max_norm else []
+    if trainer.clipping.percentile:
+        bounds.append(f"to the {trainer.clipping.percentile}th percentile of the last 100")
+    replaced = ""
+    if eight and trainer.dist.strategy == "fsdp":
+        replaced = " (in the place of adamw_bnb_8bit, which cannot step on shards)"
+    return ", ".join([f"{asked}{replaced}", states, *bounds])
+
+
+def _package(module: str, expected: str) -> str:
+    return expected if module.startswith(expected) else module
+
+
+def _trained(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) -> str:
+    wanted = [p for p in parameters.values() if p.requires_grad]
+    count = sum(int(getattr(p, "ds_numel", p.numel())) for p in wanted)
+    held = trainer.whole.elements()
+    if trainer.dist.is_zero:
+        # Partitions are padded to equal length: never less than what trains, together.
+        _same("parameters that the optimizer holds", True, sum(ranks.gather(held)) >= count)
+    else:
+        _same("parameters that the optimizer holds", count, held)
+    return f"{count:,} parameters in {len(wanted)} tensors"
+
+
+def _batch(trainer: VqaTrainer) -> str:
+    args = trainer.args
+    parts = f"{args.per_device_train_batch_size} a rank x {args.gradient_accumulation_steps} accumulated"
+    return f"{trainer.global_batch} images ({parts} x {ranks.world_size()} ranks)"
+
+
+def _same(what: str, asked: Any, found: Any) -> None:
+    if asked != found:
+        raise InputError(f"{what}: {asked} was asked for, {found} would run; please report it with the command")

@@ -1,0 +1,157 @@
+"""What each rank runs: small trainings of the real classes, one after the other in one process group.
+
+python -m torch.distributed.run --nproc_per_node 2 -m tests.distributed.worker FOLDER CASES.json
+
+A case names a strategy and what to turn; its result is written by rank 0 into FOLDER/results.json.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from tests import tiny
+from tests.unit.test_trainer import examples
+from vlmvqa import ranks
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.batch import Processor, TrainingSet
+from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.tokenizer import train_tokenizer
+from vlmvqa.errors import InputError
+from vlmvqa.models.vlm import VLM, build, set_trainable
+from vlmvqa.training import parallel, preflight
+from vlmvqa.training.parallel import DistSettings
+from vlmvqa.training.trainer import WEIGHTS, VqaTrainer, read_log
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training.
+
+    Attributes:
+        batch: images a rank.
+        resume: the name of the case whose checkpoint it goes on from, and the step.
+        trainer: more of TrainingArguments.
+    """
+
+    name: str
+    strategy: str = "ddp"
+    offload: bool = False
+    trained: str = "full"  # or projector
+    optim: str = "adamw_torch"
+    bf16: bool = False
+    steps: int = 4
+    batch: int = 2
+    resume: tuple[str, int] | None = None
+    clip_percentile: int | None = None
+    mode: str = "blockwise_prefix"
+    trainer: dict[str, Any] | None = None
+
+
+# Wide enough for 8-bit states: they begin at 4,096 elements, of a shard too.
+WIDE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
+
+
+def model(mode: str) -> VLM:
+    torch.manual_seed(0)
+    return build(tiny.settings(mode, initializer_range=0.02, **WIDE))
+
+
+def run(case: Case, root: Path) -> dict[str, Any]:
+    """Train; the losses by step, what the checks printed, and the final weights' file."""
+    dist = DistSettings(case.strategy, case.offload)
+    vlm = model(case.mode)
+    if case.trained == "projector":
+        set_trainable(vlm.vision, "none", "vision")
+        set_trainable(vlm.language, "none", "language")
+    values = {
+        "per_device_train_batch_size": case.batch,
+        "max_steps": case.steps,
+        "learning_rate": 1e-3,
+        "save_steps": 2,
+        "optim": preflight.optimizer_for(case.optim, dist),
+        "bf16": case.bf16,
+        **(case.trainer or {}),
+    }
+    preflight.refuse(preflight.Asked(dist, values, tiny.settings(case.mode)))
+    arguments = TrainingArguments(
+        output_dir=str(root / case.name),
+        use_cpu=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        logging_steps=1,
+        ddp_find_unused_parameters=False,
+        deepspeed=parallel.deepspeed_config(dist) if dist.is_zero else None,
+        **values,
+    )
+    if dist.is_zero:
+        parallel.correct_deepspeed()
+    if case.strategy == "fsdp":
+        parallel.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
+    given = examples(32)
+    questions = 1 if case.mode == "prefix_lm" else None
+    assert questions is None, "the examples share images"
+    tokenizer = train_tokenizer(given, 300)
+    processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
+    trainer = VqaTrainer(
+        vlm,
+        arguments,
+        TrainingSet(given, processor, "most_common", 0, BadRecords()),
+        processor,
+        dist=dist,
+        settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
+        clip_percentile=case.clip_percentile,
+    )
+    start = str(root / case.resume[0] / f"checkpoint-{case.resume[1]}") if case.resume else None
+    trainer.train(resume_from_checkpoint=start)
+    log = [record for record in read_log(root / case.name / "log.jsonl") if "loss" in record]
+    with trainer._whole_model() as whole:
+        saved = load_file(root / case.name / f"checkpoint-{case.steps}" / WEIGHTS)
+        same = all(torch.equal(weight.cpu(), saved[name]) for name, weight in whole.named_parameters())
+    return {
+        "losses": {record["step"]: record["loss"] for record in log},
+        "norms": {record["step"]: record["grad_norm"] for record in log},
+        "limits": trainer.clipping.norms,
+        "table": preflight.check(trainer),
+        "weights": str(root / case.name / f"checkpoint-{case.steps}" / WEIGHTS),
+        "whole_model_is_the_checkpoint": same,
+    }
+
+
+# torchao compiles its step; the C++ that inductor makes of it on a CPU takes minutes to build: trace it, and run it.
+torch.compile = functools.partial(torch.compile, backend="eager")
+
+
+def main(root: Path, cases: list[Case]) -> None:
+    transformers_logging.set_verbosity_error()
+    needs_group = any(case.strategy != "ddp" for case in cases)
+    parallel.start(DistSettings("zero2" if needs_group else "ddp"), cpu=True)
+    results: dict[str, Any] = {}
+    for case in cases:
+        try:
+            results[case.name] = {"case": asdict(case), **run(case, root)}
+        except InputError as error:
+            results[case.name] = {"case": asdict(case), "refused": str(error)}
+        except Exception:
+            # All ranks fail alike here; a rank that fails alone ends them all.
+            results[case.name] = {"case": asdict(case), "failed": traceback.format_exc()}
+        gc.collect()
+        ranks.barrier()
+        if ranks.is_first():
+            (root / "results.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), [Case(**case) for case in json.loads(Path(sys.argv[2]).read_text())])
