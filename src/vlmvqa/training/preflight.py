@@ -157,8 +157,8 @@ def _strategy(trainer: VqaTrainer) -> str:
     elif dist.strategy == "fsdp":
         blocks = [*trainer.vlm.vision.blocks, *trainer.vlm.language.blocks, trainer.vlm]
         _same("units that FSDP2 holds", len(blocks), sum(isinstance(block, FSDPModule) for block in blocks))
-    else:
-        _same("a model that DDP wraps", world > 1, _is_ddp(trainer.model_wrapped))
+    elif world > 1:
+        _same("a model that DDP wraps", True, _is_ddp(trainer.model_wrapped))
     _same("ranks that train together", world, trainer.accelerator.num_processes)
     offload = ", offloaded to host memory" if dist.offload else ""
     name = dist.strategy if world > 1 or dist.strategy != "ddp" else "one process"

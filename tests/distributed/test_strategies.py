@@ -1,0 +1,131 @@
+"""DDP = FSDP = ZeRO-1 = ZeRO-2 = ZeRO-3 = one process with the whole batch, and any of them resumes any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.harness import work
+from tests.distributed.worker import Case, model
+from vlmvqa.training.parallel import STRATEGIES
+
+STEPS = 8
+# The one of the next row resumes what this one saved.
+NEXT = dict(zip(STRATEGIES, (*STRATEGIES[1:], STRATEGIES[0]), strict=True))
+TURNED: dict[str, dict[str, Any]] = {
+    "accumulated": {"batch": 1, "trainer": {"gradient_accumulation_steps": 2}},
+    "recomputed": {"trainer": {"activation_checkpointing": True}},
+    # SGD, because AdamW hardly notices how long a gradient is.
+    "percentile": {"clip_percentile": 50, "optim": "sgd", "trainer": {"learning_rate": 0.3, "max_grad_norm": 0.0}},
+    "image_prefix": {"mode": "image_prefix"},
+    "partial": {"trained": "projector"},
+    "half": {"bf16": True, "optim": "adamw_bnb_8bit"},
+}
+
+
+def cases() -> list[Case]:
+    found = []
+    for strategy in STRATEGIES:
+        found.append(Case(strategy, strategy, steps=STEPS))
+        found.append(Case(f"{NEXT[strategy]}-on-{strategy}", NEXT[strategy], steps=STEPS, resume=(strategy, 4)))
+        for name, turned in TURNED.items():
+            found.append(Case(f"{strategy}-{name}", strategy, **turned))
+    found.append(Case("fsdp-offload", "fsdp", offload=True))
+    found.append(Case("zero3-offload", "zero3", offload=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every case on 2 ranks."""
+    return work(tmp_path_factory.mktemp("two"), cases(), 2)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, two: dict[str, Any]) -> dict[str, Any]:
+    """The same on one, with the batch of both; and a run of 2 ranks that goes on there."""
+    folder = tmp_path_factory.mktemp("one")
+    turned = {name: {**values, "batch": 2 * values.get("batch", 2)} for name, values in TURNED.items()}
+    alone = [Case("plain", batch=4, steps=STEPS), *(Case(name, **values) for name, values in turned.items())]
+    for strategy in STRATEGIES:
+        saved = Path(two[strategy]["weights"]).parent.with_name("checkpoint-4")
+        (folder / strategy).mkdir()
+        (folder / strategy / saved.name).symlink_to(saved)
+        # As many images a step as the two ranks saw, cut into accumulated halves.
+        halves = {"gradient_accumulation_steps": 2}
+        alone.append(Case(f"on-{strategy}", steps=STEPS, resume=(strategy, 4), trainer=halves))
+    return work(folder, alone, 1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_are_one(two: dict[str, Any], one: dict[str, Any], strategy: str) -> None:
+    """Promise 4: losses, gradient norms and the weights after 8 steps."""
+    expected, found = one["plain"], two[strategy]
+    assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4) and len(found["losses"]) == STEPS
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
+    weights, whole = load_file(found["weights"]), load_file(expected["weights"])
+    start = dict(model("blockwise_prefix").named_parameters())
+    assert max(float((whole[name] - start[name]).abs().max()) for name in whole) > 2e-3
+    # AdamW divides by the gradient's size, so rounding shows where a gradient is next to nothing.
+    worst = {name: float((weights[name] - whole[name]).abs().max()) for name in whole}
+    assert max(worst.values()) < 1e-3, max(worst, key=lambda name: worst[name])
+
+
+@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_whatever_is_turned(two: dict[str, Any], one: dict[str, Any], strategy: str, name: str) -> None:
+    tolerance = 1e-2 if TURNED[name].get("bf16") else 1e-4
+    assert two[f"{strategy}-{name}"]["losses"] == pytest.approx(one[name]["losses"], abs=tolerance)
+
+
+@pytest.mark.parametrize("name", ["fsdp-offload", "zero3-offload"])
+def test_offloaded_is_the_same(two: dict[str, Any], name: str) -> None:
+    assert two[name]["losses"] == pytest.approx(two["ddp-recomputed"]["losses"], abs=1e-4)
+    assert "offloaded to host memory" in two[name]["table"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_percentile_clipping_is_of_the_global_norm(two: dict[str, Any], one: dict[str, Any], strategy: str) -> None:
+    """The norms that it remembers are the logged ones, on every strategy those of one process."""
+    result = two[f"{strategy}-percentile"]
+    assert result["limits"] == pytest.approx(list(result["norms"].values()), rel=1e-4)
+    assert result["limits"] == pytest.approx(one["percentile"]["limits"], rel=1e-3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_goes_on_elsewhere(two: dict[str, Any], one: dict[str, Any], strategy: str) -> None:
+    """Promise 7: under the next strategy, and in one process, from the same example and with the same losses."""
+    rest = {step: loss for step, loss in two[strategy]["losses"].items() if step > 4}
+    elsewhere = two[f"{NEXT[strategy]}-on-{strategy}"]["losses"]
+    assert elsewhere == pytest.approx(rest, abs=1e-4) and len(elsewhere) == 4
+    assert one[f"on-{strategy}"]["losses"] == pytest.approx(rest, abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_weights_are_whole_and_load_on_one_cpu(two: dict[str, Any], strategy: str) -> None:
+    """A checkpoint's weights are those that are evaluated, under plain names, in the model's own type."""
+    assert two[strategy]["whole_model_is_the_checkpoint"]
+    vlm = model("blockwise_prefix")
+    assert not vlm.load_state_dict(load_file(two[strategy]["weights"])).missing_keys
+    half = load_file(two[f"{strategy}-half"]["weights"])
+    assert {weight.dtype for weight in half.values()} == {torch.float32}
+    frozen = load_file(two[f"{strategy}-partial"]["weights"])
+    before = dict(model("blockwise_prefix").named_parameters())
+    moved = {name for name in before if not torch.equal(frozen[name], before[name])}
+    assert moved == {"projector.layers.0.weight", "projector.layers.0.bias"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_table_says_what_runs(two: dict[str, Any], strategy: str) -> None:
+    table, half = two[strategy]["table"], two[f"{strategy}-half"]["table"]
+    total = sum(p.numel() for p in model("blockwise_prefix").parameters())
+    assert table.splitlines()[0].split() == ["strategy", f"{strategy},", "2", "ranks", "on", "cpu"]
+    sharded = strategy in ("fsdp", "zero3")
+    assert ("of which" in table) == sharded and f"{total:,}" in table
+    assert "float32, weights kept in float32" in table and "fp32 moments" in table
+    assert "bfloat16, weights kept in float32" in half and "8-bit moments" in half
+    assert ("in the place of adamw_bnb_8bit" in half) == (strategy == "fsdp")
