@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.training.parallel import launcher_choice
+from vlmvqa.training.parallel import launcher_choice, slurm_task
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
@@ -31,6 +31,7 @@ OPEN = ("overrides", "options")
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
 # What a launcher implies for `dist`, and its name: read once, before its arguments are taken out.
 LAUNCHER = launcher_choice(os.environ, sys.argv[1:])
+os.environ |= slurm_task(os.environ)
 
 
 def run(main: Callable[[DictConfig], None], config_name: str, repeatable: Sequence[str] = ()) -> None:
@@ -132,6 +133,10 @@ def check_overrides(arguments: Sequence[str], config_name: str) -> list[str]:
     Raises:
         InputError: an override names a key or a group's choice that does not exist; the nearest is suggested.
     """
+    if {"-m", "--multirun"} & set(arguments):  # a sweep: Hydra composes its jobs, and says what is wrong with them
+        # A launcher's jobs (submitit's) are other processes, which look for the scripts' modules.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CONF.parent / "launch"), os.environ.get("PYTHONPATH", "")])
+        return list(arguments)
     arguments = [_quoted_if_needed(argument) for argument in arguments]
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
     arguments = [arg.lstrip("+") if arg.lstrip("+").partition("=")[0] in groups else arg for arg in arguments]
@@ -170,7 +175,7 @@ def _choices(overrides: Iterable[str]) -> list[str]:
 def _checked(override: str, known: Any) -> str:
     key = override.lstrip("+~").partition("=")[0]
     parts = key.split(".")
-    if (CONF / key).is_dir() or parts[0] == "hydra":
+    if (CONF / key).is_dir() or parts[0].startswith("hydra"):
         return override
     node = known
     for depth, part in enumerate(parts):

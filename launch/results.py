@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,8 +29,8 @@ def score_and_report(
     batch_size: int,
     workers: int,
     bad_records: BadRecords,
-) -> None:
-    """Score the model on a split, all ranks together; rank 0 writes and prints.
+) -> dict[str, Any]:
+    """Score the model on a split, all ranks together; rank 0 writes and prints. Returns `metrics.json`'s content.
 
     Args:
         train: the training split, for the prior control; or the reason why there is none.
@@ -46,7 +47,7 @@ def score_and_report(
         bad_records=bad_records,
     )
     if not ranks.is_first():
-        return
+        return metrics
     write_results(
         folder,
         metrics,
@@ -60,3 +61,4 @@ def score_and_report(
     if metrics["skipped"]:
         print(f"left out {len(metrics['skipped'])} bad records, listed in {bad_records.listing}")
     print(f"report: {folder / 'report.html'}")
+    return metrics

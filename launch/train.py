@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +28,7 @@ from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import TrainingSet, split_questions
 from vlmvqa.data.example import Example, count_questions
+from vlmvqa.inference.card import refuse_upload, upload, write_card
 from vlmvqa.inference.evaluate import score
 from vlmvqa.inference.predict import Predictor, load
 from vlmvqa.models.vlm import VLM, set_trainable
@@ -42,6 +43,8 @@ def main(config: DictConfig) -> None:
     preflight.refuse(from_config.asked(config, dist))
     folder = from_config.run_folder(config)
     ranks.share(lambda: refuse_run(folder, config))
+    if config.hub_id:
+        ranks.share(lambda: refuse_upload(config.hub_id))
     parallel.start(dist, bool(config.trainer.get("use_cpu")))
     set_seed(config.seed)
     data = from_config.data_settings(config)
@@ -59,7 +62,7 @@ def main(config: DictConfig) -> None:
         return
     gc.collect()  # what trained makes room for what is scored: the model that was saved
     torch.cuda.empty_cache()
-    score_and_report(
+    metrics = score_and_report(
         config,
         folder,
         load(folder / "model", str(arguments.device)),
@@ -71,7 +74,11 @@ def main(config: DictConfig) -> None:
         workers=arguments.dataloader_num_workers,
         bad_records=bad_records,
     )
-    ranks.say(f"model:  {folder / 'model'}")
+    if ranks.is_first():
+        write_card(folder / "model", config.hub_id or config.run.name, metrics, OmegaConf.to_yaml(config, resolve=True))
+        print(f"model:  {folder / 'model'}")
+        if config.hub_id:
+            print(f"hub:    {upload(folder / 'model', config.hub_id)}")
 
 
 def train(

@@ -52,7 +52,7 @@ class VisionEncoder(nn.Module):
         self.tokens: int = int(self.encoder.has_class_token) + self.encoder.patch_embed.num_patches
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        features: Tensor = self.encoder.forward_features(pixel_values)
+        features: Tensor = self.encoder(pixel_values)  # its head is empty; a call, so that ZeRO-3's hooks see it
         prefix = self.encoder.num_prefix_tokens  # class token, then registers, then patches
         class_token = features[:, : int(self.encoder.has_class_token)]
         return torch.cat([class_token, features[:, prefix:]], dim=1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -30,6 +31,9 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.vlm import VLM
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+
+# How accelerate's launcher hands on what its config file says of a strategy.
+ACCELERATES = ("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_", "ACCELERATE_GRADIENT_", "FSDP_")
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ def start(settings: DistSettings, cpu: bool) -> None:
         torch.cuda.set_device(local)
     timeout = timedelta(minutes=settings.timeout_minutes)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        os.environ.pop(name, None)  # read above; accelerate would wrap the model a second time
+    for name in [name for name in os.environ if name.startswith(ACCELERATES)]:
+        del os.environ[name]  # read above; accelerate would wrap the model a second time
     if settings.is_zero:
         _quieten_deepspeed()
 
@@ -126,6 +130,23 @@ def _quieten_deepspeed() -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     # Shared-memory collectives for CPUs: they would be compiled first, and gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would say to a task that `srun` started, one of several: one a GPU, on any number of machines."""
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return {}
+    command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
+    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+        "MASTER_ADDR": hosts[0],
+        # One for each job, so that two may share a machine.
+        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)),
+    }
 
 
 def shard(model: VLM, device: torch.device, dtype: torch.dtype | None, offload: bool) -> None:

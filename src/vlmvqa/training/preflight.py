@@ -102,8 +102,6 @@ def _problems(asked: Asked) -> Iterator[str]:
         yield f"dist={dist.strategy} needs DeepSpeed; {install}, or use dist=fsdp"
     if dist.is_zero and optim == "adamw_torch_8bit":
         yield f"trainer.optim=adamw_torch_8bit does not step on {dist.strategy}'s partitions; use adamw_bnb_8bit"
-    if dist.offload and optim == "adamw_torch_8bit" and not asked.gpu:
-        yield "8-bit AdamW with offloaded shards needs a GPU; use trainer.optim=adamw_torch"
     if dist.is_zero and trainer.get("use_cpu") and torch.cuda.is_available():
         yield (
             f"trainer.use_cpu=true: DeepSpeed takes the GPU it finds all the same; hide it with CUDA_VISIBLE_DEVICES=, "

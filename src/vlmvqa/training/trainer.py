@@ -312,12 +312,22 @@ class VqaTrainer(Trainer):
         with safe_open(folder / MOMENTS, framework="pt") as file:
             step = int(file.metadata()["step"])
             self.whole.put_moments({name: file.get_tensor(name) for name in file.keys()}, step)  # noqa: SIM118
-        assert self.lr_scheduler is not None
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
-        for group, rate in zip(self._plain_optimizer().param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
+        self._load_schedule(folder)
         self._load_scaler(str(folder))
         self.clipping.norms = self._progress(folder)["norms"]
+
+    def _load_schedule(self, folder: Path) -> None:
+        schedule: Any = self.lr_scheduler
+        saved = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+        if [float(rate) for rate in saved["base_lrs"]] == [float(rate) for rate in schedule.base_lrs]:
+            schedule.load_state_dict(saved)
+            rates = schedule.get_last_lr()
+        else:  # other rates or parts, by resume_force: the place in the schedule is kept, the rates are those given now
+            schedule.last_epoch = saved["last_epoch"]
+            pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            rates = schedule._last_lr = [float(base) * scale(schedule.last_epoch) for base, scale in pairs]
+        for group, rate in zip(self._plain_optimizer().param_groups, rates, strict=True):
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else float(rate)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: weights are loaded once they are where they belong (`_load`)."""

@@ -1,0 +1,99 @@
+"""The model card: what was trained on what, how it scored beside its controls, and whose licences apply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlmvqa.errors import InputError
+
+# Weights that a trained model goes back to, and under which terms they are given.
+LICENCES = {
+    "gemma": ("gemma", "Gemma's weights: the [Gemma terms of use](https://ai.google.dev/gemma/terms)"),
+    "dinov2": ("apache-2.0", "DINOv2's weights: Apache-2.0"),
+}
+
+
+def write_card(folder: Path, name: str, metrics: Mapping[str, Any], config_yaml: str) -> None:
+    """Leave `README.md` beside the weights, as the hub shows it.
+
+    Args:
+        metrics: `metrics.json`'s content.
+        config_yaml: the run's resolved config.
+    """
+    config = config_yaml.lower()
+    found = [licence for mark, licence in LICENCES.items() if mark in config and "weights: hub" in config]
+    terms = [sentence for _, sentence in found] or ["Weights: drawn at random and trained here, Apache-2.0"]
+    model, controls = metrics["metrics"]["vqa_accuracy"], metrics["controls"]
+    columns = {"model": model, "prior": controls["prior"], "shuffled images": controls["shuffled_images"]}
+    scores = " | ".join("-" if column["overall"] is None else f"{column['overall']:.2f}" for column in columns.values())
+    licence = found[0][0] if found else "apache-2.0"
+    (folder / "README.md").write_text(
+        f"""---
+library_name: vlmvqa
+pipeline_tag: visual-question-answering
+license: {licence}
+---
+
+# {name}
+
+A vision encoder, a projector and a language model that answer questions about pictures.
+
+```python
+import vlmvqa
+
+print(vlmvqa.load("{name}").answer("photo.jpg", "what is this?").text)
+```
+
+## Scores
+
+VQA accuracy (%) on {metrics["data"]} {metrics["split"]}, {metrics["n"]} questions ({metrics["metric_version"]}):
+
+| {" | ".join(columns)} |
+|{"---|" * len(columns)}
+| {scores} |
+
+Prior: the most frequent training answer of each question type. Prompt: `{metrics["prompt"]!r}`.
+
+## Licences
+
+{"".join(f"- {sentence}" + chr(10) for sentence in terms)}- The data's terms: those of {metrics["data"]}'s publisher.
+
+## Configuration
+
+```yaml
+{config_yaml.strip()}
+```
+""",
+        encoding="utf-8",
+    )
+
+
+def refuse_upload(hub_id: str) -> None:
+    """Stop before a week of training if its end could not be uploaded.
+
+    Raises:
+        InputError: the id is malformed, or nobody is logged in, or the hub is out of reach.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+
+    if hub_id.count("/") != 1:
+        raise InputError(f"hub_id={hub_id} should be <user or organisation>/<name>")
+    try:
+        HfApi().whoami()
+    except (HTTPError, LocalTokenNotFoundError, OSError) as error:
+        raise InputError(
+            f"hub_id={hub_id}: nobody is logged in to the hub, or it cannot be reached; set HF_TOKEN or run "
+            f"`huggingface-cli login` ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def upload(folder: Path, hub_id: str) -> str:
+    """Upload a saved model's folder, card included; its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(hub_id, exist_ok=True)
+    return str(api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Upload by vlmvqa"))

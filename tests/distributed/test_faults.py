@@ -1,0 +1,131 @@
+"""What goes wrong on real machines: a rank that fails, hangs or is killed, a full disk, a damaged checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import BIN, losses, start, torchrun, train
+from tests.distributed.test_launchers import data, done, follow, ranks_of, whole
+from vlmvqa.training.checkpoints import whole_checkpoints
+from vlmvqa.training.trainer import read_log
+
+__all__ = ["data", "whole"]  # fixtures
+
+
+def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path: Path, data: str, whole: Path) -> None:
+    """A picture that only one rank reads is cut in half: one sentence, from the rank that met it."""
+    root = tmp_path / "shapes"
+    subprocess.run(["cp", "-r", data.removeprefix("data.root="), root], check=True)
+    for picture in sorted((root / "train2014").iterdir())[:1]:
+        picture.write_bytes(picture.read_bytes()[:200])
+    printed = done(start([*torchrun(2), *train(tmp_path / "run", f"data.root={root}", "dist=zero3")]), code=1)
+    said = [line for line in printed.splitlines() if "error: " in line and "elastic" not in line]
+    assert len(said) == 1 and ".jpg" in said[0] and "data.on_bad_record=skip" in said[0], printed
+    assert "InputError" not in printed  # no traceback but torchrun's own
+
+
+def test_a_mistake_is_said_once(tmp_path: Path, data: str) -> None:
+    printed = done(start([*torchrun(2), *train(tmp_path / "run", data, "dist=fsdp", "trainer.optim=lion")]), code=1)
+    assert printed.count("trainer.optim=lion") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_hangs_is_named(tmp_path: Path, data: str, whole: Path, which: int) -> None:
+    """A stopped process neither answers nor dies; the others do not wait for it for ever."""
+    folder = tmp_path / "run"
+    process = start([*torchrun(2), *train(folder, data, "dist=fsdp", "dist.timeout_minutes=0.1")])
+    follow(process, folder, 4)
+    stopped = ranks_of(folder, which)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        printed = done(process, code=1)
+    finally:
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert f"error: rank {which} has not answered for 0.1 minutes" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+def test_a_rank_killed_while_it_saves(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
+    """What was being written is never resumed from."""
+    folder = tmp_path / "run"
+    process = start([*torchrun(2), *train(folder, data, f"dist={strategy}", "trainer.save_steps=1")])
+    follow(process, folder, 3)
+    while process.poll() is None and not list(folder.glob("*.partial/model.safetensors")):
+        pass
+    for pid in ranks_of(folder, 0):
+        os.kill(pid, signal.SIGKILL)
+    done(process, code=1)
+    assert whole_checkpoints(folder)
+    printed = done(
+        start([*torchrun(2), *train(folder, data, f"dist={strategy}", "resume=auto", "trainer.save_steps=1")])
+    )
+    assert "going on from" in printed
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, data: str, whole: Path) -> None:
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", whole, folder], check=True)
+    newest = folder / "checkpoint-12" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    again = train(folder, data, "resume=auto", "trainer.per_device_train_batch_size=8")
+    printed = done(start([str(BIN / "python"), *again]))
+    assert "checkpoint-12 is damaged (optimizer.safetensors is not as it was written)" in printed
+    assert f"going on from {folder}/checkpoint-9" in printed
+    assert losses(folder) == losses(whole)
+    assert (folder / "latest").resolve().name == "checkpoint-12"
+
+
+def test_a_changed_run_does_not_go_on(tmp_path: Path, data: str, whole: Path) -> None:
+    """Refused with the keys' names; and what was there is still there."""
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", whole, folder], check=True)
+    python = str(BIN / "python")
+    batch = "trainer.per_device_train_batch_size=8"
+    changed = ("resume=auto", batch, "trainer.learning_rate=1e-4", "trainable.vision=none")
+    printed = done(start([python, *train(folder, data, *changed)]), code=1)
+    assert "trainable.vision was all and is now none; trainer.learning_rate was 0.001 and is now 0.0001" in printed
+    printed = done(start([python, *train(folder, data, "resume=auto")]), code=1)
+    assert "was trained with 8 images a step, now it would be 4: set trainer.gradient_accumulation_steps=2" in printed
+    assert losses(folder) == losses(whole)
+    (folder / "config.yaml").unlink()
+    printed = done(start([python, *train(folder, data, "resume=auto", batch)]), code=1)
+    assert "config.yaml is missing" in printed and "resume_force=true" in printed
+    printed = done(start([python, *train(folder, data, *changed, "resume_force=true", "trainer.max_steps=14")]))
+    assert "going on from" in printed and max(losses(folder)) == 14
+    rates = {record["step"]: record["learning_rate"] for record in read_log(folder / "log.jsonl") if "loss" in record}
+    assert rates[1] == 0 < rates[14] < rates[13] < 1e-4  # where it stood in the schedule, of the rate given now
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_two_ranks_save(tmp_path: Path, data: str, whole: Path) -> None:
+    """One sentence, and the checkpoint before is whole."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in (whole / "checkpoint-12").iterdir())
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(1.7 * size)}", "tmpfs", disk], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        folder = disk / "run"
+        printed = done(start([*torchrun(2), *train(folder, data, "dist=fsdp")]), code=1)
+        assert "is full: checkpoint 6 was not kept" in printed and "checkpoint-3 is whole" in printed
+        assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-3"]
+        subprocess.run(["mount", "-o", f"remount,size={20 * size}", disk], check=True)
+        done(start([*torchrun(2), *train(folder, data, "dist=fsdp", "resume=auto")]))
+        assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,185 @@
+"""The users' commands, on two ranks of this machine; what they leave is scored."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.distributed.harness import BIN, SMALL, losses, start, torchrun, train
+
+SHAPES = [argument for argument in SMALL if argument.startswith("data.")]
+
+
+def done(process: subprocess.Popen[str], code: int = 0) -> str:
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == code, printed[-4000:]
+    return printed
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.root={tmp_path_factory.mktemp('data') / 'shapes'}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
+    """The run that is never stopped, of one process with the batch of two ranks."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done(start([str(BIN / "python"), *train(folder, data, "trainer.per_device_train_batch_size=8")]))
+    return folder
+
+
+def follow(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+    """Wait until the run has logged this step."""
+    while process.poll() is None and max(losses(folder), default=0) < step:
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0][-3000:]
+
+
+def ranks_of(folder: Path, rank: int) -> list[int]:
+    """The processes of this machine that are that rank of the run in this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_text().split("\0")
+            environment = dict(line.split("=", 1) for line in (path / "environ").read_text().split("\0") if "=" in line)
+        except (OSError, ValueError):
+            continue
+        ours = f"run.dir={folder}" in command and environment.get("RANK") == str(rank)
+        if ours and any(part.endswith("launch/train.py") for part in command) and "torchrun" not in " ".join(command):
+            found.append(int(path.name))
+    return found
+
+
+def test_accelerate_launch_fsdp(tmp_path: Path, data: str, whole: Path) -> None:
+    """`accelerate launch launch/train.py +dist=fsdp`, with two ranks instead of four GPUs."""
+    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    printed = done(start([*command, "launch/train.py", "+dist=fsdp", *train(tmp_path / "run", data)[1:]]))
+    assert "strategy      fsdp, 2 ranks on cpu" in printed and "of which" in printed
+    assert printed.count("VQA accuracy (%)") == 1 and printed.count("strategy ") == 1  # only rank 0 prints
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
+    scored = done(start(["python", "launch/eval.py", f"checkpoint={tmp_path}/run", "data=shapes", data, *SHAPES,
+                         "split=val", f"run.dir={tmp_path}/scored"]))  # fmt: skip
+    assert "VQA accuracy (%)" in scored
+    ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("scored", "run"))
+    assert ours["metrics"] == theirs["metrics"] and ours["controls"] == theirs["controls"]
+
+
+def test_deepspeed_picks_zero2(tmp_path: Path, data: str, whole: Path) -> None:
+    """`deepspeed launch/train.py`, which passes --local_rank before the overrides."""
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    printed = done(start([*command, *train(tmp_path / "run", data)]))
+    assert "strategy      zero2, 2 ranks on cpu" in printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dist"]["strategy"] == "zero2"
+
+
+def test_eval_shares_the_questions(tmp_path: Path, data: str, whole: Path) -> None:
+    asked = [f"checkpoint={whole}", "data=shapes", data, *SHAPES, "split=val", f"run.dir={tmp_path}/scored"]
+    done(start([*torchrun(2), "launch/eval.py", *asked]))
+    ours, theirs = tmp_path / "scored", whole
+    assert (ours / "submission.json").read_text() == (theirs / "submission.json").read_text()
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (ours, theirs)]
+    assert metrics[0]["metrics"] == metrics[1]["metrics"] and metrics[0]["controls"] == metrics[1]["controls"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": False}}, "fsdp"),
+        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}, "zero3"),
+        ({"distributed_type": "MULTI_GPU"}, "ddp"),
+    ],
+)
+def test_accelerates_config_file_is_obeyed(
+    tmp_path: Path, data: str, whole: Path, written: dict[str, object], expected: str
+) -> None:
+    file = tmp_path / "accelerate.yaml"
+    common = {"compute_environment": "LOCAL_MACHINE", "num_machines": 1, "num_processes": 2, "mixed_precision": "no"}
+    file.write_text(yaml.safe_dump({**common, "main_process_port": free_port(), **written}))
+    printed = done(start(["accelerate", "launch", "--config_file", str(file), *train(tmp_path / "run", data)]))
+    assert f"strategy      {expected}, 2 ranks on cpu" in printed
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
+    other = start(["accelerate", "launch", "--config_file", str(file), *train(tmp_path / "x", data, "+dist=zero1")])
+    if expected != "ddp":  # accelerate starts ranks for DDP too when it is told nothing
+        said = f"accelerate's config file asks for {expected}, the command for zero1"
+        assert said in done(other, code=1)
+
+
+@pytest.mark.parametrize("strategy", [
+    "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2", "zero3"))
+])  # fmt: skip
+def test_killed_and_resumed_is_never_stopped(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
+    """Promise 5: kill -9 of one rank ends all; resumed, the run's losses are those it would have had."""
+    folder = tmp_path / "run"
+    process = start([*torchrun(2), *train(folder, data, f"dist={strategy}", "dist.timeout_minutes=2")])
+    follow(process, folder, 7)
+    for pid in ranks_of(folder, 1):
+        os.kill(pid, signal.SIGKILL)
+    printed = done(process, code=1)
+    assert max(losses(folder)) < 12
+    assert "error: another rank was killed" in printed or "Signal 9" in printed
+    printed = done(start([*torchrun(2), *train(folder, data, f"dist={strategy}", "resume=auto")]))
+    assert ("going on from" in printed and "checkpoint-6" in printed) or "checkpoint-9" in printed
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_machines_and_a_worker_that_comes_back(tmp_path: Path, data: str, whole: Path) -> None:
+    """Two torchrun agents of one process each, as on two machines; a worker killed with -9 is started again."""
+    folder, port = tmp_path / "run", free_port()
+    rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=2", "--rdzv_backend=c10d", "--rdzv_id=two",
+                  f"--rdzv_endpoint=127.0.0.1:{port}"]  # fmt: skip
+    agents = [start([str(BIN / "torchrun"), *rendezvous, *train(folder, data, "dist=fsdp")]) for _ in range(2)]
+    follow(agents[0], folder, 7)
+    for pid in ranks_of(folder, 1):
+        os.kill(pid, signal.SIGKILL)
+    printed = [done(agent) for agent in agents]
+    assert any("going on from" in text for text in printed)
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
+    assert (folder / "model" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+def test_it_compiles_under(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
+    """Traced and differentiated; inductor's C++ takes minutes to build."""
+    compiled = ("trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager", "trainer.max_steps=3")
+    schedule = ("trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0")
+    done(start([*torchrun(2), *train(tmp_path / "compiled", data, f"dist={strategy}", *compiled, *schedule)]))
+    done(start([*torchrun(2), *train(tmp_path / "plain", data, f"dist={strategy}", "trainer.max_steps=3", *schedule)]))
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preempted_run_saves_and_ends_well(tmp_path: Path, data: str, whole: Path, number: signal.Signals) -> None:
+    """SLURM's notice: one rank hears it, all stop after the same step, and the run goes on as if never stopped."""
+    folder = tmp_path / "run"
+    process = start([*torchrun(2), *train(folder, data, "dist=fsdp")])
+    follow(process, folder, 4)
+    for pid in ranks_of(folder, 1):
+        os.kill(pid, number)
+    printed = done(process)
+    assert f"stopped by {number.name}, saved in {folder}/latest" in printed
+    stopped = max(losses(folder))
+    assert stopped < 12 and (folder / "latest").resolve().name == f"checkpoint-{stopped}"
+    assert not (folder / "metrics.json").exists()
+    done(start([str(BIN / "python"), *train(folder, data, "resume=auto", "trainer.per_device_train_batch_size=8")]))
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

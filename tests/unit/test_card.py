@@ -1,0 +1,110 @@
+"""The model card, and its upload: to a small server of ours that speaks as much of the hub's protocol as it takes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from vlmvqa.errors import InputError
+from vlmvqa.inference.card import refuse_upload, upload, write_card
+
+METRICS = {
+    "n": 12,
+    "data": "vqav2",
+    "split": "val",
+    "prompt": "answer en {question}\n",
+    "metric_version": "official script",
+    "metrics": {"vqa_accuracy": {"overall": 61.5}},
+    "controls": {"prior": {"overall": 24.0}, "shuffled_images": {"overall": None}},
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Keeps the files of the one commit it is sent."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self._answer({"name": "somebody", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+
+    def do_POST(self) -> None:
+        chunks = b""
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                chunks += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            chunks = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.endswith("/preupload/main"):
+            asked = json.loads(chunks)["files"]
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in asked]
+            self._answer({"files": modes})
+        elif "/commit/" in self.path:
+            for line in chunks.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            self._answer({"commitUrl": "https://huggingface.co/somebody/model/commit/1", "commitOid": "1", "success": True})
+        else:
+            self._answer({"url": "https://huggingface.co/somebody/model", "id": "somebody/model"})
+
+    def _answer(self, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    Hub.files = {}
+    yield Hub
+    server.shutdown()
+
+
+def test_the_card_holds_scores_config_and_licences(tmp_path: Path) -> None:
+    config = "vision:\n  name: vit_base_patch14_dinov2.lvd142m\n  weights: hub\nlanguage:\n  name: google/gemma-2-2b"
+    write_card(tmp_path, "somebody/model", METRICS, config)
+    card = (tmp_path / "README.md").read_text()
+    assert "license: gemma" in card and "Gemma terms of use" in card and "DINOv2's weights" in card
+    assert "| 61.50 | 24.00 | - |" in card and "vqav2 val, 12 questions" in card and config in card
+    write_card(tmp_path, "tiny", METRICS, "model:\n  vision:\n    weights: random")
+    assert "license: apache-2.0" in (tmp_path / "README.md").read_text()
+
+
+def test_a_model_is_uploaded_whole(tmp_path: Path, hub: type[Hub]) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    contents = {"model.safetensors": b"\0\1weights", "tokenizer/tokenizer.json": b"{}", "README.md": b"card"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    refuse_upload("somebody/model")
+    assert "somebody/model" in upload(tmp_path, "somebody/model")
+    assert hub.files == contents
+
+
+def test_what_could_not_be_uploaded_is_refused_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="hub_id=model should be"):
+        refuse_upload("model")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    with pytest.raises(InputError, match="nobody is logged in to the hub, or it cannot be reached"):
+        refuse_upload("somebody/model")
