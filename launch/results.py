@@ -14,7 +14,7 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.inference.evaluate import evaluate, table, write_results
 from vlmvqa.inference.predict import Predictor
-from vlmvqa.training.trainer import read_log
+from vlmvqa.training.log import read_log
 
 
 def score_and_report(

@@ -32,8 +32,9 @@ from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import VLM, build, set_trainable
 from vlmvqa.training import parallel, preflight
+from vlmvqa.training.log import read_log
 from vlmvqa.training.parallel import DistSettings
-from vlmvqa.training.trainer import WEIGHTS, VqaTrainer, read_log
+from vlmvqa.training.trainer import WEIGHTS, VqaTrainer
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
     log = [record for record in read_log(root / case.name / "log.jsonl") if "loss" in record]
     with trainer._whole_model() as whole:
         saved = load_file(root / case.name / f"checkpoint-{case.steps}" / WEIGHTS)
-        same = all(torch.equal(weight.cpu(), saved[name]) for name, weight in whole.named_parameters())
+        same = all(torch.equal(weight.cpu(), saved[name].to(weight.dtype)) for name, weight in whole.named_parameters())
     return {
         "losses": {record["step"]: record["loss"] for record in log},
         "norms": {record["step"]: record["grad_norm"] for record in log},

@@ -31,7 +31,7 @@ import command_line
 from tests.conftest import ROOT
 from vlmvqa.data import shapes
 from vlmvqa.training.checkpoints import whole_checkpoints
-from vlmvqa.training.trainer import read_log
+from vlmvqa.training.log import read_log
 
 JOBS: dict[str, Callable[[], None]] = {
     "train": lambda: command_line.run(train_script.main, "train"),

@@ -16,13 +16,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import vlmvqa
 from tests.conftest import ROOT
 from vlmvqa.data import vqav2
 from vlmvqa.inference.evaluate import score
 from vlmvqa.training.checkpoints import whole_checkpoints
-from vlmvqa.training.trainer import read_log
+from vlmvqa.training.log import read_log
 
 SMALL = (
     "data.options.train_images=40",
@@ -127,6 +128,31 @@ def test_sampled_targets_go_on_after_a_resume(tmp_path: Path, data: str) -> None
     launch("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=6")
     launch("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=8", *FORCED)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_the_best_checkpoint_is_known_and_may_be_the_model(tmp_path: Path, data: str) -> None:
+    """The highest VQA accuracy of the run's evaluations: `best` points to it, and it is the model on request."""
+    folder = tmp_path / "run"
+    often = ("trainer.eval_steps=3", "trainer.save_total_limit=1", "trainer.learning_rate=3e-3")
+    launch(
+        "train",
+        f"run.dir={folder}",
+        data,
+        *SMALL,
+        *often,
+        "trainer.max_steps=12",
+        "trainer.load_best_model_at_end=true",
+    )
+    scores = {r["step"]: r["eval_vqa_accuracy"] for r in read_log(folder / "log.jsonl") if "eval_vqa_accuracy" in r}
+    best = max(scores, key=lambda step: (scores[step], -step))  # of equal ones the first
+    assert (folder / "best").resolve().name == f"checkpoint-{best}"
+    assert (folder / "latest").resolve().name == "checkpoint-12"
+    assert {path.name for path in whole_checkpoints(folder)} == {f"checkpoint-{best}", "checkpoint-12"}
+    weights = load_file(folder / "best" / "model.safetensors")
+    model = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(weights[name], weight) for name, weight in model.items())
+    assert json.loads((folder / "metrics.json").read_text())["metrics"]["vqa_accuracy"]["overall"] == scores[best]
+    assert "| model | prior | shuffled images |" in (folder / "model" / "README.md").read_text()
 
 
 def test_eval_gives_what_training_gave(tmp_path: Path, trained: tuple[Path, str], data: str) -> None:

@@ -53,7 +53,9 @@ class Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self._answer({"commitUrl": "https://huggingface.co/somebody/model/commit/1", "commitOid": "1", "success": True})
+            self._answer(
+                {"commitUrl": "https://huggingface.co/somebody/model/commit/1", "commitOid": "1", "success": True}
+            )
         else:
             self._answer({"url": "https://huggingface.co/somebody/model", "id": "somebody/model"})
 

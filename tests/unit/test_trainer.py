@@ -22,7 +22,8 @@ from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.training import checkpoints, moments
 from vlmvqa.training.banner import banner
 from vlmvqa.training.clipping import Clipping
-from vlmvqa.training.trainer import VqaTrainer, read_log
+from vlmvqa.training.log import read_log
+from vlmvqa.training.trainer import VqaTrainer
 
 COLORS = ("red", "green", "blue", "black")
 

@@ -102,6 +102,8 @@ def _problems(asked: Asked) -> Iterator[str]:
         yield f"dist={dist.strategy} needs DeepSpeed; {install}, or use dist=fsdp"
     if dist.is_zero and optim == "adamw_torch_8bit":
         yield f"trainer.optim=adamw_torch_8bit does not step on {dist.strategy}'s partitions; use adamw_bnb_8bit"
+    if dist.strategy == "zero3" and trainer.get("torch_compile"):
+        yield "trainer.torch_compile=true: the tied output matrix is not traced under zero3; use dist=fsdp or zero2"
     if dist.is_zero and trainer.get("use_cpu") and torch.cuda.is_available():
         yield (
             f"trainer.use_cpu=true: DeepSpeed takes the GPU it finds all the same; hide it with CUDA_VISIBLE_DEVICES=, "
@@ -156,15 +158,13 @@ def _strategy(trainer: VqaTrainer) -> str:
         blocks = [*trainer.vlm.vision.blocks, *trainer.vlm.language.blocks, trainer.vlm]
         _same("units that FSDP2 holds", len(blocks), sum(isinstance(block, FSDPModule) for block in blocks))
     elif world > 1:
-        _same("a model that DDP wraps", True, _is_ddp(trainer.model_wrapped))
+        wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+        _same("a model that DDP wraps", True, isinstance(wrapped, DistributedDataParallel))
+        _same("gradients that are views of DDP's buckets", True, wrapped.gradient_as_bucket_view)
     _same("ranks that train together", world, trainer.accelerator.num_processes)
     offload = ", offloaded to host memory" if dist.offload else ""
     name = dist.strategy if world > 1 or dist.strategy != "ddp" else "one process"
     return f"{name}{offload}, {world} rank{'s' if world > 1 else ''} on {trainer.args.device.type}"
-
-
-def _is_ddp(model: Any) -> bool:
-    return isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
 
 
 def _held(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) -> str:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
@@ -42,6 +42,7 @@ from vlmvqa.models.vlm import VLM, ModelSettings
 from vlmvqa.sequence.rows import IGNORE, PROMPT
 from vlmvqa.training import checkpoints, preflight
 from vlmvqa.training.clipping import Clipping
+from vlmvqa.training.log import EpochOfTargets, LogFile
 from vlmvqa.training.parallel import DistSettings
 from vlmvqa.training.stopping import Watch
 from vlmvqa.training.whole import Whole, WholeZero
@@ -84,9 +85,10 @@ class VqaTrainer(Trainer):
         self.watch = Watch(self.dist.timeout_minutes)
         self.questions_seen, self.counting_since = 0, 0.0
         # Before DeepSpeed rounds all weights to what is computed in: those that do not train are saved as they were.
-        zero_rounds = self.dist.is_zero and (args.bf16 or args.fp16) and ranks.is_first()
-        untrained = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-        self.frozen = {name: p.detach().clone() for name, p in untrained} if zero_rounds else {}
+        rounds = self.dist.is_zero and (args.bf16 or args.fp16)
+        self.frozen = {name: p.detach().cpu() for name, p in model.named_parameters() if rounds and not p.requires_grad}
+        if not ranks.is_first():  # rank 0 keeps them, and tells the others
+            self.frozen = {name: weight.to("meta") for name, weight in self.frozen.items()}
         super().__init__(
             model=model,
             args=args,
@@ -117,6 +119,12 @@ class VqaTrainer(Trainer):
         if resume_from_checkpoint is None:
             torch.manual_seed(self.args.seed + ranks.rank())  # each rank drops out its own activations
         return prepared
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        arguments = super()._build_accelerator_args(**kwargs)
+        for handler in arguments["kwargs_handlers"]:
+            handler.gradient_as_bucket_view = True  # else DDP holds every gradient twice
+        return arguments
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if self.dist.strategy != "fsdp":  # its shards are where they belong, which may be host memory
@@ -239,12 +247,16 @@ class VqaTrainer(Trainer):
 
     @contextlib.contextmanager
     def _whole_model(self) -> Iterator[VLM]:
-        """The model to generate with: where it is sharded a whole copy, so that no rank waits for another's answers."""
+        """The model to generate with: where it is sharded a whole copy, so that no rank waits for another's answers.
+
+        Under bf16 the copy is of that type, half as large: it stands beside what trains.
+        """
         if not self.dist.is_zero and self.dist.strategy != "fsdp":
             yield self.vlm
             return
         assert self.settings is not None
-        copy = checkpoint.blank(self.settings, self.vlm.language.config).to(self.args.device)
+        copy = checkpoint.blank(self.settings, self.vlm.language.config)
+        copy = copy.to(self.args.device, torch.bfloat16 if self.args.bf16 else self.dtype)
         parameters = dict(copy.named_parameters())
         with torch.no_grad():
             for name, weight in self.whole.weights():
@@ -367,54 +379,3 @@ class VqaTrainer(Trainer):
             super()._load_rng_state(checkpoint)
         else:
             set_seed(random.Random(f"{self.args.seed}-{self.state.global_step}-{ranks.rank()}").randrange(2**32))
-
-
-class LogFile(TrainerCallback):
-    """Every logged record as a line of `log.jsonl`; a resumed run cuts what came after its checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not ranks.is_first():
-            return
-        records = read_log(self.path)
-        kept = [record for record in records if record["step"] <= state.global_step] if state.global_step else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if ranks.is_first() and self.path.parent.exists():
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-
-class EpochOfTargets(TrainerCallback):
-    """Tells the training set which epoch it is, for targets drawn anew each epoch.
-
-    accelerate forwards the epoch to the data set in one process only, to the sampler in several.
-    """
-
-    def __init__(self, training_set: TrainingSet) -> None:
-        self.training_set = training_set
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.training_set.set_epoch(int((state.epoch or 0) + 1e-6))
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a `log.jsonl`, without a last line that a kill cut short."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -70,7 +71,8 @@ class WholeZero(Whole):
 
     Args:
         engine: DeepSpeed's.
-        frozen: the untrained weights as they were before DeepSpeed rounded them to what is computed in.
+        frozen: the untrained weights as they were before DeepSpeed rounded them to what is computed in; rank 0 has
+            them, the others their shapes.
     """
 
     def __init__(self, model: VLM, engine: Any, frozen: Mapping[str, Tensor]) -> None:
@@ -95,7 +97,7 @@ class WholeZero(Whole):
             if parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter)
             elif name in self.frozen:
-                yield name, self.frozen[name]
+                yield name, self._told(self.frozen[name], parameter.device)
             else:
                 with self._gathered(parameter):
                     yield name, parameter.detach().clone()
@@ -151,6 +153,13 @@ class WholeZero(Whole):
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
             self.zero._hp_optimizer_states_linked = False
+
+    def _told(self, weight: Tensor, device: torch.device) -> Tensor:
+        """A weight that rank 0 has kept, on every rank."""
+        told = weight.to(device) if ranks.is_first() else torch.empty_like(weight, device=device)
+        if ranks.together():
+            dist.broadcast(told, src=0)
+        return told
 
     def _put(self, parameter: Any, whole: Tensor, key: str | None) -> None:
         """Copy this rank's part into the master weight (`key=None`) or a moment."""

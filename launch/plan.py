@@ -1,0 +1,103 @@
+"""Will it fit, and what should be set? Memory and speed under every strategy, without the GPUs, data or weights.
+
+python launch/plan.py experiment=vlm_vqa_4xa10g
+python launch/plan.py model=dinov2_gemma2_2b data=vqav2 dist=zero3 plan.gpu=a100_80 plan.gpus=2
+python launch/plan.py experiment=vlm_vqa_4xa10g verify=true    three steps on the GPU that is here, planned and measured
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+import from_config
+from command_line import run
+from from_config import DataSettings, group
+from vlmvqa.errors import InputError
+from vlmvqa.models.vlm import ModelSettings
+from vlmvqa.planning import report, verify
+from vlmvqa.planning.gpus import gpu
+from vlmvqa.planning.planner import Planner, Rows, Training, known_architecture
+from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.settings import build_settings
+from vlmvqa.training.parallel import DistSettings
+
+# Questions an image: the data sets' published counts.
+QUESTIONS = {"vqav2": 5.36, "gqa": 13.1, "coco_captions": 5.0, "docvqa": 3.9}
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The `plan` node; its keys are explained in conf/plan.yaml."""
+
+    gpu: str = "a10g"
+    gpus: int = 4
+    questions_per_image: float | None = None
+    text_tokens: int | None = None
+    answer_tokens: int = 4
+    utilisation: float = 0.35
+
+
+def main(config: DictConfig) -> None:
+    planner = build_planner(config)
+    checkpointing = bool(config.trainer.get("activation_checkpointing") or config.trainer.get("gradient_checkpointing"))
+    if config.verify:
+        print(verify.verify(planner, checkpointing))
+        return
+    dist = build_settings(DistSettings, group(config, "dist"), "dist") if config.get("dist") else None
+    chosen = planner.add(dist) if dist else "ddp"
+    plans = planner.compare(checkpointing)
+    print(report.headline(planner, checkpointing))
+    if dist is None:
+        print("dist is not set: ddp is taken as chosen")
+    print(f"\n{report.table(plans, chosen)}\n\n{report.recommend(planner, plans, chosen)}")
+    print(f"\n{report.LEGEND}")
+    folder = from_config.run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(report.record(planner, plans, chosen), indent=1) + "\n")
+    (folder / "plan.md").write_text(report.markdown(planner, plans, chosen, checkpointing))
+    print(f"\nplan: {folder / 'plan.md'}, {folder / 'plan.json'}")
+
+
+def build_planner(config: DictConfig) -> Planner:
+    """The planner of a training run's config."""
+    plan = build_settings(PlanSettings, group(config, "plan"), "plan")
+    values, trainer = group(config, "model"), group(config, "trainer")
+    values["language"].pop("tokenizer")
+    settings = known_architecture(build_settings(ModelSettings, values, "model"))
+    data = from_config.data_settings(config)
+    rows = Rows(
+        images=trainer["per_device_train_batch_size"],
+        questions=questions(plan, data, settings.mode),
+        text_tokens=text_tokens(plan, data),
+        answer_tokens=plan.answer_tokens,
+        images_per_row=data.images_per_row,
+    )
+    precision = "bf16" if trainer.get("bf16") else "fp16" if trainer.get("fp16") else "fp32"
+    training = Training(precision, trainer["optim"], trainer["gradient_accumulation_steps"])
+    trainable = group(config, "trainable")
+    return Planner(settings, trainable, rows, training, gpu(plan.gpu), plan.gpus, plan.utilisation)
+
+
+def questions(plan: PlanSettings, data: DataSettings, mode: str) -> float:
+    """Questions that share an image's row, on average."""
+    asked = plan.questions_per_image or data.options.get("questions_per_image") or QUESTIONS.get(data.source)
+    if asked is None:
+        raise InputError(
+            f"how many questions {data.source} asks of an image is not known; give plan.questions_per_image"
+        )
+    most = data.questions_per_row if mode in SHAREABLE else 1
+    return float(asked if most is None else min(asked, most))  # an image asked more is repeated
+
+
+def text_tokens(plan: PlanSettings, data: DataSettings) -> int:
+    tokens = plan.text_tokens or data.max_text_tokens
+    if tokens is None:
+        raise InputError("data.max_text_tokens is null, so a question's length is not known; give plan.text_tokens")
+    return tokens
+
+
+if __name__ == "__main__":
+    run(main, "plan")

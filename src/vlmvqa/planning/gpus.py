@@ -1,0 +1,53 @@
+"""What common GPUs hold and how fast they are, by their makers' data sheets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmvqa.errors import InputError, suggest
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU.
+
+    Attributes:
+        memory: GiB that PyTorch can have (`torch.cuda.get_device_properties(0).total_memory`), less than is sold.
+        half: dense fp16 or bf16 tensor-core rate, in 10^12 FLOPs a second.
+        single: fp32 rate without TF32, PyTorch's default, likewise.
+        link: GB a second that collectives among such GPUs in one machine are taken to reach, a direction.
+        host: GB a second to and from host memory, likewise.
+        bf16: whether it computes in bfloat16.
+    """
+
+    name: str
+    memory: float
+    half: float
+    single: float
+    link: float
+    host: float
+    bf16: bool = True
+
+
+# Memory: the "total capacity" of PyTorch's out-of-memory messages in public issues, the lowest seen. Rates: NVIDIA's
+# data sheets, without sparsity; the A10G's as AWS gives it. Links: a third of PCIe's nominal rate, two thirds of
+# NVLink's: rough, not measured.
+GPUS = {
+    "t4": Gpu("T4 (16 GB)", 14.56, 65, 8.1, 5, 10, bf16=False),
+    "a10g": Gpu("A10G (24 GB)", 22.03, 70, 31.2, 10, 12),
+    "l4": Gpu("L4 (24 GB)", 22.03, 121, 30.3, 10, 20),
+    "a100_40": Gpu("A100 (40 GB)", 39.38, 312, 19.5, 200, 20),
+    "a100_80": Gpu("A100 (80 GB)", 79.14, 312, 19.5, 200, 20),
+    "h100": Gpu("H100 (80 GB)", 79.10, 989, 67, 300, 40),
+    "h200": Gpu("H200 (141 GB)", 139.72, 989, 67, 300, 40),
+}
+
+
+def gpu(name: str) -> Gpu:
+    """A GPU by its name in `GPUS`, however it is spelt (A100-80, a100_80)."""
+    key = name.lower().replace("-", "_").replace(" ", "_")
+    if key not in GPUS:
+        raise InputError(f"plan.gpu={name} is not known; use one of {', '.join(GPUS)}{suggest(key, GPUS)}")
+    return GPUS[key]

@@ -1,0 +1,321 @@
+"""Will it fit, and what should be set? Memory and speed of a training run under every strategy, without its GPUs.
+
+    memory.py       activations, logits and FLOPs of a pass, counted on the real model without weights (ledger.py)
+    resident.py     what a strategy keeps of weights, gradients and optimizer states, and what it sends
+    gpus.py         what the GPU has and how fast it is
+    planner.py      the sum of them: the plan of a strategy, all side by side, the largest batch, the fastest run
+    report.py       what is said of it
+
+The worst moment counts: the backward pass, the last reduction of gradients, or the optimizer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from vlmvqa.errors import InputError
+from vlmvqa.models.vlm import DTYPES, VLM, ModelSettings
+from vlmvqa.planning.gpus import GIB, Gpu
+from vlmvqa.planning.memory import Arithmetic, Footprint, RowShape, measure, row_shape, skeleton
+from vlmvqa.planning.resident import Resident, Training, Weight, resident, weights_of
+from vlmvqa.training.parallel import DistSettings
+
+CONTEXT = 0.8 * GIB  # CUDA's context, NCCL and cuBLAS workspaces: an allowance, not counted
+FRAGMENTATION = 0.05  # of what is allocated: memory that lies between tensors, an allowance too
+ROOM = 0.95  # of a GPU's memory that a recommended run may need
+UTILISATION = 0.35  # of the GPU's rate that training reaches: an assumption
+HOST_RATE = 20e9  # bytes a second that an optimizer in host memory moves, an assumption
+HOST_STEP = 60  # bytes it moves for a parameter
+
+STRATEGIES: dict[str, DistSettings] = {
+    **{name: DistSettings(name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")},
+    "fsdp_offload": DistSettings("fsdp", offload=True),
+    "zero3_offload": DistSettings("zero3", offload=True),
+}
+
+# Hub ids whose sizes are those of the config class's defaults, so that they need no network.
+DEFAULT_SIZES = {"google/gemma-2-2b": "gemma2", "google/gemma-2-2b-it": "gemma2"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a micro-batch is made of.
+
+    Attributes:
+        images: on each GPU (`trainer.per_device_train_batch_size`).
+        images_per_row: that share a row.
+        questions: asked of an image, on average.
+        text_tokens: of a question, with answer and EOS.
+        answer_tokens: of its answer and EOS.
+    """
+
+    images: int
+    questions: float
+    text_tokens: int
+    answer_tokens: int = 4
+    images_per_row: int = 1
+
+    @property
+    def most_questions(self) -> int:
+        return max(1, -int(-self.questions // 1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy's memory on each GPU, in bytes, and its speed.
+
+    Attributes:
+        buffers: communication buffers and gathered weights.
+        temporary: what the worst moment needs beside the columns before it.
+        peak: what is allocated at the worst moment, `moment`.
+        needed: the peak with the allowances for CUDA and fragmentation.
+        host: in host memory, of all GPUs.
+        largest: images a GPU that fit, without and with activation checkpointing.
+        questions_per_second: an estimate; None where it does not fit.
+    """
+
+    strategy: str
+    images: int
+    checkpointing: bool
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    logits: int
+    temporary: int
+    peak: int
+    moment: str
+    needed: int
+    capacity: int
+    host: int
+    largest: tuple[int, int] = (0, 0)
+    questions_per_second: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.capacity
+
+
+@dataclass
+class Planner:
+    """Plans for one model, one kind of row and one kind of GPU.
+
+    Args:
+        trainable: "all", "none" or the number of last blocks, of each part.
+        utilisation: of the GPU's rate that training is taken to reach.
+    """
+
+    settings: ModelSettings
+    trainable: Mapping[str, str | int]
+    rows: Rows
+    training: Training
+    gpu: Gpu
+    gpus: int
+    utilisation: float = UTILISATION
+    strategies: dict[str, DistSettings] = field(default_factory=STRATEGIES.copy)
+    _footprints: dict[tuple[Arithmetic, bool], Footprint] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        counts = {
+            "plan.gpus": self.gpus,
+            "trainer.per_device_train_batch_size": self.rows.images,
+            "trainer.gradient_accumulation_steps": self.training.accumulation,
+            "data.images_per_row": self.rows.images_per_row,
+            "plan.text_tokens": self.rows.text_tokens,
+        }
+        for name, count in counts.items():
+            if not isinstance(count, int) or count < 1:
+                raise InputError(f"{name}={count} must be a whole number, 1 or more")
+        if self.training.precision == "bf16" and not self.gpu.bf16:
+            raise InputError(
+                f"a {self.gpu.name} does not compute in bfloat16; set trainer.bf16=false and trainer.fp16=true with "
+                "dist=ddp or one of zero1 to zero3, or leave both false for float32"
+            )
+
+    def add(self, dist: DistSettings) -> str:
+        """Plan a strategy as it is set, DeepSpeed's options and all; its name."""
+        name = dist.strategy + ("_offload" if dist.offload else "")
+        if name not in self.names():
+            raise InputError(
+                f"dist={name} cannot be planned under {self.training.precision}; use ddp, zero1, zero2 or zero3"
+            )
+        self.strategies[name] = dist
+        return name
+
+    @cached_property
+    def model(self) -> VLM:
+        """Without weights."""
+        return skeleton(self.settings, self.trainable)
+
+    @cached_property
+    def weights(self) -> list[Weight]:
+        weights = weights_of(self.model)
+        if not any(weight.trained for weight in weights):
+            raise InputError("nothing trains: every part is set to trainable=none; set one to all")
+        return weights
+
+    @cached_property
+    def shape(self) -> RowShape:
+        rows = self.rows
+        return row_shape(self.model, rows.images_per_row, rows.most_questions, rows.text_tokens, rows.answer_tokens)
+
+    def footprint(self, dist: DistSettings, checkpointing: bool) -> Footprint:
+        """A pass as the strategy computes it."""
+        stored = DTYPES[self.settings.dtype]
+        computed = torch.bfloat16 if self.training.mixed and dist.strategy != "ddp" else stored
+        arithmetic = Arithmetic(computed, self.training.mixed and not dist.strategy.startswith("zero"))
+        key = arithmetic, checkpointing
+        if key not in self._footprints:
+            model = skeleton(self.settings, self.trainable)
+            self._footprints[key] = measure(model, self.shape, arithmetic, checkpointing)
+        return self._footprints[key]
+
+    def resident(self, dist: DistSettings) -> Resident:
+        return resident(self.weights, dist, self.gpus, self.training)
+
+    def memory(self, name: str, images: int, checkpointing: bool) -> Plan:
+        """A strategy's memory at so many images a GPU."""
+        dist = self.strategies[name]
+        kept, held = self.resident(dist), self.footprint(dist, checkpointing).at(self._row_count(images))
+        passing = max(held.decoder_peak + kept.decoder, held.encoder_peak + kept.encoder)
+        stays = kept.parameters + kept.optimizer
+        moments = {
+            "backward": stays + kept.buffers + kept.gradients + passing,
+            "reduction": stays + kept.buffers + kept.gradients + kept.reduction,
+            "step": stays + kept.lasting + kept.gradients + kept.step,
+        }
+        if kept.grows:
+            moments["backward"] = stays + kept.buffers + held.peak_and_gradients
+        moment = max(moments, key=lambda key: moments[key])
+        temporary = {
+            "backward": passing - max(kept.decoder, kept.encoder) - held.activations - held.logits,
+            "reduction": kept.reduction,
+            "step": kept.step,
+        }
+        peak = moments[moment]
+        return Plan(
+            strategy=name,
+            images=images,
+            checkpointing=checkpointing,
+            parameters=kept.parameters,
+            gradients=kept.gradients,
+            optimizer=kept.optimizer,
+            buffers=kept.buffers + max(kept.decoder, kept.encoder),
+            activations=held.activations,
+            logits=held.logits,
+            temporary=max(0, temporary[moment]),
+            peak=peak,
+            moment=moment,
+            needed=int(peak * (1 + FRAGMENTATION) + CONTEXT),
+            capacity=int(self.gpu.memory * GIB),
+            host=kept.host * self.gpus,
+        )
+
+    def largest(self, name: str, checkpointing: bool, share: float = 1.0) -> int:
+        """The most images a GPU that fit into a share of its memory; 0: not even one row's."""
+        step, kept = self.rows.images_per_row, self.resident(self.strategies[name])
+        if kept.parameters + kept.optimizer + kept.lasting > share * self.gpu.memory * GIB:
+            return 0  # no need to count a pass
+
+        def fits(rows: int) -> bool:
+            plan = self.memory(name, rows * step, checkpointing)
+            return plan.needed <= share * plan.capacity
+
+        low, high = 0, 1
+        while fits(high) and high < 2**20:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * step
+
+    def seconds(self, name: str, images: int, checkpointing: bool, accumulation: int) -> float:
+        """An estimate of an optimizer step's time: what is sent and copied in a pass hides behind what is computed."""
+        dist = self.strategies[name]
+        kept = self.resident(dist)
+        rate = self.gpu.half if self.training.mixed else self.gpu.single
+        flops = self.footprint(dist, checkpointing).flops(self._row_count(images))
+        computing = flops / (rate * 1e12 * self.utilisation)
+        sending = kept.sent_each_pass / (self.gpu.link * 1e9) if self.gpus > 1 else 0.0
+        copying = kept.copied_each_pass / (self.gpu.host * 1e9)
+        last = kept.sent_each_step / (self.gpu.link * 1e9) + kept.stepped_on_host * HOST_STEP / HOST_RATE
+        return accumulation * max(computing, sending + copying) + last
+
+    def questions_per_second(self, name: str, images: int, checkpointing: bool, accumulation: int) -> float:
+        asked = images * accumulation * self.gpus * self.rows.questions
+        return asked / self.seconds(name, images, checkpointing, accumulation)
+
+    def plan(self, name: str, checkpointing: bool) -> Plan:
+        """A strategy's plan at the batch that was asked for."""
+        plan = self.memory(name, self.rows.images, checkpointing)
+        speed = self.questions_per_second(name, self.rows.images, checkpointing, self.training.accumulation)
+        return replace(
+            plan,
+            largest=(self.largest(name, False), self.largest(name, True)),
+            questions_per_second=speed if plan.fits else None,
+        )
+
+    def names(self) -> list[str]:
+        """The strategies that can run: under fp16, FSDP2 cannot."""
+        return [name for name in self.strategies if self.training.precision != "fp16" or not name.startswith("fsdp")]
+
+    def vary(self, gpus: int | None = None, training: Training | None = None) -> Planner:
+        """Plans of the same model and rows for other GPUs or another trainer; what was counted is kept."""
+        other = replace(self, gpus=gpus or self.gpus, training=training or self.training)
+        other.model, other.weights, other.shape = self.model, self.weights, self.shape
+        other._footprints = self._footprints
+        return other
+
+    def compare(self, checkpointing: bool) -> list[Plan]:
+        """All strategies side by side."""
+        return [self.plan(name, checkpointing) for name in self.names()]
+
+    def fastest(self, chosen: str) -> tuple[str, int, bool, int] | None:
+        """Strategy, images a GPU, checkpointing and accumulation of the fastest run with as many images a step.
+
+        It leaves room (`ROOM`), and takes smaller micro-batches than were asked for only where no strategy holds them.
+        The chosen strategy is kept where others are less than a twentieth faster, which an estimate cannot tell.
+        """
+        images, row = self.rows.images * self.training.accumulation, self.rows.images_per_row
+        found = []
+        for name in self.names():
+            for checkpointing in (False, True):
+                most = min(self.largest(name, checkpointing, ROOM), images)
+                sizes = [size for size in range(1, most + 1) if images % size == 0 and size % row == 0]
+                found += [(name, size, checkpointing, images // size) for size in sizes]
+        as_large = [run for run in found if run[1] >= self.rows.images]
+
+        def worth(run: tuple[str, int, bool, int]) -> float:
+            return self.questions_per_second(*run) * (1.05 if run[0] == chosen else 1.0)
+
+        return max(as_large or found, key=worth, default=None)
+
+    def _row_count(self, images: int) -> int:
+        return -(-images // self.rows.images_per_row)
+
+
+def known_architecture(settings: ModelSettings) -> ModelSettings:
+    """The settings with a language model whose sizes can be told without the hub.
+
+    Raises:
+        InputError: its config is neither known nor on this machine.
+    """
+    name = settings.language.name
+    if name in DEFAULT_SIZES:
+        return replace(settings, language=replace(settings.language, name=DEFAULT_SIZES[name]))
+    if name not in CONFIG_MAPPING_NAMES:
+        try:
+            AutoConfig.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the sizes of model.language.name={name} are not on this machine, and a plan uses no network; give an "
+                "architecture, model.language.name=llama, and its sizes as model.language.overrides.hidden_size=..."
+            ) from error
+    return settings

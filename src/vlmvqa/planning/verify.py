@@ -1,0 +1,100 @@
+"""A plan against the truth: a few real steps of one process on the GPU that is here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from vlmvqa.errors import InputError
+from vlmvqa.models.vlm import VLM, build, set_trainable
+from vlmvqa.planning.gpus import GIB
+from vlmvqa.planning.memory import without_weights
+from vlmvqa.planning.planner import Planner, Rows
+from vlmvqa.planning.resident import BITSANDBYTES, PARTS, Training
+from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
+
+STEPS = 3
+MICRO_BATCHES = 2  # at most: from the second on nothing new is held
+
+
+def verify(planner: Planner, checkpointing: bool) -> str:
+    """Train for `STEPS` steps with random weights under ddp, alone; planned and measured peak, in a sentence.
+
+    Raises:
+        InputError: there is no GPU, or the plan says that its memory is too small.
+    """
+    if not torch.cuda.is_available():
+        raise InputError(
+            "verify=true runs steps on a GPU, and there is none here; leave it out, or run it where one is"
+        )
+    device = torch.device("cuda")
+    accumulation = min(planner.training.accumulation, MICRO_BATCHES)
+    alone = planner.vary(gpus=1, training=replace(planner.training, accumulation=accumulation))
+    plan = alone.memory("ddp", planner.rows.images, checkpointing)
+    here = torch.cuda.get_device_properties(device)
+    if plan.needed > here.total_memory:
+        raise InputError(
+            f"one process needs {plan.needed / GIB:.1f} GiB and this {here.name} has {here.total_memory / GIB:.1f}; "
+            "lower trainer.per_device_train_batch_size or train less of the model (trainable.language=none)"
+        )
+    with device:
+        model = build(without_weights(planner.settings)).train()
+    for part in PARTS:
+        set_trainable(getattr(model, part), planner.trainable[part], part)
+    if checkpointing:
+        model.checkpoint_activations()
+    model.to(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    train(model, batch(model, planner.rows), alone.training)
+    measured = torch.cuda.max_memory_allocated(device)
+    return (
+        f"planned {plan.peak / GIB:.2f} GiB (at the {plan.moment}), measured {measured / GIB:.2f} GiB "
+        f"({plan.peak / measured - 1:+.1%}): {STEPS} steps of {planner.rows.images} images on one {here.name}"
+    )
+
+
+def train(model: VLM, batch: dict[str, Tensor], training: Training, steps: int = STEPS) -> None:
+    """Optimizer steps on one batch, again and again, as the trainer makes them."""
+    device = batch["pixel_values"].device.type
+    half = torch.float16 if training.precision == "fp16" else torch.bfloat16
+    optimizer = build_optimizer(model, training.optimizer)
+    for _ in range(steps):
+        for _ in range(training.accumulation):
+            with torch.autocast(device, half, enabled=training.mixed):
+                loss = model(**batch)["loss"]
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def build_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
+    """transformers' optimizer of that name, on the parameters that train."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name in BITSANDBYTES:
+        from bitsandbytes.optim import AdamW8bit
+
+        eight_bit: torch.optim.Optimizer = AdamW8bit(trained, lr=1e-5)
+        return eight_bit
+    if name == "adamw_torch_8bit":
+        from torchao.optim import AdamW8bit as TorchaoAdamW8bit
+
+        torchao: torch.optim.Optimizer = TorchaoAdamW8bit(trained, lr=1e-5)
+        return torchao
+    if name == "sgd":
+        return torch.optim.SGD(trained, lr=1e-5, weight_decay=1e-4, foreach=True)
+    fused = name == "adamw_torch_fused"
+    return torch.optim.AdamW(trained, lr=1e-5, fused=fused, foreach=not fused)
+
+
+def batch(model: VLM, rows: Rows) -> dict[str, Tensor]:
+    """A batch of the planned size; what it says is nothing."""
+    device = next(model.parameters()).device
+    question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
+    documents = [Document(image, [question] * rows.most_questions) for image in range(rows.images)]
+    groups = [documents[start : start + rows.images_per_row] for start in range(0, rows.images, rows.images_per_row)]
+    columns = pad_rows([build_row(group, model.vision.tokens, model.mode) for group in groups], multiple=8)
+    size = model.vision.image_size
+    pixels = torch.zeros(rows.images, 3, size, size, device=device)
+    return {"pixel_values": pixels, **{name: column.to(device) for name, column in columns.items()}}

@@ -1,0 +1,437 @@
+"""The planner's parts against exact counts: real optimizers, real passes, real shards, a real run's worst moment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hydra
+import plan
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings, strategies
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from command_line import CONF
+from tests import tiny
+from tests.conftest import ROOT
+from vlmvqa.errors import InputError
+from vlmvqa.models.vlm import VLM, ModelSettings, build
+from vlmvqa.planning import memory, report, verify
+from vlmvqa.planning.gpus import GIB, GPUS, gpu
+from vlmvqa.planning.ledger import Ledger
+from vlmvqa.planning.memory import Arithmetic, measure, skeleton
+from vlmvqa.planning.planner import STRATEGIES, Planner, Rows, Training, known_architecture
+from vlmvqa.planning.resident import OPTIMIZERS, Weight, resident, state_bytes, weights_of
+from vlmvqa.training.parallel import DistSettings, shard
+
+ALL = {"vision": "all", "projector": "all", "language": "all"}
+# Wide enough that tensors reach the 8-bit optimizers' smallest size, and that masks are small beside activations.
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "query_pre_attn_scalar": 32}
+ROWS = Rows(images=2, questions=2, text_tokens=12, answer_tokens=3)
+
+
+def wide(**language: Any) -> ModelSettings:
+    return tiny.settings(**{**WIDE, **language})
+
+
+def planner(**changes: Any) -> Planner:
+    values: dict[str, Any] = {"trainable": ALL, "rows": ROWS, "training": Training("fp32", "adamw_torch")}
+    return Planner(**{"settings": wide(), **values, "gpu": GPUS["a10g"], "gpus": 4, **changes})
+
+
+def tensor_bytes(tensors: Iterator[Tensor]) -> int:
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+# ---- weights, gradients, optimizer states
+
+
+def test_weights_and_gradients_are_those_of_the_model() -> None:
+    model = build(wide())
+    memory.set_trainable(model.language, 2, "language")
+    batch = verify.batch(model, ROWS)
+    model(**batch)["loss"].backward()
+    kept = resident(weights_of(model), DistSettings("ddp"), 1, Training("fp32", "adamw_torch"))
+    assert kept.parameters == tensor_bytes(iter(model.parameters()))
+    assert kept.gradients == tensor_bytes(p.grad for p in model.parameters() if p.grad is not None)
+    two = resident(weights_of(model), DistSettings("ddp"), 2, Training("fp32", "adamw_torch"))
+    assert two.gradients == kept.gradients and two.buffers == kept.buffers == 0
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_torch_8bit", "sgd"])
+def test_optimizer_states_are_those_of_a_real_step(name: str) -> None:
+    model = build(wide())
+    optimizer = verify.build_optimizer(model, name)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.compiler.set_stance("force_eager")  # torchao compiles its step
+    try:
+        optimizer.step()
+    finally:
+        torch.compiler.set_stance("default")
+    parts: list[Tensor] = []
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "step":
+                inner = [getattr(value, field) for field in ("codes", "scale", "qmap") if hasattr(value, field)]
+                parts += inner or [value]
+    planned = state_bytes(name, [parameter.numel() for parameter in model.parameters()])
+    assert planned == pytest.approx(tensor_bytes(iter(parts)), rel=0.05)
+    if "8bit" in name:
+        assert planned < 0.5 * state_bytes("adamw_torch", [parameter.numel() for parameter in model.parameters()])
+
+
+@contextlib.contextmanager
+def fake_group(ranks: int) -> Iterator[None]:
+    """A process group of so many ranks, of which only the first is there."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards_are_those_of_fully_shard(ranks: int) -> None:
+    """Uneven ones too: one class token does not divide by the ranks."""
+    model = build(tiny.settings())
+    weights = weights_of(model)
+    assert any(weight.shape[0] % ranks for weight in weights)
+    with fake_group(ranks):
+        shard(model, torch.device("cpu"), None, offload=False)
+    shards = [parameter.to_local() for parameter in model.parameters()]
+    assert [weight.shard(ranks) for weight in weights] == [shard.numel() for shard in shards]
+    kept = resident(weights, DistSettings("fsdp"), ranks, Training("fp32", "adamw_torch"))
+    assert kept.parameters == kept.gradients == 4 * sum(shard.numel() for shard in shards)
+    assert kept.optimizer == 2 * kept.parameters
+
+
+# ---- a pass
+
+
+def kept_for_backward(model: VLM, batch: dict[str, Tensor], autocast: bool) -> int:
+    """Bytes that autograd keeps of a real forward pass, beside weights and inputs."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *batch.values())}
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(**batch)["loss"]
+    kept = tensor_bytes(tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in known)
+    del loss
+    return kept
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_activations_are_those_of_a_real_pass(autocast: bool, checkpointing: bool) -> None:
+    """One pass without data, at two batch sizes that it has never seen."""
+    plans = planner()
+    footprint = measure(skeleton(wide(), ALL), plans.shape, Arithmetic(torch.float32, autocast), checkpointing)
+    model = build(wide()).train()
+    if checkpointing:
+        model.checkpoint_activations()
+    for images in (3, 8):
+        batch = verify.batch(model, replace(ROWS, images=images))
+        measured = kept_for_backward(model, batch, autocast)
+        if checkpointing:  # its closures keep what all layers share: two masks and the rotary tables
+            rows, length = batch["input_ids"].shape
+            measured += 4 * rows * length * (2 * length + 2 * WIDE["head_dim"])
+        assert footprint.at(images).kept == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("trained", [ALL, {**ALL, "vision": "none"}, {"vision": 1, "projector": "all", "language": 2}])
+def test_what_does_not_train_keeps_nothing(trained: dict[str, Any]) -> None:
+    footprint = measure(skeleton(wide(), trained), planner().shape, Arithmetic(torch.float32, False), False)
+    model = build(wide()).train()
+    for part, choice in trained.items():
+        memory.set_trainable(getattr(model, part), choice, part)
+    batch = verify.batch(model, replace(ROWS, images=4))
+    assert footprint.at(4).kept == pytest.approx(kept_for_backward(model, batch, False), rel=0.05)
+
+
+def test_long_answers_are_scored_in_chunks() -> None:
+    """More supervised tokens than a chunk holds: their logits are never there together."""
+    talkative = planner(settings=wide(vocab_size=8192), rows=replace(ROWS, answer_tokens=11))
+    footprint = talkative.footprint(STRATEGIES["ddp"], True)
+    images = int(1.5 * memory.CHUNK / footprint.shape.supervised)
+    model = build(talkative.settings).train()
+    model.checkpoint_activations()
+    batch = verify.batch(model, replace(talkative.rows, images=images))
+    real = memory.count(model, batch, footprint.shape, autocast=False).at(images)
+    assert footprint.at(images).decoder_peak == pytest.approx(real.decoder_peak, rel=0.05)
+    assert footprint.at(images).logits == pytest.approx(real.logits, rel=0.05)
+
+
+def test_flex_attention_keeps_no_probabilities() -> None:
+    dense, flex = wide(), wide()
+    flex = replace(flex, language=replace(flex.language, attention="flex"))
+    long = replace(planner().shape, tokens=512)
+    held = [measure(skeleton(kind, ALL), long, Arithmetic(torch.float32, False), False).at(4) for kind in (dense, flex)]
+    assert held[1].activations < 0.6 * held[0].activations
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("optimizer,accumulation", [("adamw_torch", 1), ("adamw_torch", 2), ("sgd", 2)])
+def test_the_worst_moment_is_that_of_a_real_run(optimizer: str, accumulation: int, checkpointing: bool) -> None:
+    """Three real steps, every storage counted from birth to death."""
+    alone = planner(gpus=1, training=Training("fp32", optimizer, accumulation))
+    planned = alone.memory("ddp", 4, checkpointing)
+    model = build(wide()).train()
+    if checkpointing:
+        model.checkpoint_activations()
+    batch = verify.batch(model, replace(ROWS, images=4))
+    ledger = Ledger()
+    ledger.ignore([*model.parameters(), *model.buffers(), *batch.values()])
+    with ledger:
+        verify.train(model, batch, alone.training)
+    beside = max(alive for alive, *_ in ledger.timeline)
+    assert planned.peak == pytest.approx(beside + planned.parameters, rel=0.05)
+
+
+def test_fsdps_worst_moment_is_that_of_pytorchs_own_tracker() -> None:
+    """A real FSDP2 model, one of four ranks; the process group sends nothing."""
+    four = planner(settings=wide(vocab_size=4096), training=Training("bf16", "sgd", 2))
+    for images, checkpointing in ((4, True), (12, False)):
+        with fake_group(4):
+            model = build(four.settings).train()
+            if checkpointing:
+                model.checkpoint_activations()
+            shard(model, torch.device("cpu"), torch.bfloat16, offload=False)
+            batch = verify.batch(model, replace(ROWS, images=images))
+            tracker = FSDPMemTracker(model)
+            tracker.track_inputs((batch,))
+            with tracker:
+                for _ in range(2):
+                    tracker.reset_mod_stats()
+                    with torch.autocast("cpu", torch.bfloat16):
+                        loss = model(num_items_in_batch=torch.tensor(1), **batch)["loss"]
+                    loss.backward()
+            tracked = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        inputs = tensor_bytes(iter(batch.values()))
+        assert four.memory("fsdp", images, checkpointing).peak == pytest.approx(tracked["Total"] - inputs, rel=0.1)
+
+
+class Allocated(Ledger):
+    """Without meta tensors, of which DeepSpeed makes many."""
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        if storage.device.type != "meta":
+            super()._born(storage)
+
+
+def deepspeed_peaks(rank: int, file: str, port: int, buckets: dict[str, Any]) -> None:
+    """Real training under ZeRO-1, 2 and 3 by one of two ranks; the most bytes alive, beside inputs, into a file."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    peaks = []
+    for stage in (1, 2, 3):
+        model = build(wide(vocab_size=8192)).train()
+        model.checkpoint_activations()
+        embedding = model.language.decoder.get_input_embeddings().weight
+        batch = verify.batch(model, ROWS)
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 2,
+            "bf16": {"enabled": True},
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, **buckets},
+        }
+        groups = [
+            [p for p in part.parameters() if (p.ndim > 1) == d] for part in model.children() for d in (True, False)
+        ]
+        ledger = Allocated()
+        ledger.ignore(batch.values())
+        with ledger:
+            optimizer = torch.optim.AdamW([{"params": params} for params in groups], foreach=True)
+            engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+            if stage == 3:
+                deepspeed.zero.register_external_parameter(model, embedding)  # the tied head
+            begun = len(ledger.timeline)
+            for _ in range(4):
+                engine.backward(engine(num_items_in_batch=torch.tensor(1), **batch)["loss"])
+                engine.step()
+        peaks.append(max(alive for alive, *_ in ledger.timeline[begun:]))
+    if rank == 0:
+        Path(file).write_text(json.dumps(peaks))
+
+
+@pytest.mark.slow
+def test_zeros_worst_moment_is_that_of_deepspeed(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    buckets = {"overlap_comm": False, "reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
+    torch.multiprocessing.spawn(deepspeed_peaks, (str(tmp_path / "peaks"), port, buckets), nprocs=2)
+    two = planner(settings=wide(vocab_size=8192), gpus=2, training=Training("bf16", "adamw_torch", 2))
+    for stage, measured in enumerate(json.loads((tmp_path / "peaks").read_text()), start=1):
+        name = two.add(DistSettings(f"zero{stage}", options={"zero_optimization": buckets}))
+        assert two.memory(name, ROWS.images, True).peak == pytest.approx(measured, rel=0.1)
+
+
+# ---- plans
+
+COUNTED = planner()
+
+
+def on_a_gpu_of(memory: float) -> Planner:
+    small = COUNTED.vary()
+    small.gpu = replace(small.gpu, memory=memory)
+    return small
+
+
+@given(
+    name=strategies.sampled_from(sorted(STRATEGIES)),
+    optimizer=strategies.sampled_from(OPTIMIZERS),
+    gpus=strategies.integers(1, 16),
+    images=strategies.integers(1, 64),
+    precision=strategies.sampled_from(("fp32", "bf16")),
+)
+@settings(max_examples=25, deadline=None)
+def test_more_ranks_never_need_more_and_more_images_never_less(
+    name: str, optimizer: str, gpus: int, images: int, precision: str
+) -> None:
+    one = COUNTED.vary(gpus, Training(precision, optimizer, 2))
+    if name != "ddp":
+        more = one.vary(gpus + 1).resident(STRATEGIES[name])
+        kept = one.resident(STRATEGIES[name])
+        # torchao's 8-bit states want shards of 256 elements' multiples: another number of ranks may make fp32 of them.
+        sizes = ("parameters", "gradients") if "8bit" in optimizer else ("parameters", "gradients", "optimizer", "step")
+        assert all(getattr(more, size) <= getattr(kept, size) for size in sizes)
+        assert more.buffers + more.decoder <= kept.buffers + kept.decoder
+    assert one.memory(name, images + 1, True).needed >= one.memory(name, images, True).needed
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    small = on_a_gpu_of(0.85)
+    for name in STRATEGIES:
+        most = small.largest(name, False)
+        if most:
+            assert small.memory(name, most, False).fits
+        assert not small.memory(name, most + 1, False).fits
+
+
+def compose(*overrides: str) -> Any:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("plan", list(overrides))
+
+
+def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
+    recipe = plan.build_planner(compose("experiment=vlm_vqa_4xa10g"))
+    assert (recipe.gpu.name, recipe.gpus, recipe.rows.images, recipe.shape.tokens) == ("A10G (24 GB)", 4, 6, 320)
+    fsdp, ddp = recipe.memory("fsdp", 6, True), recipe.resident(STRATEGIES["ddp"])
+    assert fsdp.fits
+    assert ddp.parameters + ddp.gradients + ddp.optimizer + ddp.buffers > recipe.gpu.memory * GIB
+    # 2,701,838,592 parameters: fp32 shards and gradients of a quarter, two bytes a parameter and scales of states.
+    quarter = 2_701_838_592 / 4
+    assert fsdp.parameters == pytest.approx(4 * quarter, rel=0.001) and fsdp.gradients == fsdp.parameters
+    assert fsdp.optimizer == pytest.approx(2.03125 * quarter, rel=0.01)
+    assert ddp.parameters == 4 * 2_701_838_592
+    assert "dist=fsdp trainer.per_device_train_batch_size=6" in report.overrides("fsdp", 6, True, 10)
+    # The projector alone: no gradients and states of what is frozen.
+    projector = replace(recipe, gpus=1, trainable={"vision": "none", "projector": "all", "language": "none"})
+    alone = projector.memory("ddp", 6, True)
+    assert alone.fits and alone.gradients == 4 * (768 * 2304 + 2304)
+
+
+@pytest.mark.slow
+def test_the_documented_plan_is_the_recipes() -> None:
+    """docs/scaling.md holds it; VLMVQA_WRITE_DOCS=1 writes it anew."""
+    recipe = plan.build_planner(compose("experiment=vlm_vqa_4xa10g"))
+    found = report.markdown(recipe, recipe.compare(True), "fsdp", True).partition("\n\n")[2]
+    page = ROOT / "docs" / "scaling.md"
+    before, begin, rest = page.read_text().partition("<!-- plan -->\n")
+    written, end, after = rest.partition("<!-- end of plan -->")
+    assert begin and end
+    if os.environ.get("VLMVQA_WRITE_DOCS"):
+        page.write_text(f"{before}{begin}{found}{end}{after}")
+    else:
+        assert written == found
+
+
+def test_a_recommendation_names_what_to_set() -> None:
+    plans = COUNTED.compare(False)
+    said = report.recommend(COUNTED, plans, "ddp")
+    assert said.startswith("Set dist=ddp trainer.per_device_train_batch_size=2")
+    heavy = planner(settings=wide(vocab_size=400_000), gpu=replace(GPUS["a10g"], memory=2.0))
+    said = report.recommend(heavy, heavy.compare(False), "ddp")
+    assert said.startswith("ddp does not fit") and "Set instead" in said
+    none = on_a_gpu_of(0.8)
+    assert "No strategy fits a single row" in report.recommend(none, none.compare(False), "ddp")
+    table = report.table(plans, "ddp")
+    assert len(table.splitlines()) == 1 + len(STRATEGIES) and "ddp *" in table
+
+
+def test_what_cannot_run_is_refused() -> None:
+    with pytest.raises(InputError, match=r"T4 .* does not compute in bfloat16; set trainer\.bf16=false"):
+        planner(gpu=GPUS["t4"], training=Training("bf16", "adamw_torch"))
+    half = planner(gpu=GPUS["t4"], training=Training("fp16", "adamw_torch"))
+    assert [name for name in half.names() if "fsdp" in name] == []
+    with pytest.raises(InputError, match=r"plan\.gpu=A100-81 is not known.*did you mean 'a100_80'"):
+        gpu("A100-81")
+    with pytest.raises(InputError, match=r"trainer\.optim=adamw_bnb_8bits cannot be planned.*did you mean"):
+        Training("fp32", "adamw_bnb_8bits")
+    with pytest.raises(InputError, match=r"plan\.gpus=four must be a whole number"):
+        planner(gpus="four")
+    with pytest.raises(InputError, match="nothing trains"):
+        planner(trainable={"vision": "none", "projector": "none", "language": "none"}).plan("ddp", False)
+    with pytest.raises(InputError, match="a plan uses no network"):
+        known_architecture(replace(wide(), language=replace(wide().language, name="nobody/nothing")))
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="verify=true runs steps on a GPU"):
+            verify.verify(planner(), False)
+
+
+def test_deepspeeds_options_are_planned_as_set() -> None:
+    small = {"zero_optimization": {"reduce_bucket_size": 1000}}
+    plans = planner()
+    before = plans.memory("zero2", 2, False).buffers
+    assert plans.add(DistSettings("zero2", options=small)) == "zero2"
+    assert plans.memory("zero2", 2, False).buffers < before / 1000
+    assert COUNTED.memory("zero2", 2, False).buffers == before
+
+
+def test_a_weight_larger_than_a_bucket_is_sent_alone() -> None:
+    weights = [Weight("language", None, (600_000_000,), 4, True)]
+    kept = resident(weights, DistSettings("zero2"), 2, Training("bf16", "adamw_torch"))
+    assert kept.reduction == 2 * 2 * 600_000_000
+
+
+def test_the_command_prints_and_writes_the_plan(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "launch" / "plan.py"), f"run.dir={tmp_path}", "dist=zero2", "plan.gpu=L4"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "zero2 *" in done.stdout and "Set dist=zero2" in done.stdout
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["chosen"] == "zero2" and len(written["plans"]) == len(STRATEGIES)
+    assert all(row["needed"] > 0.8 * GIB for row in written["plans"])
+    assert "| zero2 * |" in (tmp_path / "plan.md").read_text()
+
+
+def test_a_module_outside_every_block_is_in_the_root_unit() -> None:
+    weights = weights_of(skeleton(wide(), ALL))
+    assert {weight.unit for weight in weights} == {None, *range(6)}
+    root = sum(weight.numel for weight in weights if weight.unit is None)
+    model = build(wide())
+    blocks: list[nn.Module] = [*model.vision.blocks, *model.language.blocks]
+    assert root == sum(p.numel() for p in model.parameters()) - sum(p.numel() for b in blocks for p in b.parameters())
