@@ -174,7 +174,7 @@ def test_it_compiles_under(tmp_path: Path, data: str, whole: Path, strategy: str
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_preempted_run_saves_and_ends_well(tmp_path: Path, data: str, whole: Path, number: signal.Signals) -> None:
     """SLURM's notice: one rank hears it, all stop after the same step, and the run goes on as if never stopped."""
     folder = tmp_path / "run"
