@@ -85,13 +85,13 @@ def first_here_first() -> Iterator[None]:
 
 
 def claim_failure(sentence: str) -> str | None:
-    """Say that this rank failed. None if it is the first to; else what the first one said."""
+    """Say that this rank failed. None if it is the first to, as far as can be known; else what the first one said."""
     if not together():
         return None
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=5))
         first = store.compare_set(FAILURE, "", f"rank {rank()}: {sentence}").decode()
-    except Exception:  # rank 0, which holds the store, is gone: that is the failure
-        return "rank 0 is gone"
+    except RuntimeError:  # the store is gone with rank 0: better said twice than not at all
+        return None
     return None if first == f"rank {rank()}: {sentence}" else first

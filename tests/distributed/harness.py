@@ -21,6 +21,7 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "PYTHONFAULTHANDLER": "1",
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     "MASTER_PORT": "0",
 }

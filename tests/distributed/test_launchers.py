@@ -20,7 +20,7 @@ SHAPES = [argument for argument in SMALL if argument.startswith("data.")]
 
 
 def done(process: subprocess.Popen[str], code: int = 0) -> str:
-    printed, _ = process.communicate(timeout=200)
+    printed, _ = process.communicate(timeout=280)
     assert process.returncode == code, printed[-4000:]
     return printed
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.distributed.harness import work
 from tests.distributed.worker import Case, model
+from vlmvqa.sequence.masks import MODES
 from vlmvqa.training.parallel import STRATEGIES
 
 DOCS, BEGIN, END = ROOT / "docs" / "scaling.md", "<!-- matrix -->\n", "<!-- end of matrix -->"
@@ -84,3 +85,19 @@ def test_the_matrix_is_the_documented_one(results: dict[str, Any]) -> None:
         Path(DOCS).write_text(f"{before}{BEGIN}{found}{END}{after}")
     else:
         assert written == found, "docs/scaling.md: write the table anew with VLMVQA_WRITE_DOCS=1"
+
+
+@pytest.mark.slow
+def test_every_attention_mode_under_every_strategy(tmp_path: Path) -> None:
+    """prefix_lm with one question an image, the others with several."""
+    named_cases = [
+        Case(f"{mode}-{named(row)}", row[0], row[1], mode=mode, steps=2) for mode, row in product(MODES, ROWS)
+    ]
+    found = work(tmp_path / "two", named_cases, 2)
+    for mode in MODES:
+        expected = found[f"{mode}-ddp"]["losses"]
+        assert len(expected) == 2
+        for row in ROWS:
+            assert found[f"{mode}-{named(row)}"]["losses"] == pytest.approx(expected, abs=1e-4)
+            assert f"attention     {mode}, dense (eager)" in found[f"{mode}-{named(row)}"]["table"]
+    assert len({found[f"{mode}-ddp"]["losses"][2] for mode in MODES}) == len(MODES)  # they are not the same thing

@@ -34,6 +34,7 @@ def cases() -> list[Case]:
         found.append(Case(f"{NEXT[strategy]}-on-{strategy}", NEXT[strategy], steps=STEPS, resume=(strategy, 4)))
         for name, turned in TURNED.items():
             found.append(Case(f"{strategy}-{name}", strategy, **turned))
+    found.append(Case("fsdp-percentile-on-ddp", "fsdp", resume=("ddp-percentile", 2), **TURNED["percentile"]))
     found.append(Case("fsdp-offload", "fsdp", offload=True))
     found.append(Case("zero3-offload", "zero3", offload=True))
     return found
@@ -94,6 +95,14 @@ def test_percentile_clipping_is_of_the_global_norm(two: dict[str, Any], one: dic
     result = two[f"{strategy}-percentile"]
     assert result["limits"] == pytest.approx(list(result["norms"].values()), rel=1e-4)
     assert result["limits"] == pytest.approx(one["percentile"]["limits"], rel=1e-3)
+
+
+def test_the_norms_are_remembered(two: dict[str, Any]) -> None:
+    """A resumed run clips by the norms of before, too: the same bounds, so the same losses."""
+    before, resumed = two["ddp-percentile"], two["fsdp-percentile-on-ddp"]
+    assert resumed["limits"] == pytest.approx(before["limits"], rel=1e-4) and len(resumed["limits"]) == 4
+    rest = {step: loss for step, loss in before["losses"].items() if step > 2}
+    assert resumed["losses"] == pytest.approx(rest, abs=1e-4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

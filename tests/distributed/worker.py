@@ -26,7 +26,7 @@ from tests import tiny
 from tests.unit.test_trainer import examples
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor, TrainingSet
+from vlmvqa.data.batch import Processor, TrainingSet, split_questions
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.errors import InputError
@@ -102,7 +102,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
         parallel.correct_deepspeed()
     if case.strategy == "fsdp":
         parallel.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
-    given = examples(32)
+    given = split_questions(examples(32), 1 if case.mode == "prefix_lm" else None)
     tokenizer = train_tokenizer(given, 300)
     processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
     trainer = VqaTrainer(

@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -106,7 +108,13 @@ def start(settings: DistSettings, cpu: bool) -> None:
             raise InputError(f"{local + 1} or more processes were started on a machine with {here} GPUs; start {here}")
         torch.cuda.set_device(local)
     timeout = timedelta(minutes=settings.timeout_minutes)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = meet(rank, world, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     for name in [name for name in os.environ if name.startswith(ACCELERATES)]:
         del os.environ[name]  # read above; accelerate would wrap the model a second time
     if settings.is_zero:
@@ -147,6 +155,42 @@ def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
         # One for each job, so that two may share a machine.
         "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)),
     }
+
+
+def meet(rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """A part of torchrun's store for this attempt alone.
+
+    torchrun tells attempts apart by how often each machine has restarted its workers, and where the machines disagree,
+    as they may after a failure, PyTorch's ranks wait for each other in different places. Here each rank leaves a token,
+    rank 0 publishes the tokens it sees under a fresh name, and who finds his own there answers; when all have answered,
+    they have met. A token that a dead process has left is replaced, and the name with it.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    mine, name, published = uuid.uuid4().hex, "", [""]
+    store.set(f"vlmvqa/token/{rank}", mine)
+    end = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < end:
+        if rank == 0:
+            tokens = [_peek(store, f"vlmvqa/token/{other}") for other in range(world)]
+            if tokens != published:
+                name, published = uuid.uuid4().hex, tokens
+                store.set("vlmvqa/meeting", " ".join([name, *published]))
+            if store.check([f"vlmvqa/{name}/{other}" for other in range(world)]):
+                store.set(f"vlmvqa/{name}/all", "here")
+        else:
+            name, *published = _peek(store, "vlmvqa/meeting").split(" ")
+        if published[rank : rank + 1] == [mine]:
+            store.set(f"vlmvqa/{name}/{rank}", "here")
+            if store.check([f"vlmvqa/{name}/all"]):
+                return dist.PrefixStore(f"vlmvqa/{name}", store)
+        time.sleep(0.05)
+    raise InputError(f"rank {rank}: not all of {world} ranks came within {timeout}; look at what the others print")
+
+
+def _peek(store: dist.Store, key: str) -> str:
+    """What a key holds now, without waiting for it."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def shard(model: VLM, device: torch.device, dtype: torch.dtype | None, offload: bool) -> None:

@@ -7,6 +7,7 @@ has moved for too long, the run ends with a sentence that names who is missing.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -41,13 +42,15 @@ class Watch(TrainerCallback):
         self.waits = False  # whether standing still is in order
         self.before: dict[int, Any] = {}
         self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
         """Listen for signals; with several ranks, begin to say where this one stands."""
         for number in SIGNALS:
             self.before[number] = signal.signal(number, self._asked)
         if ranks.together():
-            threading.Thread(target=self._watch, daemon=True).start()
+            self.thread.start()
+            atexit.register(self._finish)  # a thread inside PyTorch's store when Python ends would abort the process
 
     def beat(self, step: int) -> None:
         """A micro-batch begins, in this optimizer step."""
@@ -72,9 +75,14 @@ class Watch(TrainerCallback):
             control.should_evaluate = False
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.over.set()
+        self._finish()
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def _finish(self) -> None:
+        self.over.set()
+        if self.thread.is_alive():
+            self.thread.join(timeout=5)
 
     def _asked(self, number: int, frame: Any) -> None:
         self.signal = signal.Signals(number).name
