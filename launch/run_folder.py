@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmvqa.errors import InputError
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
-from vlmvqa.training.trainer import PROGRESS
+from vlmvqa.training.state import progress
 
 # What decides how a run goes: it cannot be changed on the way...
 DECIDES = ("model", "data", "seed", "trainable", "learning_rates", "trainer", "clip_percentile")
@@ -106,7 +105,7 @@ def _refuse_changes(folder: Path, config: DictConfig) -> None:
 
 def _refuse_other_batch(checkpoint: Path, global_batch: int, ranks: int, config: DictConfig) -> None:
     """Stop a resumed run whose steps would see more or fewer examples than before."""
-    before = json.loads((checkpoint / PROGRESS).read_text())["global_batch"]
+    before = progress(checkpoint)["global_batch"]
     if before == global_batch:
         return
     accumulated, rest = divmod(before, ranks * config.trainer.per_device_train_batch_size)

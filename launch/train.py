@@ -35,6 +35,7 @@ from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.training import parallel, preflight
 from vlmvqa.training.banner import banner
+from vlmvqa.training.state import WEIGHTS, write_weights
 from vlmvqa.training.trainer import PARTS, VqaTrainer
 
 
@@ -146,7 +147,7 @@ def _write_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> Non
     if ranks.is_first():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    trainer.save_weights(folder / "model.safetensors")
+    write_weights(trainer, folder / WEIGHTS)
     if ranks.is_first():
         predictor.describe(folder)
     ranks.barrier()

@@ -34,7 +34,8 @@ from vlmvqa.models.vlm import VLM, build, set_trainable
 from vlmvqa.training import parallel, preflight
 from vlmvqa.training.log import read_log
 from vlmvqa.training.parallel import DistSettings
-from vlmvqa.training.trainer import WEIGHTS, VqaTrainer
+from vlmvqa.training.state import WEIGHTS
+from vlmvqa.training.trainer import VqaTrainer
 
 
 @dataclass(frozen=True)

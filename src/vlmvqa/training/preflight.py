@@ -220,7 +220,7 @@ def _dense_or(implementation: str) -> str:
 
 
 def _optimizer(trainer: VqaTrainer) -> str:
-    optimizer, asked = trainer._plain_optimizer(), str(trainer.args.optim).removeprefix("OptimizerNames.").lower()
+    optimizer, asked = trainer.plain_optimizer(), str(trainer.args.optim).removeprefix("OptimizerNames.").lower()
     asked = getattr(trainer.args.optim, "value", asked)
     package, kind, _ = CLASSES[asked]
     if trainer.dist.strategy == "fsdp" and package == "bitsandbytes":

@@ -8,14 +8,13 @@ strategies    the model arrives sharded under FSDP2, DeepSpeed wraps it here (`p
               step (`preflight.py`)
 evaluation    answers are generated and scored, logits never leave the model
 log           `log.jsonl`, one line a logging step, with questions per second
-checkpoints   the same files under every strategy and number of ranks (`whole.py`); only whole ones count
-              (`checkpoints.py`)
+checkpoints   the same files under every strategy and number of ranks (`state.py`, `whole.py`); only whole ones
+              count (`checkpoints.py`)
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import random
 import shutil
@@ -25,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vlmvqa import ranks
 from vlmvqa.data.batch import Processor, TrainingSet
@@ -40,7 +38,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.vlm import VLM, ModelSettings
 from vlmvqa.sequence.rows import IGNORE, PROMPT
-from vlmvqa.training import checkpoints, preflight
+from vlmvqa.training import checkpoints, preflight, state
 from vlmvqa.training.clipping import Clipping
 from vlmvqa.training.log import EpochOfTargets, LogFile
 from vlmvqa.training.parallel import DistSettings
@@ -48,7 +46,6 @@ from vlmvqa.training.stopping import Watch
 from vlmvqa.training.whole import Whole, WholeZero
 
 PARTS = ("vision", "projector", "language")
-WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 
 
 class VqaTrainer(Trainer):
@@ -111,9 +108,9 @@ class VqaTrainer(Trainer):
             self.whole: Whole = WholeZero(self.vlm, self.engine, self.frozen)
             self._clip_under_deepspeed()
         else:
-            self.whole = Whole(self.vlm, self._plain_optimizer())
+            self.whole = Whole(self.vlm, self.plain_optimizer())
         if resume_from_checkpoint is not None:
-            self._load(Path(resume_from_checkpoint))
+            state.load(self, Path(resume_from_checkpoint))
         ranks.say(preflight.check(self))
         self.watch.start()
         if resume_from_checkpoint is None:
@@ -139,7 +136,7 @@ class VqaTrainer(Trainer):
         """DeepSpeed's wrapper of the model."""
         return self.model_wrapped
 
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
+    def plain_optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizer
         while hasattr(optimizer, "optimizer"):  # accelerate's and DeepSpeed's wrappers
             optimizer = optimizer.optimizer
@@ -273,16 +270,12 @@ class VqaTrainer(Trainer):
 
     # ---- checkpoints
 
-    def save_weights(self, path: Path) -> None:
-        """Write the whole weights in the model's own type, from rank 0; all ranks together."""
-        whole = {name: weight.to("cpu", self.dtype) for name, weight in self.whole.weights() if ranks.is_first()}
-        if ranks.is_first():
-            save_file({name: weight.contiguous() for name, weight in whole.items()}, path, {"format": "pt"})
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         try:
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(self.folder / f"checkpoint-{self.state.global_step}")
             with checkpoints.writing(self.folder, self.state.global_step) as folder:
-                self._write(folder)
+                state.write(self, folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free  # before the unfinished checkpoint's part is given back
             if "No space left on device" not in str(error) and free > 2**20:
@@ -299,63 +292,17 @@ class VqaTrainer(Trainer):
                 checkpoints.point(self.folder / checkpoints.BEST, Path(best))
             checkpoints.rotate(self.folder, self.args.save_total_limit, best)
 
-    def _write(self, folder: Path) -> None:
-        """The files of a checkpoint, whole whatever holds the parts, so that any strategy reads them."""
-        self.save_weights(folder / WEIGHTS)
-        moments = {name: moment.float().cpu() for name, moment in self.whole.moments() if ranks.is_first()}
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(self.folder / f"checkpoint-{self.state.global_step}")
-        self._save_rng_state(str(folder))
-        if not ranks.is_first():
-            return
-        contiguous = {name: moment.contiguous() for name, moment in moments.items()}
-        save_file(contiguous, folder / MOMENTS, {"step": str(self.whole.step())})
-        assert self.lr_scheduler is not None
-        torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
-        self._save_scaler(str(folder))
-        progress = {"world_size": ranks.world_size(), "global_batch": self.global_batch, "norms": self.clipping.norms}
-        (folder / PROGRESS).write_text(json.dumps(progress) + "\n")
-        exported: Any = self.state.stateful_callbacks
-        exported["TrainerControl"] = self.control.state()
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-    def _load(self, folder: Path) -> None:
-        self.whole.put_weights(load_file(folder / WEIGHTS))
-        with safe_open(folder / MOMENTS, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            self.whole.put_moments({name: file.get_tensor(name) for name in file.keys()}, step)  # noqa: SIM118
-        self._load_schedule(folder)
-        self._load_scaler(str(folder))
-        self.clipping.norms = self._progress(folder)["norms"]
-
-    def _load_schedule(self, folder: Path) -> None:
-        schedule: Any = self.lr_scheduler
-        saved = torch.load(folder / SCHEDULER_NAME, weights_only=True)
-        if [float(rate) for rate in saved["base_lrs"]] == [float(rate) for rate in schedule.base_lrs]:
-            schedule.load_state_dict(saved)
-            rates = schedule.get_last_lr()
-        else:  # other rates or parts, by resume_force: the place in the schedule is kept, the rates are those given now
-            schedule.last_epoch = saved["last_epoch"]
-            pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            rates = schedule._last_lr = [float(base) * scale(schedule.last_epoch) for base, scale in pairs]
-        for group, rate in zip(self._plain_optimizer().param_groups, rates, strict=True):
-            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else float(rate)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing yet: weights are loaded once they are where they belong (`_load`)."""
+        """Nothing yet: weights are loaded once they are where they belong (`state.load`)."""
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self.whole.put_weights(load_file(Path(self.state.best_model_checkpoint) / WEIGHTS))
+        self.whole.put_weights(load_file(Path(self.state.best_model_checkpoint) / state.WEIGHTS))
 
     @property
     def global_batch(self) -> int:
         """Examples an optimizer step sees, over all ranks."""
         return self.get_total_train_batch_size(self.args)
-
-    def _progress(self, folder: Path) -> dict[str, Any]:
-        progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
-        return progress
 
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: str | None, trial: Any
@@ -364,9 +311,10 @@ class VqaTrainer(Trainer):
         epoch, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
         )
-        if resume is None or self._progress(Path(resume))["global_batch"] == self.global_batch:
+        before = state.progress(Path(resume))["global_batch"] if resume else self.global_batch
+        if before == self.global_batch:
             return epoch, batches
-        seen = self.state.global_step * self._progress(Path(resume))["global_batch"]
+        seen = self.state.global_step * before
         steps = math.ceil(seen / self.global_batch)
         epoch, within = divmod(steps, num_update_steps_per_epoch)
         return epoch, within * self.args.gradient_accumulation_steps
@@ -375,7 +323,7 @@ class VqaTrainer(Trainer):
         """The rank's own random state; with another number of ranks a new one, drawn from seed, step and rank."""
         if checkpoint is None:
             return
-        if self._progress(Path(checkpoint))["world_size"] == ranks.world_size():
+        if state.progress(Path(checkpoint))["world_size"] == ranks.world_size():
             super()._load_rng_state(checkpoint)
         else:
             set_seed(random.Random(f"{self.args.seed}-{self.state.global_step}-{ranks.rank()}").randrange(2**32))

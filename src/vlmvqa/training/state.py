@@ -1,0 +1,86 @@
+"""What the files of a checkpoint hold: the same under every strategy and number of ranks, so that any goes on from any.
+
+model.safetensors       every weight, whole, in the model's own type
+optimizer.safetensors   AdamW's moments by parameter name, whole, in fp32; how many steps they have seen
+scheduler.pt            the place in the learning rates' schedule
+scaler.pt               fp16's loss scale, where there is one
+rng_state*.pth          each rank's random state
+progress.json           ranks, global batch, the last gradient norms
+trainer_state.json      transformers' own: step, epoch, best score
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from vlmvqa import ranks
+
+if TYPE_CHECKING:
+    from vlmvqa.training.trainer import VqaTrainer
+
+WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
+
+
+def write_weights(trainer: VqaTrainer, path: Path) -> None:
+    """Write the whole weights in the model's own type, from rank 0; all ranks together."""
+    whole = {name: weight.to("cpu", trainer.dtype) for name, weight in trainer.whole.weights() if ranks.is_first()}
+    if ranks.is_first():
+        save_file({name: weight.contiguous() for name, weight in whole.items()}, path, {"format": "pt"})
+
+
+def write(trainer: VqaTrainer, folder: Path) -> None:
+    """Write all that a run needs to go on; all ranks together."""
+    write_weights(trainer, folder / WEIGHTS)
+    moments = {name: moment.float().cpu() for name, moment in trainer.whole.moments() if ranks.is_first()}
+    trainer._save_rng_state(str(folder))
+    if not ranks.is_first():
+        return
+    contiguous = {name: moment.contiguous() for name, moment in moments.items()}
+    save_file(contiguous, folder / MOMENTS, {"step": str(trainer.whole.step())})
+    schedule: Any = trainer.lr_scheduler
+    torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
+    trainer._save_scaler(str(folder))
+    seen = {"world_size": ranks.world_size(), "global_batch": trainer.global_batch, "norms": trainer.clipping.norms}
+    (folder / PROGRESS).write_text(json.dumps(seen) + "\n")
+    exported: Any = trainer.state.stateful_callbacks
+    exported["TrainerControl"] = trainer.control.state()
+    trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+
+def load(trainer: VqaTrainer, folder: Path) -> None:
+    """Put back what `write` wrote, into a trainer that is ready for its first step."""
+    trainer.whole.put_weights(load_file(folder / WEIGHTS))
+    with safe_open(folder / MOMENTS, framework="pt") as file:
+        step = int(file.metadata()["step"])
+        trainer.whole.put_moments({name: file.get_tensor(name) for name in file.keys()}, step)  # noqa: SIM118
+    _load_schedule(trainer, folder)
+    trainer._load_scaler(str(folder))
+    trainer.clipping.norms = progress(folder)["norms"]
+
+
+def progress(folder: Path) -> dict[str, Any]:
+    """Ranks, global batch and last gradient norms when a checkpoint was written."""
+    found: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
+    return found
+
+
+def _load_schedule(trainer: VqaTrainer, folder: Path) -> None:
+    schedule: Any = trainer.lr_scheduler
+    saved = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+    if [float(rate) for rate in saved["base_lrs"]] == [float(rate) for rate in schedule.base_lrs]:
+        schedule.load_state_dict(saved)
+        rates = schedule.get_last_lr()
+    else:  # other rates or parts, by resume_force: the place in the schedule is kept, the rates are those given now
+        schedule.last_epoch = saved["last_epoch"]
+        pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        rates = schedule._last_lr = [float(base) * scale(schedule.last_epoch) for base, scale in pairs]
+    for group, rate in zip(trainer.plain_optimizer().param_groups, rates, strict=True):
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else float(rate)
