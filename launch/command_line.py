@@ -28,7 +28,14 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
 OPEN = ("overrides", "options")
 # What PyTorch says on a rank whose peers are gone.
-PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "ncclRemoteError",
+    "NCCL communicator was aborted",
+)
 # What a launcher implies for `dist`, and its name: read once, before its arguments are taken out.
 LAUNCHER = launcher_choice(os.environ, sys.argv[1:])
 os.environ |= slurm_task(os.environ)
@@ -86,11 +93,11 @@ def _known(error: Exception) -> str | None:
 def _stop(sentence: str) -> NoReturn:
     """End with a sentence on a line of its own: an open progress bar would share it, and show itself again below.
 
-    Of several ranks the first to fail says so. Before they have met, all fail alike, and rank 0 speaks for them.
+    Of several ranks the first to fail says so. Before they have met, all of a machine fail alike, and the first speaks.
     """
     for bar in list(tqdm._instances):
         bar.close()
-    if not ranks.is_first() and not torch.distributed.is_initialized() and "rank" not in sentence:
+    if ranks.local_rank() > 0 and not torch.distributed.is_initialized():
         sys.exit(1)
     if ranks.claim_failure(sentence) is not None:
         sys.exit(1)

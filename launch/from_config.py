@@ -118,11 +118,12 @@ def dist_settings(config: DictConfig) -> DistSettings:
         if config.get("dist") is None:
             path = CONF / "dist" / f"{choice}.yaml"
             if not path.exists():
-                raise InputError(f"{launcher} asks for {choice}, which is not in conf/dist; add dist=zero2")
+                raise InputError(f"{launcher} asks for {choice}, which is not in conf/dist; change it, or add dist=...")
             with open_dict(config):
                 config.dist = OmegaConf.load(path)
-        named = group(config, "dist")["strategy"]
-        if launcher != "the deepspeed launcher" and named != choice.removesuffix("_offload"):
+        given = group(config, "dist")
+        named = given["strategy"] + ("_offload" if given["offload"] else "")
+        if launcher != "the deepspeed launcher" and named != choice:
             raise InputError(f"{launcher} asks for {choice}, the command for {named}; change one of them")
     if config.get("dist") is None:
         return DistSettings()

@@ -42,7 +42,7 @@ class PlanSettings:
 
 def main(config: DictConfig) -> None:
     planner = build_planner(config)
-    checkpointing = bool(config.trainer.get("activation_checkpointing") or config.trainer.get("gradient_checkpointing"))
+    checkpointing = bool(config.trainer.get("activation_checkpointing"))
     if config.verify:
         print(verify.verify(planner, checkpointing))
         return

@@ -11,8 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmvqa.errors import InputError
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
+from vlmvqa.training.parallel import LAUNCH
 from vlmvqa.training.state import progress
 
+STARTED = ".launch"  # by which of torchrun's launches this run was started
 # What decides how a run goes: it cannot be changed on the way...
 DECIDES = ("model", "data", "seed", "trainable", "learning_rates", "trainer", "clip_percentile")
 # ...but for where its data lies, how often it is looked at, and how its work is cut (the global batch is checked too).
@@ -36,16 +38,21 @@ FREE = (
 )
 
 
-def going_on(config: DictConfig) -> bool:
-    """Whether the run goes on where it stood: as it was told, or because torchrun started it again after a failure."""
+def going_on(folder: Path, config: DictConfig) -> bool:
+    """Whether the run goes on where it stood: as it was told, or because torchrun started it again after a failure.
+
+    Started again is what finds the name of its own launch in the folder: torchrun's count of restarts differs between
+    machines, and does not say whether the attempt before had begun.
+    """
     if config.resume not in (None, "auto"):
         raise InputError(f"resume={config.resume} is unknown; use resume=auto, or leave it out to start anew")
-    return config.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    launch, named = os.environ.get(LAUNCH), folder / STARTED
+    return config.resume == "auto" or (launch is not None and named.exists() and named.read_text() == launch)
 
 
 def refuse_run(folder: Path, config: DictConfig) -> None:
     """Stop where the folder holds a run that is neither to go on nor to be replaced."""
-    if not going_on(config) and (folder / "log.jsonl").exists() and not config.run.overwrite:
+    if not going_on(folder, config) and (folder / "log.jsonl").exists() and not config.run.overwrite:
         raise InputError(
             f"{folder} already holds a run; go on with resume=auto, choose another run.name, "
             "or replace it with run.overwrite=true"
@@ -62,15 +69,18 @@ def open_run(folder: Path, config: DictConfig, global_batch: int, ranks: int) ->
     Returns:
         the checkpoint to go on from, if any; and what there is to tell.
     """
-    if not going_on(config) and (folder / "log.jsonl").exists():
+    resumed = going_on(folder, config)
+    if not resumed and (folder / "log.jsonl").exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not going_on(config):
+    if LAUNCH in os.environ:
+        (folder / STARTED).write_text(os.environ[LAUNCH])
+    if not resumed:
         (folder / "skipped.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
     said = [
         f"{unfinished} was cut short while it was written and is removed" for unfinished in remove_unfinished(folder)
     ]
-    checkpoint, complaints = newest_sound(folder) if going_on(config) else (None, [])
+    checkpoint, complaints = newest_sound(folder) if resumed else (None, [])
     if checkpoint is not None:
         if not config.resume_force:
             _refuse_changes(folder, config)

@@ -43,10 +43,10 @@ def main(config: DictConfig) -> None:
     dist = from_config.dist_settings(config)
     preflight.refuse(from_config.asked(config, dist))
     folder = from_config.run_folder(config)
+    parallel.start(dist, bool(config.trainer.get("use_cpu")))
     ranks.share(lambda: refuse_run(folder, config))
     if config.hub_id:
         ranks.share(lambda: refuse_upload(config.hub_id))
-    parallel.start(dist, bool(config.trainer.get("use_cpu")))
     set_seed(config.seed)
     data = from_config.data_settings(config)
     bad_records = BadRecords(data.on_bad_record)
@@ -125,12 +125,13 @@ def train(
         settings=predictor.settings,
         clip_percentile=config.clip_percentile,
     )
+    groups = trainer.parameter_groups()
     # Only now, when all that the command says has been understood, is anything written or replaced.
     checkpoint, told = ranks.share(lambda: open_run(folder, config, trainer.global_batch, ranks.world_size()))
     if ranks.is_first():
         bad_records.list_in(folder / "skipped.jsonl")
     bad_records.listing = folder / "skipped.jsonl"
-    ranks.say("\n".join([*told, banner(predictor.model, trainer.parameter_groups())]))
+    ranks.say("\n".join([*told, banner(predictor.model, groups)]))
     asked = f"{count_questions(train_examples):,} questions on {len(train_examples):,} images to train on, "
     ranks.say(
         f"{asked}{count_questions(eval_examples):,} on {len(eval_examples):,} to evaluate on; results in {folder}"

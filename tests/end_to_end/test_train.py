@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,16 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, trained: tuple[Path
     expected, _ = trained
     assert losses(folder) == losses(expected)
     assert (folder / "predictions.jsonl").read_text() == (expected / "predictions.jsonl").read_text()
+
+
+def test_a_finished_run_trains_no_further(tmp_path: Path, trained: tuple[Path, str], data: str) -> None:
+    """One that died while it was scored: its steps are done, the model and the scores are written again."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder, symlinks=True)
+    (folder / "metrics.json").unlink()
+    launch("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=12", "resume=auto")
+    assert losses(folder) == losses(trained[0]) and (folder / "latest").resolve().name == "checkpoint-12"
+    assert (folder / "predictions.jsonl").read_text() == (trained[0] / "predictions.jsonl").read_text()
 
 
 # A longer run has other learning rates, unless they are constant: it goes on only when told to.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import constants
 
 from vlmvqa.errors import InputError
@@ -83,14 +84,28 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server.shutdown()
 
 
+def card_config(vision: str, vision_weights: str, language: str, language_weights: str) -> str:
+    parts = {"vision": (vision, vision_weights), "language": (language, language_weights)}
+    return yaml.safe_dump({"model": {part: {"name": n, "weights": w} for part, (n, w) in parts.items()}}).strip()
+
+
 def test_the_card_holds_scores_config_and_licences(tmp_path: Path) -> None:
-    config = "vision:\n  name: vit_base_patch14_dinov2.lvd142m\n  weights: hub\nlanguage:\n  name: google/gemma-2-2b"
+    config = card_config("vit_base_patch14_dinov2.lvd142m", "hub", "google/gemma-2-2b", "hub")
     write_card(tmp_path, "somebody/model", METRICS, config)
     card = (tmp_path / "README.md").read_text()
-    assert "license: gemma" in card and "Gemma terms of use" in card and "DINOv2's weights" in card
+    assert (
+        "license: gemma" in card and "Gemma terms of use" in card and "vit_base_patch14_dinov2.lvd142m: Apache" in card
+    )
     assert "| 61.50 | 24.00 | - |" in card and "vqav2 val, 12 questions" in card and config in card
-    write_card(tmp_path, "tiny", METRICS, "model:\n  vision:\n    weights: random")
-    assert "license: apache-2.0" in (tmp_path / "README.md").read_text()
+    for given, licence in (
+        (("vit_dinov2", "random", "gemma2", "random"), "apache-2.0"),
+        (("vit_dinov2", "hub", "gemma2", "random"), "apache-2.0"),
+        (("vit_dinov2", "hub", "meta-llama/Llama-3.2-1B", "hub"), "other"),
+        (("vit_dinov2", "/weights/encoder.safetensors", "google/gemma-2-2b", "hub"), "other"),
+    ):
+        write_card(tmp_path, "tiny", METRICS, card_config(*given))
+        assert f"license: {licence}\n" in (tmp_path / "README.md").read_text()
+    assert "the terms of /weights/encoder.safetensors" in (tmp_path / "README.md").read_text()
 
 
 def test_a_model_is_uploaded_whole(tmp_path: Path, hub: type[Hub]) -> None:

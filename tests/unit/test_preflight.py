@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from run_folder import STARTED, going_on
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
 from vlmvqa.errors import InputError
-from vlmvqa.training.parallel import DistSettings, slurm_task
+from vlmvqa.training.parallel import LAUNCH, DistSettings, slurm_task
 from vlmvqa.training.preflight import OURS, Asked, check, optimizer_for, refuse
 
 
@@ -56,6 +58,18 @@ def test_what_cannot_work_is_refused(given: Asked, said: str) -> None:
 )
 def test_what_works_is_not(given: Asked) -> None:
     refuse(given)
+
+
+def test_started_again_is_told_by_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart by torchrun goes on with the run that this launch began, and with no other."""
+    config = OmegaConf.create({"resume": None})
+    assert not going_on(tmp_path, config)
+    monkeypatch.setenv(LAUNCH, "this")
+    assert not going_on(tmp_path, config)  # nothing there yet, or another launch's run
+    (tmp_path / STARTED).write_text("that")
+    assert not going_on(tmp_path, config)
+    (tmp_path / STARTED).write_text("this")
+    assert going_on(tmp_path, config)
 
 
 def test_what_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

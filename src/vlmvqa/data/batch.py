@@ -6,12 +6,13 @@ Legend: B rows, T tokens, I images.
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from vlmvqa.data.bad_records import BadRecords
@@ -147,6 +148,11 @@ class TrainingSet(Dataset[Encoded]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Encoded:
+        if get_worker_info() is not None:
+            # A notice to stop goes to the whole process group: the run saves first, and needs its workers until then.
+            # They end with it in any case.
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_IGN)
         for offset in range(len(self.examples)):
             example = self.examples[(index + offset) % len(self.examples)]
             try:

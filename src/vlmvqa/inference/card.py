@@ -6,13 +6,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vlmvqa.errors import InputError
 
-# Weights that a trained model goes back to, and under which terms they are given.
+# Weights that are known by their names, and under which terms they are given: the hub's word, and a sentence.
 LICENCES = {
-    "gemma": ("gemma", "Gemma's weights: the [Gemma terms of use](https://ai.google.dev/gemma/terms)"),
-    "dinov2": ("apache-2.0", "DINOv2's weights: Apache-2.0"),
+    "gemma": ("gemma", "[Gemma terms of use](https://ai.google.dev/gemma/terms)"),
+    "dinov2": ("apache-2.0", "Apache-2.0"),
 }
+
+
+def licences(config: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The hub's word for the licence of all, and a sentence for each part's weights; what is not known is "other"."""
+    words, sentences = [], []
+    for part in ("vision", "language"):
+        settings = config["model"][part]
+        name, weights = str(settings["name"]), str(settings["weights"])
+        if weights == "random":
+            word, terms = "apache-2.0", "drawn at random and trained here, Apache-2.0"
+        else:
+            known = [licence for mark, licence in LICENCES.items() if mark in name.lower() and weights == "hub"]
+            word, terms = known[0] if known else ("other", f"the terms of {name if weights == 'hub' else weights}")
+        words.append(word)
+        sentences.append(f"The {part} model's weights, {name}: {terms}")
+    strict = [word for word in words if word != "apache-2.0"]
+    return ("other" if "other" in strict or len(set(strict)) > 1 else (strict or ["apache-2.0"])[0]), sentences
 
 
 def write_card(folder: Path, name: str, metrics: Mapping[str, Any], config_yaml: str) -> None:
@@ -22,13 +41,10 @@ def write_card(folder: Path, name: str, metrics: Mapping[str, Any], config_yaml:
         metrics: `metrics.json`'s content.
         config_yaml: the run's resolved config.
     """
-    config = config_yaml.lower()
-    found = [licence for mark, licence in LICENCES.items() if mark in config and "weights: hub" in config]
-    terms = [sentence for _, sentence in found] or ["Weights: drawn at random and trained here, Apache-2.0"]
+    licence, terms = licences(yaml.safe_load(config_yaml))
     model, controls = metrics["metrics"]["vqa_accuracy"], metrics["controls"]
     columns = {"model": model, "prior": controls["prior"], "shuffled images": controls["shuffled_images"]}
     scores = " | ".join("-" if column["overall"] is None else f"{column['overall']:.2f}" for column in columns.values())
-    licence = found[0][0] if found else "apache-2.0"
     (folder / "README.md").write_text(
         f"""---
 library_name: vlmvqa

@@ -126,7 +126,14 @@ def build(settings: ModelSettings) -> VLM:
 def assemble(vision: VisionEncoder, language: LanguageModel, settings: ModelSettings) -> VLM:
     """Join an encoder and a language model by a new projector."""
     projector = Projector(vision.width, language.width, settings.projector.kind, settings.projector.dropout)
-    return VLM(vision, projector, language, settings.mode).to(DTYPES[settings.dtype])
+    return cast_parameters(VLM(vision, projector, language, settings.mode), DTYPES[settings.dtype])
+
+
+def cast_parameters(model: VLM, dtype: torch.dtype) -> VLM:
+    """The weights in another type; buffers keep theirs, because rotary frequencies rounded to bfloat16 are others."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def set_trainable(part: VisionEncoder | LanguageModel | Projector, choice: str | int, name: str) -> None:

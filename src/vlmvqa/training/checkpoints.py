@@ -27,8 +27,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
     final = folder / f"checkpoint-{step}"
     partial = final.with_name(final.name + ".partial")
     if ranks.is_first():
-        for stale in (final, partial):
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     ranks.barrier()
     yield partial
@@ -36,6 +35,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
     if ranks.is_first():
         files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
         (partial / FILES).write_text(json.dumps(files, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, or of a step that is made again
         partial.replace(final)
         point(folder / LATEST, final)
     ranks.barrier()

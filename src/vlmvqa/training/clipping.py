@@ -8,6 +8,7 @@ it begins empty: until 100 norms are known, the percentile is taken of those tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from vlmvqa.errors import InputError
@@ -35,9 +36,10 @@ class Clipping:
 
     def limit(self, norm: float) -> float:
         """Take in this step's norm (before clipping); the norm it may have."""
-        self.norms = [*self.norms, norm][-WINDOW:]
+        if math.isfinite(norm):  # under fp16 the scaler steps over the others
+            self.norms = [*self.norms, norm][-WINDOW:]
         bounds = [self.max_norm] if self.max_norm > 0 else []
-        if self.percentile is not None:
+        if self.percentile is not None and self.norms:
             usual = sorted(self.norms)
             bounds.append(usual[min(len(usual) * self.percentile // 100, len(usual) - 1)])
         return min(bounds, default=float("inf"))

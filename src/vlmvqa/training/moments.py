@@ -7,6 +7,7 @@ on as if never stopped; under another split the blocks lie elsewhere, and the co
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 KEYS = ("exp_avg", "exp_avg_sq")
 BITSANDBYTES = {"exp_avg": "1", "exp_avg_sq": "2"}  # state1, qmap1, absmax1; state2...
+PIECE = 2**22
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_torch_8bit")  # whose states these are
 
 
@@ -52,7 +54,7 @@ def write(
         if scale is None or qmap is None:
             kept.copy_(dense.reshape(kept.shape))
         else:
-            codes, absmax = quantize(dense.to(kept.device), qmap, kept.numel() if scale.numel() == 1 else 256)
+            codes, absmax = quantize(dense, qmap, kept.numel() if scale.numel() == 1 else 256)
             kept.copy_(codes.reshape(kept.shape))
             scale.copy_(absmax)
     state["step"] = step if isinstance(state["step"], int) else state["step"].fill_(step)
@@ -64,21 +66,36 @@ def quantize(values: Tensor, qmap: Tensor, block: int) -> tuple[Tensor, Tensor]:
     The most negative code stands for -0.993, not -1: a block whose largest value is negative has been shortened by that
     when it was read, and is stretched again here, so that its codes come back as they were.
     """
-    flat = values.flatten().float()
-    blocks = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
-    largest = blocks.abs().amax(1)
-    if qmap.min() < 0:
-        largest = torch.where(blocks.amin(1) == -largest, largest / -qmap.min(), largest)
-    unit = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    flat = values.flatten()
+    codes = torch.empty(flat.shape, dtype=torch.uint8, device=qmap.device)
+    absmax = torch.empty(-(-len(flat) // block), device=qmap.device)
     between = (qmap[1:] + qmap[:-1]) / 2
-    codes = torch.bucketize(unit.flatten()[: len(flat)], between)
-    return codes.to(torch.uint8), largest
+    for start, end in _pieces(len(flat), block):
+        piece = flat[start:end].to(qmap.device, torch.float32)
+        blocks = F.pad(piece, (0, -len(piece) % block)).view(-1, block)
+        largest = blocks.abs().amax(1)
+        if qmap[0] < 0:
+            largest = torch.where(blocks.amin(1) == -largest, largest / -qmap[0], largest)
+        unit = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        codes[start:end] = torch.bucketize(unit.flatten()[: len(piece)], between).to(torch.uint8)
+        absmax[start // block : start // block + len(largest)] = largest
+    return codes, absmax
 
 
 def dequantize(codes: Tensor, qmap: Tensor, absmax: Tensor, block: int) -> Tensor:
-    """What the codes stand for, in fp32 and their shape."""
-    scale = absmax.repeat_interleave(block)[: codes.numel()]
-    return (qmap[codes.flatten().long()] * scale).view(codes.shape)
+    """What the codes stand for, in fp32 and their shape, in host memory, where there is room for it."""
+    flat = codes.flatten()
+    values = torch.empty(flat.shape)
+    for start, end in _pieces(len(flat), block):
+        scale = absmax[start // block : -(-end // block)].repeat_interleave(block)[: end - start]
+        values[start:end] = (qmap[flat[start:end].long()] * scale).cpu()
+    return values.view(codes.shape)
+
+
+def _pieces(length: int, block: int) -> Iterator[tuple[int, int]]:
+    """Of whole blocks, a few million elements each: what is computed with them is many times as large."""
+    size = max(PIECE // block, 1) * block
+    return ((start, min(start + size, length)) for start in range(0, length, size))
 
 
 def _fresh(optimizer: torch.optim.Optimizer, group: int, parameter: Tensor) -> dict[str, Any]:

@@ -34,8 +34,10 @@ from vlmvqa.models.vlm import VLM
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 
+# What names this launch, the same after torchrun has restarted its workers.
+LAUNCH = "VLMVQA_LAUNCH"
 # How accelerate's launcher hands on what its config file says of a strategy.
-ACCELERATES = ("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_CONFIG_", "ACCELERATE_GRADIENT_", "FSDP_")
+ACCELERATES = ("FSDP_", *(f"ACCELERATE_{name}_" for name in ("USE", "DEEPSPEED", "CONFIG", "GRADIENT", "DYNAMO")))
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def launcher_choice(environment: Mapping[str, str], arguments: list[str]) -> tup
         offload = environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
         return ("fsdp_offload" if offload else "fsdp"), "accelerate's config file"
     if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+            return "its deepspeed_config_file", "accelerate's config file"  # not read: dist.options has its keys
         stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         kept = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
         return (f"zero{stage}_offload" if kept == "cpu" else f"zero{stage}"), "accelerate's config file"
@@ -104,10 +108,11 @@ def start(settings: DistSettings, cpu: bool) -> None:
     gpu = torch.cuda.is_available() and not cpu
     if gpu:
         local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= here:
-            raise InputError(f"{local + 1} or more processes were started on a machine with {here} GPUs; start {here}")
+        started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", local + 1)))
+        if started > here:
+            raise InputError(f"{started} processes were started on a machine with {here} GPUs; start {here}")
         torch.cuda.set_device(local)
-    timeout = timedelta(minutes=settings.timeout_minutes)
+    timeout = timedelta(minutes=settings.timeout_minutes + 2)  # after the watch, which names who is missing
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -167,6 +172,7 @@ def meet(rank: int, world: int, timeout: timedelta) -> dist.Store:
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    os.environ[LAUNCH] = store.compare_set("vlmvqa/launch", "", uuid.uuid4().hex).decode()
     mine, name, published = uuid.uuid4().hex, "", [""]
     store.set(f"vlmvqa/token/{rank}", mine)
     end = time.monotonic() + timeout.total_seconds()

@@ -39,6 +39,7 @@ OURS = {  # of TrainingArguments, what is set elsewhere or would run something e
     "fsdp_config": "add dist=fsdp",
     "deepspeed": "add dist=zero2; further keys of DeepSpeed's go under dist.options",
     "parallelism_config": "choose a strategy by dist=...",
+    "gradient_checkpointing": "its name is trainer.activation_checkpointing",
     "activation_checkpointing_kwargs": "leave it out, they are recomputed one way",
     "auto_find_batch_size": "launch/plan.py says which batch fits",
     "save_only_model": "a run could not go on from it",
@@ -102,7 +103,7 @@ def _problems(asked: Asked) -> Iterator[str]:
         yield f"dist={dist.strategy} needs DeepSpeed; {install}, or use dist=fsdp"
     if dist.is_zero and optim == "adamw_torch_8bit":
         yield f"trainer.optim=adamw_torch_8bit does not step on {dist.strategy}'s partitions; use adamw_bnb_8bit"
-    if dist.strategy == "zero3" and trainer.get("torch_compile"):
+    if dist.strategy == "zero3" and any(trainer.get(f"torch_compile{more}") for more in ("", "_backend", "_mode")):
         yield "trainer.torch_compile=true: the tied output matrix is not traced under zero3; use dist=fsdp or zero2"
     if dist.is_zero and trainer.get("use_cpu") and torch.cuda.is_available():
         yield (
@@ -220,8 +221,7 @@ def _dense_or(implementation: str) -> str:
 
 
 def _optimizer(trainer: VqaTrainer) -> str:
-    optimizer, asked = trainer.plain_optimizer(), str(trainer.args.optim).removeprefix("OptimizerNames.").lower()
-    asked = getattr(trainer.args.optim, "value", asked)
+    optimizer, asked = trainer.plain_optimizer(), str(getattr(trainer.args.optim, "value", trainer.args.optim))
     package, kind, _ = CLASSES[asked]
     if trainer.dist.strategy == "fsdp" and package == "bitsandbytes":
         raise InputError(f"trainer.optim={asked} cannot step on FSDP2's shards; use adamw_torch_8bit")
@@ -238,7 +238,7 @@ def _optimizer(trainer: VqaTrainer) -> str:
         bounds.append(f"to the {trainer.clipping.percentile}th percentile of the last 100")
     replaced = ""
     if eight and trainer.dist.strategy == "fsdp":
-        replaced = " (in the place of adamw_bnb_8bit, which cannot step on shards)"
+        replaced = " (torchao's: bitsandbytes' adamw_bnb_8bit cannot step on shards)"
     return ", ".join([f"{asked}{replaced}", states, *bounds])
 
 

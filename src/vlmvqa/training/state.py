@@ -3,7 +3,7 @@
 model.safetensors       every weight, whole, in the model's own type
 optimizer.safetensors   AdamW's moments by parameter name, whole, in fp32; how many steps they have seen
 scheduler.pt            the place in the learning rates' schedule
-scaler.pt               fp16's loss scale, where there is one
+scaler.pt               fp16's loss scale, under ddp (DeepSpeed finds its own again within a few steps)
 rng_state*.pth          each rank's random state
 progress.json           ranks, global batch, the last gradient norms
 trainer_state.json      transformers' own: step, epoch, best score
@@ -62,7 +62,8 @@ def load(trainer: VqaTrainer, folder: Path) -> None:
         step = int(file.metadata()["step"])
         trainer.whole.put_moments({name: file.get_tensor(name) for name in file.keys()}, step)  # noqa: SIM118
     _load_schedule(trainer, folder)
-    trainer._load_scaler(str(folder))
+    if getattr(trainer.accelerator, "scaler", None) is not None:  # DeepSpeed begins with its own anew
+        trainer._load_scaler(str(folder))
     trainer.clipping.norms = progress(folder)["norms"]
 
 
@@ -74,7 +75,7 @@ def progress(folder: Path) -> dict[str, Any]:
 
 def _load_schedule(trainer: VqaTrainer, folder: Path) -> None:
     schedule: Any = trainer.lr_scheduler
-    saved = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+    saved = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
     if [float(rate) for rate in saved["base_lrs"]] == [float(rate) for rate in schedule.base_lrs]:
         schedule.load_state_dict(saved)
         rates = schedule.get_last_lr()

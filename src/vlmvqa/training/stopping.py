@@ -74,6 +74,10 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.stopped_by:  # it has saved, and there is no time to evaluate
+            control.should_save = control.should_evaluate = False
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._finish()
         for number, handler in self.before.items():

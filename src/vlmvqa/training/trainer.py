@@ -36,7 +36,7 @@ from vlmvqa import ranks
 from vlmvqa.data.batch import Processor, TrainingSet
 from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
-from vlmvqa.models.vlm import VLM, ModelSettings
+from vlmvqa.models.vlm import VLM, ModelSettings, cast_parameters
 from vlmvqa.sequence.rows import IGNORE, PROMPT
 from vlmvqa.training import checkpoints, preflight, state
 from vlmvqa.training.clipping import Clipping
@@ -95,6 +95,8 @@ class VqaTrainer(Trainer):
             eval_dataset=training_set if score else None,
             callbacks=[LogFile(self.folder / "log.jsonl"), EpochOfTargets(training_set), self.watch],
         )
+        # The Trainer would delete the newest checkpoint when training ends and only one is to be kept beside the best.
+        self.keep, args.save_total_limit = args.save_total_limit, None
         # For the Trainer, a model that arrives sharded: it neither wraps nor moves it.
         self.is_distributed_loading_by_transformers = self.dist.strategy == "fsdp"
 
@@ -103,6 +105,12 @@ class VqaTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Everything in place, loaded where a run goes on, and checked to be what was asked for."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        for group in self.plain_optimizer().param_groups:
+            # torchao's rate is a tensor, which accelerate moves away from offloaded shards.
+            if (
+                isinstance(group["lr"], Tensor) and group["params"]
+            ):  # torchao's; accelerate moves it from offloaded shards
+                group["lr"] = group["lr"].to(group["params"][0].device)
         if self.dist.is_zero:
             unset_hf_deepspeed_config()  # accelerate has set it again (`parallel.correct_deepspeed`)
             self.whole: Whole = WholeZero(self.vlm, self.engine, self.frozen)
@@ -253,7 +261,7 @@ class VqaTrainer(Trainer):
             return
         assert self.settings is not None
         copy = checkpoint.blank(self.settings, self.vlm.language.config)
-        copy = copy.to(self.args.device, torch.bfloat16 if self.args.bf16 else self.dtype)
+        copy = cast_parameters(copy, torch.bfloat16 if self.args.bf16 else self.dtype).to(self.args.device)
         parameters = dict(copy.named_parameters())
         with torch.no_grad():
             for name, weight in self.whole.weights():
@@ -274,7 +282,8 @@ class VqaTrainer(Trainer):
         try:
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(self.folder / f"checkpoint-{self.state.global_step}")
-            with checkpoints.writing(self.folder, self.state.global_step) as folder:
+            # At the pace of the disk, not of the step.
+            with self.watch.paused(), checkpoints.writing(self.folder, self.state.global_step) as folder:
                 state.write(self, folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free  # before the unfinished checkpoint's part is given back
@@ -290,7 +299,7 @@ class VqaTrainer(Trainer):
             best = self.state.best_model_checkpoint
             if best is not None and Path(best).exists():
                 checkpoints.point(self.folder / checkpoints.BEST, Path(best))
-            checkpoints.rotate(self.folder, self.args.save_total_limit, best)
+            checkpoints.rotate(self.folder, self.keep, best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: weights are loaded once they are where they belong (`state.load`)."""
@@ -311,6 +320,8 @@ class VqaTrainer(Trainer):
         epoch, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
         )
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0  # it had finished
         before = state.progress(Path(resume))["global_batch"] if resume else self.global_batch
         if before == self.global_batch:
             return epoch, batches

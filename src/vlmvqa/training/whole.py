@@ -75,7 +75,7 @@ class WholeZero(Whole):
             them, the others their shapes.
     """
 
-    def __init__(self, model: VLM, engine: Any, frozen: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: VLM, engine: Any, frozen: dict[str, Tensor]) -> None:
         super().__init__(model, engine.optimizer.optimizer)
         self.zero, self.frozen = engine.optimizer, frozen
         self.stage = int(engine.zero_optimization_stage())
@@ -110,6 +110,8 @@ class WholeZero(Whole):
                 parameter.copy_(whole)
             if parameter.requires_grad:
                 self._put(parameter, whole, None)
+            elif name in self.frozen and ranks.is_first():
+                self.frozen[name] = whole
 
     def moments(self) -> Named:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -126,11 +128,12 @@ class WholeZero(Whole):
     def put_moments(self, saved: Mapping[str, Tensor], step: int) -> None:
         if not any(name.startswith("exp_avg/") for name in saved):
             return
-        states = {flat: {key: torch.zeros_like(flat) for key in moments.KEYS} for flat in self.partitions}
+        states = {flat: {key: torch.zeros(flat.shape) for key in moments.KEYS} for flat in self.partitions}
         with self._standing_in(states):
             for name, parameter in self._trained():
                 for key in moments.KEYS:
-                    self._put(parameter, saved[f"{key}/{name}"], key)
+                    if f"{key}/{name}" in saved:
+                        self._put(parameter, saved[f"{key}/{name}"], key)
         for group, flat in zip(self.groups, self.partitions, strict=True):
             moments.write(self.optimizer, group, flat, states[flat], step)
 
