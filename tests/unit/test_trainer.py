@@ -184,7 +184,7 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert checkpoints.whole_checkpoints(tmp_path) == [made[0], made[3]]
     checkpoints.rotate(tmp_path, 1, str(made[0]))  # the newest stays in any case: a run goes on from it
     assert checkpoints.whole_checkpoints(tmp_path) == [made[0], made[3]]
-    checkpoints.rotate(tmp_path, 1, None)
+    checkpoints.rotate(tmp_path, 1, str(made[3]))
     assert checkpoints.whole_checkpoints(tmp_path) == [made[3]]
 
 

@@ -5,8 +5,8 @@ Legend: B rows, T tokens, I images.
 
 from __future__ import annotations
 
+import os
 import random
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -150,9 +150,7 @@ class TrainingSet(Dataset[Encoded]):
     def __getitem__(self, index: int) -> Encoded:
         if get_worker_info() is not None:
             # A notice to stop goes to the whole process group: the run saves first, and needs its workers until then.
-            # They end with it in any case.
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_IGN)
+            os.setpgid(0, 0)
         for offset in range(len(self.examples)):
             example = self.examples[(index + offset) % len(self.examples)]
             try:

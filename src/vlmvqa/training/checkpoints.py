@@ -50,13 +50,16 @@ def point(link: Path, checkpoint: Path) -> None:
 
 
 def rotate(folder: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints but `keep` (None: all are kept); the best one stays."""
-    if keep is None:
+    """Delete the oldest checkpoints but `keep` (None: all are kept); the newest and the best stay in any case."""
+    whole = whole_checkpoints(folder)
+    if keep is None or not whole:
         return
-    others = [checkpoint for checkpoint in whole_checkpoints(folder) if str(checkpoint) != best]
-    room = max(keep - (best is not None and Path(best).exists()), 1)
-    for checkpoint in others[:-room]:
-        shutil.rmtree(checkpoint)
+    kept = {whole[-1], *(checkpoint for checkpoint in whole if str(checkpoint) == best)}
+    for checkpoint in reversed(whole):
+        if checkpoint not in kept and len(kept) < keep:
+            kept.add(checkpoint)
+        elif checkpoint not in kept:
+            shutil.rmtree(checkpoint)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
