@@ -22,6 +22,7 @@ from math import ceil, prod
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training.parallel import DistSettings
+from vlmvqa.training.preflight import CLASSES
 
 PARTS = ("vision", "projector", "language")
 BLOCK = 256  # elements that share a scale in 8-bit states, in bitsandbytes and torchao
@@ -29,8 +30,8 @@ SMALLEST_8BIT = 4096  # smaller tensors keep fp32 states, in both
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET, MAX_LIVE, SUB_GROUP = int(5e8), int(1e9), int(1e9)
 
-BITSANDBYTES = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", *BITSANDBYTES, "adamw_torch_8bit", "sgd")
+OPTIMIZERS = tuple(CLASSES)  # those that a run takes
+BITSANDBYTES = tuple(name for name, (package, *_) in CLASSES.items() if package == "bitsandbytes")
 
 
 @dataclass(frozen=True)
