@@ -24,7 +24,7 @@ from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.sequence.loss import supervised_loss
 from vlmvqa.sequence.masks import MODES, Tokens
-from vlmvqa.sequence.rows import NO_IMAGE
+from vlmvqa.sequence.rows import IGNORE, NO_IMAGE
 
 Batch = Mapping[str, Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,17 +91,18 @@ class VLM(nn.Module):
         """The loss over supervised positions.
 
         Args:
-            num_items_in_batch: what the sum is divided by (default: this batch's supervised tokens). The trainer
-                gives the number over all accumulation steps and ranks.
-            batch: as DESIGN's batch, see `data/batch.py`.
+            num_items_in_batch: what the sum is divided by (default: the weights of this batch's supervised tokens,
+                their number where all weigh the same). The trainer gives that of all accumulation steps and ranks.
+            batch: as `data/batch.py` makes it; `weights` may be left out.
 
         Returns:
             `loss` (scalar) and `supervised_tokens` (scalar).
         """
-        hidden = self.decode(batch)
-        loss, supervised_tokens = supervised_loss(hidden, batch["labels"], self.language.logits)
-        divisor = supervised_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": loss / divisor, "supervised_tokens": supervised_tokens}
+        hidden, labels = self.decode(batch), batch["labels"]
+        loss, weight = supervised_loss(hidden, labels, self.language.logits, weights=batch.get("weights"))
+        divisor = weight if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=loss.device)
+        # Where nothing is supervised the loss is 0, not 0 / 0.
+        return {"loss": loss / divisor.where(divisor != 0, 1), "supervised_tokens": (labels != IGNORE).sum()}
 
     def checkpoint_activations(self) -> None:
         """Trade time for memory: recompute activations of encoder blocks and decoder layers in the backward pass."""

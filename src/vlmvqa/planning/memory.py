@@ -29,7 +29,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import VLM, Batch, ModelSettings, build, set_trainable
 from vlmvqa.planning.ledger import Ledger
 from vlmvqa.sequence.loss import CHUNK
-from vlmvqa.sequence.rows import COLUMNS, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
+from vlmvqa.sequence.rows import FILL, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
 
 ROW_PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
 TOKEN_PRIMES = (983, 977, 971, 967, 953, 947, 941)  # below CHUNK: the loss in one piece
@@ -161,7 +161,8 @@ def measure(model: VLM, shape: RowShape, arithmetic: Arithmetic, checkpointing: 
     with fake:
         # CPU tensors: a CUDA one needs a driver for its backward pass.
         model = model.to_empty(device="cpu")
-        batch = {name: torch.zeros(rows, shape.tokens, dtype=torch.int64) for name in COLUMNS}
+        kinds = {name: torch.float32 if isinstance(fill, float) else torch.int64 for name, fill in FILL.items()}
+        batch = {name: torch.zeros(rows, shape.tokens, dtype=kind) for name, kind in kinds.items()}
         size = model.vision.image_size
         batch["pixel_values"] = torch.zeros(rows * shape.images, 3, size, size)
     if checkpointing:

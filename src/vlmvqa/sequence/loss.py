@@ -21,9 +21,13 @@ CHUNK = 1024  # supervised tokens at a time: 1 GiB of fp32 logits at V = 256,000
 
 
 def supervised_loss(
-    hidden: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], chunk: int = CHUNK
+    hidden: Tensor,
+    labels: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    chunk: int = CHUNK,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in fp32 over supervised positions, and their number.
+    """Summed cross-entropy in fp32 over supervised positions, and what to divide it by for a mean.
 
     Args:
         hidden: float[B, T, D], the decoder's last hidden state.
@@ -31,19 +35,22 @@ def supervised_loss(
         logits: float[S, D] -> float32[S, V], the output head with its softcap.
         chunk: how many positions meet the output head at once; each chunk's logits are recomputed in the
             backward pass instead of kept, where there is more than one.
+        weights: float32[B, T], what each position counts (None: all the same).
 
     Returns:
-        the sum (0, still attached to the graph, where nothing is supervised) and S.
+        the sum, each term times its weight (0, still attached to the graph, where nothing is supervised), and the sum
+        of the weights (S without any).
     """
 
-    def chunk_loss(states: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits(states), targets, reduction="sum")
+    def chunk_loss(states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return (F.cross_entropy(logits(states), targets, reduction="none") * weights).sum()
 
     supervised = labels != IGNORE
     states, targets = hidden[supervised], labels[supervised]
-    pieces = list(zip(states.split(chunk), targets.split(chunk), strict=True))
+    counted = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights[supervised]
+    pieces = list(zip(states.split(chunk), targets.split(chunk), counted.split(chunk), strict=True))
     if len(pieces) == 1:
         losses = [chunk_loss(*pieces[0])]
     else:
         losses = [torch.as_tensor(checkpoint(chunk_loss, *piece, use_reentrant=False)) for piece in pieces]
-    return torch.stack(losses).sum(), supervised.sum()
+    return torch.stack(losses).sum(), counted.sum()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,17 +29,29 @@ PADDING = -1  # the document of a padding token
 IGNORE = -100  # the label of an unsupervised position (torch's convention)
 NO_IMAGE = -1  # the image_index of a text token
 
-COLUMNS = ("input_ids", "image_index", "document", "branch", "role", "position", "labels")
-FILL = {"input_ids": 0, "image_index": NO_IMAGE, "document": PADDING, "branch": 0, "role": PROMPT, "position": 0}
-FILL["labels"] = IGNORE
+# What stands in each column where a row has ended.
+FILL = {
+    "input_ids": 0,
+    "image_index": NO_IMAGE,
+    "document": PADDING,
+    "branch": 0,
+    "role": PROMPT,
+    "position": 0,
+    "labels": IGNORE,
+    "weights": 0.0,  # of a label in the loss: the one column of float32, all others are int64
+}
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedQuestion:
-    """A question as token ids; `answer` ends with EOS, or is empty where the model is to write it."""
+    """A question as token ids; `answer` ends with EOS, or is empty where the model is to write it.
+
+    `weight` is what each of its supervised tokens counts in the loss (`loss.py`).
+    """
 
     prompt: Sequence[int]
     answer: Sequence[int] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +64,15 @@ class Document:
 
 @dataclass(slots=True)
 class Row:
-    """Integer columns of one row, all of the same length T (the diagram above)."""
+    """Columns of one row, all of the same length T (the diagram above)."""
 
-    columns: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
+    columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in FILL})
 
     def __len__(self) -> int:
         return len(self.columns["input_ids"])
 
-    def extend(self, **values: Sequence[int]) -> None:
-        for name in COLUMNS:
+    def extend(self, **values: Sequence[float]) -> None:
+        for name in FILL:
             self.columns[name].extend(values[name])
 
 
@@ -92,6 +105,7 @@ def build_row(documents: Sequence[Document], image_tokens: int, mode: str) -> Ro
             role=[IMAGE] * image_tokens,
             position=range(image_tokens),
             labels=[IGNORE] * image_tokens,
+            weights=[0.0] * image_tokens,
         )
         for branch, question in enumerate(document.questions, start=1):
             if not question.prompt:
@@ -105,14 +119,16 @@ def build_row(documents: Sequence[Document], image_tokens: int, mode: str) -> Ro
                 role=[PROMPT] * prompt + [ANSWER] * answer,
                 position=range(image_tokens, image_tokens + prompt + answer),
                 labels=[IGNORE] * (prompt - 1) + list(question.answer or [IGNORE]),
+                weights=[0.0] * (prompt - 1) + [question.weight] * len(question.answer or [IGNORE]),
             )
     return row
 
 
 def pad_rows(rows: Sequence[Row], multiple: int = 1) -> dict[str, Tensor]:
-    """Stack rows into `int64[B, T]` columns, padded to the longest (rounded up to a multiple)."""
+    """Stack rows into `[B, T]` columns, padded to the longest (rounded up to a multiple)."""
     length = max(len(row) for row in rows)
     length = -(-length // multiple) * multiple
     return {
-        name: torch.tensor([row.columns[name] + [FILL[name]] * (length - len(row)) for row in rows]) for name in COLUMNS
+        name: torch.tensor([row.columns[name] + [fill] * (length - len(row)) for row in rows])
+        for name, fill in FILL.items()
     }
