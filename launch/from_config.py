@@ -46,7 +46,7 @@ class DataSettings:
     resize: str = "squash"
     max_text_tokens: int | None = 64
     questions_per_row: int | None = None
-    images_per_row: int = 1
+    row_tokens: int | None = None
     on_bad_record: str = "error"
 
 

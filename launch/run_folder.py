@@ -16,7 +16,7 @@ from vlmvqa.training.state import progress
 
 STARTED = ".launch"  # by which of torchrun's launches this run was started
 # What decides how a run goes: it cannot be changed on the way...
-DECIDES = ("model", "data", "seed", "trainable", "learning_rates", "trainer", "clip_percentile")
+DECIDES = ("model", "data", "seed", "trainable", "learning_rates", "trainer", "clip_percentile", "loss_weighting")
 # ...but for where its data lies, how often it is looked at, and how its work is cut (the global batch is checked too).
 FREE = (
     "data.root",
@@ -123,7 +123,7 @@ def _refuse_other_batch(checkpoint: Path, global_batch: int, ranks: int, config:
     if accumulated and not rest:
         remedy = f"set trainer.gradient_accumulation_steps={accumulated}"
     raise InputError(
-        f"{checkpoint} was trained with {before} images a step, now it would be {global_batch}: {remedy}, "
+        f"{checkpoint} was trained with {before} rows a step, now it would be {global_batch}: {remedy}, "
         "or go on all the same with resume_force=true"
     )
 

@@ -31,7 +31,7 @@ def main(config: DictConfig) -> None:
     if not 0 <= config.sample < len(examples):
         raise InputError(f"sample={config.sample}: {config.split} has samples 0 to {len(examples) - 1}")
     example = examples[config.sample]
-    batch = processor.collate([processor.encode(example, [question.target for question in example.questions])])
+    batch = processor.collate([[processor.encode(example, [question.target for question in example.questions])]])
     folder.mkdir(parents=True, exist_ok=True)
     print(example.name)
     print(describe(batch, processor))

@@ -26,8 +26,8 @@ from results import score_and_report
 from run_folder import open_run, refuse_run
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import TrainingSet, split_questions
 from vlmvqa.data.example import Example, count_questions
+from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.inference.card import refuse_upload, upload, write_card
 from vlmvqa.inference.evaluate import score
 from vlmvqa.inference.predict import Predictor, load
@@ -111,14 +111,21 @@ def train(
         )
         return {"vqa_accuracy": score(eval_examples, {name: answer.text for name, answer in answers.items()}).overall}
 
-    questions_per_row = data.questions_per_row if predictor.model.mode in SHAREABLE else 1
-    examples = split_questions(train_examples, questions_per_row)
+    training_set = TrainingSet(
+        train_examples,
+        predictor.processor,
+        data.target,
+        config.seed,
+        bad_records,
+        row_tokens=data.row_tokens,
+        questions_per_row=data.questions_per_row if predictor.model.mode in SHAREABLE else 1,
+        weighting=config.loss_weighting,
+    )
     trainer = VqaTrainer(
         predictor.model,
         arguments,
-        TrainingSet(examples, predictor.processor, data.target, config.seed, bad_records),
+        training_set,
         predictor.processor,
-        images_per_row=data.images_per_row,
         learning_rates=group(config, "learning_rates"),
         score=score_now,
         dist=dist,

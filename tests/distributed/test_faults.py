@@ -97,7 +97,7 @@ def test_a_changed_run_does_not_go_on(tmp_path: Path, data: str, whole: Path) ->
     printed = done(start([python, *train(folder, data, *changed)]), code=1)
     assert "trainable.vision was all and is now none; trainer.learning_rate was 0.001 and is now 0.0001" in printed
     printed = done(start([python, *train(folder, data, "resume=auto")]), code=1)
-    assert "was trained with 8 images a step, now it would be 4: set trainer.gradient_accumulation_steps=2" in printed
+    assert "was trained with 8 rows a step, now it would be 4: set trainer.gradient_accumulation_steps=2" in printed
     assert losses(folder) == losses(whole)
     (folder / "config.yaml").unlink()
     printed = done(start([python, *train(folder, data, "resume=auto", batch)]), code=1)

@@ -23,6 +23,8 @@ TURNED: dict[str, dict[str, Any]] = {
     "percentile": {"clip_percentile": 50, "optim": "sgd", "trainer": {"learning_rate": 0.3, "max_grad_norm": 0.0}},
     "image_prefix": {"mode": "image_prefix"},
     "partial": {"trained": "projector"},
+    # An epoch is 14 rows and 2 that fill up its fourth step: in that, a rank's micro-batch has no supervised token.
+    "packed": {"row_tokens": 80, "weighting": "question_sqrt", "steps": 6},
     "half": {"bf16": True, "optim": "adamw_bnb_8bit"},
 }
 
@@ -35,6 +37,7 @@ def cases() -> list[Case]:
         for name, turned in TURNED.items():
             found.append(Case(f"{strategy}-{name}", strategy, **turned))
     found.append(Case("fsdp-percentile-on-ddp", "fsdp", resume=("ddp-percentile", 2), **TURNED["percentile"]))
+    found.append(Case("fsdp-packed-on-ddp", "fsdp", resume=("ddp-packed", 2), **TURNED["packed"]))
     found.append(Case("fsdp-offload", "fsdp", offload=True))
     found.append(Case("zero3-offload", "zero3", offload=True))
     return found
@@ -81,6 +84,12 @@ def test_two_ranks_are_one(two: dict[str, Any], one: dict[str, Any], strategy: s
 def test_whatever_is_turned(two: dict[str, Any], one: dict[str, Any], strategy: str, name: str) -> None:
     tolerance = 1e-2 if TURNED[name].get("bf16") else 1e-4
     assert two[f"{strategy}-{name}"]["losses"] == pytest.approx(one[name]["losses"], abs=tolerance)
+
+
+def test_packed_rows_go_on_where_they_stood(two: dict[str, Any]) -> None:
+    """From the middle of an epoch, under another strategy, into the next epoch."""
+    rest = {step: loss for step, loss in two["ddp-packed"]["losses"].items() if step > 2}
+    assert two["fsdp-packed-on-ddp"]["losses"] == pytest.approx(rest, abs=1e-4) and len(rest) == 4
 
 
 @pytest.mark.parametrize("name", ["fsdp-offload", "zero3-offload"])

@@ -26,9 +26,10 @@ from tests import tiny
 from tests.unit.test_trainer import examples
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor, TrainingSet, split_questions
+from vlmvqa.data.batch import Processor
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import train_tokenizer
+from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import VLM, build, set_trainable
 from vlmvqa.training import parallel, preflight
@@ -43,7 +44,7 @@ class Case:
     """One training.
 
     Attributes:
-        batch: images a rank.
+        batch: rows a rank.
         resume: the name of the case whose checkpoint it goes on from, and the step.
         trainer: more of TrainingArguments.
     """
@@ -59,6 +60,8 @@ class Case:
     resume: tuple[str, int] | None = None
     clip_percentile: int | None = None
     mode: str = "blockwise_prefix"
+    row_tokens: int | None = None
+    weighting: str = "token"
     trainer: dict[str, Any] | None = None
 
 
@@ -103,13 +106,16 @@ def run(case: Case, root: Path) -> dict[str, Any]:
         parallel.correct_deepspeed()
     if case.strategy == "fsdp":
         parallel.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
-    given = split_questions(examples(32), 1 if case.mode == "prefix_lm" else None)
+    given = examples(32)
     tokenizer = train_tokenizer(given, 300)
     processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
+    most = 1 if case.mode == "prefix_lm" else None
+    options: dict[str, Any] = {"row_tokens": case.row_tokens, "questions_per_row": most, "weighting": case.weighting}
+    training_set = TrainingSet(given, processor, "most_common", 0, BadRecords(), **options)
     trainer = VqaTrainer(
         vlm,
         arguments,
-        TrainingSet(given, processor, "most_common", 0, BadRecords()),
+        training_set,
         processor,
         dist=dist,
         settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),

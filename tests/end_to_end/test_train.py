@@ -228,7 +228,7 @@ def test_load_answers_and_saves(tmp_path: Path, trained: tuple[Path, str]) -> No
     "changed",
     [
         ("model.mode=prefix_lm",),
-        ("model.mode=causal", "data.images_per_row=3", "data.questions_per_row=2"),
+        ("model.mode=causal", "data.row_tokens=160", "data.questions_per_row=2"),
         ("model.mode=image_prefix", "model.projector.kind=mlp", "model.projector.dropout=0.1"),
         ("trainable.vision=1", "trainable.language=none", "learning_rates.vision=1e-5"),
         ("trainer.activation_checkpointing=true", "trainer.bf16=true", "trainer.gradient_accumulation_steps=2"),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor, QuestionSet, TrainingSet, split_questions
+from vlmvqa.data.batch import Processor, QuestionSet, split_questions
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import train_tokenizer
@@ -42,7 +41,7 @@ def test_only_answers_and_eos_are_supervised(tokenizer: PreTrainedTokenizerFast)
     """Decode what the model is trained to write, and what it reads."""
     make = processor(tokenizer)
     questions = (ask(1, "what color is the shape", "dark red"), ask(2, "how many shapes are there", "3"))
-    batch = make.collate([make.encode(example(*questions), ["dark red", "3"])])
+    batch = make.collate([[make.encode(example(*questions), ["dark red", "3"])]])
     supervised = batch["labels"][0][batch["labels"][0] != -100]
     assert tokenizer.decode(supervised) == "dark red<eos>3<eos>"
     first = batch["input_ids"][0][(batch["branch"][0] == 1) & (batch["role"][0] == 1)]
@@ -53,7 +52,7 @@ def test_a_long_question_loses_its_own_tokens_only(tokenizer: PreTrainedTokenize
     """A question of 5,000 words keeps BOS, the template's end, the whole answer and all image tokens."""
     make = processor(tokenizer, limit=24)
     long = ask(1, "what color is " + "very " * 5000 + "long", "dark red")
-    batch = make.collate([make.encode(example(long), ["dark red"])])
+    batch = make.collate([[make.encode(example(long), ["dark red"])]])
     assert (batch["role"][0][batch["document"][0] >= 0] == 0).sum() == 4
     prompt = tokenizer.decode(
         batch["input_ids"][0][batch["role"][0] == 1][: int((batch["document"][0] >= 0).sum()) - 4]
@@ -86,35 +85,11 @@ def test_questions_are_split_over_rows() -> None:
     assert split_questions([one], None) == [one]
 
 
-def test_sampled_targets_change_by_epoch_and_come_back(tokenizer: PreTrainedTokenizerFast) -> None:
-    answers = ("red", "blue", "green", "black", "white", "pink", "brown", "grey", "gold", "teal")
-    examples = [example(ask(n, "what color is the shape", "red", answers), image_id=n) for n in range(8)]
-
-    def drawn(epoch: int) -> list[str]:
-        training_set = TrainingSet(examples, processor(tokenizer), "sampled", 0, BadRecords())
-        training_set.set_epoch(epoch)
-        return [tokenizer.decode(training_set[n].questions[0].answer[:-1]) for n in range(8)]
-
-    assert drawn(0) == drawn(0) != drawn(1)
-    assert set(drawn(0)) <= set(answers)
-
-
-def test_a_bad_image_stops_or_is_replaced(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_bad_image_has_no_questions_to_answer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
-    examples = [Example(broken, 1, (ask(1, "what"),)), example(ask(2, "how many"), image_id=2)]
-    with pytest.raises(InputError, match=r"broken\.jpg.*data\.on_bad_record=skip"):
-        TrainingSet(examples, processor(tokenizer), "most_common", 0, BadRecords())[0]
     skip = BadRecords("skip", tmp_path / "skipped.jsonl")
-    training_set = TrainingSet(examples, processor(tokenizer), "most_common", 0, skip)
-    assert torch.equal(training_set[0].pixels, training_set[1].pixels)
+    examples = [Example(broken, 1, (ask(1, "what"),)), example(ask(2, "how many"), image_id=2)]
     questions = QuestionSet(examples, processor(tokenizer), skip)
     assert questions[0] is None and questions[1] is not None
     assert len(skip.listed()) == 1 and "broken.jpg" in skip.listed()[0]
-
-
-def test_nothing_to_train_on_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(InputError, match="holds no examples"):
-        TrainingSet([], processor(tokenizer), "most_common", 0, BadRecords())
-    with pytest.raises(InputError, match=r"data\.target=sampeld"):
-        TrainingSet([example(ask(1, "what"))], processor(tokenizer), "sampeld", 0, BadRecords())

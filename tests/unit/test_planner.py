@@ -40,7 +40,7 @@ from vlmvqa.training.parallel import DistSettings, shard
 ALL = {"vision": "all", "projector": "all", "language": "all"}
 # Wide enough that tensors reach the 8-bit optimizers' smallest size, and that masks are small beside activations.
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "query_pre_attn_scalar": 32}
-ROWS = Rows(images=2, questions=2, text_tokens=12, answer_tokens=3)
+ROWS = Rows(rows=2, questions=2, text_tokens=12, answer_tokens=3)
 
 
 def wide(**language: Any) -> ModelSettings:
@@ -148,7 +148,7 @@ def test_activations_are_those_of_a_real_pass(autocast: bool, checkpointing: boo
     if checkpointing:
         model.checkpoint_activations()
     for images in (3, 8):
-        batch = verify.batch(model, replace(ROWS, images=images))
+        batch = verify.batch(model, replace(ROWS, rows=images))
         measured = kept_for_backward(model, batch, autocast)
         if checkpointing:  # its closures keep what all layers share: two masks and the rotary tables
             rows, length = batch["input_ids"].shape
@@ -162,7 +162,7 @@ def test_what_does_not_train_keeps_nothing(trained: dict[str, Any]) -> None:
     model = build(wide()).train()
     for part, choice in trained.items():
         memory.set_trainable(getattr(model, part), choice, part)
-    batch = verify.batch(model, replace(ROWS, images=4))
+    batch = verify.batch(model, replace(ROWS, rows=4))
     assert footprint.at(4).kept == pytest.approx(kept_for_backward(model, batch, False), rel=0.05)
 
 
@@ -173,7 +173,7 @@ def test_long_answers_are_scored_in_chunks() -> None:
     images = int(1.5 * memory.CHUNK / footprint.shape.supervised)
     model = build(talkative.settings).train()
     model.checkpoint_activations()
-    batch = verify.batch(model, replace(talkative.rows, images=images))
+    batch = verify.batch(model, replace(talkative.rows, rows=images))
     real = memory.count(model, batch, footprint.shape, autocast=False).at(images)
     assert footprint.at(images).decoder_peak == pytest.approx(real.decoder_peak, rel=0.05)
     assert footprint.at(images).logits == pytest.approx(real.logits, rel=0.05)
@@ -196,7 +196,7 @@ def test_the_worst_moment_is_that_of_a_real_run(optimizer: str, accumulation: in
     model = build(wide()).train()
     if checkpointing:
         model.checkpoint_activations()
-    batch = verify.batch(model, replace(ROWS, images=4))
+    batch = verify.batch(model, replace(ROWS, rows=4))
     ledger = Ledger()
     ledger.ignore([*model.parameters(), *model.buffers(), *batch.values()])
     with ledger:
@@ -214,7 +214,7 @@ def test_fsdps_worst_moment_is_that_of_pytorchs_own_tracker() -> None:
             if checkpointing:
                 model.checkpoint_activations()
             shard(model, torch.device("cpu"), torch.bfloat16, offload=False)
-            batch = verify.batch(model, replace(ROWS, images=images))
+            batch = verify.batch(model, replace(ROWS, rows=images))
             tracker = FSDPMemTracker(model)
             tracker.track_inputs((batch,))
             with tracker:
@@ -285,7 +285,7 @@ def test_zeros_worst_moment_is_that_of_deepspeed(tmp_path: Path) -> None:
     two = planner(settings=wide(vocab_size=8192), gpus=2, training=Training("bf16", "adamw_torch", 2))
     for stage, measured in enumerate(json.loads((tmp_path / "peaks").read_text()), start=1):
         name = two.add(DistSettings(f"zero{stage}", options={"zero_optimization": buckets}))
-        assert two.memory(name, ROWS.images, True).peak == pytest.approx(measured, rel=0.1)
+        assert two.memory(name, ROWS.rows, True).peak == pytest.approx(measured, rel=0.1)
 
 
 # ---- plans
@@ -337,7 +337,7 @@ def compose(*overrides: str) -> Any:
 
 def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
     recipe = plan.build_planner(compose("experiment=vlm_vqa_4xa10g"))
-    assert (recipe.gpu.name, recipe.gpus, recipe.rows.images, recipe.shape.tokens) == ("A10G (24 GB)", 4, 6, 320)
+    assert (recipe.gpu.name, recipe.gpus, recipe.rows.rows, recipe.shape.tokens) == ("A10G (24 GB)", 4, 6, 320)
     fsdp, ddp = recipe.memory("fsdp", 6, True), recipe.resident(STRATEGIES["ddp"])
     assert fsdp.fits
     assert ddp.parameters + ddp.gradients + ddp.optimizer + ddp.buffers > recipe.gpu.memory * GIB

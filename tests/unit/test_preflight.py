@@ -113,7 +113,7 @@ def test_the_table_of_one_process(tmp_path: Path) -> None:
     lines = check(given).splitlines()
     assert lines[0].split(maxsplit=1)[1] == "one process, 1 rank on cpu"
     assert "adamw_bnb_8bit, 8-bit moments in blocks of 256, fp32 below 4,096 elements, norm clipped to 1" in lines[4]
-    assert lines[6].endswith("2 images (2 a rank x 1 accumulated x 1 ranks)")
+    assert lines[6].endswith("2 rows (2 a rank x 1 accumulated x 1 ranks)")
 
 
 def test_a_task_of_slurm_knows_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,11 @@ from transformers import TrainingArguments
 
 from tests import tiny
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor, TrainingSet
+from vlmvqa.data.batch import Processor
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import train_tokenizer
+from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.training import checkpoints, moments

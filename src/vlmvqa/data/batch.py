@@ -5,14 +5,13 @@ Legend: B rows, T tokens, I images.
 
 from __future__ import annotations
 
-import os
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from vlmvqa.data.bad_records import BadRecords
@@ -21,15 +20,17 @@ from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.errors import InputError
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
-TARGETS = ("most_common", "sampled")
 REMEMBERED = 2**17  # texts whose tokens a processor keeps: the same are met again every epoch
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example ready for a row: its image as `float[3, H, H]` and its questions as token ids."""
+    """A document ready for a row: its image and its questions as token ids.
 
-    pixels: Tensor
+    `image` is `float[3, H, H]`, or what a frozen encoder made of it, `float[N, Dv]`.
+    """
+
+    image: Tensor
     questions: list[TokenizedQuestion]
 
 
@@ -83,16 +84,26 @@ class Processor:
         Raises:
             InputError: the image cannot be read, or an answer cannot be trained on.
         """
-        pixels = to_tensor(decode(example.image, example.name), self.images)
         pairs = zip(example.questions, answers, strict=True)
-        return Encoded(pixels, [self.tokenize(question, answer) for question, answer in pairs])
+        return Encoded(self.image(example), [self.tokenize(question, answer) for question, answer in pairs])
 
-    def collate(self, encoded: Sequence[Encoded], images_per_row: int = 1) -> dict[str, Tensor]:
-        """The batch: `pixel_values float[I, 3, H, H]` and the `int64[B, T]` columns of `sequence/rows.py`."""
-        documents = [Document(number, example.questions) for number, example in enumerate(encoded)]
-        groups = [documents[start : start + images_per_row] for start in range(0, len(documents), images_per_row)]
-        rows = [build_row(group, self.image_tokens, self.mode) for group in groups]
-        return {"pixel_values": torch.stack([example.pixels for example in encoded]), **pad_rows(rows, multiple=8)}
+    def image(self, example: Example) -> Tensor:
+        """The decoded image: `float[3, H, H]`."""
+        return to_tensor(decode(example.image, example.name), self.images)
+
+    def length(self, question: Question, answer: str) -> int:
+        """Tokens of a question with its answer in a row; EOS is a label, never an input."""
+        tokens = self.tokenize(question, answer)
+        return len(tokens.prompt) + len(tokens.answer) - 1
+
+    def collate(self, rows: Sequence[Sequence[Encoded]], multiple: int = 8) -> dict[str, Tensor]:
+        """The batch: `pixel_values float[I, 3, H, H]` or `image_features float[I, N, Dv]`, and the `[B, T]` columns of
+        `sequence/rows.py`, T a multiple of `multiple`."""
+        numbers = count()
+        laid = [[Document(next(numbers), encoded.questions) for encoded in row] for row in rows]
+        columns = pad_rows([build_row(row, self.image_tokens, self.mode) for row in laid], multiple)
+        images = torch.stack([encoded.image for row in rows for encoded in row])
+        return {"pixel_values" if images.ndim == 4 else "image_features": images, **columns}
 
     def _ids(self, text: str) -> list[int]:
         known = self._known
@@ -112,57 +123,6 @@ def split_questions(examples: Sequence[Example], questions_per_row: int | None) 
         for example in examples
         for start in range(0, len(example.questions), questions_per_row)
     ]
-
-
-class TrainingSet(Dataset[Encoded]):
-    """Encoded examples for the DataLoader's workers.
-
-    Args:
-        target: "most_common" trains on `Question.target`; "sampled" on one of the annotators' answers, drawn anew
-            each epoch from seed, epoch and question (big_vision's choice for VQAv2).
-        bad_records: what happens to an image that cannot be decoded. Under "skip" the next good example takes its
-            place, so that every rank makes the same number of steps.
-    """
-
-    def __init__(
-        self, examples: Sequence[Example], processor: Processor, target: str, seed: int, bad_records: BadRecords
-    ) -> None:
-        if target not in TARGETS:
-            raise InputError(f"data.target={target} is unknown; use one of {', '.join(TARGETS)}")
-        if not examples:
-            raise InputError("the training split holds no examples; check data.train_split and data.max_train_samples")
-        unanswered = [question.id for example in examples for question in example.questions if question.target is None]
-        if unanswered:
-            raise InputError(
-                f"the training split has no answers to {len(unanswered)} questions (the first is {unanswered[0]}); "
-                "set data.train_split to a split with answers"
-            )
-        self.examples, self.processor, self.target, self.seed = examples, processor, target, seed
-        self.bad_records = bad_records
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Encoded:
-        if get_worker_info() is not None:
-            # A notice to stop goes to the whole process group: the run saves first, and needs its workers until then.
-            os.setpgid(0, 0)
-        for offset in range(len(self.examples)):
-            example = self.examples[(index + offset) % len(self.examples)]
-            try:
-                return self.processor.encode(example, [self._answer(question) for question in example.questions])
-            except InputError as error:
-                self.bad_records.add_error(error)
-        raise InputError("no training example could be read; see the listing of skipped records")
-
-    def _answer(self, question: Question) -> str | None:
-        if self.target == "sampled":
-            return random.Random(f"{self.seed}-{int(self.epoch)}-{question.id}").choice(question.answers)
-        return question.target
 
 
 class QuestionSet(Dataset[Encoded | None]):

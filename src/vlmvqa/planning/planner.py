@@ -48,18 +48,18 @@ class Rows:
     """What a micro-batch is made of.
 
     Attributes:
-        images: on each GPU (`trainer.per_device_train_batch_size`).
-        images_per_row: that share a row.
+        rows: on each GPU (`trainer.per_device_train_batch_size`).
         questions: asked of an image, on average.
         text_tokens: of a question, with answer and EOS.
         answer_tokens: of its answer and EOS.
+        row_tokens: what a row is filled up to with images and their questions (None: an image a row).
     """
 
-    images: int
+    rows: int
     questions: float
     text_tokens: int
     answer_tokens: int = 4
-    images_per_row: int = 1
+    row_tokens: int | None = None
 
     @property
     def most_questions(self) -> int:
@@ -76,12 +76,12 @@ class Plan:
         peak: what is allocated at the worst moment, `moment`.
         needed: the peak with the allowances for CUDA and fragmentation.
         host: in host memory, of all GPUs.
-        largest: images a GPU that fit, without and with activation checkpointing.
+        largest: rows a GPU that fit, without and with activation checkpointing.
         questions_per_second: an estimate; None where it does not fit.
     """
 
     strategy: str
-    images: int
+    rows: int
     checkpointing: bool
     parameters: int
     gradients: int
@@ -125,12 +125,14 @@ class Planner:
     def __post_init__(self) -> None:
         counts = {
             "plan.gpus": self.gpus,
-            "trainer.per_device_train_batch_size": self.rows.images,
+            "trainer.per_device_train_batch_size": self.rows.rows,
             "trainer.gradient_accumulation_steps": self.training.accumulation,
-            "data.images_per_row": self.rows.images_per_row,
+            "data.row_tokens": self.rows.row_tokens,
             "plan.text_tokens": self.rows.text_tokens,
         }
         for name, count in counts.items():
+            if name == "data.row_tokens" and count is None:
+                continue
             if not isinstance(count, int) or count < 1:
                 raise InputError(f"{name}={count} must be a whole number, 1 or more")
         if self.training.precision == "bf16" and not self.gpu.bf16:
@@ -164,7 +166,12 @@ class Planner:
     @cached_property
     def shape(self) -> RowShape:
         rows = self.rows
-        return row_shape(self.model, rows.images_per_row, rows.most_questions, rows.text_tokens, rows.answer_tokens)
+        return row_shape(self.model, self.images_per_row, rows.most_questions, rows.text_tokens, rows.answer_tokens)
+
+    @cached_property
+    def images_per_row(self) -> int:
+        document = self.model.vision.tokens + self.rows.most_questions * self.rows.text_tokens
+        return max(1, (self.rows.row_tokens or 0) // document)
 
     def footprint(self, dist: DistSettings, checkpointing: bool) -> Footprint:
         """A pass as the strategy computes it."""
@@ -180,10 +187,10 @@ class Planner:
     def resident(self, dist: DistSettings) -> Resident:
         return resident(self.weights, dist, self.gpus, self.training)
 
-    def memory(self, name: str, images: int, checkpointing: bool) -> Plan:
-        """A strategy's memory at so many images a GPU."""
+    def memory(self, name: str, rows: int, checkpointing: bool) -> Plan:
+        """A strategy's memory at so many rows a GPU."""
         dist = self.strategies[name]
-        kept, held = self.resident(dist), self.footprint(dist, checkpointing).at(self._row_count(images))
+        kept, held = self.resident(dist), self.footprint(dist, checkpointing).at(rows)
         passing = max(held.decoder_peak + kept.decoder, held.encoder_peak + kept.encoder)
         stays = kept.parameters + kept.optimizer
         moments = {
@@ -202,7 +209,7 @@ class Planner:
         peak = moments[moment]
         return Plan(
             strategy=name,
-            images=images,
+            rows=rows,
             checkpointing=checkpointing,
             parameters=kept.parameters,
             gradients=kept.gradients,
@@ -219,13 +226,13 @@ class Planner:
         )
 
     def largest(self, name: str, checkpointing: bool, share: float = 1.0) -> int:
-        """The most images a GPU that fit into a share of its memory; 0: not even one row's."""
-        step, kept = self.rows.images_per_row, self.resident(self.strategies[name])
+        """The most rows a GPU that fit into a share of its memory."""
+        kept = self.resident(self.strategies[name])
         if kept.parameters + kept.optimizer + kept.lasting > share * self.gpu.memory * GIB:
             return 0  # no need to count a pass
 
         def fits(rows: int) -> bool:
-            plan = self.memory(name, rows * step, checkpointing)
+            plan = self.memory(name, rows, checkpointing)
             return plan.needed <= share * plan.capacity
 
         low, high = 0, 1
@@ -234,28 +241,28 @@ class Planner:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        return low * step
+        return low
 
-    def seconds(self, name: str, images: int, checkpointing: bool, accumulation: int) -> float:
+    def seconds(self, name: str, rows: int, checkpointing: bool, accumulation: int) -> float:
         """An estimate of an optimizer step's time: what is sent and copied in a pass hides behind what is computed."""
         dist = self.strategies[name]
         kept = self.resident(dist)
         rate = self.gpu.half if self.training.mixed else self.gpu.single
-        flops = self.footprint(dist, checkpointing).flops(self._row_count(images))
+        flops = self.footprint(dist, checkpointing).flops(rows)
         computing = flops / (rate * 1e12 * self.utilisation)
         sending = kept.sent_each_pass / (self.gpu.link * 1e9) if self.gpus > 1 else 0.0
         copying = kept.copied_each_pass / (self.gpu.host * 1e9)
         last = kept.sent_each_step / (self.gpu.link * 1e9) + kept.stepped_on_host * HOST_STEP / HOST_RATE
         return accumulation * max(computing, sending + copying) + last
 
-    def questions_per_second(self, name: str, images: int, checkpointing: bool, accumulation: int) -> float:
-        asked = images * accumulation * self.gpus * self.rows.questions
-        return asked / self.seconds(name, images, checkpointing, accumulation)
+    def questions_per_second(self, name: str, rows: int, checkpointing: bool, accumulation: int) -> float:
+        asked = rows * accumulation * self.gpus * self.images_per_row * self.rows.questions
+        return asked / self.seconds(name, rows, checkpointing, accumulation)
 
     def plan(self, name: str, checkpointing: bool) -> Plan:
         """A strategy's plan at the batch that was asked for."""
-        plan = self.memory(name, self.rows.images, checkpointing)
-        speed = self.questions_per_second(name, self.rows.images, checkpointing, self.training.accumulation)
+        plan = self.memory(name, self.rows.rows, checkpointing)
+        speed = self.questions_per_second(name, self.rows.rows, checkpointing, self.training.accumulation)
         return replace(
             plan,
             largest=(self.largest(name, False), self.largest(name, True)),
@@ -278,27 +285,24 @@ class Planner:
         return [self.plan(name, checkpointing) for name in self.names()]
 
     def fastest(self, chosen: str) -> tuple[str, int, bool, int] | None:
-        """Strategy, images a GPU, checkpointing and accumulation of the fastest run with as many images a step.
+        """Strategy, rows a GPU, checkpointing and accumulation of the fastest run with as many rows a step.
 
         It leaves room (`ROOM`), and takes smaller micro-batches than were asked for only where no strategy holds them.
         The chosen strategy is kept where others are less than a twentieth faster, which an estimate cannot tell.
         """
-        images, row = self.rows.images * self.training.accumulation, self.rows.images_per_row
+        rows = self.rows.rows * self.training.accumulation
         found = []
         for name in self.names():
             for checkpointing in (False, True):
-                most = min(self.largest(name, checkpointing, ROOM), images)
-                sizes = [size for size in range(1, most + 1) if images % size == 0 and size % row == 0]
-                found += [(name, size, checkpointing, images // size) for size in sizes]
-        as_large = [run for run in found if run[1] >= self.rows.images]
+                most = min(self.largest(name, checkpointing, ROOM), rows)
+                sizes = [size for size in range(1, most + 1) if rows % size == 0]
+                found += [(name, size, checkpointing, rows // size) for size in sizes]
+        as_large = [run for run in found if run[1] >= self.rows.rows]
 
         def worth(run: tuple[str, int, bool, int]) -> float:
             return self.questions_per_second(*run) * (1.05 if run[0] == chosen else 1.0)
 
         return max(as_large or found, key=worth, default=None)
-
-    def _row_count(self, images: int) -> int:
-        return -(-images // self.rows.images_per_row)
 
 
 def known_architecture(settings: ModelSettings) -> ModelSettings:

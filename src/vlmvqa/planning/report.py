@@ -17,7 +17,7 @@ gathered from shards. activations: alive when the decoder has returned, under dd
 logits: what the loss adds, the output matrix's gradient among it. temporary: the rest of the worst moment, named under
 "at" (the backward pass, the last reduction of gradients, the optimizer's step). needed: the worst moment, whose parts
 are not always all of the columns, with {FRAGMENTATION:.0%} (fragments) and {CONTEXT / GIB:.1f} GiB (CUDA) on top.
-host: GiB of host memory, all GPUs together. most, most ckpt: the most images a GPU, without and with activation
+host: GiB of host memory, all GPUs together. most, most ckpt: the most rows a GPU, without and with activation
 checkpointing. Counted on the real model without weights and from the strategies' code, not measured: verify=true
 measures one process on a GPU. Neither torch_compile nor what evaluation needs is planned."""
 
@@ -28,8 +28,8 @@ def headline(planner: Planner, checkpointing: bool) -> str:
     count = sum(weight.numel for weight in planner.weights)
     learnt = sum(weight.numel for weight in planner.weights if weight.trained)
     rate = gpu.half if training.mixed else gpu.single
-    micro_batches = f"{rows.images} images a GPU, {training.accumulation} micro-batches a step"
-    images = f"{rows.images_per_row} x {planner.model.vision.tokens}"
+    micro_batches = f"{rows.rows} rows a GPU, {training.accumulation} micro-batches a step"
+    images = f"{planner.images_per_row} x {planner.model.vision.tokens}"
     questions = f"{rows.most_questions} x {rows.text_tokens}"
     speed = f"{planner.utilisation:.0%} of {rate:g} TFLOP/s, {gpu.link:g} GB/s between GPUs"
     return f"""\
@@ -82,15 +82,15 @@ def _cells(plan: Plan, chosen: bool) -> list[str]:
         _gib(plan.needed),
         "yes" if plan.fits else "no",
         _gib(plan.host) if plan.host else "-",
-        *(str(images) for images in plan.largest),
+        *(str(rows) for rows in plan.largest),
         speed,
     ]
 
 
-def overrides(name: str, images: int, checkpointing: bool, accumulation: int) -> str:
+def overrides(name: str, rows: int, checkpointing: bool, accumulation: int) -> str:
     """What to paste behind launch/train.py."""
     return (
-        f"dist={name} trainer.per_device_train_batch_size={images} "
+        f"dist={name} trainer.per_device_train_batch_size={rows} "
         f"trainer.gradient_accumulation_steps={accumulation} "
         f"trainer.activation_checkpointing={str(checkpointing).lower()}"
     )
@@ -99,21 +99,21 @@ def overrides(name: str, images: int, checkpointing: bool, accumulation: int) ->
 def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
     """What to set and why, in plain words."""
     plan = next(plan for plan in plans if plan.strategy == chosen)
-    run = (chosen, plan.images, plan.checkpointing, planner.training.accumulation)
+    run = (chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
     if plan.fits:
         said = [f"Set {overrides(*run)}: it fits, {_gib(plan.needed)} of {_gib(plan.capacity)} GiB."]
     else:
         said = [f"{chosen} does not fit: it needs {_gib(plan.needed)} GiB, a GPU has {_gib(plan.capacity)}."]
         said.append(_largest_parts(plan))
     best = planner.fastest(chosen)
-    if best != (chosen, plan.images, not plan.checkpointing, run[3]):  # said below
+    if best != (chosen, plan.rows, not plan.checkpointing, run[3]):  # said below
         said += _checkpointing(planner, plan, run)
     if best is None:
         said.append(_smaller(planner, chosen))
     elif not plan.fits or planner.questions_per_second(*best) > 1.1 * planner.questions_per_second(*run):
         start = "Faster by the estimate" if plan.fits else "Set instead"
         needed, speed = planner.memory(*best[:3]).needed, planner.questions_per_second(*best)
-        said.append(f"{start}, with as many images a step: {overrides(*best)}.")
+        said.append(f"{start}, with as many rows a step: {overrides(*best)}.")
         said.append(f"That needs {_gib(needed)} GiB and makes about {speed:.0f} questions a second.")
     beaten = [other for other in plans if not other.fits and other.strategy != chosen]
     if beaten:
@@ -125,7 +125,7 @@ def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
 
 
 def _checkpointing(planner: Planner, plan: Plan, run: tuple[str, int, bool, int]) -> list[str]:
-    other = planner.memory(plan.strategy, plan.images, not plan.checkpointing)
+    other = planner.memory(plan.strategy, plan.rows, not plan.checkpointing)
     if plan.checkpointing and plan.fits and other.fits:
         gain = planner.questions_per_second(run[0], run[1], False, run[3]) / planner.questions_per_second(*run) - 1
         bound = "no faster, as what is sent takes longer than what is computed"
@@ -157,7 +157,7 @@ def _smaller(planner: Planner, chosen: str) -> str:
     return (
         "No strategy fits a single row: use more or larger GPUs, train less of the model "
         "(trainable.vision=none, trainable.language=none or a number of last blocks), or shorten the rows "
-        "(data.questions_per_row, data.max_text_tokens)."
+        "(data.questions_per_row, data.row_tokens, data.max_text_tokens)."
     )
 
 

@@ -32,7 +32,7 @@ def verify(planner: Planner, checkpointing: bool) -> str:
     device = torch.device("cuda")
     accumulation = min(planner.training.accumulation, MICRO_BATCHES)
     alone = planner.vary(gpus=1, training=replace(planner.training, accumulation=accumulation))
-    plan = alone.memory("ddp", planner.rows.images, checkpointing)
+    plan = alone.memory("ddp", planner.rows.rows, checkpointing)
     here = torch.cuda.get_device_properties(device)
     if plan.needed > here.total_memory:
         raise InputError(
@@ -47,11 +47,11 @@ def verify(planner: Planner, checkpointing: bool) -> str:
         model.checkpoint_activations()
     model.to(device)
     torch.cuda.reset_peak_memory_stats(device)
-    train(model, batch(model, planner.rows), alone.training)
+    train(model, batch(model, planner.rows, planner.images_per_row), alone.training)
     measured = torch.cuda.max_memory_allocated(device)
     return (
         f"planned {plan.peak / GIB:.2f} GiB (at the {plan.moment}), measured {measured / GIB:.2f} GiB "
-        f"({plan.peak / measured - 1:+.1%}): {STEPS} steps of {planner.rows.images} images on one {here.name}"
+        f"({plan.peak / measured - 1:+.1%}): {STEPS} steps of {planner.rows.rows} rows on one {here.name}"
     )
 
 
@@ -88,13 +88,13 @@ def build_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=1e-5, fused=fused, foreach=not fused)
 
 
-def batch(model: VLM, rows: Rows) -> dict[str, Tensor]:
+def batch(model: VLM, rows: Rows, images_per_row: int = 1) -> dict[str, Tensor]:
     """A batch of the planned size; what it says is nothing."""
     device = next(model.parameters()).device
     question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
-    documents = [Document(image, [question] * rows.most_questions) for image in range(rows.images)]
-    groups = [documents[start : start + rows.images_per_row] for start in range(0, rows.images, rows.images_per_row)]
+    documents = [Document(image, [question] * rows.most_questions) for image in range(rows.rows * images_per_row)]
+    groups = [documents[row * images_per_row :][:images_per_row] for row in range(rows.rows)]
     columns = pad_rows([build_row(group, model.vision.tokens, model.mode) for group in groups], multiple=8)
     size = model.vision.image_size
-    pixels = torch.zeros(rows.images, 3, size, size, device=device)
+    pixels = torch.zeros(len(documents), 3, size, size, device=device)
     return {"pixel_values": pixels, **{name: column.to(device) for name, column in columns.items()}}

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlmvqa import ranks
-from vlmvqa.data.batch import TrainingSet
+from vlmvqa.data.training_set import TrainingSet
 
 
 class LogFile(TrainerCallback):

@@ -47,6 +47,7 @@ OURS = {  # of TrainingArguments, what is set elsewhere or would run something e
     "resume_from_checkpoint": "add resume=auto",
     "output_dir": "set run.dir",
     "seed": "set seed=...",
+    "train_sampling_strategy": "the order is drawn from the seed (data/packing.py)",
 }
 
 
@@ -261,7 +262,7 @@ def _trained(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) 
 def _batch(trainer: VqaTrainer) -> str:
     args = trainer.args
     parts = f"{args.per_device_train_batch_size} a rank x {args.gradient_accumulation_steps} accumulated"
-    return f"{trainer.global_batch} images ({parts} x {ranks.world_size()} ranks)"
+    return f"{trainer.global_batch} rows ({parts} x {ranks.world_size()} ranks)"
 
 
 def _same(what: str, asked: Any, found: Any) -> None:

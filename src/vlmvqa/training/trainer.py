@@ -1,7 +1,8 @@
 """Training is transformers' Trainer; here is only what it does not do.
 
-loss          over supervised tokens, divided by those of the whole global batch (the Trainer counts them,
-              `VLM.forward` divides)
+loss          over supervised tokens, divided by their weight in the whole global batch (counted here, `VLM.forward`
+              divides)
+data          rows in the order that the training set has drawn for the epoch, in whole steps on every rank
 optimizer     a learning rate a part (encoder, projector, language model), no decay on norms and biases; the gradient's
               norm, over all ranks, clipped to a bound and to a percentile of the last ones (`clipping.py`)
 strategies    the model arrives sharded under FSDP2, DeepSpeed wraps it here (`parallel.py`); checked before the first
@@ -29,11 +30,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmvqa import ranks
-from vlmvqa.data.batch import Processor, TrainingSet
+from vlmvqa.data.batch import Processor
+from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.vlm import VLM, ModelSettings, cast_parameters
@@ -66,7 +69,6 @@ class VqaTrainer(Trainer):
         args: TrainingArguments,
         training_set: TrainingSet,
         processor: Processor,
-        images_per_row: int = 1,
         learning_rates: Mapping[str, float | None] | None = None,
         score: Callable[[VLM], Mapping[str, float]] | None = None,
         dist: DistSettings | None = None,
@@ -86,15 +88,18 @@ class VqaTrainer(Trainer):
         self.frozen = {name: p.detach().cpu() for name, p in model.named_parameters() if rounds and not p.requires_grad}
         if not ranks.is_first():  # rank 0 keeps them, and tells the others
             self.frozen = {name: weight.to("meta") for name, weight in self.frozen.items()}
+        # Few lengths where kernels are compiled for each; FlexAttention's blocks have 128 tokens.
+        multiple = 128 if args.torch_compile or model.language.attention == "flex" else 8
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda encoded: processor.collate(encoded, images_per_row),
+            data_collator=lambda rows: processor.collate(rows, multiple),
             train_dataset=training_set,
             # `evaluate` brings its own questions, but the Trainer wants to see a data set before it evaluates.
             eval_dataset=training_set if score else None,
             callbacks=[LogFile(self.folder / "log.jsonl"), EpochOfTargets(training_set), self.watch],
         )
+        training_set.fill_steps(self.global_batch)
         # The Trainer would delete the newest checkpoint when training ends and only one is to be kept beside the best.
         self.keep, args.save_total_limit = args.save_total_limit, None
         # For the Trainer, a model that arrives sharded: it neither wraps nor moves it.
@@ -176,6 +181,15 @@ class VqaTrainer(Trainer):
         return groups
 
     # ---- a step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        """The training set is in the order of its epoch already; every rank gets every n-th batch of it."""
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """What a step's loss is divided by: the weight of all its labels, over accumulated batches and ranks."""
+        weight = torch.stack([batch["weights"].sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(weight[None]).sum()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
@@ -310,7 +324,7 @@ class VqaTrainer(Trainer):
 
     @property
     def global_batch(self) -> int:
-        """Examples an optimizer step sees, over all ranks."""
+        """Rows an optimizer step sees, over all ranks."""
         return self.get_total_train_batch_size(self.args)
 
     def _init_training_state(

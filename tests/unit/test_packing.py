@@ -1,0 +1,87 @@
+"""Rows are full, the same number every epoch, and mixed anew."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+from numpy.typing import NDArray
+
+from vlmvqa.data.packing import Packing, split
+
+
+def vqav2(images: int) -> NDArray[np.int64]:
+    """Tokens of an image with its questions: 257, and 5.4 questions of about 13 tokens (VQAv2's published mean)."""
+    draw = np.random.default_rng(0)
+    questions = 3 + draw.negative_binomial(1.2, 0.337, images)
+    return np.array([257 + int(draw.normal(13, 2.5, asked).clip(8).astype(int).sum()) for asked in questions])
+
+
+def row_lengths(packing: Packing, epoch: int) -> list[int]:
+    plan = packing.plan(epoch)
+    return [int(packing.lengths[plan[row]].sum()) for row in range(len(plan))]
+
+
+@pytest.mark.parametrize(("budget", "batch"), [(1024, 4), (2048, 1), (2048, 8), (4096, 4)])
+def test_padding_at_vqav2s_lengths_is_at_most_3_percent(budget: int, batch: int) -> None:
+    """Padded to the longest row of its batch, as the collator does it."""
+    lengths = row_lengths(Packing(vqav2(8000).tolist(), budget, seed=0), epoch=0)
+    assert max(lengths) <= budget
+    batches = [lengths[start : start + batch] for start in range(0, len(lengths), batch)]
+    laid_out = sum(len(rows) * -(-max(rows) // 8) * 8 for rows in batches)
+    assert 1 - sum(lengths) / laid_out <= 0.03
+
+
+@given(
+    lengths=some.lists(some.integers(1, 100), min_size=1, max_size=60),
+    budget=some.one_of(some.none(), some.integers(100, 400)),
+    seed=some.integers(0, 5),
+)
+def test_every_document_is_in_one_row_of_every_epoch(lengths: list[int], budget: int | None, seed: int) -> None:
+    packing = Packing(lengths, budget, seed)
+    for epoch in (0, 1, 7):
+        plan = packing.plan(epoch)
+        rows = [plan[row] for row in range(len(plan))]
+        assert len(rows) == len(packing)
+        assert sorted(document for row in rows for document in row) == list(range(len(lengths)))
+        assert all(rows)
+        assert budget is None or max(row_lengths(packing, epoch)) <= budget
+
+
+def test_a_plan_depends_on_seed_and_epoch_alone() -> None:
+    lengths = vqav2(500).tolist()
+
+    def drawn(seed: int, epoch: int) -> list[int]:
+        return Packing(lengths, 2048, seed).plan(epoch).order.tolist()
+
+    assert drawn(0, 3) == drawn(0, 3)
+    assert drawn(0, 3) != drawn(0, 4) and drawn(0, 3) != drawn(1, 3)
+
+
+def test_neighbours_travel_far_between_epochs() -> None:
+    """Images that share a row are parted, and land anywhere: about as far apart as two drawn at random (a third)."""
+    packing = Packing(vqav2(4000).tolist(), 2048, seed=0)
+    rows = np.zeros((2, 4000), dtype=int)
+    for epoch in (0, 1):
+        plan = packing.plan(epoch)
+        rows[epoch, plan.order] = np.repeat(np.arange(len(plan)), np.diff(plan.starts))
+    plan = packing.plan(0)
+    pairs = np.array([(a, b) for row in range(len(plan)) for a in plan[row] for b in plan[row] if a < b])
+    apart = np.abs(rows[1, pairs[:, 0]] - rows[1, pairs[:, 1]]) / len(plan)
+    assert (apart == 0).mean() < 0.02
+    assert apart.mean() == pytest.approx(1 / 3, abs=0.02)
+    assert abs(np.corrcoef(rows[0], rows[1])[0, 1]) < 0.05
+
+
+def test_questions_that_do_not_fit_go_on_in_another_row() -> None:
+    assert list(split([5, 5, 5, 5], room=10, most=None)) == [(0, 2), (2, 4)]
+    assert list(split([5, 5, 5, 5, 5], room=None, most=2)) == [(0, 2), (2, 4), (4, 5)]
+    assert list(split([5, 5, 5], room=None, most=None)) == [(0, 3)]
+    assert list(split([20, 5, 5], room=10, most=None)) == [(0, 1), (1, 3)]
+    assert list(split([], room=10, most=3)) == []
+
+
+def test_a_document_longer_than_a_row_is_an_error() -> None:
+    with pytest.raises(ValueError, match="101 tokens does not fit a row of 100"):
+        Packing([50, 101], 100, seed=0)
