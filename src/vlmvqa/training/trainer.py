@@ -8,7 +8,7 @@ optimizer     a learning rate a part (encoder, projector, language model), no de
 strategies    the model arrives sharded under FSDP2, DeepSpeed wraps it here (`parallel.py`); checked before the first
               step (`preflight.py`)
 evaluation    answers are generated and scored, logits never leave the model
-log           `log.jsonl`, one line a logging step, with questions per second
+log           `log.jsonl`, one line a logging step, with the speed and where the time went (`speed.py`)
 checkpoints   the same files under every strategy and number of ranks (`state.py`, `whole.py`); only whole ones
               count (`checkpoints.py`)
 """
@@ -19,7 +19,6 @@ import contextlib
 import math
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,11 @@ from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.vlm import VLM, ModelSettings, cast_parameters
-from vlmvqa.sequence.rows import IGNORE, PROMPT
 from vlmvqa.training import checkpoints, preflight, state
 from vlmvqa.training.clipping import Clipping
 from vlmvqa.training.log import EpochOfTargets, LogFile
 from vlmvqa.training.parallel import DistSettings
+from vlmvqa.training.speed import SpeedMeter, show_speed
 from vlmvqa.training.stopping import Watch
 from vlmvqa.training.whole import Whole, WholeZero
 
@@ -82,7 +81,7 @@ class VqaTrainer(Trainer):
         self.score = score
         self.clipping = Clipping(args.max_grad_norm, clip_percentile)
         self.watch = Watch(self.dist.timeout_minutes)
-        self.questions_seen, self.counting_since = 0, 0.0
+        self.speed = SpeedMeter(model)
         # Before DeepSpeed rounds all weights to what is computed in: those that do not train are saved as they were.
         rounds = self.dist.is_zero and (args.bf16 or args.fp16)
         self.frozen = {name: p.detach().cpu() for name, p in model.named_parameters() if rounds and not p.requires_grad}
@@ -97,8 +96,9 @@ class VqaTrainer(Trainer):
             train_dataset=training_set,
             # `evaluate` brings its own questions, but the Trainer wants to see a data set before it evaluates.
             eval_dataset=training_set if score else None,
-            callbacks=[LogFile(self.folder / "log.jsonl"), EpochOfTargets(training_set), self.watch],
+            callbacks=[LogFile(self.folder / "log.jsonl"), EpochOfTargets(training_set), self.watch, self.speed],
         )
+        show_speed(self)
         training_set.fill_steps(self.global_batch)
         # The Trainer would delete the newest checkpoint when training ends and only one is to be kept beside the best.
         self.keep, args.save_total_limit = args.save_total_limit, None
@@ -184,7 +184,8 @@ class VqaTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """The training set is in the order of its epoch already; every rank gets every n-th batch of it."""
-        return SequentialSampler(train_dataset or self.train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """What a step's loss is divided by: the weight of all its labels, over accumulated batches and ranks."""
@@ -195,8 +196,7 @@ class VqaTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         self.watch.beat(self.state.global_step)
-        self.counting_since = self.counting_since or time.perf_counter()
-        self.questions_seen += int(((inputs["role"] == PROMPT) & (inputs["labels"] != IGNORE)).sum())
+        self.speed.begin(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,6 +204,7 @@ class VqaTrainer(Trainer):
         # Here and not after the backward pass, in which DeepSpeed already takes its step.
         if not torch.isfinite(loss).all():
             raise self._diverged(f"the loss is {loss.item()}")
+        self.speed.backward(loss)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -256,12 +257,10 @@ class VqaTrainer(Trainer):
         """Generate and score answers, instead of the Trainer's loop over logits."""
         if self.score is None:
             raise InputError("the trainer was built without questions to evaluate on")
-        started = time.perf_counter()
-        with self.watch.paused(), self._whole_model() as model:
+        with self.watch.paused(), self.speed.paused(), self._whole_model() as model:
             metrics = {f"eval_{name}": value for name, value in self.score(model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.counting_since += time.perf_counter() - started  # questions per second are training's
         return metrics
 
     @contextlib.contextmanager
@@ -284,11 +283,9 @@ class VqaTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            now = time.perf_counter()
-            asked = sum(ranks.gather(self.questions_seen))
-            logs["questions_per_second"] = asked / (now - self.counting_since)
-            self.questions_seen, self.counting_since = 0, now
+            logs.update(self.speed.report())
         super().log(logs, start_time)
+        self.speed.enter("data")
 
     # ---- checkpoints
 
@@ -297,7 +294,8 @@ class VqaTrainer(Trainer):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(self.folder / f"checkpoint-{self.state.global_step}")
             # At the pace of the disk, not of the step.
-            with self.watch.paused(), checkpoints.writing(self.folder, self.state.global_step) as folder:
+            step = self.state.global_step
+            with self.watch.paused(), self.speed.paused(), checkpoints.writing(self.folder, step) as folder:
                 state.write(self, folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(self.folder).free  # before the unfinished checkpoint's part is given back
