@@ -18,7 +18,9 @@ from transformers import TrainingArguments
 from command_line import CONF, LAUNCHER
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Processor
+from vlmvqa.data.cache import read_once
 from vlmvqa.data.example import Example
+from vlmvqa.data.features import FeatureKey, FeatureStore, stored_dtype
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmvqa.errors import InputError, suggest
@@ -47,6 +49,7 @@ class DataSettings:
     max_text_tokens: int | None = 64
     questions_per_row: int | None = None
     row_tokens: int | None = None
+    features: str | None = None
     on_bad_record: str = "error"
 
 
@@ -75,17 +78,21 @@ def data_settings(config: DictConfig) -> DataSettings:
 def read_examples(
     settings: DataSettings, split: str, max_samples: int | None, bad_records: BadRecords
 ) -> list[Example]:
-    """A split of the source named by `data.source`, a module of `vlmvqa.data` with a function `read`."""
-    return list(
-        _source(settings.source).read(
-            Path(settings.root).expanduser(),
-            split,
-            prompt=settings.prompt,
-            max_samples=max_samples,
-            bad_records=bad_records,
-            **settings.options,
-        )
-    )
+    """A split of the source named by `data.source`, a module of `vlmvqa.data` with a function `read`.
+
+    A source that also names its `files` is read once, and taken from the cache while they stay as they are.
+    """
+    source = _source(settings.source)
+    root = Path(settings.root).expanduser()
+    arguments = {"prompt": settings.prompt, "max_samples": max_samples, **settings.options}
+
+    def read() -> list[Example]:
+        return list(source.read(root, split, bad_records=bad_records, **arguments))
+
+    if "files" not in vars(source):
+        return read()
+    files = source.files(root, split, **settings.options)
+    return read_once(read, files, root, {"source": settings.source, "split": split, **arguments}, bad_records)
 
 
 def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequence[Example]) -> Predictor:
@@ -105,6 +112,21 @@ def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequ
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
     decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
     return Predictor(model, processor, data.prompt, settings, decoding)
+
+
+def cached_features(data: DataSettings, predictor: Predictor, examples: Sequence[Example]) -> FeatureStore | None:
+    """The encoder's output in place of the training images, where `data.features` names it.
+
+    Raises:
+        InputError: it is not of this model's encoder and images.
+    """
+    if data.features is None:
+        return None
+    folder = Path(data.features).expanduser()
+    key = FeatureKey.of(predictor.model.vision, predictor.processor.images, stored_dtype(folder))
+    store = FeatureStore.open(folder, key)
+    store.refuse_missing(example.image_id for example in examples)
+    return store
 
 
 def dist_settings(config: DictConfig) -> DistSettings:
@@ -144,6 +166,7 @@ def asked(config: DictConfig, dist: DistSettings) -> Asked:
         group(config, "trainer"),
         build_settings(ModelSettings, model, "model"),
         config.data.questions_per_row,
+        str(config.trainable.vision) if config.data.features else "none",
         gpu,
         torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True,
     )

@@ -20,10 +20,12 @@ DECIDES = ("model", "data", "seed", "trainable", "learning_rates", "trainer", "c
 # ...but for where its data lies, how often it is looked at, and how its work is cut (the global batch is checked too).
 FREE = (
     "data.root",
+    "data.features",
     "data.eval_split",
     "data.max_eval_samples",
     "data.on_bad_record",
     "model.language.attention",
+    "model.language.loss",
     "trainer.per_device",
     "trainer.gradient_accumulation_steps",
     "trainer.activation_checkpointing",

@@ -96,6 +96,7 @@ def train(
     predictor = from_config.build_predictor(config, data, train_examples)
     for part in PARTS:
         set_trainable(getattr(predictor.model, part), config.trainable[part], part)
+    features = from_config.cached_features(data, predictor, train_examples)  # before weights are sharded
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
         parallel.shard(predictor.model, arguments.device, computed_in, dist.offload)
@@ -120,6 +121,7 @@ def train(
         row_tokens=data.row_tokens,
         questions_per_row=data.questions_per_row if predictor.model.mode in SHAREABLE else 1,
         weighting=config.loss_weighting,
+        features=features,
     )
     trainer = VqaTrainer(
         predictor.model,

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
 
 torch.set_num_threads(1)  # tiny operations: two threads that wait for each other are slower than one
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What tests read is cached apart from what users read; set before test modules copy the environment."""
+    os.environ["VLMVQA_CACHE"] = tempfile.mkdtemp(prefix="vlmvqa-cache-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["VLMVQA_CACHE"], ignore_errors=True)

@@ -36,3 +36,19 @@ def test_flex_attention_is_dense_attention_backward_too(dtype: torch.dtype, tole
     for name, gradient in dense[1].items():
         error = (flex[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
         assert error < tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)], ids=str)
+def test_the_fused_loss_is_the_chunked_one(dtype: torch.dtype, tolerance: float) -> None:
+    found = []
+    for loss in ("chunked", "fused"):
+        vlm = tiny.model(head_dim=16, vocab_size=512, final_logit_softcapping=3.0).to("cuda", dtype).train()
+        vlm.language.loss = loss
+        batch = tiny.batch(vlm, [tiny.documents([3]), tiny.documents([2], seed=1)], tiny.images(2))
+        given = vlm(**{name: column.to("cuda") for name, column in batch.items()})["loss"]
+        given.backward()
+        found.append((given.item(), {n: p.grad.float() for n, p in vlm.named_parameters() if p.grad is not None}))
+    assert found[1][0] == pytest.approx(found[0][0], rel=tolerance)
+    for name, gradient in found[0][1].items():
+        error = (found[1][1][name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < tolerance, f"{name}: {error:.2e}"

@@ -18,8 +18,9 @@ from vlmvqa.training.preflight import OURS, Asked, check, optimizer_for, refuse
 
 def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "dense", **more: Any) -> Asked:
     settings = tiny.settings(mode)
-    language = type(settings.language)(**{**vars(settings.language), "attention": attention})
-    values = {key: more.pop(key) for key in list(more) if key in ("questions_per_row", "gpu", "bf16_works")}
+    changes = {"attention": attention, "loss": more.pop("loss", "chunked")}
+    language = type(settings.language)(**{**vars(settings.language), **changes})
+    values = {key: more.pop(key) for key in list(more) if key in Asked.__dataclass_fields__}
     changed = type(settings)(**{**vars(settings), "language": language, "dtype": more.pop("dtype", "float32")})
     return Asked(DistSettings(dist), more, changed, **values)
 
@@ -36,6 +37,9 @@ def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "d
         (asked("zero3", torch_compile=True), "use dist=fsdp or zero2"),
         (asked(attention="flex"), "no backward pass on the CPU; use model.language.attention=dense"),
         (asked(mode="prefix_lm", questions_per_row=4), "set data.questions_per_row=1, or model.mode=blockwise_prefix"),
+        (asked(loss="fused"), "its kernel needs a GPU; use model.language.loss=chunked"),
+        (asked(trained_of_cached="4"), "trainable.vision=4: an encoder whose output is cached cannot train; set"),
+        (asked(average_tokens_across_devices=False), "would weigh ranks, not tokens, the same; leave it out"),
         *((asked(**{key: True}), f"trainer.{key} cannot be set: ") for key in OURS),
     ],
 )

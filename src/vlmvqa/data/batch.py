@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
+from vlmvqa.data.texts import TokenTable
 from vlmvqa.errors import InputError
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
@@ -44,6 +45,7 @@ class Processor:
         mode: the model's attention mode.
         max_text_tokens: prompt and answer of one question, at most; what is too long loses tokens of the question,
             never of the image, the template's end or the answer. None: no limit.
+        table: texts that are tokenised already.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +53,7 @@ class Processor:
     image_tokens: int
     mode: str
     max_text_tokens: int | None = None
+    table: TokenTable | None = field(default=None, repr=False, compare=False)
     _known: dict[str, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def tokenize(self, question: Question, answer: str | None) -> TokenizedQuestion:
@@ -106,6 +109,8 @@ class Processor:
         return {"pixel_values" if images.ndim == 4 else "image_features": images, **columns}
 
     def _ids(self, text: str) -> list[int]:
+        if self.table is not None and (found := self.table.get(text)) is not None:
+            return found
         known = self._known
         if text not in known:
             if len(known) >= REMEMBERED:

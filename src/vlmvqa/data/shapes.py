@@ -40,6 +40,12 @@ def read(
     return vqav2.read(root, split, prompt=prompt, max_samples=max_samples, bad_records=bad_records)
 
 
+def files(root: Path, split: str, **settings: int) -> list[Path]:
+    """What a split is read from, drawn at first use."""
+    write(root, **settings, progress=True)
+    return vqav2.files(root, split)
+
+
 def write(
     root: Path,
     *,

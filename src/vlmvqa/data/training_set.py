@@ -10,8 +10,10 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -20,6 +22,7 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Encoded, Processor
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.packing import Packing, Plan, split
+from vlmvqa.data.texts import TokenTable
 from vlmvqa.errors import InputError, suggest
 
 if TYPE_CHECKING:
@@ -111,22 +114,16 @@ class TrainingSet(Dataset[list[Encoded]]):
         """Cut the examples into documents; the tokens of each. What cannot be trained on goes now."""
         image = self.processor.image_tokens
         room = None if row_tokens is None else row_tokens - image
+        known = iter(self._lengths())
         tokens = []
         for number, example in enumerate(self.examples):
             lengths, kept = [], []
-            for question in example.questions:
+            for question, length in zip(example.questions, known, strict=False):
                 try:
-                    length = self._length(question)
-                    if room is not None and length > room:
-                        raise InputError(
-                            f"question {question.id}: with its image it has {image + length} tokens, more than "
-                            f"data.row_tokens={row_tokens}; raise it"
-                        )
+                    lengths.append(self._checked(question, length, room))
+                    kept.append(question)
                 except InputError as error:
                     self.bad_records.add_error(error)
-                else:
-                    lengths.append(length)
-                    kept.append(question)
             if len(kept) < len(example.questions):
                 self.examples[number] = replace(example, questions=tuple(kept))
             for first, end in split(lengths, room, questions_per_row):
@@ -136,10 +133,37 @@ class TrainingSet(Dataset[list[Encoded]]):
             raise InputError("no training question can be used; see the listing of skipped records")
         return tokens
 
-    def _length(self, question: Question) -> int:
-        """Tokens of a question and its answer in a row; of the longest answer that may be drawn."""
-        answers = set(question.answers) if self.target == "sampled" else {question.target}
-        return max(self.processor.length(question, answer or "") for answer in answers)
+    def _lengths(self) -> list[int]:
+        """Tokens of each question with its answer in a row, of the longest answer that may be drawn; 0: look closer."""
+        questions = [question for example in self.examples for question in example.questions]
+        answers = [self._possible(question) for question in questions]
+        texts = chain((question.prompt for question in questions), chain.from_iterable(answers))
+        table = TokenTable.build(texts, self.processor.tokenizer)
+        self.processor = replace(self.processor, table=table)
+        counts = [len(several) for several in answers]
+        starts = np.cumsum([0, *counts[:-1]])
+        answer = table.lengths(chain.from_iterable(answers))
+        longest, shortest = np.maximum.reduceat(answer, starts), np.minimum.reduceat(answer, starts)
+        prompt = table.lengths(question.prompt for question in questions)
+        total = prompt + (self.processor.tokenizer.bos_token_id is not None) + longest
+        limit = self.processor.max_text_tokens
+        odd = (shortest == 0) | (False if limit is None else total + 1 > limit)  # EOS counts there
+        lengths: list[int] = np.where(odd, 0, total).tolist()
+        return lengths
+
+    def _checked(self, question: Question, length: int, room: int | None) -> int:
+        length = length or max(self.processor.length(question, answer) for answer in self._possible(question))
+        if room is not None and length > room:
+            image, row = self.processor.image_tokens, room + self.processor.image_tokens
+            raise InputError(
+                f"question {question.id}: with its image it has {image + length} tokens, more than "
+                f"data.row_tokens={row}; raise it"
+            )
+        return length
+
+    def _possible(self, question: Question) -> Sequence[str]:
+        """The answers that may be trained on."""
+        return (self.target == "sampled" and question.answers) or (question.target or "",)
 
     def _encode(self, number: int, supervised: bool = True) -> Encoded | None:
         """A document, or None where its image is left out."""
@@ -172,5 +196,5 @@ class TrainingSet(Dataset[list[Encoded]]):
 
     def _answer(self, question: Question) -> str | None:
         if self.target == "sampled":
-            return random.Random(f"{self.seed}-{int(self.epoch)}-{question.id}").choice(question.answers)
+            return random.Random(f"{self.seed}-{int(self.epoch)}-{question.id}").choice(self._possible(question))
         return question.target

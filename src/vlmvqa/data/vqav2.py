@@ -74,6 +74,16 @@ def read(
     return examples
 
 
+def files(root: Path, split: str) -> list[Path]:
+    """The files and the folder that a split is read from: while they stay, so does what `read` returns.
+
+    Raises:
+        InputError: one is missing.
+    """
+    name, _ = _parse_split(split)
+    return list(_find(root, *SPLITS[name]).values())
+
+
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     """Write the official results file, `[{"question_id": 1, "answer": "yes"}, ...]`.
 

@@ -70,7 +70,7 @@ def blank(settings: ModelSettings, language_config: PreTrainedConfig) -> VLM:
     with no_init_weights():
         vision = VisionEncoder(dataclasses.replace(settings.vision, weights="random"))
         causal_lm = AutoModelForCausalLM.from_config(language_config, dtype=DTYPES[settings.dtype])
-    return assemble(vision, LanguageModel(causal_lm, settings.language.attention), settings)
+    return assemble(vision, LanguageModel(causal_lm, settings.language.attention, settings.language.loss), settings)
 
 
 def load(

@@ -23,6 +23,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask
 
 BACKENDS = ("dense", "flex")
+LOSSES = ("chunked", "fused")
 LAYER_KINDS = ("full_attention", "sliding_attention")
 # Heads that rescale their logits in a way that `LanguageModel.logits` does not know would train on wrong numbers.
 UNKNOWN_HEADS = ("logits_scaling", "logit_scale", "lm_head_multiplier")
@@ -38,12 +39,15 @@ class LanguageSettings:
         weights: "hub" (also for a local folder) or "random".
         overrides: fields of the config class, for random weights.
         attention: "dense" (a boolean mask, any device) or "flex" (FlexAttention's BlockMask, CUDA).
+        loss: "chunked" (logits of a piece of the supervised tokens at a time) or "fused" (cut-cross-entropy's kernel,
+            CUDA, which holds none; Wijmans et al. 2024).
     """
 
     name: str = "google/gemma-2-2b"
     weights: str = "hub"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     attention: str = "dense"
+    loss: str = "chunked"
 
 
 class LanguageModel(nn.Module):
@@ -53,8 +57,11 @@ class LanguageModel(nn.Module):
     checkpoint holds it once, and no strategy that shards parameters meets it twice.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, attention: str = "dense") -> None:
+    def __init__(self, causal_lm: PreTrainedModel, attention: str = "dense", loss: str = "chunked") -> None:
         super().__init__()
+        if loss not in LOSSES:
+            raise InputError(f"model.language.loss={loss} is unknown; use one of {LOSSES}")
+        self.loss = loss
         self.config: PreTrainedConfig = causal_lm.config
         _refuse_unknown(self.config)
         self.decoder = causal_lm.get_decoder()
@@ -119,6 +126,32 @@ class LanguageModel(nn.Module):
         logits = logits.float()
         softcap = getattr(self.config, "final_logit_softcapping", None)
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+    def fused_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropies `float[S, D], int64[S] -> float32[S]` of the logits above, by one kernel."""
+        try:
+            from cut_cross_entropy import linear_cross_entropy
+        except ImportError as error:
+            raise InputError(
+                "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'"
+            ) from error
+        head = self.decoder.get_input_embeddings() if self.head is None else self.head
+        if getattr(head, "bias", None) is not None:
+            raise InputError(
+                "model.language.loss=fused knows no bias of the output head; use model.language.loss=chunked"
+            )
+        if torch.is_autocast_enabled(hidden.device.type):  # a kernel of its own, so nobody casts for it
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        losses: Tensor = linear_cross_entropy(
+            hidden,
+            head.weight.to(hidden.dtype),
+            targets,
+            softcap=getattr(self.config, "final_logit_softcapping", None),
+            reduction="none",
+            filter_eps=None,  # every gradient, however small
+            impl="cce" if hidden.is_cuda else "torch_compile",  # the library's reference, for tests
+        )
+        return losses.float()
 
     def checkpoint_activations(self) -> None:
         """Recompute layer activations in the backward pass (non-reentrant)."""
@@ -198,7 +231,7 @@ def build_language_model(settings: LanguageSettings, dtype: torch.dtype = torch.
         )
     else:
         causal_lm = AutoModelForCausalLM.from_pretrained(settings.name, config=config, dtype=dtype)
-    return LanguageModel(causal_lm, settings.attention)
+    return LanguageModel(causal_lm, settings.attention, settings.loss)
 
 
 def _refuse_unknown(config: PreTrainedConfig) -> None:

@@ -99,7 +99,8 @@ class VLM(nn.Module):
             `loss` (scalar) and `supervised_tokens` (scalar).
         """
         hidden, labels = self.decode(batch), batch["labels"]
-        loss, weight = supervised_loss(hidden, labels, self.language.logits, weights=batch.get("weights"))
+        fused = self.language.fused_losses if self.language.loss == "fused" else None
+        loss, weight = supervised_loss(hidden, labels, self.language.logits, weights=batch.get("weights"), fused=fused)
         divisor = weight if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=loss.device)
         # Where nothing is supervised the loss is 0, not 0 / 0.
         return {"loss": loss / divisor.where(divisor != 0, 1), "supervised_tokens": (labels != IGNORE).sum()}

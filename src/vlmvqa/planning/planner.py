@@ -312,6 +312,7 @@ def known_architecture(settings: ModelSettings) -> ModelSettings:
         InputError: its config is neither known nor on this machine.
     """
     name = settings.language.name
+    settings = replace(settings, language=replace(settings.language, loss="chunked"))  # the kernel needs no more
     if name in DEFAULT_SIZES:
         return replace(settings, language=replace(settings.language, name=DEFAULT_SIZES[name]))
     if name not in CONFIG_MAPPING_NAMES:

@@ -26,6 +26,7 @@ def supervised_loss(
     logits: Callable[[Tensor], Tensor],
     chunk: int = CHUNK,
     weights: Tensor | None = None,
+    fused: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy in fp32 over supervised positions, and what to divide it by for a mean.
 
@@ -36,6 +37,8 @@ def supervised_loss(
         chunk: how many positions meet the output head at once; each chunk's logits are recomputed in the
             backward pass instead of kept, where there is more than one.
         weights: float32[B, T], what each position counts (None: all the same).
+        fused: (float[S, D], int64[S]) -> float32[S], the cross-entropies by a kernel that holds no logits, in place
+            of `logits` and chunks.
 
     Returns:
         the sum, each term times its weight (0, still attached to the graph, where nothing is supervised), and the sum
@@ -48,6 +51,8 @@ def supervised_loss(
     supervised = labels != IGNORE
     states, targets = hidden[supervised], labels[supervised]
     counted = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights[supervised]
+    if fused is not None and len(targets):
+        return (fused(states, targets) * counted).sum(), counted.sum()
     pieces = list(zip(states.split(chunk), targets.split(chunk), counted.split(chunk), strict=True))
     if len(pieces) == 1:
         losses = [chunk_loss(*pieces[0])]

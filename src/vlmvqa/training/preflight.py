@@ -58,6 +58,7 @@ class Asked:
     Attributes:
         trainer: the `trainer` group.
         questions_per_row: `data.questions_per_row`.
+        trained_of_cached: what is to train of an encoder whose output is cached (`data.features`).
         gpu: whether it trains on one.
         bf16_works: whether the device computes in bfloat16.
     """
@@ -66,6 +67,7 @@ class Asked:
     trainer: Mapping[str, Any]
     model: ModelSettings
     questions_per_row: int | None = None
+    trained_of_cached: str = "none"
     gpu: bool = False
     bf16_works: bool = True
 
@@ -124,6 +126,17 @@ def _problems(asked: Asked) -> Iterator[str]:
             "model.language.attention=flex: FlexAttention has no backward pass on the CPU; "
             "use model.language.attention=dense"
         )
+    if model.language.loss == "fused" and not asked.gpu:
+        yield "model.language.loss=fused: its kernel needs a GPU; use model.language.loss=chunked"
+    if model.language.loss == "fused" and importlib.util.find_spec("cut_cross_entropy") is None:
+        yield "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'"
+    if asked.trained_of_cached != "none":
+        yield (
+            f"trainable.vision={asked.trained_of_cached}: an encoder whose output is cached cannot train; set "
+            "trainable.vision=none, or leave data.features out"
+        )
+    if trainer.get("average_tokens_across_devices") is False:
+        yield "trainer.average_tokens_across_devices=false would weigh ranks, not tokens, the same; leave it out"
     if model.mode not in SHAREABLE and asked.questions_per_row not in (None, 1):
         yield (
             f"model.mode={model.mode} lets the image see its question, so data.questions_per_row="

@@ -1,0 +1,118 @@
+"""`launch/prepare.py` from the command line: features that a training run finds to be its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import prepare as prepare_script
+import pytest
+import torch
+from transformers import set_seed
+
+import from_config
+from command_line import check_overrides
+from tests.end_to_end import test_bad_input
+from tests.end_to_end.test_bad_input import JOBS, Ended, done, launch, sentence
+from tests.unit.test_config import compose
+from vlmvqa.data import shapes
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.example import Example
+from vlmvqa.data.features import FeatureKey, FeatureStore
+from vlmvqa.inference.predict import Predictor
+
+JOBS["prepare"] = prepare_script.start
+SMALL = (
+    "data.options.train_images=30",
+    "data.options.val_images=6",
+    "data.options.questions_per_image=3",
+    "model.vision.overrides.depth=1",
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    return shapes.write(folder, train_images=30, val_images=6, questions_per_image=3)
+
+
+def call(*arguments: str) -> Ended:
+    """The script in this process, which saves seconds of imports."""
+    return test_bad_input.call("prepare", *arguments)
+
+
+def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
+    """The model as launch/train.py builds it, and its training images."""
+    config = compose("train", *check_overrides([f"data.root={root}", "run.name=x", *SMALL, *overrides], "train"))
+    set_seed(config.seed)
+    data = from_config.data_settings(config)
+    examples = from_config.read_examples(data, data.train_split, data.max_train_samples, BadRecords())
+    return from_config.build_predictor(config, data, examples), examples
+
+
+def test_features_are_found_by_the_run_that_trains(root: Path, tmp_path: Path) -> None:
+    """Twice: the second time nothing is left to do. Half of the images by `data.train_split`, with another seed."""
+    asked = ("seed=3", "data.train_split=train[:50%]", "data.resize=center_crop")
+    arguments = (*SMALL, *asked, f"data.root={root}", f"features.dir={tmp_path}", "features.dtype=float32", "workers=1")
+    first = done(launch("prepare", "features", *arguments, "batch_size=8"))
+    size, progress = first.out.splitlines()[0], first.err
+    predictor, examples = in_training(root, *asked)
+    assert f"{len(examples)} images of 10 tokens x 128 numbers in float32, 5.1 kB each" in size and "free" in size
+    assert f"{len(examples)}/{len(examples)}" in progress and "image/s" in progress
+    assert f"data.features={tmp_path} trainable.vision=none" in first.out
+
+    vision = predictor.model.vision.eval()
+    store = FeatureStore.open(tmp_path, FeatureKey.of(vision, predictor.processor.images, "float32"))
+    store.refuse_missing(example.image_id for example in examples)
+    assert len(store) == len(examples) < 30
+    with torch.no_grad():
+        batch = torch.stack([predictor.processor.image(example) for example in examples[:8]])
+        assert torch.equal(torch.stack([store[example.image_id] for example in examples[:8]]), vision(batch))
+    written = (tmp_path / "shard-00000.bin").stat().st_mtime_ns
+    again = done(call("features", *arguments))
+    assert "of them there already" in again.out
+    assert (tmp_path / "shard-00000.bin").stat().st_mtime_ns == written
+    other = sentence(call("features", *arguments, "seed=4"))
+    assert "holds other features: the encoder's weights are others" in other
+
+
+def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
+    root, folder = shutil.copytree(root, tmp_path / "data"), tmp_path / "features"
+    bad = sorted((root / "train2014").iterdir())[4]
+    bad.write_bytes(b"no picture")
+    arguments = ("features", *SMALL, f"data.root={root}", f"features.dir={folder}", "workers=0")
+    said = sentence(call(*arguments))
+    assert bad.name in said and "data.on_bad_record=skip" in said
+    skipped = done(call(*arguments, "data.on_bad_record=skip"))
+    assert "29 images; " in skipped.out and "1 bad records left out" in skipped.out
+    (record,) = (folder / "skipped.jsonl").read_text().splitlines()
+    assert bad.name in json.loads(record)["record"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["featurs"], "'featurs' is nothing it makes; its first word is one of features; did you mean 'features'?"),
+        ([], "it is not said what to make; its first word is one of features"),
+        (["data=shapes", "features"], "it is not said what to make"),
+        (["features", "chek"], "'chek' is no setting; give settings as key=value"),
+        (["features", "features.dri=x"], "did you mean 'features.dir'"),
+        (["features", "model=tinny"], "did you mean 'tiny'"),
+        (["features", "features.dtype=bfloat61"], "did you mean 'bfloat16'"),
+        (["features", "batch_size=0"], "batch_size=0"),
+        (["features", "model.dtype=float61"], "model.dtype=float61 is unknown"),
+    ],
+)
+def test_wrong_words_are_one_sentence(arguments: list[str], said: str, root: Path, tmp_path: Path) -> None:
+    if arguments[:1] == ["features"] and "=" in arguments[1]:
+        arguments = [*arguments, *SMALL, f"data.root={root}"]
+        arguments += [] if "dri" in arguments[1] else [f"features.dir={tmp_path}"]
+    assert said in sentence(call(*arguments))
+
+
+def test_help_says_what_there_is_and_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "features    the vision encoder's output" in done(call("-h")).out
+    said = done(call("features", "-h")).out
+    for part in ("It pays", "It does not", "257 x 768 x 2 = 395 kB", "33 GB", "on_bad_record"):
+        assert part in said
