@@ -24,7 +24,8 @@ from vlmvqa.training import parallel
 def main(config: DictConfig) -> None:
     folder = from_config.run_folder(config)
     parallel.start(parallel.DistSettings(), cpu=False)
-    refuse_overrides("the checkpoint's own, as it was trained", "data.prompt", "data.resize", "data.max_text_tokens")
+    own = ("prompt", "resize", "reduced_decoding", "max_text_tokens")
+    refuse_overrides("the checkpoint's own, as it was trained", *(f"data.{name}" for name in own))
     ranks.share(lambda: _refuse_results(config))
     data = from_config.data_settings(config)
     predictor = load(config.checkpoint, f"cuda:{ranks.local_rank()}" if torch.cuda.is_available() else "cpu")
@@ -37,6 +38,7 @@ def main(config: DictConfig) -> None:
     with open_dict(config):  # what ran, for the record: the checkpoint's own
         config.decoding = asdict(predictor.decoding)
         config.data.prompt, config.data.resize = predictor.prompt, predictor.processor.images.resize
+        config.data.reduced_decoding = predictor.processor.images.reduced
         config.data.max_text_tokens = predictor.processor.max_text_tokens
     if ranks.is_first():
         folder.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ class DataSettings:
     prompt: str = "answer en {question}\n"
     target: str = "most_common"
     resize: str = "squash"
+    reduced_decoding: bool = False
     max_text_tokens: int | None = 64
     questions_per_row: int | None = None
     row_tokens: int | None = None
@@ -107,7 +108,12 @@ def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequ
         tokenizer = load_tokenizer(tokenizer_name or settings.language.name)
     known = model.vision.data_config
     images = ImageSettings(
-        settings.vision.image_size, tuple(known["mean"]), tuple(known["std"]), known["interpolation"], data.resize
+        settings.vision.image_size,
+        tuple(known["mean"]),
+        tuple(known["std"]),
+        known["interpolation"],
+        data.resize,
+        data.reduced_decoding,
     )
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
     decoding = build_settings(Decoding, group(config, "decoding"), "decoding")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Sequence
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests import tiny
 from vlmvqa.errors import InputError
-from vlmvqa.models.generation import Decoding, generate
+from vlmvqa.models.generation import Decoding, Generated, generate
 from vlmvqa.models.language import language_config
 from vlmvqa.models.vlm import VLM
+from vlmvqa.sequence.masks import MODES
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
 
@@ -112,3 +116,122 @@ def test_other_families_share_in_generation() -> None:
         shared = generate(vlm, tiny.batch(vlm, [given], tiny.images(1)), {tiny.EOS}, Decoding(6))
         alone = generate(vlm, tiny.batch(vlm, tiny.apart(given), tiny.images(1)), {tiny.EOS}, Decoding(6))
         assert [a.tokens for a in shared] == [a.tokens for a in alone]
+
+
+# Which tokens end an answer, and so when: hardly ever, every fifth (rows lose questions and leave at different
+# steps), nearly always (most leave after the first token, a few go on), and all at once.
+ENDS = {
+    "late": range(1, 2),
+    "mixed": range(1, tiny.VOCABULARY, 5),
+    "early": range(1, tiny.VOCABULARY - 8),
+    "at once": range(tiny.VOCABULARY),
+}
+
+
+def asked_alone(
+    vlm: VLM, flat: Sequence[Document], ends: Collection[int], decoding: Decoding, keys: Sequence[int | str]
+) -> list[Generated]:
+    pixels = tiny.images(len(flat))
+    questions = [(pixels[d.image][None], q) for d in flat for q in d.questions]
+    return [
+        generate(vlm, tiny.batch(vlm, [[Document(0, [q])]], image), ends, decoding, [key])[0]
+        for (image, q), key in zip(questions, keys, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("decoding", [Decoding(7), Decoding(7, beams=3), Decoding(7, temperature=1.5)], ids=str)
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("layout", [[[3]], [[1], [5], [2, 4], [2], [1]]], ids=["one row", "five rows"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_that_loses_questions_is_its_questions_alone(
+    mode: str, layout: list[list[int]], ends: str, decoding: Decoding
+) -> None:
+    vlm = tiny.model(mode, seed=1)
+    if mode == "prefix_lm":
+        layout = [[1] * len(row) for row in layout]
+    flat = tiny.without_answers(tiny.documents([count for row in layout for count in row]))
+    taken = iter(flat)
+    rows = [[next(taken) for _ in row] for row in layout]
+    keys = [f"question {n}" for n in range(sum(len(d.questions) for d in flat))]
+    together = generate(vlm, tiny.batch(vlm, rows, tiny.images(len(flat))), ENDS[ends], decoding, keys)
+    alone = asked_alone(vlm, flat, ENDS[ends], decoding, keys)
+    assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
+    for answer, expected in zip(together, alone, strict=True):
+        assert answer.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
+    if ends == "mixed" and len(layout) > 1 and decoding.beams == 1:
+        assert len({len(answer.tokens) for answer in together}) > 2  # they do end at different steps
+
+
+@pytest.mark.parametrize("beams", [1, 2])  # with two, beams still change places after rows have left
+def test_a_step_costs_what_is_still_open(beams: int) -> None:
+    """As many slots as the row with most open questions has; no row once it has none and a quarter are like it."""
+    vlm = tiny.model()
+    counts, ends, decoding = [1, 5, 2, 4, 2, 1], range(1, 96, 2), Decoding(7, beams=beams)
+    flat = tiny.without_answers(tiny.documents(counts))
+    steps: list[tuple[int, int]] = []
+    hook = vlm.language.register_forward_pre_hook(lambda module, given: steps.append(tuple(given[0].shape[:2])))
+    answers = generate(vlm, tiny.batch(vlm, [[d] for d in flat], tiny.images(6)), ends, decoding)
+    hook.remove()
+    alone = asked_alone(vlm, flat, ends, decoding, range(sum(counts)))
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone]
+    if beams == 1:
+        lengths = iter([len(answer.tokens) for answer in answers])
+        by_row = [[next(lengths) for _ in range(count)] for count in counts]
+        expected, held = [], list(range(6))
+        for step in range(1, 1 + max(map(max, by_row))):
+            open = [sum(length >= step for length in row) for row in by_row]
+            left = [row for row in held if open[row]]
+            held = left if 4 * len(left) <= 3 * len(held) else held
+            expected.append((len(held), max(open)))
+        assert steps[1:] == expected[:6]  # the seventh token needs no step after it
+    assert steps[1:] == sorted(steps[1:], reverse=True)
+    assert steps[-1][0] < steps[1][0] and steps[-1][1] < max(counts)
+
+
+def test_beams_that_are_done_early_cost_no_more() -> None:
+    vlm, rows = prepared()
+    steps: list[int] = []
+    hook = vlm.language.register_forward_pre_hook(lambda module, given: steps.append(len(given[0])))
+    generate(vlm, rows, range(tiny.VOCABULARY), Decoding(7, beams=3))
+    hook.remove()
+    assert len(steps) == 1  # every beam ended with its first token
+
+
+def test_what_is_sampled_does_not_depend_on_the_company() -> None:
+    vlm = tiny.model()
+    flat = tiny.without_answers(tiny.documents([2, 3, 1]))
+    pixels, decoding = tiny.images(3), Decoding(6, temperature=2.0)
+    keys = [["a", "b"], ["c", 4, 5], ["f"]]
+
+    def sample(order: Sequence[int]) -> dict[str | int, list[int]]:
+        rows = [[Document(place, flat[n].questions)] for place, n in enumerate(order)]
+        named = [key for n in order for key in keys[n]]
+        batch = tiny.batch(vlm, rows, pixels[list(order)])
+        return dict(zip(named, (a.tokens for a in generate(vlm, batch, {tiny.EOS}, decoding, named)), strict=True))
+
+    assert sample([0, 1, 2]) == sample([2, 0, 1]) == sample([0]) | sample([2, 1])
+
+
+def test_equal_questions_are_sampled_apart_and_as_the_model_says() -> None:
+    """The same question 600 times in a row: each draws its own token, as often as it is probable."""
+    vlm = tiny.model(initializer_range=0.05)
+    (document,) = tiny.without_answers(tiny.documents([1]))
+    rows = tiny.batch(vlm, [[Document(0, [*document.questions] * 600)]], tiny.images(1))
+    drawn = Counter(a.tokens[0] for a in generate(vlm, rows, set(), Decoding(1, temperature=0.5)))
+    one = tiny.batch(vlm, [[document]], tiny.images(1), multiple=1)
+    with torch.no_grad():
+        probable = (vlm.language.logits(vlm.decode(one)[0, -1:])[0] / 0.5).softmax(-1)
+    assert (probable > 0.01).sum() > 5
+    for token, share in enumerate(probable.tolist()):
+        assert abs(drawn[token] - 600 * share) <= 4 * (600 * share * (1 - share)) ** 0.5 + 2
+
+
+def test_the_output_head_is_met_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers do not depend on how many questions are read at once."""
+    vlm, rows = prepared()
+    for decoding in (Decoding(5), Decoding(5, beams=2)):
+        whole = generate(vlm, rows, {tiny.EOS}, decoding)
+        monkeypatch.setattr("vlmvqa.models.generation.CHUNK", 2)
+        pieces = generate(vlm, rows, {tiny.EOS}, decoding)
+        monkeypatch.undo()
+        assert [a.tokens for a in pieces] == [a.tokens for a in whole]

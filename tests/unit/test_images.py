@@ -8,6 +8,7 @@ import time
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,6 +195,101 @@ def test_random_damage_never_raises_anything_but_an_input_error() -> None:
                 assert decode(bytes(damaged), "x").mode == "RGB"
             except InputError as error:
                 assert str(error).startswith("x ")
+
+
+# --- decode: at a reduced scale -----------------------------------------------------------------------
+
+
+def reducing(size: int, **change: Any) -> ImageSettings:
+    return ImageSettings(size, HALF, HALF, **{"reduced": True, **change})
+
+
+@pytest.mark.parametrize("resize", ["squash", "center_crop"])
+@pytest.mark.parametrize(
+    ("given", "size", "expected"),
+    [
+        ((640, 480), 224, (320, 240)),
+        ((480, 640), 240, (240, 320)),  # exactly what is needed
+        ((640, 480), 241, (640, 480)),  # a half would be one pixel short
+        ((641, 483), 60, (81, 61)),  # an eighth, rounded up
+        ((4000, 60), 224, (4000, 60)),  # one side has nothing to give
+        ((30, 20), 224, (30, 20)),
+    ],
+)
+def test_a_jpeg_is_reduced_as_far_as_both_sides_allow(
+    resize: str, given: tuple[int, int], size: int, expected: tuple[int, int]
+) -> None:
+    content = encoded(picture(*given), "JPEG")
+    assert decode(content, "x", reducing(size, resize=resize)).size == expected
+    assert decode(content, "x").size == decode(content, "x", ImageSettings(size, HALF, HALF)).size == given
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"mode": "L"}, {"mode": "CMYK"}])
+@pytest.mark.parametrize("resize", ["squash", "center_crop"])
+def test_a_reduced_picture_shows_the_same_thing(options: dict[str, Any], resize: str) -> None:
+    y, x = np.mgrid[0:480, 0:640]
+    values = np.stack([127 + 120 * np.sin(x / 40), 127 + 120 * np.cos(y / 30), (x + y) / 5], axis=-1)
+    image = Image.fromarray(values.astype(np.uint8)).convert(options.pop("mode", "RGB"))
+    content = encoded(image, "JPEG", quality=90, **options)
+    settings = reducing(100, resize=resize)
+    reduced, whole = decode(content, "x", settings), decode(content, "x")
+    assert reduced.mode == "RGB" and reduced.size == (160, 120)
+    difference = (to_tensor(reduced, settings) - to_tensor(whole, settings)).abs() * 127.5
+    assert difference.mean() < 1 and difference.max() < 12  # grey levels
+
+
+def test_a_reduced_picture_is_turned_as_its_exif_data_say() -> None:
+    image = Image.new("RGB", (400, 200), "white")
+    image.paste(RED, (0, 0, 200, 200))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode(encoded(image, "JPEG", exif=exif, quality=95), "x", reducing(50))
+    assert turned.size == (50, 100)
+    assert close(turned.getpixel((25, 25)), RED) and close(turned.getpixel((25, 75)), (255, 255, 255))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
+def test_a_cut_jpeg_is_refused_at_every_scale_with_the_same_words(options: dict[str, bool], kept: float) -> None:
+    content = encoded(picture(200, 100), "JPEG", **options)
+    said = set()
+    for settings in (None, *(reducing(size) for size in (10, 20, 40, 90))):
+        with pytest.raises(InputError, match=r"^x cannot be read") as caught:
+            decode(content[: int(len(content) * kept)], "x", settings)
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
+def test_random_damage_is_an_input_error_at_a_reduced_scale_too() -> None:
+    rng = np.random.default_rng(0)
+    content = encoded(picture(), "JPEG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(100):
+            damaged = bytearray(content)
+            for place in rng.integers(0, len(damaged), 12):
+                damaged[place] = rng.integers(0, 256)
+            try:
+                assert decode(bytes(damaged), "x", reducing(8)).mode == "RGB"
+            except InputError as error:
+                assert str(error).startswith("x ")
+
+
+def test_what_is_too_large_is_refused_before_it_is_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(InputError, match=r"too many pixels"):
+            decode(encoded(picture(150, 100), "JPEG"), "x", reducing(10))
+
+
+def test_a_given_pil_image_and_other_formats_are_not_reduced() -> None:
+    settings = reducing(10)
+    with Image.open(io.BytesIO(encoded(picture(80, 80), "JPEG"))) as opened:
+        assert decode(opened, "x", settings).size == (80, 80)
+        assert opened.size == (80, 80)
+    for form in ("PNG", "WEBP", "GIF", "TIFF"):
+        assert decode(encoded(picture(80, 80), form), "x", settings).size == (80, 80)
 
 
 # --- to_tensor ----------------------------------------------------------------------------------------

@@ -30,18 +30,19 @@ BEGINNINGS = (
     "Does this",
 )
 
-# One start of training as far as its first row, and what came of it.
+# One start of training as far as its first row's plan, and what came of it.
 START = """
 import hashlib, json, sys, time
 from pathlib import Path
-import numpy as np
 from transformers import AutoTokenizer
 from from_config import DataSettings, read_examples
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.packing import Packing
-from vlmvqa.data.texts import TokenTable
+from vlmvqa.data.batch import Processor
+from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.training_set import TrainingSet
 
 root, tokenizer = sys.argv[1], AutoTokenizer.from_pretrained(sys.argv[2])
+processor = Processor(tokenizer, ImageSettings(224, (0.5,) * 3, (0.5,) * 3), 257, "blockwise_prefix", 64)
 seconds, start = {}, time.perf_counter()
 
 def lap(name):
@@ -50,23 +51,19 @@ def lap(name):
 
 examples = read_examples(DataSettings("vqav2", root), "train", None, BadRecords())
 lap("read")
-questions = [question for example in examples for question in example.questions]
-table = TokenTable.build((text for q in questions for text in (q.prompt, q.target)), tokenizer)
-lap("tokenise")
-lengths = table.lengths(q.prompt for q in questions) + table.lengths(q.target for q in questions)
-first = np.cumsum([0] + [len(example.questions) for example in examples])[:-1]
-plan = Packing(257 + np.add.reduceat(lengths, first), 2048, seed=0).plan(0)
-lap("pack")
+rows = TrainingSet(examples, processor, "most_common", 0, BadRecords(), row_tokens=2048)
+plan = rows.packing.plan(0)
+lap("tokenise and pack")
 
 memory = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-digest = hashlib.sha256()
-for part in (lengths, plan.order, plan.starts):
+digest = hashlib.sha256(repr(rows.documents).encode())
+for part in (rows.packing.lengths, plan.order, plan.starts):
     digest.update(part.tobytes())
 for example in examples:
     digest.update(repr(example).encode())
 print(json.dumps({
     "seconds": seconds, "total": sum(seconds.values()), "GB": round(int(memory.split()[1]) * 1024 / 1e9, 2),
-    "questions": len(questions), "rows": len(plan), "digest": digest.hexdigest(),
+    "questions": sum(end - first for _, first, end in rows.documents), "rows": len(plan), "digest": digest.hexdigest(),
 }))
 """
 

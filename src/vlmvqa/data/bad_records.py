@@ -61,8 +61,9 @@ class BadRecords:
             os.close(descriptor)
 
     def listed(self) -> list[str]:
-        """The records left out so far, each once, by this process and by all that share the listing."""
+        """The records left out so far, each once, by this process and by all that share the listing; sorted, because
+        in which order they were met depends on the processes."""
         records = list(self.seen)
         if self.listing is not None and self.listing.exists():
             records += [json.loads(line)["record"] for line in self.listing.read_text().splitlines()]
-        return list(dict.fromkeys(records))
+        return sorted(set(records))

@@ -92,7 +92,7 @@ class Processor:
 
     def image(self, example: Example) -> Tensor:
         """The decoded image: `float[3, H, H]`."""
-        return to_tensor(decode(example.image, example.name), self.images)
+        return to_tensor(decode(example.image, example.name, self.images), self.images)
 
     def length(self, question: Question, answer: str) -> int:
         """Tokens of a question with its answer in a row; EOS is a label, never an input."""

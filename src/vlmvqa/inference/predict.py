@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Encoded, Processor, QuestionSet, split_questions
-from vlmvqa.data.example import Example, ImageSource, Question
+from vlmvqa.data.batch import Encoded, Processor, QuestionSet
+from vlmvqa.data.example import Example, ImageSource, Question, count_questions
 from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.packing import split
 from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.generation import Decoding, generate
@@ -75,40 +76,50 @@ class Predictor:
         examples: Sequence[Example],
         *,
         batch_size: int = 16,
-        images_per_row: int = 1,
+        row_text_tokens: int = 512,
         workers: int = 0,
         bad_records: BadRecords | None = None,
         progress: bool = False,
     ) -> dict[int | str, Answer]:
-        """Answer every question of every example, by question id. Of several ranks each answers its share for all.
+        """Answer every question of every example, by question id, in the examples' order.
+
+        An image and its questions are a row. Rows go from long to short: a batch is hardly padded, and memory that is
+        too small is so at once. They are cut into batches before these are dealt out to the ranks: however many there
+        are, a question is computed together with the same others, and (on equal devices, with as many threads) its
+        answer is the same to the bit.
 
         Args:
-            batch_size: images at a time.
-            images_per_row: how many of them share a row.
+            batch_size: rows at a time.
+            row_text_tokens: an image with more tokens of questions than these is given several rows.
             workers: processes that decode images.
             bad_records: what happens to an unreadable image (default: an error); one left out has no answers here.
+
+        Raises:
+            InputError: two questions have one id, or an image cannot be read.
         """
-        if self.model.mode not in SHAREABLE:
-            examples = split_questions(examples, 1)
-        mine = examples[ranks.rank() :: ranks.world_size()] if ranks.together() else examples
-        questions = QuestionSet(mine, self.processor, bad_records or BadRecords())
+        _refuse_equal_ids(examples)
+        rows = self._rows(examples, row_text_tokens)
+        numbers = range(len(rows))
+        batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
+        mine = batches[ranks.rank() :: ranks.world_size()] if ranks.together() else batches
         loader = DataLoader(
-            questions,
-            batch_size,
+            QuestionSet(rows, self.processor, bad_records or BadRecords()),
+            batch_sampler=mine,
             collate_fn=list,
             num_workers=workers,
             generator=torch.Generator(),  # its own, so that evaluating does not move the training's random state
         )
         answers: dict[int | str, Answer] = {}
-        shown = zip(_batches(mine, batch_size), loader, strict=True)
+        asked = count_questions(rows[number] for batch in mine for number in batch)
+        name = "answering, the first rank's share" if ranks.together() else "answering"
         hidden = None if progress and ranks.is_first() else True
-        for group, encoded in tqdm(shown, "answering", len(loader), disable=hidden, leave=False):
-            readable = [(example, one) for example, one in zip(group, encoded, strict=True) if one is not None]
-            if readable:
-                ids = [question.id for example, _ in readable for question in example.questions]
-                written = self._answer_batch([one for _, one in readable], images_per_row)
-                answers.update(zip(ids, written, strict=True))
-        return {question: answer for shares in ranks.gather(answers) for question, answer in shares.items()}
+        with tqdm(total=asked, desc=name, unit=" questions", disable=hidden, leave=False) as bar:
+            for batch, encoded in zip(mine, loader, strict=True):
+                group = [rows[number] for number in batch]
+                answers |= self._answer_batch(group, encoded)
+                bar.update(count_questions(group))
+        found = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
+        return {question.id: found[question.id] for question in _questions(examples) if question.id in found}
 
     def save(self, folder: str | Path) -> None:
         """Write model, tokenizer, image settings and prompt into one folder that `vlmvqa.load` reads."""
@@ -127,14 +138,37 @@ class Predictor:
             "decoding": dataclasses.asdict(self.decoding),
         }
 
-    def _answer_batch(self, encoded: Sequence[Encoded], images_per_row: int) -> list[Answer]:
+    def _rows(self, examples: Sequence[Example], room: int) -> list[Example]:
+        """A row each, of at most so many text tokens (or one question), from the longest to the shortest."""
+        most = None if self.model.mode in SHAREABLE else 1
+        rows: list[tuple[int, Example]] = []
+        for example in examples:
+            lengths = [self._text_tokens(question) for question in example.questions]
+            for first, end in split(lengths, room, most):
+                rows.append((sum(lengths[first:end]), replace(example, questions=example.questions[first:end])))
+        return [example for _, example in sorted(rows, key=lambda row: -row[0])]
+
+    def _text_tokens(self, question: Question) -> int:
+        try:
+            return len(self.processor.tokenize(question, None).prompt)
+        except InputError:
+            return 0  # it is reported, as the policy says, when its turn comes
+
+    def _answer_batch(self, rows: Sequence[Example], encoded: Sequence[Encoded | None]) -> dict[int | str, Answer]:
+        """The answers by id; none where the image was left out."""
+        readable = [one for one in encoded if one is not None]
+        if not readable:
+            return {}
+        left = [row for row, one in zip(rows, encoded, strict=True) if one is not None]
+        ids = [question.id for question in _questions(left)]
         device = next(self.model.parameters()).device
-        batch = self.processor.collate(encoded, images_per_row)
-        batch = {name: column.to(device) for name, column in batch.items()}
+        columns = self.processor.collate([[one] for one in readable])
+        batch = {name: column.to(device) for name, column in columns.items()}
         tokenizer = self.processor.tokenizer
-        written = generate(self.model, batch, {tokenizer.eos_token_id}, self.decoding)
+        written = generate(self.model, batch, {tokenizer.eos_token_id}, self.decoding, ids)
         texts = tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
-        return [Answer(text.strip(), one.log_probability) for text, one in zip(texts, written, strict=True)]
+        answers = [Answer(text.strip(), one.log_probability) for text, one in zip(texts, written, strict=True)]
+        return dict(zip(ids, answers, strict=True))
 
 
 def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
@@ -152,6 +186,17 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     return Predictor(model, processor, config["prompt"], settings, decoding)
 
 
-def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    for start in range(0, len(examples), size):
-        yield examples[start : start + size]
+def _questions(examples: Iterable[Example]) -> Iterator[Question]:
+    return (question for example in examples for question in example.questions)
+
+
+def _refuse_equal_ids(examples: Sequence[Example]) -> None:
+    seen: set[int | str] = set()
+    for example in examples:
+        for question in example.questions:
+            if question.id in seen:
+                raise InputError(
+                    f"question {question.id} (the last time of {example.name}) is asked twice, but answers are kept "
+                    "by question id; give each question its own"
+                )
+            seen.add(question.id)

@@ -4,12 +4,19 @@ Image and questions are read once (prefill); then one step adds one token to eve
 columns in the order they were computed, whichever branch they belong to: who sees whom is still the predicate's
 word, so a batch equals its questions asked one at a time.
 
-Legend: B rows, S slots (questions a row), Q questions in all, W beams, V vocabulary, D width.
+A question that has its answer takes part in no further step, and a row goes when its last question has gone:
+
+    step 1    row 0: a b c    row 1: d e    row 2: f        3 rows of 3 slots
+    step 2    row 0: b        row 1: d e                    2 rows of 2 slots: a, c and f have ended
+
+Legend: B rows, K columns in the cache, S slots (most open questions of a row), Q open questions, W beams,
+V vocabulary, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import random
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +29,9 @@ from vlmvqa.models.vlm import VLM, Batch
 from vlmvqa.sequence.masks import Tokens
 from vlmvqa.sequence.rows import ANSWER, PADDING, PROMPT
 
+CHUNK = 256  # states that meet the output head at once: 256 MiB of fp32 logits at V = 256,000
+NONE = -1  # the question that wrote a column of padding
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -32,7 +42,7 @@ class Decoding:
         beams: 1 for greedy decoding or sampling, more for beam search.
         temperature: 0 for the most probable token, above for sampling (one beam).
         length_penalty: beam search divides a log-probability by length ** length_penalty (transformers' rule).
-        seed: of the sampling.
+        seed: of the sampling. Each question draws from a stream of its own, whatever it is asked together with.
     """
 
     max_new_tokens: int = 20
@@ -57,30 +67,36 @@ class Generated:
 
 
 @torch.no_grad()
-def generate(model: VLM, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[Generated]:
+def generate(
+    model: VLM, batch: Batch, eos: Collection[int], decoding: Decoding, keys: Sequence[int | str] | None = None
+) -> list[Generated]:
     """Answer every question of a batch of rows without answers, in row order.
 
     Args:
         batch: as the loss takes it, from questions without answers.
         eos: token ids that end an answer.
+        keys: what tells the questions' streams of random numbers apart, in row order, used for sampling only
+            (default: their place in the batch).
     """
     training, attention = model.training, model.language.attention
     model.eval()
     model.language.set_attention("dense")  # one query a branch is no case for FlexAttention
     try:
         questions = OpenQuestions(model, batch)
-        search = _beam_search if decoding.beams > 1 else _one_by_one
-        return search(questions, sorted(eos), decoding)
+        if decoding.beams > 1:
+            return _beam_search(questions, sorted(eos), decoding)
+        return _one_by_one(questions, sorted(eos), decoding, range(len(questions)) if keys is None else keys)
     finally:
         model.train(training)
         model.language.set_attention(attention)
 
 
 class OpenQuestions:
-    """The questions of a batch while they are answered.
+    """The questions of a batch that have no answer yet.
 
-    `first` is the log-probability of each question's first answer token, `float32[Q, V]`. Question q sits in
-    slot `slot[q]` of row `row[q]`; every step fills all slots, those that are empty or closed with padding.
+    Attributes:
+        number: int64[Q], their places among all questions of the batch, ascending.
+        hidden: float[Q, W, D], the states that predict each beam's next token (before `branch_out` W = 1).
     """
 
     def __init__(self, model: VLM, batch: Batch) -> None:
@@ -89,41 +105,66 @@ class OpenQuestions:
         self.cache = DynamicCache()
         self.keys = model.tokens(batch)
         hidden = model.decode(batch, self.cache)
-        last = _last_prompt_tokens(batch)
-        self.row, column = last.nonzero(as_tuple=True)
-        self.slot = (last.cumsum(1) - 1)[self.row, column]
-        self.slots = int(last.sum(1).max())
-        self.first = model.language.logits(hidden[self.row, column]).log_softmax(-1)
+        self.row, column = _last_prompt_tokens(batch).nonzero(as_tuple=True)
+        self.number = torch.arange(len(self.row), device=hidden.device)
+        self.hidden = hidden[self.row, column][:, None]
         self.document = batch["document"][self.row, column]
         self.branch = batch["branch"][self.row, column]
         self.position = batch["position"][self.row, column]
-        self.beams = 1
+        self.beams, self.asked = 1, len(self)
+        self.writer = self.row.new_empty(self._rows(), 0)  # int64[B, columns after the prompts]: a question's number
+        self._take_slots()
 
     def __len__(self) -> int:
-        return len(self.row)
+        return len(self.number)
 
-    def step(self, ids: Tensor, open: Tensor) -> Tensor:
-        """Add a token to each open question and predict the next.
+    def read(self, choose: Callable[..., Sequence[Tensor]], *more: Tensor) -> list[Tensor]:
+        """What `choose` makes of the next tokens' log-probabilities, `float32[Q, W, V]`, some questions at a time.
 
         Args:
-            ids: int64[Q, W]; open: bool[Q, W] (a closed question's token is ignored).
-
-        Returns:
-            log-probabilities `float32[Q, W, V]`
+            more: further arguments of `choose`, an entry a question.
         """
+        size = max(1, CHUNK // self.beams)
+        pieces = zip(*(tensor.split(size) for tensor in (self.hidden, *more)), strict=True)
+        chosen = [choose(self.model.language.logits(states).log_softmax(-1), *rest) for states, *rest in pieces]
+        return [torch.cat(column) for column in zip(*chosen, strict=True)]
+
+    def step(self, ids: Tensor) -> None:
+        """Add a token to each open question, `int64[Q, W]`."""
         self.position = self.position + 1
         tokens = Tokens.of(
-            document=self._place(torch.where(open, self.document[:, None], PADDING), PADDING),
+            document=self._place(self.document[:, None].expand_as(ids), PADDING),
             branch=self._place(self.branch[:, None].expand_as(ids), 0),
-            role=torch.full((len(self.keys.document), self.slots), ANSWER, device=ids.device),
+            role=ids.new_full((len(self.keys.document), self.slots), ANSWER),
             position=self._place(self.position[:, None].expand_as(ids), 0),
             mode=self.model.mode,
         )
         self.keys = self.keys.append(tokens)
         embeddings = self.model.language.embed(self._place(ids, 0))
         hidden = self.model.language(embeddings, tokens, self.keys, self.cache)
-        hidden = hidden.unflatten(0, (-1, self.beams))[self.row, :, self.slot]
-        return self.model.language.logits(hidden).log_softmax(-1)
+        self.hidden = hidden.unflatten(0, (-1, self.beams))[self.row, :, self.slot]
+        writer = self.row.new_full((self._rows(), self.slots), NONE)
+        writer[self.row, self.slot] = self.number
+        self.writer = torch.cat([self.writer, writer], dim=1)
+
+    def keep(self, open: Tensor) -> None:
+        """Go on with these questions only, `bool[Q]`.
+
+        Rows without any leave once they are a quarter of all. To leave costs a copy of the keys and values that stay,
+        and a step saves some three copies (growing the cache, repeating its heads, attention) of those that went.
+        """
+        if open.all():
+            return
+        self.number, self.row, self.position = self.number[open], self.row[open], self.position[open]
+        self.document, self.branch = self.document[open], self.branch[open]
+        used, row = self.row.unique(return_inverse=True)
+        if 4 * len(used) <= 3 * self._rows():
+            beams = torch.arange(self.beams, device=used.device)
+            copies = (used[:, None] * self.beams + beams).flatten()
+            self.cache.batch_select_indices(copies)
+            self.keys = self.keys.map(lambda t: t[copies])
+            self.row, self.writer = row, self.writer[used]
+        self._take_slots()
 
     def branch_out(self, beams: int) -> None:
         """Repeat every row W times: beam w of all its questions lives in its w-th copy."""
@@ -131,32 +172,32 @@ class OpenQuestions:
         self.cache.batch_repeat_interleave(beams)
         self.keys = self.keys.map(lambda t: t.repeat_interleave(beams, dim=0))
 
-    def reorder(self, parent: Tensor, steps: int) -> None:
-        """Let beam w of question q go on from what beam `parent[q, w]` wrote in the last `steps` steps.
+    def reorder(self, parent: Tensor) -> None:
+        """Let beam w of question q go on from what beam `parent[q, w]` has written.
 
-        Questions of a row choose their parents apart from each other, so the cache is gathered column by column:
-        a column belongs to one slot.
+        Questions of a row choose their parents apart from each other, so the cache is gathered column by column: a
+        column belongs to one question.
         """
-        rows = len(self.keys.document) // self.beams
-        source = torch.arange(self.beams, device=parent.device).expand(rows, self.slots, self.beams).clone()
-        source[self.row, self.slot] = parent
-        source = source.transpose(1, 2).repeat(1, 1, steps)  # [B, W, steps * S]
-
-        def gather(states: Tensor) -> Tensor:  # [B * W, heads, K, Dh]
-            states = states.clone()
-            written = states[:, :, -source.shape[-1] :].unflatten(0, (rows, self.beams))
-            index = source[:, :, None, :, None].expand_as(written)
-            states[:, :, -source.shape[-1] :] = written.gather(1, index).flatten(0, 1)
-            return states
-
+        beams = torch.arange(self.beams, device=parent.device)
+        parents = beams.repeat(self.asked + 1, 1)  # closed questions and, at the end, padding stay as they are
+        parents[self.number] = parent
+        source = parents[self.writer].transpose(1, 2)[:, :, None, :, None]  # [B, W, 1, columns, 1]
         layers: list[Any] = self.cache.layers
-        for layer in layers:
-            layer.keys, layer.values = gather(layer.keys), gather(layer.values)
+        for states in (states for layer in layers for states in (layer.keys, layer.values)):
+            written = states[:, :, -source.shape[3] :].unflatten(0, (-1, self.beams))  # [B, W, heads, columns, Dh]
+            written.copy_(written.gather(1, source.expand_as(written)))
+
+    def _rows(self) -> int:
+        return len(self.keys.document) // self.beams
+
+    def _take_slots(self) -> None:
+        """The open questions of each row take its first slots."""
+        self.slot = torch.arange(len(self), device=self.row.device) - torch.searchsorted(self.row, self.row)
+        self.slots = int(self.slot.max()) + 1
 
     def _place(self, values: Tensor, fill: int) -> Tensor:
         """`[Q, W] -> [B * W, S]`: from questions to their slots."""
-        rows = len(self.keys.document) // self.beams
-        placed = torch.full((rows, self.beams, self.slots), fill, device=values.device)
+        placed = values.new_full((self._rows(), self.beams, self.slots), fill)
         placed[self.row, :, self.slot] = values
         return placed.flatten(0, 1)
 
@@ -170,29 +211,38 @@ def _last_prompt_tokens(batch: Batch) -> Tensor:
     return is_prompt & ~follows
 
 
-def _one_by_one(questions: OpenQuestions, eos: list[int], decoding: Decoding) -> list[Generated]:
+def _one_by_one(
+    questions: OpenQuestions, eos: list[int], decoding: Decoding, keys: Sequence[int | str]
+) -> list[Generated]:
     """Greedy decoding, or sampling at a temperature."""
-    ends = torch.tensor(eos, device=questions.first.device)
-    generator = torch.Generator(questions.first.device).manual_seed(decoding.seed)
-    log_probs = questions.first
-    open = torch.ones(len(questions), dtype=torch.bool, device=log_probs.device)
-    total = torch.zeros(len(questions), device=log_probs.device)
-    written: list[Tensor] = []
-    for step in range(decoding.max_new_tokens):
+    ends = torch.tensor(eos, device=questions.number.device)
+    streams = [random.Random(f"{decoding.seed}-{key}") for key in keys]
+
+    def choose(log_probs: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = log_probs[:, 0]
         if decoding.temperature == 0:
             chosen = log_probs.argmax(-1)
-        else:
-            chosen = torch.multinomial((log_probs / decoding.temperature).softmax(-1), 1, generator=generator)[:, 0]
-        total += torch.where(open, log_probs.gather(-1, chosen[:, None])[:, 0], 0)
-        open = open & ~torch.isin(chosen, ends)
-        written.append(torch.where(open, chosen, -1))
+        else:  # the token under which the drawn share of all probability lies
+            share = (log_probs / decoding.temperature).softmax(-1).double().cumsum(-1)
+            chosen = torch.searchsorted(share, drawn[:, None] * share[:, -1:], right=True)[:, 0]
+            chosen = chosen.clamp(max=share.shape[-1] - 1)
+        return chosen, log_probs.gather(-1, chosen[:, None])[:, 0]
+
+    total = torch.zeros(len(questions), device=ends.device)
+    written = torch.full((len(questions), decoding.max_new_tokens), -1, device=ends.device)
+    for step in range(decoding.max_new_tokens):
+        drawn = [streams[number].random() for number in questions.number.tolist()]
+        chosen, log_prob = questions.read(choose, torch.tensor(drawn, dtype=torch.float64, device=ends.device))
+        total[questions.number] += log_prob
+        open = ~torch.isin(chosen, ends)
+        written[questions.number, step] = torch.where(open, chosen, -1)
         if step + 1 == decoding.max_new_tokens or not open.any():
             break
-        log_probs = questions.step(chosen[:, None], open[:, None])[:, 0]
-    tokens = torch.stack(written, dim=1).tolist()
+        questions.keep(open)
+        questions.step(chosen[open, None])
     return [
         Generated([token for token in answer if token >= 0], score)
-        for answer, score in zip(tokens, total.tolist(), strict=True)
+        for answer, score in zip(written.tolist(), total.tolist(), strict=True)
     ]
 
 
@@ -202,46 +252,45 @@ def _beam_search(questions: OpenQuestions, eos: list[int], decoding: Decoding) -
     A finished beam scores its log-probability / length ** length_penalty, EOS counted. A question is done when
     its best running beam, at its present length, no longer beats its worst finished one.
     """
-    width, count = decoding.beams, len(questions)
-    device, vocabulary = questions.first.device, questions.first.shape[-1]
+    width, device = decoding.beams, questions.number.device
     ends = torch.tensor(eos, device=device)
-    questions.branch_out(width)
-    log_probs = questions.first[:, None].expand(-1, width, -1)
-    running = torch.tensor([0.0] + [-1e9] * (width - 1), device=device).repeat(count, 1)
-    written = torch.full((count, width, 0), -1, device=device)
-    finished: list[list[tuple[float, float, list[int]]]] = [[] for _ in range(count)]
-    done = [False] * count
+    running = torch.zeros(len(questions), 1, device=device)
+    written = torch.full((len(questions), 1, 0), -1, device=device)
+    finished: list[list[tuple[float, Generated]]] = [[] for _ in range(len(questions))]
 
-    for step in range(decoding.max_new_tokens):
-        length = step + 1
+    def choose(log_probs: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scores, flat = (running[:, :, None] + log_probs).flatten(1).topk(2 * width)
-        parent, token = flat // vocabulary, flat % vocabulary
+        return scores, flat // log_probs.shape[-1], flat % log_probs.shape[-1]
+
+    def finish(which: Tensor, scores: Tensor, beams: Tensor, length: int) -> None:
+        """Note the beams `beams [Q, N, tokens]` that `which [Q, N]` points out, the best W of each question."""
+        numbers = questions.number[which.nonzero()[:, 0]].tolist()
+        for number, score, tokens in zip(numbers, scores[which].tolist(), beams[which].tolist(), strict=True):
+            finished[number].append((score / length**decoding.length_penalty, Generated(tokens, score)))
+        for number in numbers:
+            finished[number] = sorted(finished[number], key=lambda beam: -beam[0])[:width]
+
+    for length in range(1, decoding.max_new_tokens + 1):
+        scores, parent, token = questions.read(choose, running)
         is_end = torch.isin(token, ends)
-        for q in range(count):
-            for rank in range(width):
-                if not done[q] and is_end[q, rank]:
-                    score, beam = scores[q, rank].item(), written[q, parent[q, rank]].tolist()
-                    finished[q].append((score / length**decoding.length_penalty, score, beam))
-            finished[q] = sorted(finished[q], key=lambda beam: -beam[0])[:width]
+        written = written.gather(1, parent[..., None].expand(-1, -1, length - 1))
+        finish(is_end & (torch.arange(2 * width, device=device) < width), scores, written, length)
 
         running, kept = scores.masked_fill(is_end, -1e9).topk(width)
         parent, token = parent.gather(1, kept), token.gather(1, kept)
-        written = torch.cat([written.gather(1, parent[..., None].expand(-1, -1, step)), token[..., None]], dim=-1)
+        written = torch.cat([written.gather(1, kept[..., None].expand(-1, -1, length - 1)), token[..., None]], dim=-1)
         best = (running[:, 0] / length**decoding.length_penalty).tolist()
-        done = [d or (len(f) == width and b < f[-1][0]) for d, f, b in zip(done, finished, best, strict=True)]
-        if all(done) or length == decoding.max_new_tokens:
+        found = [finished[number] for number in questions.number.tolist()]
+        open = torch.tensor([len(f) < width or b >= f[-1][0] for f, b in zip(found, best, strict=True)], device=device)
+        if length == decoding.max_new_tokens:  # unfinished beams compete as they are
+            finish(open[:, None].expand_as(running), running, written, length)
+        if length == decoding.max_new_tokens or not open.any():
             break
-        if step:
-            questions.reorder(parent, step)
-        open = ~torch.tensor(done, device=device)[:, None].expand(-1, width)
-        log_probs = questions.step(token, open)
-
-    answers = []
-    for q in range(count):
-        if not done[q]:  # out of tokens: unfinished beams compete as they are
-            for w in range(width):
-                score = running[q, w].item()
-                finished[q].append((score / length**decoding.length_penalty, score, written[q, w].tolist()))
-        _, score, tokens = max(finished[q], key=lambda beam: beam[0])
-        answers.append(Generated(tokens, score))
-    return answers
+        questions.keep(open)
+        running, written, parent, token = running[open], written[open], parent[open], token[open]
+        if length == 1:
+            questions.branch_out(width)
+        else:
+            questions.reorder(parent)
+        questions.step(token)
+    return [max(beams, key=lambda beam: beam[0])[1] for beams in finished]
