@@ -74,6 +74,7 @@ def test_accelerate_launch_fsdp(tmp_path: Path, data: str, whole: Path) -> None:
     assert ours["metrics"] == theirs["metrics"] and ours["controls"] == theirs["controls"]
 
 
+@pytest.mark.slow
 def test_deepspeed_picks_zero2(tmp_path: Path, data: str, whole: Path) -> None:
     """`deepspeed launch/train.py`, which passes --local_rank before the overrides."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]

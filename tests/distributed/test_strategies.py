@@ -16,6 +16,8 @@ from vlmvqa.training.parallel import STRATEGIES
 STEPS = 8
 # The one of the next row resumes what this one saved.
 NEXT = dict(zip(STRATEGIES, (*STRATEGIES[1:], STRATEGIES[0]), strict=True))
+# An epoch is 14 rows and 2 that fill up its fourth step: in that, a rank's micro-batch has no supervised token.
+PACKED: dict[str, Any] = {"row_tokens": 80, "weighting": "question_sqrt", "steps": 6}
 TURNED: dict[str, dict[str, Any]] = {
     "accumulated": {"batch": 1, "trainer": {"gradient_accumulation_steps": 2}},
     "recomputed": {"trainer": {"activation_checkpointing": True}},
@@ -23,46 +25,49 @@ TURNED: dict[str, dict[str, Any]] = {
     "percentile": {"clip_percentile": 50, "optim": "sgd", "trainer": {"learning_rate": 0.3, "max_grad_norm": 0.0}},
     "image_prefix": {"mode": "image_prefix"},
     "partial": {"trained": "projector"},
-    # An epoch is 14 rows and 2 that fill up its fourth step: in that, a rank's micro-batch has no supervised token.
-    "packed": {"row_tokens": 80, "weighting": "question_sqrt", "steps": 6},
     "half": {"bf16": True, "optim": "adamw_bnb_8bit"},
 }
 
 
-def cases() -> list[Case]:
-    found = []
-    for strategy in STRATEGIES:
-        found.append(Case(strategy, strategy, steps=STEPS))
-        found.append(Case(f"{NEXT[strategy]}-on-{strategy}", NEXT[strategy], steps=STEPS, resume=(strategy, 4)))
-        for name, turned in TURNED.items():
-            found.append(Case(f"{strategy}-{name}", strategy, **turned))
-    found.append(Case("fsdp-percentile-on-ddp", "fsdp", resume=("ddp-percentile", 2), **TURNED["percentile"]))
-    found.append(Case("fsdp-packed-on-ddp", "fsdp", resume=("ddp-packed", 2), **TURNED["packed"]))
-    found.append(Case("fsdp-offload", "fsdp", offload=True))
-    found.append(Case("zero3-offload", "zero3", offload=True))
-    return found
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every case on 2 ranks."""
-    return work(tmp_path_factory.mktemp("two"), cases(), 2)
+    """Each strategy on 2 ranks, as it is, going on from another's checkpoint, and with packed rows."""
+    cases = [Case(strategy, strategy, steps=STEPS) for strategy in STRATEGIES]
+    cases += [Case(f"{NEXT[s]}-on-{s}", NEXT[s], steps=STEPS, resume=(s, 4)) for s in STRATEGIES]
+    cases += [Case(f"{strategy}-packed", strategy, **PACKED) for strategy in STRATEGIES]
+    cases.append(Case("fsdp-packed-on-ddp", "fsdp", resume=("ddp-packed", 2), **PACKED))
+    return work(tmp_path_factory.mktemp("two"), cases, 2)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, two: dict[str, Any]) -> dict[str, Any]:
     """The same on one, with the batch of both; and a run of 2 ranks that goes on there."""
     folder = tmp_path_factory.mktemp("one")
-    turned = {name: {**values, "batch": 2 * values.get("batch", 2)} for name, values in TURNED.items()}
-    alone = [Case("plain", batch=4, steps=STEPS), *(Case(name, **values) for name, values in turned.items())]
+    alone = [Case("plain", batch=4, steps=STEPS), Case("packed", batch=4, **PACKED)]
     for strategy in STRATEGIES:
         saved = Path(two[strategy]["weights"]).parent.with_name("checkpoint-4")
         (folder / strategy).mkdir()
         (folder / strategy / saved.name).symlink_to(saved)
-        # As many images a step as the two ranks saw, cut into accumulated halves.
+        # As many rows a step as the two ranks saw, cut into accumulated halves.
         halves = {"gradient_accumulation_steps": 2}
         alone.append(Case(f"on-{strategy}", steps=STEPS, resume=(strategy, 4), trainer=halves))
     return work(folder, alone, 1)
+
+
+@pytest.fixture(scope="module")
+def two_turned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each strategy on 2 ranks, with each thing turned."""
+    cases = [Case(f"{s}-{name}", s, **turned) for s in STRATEGIES for name, turned in TURNED.items()]
+    cases.append(Case("fsdp-percentile-on-ddp", "fsdp", resume=("ddp-percentile", 2), **TURNED["percentile"]))
+    cases += [Case(f"{strategy}-offload", strategy, offload=True) for strategy in ("fsdp", "zero3")]
+    return work(tmp_path_factory.mktemp("two"), cases, 2)
+
+
+@pytest.fixture(scope="module")
+def one_turned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same on one, with the batch of both."""
+    turned = {name: {**values, "batch": 2 * values.get("batch", 2)} for name, values in TURNED.items()}
+    return work(tmp_path_factory.mktemp("one"), [Case(name, **values) for name, values in turned.items()], 1)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -79,11 +84,17 @@ def test_two_ranks_are_one(two: dict[str, Any], one: dict[str, Any], strategy: s
     assert max(worst.values()) < 1e-3, max(worst, key=lambda name: worst[name])
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_packed_rows_on_two_ranks_are_those_on_one(two: dict[str, Any], one: dict[str, Any], strategy: str) -> None:
+    assert two[f"{strategy}-packed"]["losses"] == pytest.approx(one["packed"]["losses"], abs=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TURNED)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_whatever_is_turned(two: dict[str, Any], one: dict[str, Any], strategy: str, name: str) -> None:
+def test_whatever_is_turned(two_turned: dict[str, Any], one_turned: dict[str, Any], strategy: str, name: str) -> None:
     tolerance = 1e-2 if TURNED[name].get("bf16") else 1e-4
-    assert two[f"{strategy}-{name}"]["losses"] == pytest.approx(one[name]["losses"], abs=tolerance)
+    assert two_turned[f"{strategy}-{name}"]["losses"] == pytest.approx(one_turned[name]["losses"], abs=tolerance)
 
 
 def test_packed_rows_go_on_where_they_stood(two: dict[str, Any]) -> None:
@@ -92,23 +103,28 @@ def test_packed_rows_go_on_where_they_stood(two: dict[str, Any]) -> None:
     assert two["fsdp-packed-on-ddp"]["losses"] == pytest.approx(rest, abs=1e-4) and len(rest) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fsdp-offload", "zero3-offload"])
-def test_offloaded_is_the_same(two: dict[str, Any], name: str) -> None:
-    assert two[name]["losses"] == pytest.approx(two["ddp-recomputed"]["losses"], abs=1e-4)
-    assert "offloaded to host memory" in two[name]["table"]
+def test_offloaded_is_the_same(two_turned: dict[str, Any], name: str) -> None:
+    assert two_turned[name]["losses"] == pytest.approx(two_turned["ddp-recomputed"]["losses"], abs=1e-4)
+    assert "offloaded to host memory" in two_turned[name]["table"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_percentile_clipping_is_of_the_global_norm(two: dict[str, Any], one: dict[str, Any], strategy: str) -> None:
+def test_percentile_clipping_is_of_the_global_norm(
+    two_turned: dict[str, Any], one_turned: dict[str, Any], strategy: str
+) -> None:
     """The norms that it remembers are the logged ones, on every strategy those of one process."""
-    result = two[f"{strategy}-percentile"]
+    result = two_turned[f"{strategy}-percentile"]
     assert result["limits"] == pytest.approx(list(result["norms"].values()), rel=1e-4)
-    assert result["limits"] == pytest.approx(one["percentile"]["limits"], rel=1e-3)
+    assert result["limits"] == pytest.approx(one_turned["percentile"]["limits"], rel=1e-3)
 
 
-def test_the_norms_are_remembered(two: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_the_norms_are_remembered(two_turned: dict[str, Any]) -> None:
     """A resumed run clips by the norms of before, too: the same bounds, so the same losses."""
-    before, resumed = two["ddp-percentile"], two["fsdp-percentile-on-ddp"]
+    before, resumed = two_turned["ddp-percentile"], two_turned["fsdp-percentile-on-ddp"]
     assert resumed["limits"] == pytest.approx(before["limits"], rel=1e-4) and len(resumed["limits"]) == 4
     rest = {step: loss for step, loss in before["losses"].items() if step > 2}
     assert resumed["losses"] == pytest.approx(rest, abs=1e-4)
@@ -127,11 +143,15 @@ def test_a_checkpoint_goes_on_elsewhere(two: dict[str, Any], one: dict[str, Any]
 def test_the_weights_are_whole_and_load_on_one_cpu(two: dict[str, Any], strategy: str) -> None:
     """A checkpoint's weights are those that are evaluated, under plain names, in the model's own type."""
     assert two[strategy]["whole_model_is_the_checkpoint"]
-    vlm = model("blockwise_prefix")
-    assert not vlm.load_state_dict(load_file(two[strategy]["weights"])).missing_keys
-    half = load_file(two[f"{strategy}-half"]["weights"])
+    assert not model("blockwise_prefix").load_state_dict(load_file(two[strategy]["weights"])).missing_keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_weights_keep_their_type_and_frozen_ones_their_values(two_turned: dict[str, Any], strategy: str) -> None:
+    half = load_file(two_turned[f"{strategy}-half"]["weights"])
     assert {weight.dtype for weight in half.values()} == {torch.float32}
-    frozen = load_file(two[f"{strategy}-partial"]["weights"])
+    frozen = load_file(two_turned[f"{strategy}-partial"]["weights"])
     before = dict(model("blockwise_prefix").named_parameters())
     moved = {name for name in before if not torch.equal(frozen[name], before[name])}
     assert moved == {"projector.layers.0.weight", "projector.layers.0.bias"}
@@ -139,11 +159,17 @@ def test_the_weights_are_whole_and_load_on_one_cpu(two: dict[str, Any], strategy
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_table_says_what_runs(two: dict[str, Any], strategy: str) -> None:
-    table, half = two[strategy]["table"], two[f"{strategy}-half"]["table"]
+    table = two[strategy]["table"]
     total = sum(p.numel() for p in model("blockwise_prefix").parameters())
     assert table.splitlines()[0].split() == ["strategy", f"{strategy},", "2", "ranks", "on", "cpu"]
     sharded = strategy in ("fsdp", "zero3")
     assert ("of which" in table) == sharded and f"{total:,}" in table
     assert "float32, weights kept in float32" in table and "fp32 moments" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_table_says_that_it_is_halved(two_turned: dict[str, Any], strategy: str) -> None:
+    half = two_turned[f"{strategy}-half"]["table"]
     assert "bfloat16, weights kept in float32" in half and "8-bit moments" in half
     assert ("adamw_bnb_8bit cannot step on shards" in half) == (strategy == "fsdp")

@@ -132,6 +132,7 @@ def test_a_finished_run_trains_no_further(tmp_path: Path, trained: tuple[Path, s
 FORCED = ("resume=auto", "resume_force=true")
 
 
+@pytest.mark.slow
 def test_sampled_targets_go_on_after_a_resume(tmp_path: Path, data: str) -> None:
     """Targets drawn anew each epoch are the same whether an epoch was begun before or after the resume."""
     small = (*SMALL, data, "data.target=sampled", "trainer.lr_scheduler_type=constant", "trainer.eval_strategy=no")
@@ -284,6 +285,7 @@ def test_predict_changes_only_the_decoding_it_is_given(tmp_path: Path, unusual: 
         assert written != pytest.approx(log_probability(**other), abs=1e-2)
 
 
+@pytest.mark.slow
 def test_the_model_compiles(tmp_path: Path, data: str) -> None:
     """Traced and differentiated by torch.compile; the C++ code that inductor makes of it takes minutes to build."""
     compiled = ("trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager")
