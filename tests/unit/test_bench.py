@@ -27,6 +27,7 @@ def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the machine can do is measured in a test of its own."""
     monkeypatch.setattr(common, "matrix_rate", lambda device, dtype: 1e11)
     monkeypatch.setattr(common, "bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(train, "TURN", 0.0)
 
 
 def job(shape: str = "vqav2", mode: str = "causal", images: int = 3) -> train.Job:
@@ -250,6 +251,7 @@ def test_scaling_prints_and_writes_its_series(tmp_path: Path, capsys: pytest.Cap
 def test_measurements_need_no_other_package(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from bench import loss, scaling, train; "
+        "train.TURN = 0; "
         f"sys.exit(train.main(['--model', 'tiny', '--device', 'cpu', '--repeats', '1', '--images', '1', "
         f"'--out', {str(tmp_path / 'train.json')!r}]))"
     )

@@ -1,0 +1,191 @@
+"""How fast images are read, and how many workers it takes so that the model never waits for them.
+
+    python -m bench.data --model mid
+
+Photographs of COCO's size (640 x 480), with the questions of `--shape`, and pages of DocVQA's (1700 x 2200), with its
+own, as JPEG bytes in memory, go through the project's `decode` and `to_tensor` in a torch DataLoader with 0, 1 and 2
+workers: decoded whole, and at a reduced scale (`ImageSettings.reduced`), where the pixels are not quite the same: by
+how much is printed in grey levels of 255.
+
+What the model needs is an upper bound, as if it did nothing but matrix products at the rate measured on this device:
+that rate / the FLOPs of a training step for an image with its questions. `--need` gives images a second instead, for a
+device that is not this one. The workers that never starve it follow from one worker's speed, a core each.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bench import common
+from vlmvqa.data.images import ImageSettings, decode, to_tensor
+
+HALF = (0.5, 0.5, 0.5)
+WORKERS = (0, 1, 2)
+QUALITY = 90
+
+
+def photograph(width: int = 640, height: int = 480, seed: int = 0) -> Image.Image:
+    """Slow colour gradients, noise with the spectrum of photographs (1 / frequency), and objects with hard edges."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    gradients = np.stack([64 + 50 * np.sin(x / (60 + 30 * c) + seed) * np.cos(y / (80 - 10 * c)) for c in range(3)], -1)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    frequency[0, 0] = 1
+    spectrum = np.fft.fft2(rng.standard_normal((3, height, width))) / frequency
+    noise = np.fft.ifft2(spectrum).real.transpose(1, 2, 0)
+    pixels = 64 + gradients + 40 * noise / noise.std()
+    for _ in range(12):
+        left, top = rng.integers(0, width - 60), rng.integers(0, height - 60)
+        pixels[top : top + rng.integers(8, 160), left : left + rng.integers(8, 160)] = rng.integers(0, 256, 3)
+    pixels += 4 * rng.standard_normal(pixels.shape)  # the sensor's
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def page(width: int = 1700, height: int = 2200, seed: int = 0) -> Image.Image:
+    """A printed page: black letters on white."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    for top in range(80, height - 80, 44):
+        words = ["".join(map(chr, rng.integers(97, 123, rng.integers(2, 9)))) for _ in range(15)]
+        draw.text((90, top), " ".join(words), fill="black", font=ImageFont.load_default(28))
+    return image
+
+
+def jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
+
+
+class Pictures(Dataset[Tensor]):
+    """`count` images, from a few files over and over."""
+
+    def __init__(self, files: Sequence[bytes], count: int, settings: ImageSettings) -> None:
+        self.files, self.count, self.settings = files, count, settings
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        file = self.files[index % len(self.files)]
+        return to_tensor(decode(file, f"image {index}", self.settings), self.settings)
+
+
+def images_per_second(pictures: Pictures, workers: int, repeats: int = 1, batch: int = 8) -> float:
+    """The median of so many epochs, which begin with the workers already started."""
+    loader = DataLoader(pictures, batch, num_workers=workers, persistent_workers=workers > 0)
+    next(iter(loader))
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in loader:
+            pass
+        seconds.append(time.perf_counter() - started)
+    return len(pictures) / statistics.median(seconds)
+
+
+def difference(files: Sequence[bytes], settings: ImageSettings) -> tuple[float, float]:
+    """What decoding at a reduced scale does to the model's pixels: mean and maximum, in grey levels."""
+    whole, reduced = (Pictures(files, len(files), replace(settings, reduced=reduced)) for reduced in (False, True))
+    scale = 255 * settings.std[0]
+    apart = torch.stack([(whole[n] - reduced[n]).abs() * scale for n in range(len(files))])
+    return apart.mean().item(), apart.max().item()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Pictures of one sort; `shape` names the questions asked about them, and the model's image size."""
+
+    name: str
+    draw: Callable[..., Image.Image]
+    shape: str
+    share: int  # of the images asked for, one in so many: large ones take long
+
+    def files(self, count: int) -> list[bytes]:
+        return [jpeg(self.draw(seed=seed)) for seed in range(count)]
+
+
+def kinds(shape: str) -> list[Kind]:
+    pages = Kind("pages, 1700 x 2200", page, "docvqa", 8)
+    return [pages] if shape == "docvqa" else [Kind("photographs, 640 x 480", photograph, shape, 1), pages]
+
+
+def flops_an_image(model: str, shape: common.Shape, seed: int) -> float:
+    """Of a training step, forward and backward, for an image with its questions; nothing is computed."""
+    built = common.build_model(model, shape, "meta", seed)
+    documents = common.draw_documents(shape, 16, common.vocabulary(built), seed)
+    pixels = torch.empty(len(documents), 3, 1, 1)  # only their number counts
+    batch = common.make_batch(built, [[document] for document in documents], pixels)
+    return common.needed_flops(built, batch) / len(documents)
+
+
+def compare(kind: Kind, images: int, need: float, repeats: int) -> list[common.Row]:
+    """A row for each number of workers, decoding whole and reduced."""
+    rows: list[common.Row] = []
+    count = max(images // kind.share, 1)
+    files = kind.files(min(count, 8))
+    whole = ImageSettings(common.SHAPES[kind.shape].image_size, HALF, HALF)
+    mean, largest = difference(files, whole)
+    for settings in (whole, replace(whole, reduced=True)):
+        pictures = Pictures(files, count, settings)
+        for workers in WORKERS:
+            rate = images_per_second(pictures, workers, repeats)
+            row = {"pictures": kind.name, "size": settings.size, "reduced": settings.reduced, "workers": workers}
+            row |= {"images_per_second": rate, "need": need}
+            row |= {"mean_difference": mean, "largest_difference": largest} if settings.reduced else {}
+            rows.append(row)
+    for row in rows:
+        one = {r["reduced"]: r["images_per_second"] for r in rows if r["workers"] == 1}
+        base = next(r for r in rows if r["workers"] == row["workers"])  # decoded whole comes first
+        row["ratio"] = row["images_per_second"] / base["images_per_second"]
+        row["workers_needed"] = math.ceil(need / one[row["reduced"]])
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
+    parser = common.parser("data", __doc__, images=256)
+    parser.add_argument("--need", type=float, help="images a second that the model consumes (default: as above)")
+    args = parser.parse_args(arguments)
+    machine = common.machine(args.device, torch.bfloat16 if args.model == "real" else torch.float32)
+    print(common.describe(machine))
+
+    rows: list[common.Row] = []
+    for kind in kinds(args.shape):
+        flops = flops_an_image(args.model, common.SHAPES[kind.shape], args.seed)
+        need = args.need or machine["matrix_flops_per_second"] / flops
+        rows += compare(kind, args.images, need, args.repeats)
+        print(
+            f"{kind.name}: the model takes {flops / 1e12:.3g} TFLOP for an image with its questions ({kind.shape}), "
+            f"so {need:.3g} images/s at most; reduced, its pixels differ by {rows[-1]['mean_difference']:.1f} of 255 "
+            f"in the mean and {rows[-1]['largest_difference']:.0f} at most"
+        )
+    shown = [
+        (
+            f"{row['pictures']} to {row['size']}, {'reduced' if row['reduced'] else 'whole'}",
+            row["workers"],
+            f"{row['images_per_second']:.3g}",
+            common.times(row["ratio"]),
+            f"{row['need']:.3g}",
+            row["workers_needed"],
+        )
+        for row in rows
+    ]
+    print(common.table(("", "workers", "images/s", "ratio", "needed", "workers that suffice"), shown))
+    common.write_json(args, machine, rows)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Answers per second: all questions of an image in one row, against transformers' own `generate` on the same weights.
+
+    python -m bench.generate --model mid --shape vqav2
+
+    one at a time      transformers' `generate`, a question a call: the image's features in place in `inputs_embeds`
+    padded batches     the same, `--batch` questions a call, padded on the left
+    ..., encoded once  the same, but an image passes the vision encoder once a call, not once a question
+    shared rows        ours: `--batch` images a call, each in one row with all its questions
+    shared rows, MODE  ours in the attention mode `--mode`, our default one: another function, timed beside it
+
+Same weights, same questions, greedy, a KV cache everywhere. Mode `causal` is compared, because there transformers'
+own mask is the same function as ours; the answers that are equal token for token are counted.
+
+Random weights never end an answer, so each has `--tokens` tokens for every contender: 4 unless told, more than
+VQAv2's answers have with their EOS, so that nobody gains by stopping early. With `--ends 0.5` the second tokens of
+half the questions become end tokens, for all alike: answers then end at their own times, and a padded batch waits
+for its longest.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import common
+from vlmvqa.models.generation import Decoding, generate
+from vlmvqa.models.vlm import VLM
+from vlmvqa.sequence.rows import Document, TokenizedQuestion
+
+Asked = tuple[int, TokenizedQuestion]  # the number of the image, and the question
+Answers = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every contender is given: questions without answers, `pixels float[I, 3, H, H]`, how many and how long."""
+
+    documents: Sequence[Document]
+    pixels: Tensor
+    batch: int
+    tokens: int
+    ends: frozenset[int] = frozenset()
+
+    @property
+    def asked(self) -> list[Asked]:
+        return [(document.image, question) for document in self.documents for question in document.questions]
+
+
+@torch.no_grad()
+def theirs(model: VLM, causal_lm: Any, job: Job, encode_once: bool = False) -> Answers:
+    """Answers by transformers' `generate`, without the end token."""
+    # Set, not passed: None as an argument would mean the config's own end token.
+    causal_lm.generation_config.update(eos_token_id=sorted(job.ends) or None, pad_token_id=0)
+    answers: Answers = []
+    for start in range(0, len(job.asked), job.batch):
+        embeds, mask = embed(model, job.asked[start : start + job.batch], job.pixels, encode_once)
+        written = causal_lm.generate(
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=job.tokens, do_sample=False
+        )
+        answers += [until(answer, job.ends) for answer in written.tolist()]
+    return answers
+
+
+def embed(model: VLM, asked: Sequence[Asked], pixels: Tensor, encode_once: bool) -> tuple[Tensor, Tensor]:
+    """`inputs_embeds float[B, T, D]` and `attention_mask int64[B, T]`: a question a row, padded on the left."""
+    images = [image for image, _ in asked]
+    encoded = sorted(set(images)) if encode_once else images
+    features = model.image_tokens({"pixel_values": pixels[encoded]}).unflatten(0, (len(encoded), -1))
+    if encode_once:
+        features = features[[encoded.index(image) for image in images]]
+    texts = [model.language.embed(torch.tensor(question.prompt, device=pixels.device)) for _, question in asked]
+    longest = max(map(len, texts))
+    rows = [
+        F.pad(torch.cat([image, text]), (0, 0, longest - len(text), 0))
+        for image, text in zip(features, texts, strict=True)
+    ]
+    mask = [[0] * (longest - len(text)) + [1] * (features.shape[1] + len(text)) for text in texts]
+    return torch.stack(rows), torch.tensor(mask, device=pixels.device)
+
+
+def ours(model: VLM, job: Job) -> Answers:
+    """Answers by the project's `generate`: `job.batch` images at a time, each a row with all its questions."""
+    answers: Answers = []
+    for start in range(0, len(job.documents), job.batch):
+        rows = [[document] for document in job.documents[start : start + job.batch]]
+        batch = common.make_batch(model, rows, job.pixels)
+        answers += [written.tokens for written in generate(model, batch, job.ends, Decoding(job.tokens))]
+    return answers
+
+
+def until(answer: Sequence[int], ends: frozenset[int]) -> list[int]:
+    """The tokens before the first end token."""
+    end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+    return list(answer[:end])
+
+
+def end_tokens(answers: Answers, share: float, seed: int) -> frozenset[int]:
+    """The second tokens of a share of the answers."""
+    longer = [answer for answer in answers if len(answer) > 1]
+    return frozenset(answer[1] for answer in random.Random(seed).sample(longer, round(share * len(longer))))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`answer` answers a job; where `same`, its answers should be those of the first contender."""
+
+    name: str
+    answer: Callable[[Job], Answers]
+    same: bool = True
+
+
+def contenders(model: VLM, other_mode: str) -> list[Contender]:
+    causal_lm: Any = common.causal_lm(model).eval()
+
+    def in_other_mode(job: Job) -> Answers:
+        mode, model.mode = model.mode, other_mode
+        try:
+            return ours(model, job)
+        finally:
+            model.mode = mode
+
+    return [
+        Contender("one at a time", lambda job: theirs(model, causal_lm, replace(job, batch=1))),
+        Contender("padded batches", lambda job: theirs(model, causal_lm, job)),
+        Contender("padded batches, encoded once", lambda job: theirs(model, causal_lm, job, encode_once=True)),
+        Contender("shared rows", lambda job: ours(model, job)),
+        Contender(f"shared rows, {other_mode}", in_other_mode, same=False),
+    ]
+
+
+def take_turns(found: Sequence[Contender], job: Job, repeats: int) -> list[list[common.Measured[Answers]]]:
+    """Each contender's measurements; in turns, so that what else the machine does befalls all alike."""
+    small, device = replace(job, documents=job.documents[:1]), job.pixels.device
+    turns: list[list[common.Measured[Answers]]] = [[] for _ in found]
+    for _ in range(repeats):
+        for contender, measured in zip(found, turns, strict=True):
+            whole, warm = partial(contender.answer, job), partial(contender.answer, small)
+            measured.append(common.measure(whole, device, warm=warm))
+            print(f"  {contender.name}: {len(job.asked) / measured[-1].seconds:.3g} answers/s", flush=True)
+    return turns
+
+
+def compare(found: Sequence[Contender], job: Job, repeats: int) -> list[common.Row]:
+    """A row for each contender."""
+    turns = take_turns(found, job, repeats)
+    reference = turns[0][0].result
+    rows: list[common.Row] = []
+    for contender, measured in zip(found, turns, strict=True):
+        equal = sum(a == b for a, b in zip(measured[0].result, reference, strict=True)) if contender.same else None
+        rows.append(
+            {
+                "name": contender.name,
+                "answers_per_second": len(job.asked) / statistics.median(one.seconds for one in measured),
+                "peak_bytes": measured[0].peak,
+                "equal_answers": equal,
+            }
+        )
+    for row in rows:
+        for key, base in (("to_one_at_a_time", rows[0]), ("to_padded_batches", rows[1])):
+            row[key] = row["answers_per_second"] / base["answers_per_second"]
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
+    parser = common.parser("generate", __doc__)
+    parser.set_defaults(mode="blockwise_prefix")
+    parser.add_argument("--batch", type=int, default=16, help="rows a call (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4, help="tokens an answer, at most (default: %(default)s)")
+    parser.add_argument("--ends", type=float, default=0.0, help="share of answers made to end (default: %(default)s)")
+    args = parser.parse_args(arguments)
+
+    shape = common.SHAPES[args.shape]
+    model = common.build_model(args.model, shape, args.device, args.seed).eval()
+    drawn = common.draw_documents(shape, args.images, common.vocabulary(model), args.seed)
+    job = Job(common.without_answers(drawn), common.draw_pixels(model, args.images, args.seed), args.batch, args.tokens)
+    if args.ends:
+        job = replace(job, ends=end_tokens(ours(model, job), args.ends, args.seed))
+    machine = common.machine(args.device, next(model.parameters()).dtype)
+    print(common.describe(machine))
+
+    rows = compare(contenders(model, args.mode), job, args.repeats)
+    lengths = [min(len(answer) + 1, args.tokens) for answer in ours(model, job)]  # the end token is a step too
+    steps = sum(lengths) / len(lengths)
+    print(
+        f"{len(job.asked)} questions about {args.images} images of {model.vision.tokens} tokens; {steps:.1f} tokens an "
+        f"answer ({'random weights never end one' if not args.ends else f'{len(job.ends)} end tokens'})"
+    )
+    shown = [
+        (
+            row["name"],
+            f"{row['answers_per_second']:.3g}",
+            common.times(row["to_one_at_a_time"]),
+            common.times(row["to_padded_batches"]),
+            common.mib(row["peak_bytes"]),
+            "" if row["equal_answers"] is None else f"{row['equal_answers']} of {len(job.asked)}",
+        )
+        for row in rows
+    ]
+    headers = ("", "answers/s", "to one at a time", "to padded batches", "peak MiB", "same tokens")
+    print(common.table(headers, shown))
+    common.write_json(args, machine, rows, questions=len(job.asked), tokens_an_answer=steps)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

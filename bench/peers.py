@@ -1,0 +1,347 @@
+"""The same fine-tuning in transformers' PaliGemma with its `Trainer`, the way a user writes it today, and in ours.
+
+    python -m bench.peers --model mid --shape vqav2
+
+    PaliGemma and Trainer   `PaliGemmaForConditionalGeneration`: a question a row, each with its own copy of the image,
+                            padded to the longest of its batch; logits for every position
+    ours, a question a row  the same function: mode `prefix_lm`, an encoder of SigLIP's form
+    ours, shared rows       an image's questions in one row, in our default mode (`--mode`): another function, because
+                            PaliGemma's image sees the question, so that no two questions can share it
+
+All start from the same weights (PaliGemma's, copied) and take the same questions in every optimizer step:
+AdamW, clipped gradients, a constant learning rate. Ours is a plain loop. Inputs are random pixels and token ids, put
+together as PaliGemma's processor does (image placeholders, prompt, answer, EOS; token type 0 for the prefix and 1 for
+the answer; labels on the answer): so neither side spends time on text or JPEGs, and no tokenizer is needed.
+The first step warms up; the median of the others, over `--repeats` epochs, is what counts. Peak memory is what comes on
+top of the weights: gradients, the optimizer's state, activations. Needs accelerate, for the Trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import (
+    AutoModelForCausalLM,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    SiglipVisionConfig,
+)
+
+from bench import common
+from vlmvqa.models.language import LanguageModel
+from vlmvqa.models.projector import Projector
+from vlmvqa.models.vision import VisionEncoder, VisionSettings
+from vlmvqa.models.vlm import VLM, cast_parameters
+from vlmvqa.sequence.rows import IGNORE, Document, TokenizedQuestion
+
+Asked = tuple[int, TokenizedQuestion]  # the number of the image, and the question
+Peer = Any  # PaliGemmaForConditionalGeneration, whose configs have no types
+LEARNING_RATE, CLIP = 1e-5, 1.0  # CLIP is the Trainer's default
+
+
+@dataclass
+class Record:
+    """The loss of every step, and when each ended."""
+
+    device: torch.device
+    losses: list[Tensor] = field(default_factory=list)
+    ended: list[float] = field(default_factory=list)
+
+    def end_step(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.ended.append(time.perf_counter())
+
+
+# --- the same model twice ---------------------------------------------------------------------------------
+
+
+def build_peer(like: VLM, seed: int = 0) -> Peer:
+    """PaliGemma with a decoder like that of `like` and a SigLIP as wide and deep as its encoder, random weights."""
+    encoder = like.vision.encoder
+    block = encoder.blocks[0]
+    vision = SiglipVisionConfig(
+        hidden_size=encoder.embed_dim,
+        intermediate_size=block.mlp.fc1.out_features,
+        num_hidden_layers=len(encoder.blocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=like.vision.image_size,
+        patch_size=encoder.patch_embed.patch_size[0],
+        vision_use_head=False,
+    )
+    text = copy.deepcopy(like.language.config)
+    config = PaliGemmaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=text.vocab_size,  # a token that no text has, as in the published models
+        projection_dim=text.hidden_size,
+    )
+    torch.manual_seed(seed)
+    parameter = next(like.parameters())
+    with parameter.device:  # drawing 2.6 billion numbers on a CPU takes minutes
+        peer: Peer = PaliGemmaForConditionalGeneration(config)
+    cast_parameters(peer, parameter.dtype)
+    return peer
+
+
+def build_ours(peer: Peer, mode: str) -> VLM:
+    """The same model in our parts, with a copy of the weights."""
+    tower, text = peer.config.vision_config, peer.config.text_config
+    overrides = {
+        "patch_size": tower.patch_size,
+        "embed_dim": tower.hidden_size,
+        "depth": tower.num_hidden_layers,
+        "num_heads": tower.num_attention_heads,
+        "mlp_ratio": tower.intermediate_size / tower.hidden_size,
+        "act_layer": "gelu_tanh",  # transformers' SigLIP approximates GELU so
+    }
+    parameter = next(peer.parameters())
+    with parameter.device:
+        vision = VisionEncoder(
+            VisionSettings("vit_base_patch16_siglip_224", tower.image_size, weights="random", overrides=overrides)
+        )
+        causal_lm = AutoModelForCausalLM.from_config(text)
+        projector = Projector(tower.hidden_size, text.hidden_size)
+    vision.encoder.load_state_dict(siglip_weights(peer.model.vision_tower))
+    causal_lm.get_decoder().load_state_dict(peer.model.language_model.state_dict())
+    projector.layers[0].load_state_dict(peer.model.multi_modal_projector.linear.state_dict())
+    model = VLM(vision, projector, LanguageModel(causal_lm), mode).to(parameter.device)
+    return cast_parameters(model, parameter.dtype)
+
+
+def siglip_weights(tower: Any) -> dict[str, Tensor]:
+    """transformers' SigLIP weights under timm's names."""
+    given = {name.removeprefix("vision_model."): weight for name, weight in tower.state_dict().items()}
+    weights = {"pos_embed": given["embeddings.position_embedding.weight"][None]}
+    names = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    names["self_attn.out_proj"] = "attn.proj"
+    for kind in ("weight", "bias"):
+        weights[f"patch_embed.proj.{kind}"] = given[f"embeddings.patch_embedding.{kind}"]
+        weights[f"norm.{kind}"] = given[f"post_layernorm.{kind}"]
+        for n in range(tower.config.num_hidden_layers):
+            layer = f"encoder.layers.{n}."
+            weights |= {f"blocks.{n}.{new}.{kind}": given[f"{layer}{old}.{kind}"] for old, new in names.items()}
+            qkv = [given[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            weights[f"blocks.{n}.attn.qkv.{kind}"] = torch.cat(qkv)
+    return weights
+
+
+# --- the same questions twice -----------------------------------------------------------------------------
+
+
+def peer_batch(asked: Sequence[Asked], pixels: Tensor, image_token: int, image_tokens: int) -> dict[str, Tensor]:
+    """What PaliGemma's processor makes of questions with their answers, padded to the longest."""
+    rows = []
+    for _, question in asked:
+        prefix = [image_token] * image_tokens + list(question.prompt)
+        rows.append((prefix + list(question.answer), len(prefix)))
+    longest = max(len(ids) for ids, _ in rows)
+
+    def pad(columns: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([column + [fill] * (longest - len(column)) for column in columns])
+
+    return {
+        "pixel_values": pixels[[image for image, _ in asked]],
+        "input_ids": pad([ids for ids, _ in rows], 0),
+        "attention_mask": pad([[1] * len(ids) for ids, _ in rows], 0),
+        "token_type_ids": pad([[0] * prefix + [1] * (len(ids) - prefix) for ids, prefix in rows], 0),
+        "labels": pad([[IGNORE] * prefix + ids[prefix:] for ids, prefix in rows], IGNORE),
+    }
+
+
+def our_batch(asked: Sequence[Asked], pixels: Tensor, model: VLM, share: bool) -> dict[str, Tensor]:
+    """The same questions: a row for each image, or for each question."""
+    if share:
+        images = dict.fromkeys(image for image, _ in asked)
+        documents = [Document(image, [question for other, question in asked if other == image]) for image in images]
+    else:
+        documents = [Document(image, [question]) for image, question in asked]
+    return common.make_batch(model, [[document] for document in documents], pixels, multiple=8)
+
+
+# --- the same training twice ------------------------------------------------------------------------------
+
+
+def require_trainer() -> None:
+    """Load the Trainer before anything is built or measured.
+
+    Raises:
+        SystemExit: it lacks accelerate.
+    """
+    try:
+        import accelerate  # noqa: F401
+        from transformers import Trainer  # noqa: F401
+    except ImportError as error:
+        raise SystemExit("PaliGemma trains here with transformers' Trainer: `pip install accelerate`") from error
+
+
+def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int, epochs: int) -> Record:
+    """With transformers' Trainer."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    record = Record(peer.device)
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            record.end_step()
+
+    peer.register_forward_hook(lambda _, __, output: record.losses.append(output["loss"].detach()))
+    image_tokens = peer.config.text_config.num_image_tokens
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=batch,
+            num_train_epochs=epochs,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            max_grad_norm=CLIP,
+            train_sampling_strategy="sequential",  # the same questions in every step as ours
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=peer.device.type == "cpu",
+        )
+        trainer = Trainer(
+            peer,
+            arguments,
+            data_collator=lambda asked: peer_batch(asked, pixels, peer.config.image_token_id, image_tokens),
+            train_dataset=list(asked),
+            callbacks=[Steps()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return record
+
+
+def train_ours(model: VLM, asked: Sequence[Asked], pixels: Tensor, batch: int, epochs: int, share: bool) -> Record:
+    """In a plain loop."""
+    device = common.device_of(model)
+    record = Record(device)
+    # Fused and without weight decay, as the Trainer's.
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
+    for start in list(range(0, len(asked), batch)) * epochs:
+        inputs = our_batch(asked[start : start + batch], pixels, model, share)
+        loss = model(**{name: column.to(device) for name, column in inputs.items()})["loss"]
+        loss.backward()
+        clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        record.losses.append(loss.detach())
+        record.end_step()
+    return record
+
+
+# --- side by side -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`train(model)` trains what `build(peer)` makes; where `same`, its losses should be the first contender's."""
+
+    name: str
+    build: Callable[[Peer], Any]
+    train: Callable[[Any], Record]
+    same: bool = True
+
+
+def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, epochs: int, mode: str) -> list[Contender]:
+    work = (asked, pixels, batch, epochs)
+    return [
+        Contender("PaliGemma and Trainer", lambda peer: peer, lambda model: train_peer(model, *work)),
+        Contender(
+            "ours, a question a row",
+            lambda peer: build_ours(peer, "prefix_lm"),
+            lambda model: train_ours(model, *work, share=False),
+        ),
+        Contender(
+            f"ours, shared rows, {mode}",
+            lambda peer: build_ours(peer, mode),
+            lambda model: train_ours(model, *work, share=True),
+            same=False,
+        ),
+    ]
+
+
+def compare(found: Sequence[Contender], like: VLM, batch: int, seed: int) -> list[common.Row]:
+    """A row for each contender; each has its own model, made when its turn comes."""
+    rows: list[common.Row] = []
+    reference: list[float] = []
+    for contender in found:
+        model = contender.build(build_peer(like, seed)).train()
+        with common.PeakMemory(common.device_of(model)) as memory:
+            record = contender.train(model)
+        losses = [loss.item() for loss in record.losses]
+        reference = reference or losses
+        apart = max(abs(a - b) for a, b in zip(losses, reference, strict=True)) if contender.same else None
+        seconds = statistics.median(b - a for a, b in zip(record.ended, record.ended[1:], strict=False))
+        rows.append(
+            {
+                "name": contender.name,
+                "questions_per_second": batch / seconds,
+                "peak_bytes": memory.bytes,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "losses": losses,
+                "largest_loss_difference": apart,
+            }
+        )
+        print(f"  {contender.name}: {batch / seconds:.3g} questions/s", flush=True)
+        del model
+    for row in rows:
+        row["ratio"] = row["questions_per_second"] / rows[0]["questions_per_second"]
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
+    parser = common.parser("peers", __doc__, images=12, repeats=1)
+    parser.set_defaults(mode="blockwise_prefix")
+    parser.add_argument("--batch", type=int, default=16, help="questions a step (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    require_trainer()
+
+    shape = common.SHAPES[args.shape]
+    like = common.build_model(args.model, shape, args.device, args.seed)
+    documents = common.draw_documents(shape, args.images, common.vocabulary(like), args.seed)
+    asked = [(document.image, question) for document in documents for question in document.questions]
+    asked = asked[: len(asked) // args.batch * args.batch]  # whole steps
+    if len(asked) * args.repeats < 2 * args.batch:
+        parser.error("the first step warms up, and there is no second; ask for more --images or a smaller --batch")
+    pixels = common.draw_pixels(like, args.images, args.seed).cpu()  # moved with their batch, as a user's are
+    machine = common.machine(args.device, next(like.parameters()).dtype)
+    print(common.describe(machine))
+
+    rows = compare(contenders(asked, pixels, args.batch, args.repeats, args.mode), like, args.batch, args.seed)
+    print(
+        f"{len(asked)} questions about {args.images} images, {args.batch} a step; all parameters train "
+        f"({rows[0]['parameters'] / 1e6:,.1f} million)"
+    )
+    shown = [
+        (
+            row["name"],
+            f"{row['questions_per_second']:.3g}",
+            common.times(row["ratio"]),
+            common.mib(row["peak_bytes"]),
+            f"{row['losses'][0]:.5f}",
+            f"{row['losses'][-1]:.5f}",
+            "" if row["largest_loss_difference"] is None else f"{row['largest_loss_difference']:.1e}",
+        )
+        for row in rows
+    ]
+    headers = ("", "questions/s", "ratio", "peak MiB", "first loss", "last loss", "largest difference")
+    print(common.table(headers, shown))
+    common.write_json(args, machine, rows, questions=len(asked))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
