@@ -330,7 +330,7 @@ def flops(job: Job, rung: Rung) -> int:
     """What a row of the table needs."""
     total = 0
     for rows in rung.micro_batches:
-        features = None if rung.encoder else torch.empty(len(job.pixels), 1)
+        features = None if rung.encoder else torch.empty(len(job.pixels), 1, device=job.pixels.device)
         total += common.needed_flops(
             job.model, common.make_batch(job.model, rows, job.pixels, features=features), rung.encoder
         )

@@ -112,17 +112,18 @@ def train(
         )
         return {"vqa_accuracy": score(eval_examples, {name: answer.text for name, answer in answers.items()}).overall}
 
-    training_set = TrainingSet(
-        train_examples,
-        predictor.processor,
-        data.target,
-        config.seed,
-        bad_records,
-        row_tokens=data.row_tokens,
-        questions_per_row=data.questions_per_row if predictor.model.mode in SHAREABLE else 1,
-        weighting=config.loss_weighting,
-        features=features,
-    )
+    with ranks.first_here_first():  # texts are tokenised at first use
+        training_set = TrainingSet(
+            train_examples,
+            predictor.processor,
+            data.target,
+            config.seed,
+            bad_records,
+            row_tokens=data.row_tokens,
+            questions_per_row=data.questions_per_row if predictor.model.mode in SHAREABLE else 1,
+            weighting=config.loss_weighting,
+            features=features,
+        )
     trainer = VqaTrainer(
         predictor.model,
         arguments,

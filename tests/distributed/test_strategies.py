@@ -173,3 +173,7 @@ def test_the_table_says_that_it_is_halved(two_turned: dict[str, Any], strategy: 
     half = two_turned[f"{strategy}-half"]["table"]
     assert "bfloat16, weights kept in float32" in half and "8-bit moments" in half
     assert ("adamw_bnb_8bit cannot step on shards" in half) == (strategy == "fsdp")
+    # DeepSpeed's images are halved, but not what a token counts: what the loss is divided by is not, either.
+    types = two_turned[f"{strategy}-half"]["types_of_the_batch"]
+    assert types["weights"] == "torch.float32"
+    assert types["pixel_values"] == ("torch.bfloat16" if strategy.startswith("zero") else "torch.float32")

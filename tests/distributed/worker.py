@@ -134,6 +134,12 @@ def run(case: Case, root: Path) -> dict[str, Any]:
         "table": preflight.check(trainer),
         "weights": str(root / case.name / f"checkpoint-{case.steps}" / WEIGHTS),
         "whole_model_is_the_checkpoint": same,
+        "types_of_the_batch": {
+            name: str(column.dtype)
+            for name, column in trainer._prepare_inputs(
+                {"weights": torch.ones(1), "pixel_values": torch.ones(1)}
+            ).items()
+        },
     }
 
 

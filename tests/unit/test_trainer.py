@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from tests import tiny
 from vlmvqa.data.bad_records import BadRecords
@@ -116,6 +116,27 @@ def test_accumulated_steps_are_one_big_batch(tmp_path: Path) -> None:
     assert max((whole[name] - start[name]).abs().max() for name in whole) > 1e-2
     for name, weight in whole.items():
         torch.testing.assert_close(pieces[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "before", "now", "step", "place"),
+    [
+        (100, 64, 10, 4, (2, 0)),  # two whole epochs of 64 + 36 rows
+        (48, 48, 16, 3, (3, 0)),
+        (100, 10, 20, 3, (0, 2)),  # after 30 rows: the 10 that are left of a step are not made again
+        (100, 60, 10, 3, (1, 6)),
+    ],
+)
+def test_another_global_batch_goes_on_from_the_same_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, before: int, now: int, step: int, place: tuple[int, int]
+) -> None:
+    """Rows that fill up the last step of an epoch are not rows that were trained on."""
+    given = trainer(tmp_path, model(), per_device_train_batch_size=now)
+    monkeypatch.setattr(given.training_set, "packing", range(rows))
+    monkeypatch.setattr(Trainer, "_init_training_state", lambda *_: (0, 0))
+    monkeypatch.setattr("vlmvqa.training.state.progress", lambda _: {"global_batch": before})
+    given.state.global_step = step
+    assert given._init_training_state(1000, -(-rows // now), 10, str(tmp_path), None) == place
 
 
 def test_the_log_holds_a_line_a_step(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ class VqaTrainer(Trainer):
         self.clipping = Clipping(args.max_grad_norm, clip_percentile)
         self.watch = Watch(self.dist.timeout_minutes)
         self.speed = SpeedMeter(model)
+        self.training_set = training_set
         # Before DeepSpeed rounds all weights to what is computed in: those that do not train are saved as they were.
         rounds = self.dist.is_zero and (args.bf16 or args.fp16)
         self.frozen = {name: p.detach().cpu() for name, p in model.named_parameters() if rounds and not p.requires_grad}
@@ -186,6 +187,11 @@ class VqaTrainer(Trainer):
         """The training set is in the order of its epoch already; every rank gets every n-th batch of it."""
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(rows)
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
+        """On the device; under DeepSpeed in what it computes in, but for the weights, whose sum divides the loss."""
+        weights = inputs["weights"].to(self.args.device)
+        return {**super()._prepare_inputs(inputs), "weights": weights}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """What a step's loss is divided by: the weight of all its labels, over accumulated batches and ranks."""
@@ -337,9 +343,10 @@ class VqaTrainer(Trainer):
         before = state.progress(Path(resume))["global_batch"] if resume else self.global_batch
         if before == self.global_batch:
             return epoch, batches
-        seen = self.state.global_step * before
-        steps = math.ceil(seen / self.global_batch)
-        epoch, within = divmod(steps, num_update_steps_per_epoch)
+        rows = len(self.training_set.packing)  # those that fill up the last step of an epoch are not counted
+        epoch, steps = divmod(self.state.global_step, math.ceil(rows / before))
+        within = math.ceil(min(steps * before, rows) / self.global_batch)
+        epoch, within = epoch + within // num_update_steps_per_epoch, within % num_update_steps_per_epoch
         return epoch, within * self.args.gradient_accumulation_steps
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
