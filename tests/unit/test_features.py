@@ -403,3 +403,20 @@ def test_an_old_format_is_refused(tmp_path: Path, encoder: VisionEncoder, files:
     index.write_text(json.dumps({**json.loads(index.read_text()), "format": 0}))
     with pytest.raises(InputError, match=r"index.json is not of format 1; delete \S+ and make"):
         FeatureStore.open(tmp_path / "f", FeatureKey.of(encoder, SETTINGS, "float32"))
+
+
+def test_other_pictures_under_the_same_names_are_refused(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+    """Drawn anew, or another data set: ids, key and sizes are the same."""
+    store = made(tmp_path / "f", encoder, files)
+    store.refuse_other_pictures(files)
+    others = []
+    for number, example in enumerate(files):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (30, 30), (9 * number, 0, 99)).save(path)
+        others.append(dataclasses.replace(example, image=path))
+    with pytest.raises(InputError, match=r"are of other pictures: .*0\.png is not the file they were made of"):
+        store.refuse_other_pictures(others)
+    with pytest.raises(InputError, match="holds other features: they are of other images"):
+        made(tmp_path / "f", encoder, others)
+    gone = [dataclasses.replace(example, image=tmp_path / "gone.png") for example in files]
+    store.refuse_other_pictures(gone)  # pictures are not needed any more

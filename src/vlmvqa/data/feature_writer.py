@@ -36,6 +36,7 @@ from vlmvqa.data.features import (
     bytes_an_image,
     file_size,
     read_json,
+    samples,
     shard_path,
 )
 from vlmvqa.errors import InputError
@@ -142,7 +143,8 @@ def write(
     if batch_size < 1 or workers < 0:
         raise InputError(f"batch_size={batch_size} workers={workers}: use at least 1 image and no fewer workers than 0")
     each = bytes_an_image(shape, STORED[key.dtype][0])
-    most = _claim(folder, key, list(images), max(1, shard_bytes // each), overwrite)
+    compared = samples(list(images.values()))
+    most = _claim(folder, key, list(images), compared, max(1, shard_bytes // each), overwrite)
     shards = list(_chunks(list(images), most))
     records = [_kept(shard_path(folder, number), ids, each, bad_records) for number, ids in enumerate(shards)]
     chunks = {number: list(_chunks(shards[number], batch_size)) for number, kept in enumerate(records) if kept is None}
@@ -156,19 +158,30 @@ def write(
             records[number] = _write_shard(folder, number, encoded)
     if not any(record["ids"] for record in records if record):
         raise InputError("none of the images could be read; see the listing of skipped records")
-    _replace(folder / INDEX, {"key": asdict(key), "shape": shape, "shards": records})
+    _replace(folder / INDEX, {"key": asdict(key), "shape": shape, "shards": records, "samples": compared})
     return FeatureStore.open(folder, key)
 
 
-def _claim(folder: Path, key: FeatureKey, ids: Sequence[ImageId], most: int, overwrite: bool) -> int:
+def _claim(
+    folder: Path,
+    key: FeatureKey,
+    ids: Sequence[ImageId],
+    compared: Sequence[tuple[ImageId, int]],
+    most: int,
+    overwrite: bool,
+) -> int:
     """Make the folder one for these features; how many images a shard has in it (`most`, if it is new)."""
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     if (folder / KEY).exists():
         found = read_json(folder / KEY)
         differences = key.differences(FeatureKey(**found["key"]))
-        if found["images"] != digest:
+        before = dict(found["samples"])
+        done = {image for path in folder.glob("shard-*.json") for image in read_json(path)["ids"]}
+        changed = any(image in done and before.get(image, now) != now for image, now in compared)
+        if found["images"] != digest or changed:
             differences.append("they are of other images")
         if not differences:
+            _replace(folder / KEY, {**found, "samples": compared})  # of those not encoded yet, some may be mended
             return int(found["shard_images"])
         if not overwrite:
             raise InputError(
@@ -179,7 +192,7 @@ def _claim(folder: Path, key: FeatureKey, ids: Sequence[ImageId], most: int, ove
         folder.mkdir(parents=True, exist_ok=True)
         for old in (folder / INDEX, folder / KEY, *folder.glob("shard-*")):
             old.unlink(missing_ok=True)
-        _replace(folder / KEY, {"key": asdict(key), "images": digest, "shard_images": most})
+        _replace(folder / KEY, {"key": asdict(key), "images": digest, "samples": compared, "shard_images": most})
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}); choose another features.dir") from error
     return most

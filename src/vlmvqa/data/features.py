@@ -15,16 +15,18 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.errors import InputError, suggest
 
@@ -36,6 +38,8 @@ KEY, INDEX = "key.json", "index.json"
 COMMAND = "python launch/prepare.py features"
 # As tensors, and as the bytes of a shard.
 STORED = {"float32": (torch.float32, "<f4"), "bfloat16": (torch.bfloat16, "<u2"), "float16": (torch.float16, "<f2")}
+
+SAMPLES = 64  # images whose files are compared
 
 ImageId = int | str
 
@@ -97,6 +101,7 @@ class FeatureStore:
         self.folder = folder
         self.shape: tuple[int, int] = tuple(index["shape"])
         self.dtype, self._code = STORED[index["key"]["dtype"]]
+        self.samples: dict[ImageId, int] = dict(index["samples"])
         self.left_out: dict[ImageId, str] = {image: why for shard in shards for image, why in shard["left_out"]}
         self._starts = [0, *accumulate(len(shard["ids"]) for shard in shards)]
         self._rows: dict[ImageId, int] = {}
@@ -152,6 +157,16 @@ class FeatureStore:
                 f"make those of this split: {COMMAND} split=... features.dir=..."
             )
 
+    def refuse_other_pictures(self, examples: Iterable[Example]) -> None:
+        """Stop where some images' files are not those whose features were made: of another data set, or drawn anew."""
+        for example in examples:
+            there = self.samples.get(example.image_id)
+            if there is not None and _checksum(example) not in (there, None):
+                raise InputError(
+                    f"the features in {self.folder} are of other pictures: {example.name} is not the file they were "
+                    f"made of; make them anew: {COMMAND} features.dir={self.folder} features.overwrite=true"
+                )
+
     def _map(self, number: int) -> Any:
         if number not in self._maps:  # opened in the process that reads it
             shape = (self._starts[number + 1] - self._starts[number], *self.shape)
@@ -194,6 +209,20 @@ def check_dtype(dtype: str) -> None:
     """Refuse a dtype that features are not stored in."""
     if dtype not in STORED:
         raise InputError(f"features.dtype={dtype} is unknown; use one of {', '.join(STORED)}{suggest(dtype, STORED)}")
+
+
+def samples(examples: Sequence[Example]) -> list[tuple[ImageId, int]]:
+    """CRC-32 of some images' files, evenly spread, by image id: the ids alone are those of another data set too."""
+    chosen = examples[:: max(1, len(examples) // SAMPLES)]
+    return [(one.image_id, crc) for one in chosen if (crc := _checksum(one)) is not None]
+
+
+def _checksum(example: Example) -> int | None:
+    """Of an image's file; None where there is none (any more)."""
+    content = example.image
+    if isinstance(content, Path):
+        content = content.read_bytes() if content.is_file() else b""
+    return crc32(content) if isinstance(content, bytes) and content else None
 
 
 def shard_path(folder: Path, number: int) -> Path:
