@@ -335,6 +335,17 @@ def compose(*overrides: str) -> Any:
         return hydra.compose("plan", list(overrides))
 
 
+def test_a_packed_row_is_full() -> None:
+    """As many tokens as it may have, of usual documents: 257 + 5.36 x 13 tokens of VQAv2."""
+    packed = plan.build_planner(
+        compose("experiment=vlm_vqa_4xa10g", "data.questions_per_row=null", "data.row_tokens=2048")
+    )
+    assert (packed.shape.tokens, packed.shape.images, packed.rows.text_tokens) == (2048, 6, 13)
+    assert packed.shape.supervised == 33 * 4  # 6 x 5.36 questions of 4 tokens
+    given = verify.batch(tiny.model(), replace(ROWS, row_tokens=100), images_per_row=2)
+    assert given["labels"].shape == (2, 100) and len(given["pixel_values"]) == 4
+
+
 def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
     recipe = plan.build_planner(compose("experiment=vlm_vqa_4xa10g"))
     assert (recipe.gpu.name, recipe.gpus, recipe.rows.rows, recipe.shape.tokens) == ("A10G (24 GB)", 4, 6, 320)

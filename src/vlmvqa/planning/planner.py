@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import ceil
 
 import torch
 from transformers import AutoConfig
@@ -166,12 +167,17 @@ class Planner:
     @cached_property
     def shape(self) -> RowShape:
         rows = self.rows
-        return row_shape(self.model, self.images_per_row, rows.most_questions, rows.text_tokens, rows.answer_tokens)
+        if rows.row_tokens is None:
+            return row_shape(self.model, 1, rows.most_questions, rows.text_tokens, rows.answer_tokens)
+        # Full, whatever its documents are: more tokens than this it never has.
+        supervised = ceil(self.images_per_row * rows.questions) * rows.answer_tokens
+        return RowShape(rows.row_tokens, self.images_per_row, supervised)
 
     @cached_property
     def images_per_row(self) -> int:
-        document = self.model.vision.tokens + self.rows.most_questions * self.rows.text_tokens
-        return max(1, (self.rows.row_tokens or 0) // document)
+        """As many as usual ones fit (1 where rows are not filled)."""
+        document = self.model.vision.tokens + self.rows.questions * self.rows.text_tokens
+        return max(1, int((self.rows.row_tokens or 0) // document))
 
     def footprint(self, dist: DistSettings, checkpointing: bool) -> Footprint:
         """A pass as the strategy computes it."""

@@ -92,9 +92,10 @@ def batch(model: VLM, rows: Rows, images_per_row: int = 1) -> dict[str, Tensor]:
     """A batch of the planned size; what it says is nothing."""
     device = next(model.parameters()).device
     question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
-    documents = [Document(image, [question] * rows.most_questions) for image in range(rows.rows * images_per_row)]
+    asked = rows.most_questions if rows.row_tokens is None else max(1, int(rows.questions))
+    documents = [Document(image, [question] * asked) for image in range(rows.rows * images_per_row)]
     groups = [documents[row * images_per_row :][:images_per_row] for row in range(rows.rows)]
-    columns = pad_rows([build_row(group, model.vision.tokens, model.mode) for group in groups], multiple=8)
+    columns = pad_rows([build_row(group, model.vision.tokens, model.mode) for group in groups], rows.row_tokens or 8)
     size = model.vision.image_size
     pixels = torch.zeros(len(documents), 3, size, size, device=device)
     return {"pixel_values": pixels, **{name: column.to(device) for name, column in columns.items()}}
