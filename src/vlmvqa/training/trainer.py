@@ -19,6 +19,7 @@ import contextlib
 import math
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ from vlmvqa.training.clipping import Clipping
 from vlmvqa.training.log import EpochOfTargets, LogFile
 from vlmvqa.training.parallel import DistSettings
 from vlmvqa.training.speed import SpeedMeter, show_speed
-from vlmvqa.training.stopping import Watch
+from vlmvqa.training.stopping import SIGNALS, Watch
 from vlmvqa.training.whole import Whole, WholeZero
 
 PARTS = ("vision", "projector", "language")
@@ -187,6 +188,14 @@ class VqaTrainer(Trainer):
         """The training set is in the order of its epoch already; every rank gets every n-th batch of it."""
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(rows)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The DataLoader's workers start in here, and inherit that a notice to stop does not reach them."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
         """On the device; under DeepSpeed in what it computes in, but for the weights, whose sum divides the loss."""
