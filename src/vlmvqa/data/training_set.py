@@ -6,7 +6,6 @@ Legend: H image height and width, N image tokens, Dv vision width.
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Encoded, Processor
@@ -85,6 +84,7 @@ class TrainingSet(Dataset[list[Encoded]]):
         self._planned: tuple[int, Plan] | None = None
 
     def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's DataLoader before it reads an epoch."""
         self.epoch.fill_(epoch)
 
     def fill_steps(self, rows: int) -> None:
@@ -95,9 +95,6 @@ class TrainingSet(Dataset[list[Encoded]]):
         return -(-len(self.packing) // self.multiple) * self.multiple
 
     def __getitem__(self, index: int) -> list[Encoded]:
-        if get_worker_info() is not None:
-            # A notice to stop goes to the whole process group: the run saves first, and needs its workers until then.
-            os.setpgid(0, 0)
         if index >= len(self.packing):
             return [self._unsupervised(index % len(self.documents))]
         documents = self._plan()[index]

@@ -1,4 +1,4 @@
-"""`log.jsonl`, one line a logging step, and which epoch it is."""
+"""`log.jsonl`, one line a logging step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlmvqa import ranks
-from vlmvqa.data.training_set import TrainingSet
 
 
 class LogFile(TrainerCallback):
@@ -37,19 +36,6 @@ class LogFile(TrainerCallback):
         if ranks.is_first() and self.path.parent.exists():
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-
-class EpochOfTargets(TrainerCallback):
-    """Tells the training set which epoch it is, for targets drawn anew each epoch.
-
-    accelerate forwards the epoch to the data set in one process only, to the sampler in several.
-    """
-
-    def __init__(self, training_set: TrainingSet) -> None:
-        self.training_set = training_set
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.training_set.set_epoch(int((state.epoch or 0) + 1e-6))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

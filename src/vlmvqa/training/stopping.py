@@ -8,6 +8,7 @@ has moved for too long, the run ends with a sentence that names who is missing.
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import signal
 import sys
@@ -24,6 +25,27 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from vlmvqa import ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Keep notices to stop until the end of the block. Processes that are started in it never hear of any.
+
+    They come to whole process groups: a run saves before it stops, and needs until then the workers that read for it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python would end them with SIGTERM, which `held_back` keeps from them, and wait for it to work."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler calls a worker's end an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class Watch(TrainerCallback):

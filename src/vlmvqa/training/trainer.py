@@ -19,7 +19,6 @@ import contextlib
 import math
 import random
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,10 +41,10 @@ from vlmvqa.models import checkpoint
 from vlmvqa.models.vlm import VLM, ModelSettings, cast_parameters
 from vlmvqa.training import checkpoints, preflight, state
 from vlmvqa.training.clipping import Clipping
-from vlmvqa.training.log import EpochOfTargets, LogFile
+from vlmvqa.training.log import LogFile
 from vlmvqa.training.parallel import DistSettings
 from vlmvqa.training.speed import SpeedMeter, show_speed
-from vlmvqa.training.stopping import SIGNALS, Watch
+from vlmvqa.training.stopping import Watch, held_back
 from vlmvqa.training.whole import Whole, WholeZero
 
 PARTS = ("vision", "projector", "language")
@@ -98,7 +97,7 @@ class VqaTrainer(Trainer):
             train_dataset=training_set,
             # `evaluate` brings its own questions, but the Trainer wants to see a data set before it evaluates.
             eval_dataset=training_set if score else None,
-            callbacks=[LogFile(self.folder / "log.jsonl"), EpochOfTargets(training_set), self.watch, self.speed],
+            callbacks=[LogFile(self.folder / "log.jsonl"), self.watch, self.speed],
         )
         show_speed(self)
         training_set.fill_steps(self.global_batch)
@@ -114,9 +113,7 @@ class VqaTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         for group in self.plain_optimizer().param_groups:
             # torchao's rate is a tensor, which accelerate moves away from offloaded shards.
-            if (
-                isinstance(group["lr"], Tensor) and group["params"]
-            ):  # torchao's; accelerate moves it from offloaded shards
+            if isinstance(group["lr"], Tensor) and group["params"]:
                 group["lr"] = group["lr"].to(group["params"][0].device)
         if self.dist.is_zero:
             unset_hf_deepspeed_config()  # accelerate has set it again (`parallel.correct_deepspeed`)
@@ -190,12 +187,8 @@ class VqaTrainer(Trainer):
         return SequentialSampler(rows)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The DataLoader's workers start in here, and inherit that a notice to stop does not reach them."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
+        with held_back():  # the DataLoader's workers start in here
             return super().get_batch_samples(*args, **kwargs)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _prepare_inputs(self, inputs: dict[str, Tensor | Any]) -> dict[str, Tensor | Any]:
         """On the device; under DeepSpeed in what it computes in, but for the weights, whose sum divides the loss."""
@@ -272,7 +265,7 @@ class VqaTrainer(Trainer):
         """Generate and score answers, instead of the Trainer's loop over logits."""
         if self.score is None:
             raise InputError("the trainer was built without questions to evaluate on")
-        with self.watch.paused(), self.speed.paused(), self._whole_model() as model:
+        with self.watch.paused(), self.speed.paused(), held_back(), self._whole_model() as model:
             metrics = {f"eval_{name}": value for name, value in self.score(model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
