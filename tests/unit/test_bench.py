@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bench import common, loss, scaling, train
-from vlmvqa.training.flops import COUNTED, count, count_flops
+from vlmvqa.models.flops import COUNTED, count, count_flops
 
 # What a measurement must do without.
 HEAVY = ("hydra", "omegaconf", "datasets", "accelerate", "pandas", "deepspeed", "vlmvqa.data", "vlmvqa.training")

@@ -16,11 +16,11 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
+from vlmvqa.models import flops
+from vlmvqa.models.flops import COUNTED, count, count_flops, matrix_rate
 from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.sequence.masks import MODES, Tokens, visible
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
-from vlmvqa.training import flops
-from vlmvqa.training.flops import COUNTED, count, count_flops, matrix_rate
 from vlmvqa.training.log import read_log
 from vlmvqa.training.speed import (
     COMPILED_PHASES,

@@ -58,7 +58,8 @@ class Asked:
     Attributes:
         trainer: the `trainer` group.
         questions_per_row: `data.questions_per_row`.
-        trained_of_cached: what is to train of an encoder whose output is cached (`data.features`).
+        features: whether the encoder's output is cached (`data.features`).
+        trained_vision: `trainable.vision`.
         gpu: whether it trains on one.
         bf16_works: whether the device computes in bfloat16.
     """
@@ -67,7 +68,8 @@ class Asked:
     trainer: Mapping[str, Any]
     model: ModelSettings
     questions_per_row: int | None = None
-    trained_of_cached: str = "none"
+    features: bool = False
+    trained_vision: str = "all"
     gpu: bool = False
     bf16_works: bool = True
 
@@ -130,9 +132,9 @@ def _problems(asked: Asked) -> Iterator[str]:
         yield "model.language.loss=fused: its kernel needs a GPU; use model.language.loss=chunked"
     if model.language.loss == "fused" and importlib.util.find_spec("cut_cross_entropy") is None:
         yield "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'"
-    if asked.trained_of_cached != "none":
+    if asked.features and asked.trained_vision != "none":
         yield (
-            f"trainable.vision={asked.trained_of_cached}: an encoder whose output is cached cannot train; set "
+            f"trainable.vision={asked.trained_vision}: an encoder whose output is cached cannot train; set "
             "trainable.vision=none, or leave data.features out"
         )
     if trainer.get("average_tokens_across_devices") is False:

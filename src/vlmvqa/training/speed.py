@@ -43,8 +43,8 @@ from transformers import (
 )
 
 from vlmvqa import ranks
+from vlmvqa.models.flops import COUNTED, Flops, count, count_flops, matrix_rate
 from vlmvqa.models.vlm import VLM, Batch
-from vlmvqa.training.flops import COUNTED, Flops, count, count_flops, matrix_rate
 
 PHASES = ("data", "encoder", "language_model", "loss", "optimizer", "other")
 COMPILED_PHASES = ("data", "model", "optimizer", "other")
