@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import TrainingArguments
 
 from command_line import CONF, LAUNCHER
+from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Processor
 from vlmvqa.data.cache import read_once
@@ -23,10 +24,12 @@ from vlmvqa.data.example import Example
 from vlmvqa.data.features import FeatureKey, FeatureStore, stored_dtype
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.inference.predict import Predictor
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings, build
+from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.settings import build_settings
 from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_config
 from vlmvqa.training.preflight import Asked, optimizer_for
@@ -120,7 +123,35 @@ def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequ
     return Predictor(model, processor, data.prompt, settings, decoding)
 
 
-def cached_features(data: DataSettings, predictor: Predictor, examples: Sequence[Example]) -> FeatureStore | None:
+def training_set(
+    config: DictConfig,
+    data: DataSettings,
+    predictor: Predictor,
+    examples: Sequence[Example],
+    bad_records: BadRecords,
+) -> TrainingSet:
+    """The rows that a run trains on."""
+    features = _cached_features(data, predictor, examples)
+    with ranks.first_here_first():  # texts are tokenised at first use
+        return TrainingSet(
+            examples,
+            predictor.processor,
+            data.target,
+            config.seed,
+            bad_records,
+            row_tokens=data.row_tokens,
+            questions_per_row=most_questions(data, predictor.processor.mode),
+            weighting=config.loss_weighting,
+            features=features,
+        )
+
+
+def most_questions(data: DataSettings, mode: str) -> int | None:
+    """Questions that may share a row: one where the image sees its question."""
+    return data.questions_per_row if mode in SHAREABLE else 1
+
+
+def _cached_features(data: DataSettings, predictor: Predictor, examples: Sequence[Example]) -> FeatureStore | None:
     """The encoder's output in place of the training images, where `data.features` names it.
 
     Raises:
@@ -176,7 +207,8 @@ def asked(config: DictConfig, dist: DistSettings) -> Asked:
         group(config, "trainer"),
         build_settings(ModelSettings, model, "model"),
         config.data.questions_per_row,
-        str(config.trainable.vision) if config.data.features else "none",
+        config.data.features is not None,
+        str(config.trainable.vision),
         gpu,
         torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True,
     )

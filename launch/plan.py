@@ -20,7 +20,6 @@ from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.planning import report, verify
 from vlmvqa.planning.gpus import gpu
 from vlmvqa.planning.planner import Planner, Rows, Training, known_architecture
-from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.settings import build_settings
 from vlmvqa.training.parallel import DistSettings
 
@@ -84,7 +83,7 @@ def questions(plan: PlanSettings, data: DataSettings, mode: str) -> float:
         raise InputError(
             f"how many questions {data.source} asks of an image is not known; give plan.questions_per_image"
         )
-    most = data.questions_per_row if mode in SHAREABLE else 1
+    most = from_config.most_questions(data, mode)
     return float(asked if most is None else min(asked, most))  # an image asked more is repeated
 
 

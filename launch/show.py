@@ -12,10 +12,9 @@ from omegaconf import DictConfig, open_dict
 import from_config
 from command_line import run
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import split_questions
+from vlmvqa.data.packing import split
 from vlmvqa.errors import InputError
 from vlmvqa.inference.show import describe, draw
-from vlmvqa.sequence.masks import SHAREABLE
 
 
 def main(config: DictConfig) -> None:
@@ -26,11 +25,11 @@ def main(config: DictConfig) -> None:
     with open_dict(config), torch.device("meta"):  # sizes and the tokenizer are enough: no weights
         config.model.vision.weights = config.model.language.weights = "random"
         processor = from_config.build_predictor(config, data, examples).processor
-    questions_per_row = data.questions_per_row if processor.mode in SHAREABLE else 1
-    examples = split_questions(examples, questions_per_row)
-    if not 0 <= config.sample < len(examples):
-        raise InputError(f"sample={config.sample}: {config.split} has samples 0 to {len(examples) - 1}")
-    example = examples[config.sample]
+    most = from_config.most_questions(data, processor.mode)
+    parts = [one.part(*ends) for one in examples for ends in split([0] * len(one.questions), None, most)]
+    if not 0 <= config.sample < len(parts):
+        raise InputError(f"sample={config.sample}: {config.split} has samples 0 to {len(parts) - 1}")
+    example = parts[config.sample]
     batch = processor.collate([[processor.encode(example, [question.target for question in example.questions])]])
     folder.mkdir(parents=True, exist_ok=True)
     print(example.name)

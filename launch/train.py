@@ -27,12 +27,10 @@ from run_folder import open_run, refuse_run
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, count_questions
-from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.inference.card import refuse_upload, upload, write_card
 from vlmvqa.inference.evaluate import score
 from vlmvqa.inference.predict import Predictor, load
 from vlmvqa.models.vlm import VLM, set_trainable
-from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.training import parallel, preflight
 from vlmvqa.training.banner import banner
 from vlmvqa.training.state import WEIGHTS, write_weights
@@ -96,7 +94,8 @@ def train(
     predictor = from_config.build_predictor(config, data, train_examples)
     for part in PARTS:
         set_trainable(getattr(predictor.model, part), config.trainable[part], part)
-    features = from_config.cached_features(data, predictor, train_examples)  # before weights are sharded
+    # Before weights are sharded, which cached features are of.
+    training_set = from_config.training_set(config, data, predictor, train_examples, bad_records)
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
         parallel.shard(predictor.model, arguments.device, computed_in, dist.offload)
@@ -112,18 +111,6 @@ def train(
         )
         return {"vqa_accuracy": score(eval_examples, {name: answer.text for name, answer in answers.items()}).overall}
 
-    with ranks.first_here_first():  # texts are tokenised at first use
-        training_set = TrainingSet(
-            train_examples,
-            predictor.processor,
-            data.target,
-            config.seed,
-            bad_records,
-            row_tokens=data.row_tokens,
-            questions_per_row=data.questions_per_row if predictor.model.mode in SHAREABLE else 1,
-            weighting=config.loss_weighting,
-            features=features,
-        )
     trainer = VqaTrainer(
         predictor.model,
         arguments,

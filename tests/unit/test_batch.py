@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor, QuestionSet, split_questions
+from vlmvqa.data.batch import Processor, QuestionSet
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import train_tokenizer
@@ -77,12 +77,6 @@ def test_an_empty_answer_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None
 def test_any_text_survives_the_trained_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     for text in ("où est-il ?", "这是什么", "🙂 emoji", "tab\there"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-
-
-def test_questions_are_split_over_rows() -> None:
-    one = example(*(ask(n, "what") for n in range(5)))
-    assert [len(part.questions) for part in split_questions([one], 2)] == [2, 2, 1]
-    assert split_questions([one], None) == [one]
 
 
 def test_a_bad_image_has_no_questions_to_answer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

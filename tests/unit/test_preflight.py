@@ -38,7 +38,10 @@ def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "d
         (asked(attention="flex"), "no backward pass on the CPU; use model.language.attention=dense"),
         (asked(mode="prefix_lm", questions_per_row=4), "set data.questions_per_row=1, or model.mode=blockwise_prefix"),
         (asked(loss="fused"), "its kernel needs a GPU; use model.language.loss=chunked"),
-        (asked(trained_of_cached="4"), "trainable.vision=4: an encoder whose output is cached cannot train; set"),
+        (
+            asked(features=True, trained_vision="4"),
+            "trainable.vision=4: an encoder whose output is cached cannot train; set",
+        ),
         (asked(average_tokens_across_devices=False), "would weigh ranks, not tokens, the same; leave it out"),
         *((asked(**{key: True}), f"trainer.{key} cannot be set: ") for key in OURS),
     ],
@@ -58,6 +61,7 @@ def test_what_cannot_work_is_refused(given: Asked, said: str) -> None:
         asked(attention="flex", gpu=True),
         asked(mode="prefix_lm", questions_per_row=1),
         asked(mode="causal", questions_per_row=4),
+        asked(features=True, trained_vision="none"),
     ],
 )
 def test_what_works_is_not(given: Asked) -> None:

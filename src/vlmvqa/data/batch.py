@@ -6,7 +6,7 @@ Legend: B rows, T tokens, I images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 
 import torch
@@ -20,8 +20,6 @@ from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.data.texts import TokenTable
 from vlmvqa.errors import InputError
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
-
-REMEMBERED = 2**17  # texts whose tokens a processor keeps: the same are met again every epoch
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Processor:
         mode: the model's attention mode.
         max_text_tokens: prompt and answer of one question, at most; what is too long loses tokens of the question,
             never of the image, the template's end or the answer. None: no limit.
-        table: texts that are tokenised already.
+        table: texts that are tokenised already; any other is tokenised when it comes.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,7 +52,6 @@ class Processor:
     mode: str
     max_text_tokens: int | None = None
     table: TokenTable | None = field(default=None, repr=False, compare=False)
-    _known: dict[str, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     def tokenize(self, question: Question, answer: str | None) -> TokenizedQuestion:
         """BOS, prompt; then the answer and EOS (`answer=None`: nothing, the model is to write it).
@@ -109,25 +106,10 @@ class Processor:
         return {"pixel_values" if images.ndim == 4 else "image_features": images, **columns}
 
     def _ids(self, text: str) -> list[int]:
-        if self.table is not None and (found := self.table.get(text)) is not None:
-            return found
-        known = self._known
-        if text not in known:
-            if len(known) >= REMEMBERED:
-                known.clear()
-            known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return known[text]
-
-
-def split_questions(examples: Sequence[Example], questions_per_row: int | None) -> list[Example]:
-    """Examples with at most so many questions each: an image asked more is repeated (None: no limit)."""
-    if questions_per_row is None:
-        return list(examples)
-    return [
-        replace(example, questions=example.questions[start : start + questions_per_row])
-        for example in examples
-        for start in range(0, len(example.questions), questions_per_row)
-    ]
+        found = self.table.get(text) if self.table is not None else None
+        if found is None:
+            found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
 
 
 class QuestionSet(Dataset[Encoded | None]):

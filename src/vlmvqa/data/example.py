@@ -8,7 +8,7 @@ DataLoader's workers (`images.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL.Image import Image
@@ -45,6 +45,10 @@ class Example:
     image: ImageSource
     image_id: int | str
     questions: tuple[Question, ...]
+
+    def part(self, first: int, end: int) -> Example:
+        """The same image with some of its questions."""
+        return replace(self, questions=self.questions[first:end])
 
     @property
     def name(self) -> str:

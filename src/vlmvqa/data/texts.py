@@ -62,17 +62,8 @@ class TokenTable:
         found: list[int] = self.ids[self.starts[number] : self.starts[number + 1]].tolist()
         return found
 
-    def length(self, text: str) -> int:
-        """Tokens of a text.
-
-        Raises:
-            KeyError: it is not in the table.
-        """
-        number = self.numbers[text]
-        return int(self.starts[number + 1] - self.starts[number])
-
     def lengths(self, texts: Iterable[str]) -> NDArray[np.int64]:
-        """Tokens of each text, `int64[texts]`: much faster than one by one.
+        """Tokens of each text, `int64[texts]`.
 
         Raises:
             KeyError: one is not in the table.

@@ -18,6 +18,7 @@ from vlmvqa.data.batch import Encoded, Processor, QuestionSet
 from vlmvqa.data.example import Example, ImageSource, Question, count_questions
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.packing import split
+from vlmvqa.data.texts import TokenTable
 from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.generation import Decoding, generate
@@ -98,12 +99,15 @@ class Predictor:
             InputError: two questions have one id, or an image cannot be read.
         """
         _refuse_equal_ids(examples)
-        rows = self._rows(examples, row_text_tokens)
+        with ranks.first_here_first():  # texts are tokenised at first use
+            table = TokenTable.build((question.prompt for question in _questions(examples)), self.processor.tokenizer)
+        processor = replace(self.processor, table=table)
+        rows = self._rows(examples, processor, row_text_tokens)
         numbers = range(len(rows))
         batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
         mine = batches[ranks.rank() :: ranks.world_size()] if ranks.together() else batches
         loader = DataLoader(
-            QuestionSet(rows, self.processor, bad_records or BadRecords()),
+            QuestionSet(rows, processor, bad_records or BadRecords()),
             batch_sampler=mine,
             collate_fn=list,
             num_workers=workers,
@@ -138,21 +142,15 @@ class Predictor:
             "decoding": dataclasses.asdict(self.decoding),
         }
 
-    def _rows(self, examples: Sequence[Example], room: int) -> list[Example]:
+    def _rows(self, examples: Sequence[Example], processor: Processor, room: int) -> list[Example]:
         """A row each, of at most so many text tokens (or one question), from the longest to the shortest."""
         most = None if self.model.mode in SHAREABLE else 1
         rows: list[tuple[int, Example]] = []
         for example in examples:
-            lengths = [self._text_tokens(question) for question in example.questions]
+            lengths = [_text_tokens(question, processor) for question in example.questions]
             for first, end in split(lengths, room, most):
-                rows.append((sum(lengths[first:end]), replace(example, questions=example.questions[first:end])))
+                rows.append((sum(lengths[first:end]), example.part(first, end)))
         return [example for _, example in sorted(rows, key=lambda row: -row[0])]
-
-    def _text_tokens(self, question: Question) -> int:
-        try:
-            return len(self.processor.tokenize(question, None).prompt)
-        except InputError:
-            return 0  # it is reported, as the policy says, when its turn comes
 
     def _answer_batch(self, rows: Sequence[Example], encoded: Sequence[Encoded | None]) -> dict[int | str, Answer]:
         """The answers by id; none where the image was left out."""
@@ -184,6 +182,13 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, config["max_text_tokens"])
     decoding = build_settings(Decoding, config["decoding"], "config.json: decoding")
     return Predictor(model, processor, config["prompt"], settings, decoding)
+
+
+def _text_tokens(question: Question, processor: Processor) -> int:
+    try:
+        return len(processor.tokenize(question, None).prompt)
+    except InputError:
+        return 0  # it is reported, as the policy says, when its turn comes
 
 
 def _questions(examples: Iterable[Example]) -> Iterator[Question]:
