@@ -99,5 +99,5 @@ def test_every_attention_mode_under_every_strategy(tmp_path: Path) -> None:
         assert len(expected) == 2
         for row in ROWS:
             assert found[f"{mode}-{named(row)}"]["losses"] == pytest.approx(expected, abs=1e-4)
-            assert f"attention     {mode}, dense (eager)" in found[f"{mode}-{named(row)}"]["table"]
+            assert f"attention     {mode}, dense (softcap)" in found[f"{mode}-{named(row)}"]["table"]
     assert len({found[f"{mode}-ddp"]["losses"][2] for mode in MODES}) == len(MODES)  # they are not the same thing

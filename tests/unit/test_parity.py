@@ -6,6 +6,10 @@ Weights are drawn large, so that attention scores and logits reach the softcaps:
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import timm
 import torch
@@ -19,8 +23,10 @@ from transformers import (
     PreTrainedModel,
     SiglipVisionConfig,
 )
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from tests import tiny
+from vlmvqa.models.attention import softcap_attention
 from vlmvqa.models.language import LanguageModel, LanguageSettings, language_config
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
@@ -77,8 +83,27 @@ def test_the_softcaps_matter() -> None:
             assert (ours(causal_lm("gemma2", **change), ids) - expected).abs().max() > 0.01, change
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_softcap_attention_is_transformers_eager_attention(dtype: torch.dtype, close: float) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, tokens, 8, generator=drawn).to(dtype) for heads, tokens in ((4, 5), (2, 7), (2, 7))]
+    hidden = torch.rand(2, 1, 5, 7, generator=drawn) < 0.3
+    hidden[..., 0] = False
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
+    module = cast(Any, SimpleNamespace(num_key_value_groups=2, training=True))
+    found = []
+    for attention in (eager_attention_forward, softcap_attention):
+        query, key, value = (tensor.clone().requires_grad_() for tensor in inputs)
+        out = attention(module, 3 * query, key, value, mask, scaling=0.5, softcap=2.0, dropout=0.0)[0]
+        (out * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
+        found.append((out, query.grad, key.grad, value.grad))
+    for expected, ours in zip(*found, strict=True):
+        assert expected is not None and expected.abs().max() > 0.1
+        torch.testing.assert_close(ours, expected, rtol=close, atol=close * expected.abs().max().item())
+
+
 def test_sdpa_is_never_taken_where_it_would_drop_the_softcap() -> None:
-    assert LanguageModel(causal_lm("gemma2")).decoder.config._attn_implementation == "eager"
+    assert LanguageModel(causal_lm("gemma2")).decoder.config._attn_implementation == "softcap"
     assert LanguageModel(causal_lm("llama")).decoder.config._attn_implementation == "sdpa"
 
 
@@ -175,7 +200,7 @@ def test_the_whole_is_paligemma_under_prefix_lm(family: str) -> None:
     settings = VisionSettings("vit_base_patch16_siglip_224", 28, weights="random", overrides=overrides)
     encoder = VisionEncoder(settings)
     encoder.encoder.load_state_dict(siglip_weights(theirs.model.vision_tower))
-    language = AutoModelForCausalLM.from_config(text)
+    language = AutoModelForCausalLM.from_config(copy.deepcopy(text))  # ours sets another attention
     language.get_decoder().load_state_dict(theirs.model.language_model.state_dict())
     projector = Projector(32, text.hidden_size)
     projector.layers[0].load_state_dict(theirs.model.multi_modal_projector.linear.state_dict())

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.attention import SOFTCAP
 from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask
 
 BACKENDS = ("dense", "flex")
@@ -86,7 +87,7 @@ class LanguageModel(nn.Module):
             raise InputError(f"model.language.attention={attention} is unknown; use one of {BACKENDS}")
         softcap = getattr(self.config, "attn_logit_softcapping", None)
         self.attention = attention
-        dense = "eager" if softcap is not None else "sdpa"
+        dense = SOFTCAP if softcap is not None else "sdpa"
         self.decoder.set_attn_implementation("flex_attention" if attention == "flex" else dense)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -180,7 +181,7 @@ class LanguageModel(nn.Module):
         mask = dense_mask(tokens, keys, window)
         if self.decoder.config._attn_implementation == "sdpa":
             return mask
-        # transformers' eager attention adds the mask to the scores.
+        # Added to the scores.
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.attention import SOFTCAP
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.training.moments import OPTIMIZERS
@@ -233,7 +234,7 @@ def _attention(trainer: VqaTrainer) -> str:
 
 
 def _dense_or(implementation: str) -> str:
-    return "dense" if implementation in ("eager", "sdpa") else implementation
+    return "dense" if implementation in (SOFTCAP, "sdpa") else implementation
 
 
 def _optimizer(trainer: VqaTrainer) -> str:
