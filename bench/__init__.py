@@ -8,4 +8,7 @@ python -m bench.data       are images read as fast as the model takes them?
 python -m bench.scaling    does the cost grow as it should?
 
 Each takes --model tiny | mid | real and --device cpu | cuda, prints a table, and writes it as JSON (--out).
+
+What they share: shapes (what is asked), models (what answers, and the operations it takes), clock (time, memory, what
+the machine can do), tables (options, table, JSON file). The rows of the table of `train` are in ladder.
 """

@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bench import common
+from bench import models, shapes, tables
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 
 HALF = (0.5, 0.5, 0.5)
@@ -122,21 +122,21 @@ def kinds(shape: str) -> list[Kind]:
     return [pages] if shape == "docvqa" else [Kind("photographs, 640 x 480", photograph, shape, 1), pages]
 
 
-def flops_an_image(model: str, shape: common.Shape, seed: int) -> float:
+def flops_an_image(model: str, shape: shapes.Shape, seed: int) -> float:
     """Of a training step, forward and backward, for an image with its questions; nothing is computed."""
-    built = common.build_model(model, shape, "meta", seed)
-    documents = common.draw_documents(shape, 16, common.vocabulary(built), seed)
+    built = models.build_model(model, shape, "meta", seed)
+    documents = shapes.draw_documents(shape, 16, models.vocabulary(built), seed)
     pixels = torch.empty(len(documents), 3, 1, 1)  # only their number counts
-    batch = common.make_batch(built, [[document] for document in documents], pixels)
-    return common.needed_flops(built, batch) / len(documents)
+    batch = models.make_batch(built, [[document] for document in documents], pixels)
+    return models.needed_flops(built, batch) / len(documents)
 
 
-def compare(kind: Kind, images: int, need: float, repeats: int) -> list[common.Row]:
+def compare(kind: Kind, images: int, need: float, repeats: int) -> list[tables.Row]:
     """A row for each number of workers, decoding whole and reduced."""
-    rows: list[common.Row] = []
+    rows: list[tables.Row] = []
     count = max(images // kind.share, 1)
     files = kind.files(min(count, 8))
-    whole = ImageSettings(common.SHAPES[kind.shape].image_size, HALF, HALF)
+    whole = ImageSettings(shapes.SHAPES[kind.shape].image_size, HALF, HALF)
     mean, largest = difference(files, whole)
     for settings in (whole, replace(whole, reduced=True)):
         pictures = Pictures(files, count, settings)
@@ -154,16 +154,16 @@ def compare(kind: Kind, images: int, need: float, repeats: int) -> list[common.R
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
-    parser = common.parser("data", __doc__, images=256)
+def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
+    parser = tables.parser("data", __doc__, images=256)
     parser.add_argument("--need", type=float, help="images a second that the model consumes (default: as above)")
     args = parser.parse_args(arguments)
-    machine = common.machine(args.device, torch.bfloat16 if args.model == "real" else torch.float32)
-    print(common.describe(machine))
+    machine = tables.machine(args.device, torch.bfloat16 if args.model == "real" else torch.float32)
+    print(tables.describe(machine))
 
-    rows: list[common.Row] = []
+    rows: list[tables.Row] = []
     for kind in kinds(args.shape):
-        flops = flops_an_image(args.model, common.SHAPES[kind.shape], args.seed)
+        flops = flops_an_image(args.model, shapes.SHAPES[kind.shape], args.seed)
         need = args.need or machine["matrix_flops_per_second"] / flops
         rows += compare(kind, args.images, need, args.repeats)
         print(
@@ -176,14 +176,14 @@ def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
             f"{row['pictures']} to {row['size']}, {'reduced' if row['reduced'] else 'whole'}",
             row["workers"],
             f"{row['images_per_second']:.3g}",
-            common.times(row["ratio"]),
+            tables.times(row["ratio"]),
             f"{row['need']:.3g}",
             row["workers_needed"],
         )
         for row in rows
     ]
-    print(common.table(("", "workers", "images/s", "ratio", "needed", "workers that suffice"), shown))
-    common.write_json(args, machine, rows)
+    print(tables.table(("", "workers", "images/s", "ratio", "needed", "workers that suffice"), shown))
+    tables.write_json(args, machine, rows)
     return rows
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import common
+from bench import clock, models, shapes, tables
 from vlmvqa.models.generation import Decoding, generate
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
@@ -91,7 +91,7 @@ def ours(model: VLM, job: Job) -> Answers:
     answers: Answers = []
     for start in range(0, len(job.documents), job.batch):
         rows = [[document] for document in job.documents[start : start + job.batch]]
-        batch = common.make_batch(model, rows, job.pixels)
+        batch = models.make_batch(model, rows, job.pixels)
         answers += [written.tokens for written in generate(model, batch, job.ends, Decoding(job.tokens))]
     return answers
 
@@ -118,7 +118,7 @@ class Contender:
 
 
 def contenders(model: VLM, other_mode: str) -> list[Contender]:
-    causal_lm: Any = common.causal_lm(model).eval()
+    causal_lm: Any = models.causal_lm(model).eval()
 
     def in_other_mode(job: Job) -> Answers:
         mode, model.mode = model.mode, other_mode
@@ -136,23 +136,23 @@ def contenders(model: VLM, other_mode: str) -> list[Contender]:
     ]
 
 
-def take_turns(found: Sequence[Contender], job: Job, repeats: int) -> list[list[common.Measured[Answers]]]:
+def take_turns(found: Sequence[Contender], job: Job, repeats: int) -> list[list[clock.Measured[Answers]]]:
     """Each contender's measurements; in turns, so that what else the machine does befalls all alike."""
     small, device = replace(job, documents=job.documents[:1]), job.pixels.device
-    turns: list[list[common.Measured[Answers]]] = [[] for _ in found]
+    turns: list[list[clock.Measured[Answers]]] = [[] for _ in found]
     for _ in range(repeats):
         for contender, measured in zip(found, turns, strict=True):
             whole, warm = partial(contender.answer, job), partial(contender.answer, small)
-            measured.append(common.measure(whole, device, warm=warm))
+            measured.append(clock.measure(whole, device, warm=warm))
             print(f"  {contender.name}: {len(job.asked) / measured[-1].seconds:.3g} answers/s", flush=True)
     return turns
 
 
-def compare(found: Sequence[Contender], job: Job, repeats: int) -> list[common.Row]:
+def compare(found: Sequence[Contender], job: Job, repeats: int) -> list[tables.Row]:
     """A row for each contender."""
     turns = take_turns(found, job, repeats)
     reference = turns[0][0].result
-    rows: list[common.Row] = []
+    rows: list[tables.Row] = []
     for contender, measured in zip(found, turns, strict=True):
         equal = sum(a == b for a, b in zip(measured[0].result, reference, strict=True)) if contender.same else None
         rows.append(
@@ -169,22 +169,22 @@ def compare(found: Sequence[Contender], job: Job, repeats: int) -> list[common.R
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
-    parser = common.parser("generate", __doc__)
+def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
+    parser = tables.parser("generate", __doc__)
     parser.set_defaults(mode="blockwise_prefix")
     parser.add_argument("--batch", type=int, default=16, help="rows a call (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=4, help="tokens an answer, at most (default: %(default)s)")
     parser.add_argument("--ends", type=float, default=0.0, help="share of answers made to end (default: %(default)s)")
     args = parser.parse_args(arguments)
 
-    shape = common.SHAPES[args.shape]
-    model = common.build_model(args.model, shape, args.device, args.seed).eval()
-    drawn = common.draw_documents(shape, args.images, common.vocabulary(model), args.seed)
-    job = Job(common.without_answers(drawn), common.draw_pixels(model, args.images, args.seed), args.batch, args.tokens)
+    shape = shapes.SHAPES[args.shape]
+    model = models.build_model(args.model, shape, args.device, args.seed).eval()
+    drawn = shapes.draw_documents(shape, args.images, models.vocabulary(model), args.seed)
+    job = Job(shapes.without_answers(drawn), models.draw_pixels(model, args.images, args.seed), args.batch, args.tokens)
     if args.ends:
         job = replace(job, ends=end_tokens(ours(model, job), args.ends, args.seed))
-    machine = common.machine(args.device, next(model.parameters()).dtype)
-    print(common.describe(machine))
+    machine = tables.machine(args.device, next(model.parameters()).dtype)
+    print(tables.describe(machine))
 
     rows = compare(contenders(model, args.mode), job, args.repeats)
     lengths = [min(len(answer) + 1, args.tokens) for answer in ours(model, job)]  # the end token is a step too
@@ -197,16 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
         (
             row["name"],
             f"{row['answers_per_second']:.3g}",
-            common.times(row["to_one_at_a_time"]),
-            common.times(row["to_padded_batches"]),
-            common.mib(row["peak_bytes"]),
+            tables.times(row["to_one_at_a_time"]),
+            tables.times(row["to_padded_batches"]),
+            tables.mib(row["peak_bytes"]),
             "" if row["equal_answers"] is None else f"{row['equal_answers']} of {len(job.asked)}",
         )
         for row in rows
     ]
     headers = ("", "answers/s", "to one at a time", "to padded batches", "peak MiB", "same tokens")
-    print(common.table(headers, shown))
-    common.write_json(args, machine, rows, questions=len(job.asked), tokens_an_answer=steps)
+    print(tables.table(headers, shown))
+    tables.write_json(args, machine, rows, questions=len(job.asked), tokens_an_answer=steps)
     return rows
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import common
+from bench import clock, models, shapes, tables
 from vlmvqa.sequence.loss import supervised_loss
 from vlmvqa.sequence.rows import IGNORE, build_row, pad_rows
 
@@ -63,11 +63,11 @@ WAYS: dict[str, Callable[[Case], Tensor]] = {
 
 
 def make_case(args: argparse.Namespace, width: int, vocabulary: int) -> Case:
-    shape = common.SHAPES[args.shape]
-    documents = common.apart(common.draw_documents(shape, ROWS, vocabulary, args.seed))[:ROWS]
+    shape = shapes.SHAPES[args.shape]
+    documents = shapes.apart(shapes.draw_documents(shape, ROWS, vocabulary, args.seed))[:ROWS]
     columns = pad_rows([build_row([d], shape.image_tokens, args.mode) for d in documents], shape.image_tokens + TEXT)
     drawn = torch.Generator().manual_seed(args.seed)
-    dtype = common.dtype_of(args.model)
+    dtype = models.dtype_of(args.model)
     hidden = torch.randn(*columns["labels"].shape, width, generator=drawn).to(args.device, dtype)
     matrix = (torch.randn(vocabulary, width, generator=drawn) * 0.02).to(args.device, dtype)
     return Case(hidden.requires_grad_(), columns["labels"].to(args.device), matrix)
@@ -87,7 +87,7 @@ def fitting(vocabulary: int, positions: int, device: str) -> int:
     return vocabulary
 
 
-def measure(name: str, case: Case, repeats: int) -> common.Row:
+def measure(name: str, case: Case, repeats: int) -> tables.Row:
     """One way's numbers, and its loss and gradient of the hidden states."""
 
     def once(trains: bool) -> tuple[float, Tensor]:
@@ -96,8 +96,8 @@ def measure(name: str, case: Case, repeats: int) -> common.Row:
         gradients = torch.autograd.grad(loss, [case.hidden, case.matrix] if trains else [case.hidden])
         return loss.item(), gradients[0]
 
-    without = common.measure(lambda: once(False), case.hidden.device)
-    found = common.measure(lambda: once(True), case.hidden.device, repeats)
+    without = clock.measure(lambda: once(False), case.hidden.device)
+    found = clock.measure(lambda: once(True), case.hidden.device, repeats)
     loss, gradient = found.result
     return {
         "name": name,
@@ -109,7 +109,7 @@ def measure(name: str, case: Case, repeats: int) -> common.Row:
     }
 
 
-def compare(rows: list[common.Row]) -> None:
+def compare(rows: list[tables.Row]) -> None:
     """Add how each stands to full logits; the gradients themselves go."""
     full = rows[0]
     expected = full["gradient"]
@@ -125,14 +125,14 @@ def compare(rows: list[common.Row]) -> None:
 HEADERS = ("", "seconds", "faster", "peak MiB", "less", "with its gradient", "loss", "difference", "of gradient")
 
 
-def cells(row: common.Row) -> list[str]:
+def cells(row: tables.Row) -> list[str]:
     return [
         row["name"],
         f"{row['seconds']:.3f}",
-        common.times(row["times_faster"]),
-        common.mib(row["peak_bytes"]),
-        common.times(row["times_less_memory"]),
-        common.mib(row["peak_with_matrix_gradient_bytes"]),
+        tables.times(row["times_faster"]),
+        tables.mib(row["peak_bytes"]),
+        tables.times(row["times_less_memory"]),
+        tables.mib(row["peak_with_matrix_gradient_bytes"]),
         f"{row['loss']:.6f}",
         f"{row['loss_difference']:+.1e}",
         f"{row['gradient_difference']:.1e}",
@@ -140,23 +140,23 @@ def cells(row: common.Row) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = common.parser("loss", __doc__, images=ROWS)
+    parser = tables.parser("loss", __doc__, images=ROWS)
     parser.add_argument("--vocabulary", type=int, help="default: 256,000, or what fits; a small one for tiny")
     args = parser.parse_args(argv)
     width, vocabulary = SIZES[args.model]
-    positions = ROWS * (common.SHAPES[args.shape].image_tokens + TEXT)
+    positions = ROWS * (shapes.SHAPES[args.shape].image_tokens + TEXT)
     args.vocabulary = fitting(args.vocabulary or vocabulary, positions, args.device)
     case = make_case(args, width, args.vocabulary)
-    machine = common.machine(args.device, case.hidden.dtype)
-    print(common.describe(machine))
+    machine = tables.machine(args.device, case.hidden.dtype)
+    print(tables.describe(machine))
     print(
         f"{ROWS} rows of {case.labels.shape[1]} tokens, {int((case.labels != IGNORE).sum())} supervised, "
         f"width {width}, vocabulary {args.vocabulary:,}"
     )
     rows = [measure(name, case, args.repeats) for name in WAYS]
     compare(rows)
-    print(common.table(HEADERS, [cells(row) for row in rows]))
-    common.write_json(args, machine, rows)
+    print(tables.table(HEADERS, [cells(row) for row in rows]))
+    tables.write_json(args, machine, rows)
     exact = case.hidden.dtype == torch.float32
     if exact and any(abs(row["loss_difference"]) > CLOSE or row["gradient_difference"] > CLOSE for row in rows):
         print("loss or gradient is not that of full logits")

@@ -36,7 +36,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from bench import common
+from bench import clock, models, shapes, tables
 from vlmvqa.models.language import LanguageModel
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
@@ -165,7 +165,7 @@ def our_batch(asked: Sequence[Asked], pixels: Tensor, model: VLM, share: bool) -
         documents = [Document(image, [question for other, question in asked if other == image]) for image in images]
     else:
         documents = [Document(image, [question]) for image, question in asked]
-    return common.make_batch(model, [[document] for document in documents], pixels, multiple=8)
+    return models.make_batch(model, [[document] for document in documents], pixels, multiple=8)
 
 
 # --- the same training twice ------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int, e
 
 def train_ours(model: VLM, asked: Sequence[Asked], pixels: Tensor, batch: int, epochs: int, share: bool) -> Record:
     """In a plain loop."""
-    device = common.device_of(model)
+    device = models.device_of(model)
     record = Record(device)
     # Fused and without weight decay, as the Trainer's.
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
@@ -273,13 +273,13 @@ def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, epochs: int, 
     ]
 
 
-def compare(found: Sequence[Contender], like: VLM, batch: int, seed: int) -> list[common.Row]:
+def compare(found: Sequence[Contender], like: VLM, batch: int, seed: int) -> list[tables.Row]:
     """A row for each contender; each has its own model, made when its turn comes."""
-    rows: list[common.Row] = []
+    rows: list[tables.Row] = []
     reference: list[float] = []
     for contender in found:
         model = contender.build(build_peer(like, seed)).train()
-        with common.PeakMemory(common.device_of(model)) as memory:
+        with clock.PeakMemory(models.device_of(model)) as memory:
             record = contender.train(model)
         losses = [loss.item() for loss in record.losses]
         reference = reference or losses
@@ -302,23 +302,23 @@ def compare(found: Sequence[Contender], like: VLM, batch: int, seed: int) -> lis
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
-    parser = common.parser("peers", __doc__, images=12, repeats=1)
+def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
+    parser = tables.parser("peers", __doc__, images=12, repeats=1)
     parser.set_defaults(mode="blockwise_prefix")
     parser.add_argument("--batch", type=int, default=16, help="questions a step (default: %(default)s)")
     args = parser.parse_args(arguments)
     require_trainer()
 
-    shape = common.SHAPES[args.shape]
-    like = common.build_model(args.model, shape, args.device, args.seed)
-    documents = common.draw_documents(shape, args.images, common.vocabulary(like), args.seed)
+    shape = shapes.SHAPES[args.shape]
+    like = models.build_model(args.model, shape, args.device, args.seed)
+    documents = shapes.draw_documents(shape, args.images, models.vocabulary(like), args.seed)
     asked = [(document.image, question) for document in documents for question in document.questions]
     asked = asked[: len(asked) // args.batch * args.batch]  # whole steps
     if len(asked) * args.repeats < 2 * args.batch:
         parser.error("the first step warms up, and there is no second; ask for more --images or a smaller --batch")
-    pixels = common.draw_pixels(like, args.images, args.seed).cpu()  # moved with their batch, as a user's are
-    machine = common.machine(args.device, next(like.parameters()).dtype)
-    print(common.describe(machine))
+    pixels = models.draw_pixels(like, args.images, args.seed).cpu()  # moved with their batch, as a user's are
+    machine = tables.machine(args.device, next(like.parameters()).dtype)
+    print(tables.describe(machine))
 
     rows = compare(contenders(asked, pixels, args.batch, args.repeats, args.mode), like, args.batch, args.seed)
     print(
@@ -329,8 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
         (
             row["name"],
             f"{row['questions_per_second']:.3g}",
-            common.times(row["ratio"]),
-            common.mib(row["peak_bytes"]),
+            tables.times(row["ratio"]),
+            tables.mib(row["peak_bytes"]),
             f"{row['losses'][0]:.5f}",
             f"{row['losses'][-1]:.5f}",
             "" if row["largest_loss_difference"] is None else f"{row['largest_loss_difference']:.1e}",
@@ -338,8 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> list[common.Row]:
         for row in rows
     ]
     headers = ("", "questions/s", "ratio", "peak MiB", "first loss", "last loss", "largest difference")
-    print(common.table(headers, shown))
-    common.write_json(args, machine, rows, questions=len(asked))
+    print(tables.table(headers, shown))
+    tables.write_json(args, machine, rows, questions=len(asked))
     return rows
 
 

@@ -1,7 +1,7 @@
 """Does the cost of ours grow as it should: with questions an image, their length, the image's size, the batch?
 
 Each series changes one number; a row an image, dense attention. Beside the measured time (forward and backward) stand
-the operations that are needed (`common.needed_flops`), both as multiples of the series' first. Time that grows like the
+the operations that are needed (`models.needed_flops`), both as multiples of the series' first. Time that grows like the
 operations is as it should be; it grows less where a fixed cost (one pass over all weights' gradients) counts for much
 at the start, and more where something else than the model's own work does.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from bench import common
+from bench import clock, models, shapes, tables
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
 ANSWER = 2  # tokens, with EOS
@@ -47,40 +47,40 @@ NAMES = {
 
 def documents(setting: Setting, vocabulary: int) -> list[Document]:
     def question(number: int) -> TokenizedQuestion:
-        words = [common.FIRST_WORD + (number + place) % (vocabulary - common.FIRST_WORD) for place in range(60)]
-        prompt = [common.BOS, *(words * setting.prompt)[: setting.prompt - 1]]
-        return TokenizedQuestion(prompt, [*words[: ANSWER - 1], common.EOS])
+        words = [shapes.FIRST_WORD + (number + place) % (vocabulary - shapes.FIRST_WORD) for place in range(60)]
+        prompt = [shapes.BOS, *(words * setting.prompt)[: setting.prompt - 1]]
+        return TokenizedQuestion(prompt, [*words[: ANSWER - 1], shapes.EOS])
 
     return [Document(image, [question(n) for n in range(setting.questions)]) for image in range(setting.images)]
 
 
 # Only one series needs several; a model that is no longer measured frees its memory.
-_model = lru_cache(maxsize=1)(common.build_model)
+_model = lru_cache(maxsize=1)(models.build_model)
 
 
-def measure(args: argparse.Namespace, setting: Setting) -> common.Row:
-    shape = replace(common.SHAPES[args.shape], image_size=setting.image_size)
+def measure(args: argparse.Namespace, setting: Setting) -> tables.Row:
+    shape = replace(shapes.SHAPES[args.shape], image_size=setting.image_size)
     model = _model(args.model, shape, args.device, args.seed, args.mode)
-    rows = [[document] for document in documents(setting, common.vocabulary(model))]
-    batch = common.make_batch(model, rows, common.draw_pixels(model, setting.images, args.seed))
+    rows = [[document] for document in documents(setting, models.vocabulary(model))]
+    batch = models.make_batch(model, rows, models.draw_pixels(model, setting.images, args.seed))
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         model(**batch)["loss"].backward()
 
-    found = common.measure(step, common.device_of(model), args.repeats)
+    found = clock.measure(step, models.device_of(model), args.repeats)
     return {
         "tokens": batch["input_ids"].numel(),
         "seconds": found.seconds,
         "peak_bytes": found.peak,
-        "flops": common.needed_flops(model, batch),
+        "flops": models.needed_flops(model, batch),
     }
 
 
-def series(args: argparse.Namespace, name: str) -> Iterator[common.Row]:
+def series(args: argparse.Namespace, name: str) -> Iterator[tables.Row]:
     """The rows of one series, each with its growth since the first."""
     values, base = SERIES[name]
-    first: common.Row | None = None
+    first: tables.Row | None = None
     for value in values:
         row = measure(args, replace(base, **{name: value}))
         first = first or row
@@ -96,7 +96,7 @@ def series(args: argparse.Namespace, name: str) -> Iterator[common.Row]:
 HEADERS = ("tokens", "seconds", "GFLOP", "time grew", "operations grew", "matrix rate", "peak MiB")
 
 
-def cells(row: common.Row, matrix_rate: float) -> list[str]:
+def cells(row: tables.Row, matrix_rate: float) -> list[str]:
     return [
         str(row["value"]),
         str(row["tokens"]),
@@ -105,23 +105,23 @@ def cells(row: common.Row, matrix_rate: float) -> list[str]:
         f"{row['growth']:.2f}x",
         f"{row['expected_growth']:.2f}x",
         f"{100 * row['flops'] / row['seconds'] / matrix_rate:.0f} %",
-        common.mib(row["peak_bytes"]),
+        tables.mib(row["peak_bytes"]),
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = common.parser("scaling", __doc__, images=0)
+    parser = tables.parser("scaling", __doc__, images=0)
     parser.add_argument("--series", choices=SERIES, nargs="+", default=list(SERIES), help="default: all")
     args = parser.parse_args(argv)
-    machine = common.machine(args.device, common.dtype_of(args.model))
-    print(common.describe(machine))
-    rows: list[common.Row] = []
+    machine = tables.machine(args.device, models.dtype_of(args.model))
+    print(tables.describe(machine))
+    rows: list[tables.Row] = []
     for name in args.series:
         found = list(series(args, name))
         print()
-        print(common.table((NAMES[name], *HEADERS), [cells(r, machine["matrix_flops_per_second"]) for r in found]))
+        print(tables.table((NAMES[name], *HEADERS), [cells(r, machine["matrix_flops_per_second"]) for r in found]))
         rows += found
-    common.write_json(args, machine, rows)
+    tables.write_json(args, machine, rows)
     return 0
 
 

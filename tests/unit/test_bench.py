@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import common, loss, scaling, train
-from vlmvqa.models.flops import COUNTED, count, count_flops
+from bench import clock, ladder, loss, models, scaling, shapes, tables, train
+from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
 # What a measurement must do without.
-HEAVY = ("hydra", "omegaconf", "datasets", "accelerate", "pandas", "deepspeed", "vlmvqa.data", "vlmvqa.training")
+HEAVY = ("hydra", "omegaconf", "datasets", "accelerate", "pandas", "deepspeed", "matplotlib", "vlmvqa.training")
 
 
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the machine can do is measured in a test of its own."""
-    monkeypatch.setattr(common, "matrix_rate", lambda device, dtype: 1e11)
-    monkeypatch.setattr(common, "bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(clock, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(clock, "bandwidth", lambda device: 1e10)
     monkeypatch.setattr(train, "TURN", 0.0)
 
 
-def job(shape: str = "vqav2", mode: str = "causal", images: int = 3) -> train.Job:
-    model = common.build_model("tiny", common.SHAPES[shape], mode=mode)
-    documents = common.draw_documents(common.SHAPES[shape], images, common.vocabulary(model))
-    return train.Job(model, documents, common.draw_pixels(model, images), 128, 6, False)
+def job(shape: str = "vqav2", mode: str = "causal", images: int = 3) -> ladder.Job:
+    model = models.build_model("tiny", shapes.SHAPES[shape], mode=mode)
+    documents = shapes.draw_documents(shapes.SHAPES[shape], images, models.vocabulary(model))
+    return ladder.Job(model, documents, models.draw_pixels(model, images), 128, 6, False)
 
 
 def run(main: Callable[[Sequence[str]], int], out: Path, *arguments: str) -> dict[str, Any]:
@@ -51,38 +50,36 @@ def run(main: Callable[[Sequence[str]], int], out: Path, *arguments: str) -> dic
 
 @pytest.mark.parametrize(("name", "questions"), [("vqav2", 5.36), ("gqa", 13.1), ("docvqa", 3.9), ("coco", 5)])
 def test_a_few_images_have_the_published_mean_of_questions(name: str, questions: float) -> None:
-    shape = common.SHAPES[name]
+    shape = shapes.SHAPES[name]
     for images in (8, 1000):
-        drawn = common.draw_documents(shape, images, 1000, seed=images)
-        assert common.questions_in(drawn) == round(questions * images)
+        drawn = shapes.draw_documents(shape, images, 1000, seed=images)
+        assert shapes.questions_in(drawn) == round(questions * images)
         lengths = [len(d.questions) for d in drawn]
         assert shape.questions.low <= min(lengths) and max(lengths) <= shape.questions.high
 
 
 def test_drawing_is_repeatable_and_within_the_vocabulary() -> None:
-    first, again, other = (common.draw_documents(common.SHAPES["gqa"], 4, 100, seed) for seed in (1, 1, 2))
+    first, again, other = (shapes.draw_documents(shapes.SHAPES["gqa"], 4, 100, seed) for seed in (1, 1, 2))
     assert first == again != other
-    assert all(q.answer[-1] == common.EOS for d in first for q in d.questions)
+    assert all(q.answer[-1] == shapes.EOS for d in first for q in d.questions)
     assert max(i for d in first for q in d.questions for i in (*q.prompt, *q.answer)) < 100
 
 
 def test_captions_of_an_image_answer_one_prompt() -> None:
-    documents = common.draw_documents(common.SHAPES["coco"], 2, 100)
+    documents = shapes.draw_documents(shapes.SHAPES["coco"], 2, 100)
     assert len({tuple(q.prompt) for d in documents for q in d.questions}) == 1
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("vqav2", 257), ("docvqa", 1024)])
 def test_image_tokens(name: str, tokens: int) -> None:
-    assert common.SHAPES[name].image_tokens == tokens
+    assert shapes.SHAPES[name].image_tokens == tokens
 
 
 # --- every row of the ladder ---------------------------------------------------------------------------------------
 
 
-def gradients(job: train.Job, rung: train.Rung) -> tuple[float, dict[str, Tensor]]:
-    with ExitStack() as stack:
-        for setting in rung.settings:
-            stack.enter_context(setting(job.model))
+def gradients(job: ladder.Job, rung: ladder.Rung) -> tuple[float, dict[str, Tensor]]:
+    with rung.switched_on(job.model):
         found = train.train(job, rung, [rung.collate(rows) for rows in rung.micro_batches])
     return found, {name: p.grad.clone() for name, p in job.model.named_parameters() if p.grad is not None}
 
@@ -91,13 +88,13 @@ def gradients(job: train.Job, rung: train.Rung) -> tuple[float, dict[str, Tensor
 @pytest.mark.parametrize("shape", ["vqav2", "gqa", "docvqa", "coco"])
 def test_every_row_has_the_recipes_loss_and_gradients(shape: str, mode: str) -> None:
     made = job(shape, mode)
-    recipe, *others = [rung for rung in train.ladder(made) if not rung.skipped]
+    recipe, *others = [rung for rung in ladder.rungs(made) if not rung.skipped]
     expected_loss, expected = gradients(made, recipe)
     assert set(expected) == {name for name, _ in made.model.named_parameters()}
     for rung in others:
         total, found = gradients(made, rung)
         assert total == pytest.approx(expected_loss, abs=1e-5), rung.name
-        trained = {name for name in expected if rung.encoder or not name.startswith("vision.")}
+        trained = {name for name in expected if rung.trains_encoder or not name.startswith("vision.")}
         assert set(found) == trained, rung.name
         for name in trained:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5, msg=f"{rung.name}: {name}")
@@ -106,14 +103,14 @@ def test_every_row_has_the_recipes_loss_and_gradients(shape: str, mode: str) -> 
 def test_every_row_asks_every_question_once() -> None:
     made = job("gqa")
     asked = sorted((d.image, tuple(q.prompt)) for d in made.documents for q in d.questions)
-    for rung in train.ladder(made):
+    for rung in ladder.rungs(made):
         rows = [row for rows in rung.micro_batches for row in rows]
         assert sorted((d.image, tuple(q.prompt)) for row in rows for d in row for q in d.questions) == asked, rung.name
 
 
 def test_the_layouts_are_what_the_table_says() -> None:
     made = job()
-    rungs = {rung.name: rung for rung in train.ladder(made)}
+    rungs = {rung.name: rung for rung in ladder.rungs(made)}
     recipe, dynamic = (rungs[name] for name in ("recipe", "dynamic padding"))
     image_tokens = made.model.vision.tokens
     for rung in (recipe, dynamic):
@@ -129,13 +126,13 @@ def test_the_layouts_are_what_the_table_says() -> None:
         for name, rung in rungs.items()
         if name != "+ cached features"
     }
-    assert encoded["recipe"] == encoded["+ packing"] == common.questions_in(made.documents)
+    assert encoded["recipe"] == encoded["+ packing"] == shapes.questions_in(made.documents)
     assert encoded["+ sharing"] == len(made.documents)
 
 
 def test_settings_are_undone() -> None:
     model = job().model
-    for setting in (train.flex, train.compiled, train.frozen_encoder):
+    for setting in (ladder.flex, ladder.compiled, ladder.frozen_encoder):
         with setting(model):
             pass
     assert model.language.attention == "dense"
@@ -146,37 +143,50 @@ def test_settings_are_undone() -> None:
 # --- the floor and the clocks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["causal", "blockwise_prefix"])
-@pytest.mark.parametrize("encoder", [True, False])
-def test_needed_operations_are_those_that_the_trainer_counts(mode: str, encoder: bool) -> None:
-    made = job("gqa", mode)
-    made.model.vision.requires_grad_(encoder)
-    features = None if encoder else made.model.vision(made.pixels)
-    rows = [made.documents[:2], made.documents[2:]]
-    batch = common.make_batch(made.model, rows, made.pixels, features=features)
-    counts = dict(zip(COUNTED, count(batch, mode, made.model.language.config.sliding_window).tolist(), strict=True))
-    flops = count_flops(made.model)
-    assert flops is not None
-    expected = flops.of({**counts, "images": 3, "encoded": 3 if encoder else 0})
-    assert common.needed_flops(made.model, batch, encoder) == expected
+def test_needed_operations_of_a_batch_worked_out_by_hand() -> None:
+    """An image of 17 tokens with two questions of 3 prompt and 2 answer tokens, of which the last is only a label."""
+    model = models.build_model("tiny", shapes.SHAPES["vqav2"])
+    question = TokenizedQuestion([shapes.BOS, 5, 6], [7, shapes.EOS])
+    rows, pixels = [[Document(0, [question, question])]], models.draw_pixels(model, 1)
+    pairs = sum(range(1, 18)) + 2 * (18 + 19 + 20 + 21)  # each token sees the image and its own question, up to itself
+    attention, ffn = 32 * 32 + 2 * 32 * 16 + 32 * 32, 3 * 32 * 64
+    decoder = 6 * (17 + 2 * 4) * 2 * (attention + ffn) + 2 * 12 * 32 * pairs
+    output = 6 * 128 * 32 * 4
+    patches = 4 * 16 * (3 * 56 * 56 * 16)  # 4, not 6: pixels get no gradient
+    encoder = patches + 2 * (6 * 17 * (4 * 16 * 16 + 2 * 16 * 64) + 12 * 16 * 17**2)
+    projector = 17 * 16 * 32
+
+    batch = models.make_batch(model, rows, pixels)
+    assert models.needed_flops(model, batch) == encoder + 6 * projector + decoder + output
+    cached = models.make_batch(model, rows, pixels, features=torch.zeros(1, 17, 16))
+    with ladder.frozen_encoder(model):
+        assert models.needed_flops(model, cached) == 4 * projector + decoder + output
+
+
+def test_rows_that_encode_the_same_images_need_the_same_operations() -> None:
+    made = job()
+    needed = {rung.name: train.flops(made, rung) for rung in ladder.rungs(made)}
+    assert needed["recipe"] == needed["dynamic padding"] == needed["+ supervised only"] == needed["+ packing"]
+    assert needed["+ sharing"] == needed["+ FlexAttention"] == needed["+ compile"] < needed["recipe"]
+    assert needed["+ cached features"] < needed["+ sharing"]
 
 
 def test_the_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    found = common.machine("cpu", torch.float32)
+    found = tables.machine("cpu", torch.float32)
     assert found["matrix_flops_per_second"] > 1e8 and found["bytes_per_second"] > 1e7
-    assert found["torch"] in common.describe(found)
+    assert found["torch"] in tables.describe(found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_sees_what_has_gone_again() -> None:
-    found = common.measure(lambda: torch.ones(50 * 2**20).sum().item(), torch.device("cpu"))
+    found = clock.measure(lambda: torch.ones(50 * 2**20).sum().item(), torch.device("cpu"))
     assert found.peak is not None and 190 * 2**20 < found.peak < 260 * 2**20
     assert found.result == 50 * 2**20
 
 
 def test_a_table_is_markdown() -> None:
-    lines = common.table(["", "seconds"], [["a", "1.0"], ["bb", "22.0"]]).splitlines()
+    lines = tables.table(["", "seconds"], [["a", "1.0"], ["bb", "22.0"]]).splitlines()
     assert lines == ["|    | seconds |", "|----|--------:|", "| a  |     1.0 |", "| bb |    22.0 |"]
 
 
@@ -190,6 +200,7 @@ def test_train_prints_and_writes_its_table(tmp_path: Path, capsys: pytest.Captur
         "recipe",
         "dynamic padding",
         "+ supervised only",
+        "+ our attention",
         "+ packing",
         "+ sharing",
         "+ FlexAttention",
@@ -206,13 +217,13 @@ def test_train_prints_and_writes_its_table(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_another_loss_fails_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ladder = train.ladder
+    rungs = ladder.rungs
 
-    def off(made: train.Job) -> list[train.Rung]:
-        *rungs, last = ladder(made)
-        return [*rungs, replace(last, loss=lambda batch: last.loss(batch) * 1.001)]
+    def off(made: ladder.Job) -> list[ladder.Rung]:
+        *others, last = rungs(made)
+        return [*others, replace(last, loss=lambda batch: last.loss(batch) * 1.001)]
 
-    monkeypatch.setattr(train, "ladder", off)
+    monkeypatch.setattr(ladder, "rungs", off)
     arguments = ["--model", "tiny", "--repeats", "1", "--device", "cpu", "--images", "2"]
     assert train.main([*arguments, "--out", str(tmp_path / "train.json")]) == 1
 

@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from bench import common, data, generate, peers
+from bench import data, generate, peers, shapes
 from vlmvqa.sequence.rows import IGNORE
 
 
@@ -62,9 +63,9 @@ def test_peers_train_the_same_function_on_the_same_questions(run: Any) -> None:
 
 
 def test_peers_batch_is_what_paligemmas_processor_makes() -> None:
-    documents = common.draw_documents(common.SHAPES["vqav2"], 2, 128)
+    documents = shapes.draw_documents(shapes.SHAPES["vqav2"], 2, 128)
     asked = [(document.image, question) for document in documents for question in document.questions]
-    pixels = common.torch.arange(2.0).view(2, 1, 1, 1)
+    pixels = torch.arange(2.0).view(2, 1, 1, 1)
     batch = peers.peer_batch(asked, pixels, image_token=128, image_tokens=3)
     for row, (image, question) in enumerate(asked):
         ids = [128] * 3 + list(question.prompt) + list(question.answer)
@@ -110,7 +111,7 @@ def test_data_counts_the_workers_that_never_starve_the_model(run: Any, monkeypat
 
 
 def test_data_takes_the_need_from_the_model(run: Any) -> None:
-    shape = common.SHAPES["vqav2"]
+    shape = shapes.SHAPES["vqav2"]
     small, large = (data.flops_an_image(model, shape, 0) for model in ("tiny", "real"))
     # Gemma 2 2B: 6 x 2.0e9 x (257 + 62) tokens, and DINOv2-B's 6 x 8.6e7 x 257, output and attention on top.
     assert small < 1e10 and 4.0e12 < large < 5.5e12

@@ -1,0 +1,249 @@
+"""The rows of `bench.train`'s table: which documents stand together, the batch, the loss, what is switched on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bench import models, shapes
+from vlmvqa.data.packing import Packing
+from vlmvqa.models.vlm import VLM
+from vlmvqa.sequence.masks import dense_mask
+from vlmvqa.sequence.rows import ANSWER, IGNORE, PADDING, Document, TokenizedQuestion
+
+TEXT = 64  # tokens that the recipe pads text to
+BLOCK = 128  # FlexAttention's, and the lengths that are compiled
+Batch = dict[str, Tensor]
+Rows = list[list[Document]]
+Setting = Callable[[VLM], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every row of the table trains on, and how many tokens at a time."""
+
+    model: VLM
+    documents: list[Document]
+    pixels: Tensor
+    tokens: int
+    recipe_batch: int
+    compile: bool
+
+    @property
+    def supervised(self) -> int:
+        return sum(len(q.answer) for d in self.documents for q in d.questions)
+
+    @property
+    def cuda(self) -> bool:
+        return self.pixels.device.type == "cuda"
+
+    def length(self, row: Sequence[Document]) -> int:
+        return sum(shapes.length(d, self.model.vision.tokens) for d in row)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A row of the table.
+
+    Attributes:
+        micro_batches: which documents stand in which row.
+        collate: the tensors of a micro-batch.
+        loss: its part of the loss of all questions.
+        settings: what is switched on meanwhile.
+        skipped: why it is not measured, or "".
+    """
+
+    name: str
+    micro_batches: list[Rows]
+    collate: Callable[[Rows], Batch]
+    loss: Callable[[Batch], Tensor]
+    settings: tuple[Setting, ...] = ()
+    skipped: str = ""
+
+    @property
+    def trains_encoder(self) -> bool:
+        """And runs: else its output is given."""
+        return frozen_encoder not in self.settings
+
+    @contextmanager
+    def switched_on(self, model: VLM) -> Iterator[None]:
+        with ExitStack() as stack:
+            for setting in self.settings:
+                stack.enter_context(setting(model))
+            yield
+
+
+# --- the rows ------------------------------------------------------------------------------------------------------
+
+
+def rungs(job: Job) -> list[Rung]:
+    """All rows of the table, those that are not measured too."""
+    sixes, shared, packed = _by_question(job), _image_a_row(job), _in_budget(job, job.documents, job.tokens)
+    alone = shapes.apart(job.documents)
+    # At least two images a row, however long they are; on a CPU their square soon fills the memory.
+    two = max(job.tokens // 2, 2 * max(job.length([d]) for d in alone))
+    fast, multiple, settings = (packed, BLOCK, (flex,)) if job.cuda else (shared, 1, ())
+    compiling = _ours(job, "+ compile", fast, multiple, (*settings, compiled))
+    return [
+        _recipe(job, "recipe", sixes, TEXT),
+        _recipe(job, "dynamic padding", sixes, None),
+        _ours(job, "+ supervised only", sixes, settings=(eager,)),
+        _ours(job, "+ our attention", sixes),
+        _ours(job, "+ packing", _in_budget(job, alone, two)),
+        _ours(job, "+ sharing", shared),
+        _unless(
+            job.cuda, "FlexAttention has no backward on CPU", _ours(job, "+ FlexAttention", packed, BLOCK, (flex,))
+        ),
+        _unless(job.compile, "--compile was not given", compiling),
+        _cached(job, "+ cached features", fast, multiple, compiling.settings if job.compile else settings),
+    ]
+
+
+def _unless(measured: bool, reason: str, rung: Rung) -> Rung:
+    return rung if measured else replace(rung, skipped=reason)
+
+
+def _recipe(job: Job, name: str, micro_batches: list[Rows], text: int | None) -> Rung:
+    """A row per question through transformers' own causal language model.
+
+    Args:
+        text: tokens that text is padded to (None: to the longest).
+    """
+    lm = models.causal_lm(job.model)
+    multiple = 1 if text is None else job.model.vision.tokens + text
+
+    def collate(rows: Rows) -> Batch:
+        # EOS is an input here: a token after it, of which only the label is used, which the recipe makes itself.
+        longer = [[Document(d.image, [_with_eos(q) for q in d.questions]) for d in row] for row in rows]
+        return models.make_batch(job.model, longer, job.pixels, multiple)
+
+    return Rung(name, micro_batches, collate, lambda batch: _recipe_loss(job.model, lm, batch, job.supervised))
+
+
+def _with_eos(question: TokenizedQuestion) -> TokenizedQuestion:
+    return TokenizedQuestion(question.prompt, [*question.answer, shapes.PAD])
+
+
+def _recipe_loss(model: VLM, lm: PreTrainedModel, batch: Batch, supervised: int) -> Tensor:
+    """What one writes with transformers alone: image before text, labels of the answer, -100 elsewhere."""
+    images = model.projector(model.vision(batch["pixel_values"]))
+    text = lm.get_input_embeddings()(batch["input_ids"][:, images.shape[1] :])
+    attention_mask: Any = (batch["document"] != PADDING).long()
+    if model.mode != "causal":  # transformers has no such mode for Gemma 2, but takes its mask
+        seen = dense_mask(model.tokens(batch), model.tokens(batch))
+        added = torch.zeros_like(seen, dtype=text.dtype).masked_fill(~seen, torch.finfo(text.dtype).min)
+        attention_mask = {"full_attention": added, "sliding_attention": added}
+    answers = (batch["role"] == ANSWER) & (batch["document"] != PADDING)
+    output = lm(
+        inputs_embeds=torch.cat([images, text], dim=1),
+        attention_mask=attention_mask,
+        labels=batch["input_ids"].where(answers, IGNORE),
+        num_items_in_batch=supervised,
+        use_cache=False,
+    )
+    loss: Tensor = output.loss
+    return loss
+
+
+def _ours(
+    job: Job, name: str, micro_batches: list[Rows], multiple: int = 1, settings: tuple[Setting, ...] = ()
+) -> Rung:
+    return Rung(
+        name,
+        micro_batches,
+        lambda rows: models.make_batch(job.model, rows, job.pixels, multiple),
+        lambda batch: job.model(num_items_in_batch=job.supervised, **batch)["loss"],
+        settings,
+    )
+
+
+def _cached(job: Job, name: str, micro_batches: list[Rows], multiple: int, settings: tuple[Setting, ...]) -> Rung:
+    with torch.no_grad():
+        features = torch.cat([job.model.vision(pixels) for pixels in job.pixels.split(8)])
+    rung = _ours(job, name, micro_batches, multiple, (*settings, frozen_encoder))
+    return replace(rung, collate=lambda rows: models.make_batch(job.model, rows, job.pixels, multiple, features))
+
+
+# --- which documents stand together --------------------------------------------------------------------------------
+
+
+def _by_question(job: Job) -> list[Rows]:
+    """A row for each question, shuffled as training meets them: not an image's questions one after the other."""
+    alone = shapes.apart(job.documents)
+    random.Random(0).shuffle(alone)
+    return [
+        [[document] for document in alone[start : start + job.recipe_batch]]
+        for start in range(0, len(alone), job.recipe_batch)
+    ]
+
+
+def _image_a_row(job: Job) -> list[Rows]:
+    return _grouped(job, [[document] for document in job.documents])
+
+
+def _in_budget(job: Job, documents: Sequence[Document], budget: int) -> list[Rows]:
+    """Rows of several documents, packed as our training packs them; one longer than the budget stretches it."""
+    lengths = [job.length([document]) for document in documents]
+    plan = Packing(lengths, max(budget, *lengths), seed=0).plan(epoch=0)
+    return _grouped(job, [[documents[number] for number in plan[row]] for row in range(len(plan))])
+
+
+def _grouped(job: Job, rows: Rows) -> list[Rows]:
+    """Micro-batches of equally many rows, of similar lengths, that have about `tokens` tokens."""
+    rows = sorted(rows, key=job.length, reverse=True)
+    count = min(-(-sum(map(job.length, rows)) // job.tokens), len(rows))
+    cuts = [round(number * len(rows) / count) for number in range(count + 1)]
+    return [rows[start:end] for start, end in pairwise(cuts)]
+
+
+# --- what is switched on -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def eager(model: VLM) -> Iterator[None]:
+    """Attention as transformers has it."""
+    model.language.decoder.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.language.set_attention(model.language.attention)
+
+
+@contextmanager
+def flex(model: VLM) -> Iterator[None]:
+    before = model.language.attention
+    model.language.set_attention("flex")
+    try:
+        yield
+    finally:
+        model.language.set_attention(before)
+
+
+@contextmanager
+def compiled(model: VLM) -> Iterator[None]:
+    """Each block by itself: all have one code, so it is compiled once, and the graph never breaks."""
+    blocks = [*model.vision.blocks, *model.language.blocks]
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+@contextmanager
+def frozen_encoder(model: VLM) -> Iterator[None]:
+    model.vision.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.vision.requires_grad_(True)
