@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from tests import tiny
+from vlmvqa.errors import InputError
 from vlmvqa.models.attention import softcap_attention
 from vlmvqa.models.language import LanguageModel, LanguageSettings, language_config
 from vlmvqa.models.projector import Projector
@@ -83,8 +84,11 @@ def test_the_softcaps_matter() -> None:
             assert (ours(causal_lm("gemma2", **change), ids) - expected).abs().max() > 0.01, change
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_softcap_attention_is_transformers_eager_attention(dtype: torch.dtype, close: float) -> None:
+def test_softcap_attention_is_transformers_eager_attention(dtype: torch.dtype, close: float, autocast: bool) -> None:
+    """Autocast leaves queries, keys and the mask as they are, and makes bf16 of values and of what is multiplied."""
+    close = 2e-2 if autocast else close
     drawn = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, heads, tokens, 8, generator=drawn).to(dtype) for heads, tokens in ((4, 5), (2, 7), (2, 7))]
     hidden = torch.rand(2, 1, 5, 7, generator=drawn) < 0.3
@@ -94,12 +98,20 @@ def test_softcap_attention_is_transformers_eager_attention(dtype: torch.dtype, c
     found = []
     for attention in (eager_attention_forward, softcap_attention):
         query, key, value = (tensor.clone().requires_grad_() for tensor in inputs)
-        out = attention(module, 3 * query, key, value, mask, scaling=0.5, softcap=2.0, dropout=0.0)[0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            half = value.bfloat16() if autocast else value
+            out = attention(module, 3 * query, key, half, mask, scaling=0.5, softcap=2.0, dropout=0.0)[0]
         (out * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
         found.append((out, query.grad, key.grad, value.grad))
     for expected, ours in zip(*found, strict=True):
         assert expected is not None and expected.abs().max() > 0.1
         torch.testing.assert_close(ours, expected, rtol=close, atol=close * expected.abs().max().item())
+
+
+def test_a_layer_that_would_drop_the_cap_is_refused() -> None:
+    heads = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(InputError, match=r"Linear does not cap its scores, though its config has"):
+        softcap_attention(nn.Linear(1, 1), heads, heads, heads, heads, scaling=1.0)
 
 
 def test_sdpa_is_never_taken_where_it_would_drop_the_softcap() -> None:

@@ -1,7 +1,8 @@
 """Dense attention for decoders that cap their scores (Gemma 2), which PyTorch's fused attention cannot do.
 
-The same numbers as transformers' eager attention in half its passes over the T x K scores: both factors before the cap
-are in the queries, the factor after it and the mask are one operation, and heads that share keys are not repeated.
+The same numbers as transformers' eager attention in four passes over the T x K scores instead of seven: both factors
+before the cap are in the queries, the factor after it and the mask are one operation. Keys are not repeated for the
+heads that share them.
 
 Legend: B rows, T queries, K keys, H heads, G heads of keys and values, D head width.
 """
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from vlmvqa.errors import InputError
+
 SOFTCAP = "softcap"  # its name in transformers
 
 
@@ -25,7 +28,7 @@ def softcap_attention(
     value: Tensor,
     attention_mask: Tensor,
     scaling: float,
-    softcap: float,
+    softcap: float | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -38,7 +41,15 @@ def softcap_attention(
 
     Returns:
         float[B, T, H, D], and no weights.
+
+    Raises:
+        InputError: the layer has no cap, though its config does.
     """
+    if softcap is None:
+        raise InputError(
+            f"model.language: {type(module).__name__} does not cap its scores, though its config has "
+            "attn_logit_softcapping; choose another model"
+        )
     rows, heads, queries, width = query.shape
     groups = key.shape[1]
     each = (rows, groups, heads // groups, queries, -1)  # the heads that share keys, and their queries

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Keep notices to stop until the end of the block. Processes that are started in it never hear of any.
+    """Keep notices to stop until the end of the block. Processes that are forked in it never hear of any.
 
     They come to whole process groups: a run saves before it stops, and needs until then the workers that read for it.
+    PyTorch cannot end such a worker either, if it hangs: it goes with the run.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -40,12 +42,16 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@atexit.register
 def _end_workers() -> None:
-    """Python would end them with SIGTERM, which `held_back` keeps from them, and wait for it to work."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler calls a worker's end an error
-    for worker in multiprocessing.active_children():
+    """Python is about to end them with SIGTERM, which `held_back` keeps from them, and to wait for it to work."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler calls a worker's end an error
+    for worker in workers:
         worker.kill()
+
+
+Finalize(None, _end_workers, exitpriority=0)  # after pools have ended their own
 
 
 class Watch(TrainerCallback):
