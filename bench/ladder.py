@@ -28,18 +28,22 @@ Setting = Callable[[VLM], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Job:
-    """What every row of the table trains on, and how many tokens at a time."""
+    """What every row of the table trains on, and how many rows at a time."""
 
     model: VLM
     documents: list[Document]
     pixels: Tensor
-    tokens: int
-    recipe_batch: int
+    batch: int
     compile: bool
 
     @property
     def supervised(self) -> int:
         return sum(len(q.answer) for d in self.documents for q in d.questions)
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch of the recipe."""
+        return self.batch * (self.model.vision.tokens + TEXT)
 
     @property
     def cuda(self) -> bool:
@@ -86,18 +90,19 @@ class Rung:
 
 def rungs(job: Job) -> list[Rung]:
     """All rows of the table, those that are not measured too."""
-    sixes, shared, packed = _by_question(job), _image_a_row(job), _in_budget(job, job.documents, job.tokens)
-    alone = shapes.apart(job.documents)
-    # At least two images a row, however long they are; on a CPU their square soon fills the memory.
-    two = max(job.tokens // 2, 2 * max(job.length([d]) for d in alone))
+    asked, alone = _by_question(job), shapes.apart(job.documents)
+    shared = _grouped(job, [[document] for document in job.documents], job.batch)
+    # Half of a micro-batch, but two images at least: on a CPU a longer row's square soon fills the memory.
+    half = max(job.tokens // 2, 2 * max(job.length([d]) for d in alone))
+    packed = [[row] for row in _in_budget(job, job.documents, -(-job.tokens // BLOCK) * BLOCK)]
     fast, multiple, settings = (packed, BLOCK, (flex,)) if job.cuda else (shared, 1, ())
     compiling = _ours(job, "+ compile", fast, multiple, (*settings, compiled))
     return [
-        _recipe(job, "recipe", sixes, TEXT),
-        _recipe(job, "dynamic padding", sixes, None),
-        _ours(job, "+ supervised only", sixes, settings=(eager,)),
-        _ours(job, "+ our attention", sixes),
-        _ours(job, "+ packing", _in_budget(job, alone, two)),
+        _recipe(job, "recipe", asked, TEXT),
+        _recipe(job, "dynamic padding", asked, None),
+        _ours(job, "+ supervised only", asked, settings=(eager,)),
+        _ours(job, "+ our attention", asked),
+        _ours(job, "+ packing", _grouped(job, _in_budget(job, alone, half), 2)),
         _ours(job, "+ sharing", shared),
         _unless(
             job.cuda, "FlexAttention has no backward on CPU", _ours(job, "+ FlexAttention", packed, BLOCK, (flex,))
@@ -179,27 +184,20 @@ def _by_question(job: Job) -> list[Rows]:
     """A row for each question, shuffled as training meets them: not an image's questions one after the other."""
     alone = shapes.apart(job.documents)
     random.Random(0).shuffle(alone)
-    return [
-        [[document] for document in alone[start : start + job.recipe_batch]]
-        for start in range(0, len(alone), job.recipe_batch)
-    ]
+    return [[[document] for document in alone[start : start + job.batch]] for start in range(0, len(alone), job.batch)]
 
 
-def _image_a_row(job: Job) -> list[Rows]:
-    return _grouped(job, [[document] for document in job.documents])
-
-
-def _in_budget(job: Job, documents: Sequence[Document], budget: int) -> list[Rows]:
+def _in_budget(job: Job, documents: Sequence[Document], budget: int) -> Rows:
     """Rows of several documents, packed as our training packs them; one longer than the budget stretches it."""
     lengths = [job.length([document]) for document in documents]
     plan = Packing(lengths, max(budget, *lengths), seed=0).plan(epoch=0)
-    return _grouped(job, [[documents[number] for number in plan[row]] for row in range(len(plan))])
+    return [[documents[number] for number in plan[row]] for row in range(len(plan))]
 
 
-def _grouped(job: Job, rows: Rows) -> list[Rows]:
-    """Micro-batches of equally many rows, of similar lengths, that have about `tokens` tokens."""
+def _grouped(job: Job, rows: Rows, most: int) -> list[Rows]:
+    """Micro-batches of rows of similar lengths: as few as do with so many rows, all with about equally many."""
     rows = sorted(rows, key=job.length, reverse=True)
-    count = min(-(-sum(map(job.length, rows)) // job.tokens), len(rows))
+    count = -(-len(rows) // most)
     cuts = [round(number * len(rows) / count) for number in range(count + 1)]
     return [rows[start:end] for start, end in pairwise(cuts)]
 

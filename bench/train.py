@@ -4,17 +4,17 @@
                         language model: eager attention, logits of every position, loss in fp32
  2 dynamic padding      text padded to the longest of the batch
  3 + supervised only    our model: logits where a label is; attention still as transformers has it
- 4 + our attention      the same scores, cap and softmax in half the passes over them
+ 4 + our attention      the same scores, cap and softmax in four passes over them instead of seven
  5 + packing            several images, each with one question, in a row
  6 + sharing            an image once, with all its questions: a row each, similar lengths together
  7 + FlexAttention      several images with all their questions in a row, which a block mask makes cheap
  8 + compile            encoder blocks and decoder layers under torch.compile
  9 + cached features    the encoder's output is given: it neither runs nor trains, so only the loss is the same
 
-Rows 1 to 4 take --recipe-batch questions at a time, the others about --tokens tokens, as many as those. Dense attention
-pays for every pair of tokens in a row: 5 gains nothing by it, and 6 puts one image in a row. 8 and 9 build on the
-fastest layout before them (6 on a CPU, 7 on CUDA). What is timed is forward and backward over all questions, the loss
-divided by all supervised tokens; the optimizer's step, the same for all, is left out.
+All take --batch rows at a time; rows of several images, 5 and 7, are fewer and hold as many tokens as that many of the
+recipe's. Dense attention pays for every pair of tokens in a row: 5 gains nothing by it, and 6 puts one image in a row.
+8 and 9 build on the fastest layout before them (6 on a CPU, 7 on CUDA). What is timed is forward and backward over all
+questions, the loss divided by all supervised tokens; the optimizer's step, the same for all, is left out.
 
 In fp32 every loss must equal the first to 1e-5, or the run fails.
 
@@ -163,14 +163,13 @@ def make_job(args: argparse.Namespace) -> Job:
     model = models.build_model(args.model, shape, args.device, args.seed, args.mode)
     documents = shapes.draw_documents(shape, args.images, models.vocabulary(model), args.seed)
     pixels = models.draw_pixels(model, args.images, args.seed)
-    return Job(model, documents, pixels, args.tokens, args.recipe_batch, args.compile)
+    return Job(model, documents, pixels, args.batch, args.compile)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     cuda = torch.cuda.is_available()
-    parser = tables.parser("train", __doc__)
-    parser.add_argument("--tokens", type=int, default=8192 if cuda else 2048, help="of a micro-batch, from row 5 on")
-    parser.add_argument("--recipe-batch", type=int, default=6, help="questions at a time, as published")
+    parser = tables.parser("train", __doc__, images=12)
+    parser.add_argument("--batch", type=int, default=6, help="rows of a micro-batch (default: 6, as published)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     args = parser.parse_args(argv)
     job = make_job(args)

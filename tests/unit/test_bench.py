@@ -32,7 +32,7 @@ def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def job(shape: str = "vqav2", mode: str = "causal", images: int = 3) -> ladder.Job:
     model = models.build_model("tiny", shapes.SHAPES[shape], mode=mode)
     documents = shapes.draw_documents(shapes.SHAPES[shape], images, models.vocabulary(model))
-    return ladder.Job(model, documents, models.draw_pixels(model, images), 128, 6, False)
+    return ladder.Job(model, documents, models.draw_pixels(model, images), 6, False)
 
 
 def run(main: Callable[[Sequence[str]], int], out: Path, *arguments: str) -> dict[str, Any]:
@@ -130,12 +130,21 @@ def test_the_layouts_are_what_the_table_says() -> None:
     assert encoded["+ sharing"] == len(made.documents)
 
 
+@pytest.mark.parametrize("images", [1, 6, 7, 20])
+def test_micro_batches_have_no_more_rows_than_the_recipes(images: int) -> None:
+    rungs = {rung.name: rung for rung in ladder.rungs(job(images=images))}
+    sizes = [len(rows) for rows in rungs["+ sharing"].micro_batches]
+    assert sum(sizes) == images and max(sizes) <= 6 and max(sizes) - min(sizes) <= 1
+    assert all(rungs["+ packing"].micro_batches)
+
+
 def test_settings_are_undone() -> None:
     model = job().model
-    for setting in (ladder.flex, ladder.compiled, ladder.frozen_encoder):
+    for setting in (ladder.eager, ladder.flex, ladder.compiled, ladder.frozen_encoder):
         with setting(model):
             pass
     assert model.language.attention == "dense"
+    assert model.language.decoder.config._attn_implementation == "softcap"
     assert all(block._compiled_call_impl is None for block in model.vision.blocks)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
