@@ -238,6 +238,19 @@ def readable(logs: Mapping[str, Any]) -> dict[str, Any]:
     return rest
 
 
+def in_short(logs: Mapping[str, Any]) -> str:
+    """The speed in a line, what matters most first: a narrow terminal cuts it."""
+    parts = [
+        f"{logs['questions_per_second']:.4g} questions/s",
+        f"padding {logs['padding']:.0f} %",
+        *([f"mfu {logs['mfu']:.0f} %"] if "mfu" in logs else []),
+        f"{logs['peak_memory_gib']:.3g} GiB",
+        f"{logs['supervised_tokens_per_second']:.4g} supervised tokens/s",
+        readable(logs)["time"],
+    ]
+    return ", ".join(parts)
+
+
 class Bar(ProgressCallback):
     """The Trainer's progress bar, with the speed behind it."""
 
@@ -245,9 +258,7 @@ class Bar(ProgressCallback):
         logs = logs or {}
         super().on_log(args, state, control, logs=readable(logs), **more)
         if self.training_bar is not None and "questions_per_second" in logs:
-            used = f", mfu {logs['mfu']:.0f} %" if "mfu" in logs else ""
-            speed = f"{logs['questions_per_second']:.4g} questions/s, padding {logs['padding']:.0f} %{used}"
-            self.training_bar.set_postfix_str(speed)
+            self.training_bar.set_postfix_str(in_short(logs))
 
 
 class Printer(PrinterCallback):
