@@ -13,8 +13,8 @@ from transformers import set_seed
 
 import from_config
 from command_line import check_overrides
-from tests.end_to_end import test_bad_input
-from tests.end_to_end.test_bad_input import JOBS, Ended, done, launch, sentence
+from tests.end_to_end import scripts
+from tests.end_to_end.scripts import JOBS, Ended, done, launch, sentence
 from tests.unit.test_config import compose
 from vlmvqa.data import shapes
 from vlmvqa.data.bad_records import BadRecords
@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(*arguments: str) -> Ended:
     """The script in this process, which saves seconds of imports."""
-    return test_bad_input.call("prepare", *arguments)
+    return scripts.call("prepare", *arguments)
 
 
 def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:

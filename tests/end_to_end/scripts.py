@@ -1,0 +1,128 @@
+"""The scripts of `launch/`, run as a user runs them, and how they end.
+
+`launch` starts a process; `call` does the same job in this one, which saves seconds of imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import eval as eval_script
+import predict as predict_script
+import pytest
+import show as show_script
+import train as train_script
+
+import command_line
+from tests.conftest import ROOT
+
+JOBS: dict[str, Callable[[], None]] = {
+    "train": lambda: command_line.run(train_script.main, "train"),
+    "eval": lambda: command_line.run(eval_script.main, "eval"),
+    "predict": lambda: command_line.run(predict_script.main, "predict", repeatable=("image", "question")),
+    "show": lambda: command_line.run(show_script.main, "show"),
+}
+MODEL = (
+    "model.vision.overrides.depth=1",
+    "model.vision.overrides.embed_dim=32",
+    "model.vision.overrides.num_heads=2",
+    "model.language.overrides.num_hidden_layers=1",
+    "model.language.overrides.hidden_size=32",
+    "model.language.overrides.intermediate_size=32",
+)
+SMALL = (
+    *MODEL,
+    "trainer.max_steps=2",
+    "trainer.per_device_train_batch_size=4",
+    "trainer.logging_steps=1",
+    "trainer.report_to=none",
+    "trainer.use_cpu=true",
+    "trainer.eval_strategy=no",
+)
+TRAIN_QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
+TRAIN_ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
+VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+TRAIN_IMAGE = "train2014/COCO_train2014_000000000003.jpg"  # question 3000 is about it
+VAL_IMAGE = "val2014/COCO_val2014_000001000002.jpg"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a script ended: exit status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+def launch(script: str, *arguments: str, before: tuple[str, ...] = ()) -> Ended:
+    """The script as a user starts it."""
+    command = [*before, sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def call(script: str, *arguments: str) -> Ended:
+    """The script's job in this process; a SystemExit ends as it ends a script."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        try:
+            JOBS[script]()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+            print(stop.code, file=sys.stderr)
+    return Ended(status, out.getvalue(), err.getvalue())
+
+
+def sentence(ended: Ended) -> str:
+    """The one sentence that a refused run ends with."""
+    assert ended.status == 1, ended.err[-2000:]
+    assert "Traceback" not in ended.err + ended.out, ended.err[-3000:]
+    lines = ended.err.splitlines()  # also at each \r of a progress bar: the sentence must not stick to one
+    assert [line for line in lines if "error: " in line] == lines[-1:], ended.err[-2000:]
+    assert lines[-1].startswith("error: "), lines[-1]
+    return lines[-1]
+
+
+def done(ended: Ended) -> Ended:
+    assert ended.status == 0, ended.err[-3000:]
+    return ended
+
+
+def content(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file of a folder: when it was changed, and its bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def change(path: Path, edit: Callable[[Any], Any]) -> None:
+    """Edit a JSON file's content in place."""
+    parsed = json.loads(path.read_text(encoding="utf-8"))
+    edit(parsed)
+    path.write_text(json.dumps(parsed, ensure_ascii=False), encoding="utf-8")
+
+
+def truncate(path: Path, share: float = 0.6) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return parsed
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
