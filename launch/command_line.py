@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import re
@@ -75,7 +76,22 @@ def run(main: Callable[[DictConfig], None], config_name: str, repeatable: Sequen
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
+    several = ranks.world_size() > 1
     job()
+    if several:
+        _leave()
+
+
+def _leave() -> None:
+    """End a run of several ranks that has done all, without taking the interpreter apart.
+
+    Threads of process groups that some library still holds can abort Python there, and the launcher would then stop
+    the other ranks while they write the results.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _known(error: Exception) -> str | None:
