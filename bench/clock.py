@@ -44,24 +44,24 @@ def measure(
     warm: Callable[[], object] | None = None,
     at_least: float = 0.0,
 ) -> Measured[R]:
-    """Time a function and its peak memory.
+    """A function's peak memory, and then its time: looking at the memory takes some.
 
     Args:
         repeats: how often it is timed.
-        warm: what runs once before, not timed (default: the function itself).
+        warm: what runs once before, for the memory (default: the function itself).
         at_least: seconds; it is timed until so many have passed, so that a quick one meets as much of what else the
             machine does as a slow one.
     """
     seconds: list[float] = []
     cpu_seconds: list[float] = []
-    with PeakMemory(device) as memory:  # the warm-up included: afterwards memory is kept, and taken again unseen
+    with PeakMemory(device) as memory:
         (warm or function)()
-        while len(seconds) < repeats or sum(seconds) < at_least:
-            result = None  # the last one's memory is not this one's
-            started, cpu_started = _now(device), time.process_time()
-            result = function()
-            seconds.append(_now(device) - started)
-            cpu_seconds.append(time.process_time() - cpu_started)
+    while len(seconds) < repeats or sum(seconds) < at_least:
+        result = None  # the last one's memory is not this one's
+        started, cpu_started = _now(device), time.process_time()
+        result = function()
+        seconds.append(_now(device) - started)
+        cpu_seconds.append(time.process_time() - cpu_started)
     medians = statistics.median(seconds), statistics.median(cpu_seconds)
     return Measured(medians[0], memory.bytes, result, medians[1])  # type: ignore[arg-type]
 

@@ -138,12 +138,11 @@ def contenders(model: VLM, other_mode: str) -> list[Contender]:
 
 def take_turns(found: Sequence[Contender], job: Job, repeats: int) -> list[list[clock.Measured[Answers]]]:
     """Each contender's measurements; in turns, so that what else the machine does befalls all alike."""
-    small, device = replace(job, documents=job.documents[:1]), job.pixels.device
+    device = job.pixels.device
     turns: list[list[clock.Measured[Answers]]] = [[] for _ in found]
     for _ in range(repeats):
         for contender, measured in zip(found, turns, strict=True):
-            whole, warm = partial(contender.answer, job), partial(contender.answer, small)
-            measured.append(clock.measure(whole, device, warm=warm))
+            measured.append(clock.measure(partial(contender.answer, job), device))
             print(f"  {contender.name}: {len(job.asked) / measured[-1].seconds:.3g} answers/s", flush=True)
     return turns
 

@@ -68,8 +68,9 @@ def measure(job: Job, rung: Rung) -> clock.Measured[float]:
     """One row's turn: its loss, time and memory."""
     with rung.switched_on(job.model):
         batches = [rung.collate(rows) for rows in rung.micro_batches]
-        # On a CPU one micro-batch warms up enough; compiled code has to have met every length.
-        first = batches if job.cuda or ladder.compiled in rung.settings else batches[:1]
+        # On a CPU two micro-batches warm up enough, and the second, with gradients there, takes the most memory;
+        # compiled code has to have met every length.
+        first = batches if job.cuda or ladder.compiled in rung.settings else batches[:2]
         found = clock.measure(
             lambda: train(job, rung, batches),
             job.pixels.device,
