@@ -76,11 +76,54 @@ def model(mode: str) -> VLM:
 
 def run(case: Case, root: Path) -> dict[str, Any]:
     """Train; the losses by step, what the checks printed, and the final weights' file."""
+    trainer = make_trainer(case, root / case.name)
+    start = str(root / case.resume[0] / f"checkpoint-{case.resume[1]}") if case.resume else None
+    trainer.train(resume_from_checkpoint=start)
+    log = [record for record in read_log(root / case.name / "log.jsonl") if "loss" in record]
+    weights = root / case.name / f"checkpoint-{case.steps}" / WEIGHTS
+    with trainer._whole_model() as whole:
+        saved = load_file(weights)
+        same = all(torch.equal(weight.cpu(), saved[name].to(weight.dtype)) for name, weight in whole.named_parameters())
+    batch = trainer._prepare_inputs({"weights": torch.ones(1), "pixel_values": torch.ones(1)})
+    return {
+        "losses": {record["step"]: record["loss"] for record in log},
+        "norms": {record["step"]: record["grad_norm"] for record in log},
+        "limits": trainer.clipping.norms,
+        "table": preflight.check(trainer),
+        "weights": str(weights),
+        "whole_model_is_the_checkpoint": same,
+        "types_of_the_batch": {name: str(column.dtype) for name, column in batch.items()},
+    }
+
+
+def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     dist = DistSettings(case.strategy, case.offload)
     vlm = model(case.mode)
     if case.trained == "projector":
         set_trainable(vlm.vision, "none", "vision")
         set_trainable(vlm.language, "none", "language")
+    arguments = make_arguments(case, dist, folder)
+    if dist.is_zero:
+        parallel.correct_deepspeed()
+    if case.strategy == "fsdp":
+        parallel.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
+    given = examples(32)
+    tokenizer = train_tokenizer(given, 300)
+    processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
+    most = 1 if case.mode == "prefix_lm" else None
+    options: dict[str, Any] = {"row_tokens": case.row_tokens, "questions_per_row": most, "weighting": case.weighting}
+    return VqaTrainer(
+        vlm,
+        arguments,
+        TrainingSet(given, processor, "most_common", 0, BadRecords(), **options),
+        processor,
+        dist=dist,
+        settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
+        clip_percentile=case.clip_percentile,
+    )
+
+
+def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArguments:
     values = {
         "per_device_train_batch_size": case.batch,
         "max_steps": case.steps,
@@ -91,8 +134,8 @@ def run(case: Case, root: Path) -> dict[str, Any]:
         **(case.trainer or {}),
     }
     preflight.refuse(preflight.Asked(dist, values, tiny.settings(case.mode)))
-    arguments = TrainingArguments(
-        output_dir=str(root / case.name),
+    return TrainingArguments(
+        output_dir=str(folder),
         use_cpu=True,
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -102,45 +145,6 @@ def run(case: Case, root: Path) -> dict[str, Any]:
         deepspeed=parallel.deepspeed_config(dist) if dist.is_zero else None,
         **values,
     )
-    if dist.is_zero:
-        parallel.correct_deepspeed()
-    if case.strategy == "fsdp":
-        parallel.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
-    given = examples(32)
-    tokenizer = train_tokenizer(given, 300)
-    processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
-    most = 1 if case.mode == "prefix_lm" else None
-    options: dict[str, Any] = {"row_tokens": case.row_tokens, "questions_per_row": most, "weighting": case.weighting}
-    training_set = TrainingSet(given, processor, "most_common", 0, BadRecords(), **options)
-    trainer = VqaTrainer(
-        vlm,
-        arguments,
-        training_set,
-        processor,
-        dist=dist,
-        settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
-        clip_percentile=case.clip_percentile,
-    )
-    start = str(root / case.resume[0] / f"checkpoint-{case.resume[1]}") if case.resume else None
-    trainer.train(resume_from_checkpoint=start)
-    log = [record for record in read_log(root / case.name / "log.jsonl") if "loss" in record]
-    with trainer._whole_model() as whole:
-        saved = load_file(root / case.name / f"checkpoint-{case.steps}" / WEIGHTS)
-        same = all(torch.equal(weight.cpu(), saved[name].to(weight.dtype)) for name, weight in whole.named_parameters())
-    return {
-        "losses": {record["step"]: record["loss"] for record in log},
-        "norms": {record["step"]: record["grad_norm"] for record in log},
-        "limits": trainer.clipping.norms,
-        "table": preflight.check(trainer),
-        "weights": str(root / case.name / f"checkpoint-{case.steps}" / WEIGHTS),
-        "whole_model_is_the_checkpoint": same,
-        "types_of_the_batch": {
-            name: str(column.dtype)
-            for name, column in trainer._prepare_inputs(
-                {"weights": torch.ones(1), "pixel_values": torch.ones(1)}
-            ).items()
-        },
-    }
 
 
 # torchao compiles its step; the C++ that inductor makes of it on a CPU takes minutes to build: trace it, and run it.
