@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import statistics
 import sys
 import threading
 import time
@@ -25,10 +24,10 @@ class Measured(Generic[R]):
     """What a function took and gave.
 
     Attributes:
-        seconds: the median of the repeats.
+        seconds: of the fastest repeat, since what else the machine does only ever adds to a time.
         peak: bytes above the start (None where unknown).
         result: the last one.
-        cpu_seconds: of all threads, the median: what other work on the machine disturbs least.
+        cpu_seconds: of all threads, the least: what other work on the machine disturbs least.
     """
 
     seconds: float
@@ -49,21 +48,24 @@ def measure(
     Args:
         repeats: how often it is timed.
         warm: what runs once before, for the memory (default: the function itself).
-        at_least: seconds; it is timed until so many have passed, so that a quick one meets as much of what else the
-            machine does as a slow one.
+        at_least: seconds; a repeat is the mean of as many calls as take so long, so that a quick function is not
+            faster only because it finds a short moment in which the machine does nothing else.
     """
-    seconds: list[float] = []
-    cpu_seconds: list[float] = []
     with PeakMemory(device) as memory:
         (warm or function)()
-    while len(seconds) < repeats or sum(seconds) < at_least:
-        result = None  # the last one's memory is not this one's
-        started, cpu_started = _now(device), time.process_time()
-        result = function()
-        seconds.append(_now(device) - started)
-        cpu_seconds.append(time.process_time() - cpu_started)
-    medians = statistics.median(seconds), statistics.median(cpu_seconds)
-    return Measured(medians[0], memory.bytes, result, medians[1])  # type: ignore[arg-type]
+    found: list[tuple[float, float, R]] = [_mean(function, device, at_least) for _ in range(repeats)]
+    seconds, cpu_seconds, results = zip(*found, strict=True)
+    return Measured(min(seconds), memory.bytes, results[-1], min(cpu_seconds))
+
+
+def _mean(function: Callable[[], R], device: torch.device, at_least: float) -> tuple[float, float, R]:
+    """Seconds and processor seconds of a call, and the last one's result."""
+    started, cpu_started = _now(device), time.process_time()
+    result, calls = function(), 1
+    while (seconds := _now(device) - started) < at_least:
+        del result  # the last one's memory is not this one's
+        result, calls = function(), calls + 1
+    return seconds / calls, (time.process_time() - cpu_started) / calls, result
 
 
 class PeakMemory:

@@ -15,12 +15,15 @@ Random weights never end an answer, so each has `--tokens` tokens for every cont
 VQAv2's answers have with their EOS, so that nobody gains by stopping early. With `--ends 0.5` the second tokens of
 half the questions become end tokens, for all alike: answers then end at their own times, and a padded batch waits
 for its longest.
+
+"floor" is the time over the least that the answers need: the operations of one forward pass over each image, each
+prompt and each answer once, at the machine's matrix rate, or the decoder's weights read once for each token of the
+longest answer, whichever takes longer.
 """
 
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,17 +150,23 @@ def take_turns(found: Sequence[Contender], job: Job, repeats: int) -> list[list[
     return turns
 
 
-def compare(found: Sequence[Contender], job: Job, repeats: int) -> list[tables.Row]:
-    """A row for each contender."""
+def compare(found: Sequence[Contender], job: Job, repeats: int, floor: float) -> list[tables.Row]:
+    """A row for each contender.
+
+    Args:
+        floor: seconds that the answers need at least.
+    """
     turns = take_turns(found, job, repeats)
     reference = turns[0][0].result
     rows: list[tables.Row] = []
     for contender, measured in zip(found, turns, strict=True):
         equal = sum(a == b for a, b in zip(measured[0].result, reference, strict=True)) if contender.same else None
+        seconds = min(one.seconds for one in measured)
         rows.append(
             {
                 "name": contender.name,
-                "answers_per_second": len(job.asked) / statistics.median(one.seconds for one in measured),
+                "answers_per_second": len(job.asked) / seconds,
+                "times_floor": seconds / floor,
                 "peak_bytes": measured[0].peak,
                 "equal_answers": equal,
             }
@@ -166,6 +175,18 @@ def compare(found: Sequence[Contender], job: Job, repeats: int) -> list[tables.R
         for key, base in (("to_one_at_a_time", rows[0]), ("to_padded_batches", rows[1])):
             row[key] = row["answers_per_second"] / base["answers_per_second"]
     return rows
+
+
+def least_seconds(model: VLM, job: Job, answers: Answers, machine: tables.Row) -> float:
+    """What these answers need at least."""
+    written = iter(answers)
+    told = [Document(d.image, [TokenizedQuestion(q.prompt, next(written)) for q in d.questions]) for d in job.documents]
+    batch = models.make_batch(model, [[document] for document in told], job.pixels)
+    model.requires_grad_(False)
+    weights = sum(weight.nbytes for weight in model.language.parameters())
+    flops = models.needed_flops(model, batch)
+    model.requires_grad_(True)
+    return tables.least_seconds(machine, flops, weights * max(map(len, answers)))
 
 
 def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
@@ -185,8 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     machine = tables.machine(args.device, next(model.parameters()).dtype)
     print(tables.describe(machine))
 
-    rows = compare(contenders(model, args.mode), job, args.repeats)
-    lengths = [min(len(answer) + 1, args.tokens) for answer in ours(model, job)]  # the end token is a step too
+    answers = ours(model, job)
+    floor = least_seconds(model, job, answers, machine)
+    rows = compare(contenders(model, args.mode), job, args.repeats, floor)
+    lengths = [min(len(answer) + 1, args.tokens) for answer in answers]  # the end token is a step too
     steps = sum(lengths) / len(lengths)
     print(
         f"{len(job.asked)} questions about {args.images} images of {model.vision.tokens} tokens; {steps:.1f} tokens an "
@@ -198,12 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
             f"{row['answers_per_second']:.3g}",
             tables.times(row["to_one_at_a_time"]),
             tables.times(row["to_padded_batches"]),
+            tables.times(row["times_floor"]),
             tables.mib(row["peak_bytes"]),
             "" if row["equal_answers"] is None else f"{row['equal_answers']} of {len(job.asked)}",
         )
         for row in rows
     ]
-    headers = ("", "answers/s", "to one at a time", "to padded batches", "peak MiB", "same tokens")
+    headers = ("", "answers/s", "to one at a time", "to padded batches", "floor", "peak MiB", "same tokens")
     print(tables.table(headers, shown))
     tables.write_json(args, machine, rows, questions=len(job.asked), tokens_an_answer=steps)
     return rows

@@ -97,6 +97,11 @@ def causal_lm(model: VLM) -> PreTrainedModel:
     return whole.train(model.training)
 
 
+def trained_bytes(model: nn.Module) -> int:
+    """What a forward and backward pass moves at least: weights that train are read twice, their gradient is written."""
+    return 3 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+
+
 def draw_pixels(model: VLM, images: int, seed: int = 0) -> Tensor:
     """`float[I, 3, H, W]` on the model's device and in its type."""
     parameter = next(model.parameters())

@@ -12,8 +12,12 @@ All start from the same weights (PaliGemma's, copied) and take the same question
 AdamW, clipped gradients, a constant learning rate. Ours is a plain loop. Inputs are random pixels and token ids, put
 together as PaliGemma's processor does (image placeholders, prompt, answer, EOS; token type 0 for the prefix and 1 for
 the answer; labels on the answer): so neither side spends time on text or JPEGs, and no tokenizer is needed.
-The first step warms up; the median of the others, over `--repeats` epochs, is what counts. Peak memory is what comes on
-top of the weights: gradients, the optimizer's state, activations. Needs accelerate, for the Trainer.
+
+They take turns, `--repeats` of an epoch each, from the start. The first step of a turn warms up; the mean of the others
+is what counts, in the fastest turn. Peak memory is what comes on top of the weights: gradients, moments, activations.
+"floor" is the time over the least that a step needs: its images and tokens once, in our shared rows, at the machine's
+matrix rate, or the weights, gradients and moments that training and AdamW read and write, whichever takes longer.
+Needs accelerate, for the Trainer.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -55,6 +60,11 @@ class Record:
     device: torch.device
     losses: list[Tensor] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of every step but the first."""
+        return [after - before for before, after in pairwise(self.ended)]
 
     def end_step(self) -> None:
         if self.device.type == "cuda":
@@ -184,8 +194,8 @@ def require_trainer() -> None:
         raise SystemExit("PaliGemma trains here with transformers' Trainer: `pip install accelerate`") from error
 
 
-def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int, epochs: int) -> Record:
-    """With transformers' Trainer."""
+def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int) -> Record:
+    """An epoch with transformers' Trainer."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     record = Record(peer.device)
@@ -200,7 +210,7 @@ def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int, e
         arguments = TrainingArguments(
             folder,
             per_device_train_batch_size=batch,
-            num_train_epochs=epochs,
+            num_train_epochs=1,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             max_grad_norm=CLIP,
@@ -224,13 +234,13 @@ def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int, e
     return record
 
 
-def train_ours(model: VLM, asked: Sequence[Asked], pixels: Tensor, batch: int, epochs: int, share: bool) -> Record:
-    """In a plain loop."""
+def train_ours(model: VLM, asked: Sequence[Asked], pixels: Tensor, batch: int, share: bool) -> Record:
+    """An epoch in a plain loop."""
     device = models.device_of(model)
     record = Record(device)
     # Fused and without weight decay, as the Trainer's.
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
-    for start in list(range(0, len(asked), batch)) * epochs:
+    for start in range(0, len(asked), batch):
         inputs = our_batch(asked[start : start + batch], pixels, model, share)
         loss = model(**{name: column.to(device) for name, column in inputs.items()})["loss"]
         loss.backward()
@@ -255,8 +265,8 @@ class Contender:
     same: bool = True
 
 
-def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, epochs: int, mode: str) -> list[Contender]:
-    work = (asked, pixels, batch, epochs)
+def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, mode: str) -> list[Contender]:
+    work = (asked, pixels, batch)
     return [
         Contender("PaliGemma and Trainer", lambda peer: peer, lambda model: train_peer(model, *work)),
         Contender(
@@ -273,37 +283,60 @@ def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, epochs: int, 
     ]
 
 
-def compare(found: Sequence[Contender], like: VLM, batch: int, seed: int) -> list[tables.Row]:
-    """A row for each contender; each has its own model, made when its turn comes."""
+def take_turns(found: Sequence[Contender], like: VLM, repeats: int, seed: int) -> list[list[clock.Measured[Record]]]:
+    """Each contender's turns; each has its own model, made when its turn comes."""
+    turns: list[list[clock.Measured[Record]]] = [[] for _ in found]
+    for _ in range(repeats):
+        for contender, measured in zip(found, turns, strict=True):
+            model = contender.build(build_peer(like, seed)).train()
+            with clock.PeakMemory(models.device_of(model)) as memory:
+                record = contender.train(model)
+            seconds = statistics.mean(record.seconds)
+            measured.append(clock.Measured(seconds, memory.bytes, record))
+            print(f"  {contender.name}: {seconds:.2f} s a step", flush=True)
+            del model
+    return turns
+
+
+def compare(
+    found: Sequence[Contender], turns: Sequence[Sequence[clock.Measured[Record]]], batch: int, floor: float
+) -> list[tables.Row]:
+    """A row for each contender.
+
+    Args:
+        floor: seconds that a step needs at least.
+    """
     rows: list[tables.Row] = []
     reference: list[float] = []
-    for contender in found:
-        model = contender.build(build_peer(like, seed)).train()
-        with clock.PeakMemory(models.device_of(model)) as memory:
-            record = contender.train(model)
-        losses = [loss.item() for loss in record.losses]
+    for contender, measured in zip(found, turns, strict=True):
+        losses = [loss.item() for loss in measured[0].result.losses]
         reference = reference or losses
         apart = max(abs(a - b) for a, b in zip(losses, reference, strict=True)) if contender.same else None
-        seconds = statistics.median(b - a for a, b in zip(record.ended, record.ended[1:], strict=False))
+        seconds = min(turn.seconds for turn in measured)
         rows.append(
             {
                 "name": contender.name,
                 "questions_per_second": batch / seconds,
-                "peak_bytes": memory.bytes,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "times_floor": seconds / floor,
+                "peak_bytes": measured[0].peak,
                 "losses": losses,
                 "largest_loss_difference": apart,
             }
         )
-        print(f"  {contender.name}: {batch / seconds:.3g} questions/s", flush=True)
-        del model
-    for row in rows:
-        row["ratio"] = row["questions_per_second"] / rows[0]["questions_per_second"]
+        rows[-1]["ratio"] = rows[-1]["questions_per_second"] / rows[0]["questions_per_second"]
     return rows
 
 
+def least_seconds(model: VLM, asked: Sequence[Asked], pixels: Tensor, batch: int, machine: tables.Row) -> float:
+    """What a step needs at least, in the mean of an epoch."""
+    steps = [our_batch(asked[at : at + batch], pixels, model, share=True) for at in range(0, len(asked), batch)]
+    flops = sum(models.needed_flops(model, step) for step in steps) / len(steps)
+    # AdamW reads weights, gradients and two moments, and writes all but the gradients.
+    return tables.least_seconds(machine, flops, models.trained_bytes(model) * (3 + 7) / 3)
+
+
 def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
-    parser = tables.parser("peers", __doc__, images=12, repeats=1)
+    parser = tables.parser("peers", __doc__, images=12, repeats=3)
     parser.set_defaults(mode="blockwise_prefix")
     parser.add_argument("--batch", type=int, default=16, help="questions a step (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -314,22 +347,28 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     documents = shapes.draw_documents(shape, args.images, models.vocabulary(like), args.seed)
     asked = [(document.image, question) for document in documents for question in document.questions]
     asked = asked[: len(asked) // args.batch * args.batch]  # whole steps
-    if len(asked) * args.repeats < 2 * args.batch:
+    if len(asked) < 2 * args.batch:
         parser.error("the first step warms up, and there is no second; ask for more --images or a smaller --batch")
     pixels = models.draw_pixels(like, args.images, args.seed).cpu()  # moved with their batch, as a user's are
     machine = tables.machine(args.device, next(like.parameters()).dtype)
     print(tables.describe(machine))
 
-    rows = compare(contenders(asked, pixels, args.batch, args.repeats, args.mode), like, args.batch, args.seed)
+    found = contenders(asked, pixels, args.batch, args.mode)
+    model = build_ours(build_peer(like, args.seed), args.mode)
+    floor = least_seconds(model, asked, pixels, args.batch, machine)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    del model
+    rows = compare(found, take_turns(found, like, args.repeats, args.seed), args.batch, floor)
     print(
         f"{len(asked)} questions about {args.images} images, {args.batch} a step; all parameters train "
-        f"({rows[0]['parameters'] / 1e6:,.1f} million)"
+        f"({parameters / 1e6:,.1f} million)"
     )
     shown = [
         (
             row["name"],
             f"{row['questions_per_second']:.3g}",
             tables.times(row["ratio"]),
+            tables.times(row["times_floor"]),
             tables.mib(row["peak_bytes"]),
             f"{row['losses'][0]:.5f}",
             f"{row['losses'][-1]:.5f}",
@@ -337,9 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
         )
         for row in rows
     ]
-    headers = ("", "questions/s", "ratio", "peak MiB", "first loss", "last loss", "largest difference")
+    headers = ("", "questions/s", "ratio", "floor", "peak MiB", "first loss", "last loss", "largest difference")
     print(tables.table(headers, shown))
-    tables.write_json(args, machine, rows, questions=len(asked))
+    tables.write_json(args, machine, rows, questions=len(asked), parameters=parameters)
     return rows
 
 

@@ -34,7 +34,7 @@ def parser(name: str, description: str | None, images: int = 8, repeats: int = 3
     made.add_argument("--mode", choices=SHAREABLE, default="causal", help="attention mode (default: %(default)s)")
     made.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
     made.add_argument("--images", type=int, default=images, help="how many (default: %(default)s)")
-    made.add_argument("--repeats", type=int, default=repeats, help="the median is printed (default: %(default)s)")
+    made.add_argument("--repeats", type=int, default=repeats, help="the fastest is printed (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("runs/bench") / f"{name}.json", help="default: %(default)s")
     return made
@@ -78,6 +78,11 @@ def _si(number: float) -> str:
         if number >= 10**power:
             return f"{number / 10**power:.3g} {prefix}"
     return f"{number:.3g} "
+
+
+def least_seconds(machine: Row, flops: float, size: float) -> float:
+    """The floor: so many operations at the measured matrix rate, or so many bytes at the measured bandwidth."""
+    return max(flops / machine["matrix_flops_per_second"], size / machine["bytes_per_second"])
 
 
 def mib(size: int | None) -> str:

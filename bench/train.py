@@ -20,7 +20,8 @@ In fp32 every loss must equal the first to 1e-5, or the run fails.
 
 Two columns say how far a row is from what the machine can do. "matrix rate" is MFU with the vision term: operations a
 second that the row's own images and tokens need (`models.needed_flops`), over those of the best matrix product.
-"floor" is the time over that in which the matrix rate does row 6's: these questions need no less.
+"floor" is the time over the least that these questions need: row 6's operations at the matrix rate, or the weights
+read twice and their gradient written once at the rate of a large copy, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from statistics import median
 
 import torch
 
@@ -36,7 +36,7 @@ from bench import clock, ladder, models, shapes, tables
 from bench.ladder import Batch, Job, Rung
 
 CLOSE = 1e-5  # what losses may differ by in fp32
-TURN = 10.0  # seconds a row is timed for, at least, when it is its turn
+TURN = 20.0  # seconds a row is timed for, at least, when it is its turn
 
 
 def train(job: Job, rung: Rung, batches: Sequence[Batch]) -> float:
@@ -82,16 +82,19 @@ def measure(job: Job, rung: Rung) -> clock.Measured[float]:
 
 
 def summarise(job: Job, rung: Rung, turns: Sequence[clock.Measured[float]]) -> tables.Row:
-    seconds = median(turn.seconds for turn in turns)
+    seconds = min(turn.seconds for turn in turns)
+    with rung.switched_on(job.model):
+        moved = models.trained_bytes(job.model)
     return {
         "name": rung.name,
         "seconds": seconds,
-        "cpu_seconds": median(turn.cpu_seconds for turn in turns),
+        "cpu_seconds": min(turn.cpu_seconds for turn in turns),
         "turns": [turn.seconds for turn in turns],
         "questions_per_second": shapes.questions_in(job.documents) / seconds,
         "peak_bytes": max((turn.peak for turn in turns if turn.peak is not None), default=None),
         "loss": turns[-1].result,
         "flops": flops(job, rung),
+        "bytes": moved,
         "micro_batches": [[len(rows), max(job.length(row) for row in rows)] for rows in rung.micro_batches],
         "trains_encoder": rung.trains_encoder,
     }
@@ -105,7 +108,7 @@ def flops(job: Job, rung: Rung) -> int:
         return sum(models.needed_flops(job.model, batch) for batch in batches)
 
 
-def compare(rows: list[tables.Row], matrix_rate: float) -> None:
+def compare(rows: list[tables.Row], machine: tables.Row) -> None:
     """Add to each measured row how it stands to the others and to what the machine can do."""
     by_name = {row["name"]: row for row in rows}
     recipe, supervised, sharing = (by_name[name] for name in ("recipe", "+ supervised only", "+ sharing"))
@@ -116,9 +119,9 @@ def compare(rows: list[tables.Row], matrix_rate: float) -> None:
             row["cpu_ratio_to_recipe"] = recipe["cpu_seconds"] / row["cpu_seconds"]
             row["cpu_ratio_to_supervised"] = supervised["cpu_seconds"] / row["cpu_seconds"]
             row["loss_difference"] = row["loss"] - recipe["loss"]
-            row["of_matrix_rate"] = row["flops"] / row["seconds"] / matrix_rate
-            floor = sharing["flops"] if row["trains_encoder"] else row["flops"]
-            row["times_floor"] = row["seconds"] * matrix_rate / floor
+            row["of_matrix_rate"] = row["flops"] / row["seconds"] / machine["matrix_flops_per_second"]
+            needed = sharing["flops"] if row["trains_encoder"] else row["flops"]
+            row["times_floor"] = row["seconds"] / tables.least_seconds(machine, needed, row["bytes"])
 
 
 HEADERS = (
@@ -181,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Measured again: on a machine that does other work, the better of two moments is nearer to what it can do.
     again = clock.matrix_rate(job.pixels.device, job.pixels.dtype)
     machine["matrix_flops_per_second"] = max(machine["matrix_flops_per_second"], again)
-    compare(rows, machine["matrix_flops_per_second"])
+    compare(rows, machine)
     print(tables.table(HEADERS, [cells(row) for row in rows]))
     for row in rows:
         if "skipped" in row:
