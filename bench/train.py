@@ -4,7 +4,8 @@
                         language model: eager attention, logits of every position, loss in fp32
  2 dynamic padding      text padded to the longest of the batch
  3 + supervised only    our model: logits where a label is; attention still as transformers has it
- 4 + our attention      the same scores, cap and softmax in four passes over them instead of seven
+ 4 + our attention      the same scores, cap and softmax in four passes over them instead of seven, without those that
+                        no row may see
  5 + packing            several images, each with one question, in a row
  6 + sharing            an image once, with all its questions: a row each, similar lengths together
  7 + FlexAttention      several images with all their questions in a row, which a block mask makes cheap

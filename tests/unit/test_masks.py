@@ -7,6 +7,7 @@ import torch
 
 from tests import tiny
 from vlmvqa.models.vlm import VLM
+from vlmvqa.sequence import masks
 from vlmvqa.sequence.masks import MODES, SHAREABLE, Tokens, block_mask, dense_mask, visible
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
@@ -63,6 +64,21 @@ def test_the_window_counts_restarted_positions() -> None:
     seen = sees("causal", window=3)
     assert seen["how"] == "i i how"
     assert seen["of"] == "many two of"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_spans_reach_exactly_as_far_as_any_row_sees(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "SPAN", 3)
+    given = tiny.documents([1, 1] if mode == "prefix_lm" else [3, 2])
+    rows = pad_rows([build_row(given, 4, mode), build_row(given[:1], 4, mode)], multiple=64)
+    found = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], mode)
+    seen = visible(found.map(lambda t: t[:, :, None]), found.map(lambda t: t[:, None, :]))
+    start, length = 0, seen.shape[1]
+    for end, keys in masks.spans(found):
+        part = seen[:, start:end]
+        assert not part[..., keys:].any() and (keys == 1 or part[..., keys - 1].any())
+        start = end
+    assert start == length
 
 
 def test_padding_is_seen_by_nobody_and_gives_no_nan() -> None:

@@ -10,7 +10,8 @@ import torch
 from tests import tiny
 from vlmvqa.models.generation import Decoding, generate
 from vlmvqa.models.vlm import VLM
-from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.sequence import masks
+from vlmvqa.sequence.masks import MODES, SHAREABLE
 from vlmvqa.sequence.rows import Document
 
 LAYOUTS = {
@@ -51,6 +52,27 @@ def shared_is_apart(vlm: VLM, rows: Sequence[Sequence[Document]]) -> None:
 @pytest.mark.parametrize("mode", SHAREABLE)
 def test_loss_and_every_gradient(mode: str, layout: str) -> None:
     shared_is_apart(tiny.model(mode), lay_out(LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_scores_that_nobody_may_see_are_left_out_of_nothing_else(
+    mode: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients with the queries in spans are those of one span that sees all keys."""
+    vlm = tiny.model(mode)
+    rows = lay_out(LAYOUTS[layout])
+    rows = tiny.apart([document for row in rows for document in row]) if mode == "prefix_lm" else rows
+    batch = tiny.batch(vlm, rows, tiny.images(sum(map(len, rows))))
+    monkeypatch.setattr(masks, "SPAN", 4)
+    hidden = [seen < batch["labels"].shape[1] for _, seen in masks.spans(vlm.tokens(batch))]
+    assert len(hidden) > 2 and any(hidden)
+    loss, gradients = loss_and_gradients(vlm, batch)
+    monkeypatch.setattr(type(vlm.language), "_spans", lambda *_: {})
+    expected_loss, expected = loss_and_gradients(vlm, batch)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

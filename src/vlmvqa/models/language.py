@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.attention import SOFTCAP
-from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask
+from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask, spans
 
 BACKENDS = ("dense", "flex")
 LOSSES = ("chunked", "fused")
@@ -115,6 +115,7 @@ class LanguageModel(nn.Module):
             position_ids=tokens.position,
             past_key_values=cache,
             use_cache=cache is not None,
+            **self._spans(tokens if keys is None else None),
         )
         return outputs.last_hidden_state
 
@@ -174,6 +175,15 @@ class LanguageModel(nn.Module):
         full = self._mask(tokens, keys, None, dtype)
         local = full if window is None else self._mask(tokens, keys, window, dtype)
         return {"full_attention": full, "sliding_attention": local}
+
+    def _spans(self, tokens: Tokens | None) -> dict[str, Any]:
+        """For our dense attention on a CPU, which parts of the scores are hidden; where tokens attend to themselves."""
+        if tokens is None or self.decoder.config._attn_implementation != SOFTCAP:
+            return {}
+        # On a GPU FlexAttention does it without being asked; a tracer's tensors hold no numbers.
+        column = tokens.document
+        traced = type(column) is not Tensor or torch.compiler.is_compiling()
+        return {} if traced or column.device.type != "cpu" else {"spans": spans(tokens)}
 
     def _mask(self, tokens: Tokens, keys: Tokens, window: int | None, dtype: torch.dtype) -> Any:
         if self.attention == "flex":

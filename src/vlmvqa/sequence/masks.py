@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from vlmvqa.sequence.rows import PADDING
 
 NONE = -1
+SPAN = 128  # queries
 # Attention mode -> the bidirectional block of an image, a prompt and an answer token (NONE: plain causal).
 # Tokens of one block (and one branch, or the image) see each other both ways.
 MODES = {
@@ -71,6 +72,19 @@ def dense_mask(query: Tokens, key: Tokens, window: int | None = None) -> Tensor:
     """
     mask = visible(query.map(lambda t: t[:, :, None]), key.map(lambda t: t[:, None, :]), window)
     return (mask | ~mask.any(-1, keepdim=True))[:, None]
+
+
+def spans(tokens: Tokens) -> list[tuple[int, int]]:
+    """Where each span of queries ends, and up to which key (exclusive) they see, of all rows the farthest.
+
+    For tokens `[B, T]` that attend to themselves, padding left out. Text lies behind all that an image sees, and later
+    text behind earlier: dense attention need not compute what no row may see. The numbers are asked for here, for which
+    a GPU would be waited for.
+    """
+    seen = visible(tokens.map(lambda t: t[:, :, None]), tokens.map(lambda t: t[:, None, :])).any(0)
+    last = (seen * torch.arange(1, len(seen) + 1)).amax(1).clamp(min=1)  # padding in all rows sees nothing
+    ends = range(SPAN, len(last) + SPAN, SPAN)
+    return [(min(end, len(last)), int(part.max())) for end, part in zip(ends, last.split(SPAN), strict=True)]
 
 
 def block_mask(tokens: Tokens, window: int | None = None) -> BlockMask:
