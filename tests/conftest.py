@@ -18,7 +18,9 @@ torch.set_num_threads(1)  # tiny operations: two threads that wait for each othe
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What tests read is cached apart from what users read; set before test modules copy the environment."""
+    """For all processes that tests start, so set before test modules copy the environment: what tests read is cached
+    apart from what users read, nothing is asked of the hub, and each has one thread, as above."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     os.environ["VLMVQA_CACHE"] = tempfile.mkdtemp(prefix="vlmvqa-cache-")
 
 

@@ -13,14 +13,12 @@ from typing import Any
 
 from tests.conftest import ROOT
 from tests.distributed.worker import Case
-from tests.end_to_end.test_train import SMALL, losses
+from tests.end_to_end.scripts import LONGER, losses
 
-__all__ = ["BIN", "ENVIRONMENT", "SMALL", "losses", "start", "torchrun", "train", "work"]
+__all__ = ["BIN", "ENVIRONMENT", "LONGER", "losses", "start", "torchrun", "train", "work"]
 
 BIN = Path(sys.executable).parent
 ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
     "PYTHONFAULTHANDLER": "1",
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     "MASTER_PORT": "0",
@@ -48,7 +46,7 @@ def train(folder: Path, data: str, *more: str) -> list[str]:
     """The arguments of a small training: 12 steps of 8 images over 2 ranks."""
     batch = "trainer.per_device_train_batch_size=4"
     steps = "trainer.max_steps=12"
-    return ["launch/train.py", f"run.dir={folder}", data, *SMALL, batch, steps, "trainer.report_to=none", *more]
+    return ["launch/train.py", f"run.dir={folder}", data, *LONGER, batch, steps, "trainer.report_to=none", *more]
 
 
 def work(folder: Path, cases: Sequence[Case], ranks: int) -> dict[str, Any]:

@@ -14,9 +14,8 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.distributed.harness import BIN, SMALL, losses, start, torchrun, train
-
-SHAPES = [argument for argument in SMALL if argument.startswith("data.")]
+from tests.distributed.harness import BIN, losses, start, torchrun, train
+from tests.end_to_end.scripts import SHAPES
 
 
 def done(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -162,17 +161,6 @@ def test_two_machines_and_a_worker_that_comes_back(tmp_path: Path, data: str, wh
     assert any("going on from" in text for text in printed)
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
     assert (folder / "model" / "config.json").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2"])
-def test_it_compiles_under(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
-    """Traced and differentiated; inductor's C++ takes minutes to build."""
-    compiled = ("trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager", "trainer.max_steps=3")
-    schedule = ("trainer.lr_scheduler_type=constant", "trainer.warmup_steps=0")
-    done(start([*torchrun(2), *train(tmp_path / "compiled", data, f"dist={strategy}", *compiled, *schedule)]))
-    done(start([*torchrun(2), *train(tmp_path / "plain", data, f"dist={strategy}", "trainer.max_steps=3", *schedule)]))
-    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

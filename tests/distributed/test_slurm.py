@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.distributed.harness import ENVIRONMENT, SMALL, losses
+from tests.distributed.harness import ENVIRONMENT, LONGER, losses
 from tests.distributed.test_launchers import data, done, follow, whole
 
 __all__ = ["data", "whole"]  # fixtures
@@ -38,7 +38,7 @@ def test_a_job_of_slurm_saves_and_comes_back(tmp_path: Path, data: str, whole: P
         (tmp_path / "bin" / name).chmod(0o755)
     for name in (".venv", "launch"):
         (tmp_path / name).symlink_to(ROOT / name if name != ".venv" else Path(sys.prefix))
-    more = [data, *SMALL, "trainer.per_device_train_batch_size=4", "trainer.max_steps=12", "dist=fsdp"]
+    more = [data, *LONGER, "trainer.per_device_train_batch_size=4", "trainer.max_steps=12", "dist=fsdp"]
     environment = ENVIRONMENT | {"PATH": f"{tmp_path / 'bin'}:{ENVIRONMENT['PATH']}", "SLURM_JOB_ID": str(os.getpid())}
     del environment["MASTER_PORT"]
     folder = tmp_path / "runs" / str(os.getpid())

@@ -28,6 +28,10 @@ TURNED: dict[str, dict[str, Any]] = {
     "half": {"bf16": True, "optim": "adamw_bnb_8bit"},
 }
 
+# Traced and differentiated; inductor's C++ takes minutes to build. Refused under zero3.
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+COMPILING = [strategy for strategy in STRATEGIES if strategy != "zero3"]
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -60,6 +64,7 @@ def two_turned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = [Case(f"{s}-{name}", s, **turned) for s in STRATEGIES for name, turned in TURNED.items()]
     cases.append(Case("fsdp-percentile-on-ddp", "fsdp", resume=("ddp-percentile", 2), **TURNED["percentile"]))
     cases += [Case(f"{strategy}-offload", strategy, offload=True) for strategy in ("fsdp", "zero3")]
+    cases += [Case(f"{strategy}-compiled", strategy, trainer=COMPILED) for strategy in COMPILING]
     return work(tmp_path_factory.mktemp("two"), cases, 2)
 
 
@@ -108,6 +113,14 @@ def test_packed_rows_go_on_where_they_stood(two: dict[str, Any]) -> None:
 def test_offloaded_is_the_same(two_turned: dict[str, Any], name: str) -> None:
     assert two_turned[name]["losses"] == pytest.approx(two_turned["ddp-recomputed"]["losses"], abs=1e-4)
     assert "offloaded to host memory" in two_turned[name]["table"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", COMPILING)
+def test_compiled_is_the_same(two_turned: dict[str, Any], strategy: str) -> None:
+    found = two_turned[f"{strategy}-compiled"]
+    assert found["losses"] == pytest.approx(two_turned["ddp-recomputed"]["losses"], abs=1e-3)
+    assert "compiled by aot_eager" in found["table"]
 
 
 @pytest.mark.slow

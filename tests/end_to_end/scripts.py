@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import train as train_script
 
 import command_line
 from tests.conftest import ROOT
+from vlmvqa.training.log import read_log
 
 JOBS: dict[str, Callable[[], None]] = {
     "train": lambda: command_line.run(train_script.main, "train"),
@@ -48,6 +48,18 @@ SMALL = (
     "trainer.use_cpu=true",
     "trainer.eval_strategy=no",
 )
+# A run long enough to be stopped, on a small set of shapes.
+SHAPES = ("data.options.train_images=40", "data.options.val_images=12", "data.options.questions_per_image=4")
+LONGER = (
+    *SHAPES,
+    "model.vision.overrides.depth=1",
+    "model.language.overrides.num_hidden_layers=2",
+    "trainer.per_device_train_batch_size=8",
+    "trainer.logging_steps=1",
+    "trainer.eval_steps=6",
+    "trainer.save_steps=3",
+    "trainer.use_cpu=true",
+)
 TRAIN_QUESTIONS = "v2_OpenEnded_mscoco_train2014_questions.json"
 TRAIN_ANNOTATIONS = "v2_mscoco_train2014_annotations.json"
 VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -66,10 +78,12 @@ class Ended:
 
 def launch(script: str, *arguments: str, before: tuple[str, ...] = ()) -> Ended:
     """The script as a user starts it."""
-    command = [*before, sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([*before, *command(script, *arguments)], capture_output=True, text=True, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def command(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments]
 
 
 def call(script: str, *arguments: str) -> Ended:
@@ -77,7 +91,6 @@ def call(script: str, *arguments: str) -> Ended:
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         try:
             JOBS[script]()
         except SystemExit as stop:
@@ -122,6 +135,11 @@ def truncate(path: Path, share: float = 0.6) -> None:
 def metrics(folder: Path) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return parsed
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """By step."""
+    return {record["step"]: record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record}
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:

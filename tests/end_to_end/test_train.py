@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,39 +18,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vlmvqa
-from tests.conftest import ROOT
+from tests.end_to_end.scripts import LONGER, SHAPES, call, command, done, launch, losses
 from vlmvqa.data import vqav2
 from vlmvqa.inference.evaluate import score
 from vlmvqa.training.checkpoints import whole_checkpoints
 from vlmvqa.training.log import read_log
 
-SMALL = (
-    "data.options.train_images=40",
-    "data.options.val_images=12",
-    "data.options.questions_per_image=4",
-    "model.vision.overrides.depth=1",
-    "model.language.overrides.num_hidden_layers=2",
-    "trainer.per_device_train_batch_size=8",
-    "trainer.logging_steps=1",
-    "trainer.eval_steps=6",
-    "trainer.save_steps=3",
-    "trainer.use_cpu=true",
-)
 
-
-def command(script: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments]
-
-
-def launch(script: str, *arguments: str) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command(script, *arguments), capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record}
+def run(script: str, *arguments: str) -> str:
+    """The script's job in this process: what it prints."""
+    return done(call(script, *arguments)).out
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def trained(tmp_path_factory: pytest.TempPathFactory, data: str) -> tuple[Path, str]:
     """A run of 12 steps, never interrupted, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    printed = launch("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=12")
+    printed = done(launch("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=12")).out
     return folder, printed
 
 
@@ -99,9 +74,8 @@ def test_the_scores_are_the_metrics_of_the_predictions(trained: tuple[Path, str]
 def test_killed_and_resumed_is_never_stopped(tmp_path: Path, trained: tuple[Path, str], data: str) -> None:
     """Promise 5 by kill -9: the same losses at every step, the same predictions, and the log without a gap."""
     folder = tmp_path / "killed"
-    arguments = command("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=12")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
+    arguments = command("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=12")
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         while process.stderr.read(1):  # it writes a progress bar, so this turns with every step
             if max(losses(folder), default=0) >= 7:
@@ -112,7 +86,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, trained: tuple[Path
     half = folder / "checkpoint-9.partial"
     half.mkdir(exist_ok=True)
     (half / "model.safetensors").write_bytes(b"half")
-    launch("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=12", "resume=auto")
+    done(launch("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=12", "resume=auto"))
     expected, _ = trained
     assert losses(folder) == losses(expected)
     assert (folder / "predictions.jsonl").read_text() == (expected / "predictions.jsonl").read_text()
@@ -123,7 +97,7 @@ def test_a_finished_run_trains_no_further(tmp_path: Path, trained: tuple[Path, s
     folder = tmp_path / "run"
     shutil.copytree(trained[0], folder, symlinks=True)
     (folder / "metrics.json").unlink()
-    launch("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=12", "resume=auto")
+    run("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=12", "resume=auto")
     assert losses(folder) == losses(trained[0]) and (folder / "latest").resolve().name == "checkpoint-12"
     assert (folder / "predictions.jsonl").read_text() == (trained[0] / "predictions.jsonl").read_text()
 
@@ -135,10 +109,10 @@ FORCED = ("resume=auto", "resume_force=true")
 @pytest.mark.slow
 def test_sampled_targets_go_on_after_a_resume(tmp_path: Path, data: str) -> None:
     """Targets drawn anew each epoch are the same whether an epoch was begun before or after the resume."""
-    small = (*SMALL, data, "data.target=sampled", "trainer.lr_scheduler_type=constant", "trainer.eval_strategy=no")
-    launch("train", f"run.dir={tmp_path / 'whole'}", *small, "trainer.max_steps=8")
-    launch("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=6")
-    launch("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=8", *FORCED)
+    small = (*LONGER, data, "data.target=sampled", "trainer.lr_scheduler_type=constant", "trainer.eval_strategy=no")
+    run("train", f"run.dir={tmp_path / 'whole'}", *small, "trainer.max_steps=8")
+    run("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=6")
+    run("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=8", *FORCED)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
@@ -146,11 +120,11 @@ def test_the_best_checkpoint_is_known_and_may_be_the_model(tmp_path: Path, data:
     """The highest VQA accuracy of the run's evaluations: `best` points to it, and it is the model on request."""
     folder = tmp_path / "run"
     often = ("trainer.eval_steps=3", "trainer.save_total_limit=1", "trainer.learning_rate=3e-3")
-    launch(
+    run(
         "train",
         f"run.dir={folder}",
         data,
-        *SMALL,
+        *LONGER,
         *often,
         "trainer.max_steps=12",
         "trainer.load_best_model_at_end=true",
@@ -169,12 +143,11 @@ def test_the_best_checkpoint_is_known_and_may_be_the_model(tmp_path: Path, data:
 
 def test_eval_gives_what_training_gave(tmp_path: Path, trained: tuple[Path, str], data: str) -> None:
     folder, _ = trained
-    shapes = [argument for argument in SMALL if argument.startswith("data.")]
-    launch("eval", f"checkpoint={folder}", "data=shapes", data, *shapes, "split=val", f"run.dir={tmp_path}/e")
+    launch("eval", f"checkpoint={folder}", "data=shapes", data, *SHAPES, "split=val", f"run.dir={tmp_path}/e")
     ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "e", folder))
     assert ours["metrics"] == theirs["metrics"] and ours["controls"] == theirs["controls"]
     sliced = ["split=val[:50%]", "decoding.beams=2", f"run.dir={tmp_path}/half"]
-    launch("eval", f"checkpoint={folder}/model", "data=shapes", data, *shapes, *sliced)
+    run("eval", f"checkpoint={folder}/model", "data=shapes", data, *SHAPES, *sliced)
     half = json.loads((tmp_path / "half" / "metrics.json").read_text())
     assert half["n"] == round(theirs["n"] / 2) and half["decoding"]["beams"] == 2
 
@@ -187,7 +160,7 @@ def test_predict_asks_every_question_about_every_picture(tmp_path: Path, trained
         Image.new("RGB", (50, 40), color).save(pictures / f"{color}.png")
     (tmp_path / "questions.txt").write_text("How many shapes?\n\nWhat's the star's color, if any?\n")
     asked = ["question=What color is it?", "question=Is it 'red', or not?", f"questions={tmp_path}/questions.txt"]
-    printed = launch("predict", f"checkpoint={folder}", f"image={pictures}", *asked, f"run.dir={tmp_path}/p")
+    printed = run("predict", f"checkpoint={folder}", f"image={pictures}", *asked, f"run.dir={tmp_path}/p")
     records = [json.loads(line) for line in (tmp_path / "p" / "predictions.jsonl").open()]
     assert len(records) == 8
     assert {record["question"] for record in records} == {
@@ -202,8 +175,7 @@ def test_predict_asks_every_question_about_every_picture(tmp_path: Path, trained
 
 @pytest.mark.parametrize("mode", ["blockwise_prefix", "prefix_lm"])
 def test_show_draws_a_row(tmp_path: Path, data: str, mode: str) -> None:
-    shapes = [argument for argument in SMALL if argument.startswith("data.")]
-    printed = launch("show", data, *shapes, "sample=1", f"model.mode={mode}", f"run.dir={tmp_path}")
+    printed = run("show", data, *SHAPES, "sample=1", f"model.mode={mode}", f"run.dir={tmp_path}")
     assert "image x 10" in printed and "<eos>" in printed and "10 image tokens, then '<bos>answer en" in printed
     with Image.open(tmp_path / "row.png") as picture:
         assert min(picture.size) > 300
@@ -237,7 +209,7 @@ def test_load_answers_and_saves(tmp_path: Path, trained: tuple[Path, str]) -> No
     ids=lambda changed: changed[0],
 )
 def test_what_can_be_turned(tmp_path: Path, data: str, changed: tuple[str, ...]) -> None:
-    launch("train", f"run.dir={tmp_path / 'run'}", data, *SMALL, "trainer.max_steps=2", *changed)
+    run("train", f"run.dir={tmp_path / 'run'}", data, *LONGER, "trainer.max_steps=2", *changed)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["metrics"]["vqa_accuracy"]["overall"] is not None
 
 
@@ -250,16 +222,15 @@ def unusual(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "unusual"
     asked = [f"data.{key}={value}" for key, value in ASKED.items()]
     more = ("data.target=sampled", "trainer.adam_beta2=0.95", "decoding.beams=2", "decoding.max_new_tokens=6")
-    launch("train", f"run.dir={folder}", data, *SMALL, "trainer.max_steps=2", *asked, *more)
+    run("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=2", *asked, *more)
     return folder
 
 
 def test_eval_changes_only_the_decoding_it_is_given_and_records_the_models_own(
     tmp_path: Path, unusual: Path, data: str
 ) -> None:
-    shapes = [argument for argument in SMALL if argument.startswith("data.")]
     asked = ("split=val[:3]", "decoding.max_new_tokens=4", f"run.dir={tmp_path}/e")
-    launch("eval", f"checkpoint={unusual}", "data=shapes", data, *shapes, *asked)
+    run("eval", f"checkpoint={unusual}", "data=shapes", data, *SHAPES, *asked)
     trained = vlmvqa.load(unusual).decoding
     assert (trained.beams, trained.max_new_tokens) == (2, 6)
     config = yaml.safe_load((tmp_path / "e" / "config.yaml").read_text())
@@ -272,7 +243,7 @@ def test_predict_changes_only_the_decoding_it_is_given(tmp_path: Path, unusual: 
     picture, question = tmp_path / "red.png", "What color is it?"
     Image.new("RGB", (50, 40), "red").save(picture)
     asked = (f"image={picture}", f"question={question}", "decoding.beams=1", "decoding.temperature=1")
-    launch("predict", f"checkpoint={unusual}", *asked, f"run.dir={tmp_path}/p")
+    run("predict", f"checkpoint={unusual}", *asked, f"run.dir={tmp_path}/p")
     written = json.loads((tmp_path / "p" / "predictions.jsonl").read_text())["log_probability"]
     model = vlmvqa.load(unusual)
 
@@ -290,5 +261,5 @@ def test_the_model_compiles(tmp_path: Path, data: str) -> None:
     """Traced and differentiated by torch.compile; the C++ code that inductor makes of it takes minutes to build."""
     compiled = ("trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager")
     for name, more in (("compiled", compiled), ("plain", ())):
-        launch("train", f"run.dir={tmp_path / name}", data, *SMALL, "trainer.max_steps=2", *more)
+        run("train", f"run.dir={tmp_path / name}", data, *LONGER, "trainer.max_steps=2", *more)
     assert losses(tmp_path / "compiled")[2] == pytest.approx(losses(tmp_path / "plain")[2], abs=1e-3)
