@@ -41,9 +41,10 @@ def cases() -> list[Case]:
         name = f"{named(row)}, {trained}, {kind}"
         common: dict[str, Any] = {"trained": trained, **turned}
         found.append(Case(name, row[0], row[1], **common))
-        found.append(Case(f"{name}, resumed", row[0], row[1], resume=(name, 2), **common))
+        common |= {"resume": (name, 2), "saves": False}
+        found.append(Case(f"{name}, resumed", row[0], row[1], **common))
         other = ELSEWHERE[row]
-        found.append(Case(f"{name}, elsewhere", other[0], other[1], resume=(name, 2), **common))
+        found.append(Case(f"{name}, elsewhere", other[0], other[1], **common))
     return found
 
 
@@ -91,7 +92,8 @@ def test_the_matrix_is_the_documented_one(results: dict[str, Any]) -> None:
 def test_every_attention_mode_under_every_strategy(tmp_path: Path) -> None:
     """prefix_lm with one question an image, the others with several."""
     named_cases = [
-        Case(f"{mode}-{named(row)}", row[0], row[1], mode=mode, steps=2) for mode, row in product(MODES, ROWS)
+        Case(f"{mode}-{named(row)}", row[0], row[1], mode=mode, steps=2, saves=False)
+        for mode, row in product(MODES, ROWS)
     ]
     found = work(tmp_path / "two", named_cases, 2)
     for mode in MODES:

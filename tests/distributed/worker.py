@@ -46,6 +46,7 @@ class Case:
     Attributes:
         batch: rows a rank.
         resume: the name of the case whose checkpoint it goes on from, and the step.
+        saves: whether it writes checkpoints; what only its losses are wanted of need not.
         trainer: more of TrainingArguments.
     """
 
@@ -58,6 +59,7 @@ class Case:
     steps: int = 4
     batch: int = 2
     resume: tuple[str, int] | None = None
+    saves: bool = True
     clip_percentile: int | None = None
     mode: str = "blockwise_prefix"
     row_tokens: int | None = None
@@ -80,13 +82,16 @@ def run(case: Case, root: Path) -> dict[str, Any]:
     start = str(root / case.resume[0] / f"checkpoint-{case.resume[1]}") if case.resume else None
     trainer.train(resume_from_checkpoint=start)
     log = [record for record in read_log(root / case.name / "log.jsonl") if "loss" in record]
+    losses = {record["step"]: record["loss"] for record in log}
+    if not case.saves:
+        return {"losses": losses, "table": preflight.check(trainer)}
     weights = root / case.name / f"checkpoint-{case.steps}" / WEIGHTS
     with trainer._whole_model() as whole:
         saved = load_file(weights)
         same = all(torch.equal(weight.cpu(), saved[name].to(weight.dtype)) for name, weight in whole.named_parameters())
     batch = trainer._prepare_inputs({"weights": torch.ones(1), "pixel_values": torch.ones(1)})
     return {
-        "losses": {record["step"]: record["loss"] for record in log},
+        "losses": losses,
         "norms": {record["step"]: record["grad_norm"] for record in log},
         "limits": trainer.clipping.norms,
         "table": preflight.check(trainer),
@@ -131,6 +136,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         "save_steps": 2,
         "optim": preflight.optimizer_for(case.optim, dist),
         "bf16": case.bf16,
+        **({} if case.saves else {"save_strategy": "no"}),
         **(case.trainer or {}),
     }
     preflight.refuse(preflight.Asked(dist, values, tiny.settings(case.mode)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 
 import torch
@@ -60,11 +61,11 @@ class Processor:
             InputError: an empty answer, or one that alone exceeds `max_text_tokens`.
         """
         ids = self._ids(question.prompt)
-        bos = self.tokenizer.bos_token_id  # PaliGemma's order: image, BOS, prompt
-        prompt = ids if bos is None else [bos, *ids]
+        bos, eos = self._special
+        prompt = [*bos, *ids]  # PaliGemma's order: image, BOS, prompt
         target: list[int] = []
         if answer is not None:
-            target = [*self._ids(answer), self.tokenizer.eos_token_id]
+            target = [*self._ids(answer), eos]
             if len(target) == 1:
                 raise InputError(f"question {question.id}: its answer is empty, so nothing is supervised")
         if self.max_text_tokens is not None and len(prompt) + len(target) > self.max_text_tokens:
@@ -104,6 +105,12 @@ class Processor:
         columns = pad_rows([build_row(row, self.image_tokens, self.mode) for row in laid], multiple)
         images = torch.stack([encoded.image for row in rows for encoded in row])
         return {"pixel_values" if images.ndim == 4 else "image_features": images, **columns}
+
+    @cached_property
+    def _special(self) -> tuple[list[int], int]:
+        """BOS, where the tokenizer has one, and EOS: asking it for them takes as long as a lookup in the table."""
+        bos = self.tokenizer.bos_token_id
+        return [] if bos is None else [bos], self.tokenizer.eos_token_id
 
     def _ids(self, text: str) -> list[int]:
         found = self.table.get(text) if self.table is not None else None

@@ -12,6 +12,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -117,9 +118,14 @@ def to_tensor(image: Image.Image, settings: ImageSettings) -> torch.Tensor:
         box = (left, top, left + side, top + side)
     resized = image.resize((settings.size, settings.size), INTERPOLATIONS[settings.interpolation], box=box)
     pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1).contiguous()
-    mean = torch.tensor(settings.mean).view(3, 1, 1)
-    std = torch.tensor(settings.std).view(3, 1, 1)
+    mean, std = _normalisation(settings)
     return pixels.div_(255).sub_(mean).div_(std)
+
+
+@cache
+def _normalisation(settings: ImageSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and std, `float[3, 1, 1]` each: making them anew takes a tenth of a small picture's time."""
+    return torch.tensor(settings.mean).view(3, 1, 1), torch.tensor(settings.std).view(3, 1, 1)
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
