@@ -13,11 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
-from vlmvqa.errors import InputError, suggest
-
-Id = TypeVar("Id", bound=int | str)
+from vlmvqa.metrics.checks import Id, check_answers, check_ids, check_option
 
 NORMALIZE = ("official", "always", "never")
 
@@ -85,11 +82,11 @@ def vqa_accuracy(
     Raises:
         InputError: ids differ between the mappings, a question has no reference, or an option is unknown.
     """
-    _check_option("normalize", normalize, NORMALIZE)
-    _check_option("consensus", consensus, CONSENSUS)
-    _check_answers(predictions, references)
-    _check_ids("answer type", answer_types, references)
-    _check_ids("question type", question_types, references)
+    check_option("normalize", normalize, NORMALIZE)
+    check_option("consensus", consensus, CONSENSUS)
+    check_answers(predictions, references)
+    check_ids("answer type", answer_types, references)
+    check_ids("question type", question_types, references)
     agreement = CONSENSUS[consensus]
     accuracy = {
         question: agreement(*_matches(predictions[question], answers, normalize))
@@ -162,50 +159,3 @@ def _mean_per_type(accuracy: Mapping[Id, float], types: Mapping[Id, str] | None)
     for question, value in accuracy.items():
         groups.setdefault(types[question], []).append(value)
     return {name: _mean(values) for name, values in groups.items()}
-
-
-def _check_option(option: str, name: str, known: Iterable[str]) -> None:
-    if name not in known:
-        raise InputError(f"{option}={name!r} is unknown{suggest(name, known)}; use one of {', '.join(known)}.")
-
-
-def _check_answers(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> None:
-    if not references:
-        raise InputError("There are no reference answers to score against; use a split that has answers.")
-    _check_ids("prediction", predictions, references, exactly=True)
-    if wrong := [question for question, answers in references.items() if not _is_list_of_text(answers)]:
-        raise InputError(
-            f"{len(wrong)} of {len(references)} questions have no list of reference answers ({_few(wrong)}); "
-            "give each a list of at least one string."
-        )
-    if wrong := [question for question, answer in predictions.items() if not isinstance(answer, str)]:
-        raise InputError(f"{len(wrong)} of {len(predictions)} predictions are not text ({_few(wrong)}); give strings.")
-
-
-def _is_list_of_text(answers: object) -> bool:
-    """A bare string is a sequence of strings too, and would quietly count as so many one-letter answers."""
-    return (
-        isinstance(answers, Sequence)
-        and not isinstance(answers, str)
-        and len(answers) > 0
-        and all(isinstance(answer, str) for answer in answers)
-    )
-
-
-def _check_ids(
-    what: str, given: Mapping[Id, str] | None, references: Mapping[Id, Sequence[str]], exactly: bool = False
-) -> None:
-    """Each question with references must have its `what`; `exactly` also forbids any others."""
-    if given is None:
-        return
-    missing = [question for question in references if question not in given]
-    extra = [question for question in given if question not in references] if exactly else []
-    if not missing and not extra:
-        return
-    problems = [f"{len(missing)} of {len(references)} questions have no {what} ({_few(missing)})"] * bool(missing)
-    problems += [f"{len(extra)} of {len(given)} {what}s have no reference answers ({_few(extra)})"] * bool(extra)
-    raise InputError(f"{' and '.join(problems)}; score exactly the questions of one split, with ids of the same kind.")
-
-
-def _few(ids: Sequence[int | str]) -> str:
-    return ", ".join(map(repr, ids[:3])) + (", ..." if len(ids) > 3 else "")

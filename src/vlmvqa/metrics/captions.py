@@ -1,0 +1,280 @@
+"""Caption scores as COCO's evaluation counts them: BLEU, ROUGE-L and CIDEr-D here, METEOR and SPICE through Java.
+
+Source: pycocoevalcap 1.2 (the COCO caption evaluation code for Python 3), to 1e-9 of its numbers for each image.
+
+    BLEU      Papineni et al. 2002; the nearest reference's length, sums over the set
+    ROUGE-L   Lin 2004; the best precision and the best recall over the references, each for itself
+    CIDEr     Vedantam et al. 2015: what everyone reports as CIDEr is CIDEr-D. An n-gram's weight depends on how many
+              images of the set have it, so a set is scored whole: the mean over its parts is another number
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+from vlmvqa.metrics import java
+from vlmvqa.metrics.checks import Id, check_answers, check_option
+from vlmvqa.metrics.ptb import tokenize
+
+METRICS = ("bleu", "rouge_l", "cider", "meteor", "spice")
+TOKENIZERS = ("python", "java")
+Tokenizer = Callable[[str], str | Sequence[str]]
+Counts = dict[int, int]  # by n-gram
+Scores = tuple[float, list[float]]  # of the set, and of each image
+
+ORDERS = 4  # n-grams of 1 to 4 words
+BETA = 1.2  # of ROUGE-L: how much more recall counts than precision
+SIGMA = 6.0  # of CIDEr-D: how fast a difference in length costs
+# What the scorer adds so that nothing is divided by zero: no image's BLEU is ever quite 0, and no perfect one quite 1.
+TINY, SMALL = 1e-15, 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionScores:
+    """Scores by name: `bleu_1` to `bleu_4`, `rouge_l`, `cider`, `meteor`, `spice`, as far as they were asked for.
+
+    CIDEr is in 0..10, the others in 0..1; papers print all of them times 100.
+
+    Attributes:
+        corpus: of the whole set: BLEU from its sums, METEOR from its statistics, the others the mean over the images.
+        per_image: by image id.
+    """
+
+    corpus: dict[str, float]
+    per_image: dict[int | str, dict[str, float]]
+
+
+def caption_scores(
+    predictions: Mapping[Id, str],
+    references: Mapping[Id, Sequence[str]],
+    *,
+    metrics: Sequence[str] = ("bleu", "rouge_l", "cider"),
+    tokenizer: str | Tokenizer = "python",
+) -> CaptionScores:
+    """Score a caption of each image against the image's reference captions.
+
+    A perfect caption scores 1 in ROUGE-L, but for a billionth 1 in BLEU if it has four words, and in CIDEr up to 10:
+    less where other references of the image differ or all have under four words, and 0 in a set of one image.
+
+    Args:
+        predictions: raw caption by image id.
+        references: raw reference captions by image id.
+        metrics: of "bleu", "rouge_l", "cider", "meteor" and "spice"; the last two need Java.
+        tokenizer: "python", this project's own; "java", the official one; or a function from a caption to its tokens,
+            as a list or with spaces between them (`str.split` for what is tokenized already).
+
+    Raises:
+        InputError: ids differ between the mappings, an image has no reference, an option is unknown, or Java or what
+            it runs is missing; said before anything is scored.
+    """
+    metrics = check_scorers(metrics, tokenizer)
+    check_answers(predictions, references)
+
+    texts = _tokenized([[predictions[image], *captions] for image, captions in references.items()], tokenizer)
+    numbers: dict[str, int] = {}
+    captions = [[_Caption(text, numbers) for text in group] for group in texts]
+    images = [_Image(first, others) for first, *others in captions]
+    found: dict[str, Scores] = {}
+    if "bleu" in metrics:
+        found |= {f"bleu_{n}": scores for n, scores in enumerate(_bleu(images), 1)}
+    if "rouge_l" in metrics:
+        found["rouge_l"] = _with_mean(map(_rouge_l, images))
+    if "cider" in metrics:
+        found["cider"] = _with_mean(_cider(images))
+    found |= {name: java.SCORERS[name](texts) for name in metrics if name in java.SCORERS}
+    return CaptionScores(
+        corpus={name: corpus for name, (corpus, _) in found.items()},
+        per_image={image: {name: found[name][1][n] for name in found} for n, image in enumerate(references)},
+    )
+
+
+def check_scorers(
+    metrics: Sequence[str] = ("bleu", "rouge_l", "cider"), tokenizer: str | Tokenizer = "python"
+) -> tuple[str, ...]:
+    """What `caption_scores` refuses whatever the captions: the metrics' names, unless one is unknown or needs Java."""
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    for name in metrics:
+        check_option("metrics", name, METRICS)
+    if isinstance(tokenizer, str):
+        check_option("tokenizer", tokenizer, TOKENIZERS)
+    java.check([f"tokenizer={tokenizer!r}"] * (tokenizer == "java") + [m for m in metrics if m in java.SCORERS])
+    return metrics
+
+
+def _tokenized(groups: Sequence[Sequence[str]], tokenizer: str | Tokenizer) -> list[list[str]]:
+    """Each caption as its tokens with single spaces between, which is what all the scorers read."""
+    if tokenizer == "java":
+        tokens = iter(java.tokenize([text for group in groups for text in group]))
+        return [[next(tokens) for _ in group] for group in groups]
+    one = tokenizer if callable(tokenizer) else tokenize
+    return [[_joined(one(text)) for text in group] for group in groups]
+
+
+def _joined(tokens: str | Sequence[str]) -> str:
+    return tokens if isinstance(tokens, str) else " ".join(tokens)
+
+
+def _with_mean(scores: Iterable[float]) -> Scores:
+    each = list(scores)
+    return fmean(each), each
+
+
+class _Caption:
+    """Tokens of a caption, and how often each of its n-grams occurs: `counts[n - 1]`.
+
+    An n-gram is one integer, the `numbers` of its words side by side: a third faster to count than tuples of words.
+    """
+
+    def __init__(self, text: str, numbers: dict[str, int]) -> None:
+        self.text = text
+        self.words = [numbers.setdefault(word, len(numbers)) for word in text.split()]
+        self.length = len(self.words)
+
+    @cached_property
+    def counts(self) -> list[Counts]:
+        grams = self.words
+        found = [_count(grams)]
+        for n in range(1, ORDERS):
+            grams = [gram << 32 | word for gram, word in zip(grams, self.words[n:], strict=False)]
+            found.append(_count(grams))
+        return found
+
+
+def _count(grams: Sequence[int]) -> Counts:
+    """How often each occurs, which is most often once."""
+    counts = dict.fromkeys(grams, 1)
+    return counts if len(counts) == len(grams) else Counter(grams)
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    caption: _Caption
+    references: list[_Caption]
+
+
+def _bleu(images: Sequence[_Image]) -> list[Scores]:
+    """BLEU-1 to BLEU-4."""
+    each: list[list[float]] = [[] for _ in range(ORDERS)]
+    matched, possible = [0] * ORDERS, [0] * ORDERS
+    length = reference_length = 0
+    for image in images:
+        nearest = _nearest_length(image)
+        hits = [_matches(image, n) for n in range(ORDERS)]
+        grams = [max(image.caption.length - n, 0) for n in range(ORDERS)]
+        for scores, score in zip(each, _bleu_of(hits, grams, image.caption.length, nearest), strict=True):
+            scores.append(score)
+        matched = [total + count for total, count in zip(matched, hits, strict=True)]
+        possible = [total + count for total, count in zip(possible, grams, strict=True)]
+        length, reference_length = length + image.caption.length, reference_length + nearest
+    return list(zip(_bleu_of(matched, possible, length, reference_length), each, strict=True))
+
+
+def _bleu_of(matched: Sequence[int], possible: Sequence[int], length: int, reference_length: int) -> list[float]:
+    """BLEU-1 to BLEU-4 from the matched and the possible n-grams, with the penalty for being too short."""
+    ratio = (length + TINY) / (reference_length + SMALL)
+    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    product, scores = 1.0, []
+    for n in range(ORDERS):
+        product *= (matched[n] + TINY) / (possible[n] + SMALL)
+        scores.append(product ** (1 / (n + 1)) * penalty)
+    return scores
+
+
+def _nearest_length(image: _Image) -> int:
+    """Of the references; the shorter of two as near."""
+    length = image.caption.length
+    return min((abs(other.length - length), other.length) for other in image.references)[1]
+
+
+def _matches(image: _Image, n: int) -> int:
+    """N-grams of the caption, each counted at most as often as in the reference that has it most."""
+    tables = [other.counts[n] for other in image.references]
+    return sum(
+        min(count, max([table.get(gram, 0) for table in tables])) for gram, count in image.caption.counts[n].items()
+    )
+
+
+def _rouge_l(image: _Image) -> float:
+    """F-measure of the longest common subsequence of words."""
+    # The scorer splits at single spaces, so that a caption without words has one empty word.
+    words = image.caption.text.split(" ")
+    places: dict[str, int] = {}
+    for place, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << place
+    precision = recall = 0.0
+    for other in image.references:
+        reference = other.text.split(" ")
+        common = _common_subsequence(places, len(words), reference)
+        precision, recall = max(precision, common / len(words)), max(recall, common / len(reference))
+    if precision == 0:
+        return 0.0
+    return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
+
+
+def _common_subsequence(places: Mapping[str, int], length: int, reference: Sequence[str]) -> int:
+    """Its length: a row of the usual table at a time, as the bits of an integer (Hyyrö 2004, "Bit-parallel LCS")."""
+    full = (1 << length) - 1
+    row = full
+    for word in reference:
+        shared = row & places.get(word, 0)
+        row = (row + shared) | (row - shared)
+    return length - (row & full).bit_count()
+
+
+def _cider(images: Sequence[_Image]) -> list[float]:
+    """CIDEr-D of each image, the mean over n-gram orders and references."""
+    log_images = math.log(len(images))
+    weights = [_weights(images, n, log_images) for n in range(ORDERS)]
+    scores = []
+    for image in images:
+        # What is in no reference weighs as if one image had it.
+        own = [
+            {gram: count * weights[n].get(gram, log_images) for gram, count in image.caption.counts[n].items()}
+            for n in range(ORDERS)
+        ]
+        norms = [_norm(list(vector.values())) for vector in own]
+        similarities = [
+            _penalty(image.caption, other)
+            * math.fsum(_similarity(own[n], norms[n], other.counts[n], weights[n]) for n in range(ORDERS))
+            for other in image.references
+        ]
+        scores.append(10 * math.fsum(similarities) / ORDERS / len(image.references))
+    return scores
+
+
+def _weights(images: Sequence[_Image], n: int, log_images: float) -> dict[int, float]:
+    """By n-gram: log of how many images there are for one that has it in a reference."""
+    having: Counter[int] = Counter()
+    for image in images:
+        having.update(set().union(*(other.counts[n] for other in image.references)))
+    return {gram: log_images - math.log(count) for gram, count in having.items()}
+
+
+def _norm(values: Sequence[float]) -> float:
+    return math.sqrt(sum(map(operator.mul, values, values)))
+
+
+def _similarity(own: Mapping[int, float], norm: float, counts: Counts, weights: Mapping[int, float]) -> float:
+    """Cosine with a reference's counts times weights, but that a caption's n-gram counts at most as often as there."""
+    norms = norm * _norm([count * weights[gram] for gram, count in counts.items()])
+    if norms == 0:
+        return 0.0
+    shared = 0.0
+    for gram, value in own.items():
+        if gram in counts:
+            theirs = counts[gram] * weights[gram]
+            shared += min(value, theirs) * theirs
+    return shared / norms
+
+
+def _penalty(caption: _Caption, other: _Caption) -> float:
+    """A Gaussian of the difference in length."""
+    # The scorer takes the number of bigrams for the length, which differs only where a caption has no words.
+    difference = max(caption.length - 1, 0) - max(other.length - 1, 0)
+    return math.exp(-(difference**2) / (2 * SIGMA**2))
