@@ -182,7 +182,7 @@ def _code() -> str:
 
 # --- examples as columns ------------------------------------------------------------------------------
 
-TEXTS = [field.name for field in fields(Question) if field.name not in ("id", "answers")]
+TEXTS = [field.name for field in fields(Question) if field.name not in ("id", "answers", "details")]
 
 
 def _columns(examples: Sequence[Example], root: Path) -> Columns | None:
@@ -203,6 +203,7 @@ def _columns(examples: Sequence[Example], root: Path) -> Columns | None:
         columns = {
             **ids("id", [question.id for question in questions]),
             **{name: numbers(getattr(question, name) for question in questions) for name in TEXTS},
+            "details": numbers(None if q.details is None else json.dumps(q.details) for q in questions),
             "answers": np.array([answers.setdefault(q.answers, len(answers)) for q in questions], np.int32),
             "answer_texts": numbers(text for several in answers for text in several),
             "answer_counts": np.array([len(several) for several in answers], np.int32),
@@ -237,6 +238,7 @@ def _examples(columns: Columns, root: Path) -> list[Example]:
     with _no_garbage_collection():
         several = _cut(named("answer_texts"), columns["answer_counts"])
         given = {name: named(name) for name in TEXTS}
+        given["details"] = [None if text is None else json.loads(text) for text in named("details")]
         given |= {"id": ids("id"), "answers": [several[number] for number in columns["answers"].tolist()]}
         questions = list(map(Question, *(given[field.name] for field in fields(Question))))
         images = [root / name for name in named("image")]

@@ -7,13 +7,21 @@ DataLoader's workers (`images.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 from PIL.Image import Image
 
-ImageSource = Path | bytes | Image
+
+class StoredPicture(Protocol):
+    """What gives the bytes of a picture's file when asked: a path, a place in a shard (`packed.py`)."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+ImageSource = Path | bytes | Image | StoredPicture
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +35,8 @@ class Question:
         target: the answer to train on (None: no answers are known, as in a test split).
         answers: all reference answers, as the metric takes them (empty in a test split).
         question_type, answer_type: the benchmark's categories, for the tables of the report.
+        details: what the benchmark's metric needs besides, in the words of its official files; of GQA's evaluation
+            splits, None elsewhere.
     """
 
     id: int | str
@@ -36,6 +46,7 @@ class Question:
     answers: tuple[str, ...] = ()
     question_type: str | None = None
     answer_type: str | None = None
+    details: Mapping[str, Any] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

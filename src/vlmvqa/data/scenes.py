@@ -10,7 +10,8 @@ answers to each question text are handed out evenly:
 Scenes of one or two shapes and questions like "Is there a red shape?" are there as stepping stones: without
 them a small model is slower to find out that words point at places.
 
-What is drawn or asked never changes without `shapes.VERSION`.
+What is drawn or asked never changes without the VERSION of those who draw: `shapes.py`, `shapes_gqa.py` and
+`shapes_captions.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Generic, TypeVar
 
 from PIL import Image, ImageDraw
 
@@ -43,6 +45,7 @@ YES_NO = ("yes", "no")
 CLEAR = 0.18  # two positions nearer than this are never compared
 OFF_CENTER = 0.08  # a shape nearer to a centre line than this is never asked for its place
 SUPERSAMPLING = 4  # edges are drawn this much larger, then averaged
+SMALLEST_IMAGE = 32  # pixels a side
 
 # Chances of 1 to 4 shapes; in crowded scenes 3 or 4 of one kind, for by chance they are too rare to count.
 FEW = (0.45, 0.3, 0.2, 0.05)
@@ -83,10 +86,13 @@ class Asked:
     choices: tuple[str, ...]
 
 
+Q = TypeVar("Q", bound=Asked)
+
+
 # --- a scene and its picture --------------------------------------------------------------------------
 
 
-def _draw_scene(rng: random.Random) -> list[Shape]:
+def draw_scene(rng: random.Random) -> list[Shape]:
     """A random scene without overlaps, of few shapes or of many of a kind."""
     if rng.random() < CROWDED:
         attribute = rng.choice(tuple(ATTRIBUTES))
@@ -227,11 +233,18 @@ def _about_order(scene: list[Shape]) -> Iterator[Asked]:
                 yield Asked("color", f"What color is the {word} shape?", end.color, ATTRIBUTES["color"])
 
 
-class Asker:
-    """Chooses the questions of a split's scenes so that no question text has a favourite answer."""
+class Asker(Generic[Q]):
+    """Chooses the questions of a split's scenes so that no question text has a favourite answer.
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
+    Args:
+        ask: every question that can be asked of a scene.
+        shares: of the kinds of questions.
+    """
+
+    def __init__(
+        self, rng: random.Random, ask: Callable[[list[Shape]], Iterable[Q]], shares: Mapping[str, float]
+    ) -> None:
+        self.rng, self.ask, self.shares = rng, ask, shares
         self.given: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
 
     def excess(self, text: str, answer: str, choices: Sequence[str]) -> int:
@@ -239,22 +252,21 @@ class Asker:
         given = self.given[text]
         return given[answer] - min(given[choice] for choice in choices)
 
-    def choose(self, questions: Sequence[Asked]) -> Asked | None:
+    def choose(self, questions: Sequence[Q]) -> Q | None:
         """The question whose answer is most due, at random among equals; None if each has had its share."""
         ranked = [(self.excess(q.text, q.answer, q.choices), self.rng.random(), q) for q in questions]
         excess, _, question = min(ranked, key=lambda entry: entry[:2], default=(0, 0.0, None))
         return question if excess <= 1 else None
 
-    def scene(self, questions_per_image: int) -> tuple[list[Shape], list[Asked]]:
+    def scene(self, questions_per_image: int) -> tuple[list[Shape], list[Q]]:
         """A new scene and the questions asked about it."""
-        scene = _draw_scene(self.rng)
-        open_questions: dict[str, list[Asked]] = {kind: [] for kind in KINDS}
-        for question in askable(scene):
+        scene = draw_scene(self.rng)
+        open_questions: dict[str, list[Q]] = {kind: [] for kind in self.shares}
+        for question in self.ask(scene):
             open_questions[question.kind].append(question)
         wanted = max(1, questions_per_image + self.rng.randint(-1, 1))
-        asked: list[Asked] = []
-        shares = [share for share, _, _ in KINDS.values()]
-        for kind in self.rng.choices(tuple(KINDS), shares, k=5 * wanted):
+        asked: list[Q] = []
+        for kind in self.rng.choices(tuple(self.shares), tuple(self.shares.values()), k=5 * wanted):
             chosen = self.choose(open_questions[kind])
             if chosen:
                 self.given[chosen.text][chosen.answer] += 1

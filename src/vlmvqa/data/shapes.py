@@ -6,12 +6,8 @@ comparison of two changes.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import random
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,12 @@ from tqdm import tqdm
 from vlmvqa.data import scenes, vqav2
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.errors import InputError
+from vlmvqa.data.synthetic import refuse_small, write_once
 
 VERSION = 5  # of what is drawn, asked and written; a data set made by another version is not reused
-SMALLEST_IMAGE = 32
+LEAST = {"train_images": 1, "val_images": 1, "image_size": scenes.SMALLEST_IMAGE, "questions_per_image": 1}
+
+write_submission = vqav2.write_submission  # the files are VQAv2's
 
 
 def read(
@@ -49,8 +47,8 @@ def files(root: Path, split: str, **settings: int) -> list[Path]:
 def write(
     root: Path,
     *,
-    train_images: int,
-    val_images: int,
+    train_images: int = 12000,
+    val_images: int = 400,
     image_size: int = 48,
     questions_per_image: int = 6,
     seed: int = 0,
@@ -76,58 +74,13 @@ def write(
         "questions_per_image": questions_per_image,
         "seed": seed,
     }
-    _check(settings)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        return _reuse(root, settings)
-    unfinished = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
-    try:
-        unfinished.mkdir(parents=True)
+    refuse_small("shapes", settings, LEAST)
+
+    def draw(folder: Path) -> None:
         for split, first_id, images in (("train2014", 1, train_images), ("val2014", 1_000_001, val_images)):
-            _write_split(unfinished, split, range(first_id, first_id + images), settings, progress)
-        (unfinished / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-        os.rename(unfinished, root)
-    except OSError as error:
-        # Another process finished first: a folder cannot be renamed over one that holds files.
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return _reuse(root, settings)
-        raise InputError(
-            f"cannot write the shapes data set to {root}: {error.strerror}; choose another data.root."
-        ) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return root
+            _write_split(folder, split, range(first_id, first_id + images), settings, progress)
 
-
-def _check(settings: dict[str, int]) -> None:
-    """Refuse numbers no data set can be made of."""
-    least = {"train_images": 1, "val_images": 1, "image_size": SMALLEST_IMAGE, "questions_per_image": 1}
-    for name, minimum in least.items():
-        if settings[name] < minimum:
-            raise InputError(f"the shapes data set needs {name} of at least {minimum}, not {settings[name]}.")
-
-
-def _reuse(root: Path, settings: dict[str, int]) -> Path:
-    """`root`, if it was written with these settings."""
-    try:
-        found = json.loads((root / "settings.json").read_text())
-    except (OSError, ValueError):
-        raise InputError(
-            f"{root} exists and is not a shapes data set (no readable settings.json); choose another data.root."
-        ) from None
-    if found != settings:
-        raise InputError(
-            f"{root} was written with other settings ({_differences(found, settings)}); "
-            "delete it, or choose another data.root."
-        )
-    return root
-
-
-def _differences(found: Any, wanted: dict[str, int]) -> str:
-    """`seed 0, now 1`: what differs between two settings."""
-    found = found if isinstance(found, dict) else {}
-    return ", ".join(
-        f"{name} {found.get(name)}, now {value}" for name, value in wanted.items() if found.get(name) != value
-    )
+    return write_once(root, "shapes", settings, draw)
 
 
 # --- VQAv2's files ------------------------------------------------------------------------------------
@@ -148,7 +101,7 @@ def _annotators(rng: random.Random, question: scenes.Asked) -> list[dict[str, An
 def _write_split(root: Path, split: str, image_ids: range, settings: dict[str, int], progress: bool) -> None:
     """One split's images, questions file and annotations file."""
     rng = random.Random(f"{settings['seed']} {split}")
-    asker = scenes.Asker(rng)
+    asker = scenes.Asker(rng, scenes.askable, {kind: share for kind, (share, _, _) in scenes.KINDS.items()})
     questions: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     (root / split).mkdir()

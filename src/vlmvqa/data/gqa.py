@@ -1,0 +1,217 @@
+"""GQA from its official files, and its official results file.
+
+    root/train_balanced_questions.json    {"02930152": {question, imageId, answer, types, groups, entailed, ...}, ...}
+    root/train_all_questions/             the 14 million questions before balancing, in ten such files
+    root/images/2354786.jpg               the image with imageId 2354786
+    root/val_choices.json                 {"05515938": {"valid": [...], "plausible": [...]}, ...}; may be missing
+
+A record is made small as soon as it is parsed: a training question keeps five of its strings, one to be evaluated
+what the metric needs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from sys import intern
+from typing import Any, NamedTuple
+
+from vlmvqa.data import submissions
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.example import Example, Question
+from vlmvqa.data.records import Prompts, find_question_problem, group_by_image, load_json, refuse_missing
+from vlmvqa.data.splits import parse_split
+from vlmvqa.errors import InputError
+
+# split: its part of the file's name; the balanced questions are the benchmark
+SPLITS = {
+    "train": "train_balanced",
+    "val": "val_balanced",
+    "testdev": "testdev_balanced",
+    "train_all": "train_all",
+    "val_all": "val_all",
+    "testdev_all": "testdev_all",
+}
+TRAIN_ALL_FILES = 10
+KINDS = {"imageId": str, "answer": str, "types": dict}
+# What the official evaluation reads of a question besides.
+DETAILS = {"isBalanced": bool, "types": dict, "groups": dict, "entailed": list, "semantic": list}
+
+
+def read(
+    root: Path,
+    split: str,
+    *,
+    prompt: str = "answer en {question}\n",
+    max_samples: int | None = None,
+    bad_records: BadRecords | None = None,
+) -> list[Example]:
+    """The questions of a split, grouped by image in order of first appearance.
+
+    `question_type` is the structural type, `answer_type` the semantic one. Outside the training splits `details` holds
+    the official record: question, answer, imageId, isBalanced, types, groups, entailed, semantic.
+
+    Args:
+        split: `train`, `val`, `testdev` (balanced), `train_all`, `val_all` or `testdev_all`, with an optional slice
+            over the questions in file order: `train[:10%]`.
+        prompt: what the model reads; `{question}` stands for the question.
+        max_samples: take only the first so many questions of the slice.
+        bad_records: what to do with a record that cannot be used; stop, unless it says otherwise.
+
+    Raises:
+        InputError: files are missing or cannot be read, or a record cannot be used.
+    """
+    selected = parse_split(split, SPLITS, "GQA", max_samples)
+    evaluated = not selected.name.startswith("train")
+    prompts = Prompts(prompt)
+    bad_records = bad_records or BadRecords()
+    *paths, images = files(root, split)
+    where = paths[0] if len(paths) == 1 else paths[0].parent
+    records = _load(paths, evaluated, bad_records)
+    chosen = selected.chosen(len(records), where)
+    questions = _questions(records[chosen.start : chosen.stop], evaluated, prompts, bad_records)
+    return group_by_image(questions, lambda image_id: images / f"{image_id}.jpg", where, split, bad_records)
+
+
+def files(root: Path, split: str) -> list[Path]:
+    """The files and the folder that a split is read from: while they stay, so does what `read` returns.
+
+    Raises:
+        InputError: one is missing.
+    """
+    name = f"{SPLITS[parse_split(split, SPLITS, 'GQA').name]}_questions"
+    paths = [root / f"{name}.json"]
+    if name == "train_all_questions":
+        refuse_missing(root, [root / name], root / "images", "GQA")
+        paths = [root / name / f"{name}_{number}.json" for number in range(TRAIN_ALL_FILES)]
+    refuse_missing(root, paths, root / "images", "GQA")
+    return [*paths, root / "images"]
+
+
+def scoring(root: Path, split: str) -> dict[str, Any]:
+    """What the metric takes besides answers and questions: the official choices, where their file is in `root`."""
+    path = root / f"{parse_split(split, SPLITS, 'GQA').name.removesuffix('_all')}_choices.json"
+    return {"choices": load_json(path)} if path.exists() else {}
+
+
+def arrange(examples: list[Example], split: str) -> list[Example]:
+    """Examples of the hub's parquet form, with details as the official files have them."""
+    return [replace(example, questions=tuple(map(_official, example.questions))) for example in examples]
+
+
+def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
+    """Write the official results file, `[{"questionId": "02930152", "prediction": "yes"}, ...]`.
+
+    The answers stay as the model gave them; ids are text, as in the questions' files.
+    """
+    submissions.write_json(path, [{"questionId": str(key), "prediction": text} for key, text in answers.items()])
+
+
+def _official(question: Question) -> Question:
+    """In parquet `entailed` is one text; out of `datasets` 3 `semantic` is an object of lists, not the reverse."""
+    if question.details is None:
+        return question
+    details = dict(question.details)
+    if isinstance(details.get("entailed"), str):
+        details["entailed"] = re.findall(r"\d+", details["entailed"])
+    semantic = details.get("semantic")
+    if isinstance(semantic, Mapping):
+        details["semantic"] = [dict(zip(semantic, step, strict=True)) for step in zip(*semantic.values(), strict=True)]
+    return replace(question, details=details)
+
+
+# --- the files ----------------------------------------------------------------------------------------
+
+
+class Slim(NamedTuple):
+    """A usable record as it is kept until it becomes a `Question`."""
+
+    image: str
+    text: str
+    answer: str
+    structural: str | None
+    semantic: str | None
+    details: dict[str, Any] | None
+
+
+class Parser:
+    """`json`'s hook for each object: a question's becomes a `Slim`, if it is usable; of equal keys the first counts."""
+
+    def __init__(self, evaluated: bool) -> None:
+        self.evaluated, self.repeated = evaluated, list[str]()
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> Any:
+        record = dict(pairs)
+        if len(record) < len(pairs):
+            record = {}
+            for key, value in pairs:
+                if key in record:
+                    self.repeated.append(key)
+                record.setdefault(key, value)
+        if "imageId" not in record or _find_problem(record, self.evaluated):
+            return record
+        types = record["types"]
+        return Slim(
+            intern(record["imageId"]),
+            intern(record["question"]),
+            intern(record["answer"]),
+            _interned(types.get("structural")),
+            _interned(types.get("semantic")),
+            {key: record[key] for key in DETAILS} if self.evaluated else None,
+        )
+
+
+def _interned(value: Any) -> str | None:
+    return intern(value) if isinstance(value, str) else None
+
+
+def _find_problem(record: Any, evaluated: bool) -> str | None:
+    problem = find_question_problem(record, {**KINDS, **DETAILS} if evaluated else KINDS)
+    return problem or (None if record["answer"].strip() else "its answer is empty")
+
+
+def _load(paths: Sequence[Path], evaluated: bool, bad_records: BadRecords) -> list[tuple[Path, str, Any]]:
+    """File, id and record of all questions in file order, each id once."""
+    found: list[tuple[Path, str, Any]] = []
+    seen: set[str] = set()
+    for path in paths:
+        parser = Parser(evaluated)
+        content = load_json(path, object_pairs_hook=parser)
+        if not isinstance(content, dict) or not content:
+            raise InputError(f"{path} holds no object of questions by id; is it GQA's official questions file?")
+        for key in [*(key for key in parser.repeated if key in content), *(key for key in content if key in seen)]:
+            bad_records.add(f"{path}, question {key}", "its id is used twice", "keep one of them")
+        found += [(path, key, record) for key, record in content.items() if key not in seen]
+        seen.update(content)
+    return found
+
+
+def _questions(
+    records: Sequence[tuple[Path, str, Any]], evaluated: bool, prompts: Prompts, bad_records: BadRecords
+) -> Iterator[tuple[str, Question]]:
+    """Image id and question, for each usable record."""
+    for path, key, record in records:
+        if not isinstance(record, Slim):
+            bad_records.add(f"{path}, question {key}", _find_problem(record, evaluated) or "it cannot be used")
+            continue
+        details = record.details and {
+            "question": record.text,
+            "answer": record.answer,
+            "imageId": record.image,
+            **record.details,
+        }
+        yield (
+            record.image,
+            Question(
+                key,
+                record.text,
+                prompts(record.text),
+                record.answer,
+                (record.answer,),
+                record.structural,
+                record.semantic,
+                details,
+            ),
+        )

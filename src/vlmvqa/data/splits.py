@@ -1,0 +1,78 @@
+"""`train[:10%]`: the name of a split and a slice of it, the same way for every source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmvqa.errors import InputError, suggest
+
+BOUND = r"-?\d+(?:_\d+)*|-?\d+(?:\.\d+)?%"
+SPLIT = re.compile(rf"(?P<name>[^\[\]]*)(?:\[(?P<start>{BOUND})?:(?P<stop>{BOUND})?\])?")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of a split.
+
+    Attributes:
+        text: as it was given, for errors.
+        name: the split's.
+        start, stop: the bounds as they were given, "10%" or "100"; None where the slice is open.
+        max_samples: at most so many of the slice, the first.
+    """
+
+    text: str
+    name: str
+    start: str | None = None
+    stop: str | None = None
+    max_samples: int | None = None
+
+    def chosen(self, total: int, where: Path | str, unit: str = "questions") -> range:
+        """The numbers, from 0, of what is selected; percentages are rounded to the nearest, as `datasets` does.
+
+        Args:
+            total: what there is to select from, in file order.
+            where: how an error names the file.
+            unit: what is counted.
+
+        Raises:
+            InputError: the slice selects nothing, or reaches beyond the total.
+        """
+        numbers: list[int | None] = []
+        for bound in (self.start, self.stop):
+            if bound is None:
+                numbers.append(None)
+                continue
+            number = float(bound[:-1]) * total / 100 if bound.endswith("%") else int(bound)
+            if abs(number) > total:
+                raise InputError(f"{where}: '{self.text}' reaches beyond its {total} {unit}; choose a smaller slice.")
+            numbers.append(round(number))
+        found = range(total)[slice(*numbers)]
+        if not found:
+            raise InputError(f"{where}: '{self.text}' selects none of its {total} {unit}; choose a larger slice.")
+        return found[: self.max_samples]
+
+
+def parse_split(split: str, known: Iterable[str], benchmark: str, max_samples: int | None = None) -> Slice:
+    """A split as it is written in a config: `train`, `val[:10%]`, `val[100:200]`.
+
+    Args:
+        known: the names that there are.
+        benchmark: how an error names the data set.
+
+    Raises:
+        InputError: there is no such split, its slice is malformed, or `max_samples` selects nothing.
+    """
+    known = list(known)
+    match = SPLIT.fullmatch(split)
+    name = split.partition("[")[0]
+    if name not in known:
+        raise InputError(f"{benchmark} has no split '{name}', only {', '.join(known)}{suggest(name, known) or '.'}")
+    if match is None:
+        raise InputError(f"the slice in '{split}' is malformed; write it like {name}[:10%] or {name}[100:200].")
+    if max_samples is not None and max_samples < 1:
+        raise InputError(f"max_samples={max_samples} selects nothing; use 1 or more, or null for all questions.")
+    return Slice(split, name, match["start"], match["stop"], max_samples)
