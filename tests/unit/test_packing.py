@@ -87,3 +87,35 @@ def test_questions_that_do_not_fit_go_on_in_another_row() -> None:
 def test_a_document_longer_than_a_row_is_an_error() -> None:
     with pytest.raises(ValueError, match="101 tokens does not fit a row of 100"):
         Packing([50, 101], 100, seed=0)
+
+
+@given(
+    lengths=some.lists(some.integers(1, 12), min_size=1, max_size=60),
+    often=some.lists(some.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0]), min_size=60, max_size=60),
+    budget=some.one_of(some.none(), some.integers(12, 50)),
+)
+def test_repeats_are_how_often_an_epoch_has_a_document(
+    lengths: list[int], often: list[float], budget: int | None
+) -> None:
+    repeats = often[: len(lengths)]
+    packing = Packing(lengths, budget, 0, repeats)
+    rows = len(packing)
+    for epoch in range(3):
+        counts = np.bincount(packing.plan(epoch).order, minlength=len(lengths))
+        assert len(packing.plan(epoch)) == rows
+        assert (counts >= np.floor(repeats)).all() and (counts <= np.ceil(repeats)).all()
+        for one in set(repeats):  # of each part, to the rounding of one document
+            mine = np.array(repeats) == one
+            assert abs(counts[mine].sum() - one * mine.sum()) <= 0.5
+        assert budget is None or max(row_lengths(packing, epoch), default=0) <= budget
+
+
+def test_a_fraction_is_of_other_documents_each_epoch() -> None:
+    packing = Packing([10] * 1000, 100, 0, [0.5] * 1000)
+    seen = [set(packing.plan(epoch).order.tolist()) for epoch in range(20)]
+    assert all(len(one) == 500 for one in seen)
+    assert len(set.union(*seen)) > 990
+    assert (
+        Packing([10, 20, 30], None, 0, [1, 1, 1]).plan(3).order.tolist()
+        == Packing([10, 20, 30], None, 0).plan(3).order.tolist()
+    )

@@ -69,7 +69,8 @@ class Processor:
             if len(target) == 1:
                 raise InputError(f"question {question.id}: its answer is empty, so nothing is supervised")
         if self.max_text_tokens is not None and len(prompt) + len(target) > self.max_text_tokens:
-            ending = self._ids(question.prompt.rpartition(question.text)[2])
+            # Captions have no question to shorten.
+            ending = self._ids(question.prompt.rpartition(question.text)[2]) if question.text else prompt
             room = self.max_text_tokens - len(target) - len(ending)
             if room < 2:
                 raise InputError(

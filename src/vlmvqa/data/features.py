@@ -12,7 +12,6 @@ They are made by `feature_writer.py`. Legend: N tokens an image, H height and wi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmvqa import fingerprint
 from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.errors import InputError, suggest
@@ -219,10 +219,8 @@ def samples(examples: Sequence[Example]) -> list[tuple[ImageId, int]]:
 
 def _checksum(example: Example) -> int | None:
     """Of an image's file; None where there is none (any more)."""
-    content = example.image
-    if isinstance(content, Path):
-        content = content.read_bytes() if content.is_file() else b""
-    return crc32(content) if isinstance(content, bytes) and content else None
+    content = fingerprint.file_of(example.image)
+    return None if content is None else crc32(content)
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -255,8 +253,4 @@ def _fingerprint(vision: VisionEncoder) -> str:
     """A hash of what the encoder computes: its layers, and every name and value of its state."""
     # The number of heads is in no weight's shape and in no layer's description.
     heads = [vars(module).get("num_heads") for module in vision.modules()]
-    digest = hashlib.sha256(f"{vision.encoder} {heads}".encode())
-    for name, tensor in sorted(vision.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return fingerprint.weights(vision, f"{vision.encoder} {heads}")

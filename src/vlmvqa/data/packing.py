@@ -42,11 +42,16 @@ class Packing:
         lengths: tokens of each document, none above the budget.
         budget: tokens a row, at most; None: a row for each document.
         seed: with the epoch, all that the order is drawn from.
+        repeats: how often an epoch has each document (None: once). Of a fraction, as many as it comes to: 0.5 is half
+            of the documents of every length, other ones in each epoch; 1.5 is all of them, and half of them again.
     """
 
-    def __init__(self, lengths: Sequence[int], budget: int | None, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], budget: int | None, seed: int, repeats: Sequence[float] | None = None
+    ) -> None:
         self.lengths, self.seed = np.asarray(lengths, dtype=np.int64), seed
-        descending = np.sort(self.lengths)[::-1].tolist()
+        self._copies = _Copies(self.lengths, repeats)
+        descending = self._copies.lengths.tolist()
         if budget is None:
             self._row = np.arange(len(descending))
         else:
@@ -60,11 +65,43 @@ class Packing:
 
     def plan(self, epoch: int) -> Plan:
         drawn = np.random.default_rng([self.seed, epoch])
-        shuffled = drawn.permutation(len(self.lengths))
-        documents = shuffled[np.argsort(-self.lengths[shuffled], kind="stable")]
+        documents = self._copies.draw(drawn)
         row = drawn.permutation(len(self))[self._row]
         starts = np.concatenate([[0], np.bincount(row, minlength=len(self)).cumsum()])
         return Plan(documents[np.argsort(row, kind="stable")], starts)
+
+
+class _Copies:
+    """The documents of an epoch, the longest first: always so many of each length, drawn from all that are as long.
+
+    Attributes:
+        lengths: tokens of an epoch's documents, in descending order.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], repeats: Sequence[float] | None) -> None:
+        times = np.ones(len(lengths)) if repeats is None else np.asarray(repeats, dtype=np.float64)
+        copies = np.ceil(times).astype(np.int64)
+        self._document = np.repeat(np.arange(len(lengths)), copies)
+        # The number of each copy of a document: whole copies come before the one that only some are given.
+        self._copy = np.arange(len(self._document)) - np.repeat(np.cumsum(copies) - copies, copies)
+        # Documents of one length, that are given as often, make a group; groups stand in the order of their lengths.
+        kinds, group = np.unique(np.stack([-lengths, times], axis=1), axis=0, return_inverse=True)
+        self._group = group.reshape(-1)[self._document]
+        due = np.bincount(group.reshape(-1), minlength=len(kinds)) * kinds[:, 1] if len(lengths) else np.zeros(0)
+        taken = np.zeros(len(kinds), dtype=np.int64)
+        for often in np.unique(times):  # what a group's rounding leaves is the next one's
+            same = kinds[:, 1] == often
+            taken[same] = np.diff(np.floor(np.cumsum(due[same]) + 0.5 + 1e-9), prepend=0)
+        candidates = np.bincount(self._group, minlength=len(kinds))
+        place = np.arange(len(self._document)) - np.repeat(np.cumsum(candidates) - candidates, candidates)
+        self._taken = place < np.repeat(taken, candidates)
+        self.lengths = np.repeat(-kinds[:, 0].astype(np.int64), taken)
+
+    def draw(self, drawn: np.random.Generator) -> NDArray[np.int64]:
+        """An epoch's documents, in the order of `lengths`."""
+        shuffled = drawn.permutation(len(self._document))
+        ordered = shuffled[np.lexsort((self._copy[shuffled], self._group[shuffled]))]
+        return self._document[ordered][self._taken]
 
 
 def split(lengths: Sequence[int], room: int | None, most: int | None) -> Iterator[tuple[int, int]]:

@@ -48,6 +48,7 @@ class TrainingSet(Dataset[list[Encoded]]):
         questions_per_row: a document has at most so many of its image's questions; None: all, as far as they fit.
         weighting: what a supervised token counts (`WEIGHTINGS`).
         features: the vision encoder's cached output, in place of the images (`features.py`).
+        repeats: how often an epoch sees each example (None: once); of a fraction, other ones in each epoch.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class TrainingSet(Dataset[list[Encoded]]):
         questions_per_row: int | None = None,
         weighting: str = "token",
         features: FeatureStore | None = None,
+        repeats: Sequence[float] | None = None,
     ) -> None:
         for name, value, known in (("data.target", target, TARGETS), ("loss_weighting", weighting, WEIGHTINGS)):
             if value not in known:
@@ -78,7 +80,11 @@ class TrainingSet(Dataset[list[Encoded]]):
         self.bad_records, self.weigh, self.features = bad_records, WEIGHTINGS[weighting], features
         self.examples = list(examples)
         self.documents: list[tuple[int, int, int]] = []  # an example's number, its questions from and to
-        self.packing = Packing(self._measure(row_tokens, questions_per_row), row_tokens, seed)
+        lengths = self._measure(row_tokens, questions_per_row)
+        each = None if repeats is None else [repeats[number] for number, _, _ in self.documents]
+        self.packing = Packing(lengths, row_tokens, seed, each)
+        if not len(self.packing):
+            raise InputError("an epoch has no images at these data.weights; raise them")
         self.multiple = 1
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
         self._planned: tuple[int, Plan] | None = None

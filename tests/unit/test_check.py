@@ -1,0 +1,44 @@
+"""Walking a data set: what is missing is counted and named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlmvqa.data import shapes, vqav2
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.check import Published, check, table
+from vlmvqa.data.example import Example
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return shapes.write(tmp_path / "vqav2", train_images=6, val_images=4, questions_per_image=2)
+
+
+def walk(root: Path, pictures: bool, **published: Published) -> list[str]:
+    def read(split: str, bad_records: BadRecords) -> list[Example]:
+        return vqav2.read(root, split, bad_records=bad_records)
+
+    splits = {"train": Published(), "val": Published(), "test": Published()} | published
+    found = list(check(read, splits, pictures))
+    return [*table(found).splitlines()[1:], *(problem for one in found for problem in one.problems)]
+
+
+def test_counts_beside_the_published_ones(root: Path) -> None:
+    train, val, test, *problems = walk(root, False, train=Published(443_757, 82_783), val=Published(None, 4))
+    assert train.split()[2:] == ["443,757", "6", "82,783", "0", "not", "whole"]
+    assert val.split()[3:] == ["4", "4", "0"] and test.endswith("not whole")
+    (problem,) = problems
+    assert "v2_OpenEnded_mscoco_test2015_questions.json" in problem
+
+
+def test_missing_and_broken_pictures_are_named(root: Path) -> None:
+    first, second, *_ = sorted((root / "train2014").iterdir())
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:300])
+    *_, missing, _ = walk(root, False)
+    assert first.name in missing
+    problems = walk(root, True)[3:]
+    assert any(first.name in problem for problem in problems) and any(second.name in problem for problem in problems)
