@@ -27,7 +27,7 @@ from vlmvqa.training.parallel import launcher_choice, slurm_task
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
-OPEN = ("overrides", "options")
+OPEN = ("overrides", "options", "weights", "scoring")
 # What PyTorch says on a rank whose peers are gone.
 PEER_GONE = (
     "Connection closed by peer",
@@ -174,9 +174,24 @@ def check_overrides(arguments: Sequence[str], config_name: str) -> list[str]:
     return [checked.get(argument, argument) for argument in arguments]
 
 
+def group(config: DictConfig, name: str) -> dict[str, Any]:
+    """A resolved node of the config.
+
+    Raises:
+        InputError: a mandatory value (`???`) was not given.
+    """
+    missing = sorted(OmegaConf.missing_keys(config[name]))
+    if missing:
+        raise InputError(f"{name}.{missing[0]} must be given; add {name}.{missing[0]}=... to the command")
+    node = OmegaConf.to_container(config[name], resolve=True)
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
+
+
 def refuse_overrides(reason: str, *keys: str) -> None:
     """Stop if the command line sets a key that this script would not obey."""
-    for override in HydraConfig.get().overrides.task:
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    for override in given:
         key = override.lstrip("+~").partition("=")[0]
         if key in keys:
             raise InputError(f"{key} cannot be set here: it is {reason}; leave it out")
@@ -186,7 +201,8 @@ def _choices(overrides: Iterable[str]) -> list[str]:
     """The overrides that choose a file of a group (model=tiny, +experiment=x)."""
     chosen = []
     for override in overrides:
-        group, _, choice = override.lstrip("+~").partition("=")
+        key, _, choice = override.lstrip("+~").partition("=")
+        group = key.partition("@")[0]  # data@data.parts.gqa=gqa: a choice that is put elsewhere
         if (CONF / group).is_dir():
             names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
             if choice not in names:
@@ -198,12 +214,14 @@ def _choices(overrides: Iterable[str]) -> list[str]:
 def _checked(override: str, known: Any) -> str:
     key = override.lstrip("+~").partition("=")[0]
     parts = key.split(".")
-    if (CONF / key).is_dir() or parts[0].startswith("hydra"):
+    if (CONF / key.partition("@")[0]).is_dir() or parts[0].startswith("hydra"):
         return override
     node = known
     for depth, part in enumerate(parts):
         if isinstance(node, dict) and part in node:
             node = node[part]
+            if part in OPEN and isinstance(node, dict) and depth == len(parts) - 1:  # all of it at once
+                return "++" + override.lstrip("+~") if override[0] != "~" else override
         elif (depth and parts[depth - 1] in OPEN) or (parts[0] == "trainer" and part in training_arguments()):
             return "++" + override.lstrip("+")
         else:

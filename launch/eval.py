@@ -1,63 +1,133 @@
-"""Score a trained model on a split; on all GPUs of a machine with `accelerate launch launch/eval.py ...`.
+"""Score answers on a split; on all GPUs of a machine with `accelerate launch launch/eval.py ...`.
 
 python launch/eval.py checkpoint=runs/demo data=shapes split=val
 python launch/eval.py checkpoint=runs/vqa data=vqav2 data.root=/data/vqav2 split=val[:10%] decoding.beams=3
+python launch/eval.py predictions=answers.jsonl data=gqa data.root=/data/gqa split=testdev
+python launch/eval.py compare=[runs/eval-one,runs/eval-two]
+
+A run that was killed goes on where it stood with the same command.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
+from data_from_config import DataSettings, one_task, read_examples, scoring, submission_name, training_answers
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import from_config
 from command_line import refuse_overrides, run
-from results import score_and_report
+from results import report, score_and_report
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
+from vlmvqa.inference import compare
+from vlmvqa.inference.evaluate import Asked, evaluate, read_answers
 from vlmvqa.inference.predict import load
+from vlmvqa.inference.scores import refuse_unscorable
 from vlmvqa.training import parallel
 
 
 def main(config: DictConfig) -> None:
-    folder = from_config.run_folder(config)
+    given = [name for name in ("checkpoint", "predictions", "compare") if config[name] is not None]
+    if len(given) != 1:
+        raise InputError(
+            "say what to score: checkpoint=... (a trained model), predictions=... (a file of answers), or "
+            f"compare=[...,...] (two results); {' and '.join(given) + ' are given' if given else 'none is given'}"
+        )
+    if given == ["compare"]:
+        compare_two(config)
+        return
+    if config.get("data") is None:
+        raise InputError("data=... must be given, the name of a file in conf/data: data=shapes, data=vqav2...")
     parallel.start(parallel.DistSettings(), cpu=False)
+    ranks.share(lambda: _refuse_results(config))
+    if given == ["predictions"]:
+        score_predictions(config)
+    else:
+        score_checkpoint(config)
+
+
+def score_checkpoint(config: DictConfig) -> None:
+    """Load a model, answer the split, score."""
     own = ("prompt", "resize", "reduced_decoding", "max_text_tokens")
     refuse_overrides("the checkpoint's own, as it was trained", *(f"data.{name}" for name in own))
-    ranks.share(lambda: _refuse_results(config))
-    data = from_config.data_settings(config)
+    data = one_task(config)
     predictor = load(config.checkpoint, f"cuda:{ranks.local_rank()}" if torch.cuda.is_available() else "cpu")
     predictor.decoding = from_config.decoding(config, predictor.decoding)
-    data = replace(data, prompt=predictor.prompt)
-    bad_records = BadRecords(data.on_bad_record)
-    with ranks.first_here_first():  # shapes are drawn at first use
-        examples = from_config.read_examples(data, config.split, data.max_eval_samples, bad_records)
-
+    fitting = data.asks and "{question}" in predictor.prompt
+    prompt = predictor.prompts.get(data.source, predictor.prompt if fitting else data.prompt)
+    predictor.prompt, data = prompt, replace(data, prompt=prompt)
     with open_dict(config):  # what ran, for the record: the checkpoint's own
         config.decoding = asdict(predictor.decoding)
-        config.data.prompt, config.data.resize = predictor.prompt, predictor.processor.images.resize
+        config.data.prompt, config.data.resize = prompt, predictor.processor.images.resize
         config.data.reduced_decoding = predictor.processor.images.reduced
         config.data.max_text_tokens = predictor.processor.max_text_tokens
-    if ranks.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-        (folder / "skipped.jsonl").unlink(missing_ok=True)  # of the results that are overwritten
-        bad_records.list_in(folder / "skipped.jsonl")
-    bad_records.listing = folder / "skipped.jsonl"
+    examples, bad_records = _read(config, data)
     score_and_report(
         config,
-        folder,
+        from_config.run_folder(config),
         predictor,
-        examples,
-        from_config.training_answers(data),
+        _asked(config, data, examples),
+        data,
         checkpoint=str(config.checkpoint),
         split=config.split,
         batch_size=config.batch_size,
         workers=config.workers,
         bad_records=bad_records,
     )
+
+
+def score_predictions(config: DictConfig) -> None:
+    """Score answers that something else wrote; no model is loaded."""
+    data = one_task(config)
+    examples, bad_records = _read(config, data)
+    asked = _asked(config, data, examples)
+    answers = read_answers(Path(config.predictions).expanduser(), asked.questions, submission_name(data.source))
+    found, predictions = evaluate(asked, answers, "no model was loaded, only its answers")
+    facts = {"predictions": str(config.predictions), "split": config.split}
+    report(config, from_config.run_folder(config), asked, data, facts, found, predictions, bad_records)
+
+
+def compare_two(config: DictConfig) -> None:
+    """Two results on the same questions."""
+    if ranks.world_size() > 1:
+        raise InputError("two results are compared by one process; start it with python, without a launcher")
+    if len(config.compare) != 2:
+        raise InputError(f"compare={list(config.compare)} should name two folders of results: compare=[runs/a,runs/b]")
+    found = compare.compare_runs(*(Path(folder).expanduser() for folder in config.compare), seed=config.seed)
+    folder = from_config.run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(compare.table(found))
+    print(f"all of them: {folder / 'compare.json'}")
+
+
+def _asked(config: DictConfig, data: DataSettings, examples: list[Example]) -> Asked:
+    answered = all(question.answers for example in examples for question in example.questions)
+    if answered:
+        refuse_unscorable(data.metric, examples)
+    train = training_answers(data) if answered else "the split has no answers"
+    options = scoring(data, config.split)
+    return Asked(examples, train, data.metric, config.seed, config.blank_images, config.variants, options)
+
+
+def _read(config: DictConfig, data: DataSettings) -> tuple[list[Example], BadRecords]:
+    """The split; what is left out of it is listed in the run's folder."""
+    folder, bad_records = from_config.run_folder(config), BadRecords(data.on_bad_record)
+    with ranks.first_here_first():  # shapes are drawn at first use
+        examples = read_examples(data, config.split, data.max_eval_samples, bad_records)
+    if ranks.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+        (folder / "skipped.jsonl").unlink(missing_ok=True)  # of the results that are overwritten
+        bad_records.list_in(folder / "skipped.jsonl")
+    bad_records.listing = folder / "skipped.jsonl"
+    return examples, bad_records
 
 
 def _refuse_results(config: DictConfig) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import torch
+from data_from_config import MIXTURE, DataSettings, Task, data_settings, prompts
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import TrainingArguments
 
-from command_line import CONF, LAUNCHER
+from command_line import CONF, LAUNCHER, group
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Processor
-from vlmvqa.data.cache import read_once
 from vlmvqa.data.example import Example
 from vlmvqa.data.features import FeatureKey, FeatureStore, stored_dtype
 from vlmvqa.data.images import ImageSettings
@@ -33,70 +31,6 @@ from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.settings import build_settings
 from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_config
 from vlmvqa.training.preflight import Asked, optimizer_for
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """The `data` group; its keys are explained in conf/data/vqav2.yaml."""
-
-    source: str
-    root: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    train_split: str = "train"
-    eval_split: str = "val"
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    prompt: str = "answer en {question}\n"
-    target: str = "most_common"
-    resize: str = "squash"
-    reduced_decoding: bool = False
-    max_text_tokens: int | None = 64
-    questions_per_row: int | None = None
-    row_tokens: int | None = None
-    features: str | None = None
-    on_bad_record: str = "error"
-
-
-def group(config: DictConfig, name: str) -> dict[str, Any]:
-    """A resolved node of the config.
-
-    Raises:
-        InputError: a mandatory value (`???`) was not given.
-    """
-    missing = sorted(OmegaConf.missing_keys(config[name]))
-    if missing:
-        raise InputError(f"{name}.{missing[0]} must be given; add {name}.{missing[0]}=... to the command")
-    node = OmegaConf.to_container(config[name], resolve=True)
-    assert isinstance(node, dict)
-    return {str(key): value for key, value in node.items()}
-
-
-def data_settings(config: DictConfig) -> DataSettings:
-    settings = build_settings(DataSettings, group(config, "data"), "data")
-    rest = settings.prompt.split("{question}")
-    if len(rest) != 2 or set("{}") & set("".join(rest)):
-        raise InputError(f"data.prompt={settings.prompt!r} must hold {{question}} once, and no other braces")
-    return settings
-
-
-def read_examples(
-    settings: DataSettings, split: str, max_samples: int | None, bad_records: BadRecords
-) -> list[Example]:
-    """A split of the source named by `data.source`, a module of `vlmvqa.data` with a function `read`.
-
-    A source that also names its `files` is read once, and taken from the cache while they stay as they are.
-    """
-    source = _source(settings.source)
-    root = Path(settings.root).expanduser()
-    arguments = {"prompt": settings.prompt, "max_samples": max_samples, **settings.options}
-
-    def read() -> list[Example]:
-        return list(source.read(root, split, bad_records=bad_records, **arguments))
-
-    if "files" not in vars(source):
-        return read()
-    files = source.files(root, split, **settings.options)
-    return read_once(read, files, root, {"source": settings.source, "split": split, **arguments}, bad_records)
 
 
 def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequence[Example]) -> Predictor:
@@ -120,17 +54,18 @@ def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequ
     )
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
     decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
-    return Predictor(model, processor, data.prompt, settings, decoding)
+    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()))
 
 
 def training_set(
     config: DictConfig,
     data: DataSettings,
     predictor: Predictor,
-    examples: Sequence[Example],
+    tasks: Sequence[Task],
     bad_records: BadRecords,
 ) -> TrainingSet:
     """The rows that a run trains on."""
+    examples = [example for task in tasks for example in task.train]
     features = _cached_features(data, predictor, examples)
     with ranks.first_here_first():  # texts are tokenised at first use
         return TrainingSet(
@@ -143,6 +78,7 @@ def training_set(
             questions_per_row=most_questions(data, predictor.processor.mode),
             weighting=config.loss_weighting,
             features=features,
+            repeats=[task.weight for task in tasks for _ in task.train],
         )
 
 
@@ -232,7 +168,7 @@ def training_arguments(config: DictConfig, dist: DistSettings) -> TrainingArgume
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),  # where there is no GPU, ranks over gloo
         "ddp_find_unused_parameters": False,
-        "metric_for_best_model": "vqa_accuracy",
+        "metric_for_best_model": "mean" if config.data.source == MIXTURE else data_settings(config).metric,
         "greater_is_better": True,
     }
     try:
@@ -256,21 +192,6 @@ def training_arguments(config: DictConfig, dist: DistSettings) -> TrainingArgume
 
 def run_folder(config: DictConfig) -> Path:
     return Path(group(config, "run")["dir"]).expanduser()
-
-
-def _source(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"vlmvqa.data.{name}")
-    except ModuleNotFoundError as error:
-        raise InputError(f"data.source={name}: there is no src/vlmvqa/data/{name}.py") from error
-
-
-def training_answers(settings: DataSettings) -> list[Example] | str:
-    """The training split, for the prior control; where it cannot be read, why."""
-    try:
-        return read_examples(settings, settings.train_split, settings.max_train_samples, BadRecords("skip"))
-    except InputError as error:
-        return f"the training split cannot be read ({error})"
 
 
 def decoding(config: DictConfig, trained: Decoding) -> Decoding:

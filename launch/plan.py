@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from data_from_config import DataSettings, one_task
 from omegaconf import DictConfig
 
 import from_config
-from command_line import run
-from from_config import DataSettings, group
+from command_line import group, run
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.planning import report, verify
@@ -67,7 +67,7 @@ def build_planner(config: DictConfig) -> Planner:
     values, trainer = group(config, "model"), group(config, "trainer")
     values["language"].pop("tokenizer")
     settings = known_architecture(build_settings(ModelSettings, values, "model"))
-    data = from_config.data_settings(config)
+    data = one_task(config)
     asked, text = questions(plan, data, settings.mode), text_tokens(plan, data)
     rows = Rows(trainer["per_device_train_batch_size"], asked, text, plan.answer_tokens, data.row_tokens)
     precision = "bf16" if trainer.get("bf16") else "fp16" if trainer.get("fp16") else "fp32"

@@ -1,7 +1,13 @@
 """Make what training reads, before it trains.
 
+python launch/prepare.py download data=gqa data.root=/data/gqa
+python launch/prepare.py check data=gqa data.root=/data/gqa
+python launch/prepare.py pack data=vqav2 data.root=/data/vqav2 split=train
 python launch/prepare.py features model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2
 
+download    the benchmark's official archives, fetched and unpacked
+check       what a data set holds beside what was published, and every record that cannot be used
+pack        a split in a few large files, for disks that are slow with many small ones
 features    the vision encoder's output, once for every image, for training with a frozen encoder
 
 The first word says what is made; with -h after it, what that is and what can be set.
@@ -14,18 +20,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+from data_from_config import DataSettings, one_task, packing_key, read_examples
 from omegaconf import DictConfig, open_dict
 from transformers import set_seed
 
 import from_config
-from command_line import run
-from from_config import group
+from command_line import group, run
 from vlmvqa import ranks
-from vlmvqa.data import feature_writer
+from vlmvqa.data import feature_writer, packed
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Processor
+from vlmvqa.data.check import Published, check, table
+from vlmvqa.data.download import Archive, prepare
 from vlmvqa.data.example import Example
 from vlmvqa.data.features import FeatureKey, check_dtype
 from vlmvqa.errors import InputError, suggest
@@ -59,6 +68,36 @@ The features are of these weights, transform, image size and dtype alone; traini
 was killed goes on where it stood with the same command.
 """
 
+CHECK = """\
+check: read every split, count, and name what cannot be used.
+
+    python launch/prepare.py check data=vqav2 data.root=/data/vqav2
+    python launch/prepare.py check data=vqav2 data.root=/data/vqav2 check.pictures=true
+
+Seconds for questions and missing pictures; with check.pictures=true every picture is decoded, which takes minutes. The
+table goes to the screen, every problem to check.dir/problems.txt, and the exit status is 1 where a split is not whole.
+"""
+
+DOWNLOAD = """\
+download: fetch the benchmark's official archives into data.root/archives and unpack them into data.root.
+
+    python launch/prepare.py download data=gqa data.root=/data/gqa
+
+What was fetched is kept, and a fetch that broke off goes on with the same command. Checksums are compared where they
+are published. VQAv2 takes 20 GB, COCO captions 19 GB, GQA 22 GB; DocVQA's publisher asks for a registration.
+"""
+
+PACK = """\
+pack: write a split as parquet files with a row for each image, its picture and all its questions.
+
+    python launch/prepare.py pack  data=vqav2 data.root=/data/vqav2 split=train pack.dir=/fast/vqav2
+    python launch/prepare.py pack  data=vqav2 data.root=/data/vqav2 split=val   pack.dir=/fast/vqav2
+    python launch/train.py         data=vqav2 data.packed=/fast/vqav2
+
+83 files in place of 82,783 for VQAv2's training images: faster to copy, and to read from a disk on the network.
+Pictures are the same to the byte, so training is the same too. A picture is one read of one file.
+"""
+
 
 @dataclass(frozen=True)
 class FeatureSettings:
@@ -82,14 +121,13 @@ class Job:
 
 def features(config: DictConfig) -> None:
     """The encoder's output for every image of a split."""
-    if ranks.world_size() > 1:
-        raise InputError("features are made by one process on one GPU; start it with python, without a launcher")
+    _refuse_ranks("features are made")
     settings = build_settings(FeatureSettings, group(config, "features"), "features")
     folder = from_config.run_folder(config)
-    data = from_config.data_settings(config)
+    data = one_task(config)
     bad_records = BadRecords(data.on_bad_record)
     most = data.max_eval_samples if config.split == data.eval_split else data.max_train_samples
-    examples = from_config.read_examples(data, config.split, most, bad_records)
+    examples = read_examples(data, config.split, most, bad_records)
     vision, processor = build_encoder(config, data, examples)
     key = FeatureKey.of(vision, processor.images, settings.dtype)
     images = len(feature_writer.unique_images(examples))
@@ -120,7 +158,7 @@ def features(config: DictConfig) -> None:
 
 
 def build_encoder(
-    config: DictConfig, data: from_config.DataSettings, examples: Sequence[Example]
+    config: DictConfig, data: DataSettings, examples: Sequence[Example]
 ) -> tuple[VisionEncoder, Processor]:
     """The encoder with the weights that `launch/train.py` will give it, and the processor that makes its input."""
     model = group(config, "model")
@@ -136,7 +174,70 @@ def build_encoder(
     return vision.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-JOBS = {"features": Job(features, FEATURES)}
+def check_data(config: DictConfig) -> None:
+    """Every split's counts and problems."""
+    data = one_task(config)
+    _refuse_ranks("a data set is looked through")
+    splits = {name: Published(**of) for name, of in data.published.items()}
+    if not splits or data.synthetic or data.hub is not None:  # as large as it was drawn; splits of other names
+        splits = {data.train_split: Published(), data.eval_split: Published()}
+
+    def read(split: str, bad_records: BadRecords) -> list[Example]:
+        return read_examples(data, split, None, bad_records)
+
+    found = list(check(read, splits, config.check.pictures))
+    print(table(found))
+    problems = [f"{one.split}: {problem}" for one in found for problem in one.problems]
+    if problems:
+        folder = Path(config.check.dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "problems.txt").write_text("\n".join(problems) + "\n", encoding="utf-8")
+        print(f"{len(problems):,} problems, the first: {problems[0]}\nall of them: {folder / 'problems.txt'}")
+    if not all(one.whole for one in found):
+        sys.exit(1)
+
+
+def pack(config: DictConfig) -> None:
+    """A split in large files."""
+    _refuse_ranks("a split is packed")
+    data = one_task(config)
+    if data.packed is not None:
+        raise InputError("data.packed is packed already; give data.root or data.hub")
+    folder, bad_records = Path(config.pack.dir).expanduser(), BadRecords(data.on_bad_record)
+    most = data.max_eval_samples if config.split == data.eval_split else data.max_train_samples
+    examples = read_examples(data, config.split, most, bad_records)
+    written = packed.write(folder, packing_key(data, config.split, most), examples, bad_records, progress=True)
+    print(f"{written:,} images with all their questions; train on them with data.packed={folder}")
+    if bad_records.seen:
+        print(f"{len(bad_records.seen):,} bad records left out, the first: {bad_records.seen[0]}")
+
+
+def download(config: DictConfig) -> None:
+    """The benchmark's official archives."""
+    _refuse_ranks("archives are fetched")
+    data = one_task(config)
+    if not data.archives:
+        raise InputError(
+            f"data={data.source} has no archives that anyone may fetch; conf/data/{data.source}.yaml says why"
+        )
+    root = Path(data.root or ".").expanduser()
+    for one in data.archives:
+        fetched = prepare(Archive(**one), root)
+        print(f"{one['url']}: {'unpacked' if fetched else 'was there'}", flush=True)
+    print(f"all in {root}; look at it with: python launch/prepare.py check data={data.source} data.root={root}")
+
+
+def _refuse_ranks(what: str) -> None:
+    if ranks.world_size() > 1:
+        raise InputError(f"{what} by one process; start it with python, without a launcher")
+
+
+JOBS = {
+    "download": Job(download, DOWNLOAD),
+    "check": Job(check_data, CHECK),
+    "pack": Job(pack, PACK),
+    "features": Job(features, FEATURES),
+}
 
 
 def chosen(arguments: Sequence[str]) -> str:

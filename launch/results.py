@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data_from_config import DataSettings, submission_writer
 from omegaconf import DictConfig, OmegaConf
 
-from vlmvqa import ranks
+import vlmvqa
+from vlmvqa import fingerprint, ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.inference.evaluate import evaluate, table, write_results
-from vlmvqa.inference.predict import Predictor
+from vlmvqa.errors import InputError
+from vlmvqa.inference.evaluate import Asked, evaluate, table, write_results
+from vlmvqa.inference.journal import Journal
+from vlmvqa.inference.predict import Answer, Predictor
 from vlmvqa.training.log import read_log
+
+PACKAGES = ("torch", "transformers", "timm", "tokenizers", "pillow", "rapidfuzz", "pycocoevalcap")
 
 
 def score_and_report(
     config: DictConfig,
     folder: Path,
     predictor: Predictor,
-    examples: Sequence[Example],
-    train: Sequence[Example] | str,
+    asked: Asked,
+    data: DataSettings,
     *,
+    name: str = "",
     checkpoint: str,
     split: str,
     batch_size: int,
@@ -33,30 +43,94 @@ def score_and_report(
     """Score the model on a split, all ranks together; rank 0 writes and prints. Returns `metrics.json`'s content.
 
     Args:
-        train: the training split, for the prior control; or the reason why there is none.
+        folder: the run's; the results of a mixture's task lie below it, in a folder of its `name`.
     """
-    facts = {"checkpoint": checkpoint, "split": split, "data": config.data.source, "prompt": predictor.prompt}
-    metrics, predictions = evaluate(
-        predictor,
-        examples,
-        train,
-        facts | {"decoding": asdict(predictor.decoding)},
-        batch_size=batch_size,
-        workers=workers,
-        seed=config.seed,
-        bad_records=bad_records,
-    )
+    decoding = asdict(predictor.decoding)
+    made_by = {
+        "checkpoint": checkpoint,
+        "checkpoint_fingerprint": fingerprint.weights(predictor.model),
+        "decoding": decoding,
+    }
+    asked_for = {"data": fingerprint.examples(asked.examples), "pictures": fingerprint.pictures(asked.examples)}
+    journal = Journal(folder / name, {**made_by, **asked_for, "images": asdict(predictor.processor.images)})
+
+    def answer(examples: Sequence[Example]) -> dict[int | str, Answer]:
+        return predictor.answer_examples(
+            examples,
+            batch_size=batch_size,
+            workers=workers,
+            bad_records=bad_records,
+            progress=True,
+            journal=journal,
+        )
+
+    answers = answer(asked.examples)
+    missing = [question.id for question in asked.questions if question.id not in answers]
+    if missing and bad_records.policy == "error":
+        raise InputError(f"{len(missing)} questions have no answer (the first is {missing[0]}); start the same again")
+    found, predictions = evaluate(asked, answers, answer)
+    facts = {**made_by, "split": split, "prompt": predictor.prompt}
+    metrics = report(config, folder, asked, data, facts, found, predictions, bad_records, name)
+    ranks.barrier()
+    if ranks.is_first():
+        journal.remove()
+    return metrics
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that answer and score, as far as they are installed."""
+    found = {"vlmvqa": vlmvqa.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def report(
+    config: DictConfig,
+    folder: Path,
+    asked: Asked,
+    data: DataSettings,
+    facts: Mapping[str, Any],
+    found: Mapping[str, Any],
+    predictions: Sequence[Mapping[str, Any]],
+    bad_records: BadRecords,
+    name: str = "",
+) -> dict[str, Any]:
+    """Leave the results in the folder and print them, on rank 0.
+
+    Args:
+        facts: who answered, and how.
+        found: what `evaluate` found.
+    """
+    metrics = {
+        **facts,
+        "data": data.source,
+        "data_fingerprint": fingerprint.examples(asked.examples),
+        **found,
+        "skipped": bad_records.listed(),
+        "versions": versions(),
+    }
     if not ranks.is_first():
         return metrics
+    prefix = f"eval_{name}_" if name else "eval_"
+    log = [
+        {key.replace(prefix, "eval_", 1): value for key, value in record.items()}
+        for record in read_log(folder / "log.jsonl")
+    ]
+    folder = folder / name
     write_results(
         folder,
         metrics,
         predictions,
-        examples,
-        title=f"{config.run.name}: {config.data.source} {split}",
-        log=read_log(folder / "log.jsonl"),
+        asked.examples,
+        submission_writer(data.source),
+        title=f"{config.run.name}: {name or data.source} {facts['split']}",
+        log=log,
         config_yaml=OmegaConf.to_yaml(config, resolve=True),
     )
+    if name:
+        print(f"\n{name} {facts['split']}")
     print(table(metrics))
     if metrics["skipped"]:
         print(f"left out {len(metrics['skipped'])} bad records, listed in {bad_records.listing}")

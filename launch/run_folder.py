@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ DECIDES = ("model", "data", "seed", "trainable", "learning_rates", "trainer", "c
 # ...but for where its data lies, how often it is looked at, and how its work is cut (the global batch is checked too).
 FREE = (
     "data.root",
+    "data.packed",
+    "data.published",
+    "data.archives",
     "data.features",
     "data.eval_split",
     "data.max_eval_samples",
@@ -106,7 +110,9 @@ def _refuse_changes(folder: Path, config: DictConfig) -> None:
     changed = [
         f"{key} was {values[0].get(key)} and is now {values[1].get(key)}"
         for key in sorted(values[0] | values[1])
-        if key.split(".")[0] in DECIDES and not key.startswith(FREE) and values[0].get(key) != values[1].get(key)
+        if key.split(".")[0] in DECIDES
+        and not re.sub(r"^data\.parts\.[^.]+\.", "data.", key).startswith(FREE)
+        and values[0].get(key) != values[1].get(key)
     ]
     if changed:
         raise InputError(

@@ -7,6 +7,7 @@ python launch/show.py model.mode=causal data=vqav2 data.root=/data/vqav2
 from __future__ import annotations
 
 import torch
+from data_from_config import one_task, read_examples
 from omegaconf import DictConfig, open_dict
 
 import from_config
@@ -19,9 +20,9 @@ from vlmvqa.inference.show import describe, draw
 
 def main(config: DictConfig) -> None:
     folder = from_config.run_folder(config)
-    data = from_config.data_settings(config)
+    data = one_task(config)
     bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
-    examples = from_config.read_examples(data, config.split, None, bad_records)
+    examples = read_examples(data, config.split, None, bad_records)
     with open_dict(config), torch.device("meta"):  # sizes and the tokenizer are enough: no weights
         config.model.vision.weights = config.model.language.weights = "random"
         processor = from_config.build_predictor(config, data, examples).processor

@@ -15,21 +15,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from data_from_config import Task, data_settings, read_tasks
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 import from_config
-from command_line import run
-from from_config import group
+from command_line import group, run
 from results import score_and_report
 from run_folder import open_run, refuse_run
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.example import Example, count_questions
 from vlmvqa.inference.card import refuse_upload, upload, write_card
-from vlmvqa.inference.evaluate import score
+from vlmvqa.inference.evaluate import Asked
 from vlmvqa.inference.predict import Predictor, load
+from vlmvqa.inference.scores import score
 from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.training import parallel, preflight
 from vlmvqa.training.banner import banner
@@ -46,33 +46,43 @@ def main(config: DictConfig) -> None:
     if config.hub_id:
         ranks.share(lambda: refuse_upload(config.hub_id))
     set_seed(config.seed)
-    data = from_config.data_settings(config)
+    data = data_settings(config)
     bad_records = BadRecords(data.on_bad_record)
     with ranks.first_here_first():  # shapes are drawn at first use
-        train_examples = from_config.read_examples(data, data.train_split, data.max_train_samples, bad_records)
-        eval_examples = from_config.read_examples(data, data.eval_split, data.max_eval_samples, bad_records)
+        tasks = read_tasks(data, bad_records)
     arguments = from_config.training_arguments(config, dist)
-    if not _answered(eval_examples):
+    if not any(task.answered for task in tasks):
         arguments.metric_for_best_model = None
 
-    stopped_by = train(config, dist, folder, arguments, train_examples, eval_examples, bad_records)
+    stopped_by = train(config, dist, folder, arguments, tasks, bad_records)
     if stopped_by:
         ranks.say(f"stopped by {stopped_by}, saved in {folder / 'latest'}; go on with resume=auto")
         return
     gc.collect()  # what trained makes room for what is scored: the model that was saved
     torch.cuda.empty_cache()
-    metrics = score_and_report(
-        config,
-        folder,
-        load(folder / "model", str(arguments.device)),
-        eval_examples,
-        train_examples,
-        checkpoint=str(folder / "model"),
-        split=data.eval_split,
-        batch_size=arguments.per_device_eval_batch_size,
-        workers=arguments.dataloader_num_workers,
-        bad_records=bad_records,
-    )
+    predictor = load(folder / "model", str(arguments.device))
+    metrics = [
+        score_and_report(
+            config,
+            folder,
+            predictor,
+            Asked(
+                task.evaluated,
+                task.train,
+                task.data.metric,
+                config.seed,
+                options=task.scoring,
+            ),
+            task.data,
+            name=task.name,
+            checkpoint=str(folder / "model"),
+            split=task.data.eval_split,
+            batch_size=arguments.per_device_eval_batch_size,
+            workers=arguments.dataloader_num_workers,
+            bad_records=bad_records,
+        )
+        for task in tasks
+    ]
     if ranks.is_first():
         write_card(folder / "model", config.hub_id or config.run.name, metrics, OmegaConf.to_yaml(config, resolve=True))
         print(f"model:  {folder / 'model'}")
@@ -85,31 +95,36 @@ def train(
     dist: parallel.DistSettings,
     folder: Path,
     arguments: TrainingArguments,
-    train_examples: list[Example],
-    eval_examples: list[Example],
+    tasks: list[Task],
     bad_records: BadRecords,
 ) -> str | None:
     """Train and write `model/`; the signal that stopped it before its end, if one did."""
-    data = from_config.data_settings(config)
-    predictor = from_config.build_predictor(config, data, train_examples)
+    data = data_settings(config)
+    predictor = from_config.build_predictor(config, data, [example for task in tasks for example in task.train])
     for part in PARTS:
         set_trainable(getattr(predictor.model, part), config.trainable[part], part)
     # Before weights are sharded, which cached features are of.
-    training_set = from_config.training_set(config, data, predictor, train_examples, bad_records)
+    training_set = from_config.training_set(config, data, predictor, tasks, bad_records)
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
         parallel.shard(predictor.model, arguments.device, computed_in, dist.offload)
 
     def score_now(model: VLM) -> dict[str, float]:
-        if not _answered(eval_examples):
-            return {}  # a test split
-        answers = replace(predictor, model=model).answer_examples(
-            eval_examples,
-            batch_size=arguments.per_device_eval_batch_size,
-            workers=arguments.dataloader_num_workers,
-            bad_records=bad_records,
-        )
-        return {"vqa_accuracy": score(eval_examples, {name: answer.text for name, answer in answers.items()}).overall}
+        found = {}
+        for task in tasks:
+            if not task.answered:
+                continue
+            answers = replace(predictor, model=model).answer_examples(
+                task.evaluated,
+                batch_size=arguments.per_device_eval_batch_size,
+                workers=arguments.dataloader_num_workers,
+                bad_records=bad_records,
+            )
+            texts = {name: answer.text for name, answer in answers.items()}
+            overall = score(task.evaluated, texts, task.data.metric, **task.scoring).overall
+            if overall is not None:
+                found[f"{task.prefix}{task.data.metric}"] = overall
+        return {**found, "mean": sum(found.values()) / len(found)} if len(tasks) > 1 and found else found
 
     trainer = VqaTrainer(
         predictor.model,
@@ -129,10 +144,7 @@ def train(
         bad_records.list_in(folder / "skipped.jsonl")
     bad_records.listing = folder / "skipped.jsonl"
     ranks.say("\n".join([*told, banner(predictor.model, groups)]))
-    asked = f"{count_questions(train_examples):,} questions on {len(train_examples):,} images to train on, "
-    ranks.say(
-        f"{asked}{count_questions(eval_examples):,} on {len(eval_examples):,} to evaluate on; results in {folder}"
-    )
+    ranks.say("\n".join(map(str, tasks)) + f"; results in {folder}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.watch.stopped_by:
         return trainer.watch.stopped_by
@@ -149,10 +161,6 @@ def _write_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> Non
     if ranks.is_first():
         predictor.describe(folder)
     ranks.barrier()
-
-
-def _answered(examples: list[Example]) -> bool:
-    return all(question.answers for example in examples for question in example.questions)
 
 
 if __name__ == "__main__":

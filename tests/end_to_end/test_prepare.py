@@ -9,6 +9,7 @@ from pathlib import Path
 import prepare as prepare_script
 import pytest
 import torch
+from data_from_config import data_settings, read_examples
 from transformers import set_seed
 
 import from_config
@@ -46,8 +47,8 @@ def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
     """The model as launch/train.py builds it, and its training images."""
     config = compose("train", *check_overrides([f"data.root={root}", "run.name=x", *SMALL, *overrides], "train"))
     set_seed(config.seed)
-    data = from_config.data_settings(config)
-    examples = from_config.read_examples(data, data.train_split, data.max_train_samples, BadRecords())
+    data = data_settings(config)
+    examples = read_examples(data, data.train_split, data.max_train_samples, BadRecords())
     return from_config.build_predictor(config, data, examples), examples
 
 
@@ -93,8 +94,12 @@ def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["featurs"], "'featurs' is nothing it makes; its first word is one of features; did you mean 'features'?"),
-        ([], "it is not said what to make; its first word is one of features"),
+        (
+            ["featurs"],
+            "'featurs' is nothing it makes; its first word is one of download, check, pack, features; did you mean "
+            "'features'?",
+        ),
+        ([], "it is not said what to make; its first word is one of download, check, pack, features"),
         (["data=shapes", "features"], "it is not said what to make"),
         (["features", "chek"], "'chek' is no setting; give settings as key=value"),
         (["features", "features.dri=x"], "did you mean 'features.dir'"),

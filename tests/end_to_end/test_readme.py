@@ -22,7 +22,9 @@ README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^python (launch/.*)$", README, re.MULTILINE)
 DEMO = [command for command in COMMANDS if "runs/demo" in command or "show.py" in command]
 # The planner's, at real size, is run by tests/unit/test_planner.py; launchers by tests/distributed/test_launchers.py.
-REAL = [command for command in COMMANDS if command not in DEMO and "plan.py" not in command]
+# Other tasks' are run by test_docs_tasks.py.
+OTHERS = [command for command in COMMANDS if "gqa" in command]
+REAL = [command for command in COMMANDS if command not in [*DEMO, *OTHERS] and "plan.py" not in command]
 LANGUAGE = {
     "vocab_size": 400,
     "hidden_size": 32,
@@ -80,7 +82,7 @@ def run(command: str, home: Path, *more: str) -> str:
 
 
 def test_the_readme_has_the_commands_that_are_tested() -> None:
-    assert len(DEMO) == 3 and len(REAL) == 4
+    assert len(DEMO) == 3 and len(REAL) == 4 and len(OTHERS) == 5
     makes = set(re.findall(r"^make (\S+)$", README, re.MULTILINE))
     assert makes == {"demo", "test"}  # `make test` is what runs this; `make demo` is run below
 

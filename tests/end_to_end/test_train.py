@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import vlmvqa
 from tests.end_to_end.scripts import LONGER, SHAPES, call, command, done, launch, losses
 from vlmvqa.data import vqav2
-from vlmvqa.inference.evaluate import score
+from vlmvqa.inference.scores import score
 from vlmvqa.training.checkpoints import whole_checkpoints
 from vlmvqa.training.log import read_log
 

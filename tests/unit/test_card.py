@@ -23,6 +23,7 @@ METRICS = {
     "split": "val",
     "prompt": "answer en {question}\n",
     "metric_version": "official script",
+    "metric": "vqa_accuracy",
     "metrics": {"vqa_accuracy": {"overall": 61.5}},
     "controls": {"prior": {"overall": 24.0}, "shuffled_images": {"overall": None}},
 }
@@ -91,19 +92,19 @@ def card_config(vision: str, vision_weights: str, language: str, language_weight
 
 def test_the_card_holds_scores_config_and_licences(tmp_path: Path) -> None:
     config = card_config("vit_base_patch14_dinov2.lvd142m", "hub", "google/gemma-2-2b", "hub")
-    write_card(tmp_path, "somebody/model", METRICS, config)
+    write_card(tmp_path, "somebody/model", [METRICS], config)
     card = (tmp_path / "README.md").read_text()
     assert (
         "license: gemma" in card and "Gemma terms of use" in card and "vit_base_patch14_dinov2.lvd142m: Apache" in card
     )
-    assert "| 61.50 | 24.00 | - |" in card and "vqav2 val, 12 questions" in card and config in card
+    assert "| vqav2 val | VQA accuracy (%) | 12 | 61.50 | 24.00 | - |" in card and config in card
     for given, licence in (
         (("vit_dinov2", "random", "gemma2", "random"), "apache-2.0"),
         (("vit_dinov2", "hub", "gemma2", "random"), "apache-2.0"),
         (("vit_dinov2", "hub", "meta-llama/Llama-3.2-1B", "hub"), "other"),
         (("vit_dinov2", "/weights/encoder.safetensors", "google/gemma-2-2b", "hub"), "other"),
     ):
-        write_card(tmp_path, "tiny", METRICS, card_config(*given))
+        write_card(tmp_path, "tiny", [METRICS], card_config(*given))
         assert f"license: {licence}\n" in (tmp_path / "README.md").read_text()
     assert "the terms of /weights/encoder.safetensors" in (tmp_path / "README.md").read_text()
 

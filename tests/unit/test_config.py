@@ -6,11 +6,12 @@ from pathlib import Path
 
 import hydra
 import pytest
+from data_from_config import DataSettings, data_settings
 from omegaconf import DictConfig, OmegaConf
 
 import from_config
-from command_line import CONF, check_overrides, collect
-from from_config import DataSettings, dist_settings, group, training_arguments
+from command_line import CONF, check_overrides, collect, group
+from from_config import dist_settings, training_arguments
 from vlmvqa.errors import InputError
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
@@ -18,6 +19,7 @@ from vlmvqa.settings import build_settings
 from vlmvqa.training.parallel import DistSettings, deepspeed_config, launcher_choice
 
 CHECKED = {"data": DataSettings, "decoding": Decoding, "dist": DistSettings}
+PARTS = {"data=mixture": ["parts.vqav2.", "parts.gqa."]}
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hydra_quiet")
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
 
@@ -37,9 +39,8 @@ def test_every_script_has_its_config(name: str) -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_builds(choice: str, tmp_path: Path) -> None:
     name = choice.partition("=")[0]
-    config = compose(
-        "train", choice, "data.root=somewhere", "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true"
-    )
+    roots = [f"data.{part}root=somewhere" for part in PARTS.get(choice, [""])]
+    config = compose("train", choice, *roots, "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true")
     if name == "experiment":
         training_arguments(config, DistSettings())
         groups = ["model", *CHECKED]
@@ -47,7 +48,9 @@ def test_every_choice_of_every_group_builds(choice: str, tmp_path: Path) -> None
         groups = [name]
     for each in groups:
         values = group(config, each)
-        if each == "model":
+        if each == "data":
+            data_settings(config)
+        elif each == "model":
             values["language"].pop("tokenizer")
             build_settings(ModelSettings, values, "model")
         elif each == "trainer":
@@ -60,7 +63,7 @@ def test_the_recipe_to_the_letter(tmp_path: Path) -> None:
     """The published recipe's table, against what the experiment resolves to."""
     given = ("data.root=somewhere", "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true")
     config = compose("train", "experiment=vlm_vqa_4xa10g", *given)
-    vision, data, dist = config.model.vision, from_config.data_settings(config), dist_settings(config)
+    vision, data, dist = config.model.vision, data_settings(config), dist_settings(config)
     assert (vision.name, vision.image_size) == ("vit_base_patch14_dinov2.lvd142m", 224)
     assert (config.model.projector.kind, config.model.projector.dropout) == ("linear", 0.1)
     assert config.model.language.name == "google/gemma-2-2b"

@@ -1,6 +1,7 @@
 """What the pages say: each command's script and keys exist, and each link leads somewhere.
 
-The commands themselves are run by tests/end_to_end/test_readme.py and tests/distributed/test_launchers.py.
+The commands themselves are run by tests/end_to_end/test_readme.py, test_docs_tasks.py and
+tests/distributed/test_launchers.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 from command_line import check_overrides, collect
 from tests.conftest import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands(page: Path) -> list[str]:

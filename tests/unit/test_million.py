@@ -35,7 +35,7 @@ START = """
 import hashlib, json, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
-from from_config import DataSettings, read_examples
+from data_from_config import DataSettings, read_examples
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Processor
 from vlmvqa.data.images import ImageSettings

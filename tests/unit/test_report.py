@@ -51,13 +51,19 @@ def record(number: int, accuracy: float = 100.0, **changes: Any) -> dict[str, An
 
 
 def scores(overall: float, answer_type: Mapping[str, float], question_type: Mapping[str, float]) -> dict[str, Any]:
-    return {"overall": overall, "per_answer_type": dict(answer_type), "per_question_type": dict(question_type)}
+    """As `metrics.json` has them; how often each type was asked is in `N`."""
+    found: dict[str, Any] = {"overall": overall, "interval": [overall - 1, overall + 1]}
+    for table, values in (("answer_type", answer_type), ("question_type", question_type)):
+        found |= {f"per_{table}": dict(values), f"n_per_{table}": {name: N.get(name, 2) for name in values}}
+    return found
 
 
+N = {"yes/no": 10, "other": 20, "is the": 10, "what color is the": 20}
 MODEL = scores(71.24, {"yes/no": 88.12, "other": 61.07}, {"is the": 87.5, "what color is the": 64.31})
 PRIOR = scores(38.51, {"yes/no": 62.02, "other": 20.3}, {"is the": 61.99})
 SHUFFLED = scores(45.07, {"yes/no": 63.4, "other": 31.41}, {"is the": 60.12, "what color is the": 33.33})
 METRICS = {
+    "metric": "vqa_accuracy",
     "metrics": {"vqa_accuracy": MODEL},
     "controls": {"prior": PRIOR, "shuffled_images": SHUFFLED},
     "prompt": "{question} Answer shortly.",
@@ -88,10 +94,10 @@ def write(folder: Path, **changes: Any) -> tuple[str, Page]:
 
 def test_numbers_stand_beside_their_controls(tmp_path: Path) -> None:
     _, page = write(tmp_path)
-    assert "71.24 % VQA accuracy on 30 questions" in page.text
+    assert "71.24 % VQA accuracy on 30 questions 95 % interval 70.24 to 72.24, over images" in page.text
     assert "This model 71.24 Shuffled images 45.07" in page.text
     assert "Prior 38.51" in page.text
-    assert "n accuracy shuffled prior other 20 61.07 31.41 20.30 yes/no 10 88.12 63.40 62.02" in page.text
+    assert "n model shuffled prior other 20 61.07 31.41 20.30 yes/no 10 88.12 63.40 62.02" in page.text
     assert "what color is the 20 64.31 33.33 \u2013 is the 10 87.50 60.12 61.99" in page.text
 
 
@@ -106,16 +112,11 @@ def test_a_control_without_a_number_gives_its_reason(tmp_path: Path) -> None:
     controls = {"prior": {"overall": None, "reason": "the training split has no answers"}, "shuffled_images": None}
     _, page = write(tmp_path, metrics=METRICS | {"controls": controls})
     assert "Shuffled images none: not measured Prior none: the training split has no answers" in page.text
-    assert "n accuracy other 20 61.07 yes/no 10 88.12" in page.text
+    assert "n model other 20 61.07 yes/no 10 88.12" in page.text
 
 
 def test_a_split_without_answers_has_no_accuracy_and_says_why(tmp_path: Path) -> None:
-    nothing: dict[str, Any] = {
-        "overall": None,
-        "per_answer_type": {},
-        "per_question_type": {},
-        "reason": "the split has no answers",
-    }
+    nothing: dict[str, Any] = {"overall": None, "interval": None, "reason": "the split has no answers"}
     metrics = METRICS | {"metrics": {"vqa_accuracy": nothing}, "controls": {}}
     unscored = [record(1, answers=[], target=None, question_type=None, answer_type=None) | {"vqa_accuracy": None}]
     _, page = write(tmp_path, metrics=metrics, predictions=unscored)
@@ -124,10 +125,19 @@ def test_a_split_without_answers_has_no_accuracy_and_says_why(tmp_path: Path) ->
     assert "Answered" not in page.text
 
 
-def test_questions_without_a_type_are_counted_as_unknown(tmp_path: Path) -> None:
-    metrics = METRICS | {"metrics": {"vqa_accuracy": scores(50.0, {"unknown": 50.0}, {})}}
-    _, page = write(tmp_path, metrics=metrics, predictions=[record(1, answer_type=None), record(2, answer_type=None)])
-    assert "unknown 2 50.00" in page.text
+def test_another_metric_brings_its_own_name_tables_and_numbers(tmp_path: Path) -> None:
+    steps = {"per_steps": {"2": 40.0}, "n_per_steps": {"2": 7}}
+    numbers = {"gqa_accuracy": {"overall": 61.5, **steps}, "binary": {"overall": 70.25}}
+    numbers["validity"] = {"overall": None, "reason": "no choices were given"}
+    metrics = METRICS | {"metric": "gqa_accuracy", "metrics": numbers, "variants": {"postprocess=llava": 63.0}}
+    _, page = write(tmp_path, metrics=metrics, predictions=[record(1, gqa_accuracy=100.0)])
+    assert "61.50 % GQA accuracy on 1 question" in page.text and "By steps" in page.text and "2 7 40.00" in page.text
+    assert "binary 70.25 validity none: no choices were given postprocess=llava 63.00" in page.text
+
+
+def test_answers_of_unknown_probability(tmp_path: Path) -> None:
+    _, page = write(tmp_path, predictions=[record(1, log_probability=None)])
+    assert "red scored 100" in page.text
 
 
 def test_a_long_list_of_skipped_records_is_cut_short(tmp_path: Path) -> None:
@@ -212,7 +222,7 @@ def test_pictures_of_any_mode_stay_as_they_were(tmp_path: Path, mode: str) -> No
 def test_large_run_stays_under_five_megabytes(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     predictions = [record(number, 100.0 * (number % 2), question="why " * 500) for number in range(2000)]
-    right, wrong = choose_gallery(predictions)
+    right, wrong = choose_gallery(predictions, "vqa_accuracy")
     images = {one["image_id"]: Image.fromarray(noise) for one in right + wrong}
     log = [{"step": step, "loss": 1.0, "grad_norm": 1.0} for step in range(30_000)]
     html, page = write(tmp_path, predictions=predictions, images=images, log=log)
@@ -222,9 +232,9 @@ def test_large_run_stays_under_five_megabytes(tmp_path: Path) -> None:
 
 def test_gallery_is_drawn_by_seed_and_sorted_by_confidence() -> None:
     predictions = [record(number, 30.0 * (number % 4), log_probability=-float(number % 7)) for number in range(200)]
-    right, wrong = choose_gallery(predictions, most=10, seed=1)
-    assert (right, wrong) == choose_gallery(predictions, most=10, seed=1)
-    assert (right, wrong) != choose_gallery(predictions, most=10, seed=2)
+    right, wrong = choose_gallery(predictions, "vqa_accuracy", most=10, seed=1)
+    assert (right, wrong) == choose_gallery(predictions, "vqa_accuracy", most=10, seed=1)
+    assert (right, wrong) != choose_gallery(predictions, "vqa_accuracy", most=10, seed=2)
     assert {one["vqa_accuracy"] for one in right} == {60.0, 90.0}
     assert {one["vqa_accuracy"] for one in wrong} == {0.0, 30.0}
     for part in (right, wrong):

@@ -1,4 +1,4 @@
-"""Two controls that a VQA score is read against: how far one gets without the image, and with the wrong one."""
+"""Controls that a score is read against: how far one gets without the image, with the wrong one, with a blank one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from PIL import Image
+
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
+
+BLANK = 64  # pixels a side
 
 
 def prior_answers(train: Iterable[Example], evaluated: Iterable[Example]) -> dict[int | str, str]:
@@ -59,6 +63,12 @@ def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example] | No
         replace(example, image=images[following[example.image_id]], image_id=following[example.image_id])
         for example in examples
     ]
+
+
+def blank_images(examples: Sequence[Example]) -> list[Example]:
+    """The same questions about an image of one grey."""
+    grey = Image.new("RGB", (BLANK, BLANK), (128, 128, 128))
+    return [replace(example, image=grey, image_id=f"grey for {example.image_id}") for example in examples]
 
 
 def _most_frequent(counts: Counter[str]) -> str:

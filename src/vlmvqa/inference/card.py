@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vlmvqa.errors import InputError
+from vlmvqa.inference.scores import metric
 
 # Weights that are known by their names, and under which terms they are given: the hub's word, and a sentence.
 LICENCES = {
     "gemma": ("gemma", "[Gemma terms of use](https://ai.google.dev/gemma/terms)"),
     "dinov2": ("apache-2.0", "Apache-2.0"),
 }
+
+CONTROLS = ("prior", "shuffled_images")
 
 
 def licences(config: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -34,17 +37,15 @@ def licences(config: Mapping[str, Any]) -> tuple[str, list[str]]:
     return ("other" if "other" in strict or len(set(strict)) > 1 else (strict or ["apache-2.0"])[0]), sentences
 
 
-def write_card(folder: Path, name: str, metrics: Mapping[str, Any], config_yaml: str) -> None:
+def write_card(folder: Path, name: str, metrics: Sequence[Mapping[str, Any]], config_yaml: str) -> None:
     """Leave `README.md` beside the weights, as the hub shows it.
 
     Args:
-        metrics: `metrics.json`'s content.
+        metrics: `metrics.json`'s content, of each task.
         config_yaml: the run's resolved config.
     """
     licence, terms = licences(yaml.safe_load(config_yaml))
-    model, controls = metrics["metrics"]["vqa_accuracy"], metrics["controls"]
-    columns = {"model": model, "prior": controls["prior"], "shuffled images": controls["shuffled_images"]}
-    scores = " | ".join("-" if column["overall"] is None else f"{column['overall']:.2f}" for column in columns.values())
+    terms.append(f"The data's terms: those of the publisher of {', '.join(one['data'] for one in metrics)}")
     (folder / "README.md").write_text(
         f"""---
 library_name: vlmvqa
@@ -64,18 +65,14 @@ print(vlmvqa.load("{name}").answer("photo.jpg", "what is this?").text)
 
 ## Scores
 
-VQA accuracy (%) on {metrics["data"]} {metrics["split"]}, {metrics["n"]} questions ({metrics["metric_version"]}):
-
-| {" | ".join(columns)} |
-|{"---|" * len(columns)}
-| {scores} |
-
-Prior: the most frequent training answer of each question type. Prompt: `{metrics["prompt"]!r}`.
+| task | metric | questions | model | prior | shuffled images |
+|---|---|---|---|---|---|
+{"".join(_row(one) for one in metrics)}
+Prior: the most frequent training answer of each question type. {" ".join(_measured(one) for one in metrics)}
 
 ## Licences
 
-{"".join(f"- {sentence}" + chr(10) for sentence in terms)}- The data's terms: those of {metrics["data"]}'s publisher.
-
+{"".join(f"- {sentence}." + chr(10) for sentence in terms)}
 ## Configuration
 
 ```yaml
@@ -84,6 +81,18 @@ Prior: the most frequent training answer of each question type. Prompt: `{metric
 """,
         encoding="utf-8",
     )
+
+
+def _row(metrics: Mapping[str, Any]) -> str:
+    """A task's line in the table of scores."""
+    columns = [metrics["metrics"][metrics["metric"]], *(metrics["controls"][name] for name in CONTROLS)]
+    values = ["-" if column["overall"] is None else f"{column['overall']:.2f}" for column in columns]
+    about = [f"{metrics['data']} {metrics['split']}", metric(metrics["metric"]).title, str(metrics["n"])]
+    return f"| {' | '.join(about + values)} |\n"
+
+
+def _measured(metrics: Mapping[str, Any]) -> str:
+    return f"{metrics['data']}: {metrics['metric_version']}, prompt `{metrics['prompt']!r}`."
 
 
 def refuse_upload(hub_id: str) -> None:

@@ -1,85 +1,222 @@
-"""Score a model on a split: official metric, two controls beside it, and the files that a result leaves."""
+"""Score a model on a split: the official metric, controls beside it, and the files that a result leaves."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmvqa.data import images
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.vqav2 import write_submission
-from vlmvqa.inference.baselines import prior_answers, shuffle_images
-from vlmvqa.inference.predict import Answer, Predictor
+from vlmvqa.data.submissions import replace_file
+from vlmvqa.errors import InputError
+from vlmvqa.inference import intervals
+from vlmvqa.inference.baselines import blank_images, prior_answers, shuffle_images
+from vlmvqa.inference.predict import Answer
 from vlmvqa.inference.report import choose_gallery, write_report
-from vlmvqa.metrics import VqaAccuracy, vqa_accuracy
+from vlmvqa.inference.scores import Id, Score, metric, score, variants, version
 
-METRIC_VERSION = "vqa_accuracy: official script of 2021"
+# A control's key in metrics.json, and the name of its column.
+CONTROLS = {"prior": "prior", "shuffled_images": "shuffled images", "blank_images": "blank images"}
 
 
-def score(examples: Sequence[Example], answers: Mapping[int | str, str]) -> VqaAccuracy:
-    """The official VQA accuracy of answers by question id, over the questions that have one."""
-    questions = [question for question in _questions(examples) if question.id in answers]
-    return vqa_accuracy(
-        {question.id: answers[question.id] for question in questions},
-        {question.id: question.answers for question in questions},
-        answer_types={question.id: question.answer_type or "unknown" for question in questions},
-        question_types={question.id: question.question_type or "unknown" for question in questions},
-    )
+@dataclass(frozen=True)
+class Asked:
+    """What is evaluated.
+
+    Attributes:
+        examples: a split.
+        train: the training split, for the prior control; or the reason why there is none.
+        metric: its name in `scores.METRICS`.
+        seed: of the shuffled images and of the intervals.
+        blank: whether the control with blank images is asked for.
+        variants: whether what other toolkits would print is asked for.
+        options: what the metric takes besides: `data.scoring`, GQA's choices.
+    """
+
+    examples: Sequence[Example]
+    train: Sequence[Example] | str
+    metric: str = "vqa_accuracy"
+    seed: int = 0
+    blank: bool = False
+    variants: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def questions(self) -> list[Question]:
+        return [question for example in self.examples for question in example.questions]
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is anything to score against."""
+        return all(question.answers for question in self.questions)
+
+
+ID_KEYS = ("question_id", "questionId", "image_id", "id")
+ANSWER_KEYS = ("answer", "prediction", "caption")
+AnswerAll = Callable[[Sequence[Example]], Mapping[Id, Answer]]
 
 
 def evaluate(
-    predictor: Predictor,
-    examples: Sequence[Example],
-    train: Sequence[Example] | str,
-    facts: Mapping[str, Any],
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    seed: int = 0,
-    bad_records: BadRecords | None = None,
+    asked: Asked, answers: Mapping[Id, Answer], answer: AnswerAll | str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Answer every question; score the answers and the two controls.
+    """Score answers, and the controls beside them.
 
     Args:
-        train: the training split, for the prior control; or the reason why there is none.
-        facts: what the numbers were measured with (split, checkpoint, ...), copied into the metrics.
+        answers: the model's, by question id; of questions that have none, the images were left out.
+        answer: asks the model again, for the controls; or the reason why it cannot be asked.
 
     Returns:
-        `metrics.json`'s content, and a record a question for `predictions.jsonl`.
+        the part of `metrics.json` that says how good the answers are, and a record a question for `predictions.jsonl`.
     """
-    bad_records = bad_records or BadRecords()
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "workers": workers,
-        "bad_records": bad_records,
-        "progress": True,
+    texts = {question: one.text for question, one in answers.items()}
+    found: dict[str, Any] = {
+        "n": len(answers),
+        "cut_short": sum(one.cut for one in answers.values()),
+        "metric": asked.metric,
+        "metric_version": version(asked.metric, asked.options),
     }
-    answers = predictor.answer_examples(examples, **options)
-    texts = {question: answer.text for question, answer in answers.items()}
-    metrics: dict[str, Any] = {"n": len(answers), **facts}
-    if all(question.answers for question in _questions(examples)):
-        result = score(examples, texts)
-        metrics["metrics"] = {"vqa_accuracy": _table(result)}
-        metrics["controls"] = {
-            "prior": _prior(examples, texts, train),
-            "shuffled_images": _shuffled(predictor, examples, texts, seed, options),
+    result: Score | None = None
+    if asked.answered:
+        result = score(asked.examples, texts, asked.metric, **asked.options)
+        found |= {
+            "n": len(result.per_question) or len(answers),  # GQA scores the balanced ones
+            "metrics": figures(result, asked),
+            "controls": _controls(asked, texts, answer),
+            "variants": variants(asked.examples, texts, asked.metric, **asked.options) if asked.variants else {},
         }
-        per_question: Mapping[Any, float] = result.per_question
     else:
         nothing = _nothing("the split has no answers")
-        metrics["metrics"] = {"vqa_accuracy": nothing}
-        metrics["controls"] = {"prior": nothing, "shuffled_images": nothing}
-        per_question = {}
-    metrics |= {"metric_version": METRIC_VERSION, "skipped": bad_records.listed()}
-    return metrics, [
-        _record(example, question, answers[question.id], per_question.get(question.id))
-        for example in examples
+        found |= {
+            "metrics": {asked.metric: nothing},
+            "controls": dict.fromkeys(_controls_asked(asked), nothing),
+            "variants": {},
+        }
+    per_question = result.per_question if result else {}
+    return found, [
+        _record(example, question, answers[question.id], asked.metric, per_question.get(question.id))
+        for example in asked.examples
         for question in example.questions
         if question.id in answers
     ]
+
+
+def read_answers(
+    path: Path, questions: Sequence[Question], named: Callable[[Id], Id] = lambda name: name
+) -> dict[Id, Answer]:
+    """Answers that something else wrote, by question id.
+
+    Either JSON lines or one JSON list of records that hold an id (`question_id`, `questionId`, `image_id` or `id`) and
+    an answer (`answer`, `prediction` or `caption`), as the benchmarks' own results files do.
+
+    Args:
+        named: what a question's id is called in the benchmark's results file, where that differs.
+
+    Raises:
+        InputError: the file cannot be read as such, or it does not answer exactly these questions, once.
+    """
+    records = _read_records(path)
+    ids = {str(named(question.id)): question.id for question in questions}
+    ids |= {
+        str(question.id): question.id for question in questions
+    }  # a key of JSON is text, the data's may be a number
+    found: dict[Id, Answer] = {}
+    for number, record in enumerate(records, start=1):
+        name = next((record[key] for key in ID_KEYS if key in record), None) if isinstance(record, dict) else None
+        answer = next((record[key] for key in ANSWER_KEYS if key in record), None) if name is not None else None
+        if not isinstance(answer, str):
+            raise InputError(
+                f"{path}, record {number}: it should hold one of {', '.join(ID_KEYS)} and, as text, one of "
+                f"{', '.join(ANSWER_KEYS)}"
+            )
+        if str(name) not in ids:
+            raise InputError(
+                f"{path}, record {number}: the split has no question {name}; score the split it was made for"
+            )
+        if ids[str(name)] in found:
+            raise InputError(f"{path}, record {number}: question {name} is answered twice; keep one answer")
+        known = record.get("log_probability")
+        if known is not None and not isinstance(known, int | float):
+            raise InputError(f"{path}, record {number}: its log_probability is no number; mend it or leave it out")
+        found[ids[str(name)]] = Answer(answer, float("nan") if known is None else known)
+    missing = [question.id for question in questions if question.id not in found]
+    if missing:
+        raise InputError(
+            f"{path} does not answer {len(missing)} of {len(questions)} questions (question {missing[0]} first); "
+            "answer all, or score a slice"
+        )
+    return found
+
+
+def _read_records(path: Path) -> list[Any]:
+    """A JSON list, or a line of JSON each."""
+    line = 1
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            listed: list[Any] = json.loads(text)
+            return listed
+        records = []
+        for line, record in enumerate(text.split("\n"), start=1):  # noqa: B007
+            if record.strip():
+                records.append(json.loads(record))
+        return records
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"predictions={path} cannot be read as text ({error})") from None
+    except json.JSONDecodeError as error:
+        place = line + error.lineno - 1
+        raise InputError(f"{path}, line {place}: broken JSON ({error.msg}); write a record a line") from None
+
+
+def figures(result: Score, asked: Asked) -> dict[str, Any]:
+    """A score as `metrics.json` holds it: the metric with its interval and tables, and the numbers beside it."""
+    (name, overall), *others = result.numbers.items()
+    about = {question.id: example.image_id for example in asked.examples for question in example.questions}
+    found = intervals.bootstrap(result.per_question, about, asked.seed) if result.per_question else None
+    first: dict[str, Any] = {"overall": overall, "interval": [found.low, found.high] if found else None}
+    for table, kinds in result.tables.items():
+        first[f"per_{table}"] = {kind: value for kind, (value, _) in kinds.items()}
+        first[f"n_per_{table}"] = {kind: n for kind, (_, n) in kinds.items()}
+        if table in ("answer_type", "question_type"):
+            groups = {q.id: getattr(q, table) or "unknown" for q in asked.questions if q.id in result.per_question}
+            sure = intervals.bootstrap_groups(result.per_question, about, groups, asked.seed)
+            first[f"interval_per_{table}"] = {kind: [one.low, one.high] for kind, one in sure.items() if one}
+    numbers = {name: first, **{other: {"overall": value} for other, value in others}}
+    for other, reason in result.reasons.items():
+        numbers[other]["reason"] = reason
+    return numbers
+
+
+def _controls_asked(asked: Asked) -> list[str]:
+    return [name for name in CONTROLS if name != "blank_images" or asked.blank]
+
+
+def _controls(asked: Asked, texts: Mapping[Id, str], answer: AnswerAll | str) -> dict[str, dict[str, Any]]:
+    """How far one gets without the image, and with a wrong one: the same figures of the same questions."""
+    readable = [example for example in asked.examples if example.questions[0].id in texts]
+
+    def of(other: Mapping[Id, str]) -> dict[str, Any]:
+        result = score(asked.examples, {question: other[question] for question in texts}, asked.metric, **asked.options)
+        return figures(result, asked)[asked.metric]
+
+    def shown(others: Sequence[Example] | None) -> dict[str, Any]:
+        if isinstance(answer, str):
+            return _nothing(answer)
+        if others is None:
+            return _nothing("one image cannot be shuffled")
+        return of({question: one.text for question, one in answer(others).items()})
+
+    found = {
+        "prior": _nothing(asked.train)
+        if isinstance(asked.train, str)
+        else of(prior_answers(asked.train, asked.examples)),
+        "shuffled_images": shown(shuffle_images(readable, asked.seed)),
+    }
+    return {**found, "blank_images": shown(blank_images(readable))} if asked.blank else found
 
 
 def write_results(
@@ -87,23 +224,26 @@ def write_results(
     metrics: Mapping[str, Any],
     predictions: Sequence[Mapping[str, Any]],
     examples: Sequence[Example],
+    write_submission: Callable[[Path, Mapping[Id, str]], None],
     *,
     title: str,
     log: Sequence[Mapping[str, Any]],
     config_yaml: str,
 ) -> None:
-    """Leave `metrics.json`, `predictions.jsonl`, `submission.json` (the official results file) and `report.html`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
+    """Leave `metrics.json`, `predictions.jsonl`, `submission.json` and `report.html`.
+
+    Args:
+        write_submission: the source's, of the benchmark's official results file.
+    """
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
+    replace_file(folder / "predictions.jsonl", "".join(lines))
     write_submission(folder / "submission.json", {record["question_id"]: record["answer"] for record in predictions})
-    shown = {record["image_id"] for group in choose_gallery(predictions) for record in group}
-    pictures = {
-        example.image_id: images.decode(example.image, example.name)
-        for example in examples
-        if example.image_id in shown
-    }
+    shown = {record["image_id"] for group in choose_gallery(predictions, metrics["metric"]) for record in group}
+    pictures = {}
+    for example in examples:
+        with suppress(InputError):  # of answers that another program wrote; here a picture was read before
+            if example.image_id in shown:
+                pictures[example.image_id] = images.decode(example.image, example.name)
     write_report(
         folder / "report.html",
         title=title,
@@ -113,78 +253,54 @@ def write_results(
         images=pictures,
         config_yaml=config_yaml,
     )
+    # Last: a folder that has it is whole.
+    replace_file(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """The headline as text: VQA accuracy by answer type, beside its controls."""
-    columns = {
-        "model": metrics["metrics"]["vqa_accuracy"],
-        "prior": metrics["controls"]["prior"],
-        "shuffled images": metrics["controls"]["shuffled_images"],
-    }
-    kinds = sorted(columns["model"]["per_answer_type"])
-    lines = [f"{'VQA accuracy (%)':<20}" + "".join(f"{name:>17}" for name in columns)]
+    """The scores as text: the metric and its kinds beside the controls, and the numbers that have none beside them."""
+    name = metrics["metric"]
+    columns = {"model": metrics["metrics"][name]}
+    columns |= {CONTROLS[control]: of for control, of in metrics["controls"].items()}
+    kinds = sorted(columns["model"].get("per_answer_type", {}))
+    lines = [f"{metric(name).title:<20}" + "".join(f"{column:>17}" for column in columns)]
     for kind in ["overall", *kinds]:
         values = [
-            column["overall"] if kind == "overall" else column["per_answer_type"].get(kind)
-            for column in columns.values()
+            of["overall"] if kind == "overall" else of.get("per_answer_type", {}).get(kind) for of in columns.values()
         ]
-        lines.append(f"{kind:<20}" + "".join(f"{'-' if value is None else f'{value:.2f}':>17}" for value in values))
-    reasons = [f"{name}: {column['reason']}" for name, column in columns.items() if column.get("reason")]
+        lines.append(f"{kind:<20}" + "".join(f"{_printed(value):>17}" for value in values))
+        if kind == "overall" and columns["model"].get("interval"):
+            low, high = columns["model"]["interval"]
+            lines.append(f"{'95 % interval':<20}" + f"{f'{low:.2f} - {high:.2f}':>17}")
+    others = {other: of["overall"] for other, of in metrics["metrics"].items() if other != name}
+    others |= metrics["variants"]
+    lines += [f"{other:<20}{_printed(value):>17}" for other, value in others.items()]
+    named = {**columns, **{other: of for other, of in metrics["metrics"].items() if other != name}}
+    reasons = [f"{column}: {of['reason']}" for column, of in named.items() if of.get("reason")]
+    if metrics.get("cut_short"):
+        reasons.append(f"{metrics['cut_short']} answers were cut short: decoding.max_new_tokens is too small for them")
     return "\n".join([*lines, f"{metrics['n']} questions", *reasons])
 
 
-def _questions(examples: Sequence[Example]) -> list[Question]:
-    return [question for example in examples for question in example.questions]
-
-
-def _table(result: VqaAccuracy) -> dict[str, Any]:
-    return {
-        "overall": result.overall,
-        "per_answer_type": result.per_answer_type,
-        "per_question_type": result.per_question_type,
-    }
+def _printed(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _nothing(reason: str) -> dict[str, Any]:
     """A result that could not be had, and why: never a 0."""
-    return {"overall": None, "per_answer_type": {}, "per_question_type": {}, "reason": reason}
+    return {"overall": None, "interval": None, "reason": reason}
 
 
-def _prior(
-    examples: Sequence[Example], texts: Mapping[int | str, str], train: Sequence[Example] | str
-) -> dict[str, Any]:
-    if isinstance(train, str):
-        return _nothing(train)
-    answers = prior_answers(train, examples)
-    return _table(score(examples, {question: answers[question] for question in texts}))
-
-
-def _shuffled(
-    predictor: Predictor,
-    examples: Sequence[Example],
-    texts: Mapping[int | str, str],
-    seed: int,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    readable = [example for example in examples if example.questions[0].id in texts]
-    shuffled = shuffle_images(readable, seed)
-    if shuffled is None:
-        return _nothing("one image cannot be shuffled")
-    answers = predictor.answer_examples(shuffled, **options)
-    return _table(score(shuffled, {question: answer.text for question, answer in answers.items()}))
-
-
-def _record(example: Example, question: Question, answer: Answer, accuracy: float | None) -> dict[str, Any]:
+def _record(example: Example, question: Question, answer: Answer, metric: str, value: float | None) -> dict[str, Any]:
     return {
         "question_id": question.id,
         "image_id": example.image_id,
         "question": question.text,
         "answer": answer.text,
-        "log_probability": answer.log_probability,
+        "log_probability": None if math.isnan(answer.log_probability) else answer.log_probability,
         "target": question.target,
         "answers": list(question.answers),
         "question_type": question.question_type,
         "answer_type": question.answer_type,
-        "vqa_accuracy": accuracy,
+        metric: value,
     }

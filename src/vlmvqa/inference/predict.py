@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.packing import split
 from vlmvqa.data.texts import TokenTable
 from vlmvqa.errors import InputError
+from vlmvqa.inference.journal import Journal, batch_key
 from vlmvqa.models import checkpoint
 from vlmvqa.models.generation import Decoding, generate
 from vlmvqa.models.vlm import VLM, ModelSettings
@@ -29,10 +30,11 @@ from vlmvqa.settings import build_settings
 
 @dataclass(frozen=True)
 class Answer:
-    """A written answer and its log-probability under the model (EOS included)."""
+    """A written answer, its log-probability under the model (EOS included), and whether the limit of tokens cut it."""
 
     text: str
     log_probability: float
+    cut: bool = False
 
     def __str__(self) -> str:
         return self.text
@@ -44,6 +46,7 @@ class Predictor:
 
     Attributes:
         prompt: the template that questions are put into, `{question}` in it.
+        prompts: that of each source it was trained on.
     """
 
     model: VLM
@@ -51,6 +54,7 @@ class Predictor:
     prompt: str
     settings: ModelSettings
     decoding: Decoding = field(default_factory=Decoding)
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     def answer(self, image: ImageSource | str, question: str | Sequence[str]) -> Answer | list[Answer]:
         """Answer a question about an image, or several in one pass over the image.
@@ -81,6 +85,7 @@ class Predictor:
         workers: int = 0,
         bad_records: BadRecords | None = None,
         progress: bool = False,
+        journal: Journal | None = None,
     ) -> dict[int | str, Answer]:
         """Answer every question of every example, by question id, in the examples' order.
 
@@ -94,6 +99,7 @@ class Predictor:
             row_text_tokens: an image with more tokens of questions than these is given several rows.
             workers: processes that decode images.
             bad_records: what happens to an unreadable image (default: an error); one left out has no answers here.
+            journal: where answers are kept as they come, and taken from where they are there.
 
         Raises:
             InputError: two questions have one id, or an image cannot be read.
@@ -105,6 +111,14 @@ class Predictor:
         rows = self._rows(examples, processor, row_text_tokens)
         numbers = range(len(rows))
         batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
+        # One rank reads, before any writes: each deals out the same batches, whatever its own disk holds.
+        kept = ranks.share(journal.read) if journal else {}
+        answers = {
+            question: Answer(*answer)
+            for batch in batches
+            for question, *answer in kept.get(batch_key([rows[number] for number in batch]), ())
+        }
+        batches = [batch for batch in batches if batch_key([rows[number] for number in batch]) not in kept]
         mine = batches[ranks.rank() :: ranks.world_size()] if ranks.together() else batches
         loader = DataLoader(
             QuestionSet(rows, processor, bad_records or BadRecords()),
@@ -113,17 +127,22 @@ class Predictor:
             num_workers=workers,
             generator=torch.Generator(),  # its own, so that evaluating does not move the training's random state
         )
-        answers: dict[int | str, Answer] = {}
         asked = count_questions(rows[number] for batch in mine for number in batch)
         name = "answering, the first rank's share" if ranks.together() else "answering"
         hidden = None if progress and ranks.is_first() else True
         with tqdm(total=asked, desc=name, unit=" questions", disable=hidden, leave=False) as bar:
             for batch, encoded in zip(mine, loader, strict=True):
                 group = [rows[number] for number in batch]
-                answers |= self._answer_batch(group, encoded)
+                found = self._answer_batch(group, encoded)
+                if journal and len(found) == count_questions(group):  # a bad image is met, and listed, again
+                    journal.add(
+                        batch_key(group),
+                        [[name, one.text, one.log_probability, one.cut] for name, one in found.items()],
+                    )
+                answers |= found
                 bar.update(count_questions(group))
-        found = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
-        return {question.id: found[question.id] for question in _questions(examples) if question.id in found}
+        every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
+        return {question.id: every[question.id] for question in _questions(examples) if question.id in every}
 
     def save(self, folder: str | Path) -> None:
         """Write model, tokenizer, image settings and prompt into one folder that `vlmvqa.load` reads."""
@@ -138,6 +157,7 @@ class Predictor:
         return {
             "images": dataclasses.asdict(self.processor.images),
             "prompt": self.prompt,
+            "prompts": dict(self.prompts),
             "max_text_tokens": self.processor.max_text_tokens,
             "decoding": dataclasses.asdict(self.decoding),
         }
@@ -165,7 +185,11 @@ class Predictor:
         tokenizer = self.processor.tokenizer
         written = generate(self.model, batch, {tokenizer.eos_token_id}, self.decoding, ids)
         texts = tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
-        answers = [Answer(text.strip(), one.log_probability) for text, one in zip(texts, written, strict=True)]
+        most = self.decoding.max_new_tokens  # EOS counts
+        answers = [
+            Answer(text.strip(), one.log_probability, len(one.tokens) >= most)
+            for text, one in zip(texts, written, strict=True)
+        ]
         return dict(zip(ids, answers, strict=True))
 
 
@@ -181,7 +205,7 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     images = build_settings(ImageSettings, config["images"], "config.json: images")
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, config["max_text_tokens"])
     decoding = build_settings(Decoding, config["decoding"], "config.json: decoding")
-    return Predictor(model, processor, config["prompt"], settings, decoding)
+    return Predictor(model, processor, config["prompt"], settings, decoding, config.get("prompts", {}))
 
 
 def _text_tokens(question: Question, processor: Processor) -> int:

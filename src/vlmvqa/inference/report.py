@@ -21,9 +21,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL.Image import Image
 
+from vlmvqa.inference.scores import metric
+
 Record = Mapping[str, Any]
 
-RIGHT_FROM = 50.0  # percent; of ten annotators two must have given the answer for that
+RIGHT_FROM = 50.0  # percent; in VQAv2 two of ten annotators must have given the answer for that
 GALLERY_NOTES = (
     f"Scored {RIGHT_FROM:.0f} or more. Drawn at random, the surest first: the question, the model's answer with its "
     "probability p and its score, and the reference answers.",
@@ -33,14 +35,15 @@ THUMBNAIL = (320, 320)  # pixels; 48 JPEGs of this size are about 1 MB
 UNFOLDED_ROWS, MOST_ROWS = 12, 80  # VQAv2 has 65 question types
 MOST_POINTS = 250  # of a curve: more cannot be told apart at its width
 
+SHOWN_ABOVE = ("metric", "metrics", "controls", "variants")
 # Key in metrics.json, name beside the model's bar, name of the column, what it is.
 CONTROLS = (
+    ("blank_images", "Blank images", "blank", "the same questions, each about an image of one grey"),
     ("shuffled_images", "Shuffled images", "shuffled", "the same questions, each about another image"),
     ("prior", "Prior", "prior", "the most frequent training answer of each question type"),
 )
 CURVES = {
     "loss": "Training loss",
-    "eval_vqa_accuracy": "Evaluated VQA accuracy (%)",
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm",
     "questions_per_second": "Questions per second",
@@ -67,28 +70,41 @@ def write_report(
         images: picture by "image_id" for the records that `choose_gallery` takes.
         config_yaml: the resolved config.
     """
-    right, wrong = choose_gallery(predictions)
+    name = metrics["metric"]
+    title_of_metric = metric(name).title
+    right, wrong = choose_gallery(predictions, name)
+    curves = {"loss": CURVES["loss"], f"eval_{name}": f"Evaluated {title_of_metric}", **CURVES}
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(resources.files("vlmvqa.inference").joinpath("report.html.j2").read_text(encoding="utf-8"))
     page = template.render(
         title=title,
+        metric=title_of_metric,
         questions=len(predictions),
+        interval=metrics["metrics"][name].get("interval"),
+        others=[
+            {"name": other.replace("_", " "), "value": figures["overall"], "reason": figures.get("reason")}
+            for other, figures in metrics["metrics"].items()
+            if other != name
+        ]
+        + [{"name": variant, "value": value, "reason": None} for variant, value in metrics.get("variants", {}).items()],
         bars=_bars(metrics),
+        longest=max(100.0, *(bar["percent"] or 0.0 for bar in _bars(metrics))),  # CIDEr goes beyond 100
         tables={
-            "Answer type": _rows_per_type(metrics, predictions, "answer_type"),
-            "Question type": _rows_per_type(metrics, predictions, "question_type"),
+            key.removeprefix("per_").replace("_", " ").capitalize(): _rows_per_type(metrics, key.removeprefix("per_"))
+            for key in metrics["metrics"][name]
+            if key.startswith("per_")
         },
         control_columns=list(_measured_controls(metrics)),
         most_points=MOST_POINTS,
         unfolded_rows=UNFOLDED_ROWS,
         most_rows=MOST_ROWS,
-        curves=[(name, _draw(name, points)) for key, name in CURVES.items() if (points := _points(log, key))],
+        curves=[(drawn, _draw(drawn, points)) for key, drawn in curves.items() if (points := _points(log, key))],
         galleries={
-            "right": (GALLERY_NOTES[0], [_card(record, images) for record in right]),
-            "wrong": (GALLERY_NOTES[1], [_card(record, images) for record in wrong]),
+            "right": (GALLERY_NOTES[0], [_card(record, images, name) for record in right]),
+            "wrong": (GALLERY_NOTES[1], [_card(record, images, name) for record in wrong]),
         },
-        measured={key: _plain(value) for key, value in metrics.items() if key not in ("metrics", "controls")},
+        measured={key: _plain(value) for key, value in metrics.items() if key not in SHOWN_ABOVE},
         config_yaml=config_yaml,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,18 +112,22 @@ def write_report(
     path.write_text(page, encoding="utf-8", errors="replace")
 
 
-def choose_gallery(predictions: Sequence[Record], most: int = 24, seed: int = 0) -> tuple[list[Record], list[Record]]:
+def choose_gallery(
+    predictions: Sequence[Record], metric: str, most: int = 24, seed: int = 0
+) -> tuple[list[Record], list[Record]]:
     """The answers to show, right and wrong: at most so many of each, drawn at random, the surest first."""
-    scored = [record for record in predictions if record["vqa_accuracy"] is not None]
-    right = [record for record in scored if record["vqa_accuracy"] >= RIGHT_FROM]
-    wrong = [record for record in scored if record["vqa_accuracy"] < RIGHT_FROM]
+    scored = [record for record in predictions if record[metric] is not None]
+    right = [record for record in scored if record[metric] >= RIGHT_FROM]
+    wrong = [record for record in scored if record[metric] < RIGHT_FROM]
     draw = random.Random(seed)
     right, wrong = (draw.sample(records, min(most, len(records))) for records in (right, wrong))
     return sorted(right, key=_probability, reverse=True), sorted(wrong, key=_probability, reverse=True)
 
 
 def _probability(record: Record) -> float:
-    return math.exp(record["log_probability"])
+    """0 where it is not known: answers that another program wrote."""
+    known = record["log_probability"]
+    return 0.0 if known is None else math.exp(known)
 
 
 def _control(metrics: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -123,35 +143,41 @@ def _measured_controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any
 
 def _bars(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The model and its controls, as the page compares them: percent, or the reason why there is none."""
-    compared = [("This model", "", metrics["metrics"]["vqa_accuracy"])]
-    compared += [(name, note, _control(metrics, key)) for key, name, _, note in CONTROLS]
+    compared = [("This model", "", metrics["metrics"][metrics["metric"]])]
+    compared += [
+        (name, note, _control(metrics, key))
+        for key, name, _, note in CONTROLS
+        if key != "blank_images" or key in metrics.get("controls", {})  # by request
+    ]
     return [
         {"name": name, "note": note, "percent": figures["overall"], "reason": figures.get("reason")}
         for name, note, figures in compared
     ]
 
 
-def _rows_per_type(metrics: Mapping[str, Any], predictions: Sequence[Record], kind: str) -> list[dict[str, Any]]:
-    """Name, number of questions and percents of each answer or question type, the most frequent first."""
-    counts = Counter(record[kind] or "unknown" for record in predictions)  # as `evaluate.score` calls it
-    accuracy = metrics["metrics"]["vqa_accuracy"].get(f"per_{kind}", {})
+def _rows_per_type(metrics: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+    """Name, number of questions and figures of each kind in a table, the most frequent first."""
+    model = metrics["metrics"][metrics["metric"]]
+    values, counts, sure = model[f"per_{kind}"], model[f"n_per_{kind}"], model.get(f"interval_per_{kind}", {})
     controls = [control.get(f"per_{kind}", {}) for control in _measured_controls(metrics).values()]
     return [
         {
             "name": name,
             "n": counts[name],
-            "accuracy": accuracy[name],
+            "accuracy": values[name],
+            "interval": sure.get(name),
             "controls": [control.get(name) for control in controls],
         }
-        for name in sorted(accuracy, key=lambda name: (-counts[name], name))
+        for name in sorted(values, key=lambda name: (-counts[name], name))
     ]
 
 
-def _card(record: Record, images: Mapping[Any, Image]) -> dict[str, Any]:
+def _card(record: Record, images: Mapping[Any, Image], metric: str) -> dict[str, Any]:
     image = images.get(record["image_id"])
     return {
         **record,
-        "probability": _probability(record),
+        "score": record[metric],
+        "probability": None if record["log_probability"] is None else _probability(record),
         "picture": None if image is None else _data_uri(image),
         "counted": Counter(record["answers"]).most_common(),
     }

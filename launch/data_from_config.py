@@ -1,0 +1,350 @@
+"""The `data` group to questions: any source's files, their parquet form, a small drawn set, or several tasks."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from omegaconf import DictConfig
+
+from command_line import group, refuse_overrides
+from vlmvqa.data import hub, packed
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.cache import read_once
+from vlmvqa.data.example import Example, count_questions
+from vlmvqa.data.hub import Columns
+from vlmvqa.errors import InputError, suggest
+from vlmvqa.inference.scores import check_options, refuse_unscorable
+from vlmvqa.settings import build_settings
+
+# What draws a small data set in a source's own files, for data.synthetic=true.
+GENERATORS = {"vqav2": "shapes", "docvqa": "forms", "gqa": "shapes_gqa", "coco_captions": "shapes_captions"}
+READ_ARGUMENTS = ("prompt", "max_samples", "bad_records")  # of every source's `read`
+MIXTURE = "mixture"
+# What all tasks of a mixture have in common, because they share the model's input and its rows.
+SHARED = (
+    "target",
+    "resize",
+    "reduced_decoding",
+    "max_text_tokens",
+    "questions_per_row",
+    "row_tokens",
+    "features",
+    "on_bad_record",
+)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The `data` group; its keys are explained in conf/data/vqav2.yaml and conf/data/mixture.yaml."""
+
+    source: str
+    root: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    synthetic: bool = False
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_images: str | None = None
+    streaming: bool = False
+    columns: Columns = field(default_factory=Columns)
+    packed: str | None = None
+    train_split: str = "train"
+    eval_split: str = "val"
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    prompt: str = "answer en {question}\n"
+    metric: str = "vqa_accuracy"
+    scoring: Mapping[str, Any] = field(default_factory=dict)
+    target: str = "most_common"
+    resize: str = "squash"
+    reduced_decoding: bool = False
+    max_text_tokens: int | None = 64
+    max_new_tokens: int | None = None  # read by conf/decoding
+    questions_per_row: int | None = None
+    row_tokens: int | None = None
+    features: str | None = None
+    on_bad_record: str = "error"
+    published: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    archives: Sequence[Mapping[str, str]] = ()
+    parts: Mapping[str, DataSettings] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> Mapping[str, DataSettings]:
+        """The tasks of a mixture by name; of anything else itself, without a name."""
+        return self.parts or {"": self}
+
+    @property
+    def asks(self) -> bool:
+        """Whether there are questions, which captions have none of."""
+        return bool(vars(source_module(self.source)).get("HAS_QUESTIONS", True))
+
+
+# --- settings -----------------------------------------------------------------------------------------
+
+
+def data_settings(config: DictConfig) -> DataSettings:
+    """The `data` group, checked.
+
+    Raises:
+        InputError: an unknown or missing key, a prompt without a place for the question, parts that do not go together.
+    """
+    values = group(config, "data")
+    if values.get("source") != MIXTURE:
+        return _checked(build_settings(DataSettings, values, "data"), "data")
+    parts = {name: build_settings(DataSettings, of, f"data.parts.{name}") for name, of in values.pop("parts").items()}
+    mixture = build_settings(DataSettings, {"root": None, **values}, "data")
+    if not isinstance(mixture.weights, Mapping):
+        raise InputError("data.weights should be a group of numbers by the parts' names; give data.weights.<part>=...")
+    for name in mixture.weights:
+        if name not in parts:
+            raise InputError(
+                f"data.weights.{name}: there is no such part{suggest(name, parts)} (only {', '.join(parts)})"
+            )
+    refuse_overrides(
+        "the same for all parts of a mixture, as data.<key>",
+        *(f"data.parts.{name}.{key}" for name in parts for key in SHARED),
+    )
+    if mixture.features is not None:
+        raise InputError("data.features are of one data set's images; leave them out of a mixture")
+    shared = {key: getattr(mixture, key) for key in SHARED}
+    parts = {name: _checked(replace(part, **shared), f"data.parts.{name}") for name, part in parts.items()}
+    if len(parts) < 2:
+        raise InputError(f"data.parts holds {len(parts)} data sets; name two or more, or choose the one as data=...")
+    prompts(parts.values())
+    weights = {name: mixture.weights.get(name, 1.0) for name in parts}
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise InputError(f"data.weights.{name}={weight} should be above 0: how often an epoch sees each image")
+    return replace(mixture, parts=parts, weights=weights)
+
+
+def one_task(config: DictConfig) -> DataSettings:
+    """The same where only one data set makes sense.
+
+    Raises:
+        InputError: it is a mixture.
+    """
+    data = data_settings(config)
+    if data.parts:
+        raise InputError(f"data=mixture is several data sets; choose one of them: {', '.join(data.parts)}")
+    return data
+
+
+def prompts(tasks: Iterable[DataSettings]) -> dict[str, str]:
+    """The template of each source.
+
+    Raises:
+        InputError: two tasks of the same source have different ones: which would the saved model use?
+    """
+    found: dict[str, str] = {}
+    for task in tasks:
+        if found.setdefault(task.source, task.prompt) != task.prompt:
+            raise InputError(
+                f"two parts of source {task.source} have different prompts ({found[task.source]!r}, {task.prompt!r}); "
+                "give both the same"
+            )
+    return found
+
+
+def _checked(settings: DataSettings, where: str) -> DataSettings:
+    if settings.root is None and settings.hub is None and settings.packed is None:
+        raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
+    check_options(settings.metric, settings.scoring)
+    if not hasattr(source_module(settings.source), "write_submission"):
+        raise InputError(f"src/vlmvqa/data/{settings.source}.py has no write_submission; a source needs one, with read")
+    if settings.hub is not None and settings.columns.question is None and "{question}" in settings.prompt:
+        raise InputError(f"{where}.columns.question is null, so {where}.prompt={settings.prompt!r} has nothing to hold")
+    rest = settings.prompt.split("{question}")
+    if not settings.asks:
+        if set("{}") & set(settings.prompt):
+            raise InputError(f"{where}.prompt={settings.prompt!r} must hold no braces: {settings.source} asks nothing")
+    elif len(rest) != 2 or set("{}") & set("".join(rest)):
+        raise InputError(f"{where}.prompt={settings.prompt!r} must hold {{question}} once, and no other braces")
+    return settings
+
+
+def source_module(name: str) -> ModuleType:
+    """The file of `vlmvqa.data` that reads a benchmark."""
+    try:
+        return importlib.import_module(f"vlmvqa.data.{name}")
+    except ModuleNotFoundError as error:
+        raise InputError(f"data.source={name}: there is no src/vlmvqa/data/{name}.py") from error
+
+
+def submission_name(source: str) -> Callable[[int | str], int | str]:
+    """What a question's id is called in the benchmark's results file."""
+    name: Callable[[int | str], int | str] = vars(source_module(source)).get("submission_name", lambda key: key)
+    return name
+
+
+def submission_writer(source: str) -> Callable[[Path, Mapping[int | str, str]], None]:
+    """What writes the benchmark's own results file."""
+    write: Callable[[Path, Mapping[int | str, str]], None] = source_module(source).write_submission
+    return write
+
+
+# --- tasks ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set that a run trains on and is evaluated on.
+
+    Attributes:
+        name: of the mixture's part; "" where there is but one task.
+        weight: how often an epoch sees each of its images.
+        scoring: what its metric takes besides.
+    """
+
+    name: str
+    data: DataSettings
+    train: list[Example]
+    evaluated: list[Example]
+    weight: float = 1.0
+    scoring: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is anything to score against; a test split has nothing."""
+        return all(question.answers for example in self.evaluated for question in example.questions)
+
+    @property
+    def prefix(self) -> str:
+        """Of its numbers in the log."""
+        return f"{self.name}_" if self.name else ""
+
+    def __str__(self) -> str:
+        trained, evaluated = self.train, self.evaluated
+        return (
+            f"{self.name + ': ' if self.name else ''}{count_questions(trained):,} questions on {len(trained):,} images "
+            f"to train on{f' (weight {self.weight:g})' if self.weight != 1 else ''}, "
+            f"{count_questions(evaluated):,} on {len(evaluated):,} to evaluate on"
+        )
+
+
+def read_tasks(data: DataSettings, bad_records: BadRecords) -> list[Task]:
+    """The training and evaluation splits of each task.
+
+    Raises:
+        InputError: they cannot be read, or what is to be evaluated could not be scored.
+    """
+    tasks = [
+        Task(
+            name,
+            task,
+            read_examples(task, task.train_split, task.max_train_samples, bad_records),
+            read_examples(task, task.eval_split, task.max_eval_samples, bad_records),
+            data.weights.get(name, 1.0),
+            scoring(task, task.eval_split),
+        )
+        for name, task in data.tasks.items()
+    ]
+    for one in tasks:
+        if one.answered:
+            refuse_unscorable(one.data.metric, one.evaluated)
+    return tasks
+
+
+def scoring(settings: DataSettings, split: str) -> dict[str, Any]:
+    """What the metric takes besides answers and questions: `data.scoring`, and of GQA's official files the choices."""
+    own = settings.metric == "gqa_accuracy" and settings.root is not None and settings.hub is None
+    find = vars(source_module(settings.source)).get("scoring") if own else None
+    found = find(Path(str(settings.root)).expanduser(), split) if find else {}
+    return {**found, **settings.scoring}
+
+
+# --- questions ----------------------------------------------------------------------------------------
+
+
+def read_examples(
+    settings: DataSettings, split: str, max_samples: int | None, bad_records: BadRecords
+) -> list[Example]:
+    """A split of the source named by `data.source`, a module of `vlmvqa.data` with a function `read`.
+
+    A source that also names its `files` is read once, and taken from the cache while they stay as they are.
+    """
+    source = source_module(settings.source)
+    if settings.packed is not None:
+        folder = Path(settings.packed).expanduser()
+        key = packing_key(settings, split, max_samples)
+        return packed.read(folder, key, settings.prompt, asks=settings.asks)
+    if settings.hub is not None:
+        return _read_hub(settings, source, split, max_samples, bad_records)
+    root = Path(settings.root or ".").expanduser()
+    options = _draw(settings, root) if settings.synthetic else settings.options
+    _refuse_unknown_options(options, source.read)
+    arguments = {"prompt": settings.prompt, "max_samples": max_samples, **options}
+
+    def read() -> list[Example]:
+        return list(source.read(root, split, bad_records=bad_records, **arguments))
+
+    if "files" not in vars(source):
+        return read()
+    files = source.files(root, split, **options)
+    return read_once(read, files, root, {"source": settings.source, "split": split, **arguments}, bad_records)
+
+
+def packing_key(settings: DataSettings, split: str, max_samples: int | None) -> dict[str, Any]:
+    """What a packed split is of."""
+    return {"source": settings.source, "split": split, "max_samples": max_samples, "options": dict(settings.options)}
+
+
+def training_answers(settings: DataSettings) -> list[Example] | str:
+    """The training split, for the prior control; where it cannot be read, why."""
+    if settings.hub is not None and settings.streaming:
+        return "the training split is streamed, and would all have to be fetched"
+    try:
+        return read_examples(settings, settings.train_split, settings.max_train_samples, BadRecords("skip"))
+    except InputError as error:
+        return f"the training split cannot be read ({error})"
+
+
+def _read_hub(
+    settings: DataSettings, source: ModuleType, split: str, max_samples: int | None, bad_records: BadRecords
+) -> list[Example]:
+    """The same out of parquet, in the form that the source gives its own files (`arrange`)."""
+    assert settings.hub is not None
+    examples = hub.read(
+        settings.hub,
+        split,
+        columns=settings.columns,
+        prompt=settings.prompt,
+        config=settings.hub_config,
+        images=settings.hub_images,
+        streaming=settings.streaming,
+        max_samples=max_samples,
+        bad_records=bad_records,
+    )
+    arrange = vars(source).get("arrange", lambda examples, split: examples)
+    _refuse_unknown_options(settings.options, arrange)
+    return list(arrange(examples, split, **settings.options))
+
+
+def _draw(settings: DataSettings, root: Path) -> dict[str, Any]:
+    """Draw the source's small data set into `root` unless it is there; the options that are left for its reader."""
+    if settings.source not in GENERATORS:
+        known = ", ".join(GENERATORS)
+        raise InputError(f"data.synthetic: nothing draws data for {settings.source}, only for {known}; leave it out")
+    write = importlib.import_module(f"vlmvqa.data.{GENERATORS[settings.source]}").write
+    own = set(inspect.signature(write).parameters)
+    write(root, **{name: value for name, value in settings.options.items() if name in own}, progress=True)
+    return {name: value for name, value in settings.options.items() if name not in own}
+
+
+def _refuse_unknown_options(options: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Stop at an option that the source does not take."""
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    known = [name for name in parameters if name not in ("root", "split", "examples", *READ_ARGUMENTS)]
+    for name in options:
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise InputError(f"data.options has no key '{name}'{suggest(name, known)} (known: {listed})")

@@ -1,0 +1,234 @@
+"""From answers to results: the metric by name, its interval and controls, answers from a file, and going on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.unit.test_predict import predictor
+from vlmvqa.data.example import Example, Question
+from vlmvqa.errors import InputError
+from vlmvqa.inference.evaluate import Asked, evaluate, read_answers, table
+from vlmvqa.inference.journal import Journal
+from vlmvqa.inference.predict import Answer
+from vlmvqa.inference.scores import METRICS, check_options, metric, score
+
+COLORS = ("red", "green", "blue", "grey")
+
+
+def examples(images: int = 6) -> list[Example]:
+    """Two questions an image: its color, and whether it is red; ten annotators agree but for one."""
+    found = []
+    for number in range(images):
+        color = COLORS[number % len(COLORS)]
+        asked = {"What color is it?": color, "Is it red?": "yes" if color == "red" else "no"}
+        questions = tuple(
+            Question(10 * number + place, text, text + "\n", answer, (answer,) * 9 + ("maybe",), text[:4], "other")
+            for place, (text, answer) in enumerate(asked.items())
+        )
+        found.append(Example(Image.new("RGB", (8, 8), color), number, questions))
+    return found
+
+
+def knowing(given: Sequence[Example]) -> dict[int | str, Answer]:
+    """What one answers who sees the picture."""
+    answers: dict[int | str, Answer] = {}
+    for example in given:
+        assert isinstance(example.image, Image.Image)
+        seen = {(255, 0, 0): "red", (0, 128, 0): "green", (0, 0, 255): "blue"}.get(
+            example.image.getpixel((0, 0)), "grey"
+        )
+        for question in example.questions:
+            text = seen if "color" in question.text else "yes" if seen == "red" else "no"
+            answers[question.id] = Answer(text, -0.5)
+    return answers
+
+
+def asked(**changes: Any) -> Asked:
+    return Asked(**{"examples": examples(), "train": examples(8), "blank": True, "variants": True, **changes})
+
+
+def test_a_model_that_sees_beats_its_controls() -> None:
+    given = asked()
+    found, records = evaluate(given, knowing(given.examples), knowing)
+    numbers = found["metrics"]["vqa_accuracy"]
+    assert found["n"] == 12 and numbers["overall"] == 100 == numbers["per_question_type"]["What"]
+    assert numbers["interval"] == [100, 100] and numbers["n_per_question_type"] == {"What": 6, "Is i": 6}
+    controls = found["controls"]
+    assert all(controls[name]["overall"] < 100 for name in ("prior", "shuffled_images", "blank_images"))
+    assert controls["prior"]["per_question_type"]["Is i"] > controls["prior"]["per_question_type"]["What"]
+    assert set(found["variants"]) == {"normalize=always", "normalize=never", "consensus=min3"}
+    assert [record["vqa_accuracy"] for record in records] == [100.0] * 12
+    printed = table(found)
+    assert printed.splitlines()[0].split() == [
+        "VQA",
+        "accuracy",
+        "(%)",
+        "model",
+        "prior",
+        "shuffled",
+        "images",
+        "blank",
+        "images",
+    ]
+    assert "95 % interval" in printed and "consensus=min3" in printed
+
+
+def test_controls_are_none_with_a_reason_never_0() -> None:
+    given = asked(train="there is no training split", blank=False)
+    found, _ = evaluate(given, knowing(given.examples), "no model was loaded")
+    assert found["controls"]["prior"] == {"overall": None, "interval": None, "reason": "there is no training split"}
+    assert found["controls"]["shuffled_images"]["reason"] == "no model was loaded"
+    assert "prior: there is no training split" in table(found)
+
+
+def test_a_split_without_answers_is_not_scored() -> None:
+    bare = [
+        Example(e.image, e.image_id, tuple(Question(q.id, q.text, q.prompt) for q in e.questions)) for e in examples()
+    ]
+    found, records = evaluate(asked(examples=bare), knowing(bare), knowing)
+    assert found["metrics"]["vqa_accuracy"]["overall"] is None and len(records) == 12
+    assert all(control["overall"] is None for control in found["controls"].values())
+    assert "the split has no answers" in table(found)
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if name != "gqa_accuracy"])
+def test_every_metric_scores_and_is_the_mean_of_its_questions(name: str) -> None:
+    given = examples()
+    answers = {question: answer.text for question, answer in knowing(given).items()} | {0: "purple thing"}
+    found = score(given, answers, name)
+    assert found.overall is not None and found.overall > 0
+    assert found.overall == pytest.approx(sum(found.per_question.values()) / 12, abs=0.005)
+    assert next(iter(found.numbers)) == name
+    assert min(found.per_question, key=lambda question: found.per_question[question]) == 0
+
+
+def test_an_unknown_metric_suggests_one() -> None:
+    with pytest.raises(InputError, match="anls"):
+        metric("anl")
+
+
+# --- answers from a file --------------------------------------------------------------------------------
+
+
+def questions() -> list[Question]:
+    return [question for example in examples(2) for question in example.questions]
+
+
+RIGHT = [{"question_id": question.id, "answer": "red"} for question in questions()]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "\n".join(json.dumps({**record, "log_probability": -1.0}) for record in RIGHT),
+        json.dumps(RIGHT),
+        json.dumps([{"questionId": str(record["question_id"]), "prediction": "red"} for record in RIGHT]),
+    ],
+    ids=["lines", "list", "text ids"],
+)
+def test_answers_are_read_from_our_file_and_from_the_benchmarks(tmp_path: Path, written: str) -> None:
+    (tmp_path / "answers").write_text(written)
+    found = read_answers(tmp_path / "answers", questions())
+    assert {name: answer.text for name, answer in found.items()} == dict.fromkeys([0, 1, 10, 11], "red")
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        (RIGHT[:-1], "does not answer 1 of 4 questions .question 11 first"),
+        ([*RIGHT, {"question_id": 77, "answer": "red"}], "record 5: the split has no question 77"),
+        ([*RIGHT, RIGHT[0]], "record 5: question 0 is answered twice"),
+        ([{"question_id": 0, "answer": 3}], "record 1: it should hold one of question_id"),
+        (["red"], "record 1: it should hold"),
+    ],
+)
+def test_answers_that_do_not_fit_are_refused(tmp_path: Path, records: list[Any], said: str) -> None:
+    (tmp_path / "answers.json").write_text(json.dumps(records))
+    with pytest.raises(InputError, match=said):
+        read_answers(tmp_path / "answers.json", questions())
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text('{"question_id": 0, "answer": "a\u2028b"}\nred\n')
+    with pytest.raises(InputError, match="line 2: broken JSON"):
+        read_answers(tmp_path / "answers.jsonl", questions())
+    with pytest.raises(InputError, match="cannot be read"):
+        read_answers(tmp_path / "none", questions())
+
+
+# --- going on -------------------------------------------------------------------------------------------
+
+
+def test_a_killed_evaluation_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that were kept are not asked again, and all are those of an evaluation that was never stopped."""
+    model, given = predictor(), examples(7)
+    options: dict[str, Any] = {"batch_size": 2}
+    expected = model.answer_examples(given, **options)
+    journal, real = Journal(tmp_path, {"checkpoint": "x"}), type(model)._answer_batch
+    asked_for: list[int] = []
+
+    def until_the_third(self: Any, rows: Any, encoded: Any) -> Mapping[Any, Answer]:
+        asked_for.append(len(rows))
+        if len(asked_for) == 3:
+            raise KeyboardInterrupt
+        return real(self, rows, encoded)
+
+    monkeypatch.setattr(type(model), "_answer_batch", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        model.answer_examples(given, journal=journal, **options)
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text() + '{"batch": "cut in ha')
+    assert model.answer_examples(given, journal=journal, **options) == expected
+    assert len(asked_for) == 3 + 2  # of four batches two were kept
+    assert model.answer_examples(given, journal=journal, **options) == expected and len(asked_for) == 5
+    journal.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_models_answers_are_not_taken(tmp_path: Path) -> None:
+    model, given = predictor(), examples(2)
+    one, other = (Journal(tmp_path, {"checkpoint": name}) for name in ("x", "y"))
+    model.answer_examples(given, journal=one)
+    assert one.read() and not other.read()
+
+
+# --- options of a metric --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("anls", {"inclusiv": False}, "data.scoring has no key 'inclusiv' for anls.*inclusive"),
+        ("exact_match", {"normalize": "always"}, "no key 'normalize' for exact_match .known: none"),
+        ("vqa_accuracy", {"normalize": "alway"}, "normalize='alway' is unknown.*always"),
+        ("gqa_accuracy", {"postprocess": "lava"}, "postprocess='lava' is unknown.*llava"),
+        ("cider", {"metrics": ["bleu", "meteo"]}, "metrics='meteo' is unknown.*meteor"),
+        ("anls", {"threshold": "high"}, "data.scoring"),
+    ],
+)
+def test_options_that_cannot_be_had_are_refused_before_anything_runs(
+    name: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        check_options(name, options)
+
+
+def test_options_change_the_number_and_are_said() -> None:
+    given = asked(metric="anls", options={"threshold": 0.9, "inclusive": False})
+    answers = {question.id: Answer("maybee", -1.0) for question in given.questions}
+    found, _ = evaluate(given, answers, "no model")
+    assert found["metrics"]["anls"]["overall"] == 0 and "threshold=0.9" in found["metric_version"]
+    usual, _ = evaluate(asked(metric="anls"), answers, "no model")
+    assert usual["metrics"]["anls"]["overall"] > 80 and "threshold=0.9" not in usual["metric_version"]
+
+
+def test_captions_are_scored_by_what_was_asked_for_and_cider() -> None:
+    given = asked(metric="cider", options={"metrics": ["rouge_l"]})
+    found, _ = evaluate(given, knowing(given.examples), "no model")
+    assert list(found["metrics"]) == ["cider", "rouge_l"]

@@ -1,0 +1,91 @@
+"""Several tasks in one run: what the command line says of them, and what an epoch sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_from_config import data_settings, one_task, read_tasks
+
+import from_config
+from command_line import check_overrides
+from tests.unit.test_config import compose
+from vlmvqa.data import shapes, shapes_gqa
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.errors import InputError
+
+ROOTS = ("data.parts.vqav2.root=a", "data.parts.gqa.root=b")
+
+
+def settings(*overrides: str):  # type: ignore[no-untyped-def]
+    return data_settings(compose("train", *check_overrides(["data=mixture", *ROOTS, *overrides], "train")))
+
+
+def test_each_part_has_its_own_and_shares_the_rest() -> None:
+    data = settings("data.weights.gqa=0.5", "data.max_text_tokens=99", "data.parts.gqa.train_split=train[:10%]")
+    assert list(data.tasks) == ["vqav2", "gqa"] and data.weights == {"vqav2": 1.0, "gqa": 0.5}
+    vqav2, gqa = data.tasks.values()
+    assert (vqav2.metric, gqa.metric, gqa.train_split) == ("vqa_accuracy", "gqa_accuracy", "train[:10%]")
+    assert vqav2.max_text_tokens == gqa.max_text_tokens == 99
+
+
+def test_a_part_is_added_on_the_command_line() -> None:
+    data = settings("+data@data.parts.docvqa=docvqa", "data.parts.docvqa.root=c", "data.weights.docvqa=2")
+    assert list(data.tasks) == ["vqav2", "gqa", "docvqa"] and data.weights["docvqa"] == 2
+    assert data.tasks["docvqa"].metric == "anls"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.weights.gga=2", r"data.weights.gga: there is no such part.*gqa"),
+        ("data.weights.gqa=0", "should be above 0"),
+        ("data.weights.gqa=-1", "should be above 0"),
+        ("data.features=somewhere", "of one data set's images"),
+        ("data.parts.gqa.prompt=hello", r"data.parts.gqa.prompt='hello' must hold \{question\} once"),
+        ("data.parts.gqa.root=null", r"data.parts.gqa.root must be given"),
+        ("~data.parts.gqa", "holds 1 data sets; name two or more"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(override: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        if override.startswith("~"):
+            config = compose("train", "data=mixture", ROOTS[0])
+            del config.data.parts.gqa
+            data_settings(config)
+        settings(override)
+
+
+def test_two_prompts_of_one_source_are_refused() -> None:
+    with pytest.raises(InputError, match="two parts of source gqa have different prompts"):
+        settings("+data@data.parts.other=gqa", "data.parts.other.root=c", "data.parts.other.prompt=x {question}")
+
+
+def test_where_one_data_set_is_wanted_a_mixture_is_refused() -> None:
+    with pytest.raises(InputError, match="choose one of them: vqav2, gqa"):
+        one_task(compose("train", "data=mixture", *ROOTS))
+
+
+def test_an_epoch_sees_each_part_as_often_as_its_weight_says(tmp_path: Path) -> None:
+    roots = [
+        shapes.write(tmp_path / "a", train_images=20, val_images=2, questions_per_image=3),
+        shapes_gqa.write(tmp_path / "b", train_images=10, val_images=2),
+    ]
+    given = [f"data.parts.vqav2.root={roots[0]}", f"data.parts.gqa.root={roots[1]}", "data.parts.gqa.eval_split=val"]
+    weights = check_overrides(["data=mixture", "data.weights.vqav2=0.5", "data.weights.gqa=2"], "train")
+    config = compose("train", *weights, *given, "run.name=x")
+    data = data_settings(config)
+    tasks = read_tasks(data, BadRecords())
+    predictor = from_config.build_predictor(config, data, [example for task in tasks for example in task.train])
+    assert predictor.prompts == {"vqav2": "answer en {question}\n", "gqa": "answer en {question}\n"}
+    rows = from_config.training_set(config, data, predictor, tasks, BadRecords())
+    drawn = []
+    for epoch in (0, 1):
+        rows.set_epoch(epoch)
+        order = rows._plan().order.tolist()
+        images = [rows.documents[document][0] for document in order]
+        assert sum(image < 20 for image in images) == 10
+        assert sorted(image for image in images if image >= 20) == sorted([*range(20, 30)] * 2)
+        drawn.append({image for image in images if image < 20})
+    assert drawn[0] != drawn[1]
+    assert len(rows[0]) and "weight 0.5" in str(tasks[0])
