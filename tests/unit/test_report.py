@@ -247,3 +247,9 @@ def test_gallery_is_drawn_by_seed_and_sorted_by_confidence() -> None:
 def test_text_that_utf8_cannot_write_does_not_stop_the_report(tmp_path: Path) -> None:
     _, page = write(tmp_path, predictions=[record(1, answer="caf\ud800é")])
     assert "caf?é" in page.text
+
+
+def test_captions_are_shown_by_halves_because_no_score_means_right() -> None:
+    records = [{"cider": float(score), "log_probability": -1.0, "image_id": score} for score in range(100)]
+    better, worse = choose_gallery(records, "cider")
+    assert min(record["cider"] for record in better) >= 49.5 > max(record["cider"] for record in worse)

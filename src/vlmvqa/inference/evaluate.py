@@ -278,8 +278,8 @@ def table(metrics: Mapping[str, Any]) -> str:
     named = {**columns, **{other: of for other, of in metrics["metrics"].items() if other != name}}
     reasons = [f"{column}: {of['reason']}" for column, of in named.items() if of.get("reason")]
     if metrics.get("cut_short"):
-        reasons.append(f"{metrics['cut_short']} answers were cut short: decoding.max_new_tokens is too small for them")
-    return "\n".join([*lines, f"{metrics['n']} questions", *reasons])
+        reasons.append(f"cut short by decoding.max_new_tokens: {metrics['cut_short']} of the answers")
+    return "\n".join([*lines, f"{metrics['n']} {metric(name).unit}s", *reasons])
 
 
 def _printed(value: float | None) -> str:

@@ -12,9 +12,10 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -25,16 +26,11 @@ from vlmvqa.inference.scores import metric
 
 Record = Mapping[str, Any]
 
-RIGHT_FROM = 50.0  # percent; in VQAv2 two of ten annotators must have given the answer for that
-GALLERY_NOTES = (
-    f"Scored {RIGHT_FROM:.0f} or more. Drawn at random, the surest first: the question, the model's answer with its "
-    "probability p and its score, and the reference answers.",
-    f"Scored less than {RIGHT_FROM:.0f}. Drawn at random, the surest first.",
-)
 THUMBNAIL = (320, 320)  # pixels; 48 JPEGs of this size are about 1 MB
 UNFOLDED_ROWS, MOST_ROWS = 12, 80  # VQAv2 has 65 question types
 MOST_POINTS = 250  # of a curve: more cannot be told apart at its width
 
+NAMES = {**{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}, "rouge_l": "ROUGE-L", "meteor": "METEOR", "spice": "SPICE"}
 SHOWN_ABOVE = ("metric", "metrics", "controls", "variants")
 # Key in metrics.json, name beside the model's bar, name of the column, what it is.
 CONTROLS = (
@@ -73,6 +69,7 @@ def write_report(
     name = metrics["metric"]
     title_of_metric = metric(name).title
     right, wrong = choose_gallery(predictions, name)
+    limit = metric(name).right_from
     curves = {"loss": CURVES["loss"], f"eval_{name}": f"Evaluated {title_of_metric}", **CURVES}
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -80,10 +77,15 @@ def write_report(
     page = template.render(
         title=title,
         metric=title_of_metric,
-        questions=len(predictions),
+        questions=metrics.get("n", len(predictions)),  # GQA counts the balanced ones alone
+        unit=metric(name).unit,
         interval=metrics["metrics"][name].get("interval"),
         others=[
-            {"name": other.replace("_", " "), "value": figures["overall"], "reason": figures.get("reason")}
+            {
+                "name": NAMES.get(other, other.replace("_", " ")),
+                "value": figures["overall"],
+                "reason": figures.get("reason"),
+            }
             for other, figures in metrics["metrics"].items()
             if other != name
         ]
@@ -101,8 +103,8 @@ def write_report(
         most_rows=MOST_ROWS,
         curves=[(drawn, _draw(drawn, points)) for key, drawn in curves.items() if (points := _points(log, key))],
         galleries={
-            "right": (GALLERY_NOTES[0], [_card(record, images, name) for record in right]),
-            "wrong": (GALLERY_NOTES[1], [_card(record, images, name) for record in wrong]),
+            "right": (*_gallery_words(limit, True), [_card(record, images, name) for record in right]),
+            "wrong": (*_gallery_words(limit, False), [_card(record, images, name) for record in wrong]),
         },
         measured={key: _plain(value) for key, value in metrics.items() if key not in SHOWN_ABOVE},
         config_yaml=config_yaml,
@@ -113,15 +115,35 @@ def write_report(
 
 
 def choose_gallery(
-    predictions: Sequence[Record], metric: str, most: int = 24, seed: int = 0
+    predictions: Sequence[Record], name: str, most: int = 24, seed: int = 0
 ) -> tuple[list[Record], list[Record]]:
-    """The answers to show, right and wrong: at most so many of each, drawn at random, the surest first."""
-    scored = [record for record in predictions if record[metric] is not None]
-    right = [record for record in scored if record[metric] >= RIGHT_FROM]
-    wrong = [record for record in scored if record[metric] < RIGHT_FROM]
+    """The answers to show, right and wrong: at most so many of each, drawn at random, the surest first.
+
+    Where no score means right, the better and the worse half.
+    """
+    scored = [record for record in predictions if record[name] is not None]
+    limit = metric(name).right_from
+    if limit is None:
+        limit = median(record[name] for record in scored) if scored else 0.0
+    right = [record for record in scored if record[name] >= limit]
+    wrong = [record for record in scored if record[name] < limit]
     draw = random.Random(seed)
     right, wrong = (draw.sample(records, min(most, len(records))) for records in (right, wrong))
     return sorted(right, key=_probability, reverse=True), sorted(wrong, key=_probability, reverse=True)
+
+
+def _gallery_words(limit: float | None, right: bool) -> tuple[str, str]:
+    """A gallery's heading, and which answers it shows."""
+    drawn = "Drawn at random, the surest first"
+    if limit is None:
+        heading, which = (
+            ("The better half", "the median or more") if right else ("The worse half", "less than the median")
+        )
+    else:
+        heading = "Answered right" if right else "Answered wrong"
+        which = f"{limit:.0f} or more" if right else f"less than {limit:.0f}"
+    legend = ": the question, the model's answer with its probability p and its score, and the reference answers"
+    return heading, f"Scored {which}. {drawn}{legend if right else ''}."
 
 
 def _probability(record: Record) -> float:
@@ -168,8 +190,14 @@ def _rows_per_type(metrics: Mapping[str, Any], kind: str) -> list[dict[str, Any]
             "interval": sure.get(name),
             "controls": [control.get(name) for control in controls],
         }
-        for name in sorted(values, key=lambda name: (-counts[name], name))
+        for name in sorted(values, key=_order(counts))
     ]
+
+
+def _order(counts: Mapping[str, int]) -> Callable[[str], tuple[int, str]]:
+    """Numbers in their order, other kinds by how frequent they are."""
+    numbers = all(name.isdecimal() for name in counts)
+    return lambda name: (int(name) if numbers else -counts[name], name)
 
 
 def _card(record: Record, images: Mapping[Any, Image], metric: str) -> dict[str, Any]:

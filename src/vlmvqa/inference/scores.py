@@ -53,6 +53,8 @@ class Metric:
         score: questions with their references, and an answer to each.
         check: refuses options of `data.scoring` that `score` would stumble over, before anything runs.
         options: what may be given there.
+        right_from: the score from which an answer is shown as right; None: there is no such score, as of a caption.
+        unit: what is counted.
         variants: what other toolkits change, by name: what they would print for the same answers.
     """
 
@@ -62,6 +64,8 @@ class Metric:
     check: Callable[..., Any] = field(default=lambda: None)
     options: tuple[str, ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    right_from: float | None = 50.0
+    unit: str = "question"
 
 
 def _vqa(questions: Sequence[Question], answers: Answers, **options: Any) -> Score:
@@ -177,6 +181,8 @@ METRICS = {
         _captions,
         check_scorers,
         ("metrics", "tokenizer"),
+        right_from=None,
+        unit="image",
     ),
     "exact_match": Metric("exact match (%)", "exact_match", _exact),
     "relaxed_accuracy": Metric("relaxed accuracy (%)", "relaxed_accuracy: ChartQA's, 5 % of the number", _relaxed),
