@@ -24,7 +24,13 @@ from vlmvqa.inference.scores import check_options, refuse_unscorable
 from vlmvqa.settings import build_settings
 
 # What draws a small data set in a source's own files, for data.synthetic=true.
-GENERATORS = {"vqav2": "shapes", "docvqa": "forms", "gqa": "shapes_gqa", "coco_captions": "shapes_captions"}
+GENERATORS = {
+    "vqav2": "shapes",
+    "docvqa": "forms",
+    "gqa": "shapes_gqa",
+    "coco_captions": "shapes_captions",
+    "jsonl": "shapes_jsonl",
+}
 READ_ARGUMENTS = ("prompt", "max_samples", "bad_records")  # of every source's `read`
 MIXTURE = "mixture"
 # What all tasks of a mixture have in common, because they share the model's input and its rows.

@@ -15,11 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from data_from_config import DataSettings, one_task, read_examples, scoring, submission_name, training_answers
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import from_config
 from command_line import refuse_overrides, run
+from data_from_config import DataSettings, one_task, read_examples, scoring, submission_name, training_answers
 from results import report, score_and_report
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords

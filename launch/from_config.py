@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import torch
-from data_from_config import MIXTURE, DataSettings, Task, data_settings, prompts
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import TrainingArguments
 
 from command_line import CONF, LAUNCHER, group
+from data_from_config import MIXTURE, DataSettings, Task, data_settings, prompts
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Processor

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from data_from_config import DataSettings, one_task
 from omegaconf import DictConfig
 
 import from_config
 from command_line import group, run
+from data_from_config import DataSettings, one_task
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.planning import report, verify

@@ -23,12 +23,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from data_from_config import DataSettings, one_task, packing_key, read_examples
 from omegaconf import DictConfig, open_dict
 from transformers import set_seed
 
 import from_config
 from command_line import group, run
+from data_from_config import DataSettings, one_task, packing_key, read_examples
 from vlmvqa import ranks
 from vlmvqa.data import feature_writer, packed
 from vlmvqa.data.bad_records import BadRecords

@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data_from_config import DataSettings, submission_writer
 from omegaconf import DictConfig, OmegaConf
 
 import vlmvqa
+from data_from_config import DataSettings, submission_writer
 from vlmvqa import fingerprint, ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
@@ -106,6 +106,7 @@ def report(
     metrics = {
         **facts,
         "data": data.source,
+        "max_samples": data.max_eval_samples,
         "data_fingerprint": fingerprint.examples(asked.examples),
         **found,
         "skipped": bad_records.listed(),

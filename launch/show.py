@@ -7,11 +7,11 @@ python launch/show.py model.mode=causal data=vqav2 data.root=/data/vqav2
 from __future__ import annotations
 
 import torch
-from data_from_config import one_task, read_examples
 from omegaconf import DictConfig, open_dict
 
 import from_config
 from command_line import run
+from data_from_config import one_task, read_examples
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.packing import split
 from vlmvqa.errors import InputError

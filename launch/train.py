@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from data_from_config import Task, data_settings, read_tasks
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 import from_config
 from command_line import group, run
+from data_from_config import Task, data_settings, read_tasks
 from results import score_and_report
 from run_folder import open_run, refuse_run
 from vlmvqa import ranks

@@ -9,11 +9,11 @@ from pathlib import Path
 import prepare as prepare_script
 import pytest
 import torch
-from data_from_config import data_settings, read_examples
 from transformers import set_seed
 
 import from_config
 from command_line import check_overrides
+from data_from_config import data_settings, read_examples
 from tests.end_to_end import scripts
 from tests.end_to_end.scripts import JOBS, Ended, done, launch, sentence
 from tests.unit.test_config import compose

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_from_config import DataSettings, read_examples
 
+from data_from_config import DataSettings, read_examples
 from tests.unit.test_vqav2 import ANNOTATIONS, ASKED, QUESTIONS, annotation, change, save
 from vlmvqa.data import cache as cache_module
 from vlmvqa.data import vqav2

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_from_config import DataSettings, data_settings, read_examples
 from PIL import Image
 
+from data_from_config import DataSettings, data_settings, read_examples
 from tests.unit.test_config import compose
 from tests.unit.test_vqav2 import change, ids, save
 from vlmvqa.data import coco_captions, scenes, shapes_captions

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import hydra
 import pytest
-from data_from_config import DataSettings, data_settings
 from omegaconf import DictConfig, OmegaConf
 
 import from_config
 from command_line import CONF, check_overrides, collect, group
+from data_from_config import DataSettings, data_settings
 from from_config import dist_settings, training_arguments
 from vlmvqa.errors import InputError
 from vlmvqa.models.generation import Decoding

@@ -97,7 +97,7 @@ def test_a_split_without_answers_is_not_scored() -> None:
     assert "the split has no answers" in table(found)
 
 
-@pytest.mark.parametrize("name", [name for name in METRICS if name != "gqa_accuracy"])
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in ("gqa_accuracy", "corpus_bleu")])
 def test_every_metric_scores_and_is_the_mean_of_its_questions(name: str) -> None:
     given = examples()
     answers = {question: answer.text for question, answer in knowing(given).items()} | {0: "purple thing"}
@@ -106,6 +106,15 @@ def test_every_metric_scores_and_is_the_mean_of_its_questions(name: str) -> None
     assert found.overall == pytest.approx(sum(found.per_question.values()) / 12, abs=0.005)
     assert next(iter(found.numbers)) == name
     assert min(found.per_question, key=lambda question: found.per_question[question]) == 0
+
+
+def test_a_number_of_the_whole_set_has_no_interval_and_no_questions_scores() -> None:
+    given = asked(metric="corpus_bleu")
+    found, records = evaluate(given, knowing(given.examples), "no model")
+    assert (
+        found["metrics"]["corpus_bleu"]["overall"] is not None and found["metrics"]["corpus_bleu"]["interval"] is None
+    )
+    assert all(record["corpus_bleu"] is None for record in records) and found["n"] == 12
 
 
 def test_an_unknown_metric_suggests_one() -> None:

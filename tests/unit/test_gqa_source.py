@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_from_config import DataSettings, read_examples
 from PIL import Image
 
+from data_from_config import DataSettings, read_examples
 from tests.unit.test_vqav2 import change, ids, save
 from vlmvqa.data import gqa, shapes_gqa
 from vlmvqa.data.bad_records import BadRecords

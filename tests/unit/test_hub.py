@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from data_from_config import data_settings, read_examples
 from PIL import Image
 
+from data_from_config import data_settings, read_examples
 from tests.unit.test_config import compose
 from tests.unit.test_vqav2 import ids
 from vlmvqa.data import hub

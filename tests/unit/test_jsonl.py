@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_from_config import DataSettings, read_examples
 from PIL import Image
 
+from data_from_config import DataSettings, read_examples
 from tests.unit.test_vqav2 import ids
 from vlmvqa.data import jsonl
 from vlmvqa.data.bad_records import BadRecords
@@ -83,6 +83,25 @@ def test_as_a_launch_script_reads_it(root: Path) -> None:
 
 
 # --- what cannot be read --------------------------------------------------------------------------------
+
+
+def test_drawn_lines_are_read_and_know_their_types(tmp_path: Path) -> None:
+    settings = DataSettings(
+        "jsonl", str(tmp_path / "lines"), {"train_images": 5, "val_images": 3}, synthetic=True, metric="exact_match"
+    )
+    train, val = (read_examples(settings, split, None, BadRecords()) for split in ("train", "val"))
+    assert len(train) == 5 and len(val) == 3
+    for example in [*train, *val]:
+        assert isinstance(example.image, Path) and example.image.is_file()
+        assert all(q.answers == (q.target,) and q.question_type for q in example.questions)
+    assert not {q.id for e in train for q in e.questions} & {q.id for e in val for q in e.questions}
+
+
+def test_a_question_type_is_text(root: Path) -> None:
+    line = {"image": "a.png", "question": "what?", "answers": ["x"], "question_type": 3}
+    (root / "typed.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(InputError, match="its 'question_type' should be text"):
+        jsonl.read(root, "typed")
 
 
 def test_missing_files_are_named(root: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from data_from_config import data_settings, one_task, read_tasks
 
 import from_config
 from command_line import check_overrides
+from data_from_config import data_settings, one_task, read_tasks
 from tests.unit.test_config import compose
 from vlmvqa.data import shapes, shapes_gqa
 from vlmvqa.data.bad_records import BadRecords

@@ -2,7 +2,8 @@
 
     root/train.jsonl    {"image": "images/1.jpg", "question": "What is it?", "answers": ["a cat", "cat"], "id": 1}
 
-Paths are relative to the file. `id` is optional, the line's number where there is none; so is `answers` in a file that
+Paths are relative to the file. `id` is optional, the line's number where there is none; `question_type` too, for tables
+and the prior control; so is `answers` in a file that
 has them nowhere, a test split. `data.root` may also name one such file: its split is `all`, with slices of it
 (`data.train_split=all[:90%] data.eval_split=all[90%:]`).
 """
@@ -129,7 +130,8 @@ def _questions(
 ) -> Iterator[tuple[str, Question]]:
     """Image and question, for each usable record."""
     for key, record in records:
-        problem = find_question_problem(record, {"image": str})
+        typed = {"question_type": str} if isinstance(record, dict) and "question_type" in record else {}
+        problem = find_question_problem(record, {"image": str, **typed})
         if not problem and answered:
             problem = find_answers_problem(record)
         if problem:
@@ -137,4 +139,4 @@ def _questions(
             continue
         text, answers = record["question"], tuple(record.get("answers") or ())
         target = most_common(answers) if answers else None
-        yield record["image"], Question(key, text, prompts(text), target, answers)
+        yield record["image"], Question(key, text, prompts(text), target, answers, record.get("question_type"))

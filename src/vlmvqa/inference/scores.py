@@ -146,6 +146,17 @@ def _relaxed(questions: Sequence[Question], answers: Answers) -> Score:
     return Score({"relaxed_accuracy": 100 * found.score}, per_question, _tables(questions, per_question))
 
 
+def _helm_bleu_1(questions: Sequence[Question], answers: Answers) -> Score:
+    found = metrics.helm_bleu_1(answers, {question.id: question.answers for question in questions})
+    per_question = _percent(found.per_question)
+    return Score({"helm_bleu_1": 100 * found.score}, per_question, _tables(questions, per_question))
+
+
+def _corpus_bleu(questions: Sequence[Question], answers: Answers) -> Score:
+    found = metrics.corpus_bleu(answers, {question.id: question.answers for question in questions})
+    return Score({"corpus_bleu": found.score})
+
+
 METRICS = {
     "vqa_accuracy": Metric(
         "VQA accuracy (%)",
@@ -185,6 +196,8 @@ METRICS = {
         unit="image",
     ),
     "exact_match": Metric("exact match (%)", "exact_match", _exact),
+    "helm_bleu_1": Metric("HELM's BLEU-1 (%)", "helm_bleu_1: the best of the references, nltk's words", _helm_bleu_1),
+    "corpus_bleu": Metric("corpus BLEU", "corpus_bleu: sacrebleu's defaults", _corpus_bleu),
     "relaxed_accuracy": Metric("relaxed accuracy (%)", "relaxed_accuracy: ChartQA's, 5 % of the number", _relaxed),
 }
 
