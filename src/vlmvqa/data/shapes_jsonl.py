@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from vlmvqa.data import shapes, vqav2
 from vlmvqa.data.synthetic import refuse_small, write_once
@@ -50,7 +51,7 @@ def write(
                     assert isinstance(example.image, Path)
                     image = example.image.relative_to(folder).as_posix()
                     for question in example.questions:
-                        record = {"id": question.id, "image": image, "question": question.text}
+                        record: dict[str, Any] = {"id": question.id, "image": image, "question": question.text}
                         record |= {"answers": [question.target], "question_type": question.question_type}
                         file.write(json.dumps(record) + "\n")
 
