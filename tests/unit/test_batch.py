@@ -87,3 +87,11 @@ def test_a_bad_image_has_no_questions_to_answer(tmp_path: Path, tokenizer: PreTr
     questions = QuestionSet(examples, processor(tokenizer), skip)
     assert questions[0] is None and questions[1] is not None
     assert len(skip.listed()) == 1 and "broken.jpg" in skip.listed()[0]
+
+
+def test_a_caption_that_is_too_long_is_a_bad_record_because_there_is_no_question_to_shorten(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    caption = Question("7-0", "", "caption en\n", "what color is the shape")
+    with pytest.raises(InputError, match=r"question 7-0: its answer has .* tokens, which leaves none"):
+        processor(tokenizer, limit=8).tokenize(caption, caption.target)

@@ -83,3 +83,19 @@ def test_an_unscored_folder_is_refused(tmp_path: Path) -> None:
     folder = leave(tmp_path / "a", set(), metrics=nothing)
     with pytest.raises(InputError, match="the split has no answers"):
         compare_runs(folder, folder)
+
+
+def test_other_references_to_the_same_questions_are_refused(tmp_path: Path) -> None:
+    first, second = leave(tmp_path / "a", {1}), leave(tmp_path / "b", {2})
+    predictions = second / "predictions.jsonl"
+    predictions.write_text(predictions.read_text().replace('"answers": ["yes"]', '"answers": ["yes!"]', 1))
+    with pytest.raises(InputError, match="question 0 has another image, text or reference answers in one"):
+        compare_runs(first, second)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.jsonl"])
+def test_half_a_result_is_one_sentence(tmp_path: Path, name: str) -> None:
+    first, second = leave(tmp_path / "a", {1}), leave(tmp_path / "b", {2})
+    (second / name).write_text((second / name).read_text()[:-9])
+    with pytest.raises(InputError, match=r"b holds no whole result .* score it again"):
+        compare_runs(first, second)

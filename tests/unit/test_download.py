@@ -118,3 +118,12 @@ def test_a_place_that_has_moved_and_a_site_that_is_away(site: Site, tmp_path: Pa
         fetch(archive(site, url=f"{site.address}/moved"), tmp_path, progress=False)
     with pytest.raises(InputError, match="cannot be reached"):
         fetch(archive(site, url="http://127.0.0.1:9/data.zip"), tmp_path, progress=False)
+
+
+def test_a_damaged_stream_inside_a_zip_is_fetched_again(site: Site, tmp_path: Path) -> None:
+    at = CONTENT.index(b"train2014/a") + len(b"train2014/a")
+    site.content = CONTENT[:at] + b"\xff" * 8 + CONTENT[at + 8 :]
+    with pytest.raises(InputError, match="not a whole zip file"):
+        prepare(archive(site, md5=None), tmp_path, progress=False)
+    site.content = CONTENT
+    assert prepare(archive(site, md5=None), tmp_path, progress=False)

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from tests.unit.test_predict import predictor
+from vlmvqa.data import gqa, shapes_gqa
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
 from vlmvqa.inference.evaluate import Asked, evaluate, read_answers, table
 from vlmvqa.inference.journal import Journal
 from vlmvqa.inference.predict import Answer
-from vlmvqa.inference.scores import METRICS, check_options, metric, score
+from vlmvqa.inference.scores import METRICS, check_options, metric, refuse_unscorable, score
 
 COLORS = ("red", "green", "blue", "grey")
 
@@ -241,3 +242,30 @@ def test_captions_are_scored_by_what_was_asked_for_and_cider() -> None:
     given = asked(metric="cider", options={"metrics": ["rouge_l"]})
     found, _ = evaluate(given, knowing(given.examples), "no model")
     assert list(found["metrics"]) == ["cider", "rouge_l"]
+
+
+# --- what is counted ------------------------------------------------------------------------------------
+
+
+def test_answers_that_the_limit_cut_are_counted() -> None:
+    given = asked()
+    answers = {name: Answer(one.text, -1.0, cut=name == 0) for name, one in knowing(given.examples).items()}
+    found, _ = evaluate(given, answers, "no model")
+    assert found["cut_short"] == 1 and "cut short by decoding.max_new_tokens: 1 of the answers" in table(found)
+    model = predictor(max_new_tokens=1)
+    assert all(answer.cut for answer in model.answer_examples(examples(2)).values())
+
+
+def test_gqa_counts_its_balanced_questions_and_refuses_where_there_are_none(tmp_path: Path) -> None:
+    root = shapes_gqa.write(tmp_path / "gqa", train_images=2, val_images=6)
+    everything = gqa.read(root, "val_all")
+    questions = [question for example in everything for question in example.questions]
+    balanced = sum(question.details["isBalanced"] for question in questions if question.details)
+    answers = {question.id: Answer(question.answers[0], -1.0) for question in questions}
+    found, _ = evaluate(Asked(everything, "none", "gqa_accuracy"), answers, "no model")
+    assert found["n"] == balanced < len(questions) and found["metrics"]["consistency"]["overall"] == 100
+    with pytest.raises(InputError, match="lacks what the official evaluation reads"):
+        refuse_unscorable("gqa_accuracy", gqa.read(root, "train"))
+    unbalanced = [q for q in questions if q.details and not q.details["isBalanced"]]
+    with pytest.raises(InputError, match="no question of the evaluated split is balanced"):
+        refuse_unscorable("gqa_accuracy", [Example(b"", 1, tuple(unbalanced))])

@@ -337,3 +337,34 @@ def test_what_is_not_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"the data set no/where cannot be read from the hub \(.*\); check data.hub"):
         hub.read("no/where", "train", columns=VQAV2, prompt=TEMPLATE)
+
+
+def test_a_row_without_answers_among_others_is_a_bad_record(tmp_path: Path) -> None:
+    """One such row must not pass for a split without answers, which is not scored."""
+    rows = [*ROWS[:4], {**ROWS[4], "answers": None, "multiple_choice_answer": None}]
+    write(tmp_path / "validation.parquet", rows)
+    given: dict[str, Any] = {"columns": VQAV2, "prompt": TEMPLATE}
+    with pytest.raises(InputError, match="question 40: it has no answers, as others have"):
+        hub.read(str(tmp_path), "validation", **given)
+    bad_records = BadRecords("skip")
+    found = hub.read(str(tmp_path), "validation", bad_records=bad_records, **given)
+    assert [example.image_id for example in found] == [7, 9] and len(bad_records.seen) == 1
+
+
+def test_no_more_is_read_than_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "ROWS_AT_A_TIME", 2)
+    write(tmp_path / "validation.parquet", [{**ROWS[0], "question_id": number} for number in range(20)])
+    table = hub.ParquetTable([tmp_path / "validation.parquet"], "validation")
+    read: list[int] = []
+    iter_batches = table.files[0].iter_batches
+
+    class Watched:
+        metadata = table.files[0].metadata
+
+        def iter_batches(self, *arguments: Any, **options: Any) -> Any:
+            for batch in iter_batches(*arguments, **options):
+                read.append(len(batch))
+                yield batch
+
+    table.files = [Watched()]
+    assert len(list(table.rows(range(3), ["question_id"]))) == 3 and sum(read) == 4

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vlmvqa import fingerprint
 from vlmvqa.data import forms, packed, shapes_gqa
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.docvqa import read as read_docvqa
@@ -122,3 +123,22 @@ def test_an_unreadable_picture_is_left_out_or_an_error(examples: list[Example], 
     bad_records = BadRecords("skip")
     assert packed.write(tmp_path / "packed", KEY, examples, bad_records) == 6
     assert len(bad_records.seen) == 1 and len(packed.read(tmp_path / "packed", KEY, "{question}")) == 6
+
+
+def test_slices_that_look_alike_have_files_of_their_own(examples: list[Example], tmp_path: Path) -> None:
+    for split, count in (("train[2:]", 5), ("train[-2:]", 2), ("train[:2]", 2), ("train[:-2]", 5)):
+        pack(tmp_path / "packed", examples[:count], {**KEY, "split": split})
+    for split, count in (("train[2:]", 5), ("train[-2:]", 2), ("train[:2]", 2), ("train[:-2]", 5)):
+        assert len(packed.read(tmp_path / "packed", {**KEY, "split": split}, "{question}")) == count
+
+
+def test_a_packed_pictures_bytes_are_known_to_whoever_compares_pictures(
+    examples: list[Example], tmp_path: Path
+) -> None:
+    """Cached features of other pictures, and answers kept of other pictures, must not pass for these."""
+    found = packed.read(pack(tmp_path / "packed", examples), KEY, "{question}")
+    assert fingerprint.pictures(found) == fingerprint.pictures(examples)
+    assert fingerprint.pictures(found[1:]) != fingerprint.pictures(examples)
+    (tmp_path / "packed" / "train-00000-of-00001.parquet").unlink()
+    packed._opened.cache_clear()
+    assert fingerprint.file_of(found[0].image) is None
