@@ -121,3 +121,39 @@ def test_help_says_what_there_is_and_when_it_pays(monkeypatch: pytest.MonkeyPatc
     said = done(call("features", "-h")).out
     for part in ("It pays", "It does not", "257 x 768 x 2 = 395 kB", "33 GB", "on_bad_record"):
         assert part in said
+
+
+# --- pack and check -----------------------------------------------------------------------------------
+
+
+def test_a_packed_split_trains_as_its_files_do(root: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        said = done(
+            call("pack", "data=vqav2", f"data.root={root}", f"split={split}", f"pack.dir={tmp_path / 'packed'}")
+        )
+        assert f"data.packed={tmp_path / 'packed'}" in said.out
+    ways = {"files": f"data.root={root}", "packed": f"data.packed={tmp_path / 'packed'}"}
+    for name, way in ways.items():
+        done(scripts.call("train", "data=vqav2", way, f"run.dir={tmp_path / name}", *scripts.SMALL))
+    assert scripts.losses(tmp_path / "files") == scripts.losses(tmp_path / "packed")
+    assert scripts.metrics(tmp_path / "files")["metrics"] == scripts.metrics(tmp_path / "packed")["metrics"]
+    other = scripts.call(
+        "train", "data=vqav2", ways["packed"], "data.train_split=train[:50%]", f"run.dir={tmp_path / 'o'}"
+    )
+    assert "holds no train[:50%]; make it with: python launch/prepare.py pack" in sentence(other)
+
+
+def test_check_counts_and_names_what_is_missing(root: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(root, tmp_path / "data")
+    arguments = ("check", "data=vqav2", "data.synthetic=true", f"data.root={root}", f"check.dir={tmp_path}")
+    options = "data.options={train_images:30,val_images:6,questions_per_image:3}"
+    assert "train" in done(call(*arguments, options, "check.pictures=true")).out
+    broken, gone = sorted((root / "train2014").iterdir())[2:4]
+    broken.write_bytes(broken.read_bytes()[:300])
+    gone.unlink()
+    ended = call(*arguments, options, "check.pictures=true")
+    assert ended.status == 1 and "not whole" in ended.out
+    problems = (tmp_path / "problems.txt").read_text()
+    assert broken.name in problems and gone.name in problems
+    real = call("check", "data=vqav2", f"data.root={root}", f"check.dir={tmp_path}")
+    assert real.status == 1 and "443,757" in real.out  # what was published
