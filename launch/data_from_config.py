@@ -17,7 +17,7 @@ from command_line import group, refuse_overrides
 from vlmvqa.data import hub, packed
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import read_once
-from vlmvqa.data.example import Example, count_questions
+from vlmvqa.data.example import Example, all_answered, count_questions
 from vlmvqa.data.hub import Columns
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.inference.scores import check_options, refuse_unscorable
@@ -218,8 +218,8 @@ class Task:
 
     @property
     def answered(self) -> bool:
-        """Whether there is anything to score against; a test split has nothing."""
-        return all(question.answers for example in self.evaluated for question in example.questions)
+        """Whether there is anything to score against."""
+        return all_answered(self.evaluated)
 
     @property
     def prefix(self) -> str:

@@ -23,7 +23,7 @@ from data_from_config import DataSettings, one_task, read_examples, scoring, sub
 from results import report, score_and_report
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.example import Example
+from vlmvqa.data.example import Example, all_answered
 from vlmvqa.errors import InputError
 from vlmvqa.inference import compare
 from vlmvqa.inference.evaluate import Asked, evaluate, read_answers
@@ -108,7 +108,7 @@ def compare_two(config: DictConfig) -> None:
 
 
 def _asked(config: DictConfig, data: DataSettings, examples: list[Example]) -> Asked:
-    answered = all(question.answers for example in examples for question in example.questions)
+    answered = all_answered(examples)
     if answered:
         refuse_unscorable(data.metric, examples)
     train = training_answers(data) if answered else "the split has no answers"

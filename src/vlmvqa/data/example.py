@@ -70,3 +70,8 @@ class Example:
 def count_questions(examples: Iterable[Example]) -> int:
     """Number of questions over all images."""
     return sum(len(example.questions) for example in examples)
+
+
+def all_answered(examples: Iterable[Example]) -> bool:
+    """Whether there are references to score against; a test split has none."""
+    return all(question.answers for example in examples for question in example.questions)

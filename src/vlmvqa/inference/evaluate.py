@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmvqa.data import images
-from vlmvqa.data.example import Example, Question
+from vlmvqa.data.example import Example, Question, all_answered
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
 from vlmvqa.inference import intervals
@@ -53,7 +53,7 @@ class Asked:
     @property
     def answered(self) -> bool:
         """Whether there is anything to score against."""
-        return all(question.answers for question in self.questions)
+        return all_answered(self.examples)
 
 
 ID_KEYS = ("question_id", "questionId", "image_id", "id")
