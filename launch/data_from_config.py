@@ -137,10 +137,9 @@ def one_task(config: DictConfig) -> DataSettings:
     Raises:
         InputError: it is a mixture.
     """
-    data = data_settings(config)
-    if data.parts:
-        raise InputError(f"data=mixture is several data sets; choose one of them: {', '.join(data.parts)}")
-    return data
+    if config.data.source == MIXTURE:
+        raise InputError(f"data=mixture is several data sets; choose one of them: {', '.join(config.data.parts)}")
+    return data_settings(config)
 
 
 def prompts(tasks: Iterable[DataSettings]) -> dict[str, str]:
@@ -298,8 +297,15 @@ def read_examples(
 
 
 def packing_key(settings: DataSettings, split: str, max_samples: int | None) -> dict[str, Any]:
-    """What a packed split is of."""
-    return {"source": settings.source, "split": split, "max_samples": max_samples, "options": dict(settings.options)}
+    """What a packed split is of; how it was drawn does not matter to who reads it."""
+    drawing = inspect.signature(_generator(settings.source)).parameters if settings.source in GENERATORS else ()
+    options = {name: value for name, value in settings.options.items() if name not in drawing}
+    return {"source": settings.source, "split": split, "max_samples": max_samples, "options": options}
+
+
+def _generator(source: str) -> Callable[..., Path]:
+    write: Callable[..., Path] = importlib.import_module(f"vlmvqa.data.{GENERATORS[source]}").write
+    return write
 
 
 def training_answers(settings: DataSettings) -> list[Example] | str:
@@ -338,7 +344,7 @@ def _draw(settings: DataSettings, root: Path) -> dict[str, Any]:
     if settings.source not in GENERATORS:
         known = ", ".join(GENERATORS)
         raise InputError(f"data.synthetic: nothing draws data for {settings.source}, only for {known}; leave it out")
-    write = importlib.import_module(f"vlmvqa.data.{GENERATORS[settings.source]}").write
+    write = _generator(settings.source)
     own = set(inspect.signature(write).parameters)
     write(root, **{name: value for name, value in settings.options.items() if name in own}, progress=True)
     return {name: value for name, value in settings.options.items() if name not in own}

@@ -61,6 +61,8 @@ def score_checkpoint(config: DictConfig) -> None:
     predictor.decoding = from_config.decoding(config, predictor.decoding)
     fitting = data.asks and "{question}" in predictor.prompt
     prompt = predictor.prompts.get(data.source, predictor.prompt if fitting else data.prompt)
+    if data.source not in predictor.prompts:
+        ranks.say(f"the model was not trained on {data.source}; it is asked with the prompt {prompt!r}")
     predictor.prompt, data = prompt, replace(data, prompt=prompt)
     with open_dict(config):  # what ran, for the record: the checkpoint's own
         config.decoding = asdict(predictor.decoding)

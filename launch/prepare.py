@@ -69,7 +69,8 @@ was killed goes on where it stood with the same command.
 """
 
 CHECK = """\
-check: read every split, count, and name what cannot be used.
+check: read the published splits (of drawn and hub data: the training and evaluation splits), count, and name what
+cannot be used.
 
     python launch/prepare.py check data=vqav2 data.root=/data/vqav2
     python launch/prepare.py check data=vqav2 data.root=/data/vqav2 check.pictures=true
@@ -96,6 +97,7 @@ pack: write a split as parquet files with a row for each image, its picture and 
 
 83 files in place of 82,783 for VQAv2's training images: faster to copy, and to read from a disk on the network.
 Pictures are the same to the byte, so training is the same too. A picture is one read of one file.
+A slice ('split=train[:10%]') is packed by itself, and read by the same name.
 """
 
 

@@ -31,6 +31,11 @@ def build_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
             if not isinstance(value, Mapping):
                 raise InputError(f"{where}.{key} must be a group of keys, not {value!r}")
             value = build_settings(types[key], value, f"{where}.{key}")
+        elif typing.get_origin(types[key]) is Mapping and not isinstance(value, Mapping):
+            raise InputError(
+                f"{where}.{key} must be a group of keys, not {value!r}; give {where}.{key}.<name>=..., or quote the "
+                f"braces, which the shell takes apart: '{where}.{key}={{name:value}}'"
+            )
         arguments[str(key)] = tuple(value) if isinstance(value, list) else value
     for name, field in fields.items():
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -92,7 +92,7 @@ def test_blank_images_are_a_third_control(tmp_path: Path, trained: Path, root: s
         (("checkpoint=a", "predictions=b"), "checkpoint and predictions are given"),
         (("compare=[a]",), "should name two folders"),
         (("compare=[a,b]",), "a has no metrics.json"),
-        (("predictions=nowhere.jsonl", *DATA, "data.root={tmp}/d"), "nowhere.jsonl cannot be read"),
+        (("predictions=nowhere.jsonl", *DATA, "data.root={tmp}/d"), "nowhere.jsonl does not exist"),
     ],
 )
 def test_what_cannot_be_scored_is_said(tmp_path: Path, given: tuple[str, ...], said: str) -> None:

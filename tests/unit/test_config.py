@@ -77,6 +77,13 @@ def test_the_recipe_to_the_letter(tmp_path: Path) -> None:
     assert config.clip_percentile == 95
 
 
+def test_a_text_where_a_group_belongs_is_refused() -> None:
+    """Unquoted, the shell makes two overrides of {a:1,b:2}, and the last one, a text, would count."""
+    config = compose("train", *check_overrides(["data.options=train_images:200", "data=vqav2", "data.root=x"], "train"))
+    with pytest.raises(InputError, match=r"data\.options must be a group of keys, .* quote the braces"):
+        data_settings(config)
+
+
 def test_a_group_may_be_given_with_and_without_a_plus() -> None:
     assert check_overrides(["+dist=fsdp"], "train") == check_overrides(["dist=fsdp"], "train") == ["dist=fsdp"]
     assert compose("train", "dist=zero2").dist.strategy == "zero2"

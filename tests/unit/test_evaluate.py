@@ -168,7 +168,7 @@ def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text('{"question_id": 0, "answer": "a\u2028b"}\nred\n')
     with pytest.raises(InputError, match="line 2: broken JSON"):
         read_answers(tmp_path / "answers.jsonl", questions())
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="does not exist; correct the path"):
         read_answers(tmp_path / "none", questions())
 
 

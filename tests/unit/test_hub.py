@@ -209,6 +209,11 @@ def test_unknown_splits_folders_and_columns_are_named(folder: Path) -> None:
         read(folder, columns=Columns(), images="pictures")
 
 
+def test_a_folder_that_is_not_there_is_no_question_of_the_network(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such folder; correct the path"):
+        hub.read(str(tmp_path / "nothing"), "validation", columns=VQAV2, prompt=TEMPLATE)
+
+
 def test_a_split_in_two_folders_is_not_guessed(folder: Path) -> None:
     write(folder / "other" / "validation-00000-of-00001.parquet", ROWS)
     with pytest.raises(InputError, match=r"has files of validation in data and other; set data.hub_config to one"):

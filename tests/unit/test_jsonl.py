@@ -97,6 +97,13 @@ def test_drawn_lines_are_read_and_know_their_types(tmp_path: Path) -> None:
     assert not {q.id for e in train for q in e.questions} & {q.id for e in val for q in e.questions}
 
 
+def test_one_answer_may_be_a_text(root: Path) -> None:
+    line = {"image": "images/a.png", "question": "what?", "answers": "a bear"}
+    (root / "single.jsonl").write_text(json.dumps(line) + "\n")
+    (example,) = jsonl.read(root, "single")
+    assert example.questions[0].answers == ("a bear",) and example.questions[0].target == "a bear"
+
+
 def test_a_question_type_is_text(root: Path) -> None:
     line = {"image": "a.png", "question": "what?", "answers": ["x"], "question_type": 3}
     (root / "typed.jsonl").write_text(json.dumps(line) + "\n")
@@ -126,7 +133,7 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "no answers": ({"image": "images/b.jpg", "question": "?"}, "question 2: it has no 'answers'"),
     "empty list": ({**LINES[1], "answers": []}, "question mine: its list of answers is empty"),
     "empty answer": ({**LINES[1], "answers": [""]}, "question mine: its answer is empty"),
-    "answers of wrong type": ({**LINES[1], "answers": "no"}, "its 'answers' should be a list, not \"no\""),
+    "answers of wrong type": ({**LINES[1], "answers": 3}, "its 'answers' should be a list, not 3"),
     "id of wrong type": ({**LINES[1], "id": 1.5}, "line 2: its 'id' should be a whole number or text, not 1.5"),
     "id used twice": ({**LINES[1], "id": 1}, "line 2: the id 1 is used twice"),
 }

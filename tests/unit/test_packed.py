@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from data_from_config import DataSettings, packing_key
 from vlmvqa import fingerprint
 from vlmvqa.data import forms, packed, shapes_gqa
 from vlmvqa.data.bad_records import BadRecords
@@ -64,6 +65,18 @@ def test_gqas_records_come_along(tmp_path: Path) -> None:
     found = packed.read(pack(tmp_path / "packed", examples, key), key, "answer en {question}\n")
     assert [one.questions for one in found] == [one.questions for one in examples]
     assert found[0].questions[0].details
+
+
+def test_how_it_was_drawn_does_not_matter_to_who_reads_it() -> None:
+    drawn = DataSettings("docvqa", "x", {"train_images": 7}, synthetic=True, metric="anls")
+    assert packing_key(drawn, "train", None) == KEY
+    read = DataSettings("coco_captions", "x", {"captions": "one", "val_images": 3}, synthetic=True, metric="cider")
+    assert packing_key(read, "val2014", None)["options"] == {"captions": "one"}
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"does not exist, so it holds no train; .* data=docvqa .*'split=train'"):
+        packed.read(tmp_path / "pakced", KEY, "{question}")
 
 
 def test_two_splits_share_a_folder(examples: list[Example], tmp_path: Path) -> None:

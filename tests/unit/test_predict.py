@@ -145,7 +145,7 @@ def test_one_picture() -> None:
     assert isinstance(both, list)
     one = model.answer(picture, "what color is it")
     assert isinstance(one, Answer) and one.text == both[0].text
-    with pytest.raises(InputError, match="a question is empty"):
+    with pytest.raises(InputError, match="no question is given, or one is empty"):
         model.answer(picture, ["what", " "])
 
 

@@ -23,6 +23,7 @@ class BadRecords:
     policy: str = "error"
     listing: Path | None = None
     seen: list[str] = field(default_factory=list)
+    advice: str = ", or set data.on_bad_record=skip to leave it out"  # where that can be set
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -39,7 +40,7 @@ class BadRecords:
     def add_error(self, error: InputError) -> None:
         """The same, for a record whose sentence is already written."""
         if self.policy == "error":
-            raise InputError(f"{str(error).rstrip('.')}, or set data.on_bad_record=skip to leave it out") from error
+            raise InputError(f"{str(error).rstrip('.')}{self.advice}") from error
         self.seen.append(str(error))
         self._list(str(error))
 

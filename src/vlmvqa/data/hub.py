@@ -316,6 +316,8 @@ def _open(hub: str, config: str | None, split: str, streaming: bool, max_samples
 def _folder(hub: str) -> Path | None:
     """The folder, unless it is an id of the hub."""
     path = Path(hub).expanduser()
+    if not path.is_dir() and (hub.startswith((".", "/", "~")) or hub.count("/") > 1):
+        raise InputError(f"data.hub={hub}: there is no such folder; correct the path, or give an id of the hub")
     return path if path.is_dir() else None
 
 

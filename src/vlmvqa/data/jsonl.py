@@ -130,6 +130,8 @@ def _questions(
 ) -> Iterator[tuple[str, Question]]:
     """Image and question, for each usable record."""
     for key, record in records:
+        if isinstance(record, dict) and isinstance(record.get("answers"), str):
+            record = {**record, "answers": [record["answers"]]}
         typed = {"question_type": str} if isinstance(record, dict) and "question_type" in record else {}
         problem = find_question_problem(record, {"image": str, **typed})
         if not problem and answered:

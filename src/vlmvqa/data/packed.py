@@ -34,7 +34,6 @@ from vlmvqa.errors import InputError
 FORMAT = 1
 IMAGES_A_SHARD = 1000  # VQAv2's are 160 MB
 KEY = b"vlmvqa"  # of the schema's metadata
-COMMAND = "python launch/prepare.py pack"
 TEXTS = ("text", "target", "question_type", "answer_type")
 
 
@@ -125,7 +124,8 @@ def read(folder: Path, key: Mapping[str, Any], prompt: str, *, asks: bool = True
     """
     shards = shards_of(folder, str(key["split"]))
     if not shards:
-        raise InputError(f"data.packed={folder} holds no {key['split']}; make it with: {COMMAND} split={key['split']}")
+        there = "holds no" if folder.is_dir() else "does not exist, so it holds no"
+        raise InputError(f"data.packed={folder} {there} {key['split']}; make it with: {_command(folder, key)}")
     total = int(shards[0].stem.rpartition("-of-")[2])
     if len(shards) != total:
         raise InputError(
@@ -139,7 +139,9 @@ def read(folder: Path, key: Mapping[str, Any], prompt: str, *, asks: bool = True
             packed = json.loads(file.schema_arrow.metadata[KEY])
             rows = file.read(columns=["image_id", "questions"]).to_pylist()
         except (OSError, ValueError, KeyError, TypeError) as error:  # ArrowInvalid is a ValueError
-            raise InputError(f"{shard} is not a whole shard ({str(error)[:100]}); pack it again: {COMMAND}") from None
+            raise InputError(
+                f"{shard} is not a whole shard ({str(error)[:100]}); pack it again: {_command(folder, key)}"
+            ) from None
         _refuse_other(packed, key, folder)
         for number, row in enumerate(rows):
             questions = tuple(_question(one, to_prompt) for one in row["questions"])
@@ -158,11 +160,19 @@ def _file_name(split: str) -> str:
     return re.sub(r"[^\w.-]+", "_", split.replace("%", "pc").replace("[:", "[0:")).strip("_")
 
 
+def _command(folder: Path, key: Mapping[str, Any]) -> str:
+    """What packs a split; a slice is packed by itself."""
+    return f"python launch/prepare.py pack data={key['source']} data.root=... 'split={key['split']}' pack.dir={folder}"
+
+
 def _refuse_other(found: Mapping[str, Any], key: Mapping[str, Any], folder: Path) -> None:
     wanted = json.loads(json.dumps({"format": FORMAT, **key}))
     different = [f"{name} {found.get(name)}, now {value}" for name, value in wanted.items() if found.get(name) != value]
     if different:
-        raise InputError(f"data.packed={folder} was packed of others ({', '.join(different)}); pack anew: {COMMAND}")
+        raise InputError(
+            f"data.packed={folder} was packed of others ({', '.join(different)}); ask for what was packed, or pack "
+            f"anew: {_command(folder, key)}"
+        )
 
 
 # --- rows ---------------------------------------------------------------------------------------------

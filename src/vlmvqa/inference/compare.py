@@ -97,7 +97,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[Any, Record]]:
     paths = folder / "metrics.json", folder / "predictions.jsonl"
     for path in paths:
         if not path.is_file():
-            raise InputError(f"{folder} has no {path.name}; score the run first with launch/eval.py")
+            below = sorted(str(found.parent) for found in folder.glob("*/metrics.json"))
+            remedy = f"did you mean {' or '.join(below)}?" if below else "score the run first with launch/eval.py"
+            raise InputError(f"{folder} has no {path.name}; {remedy}")
     try:
         metrics = json.loads(paths[0].read_text(encoding="utf-8"))
         scored = metrics["metrics"][metrics["metric"]]

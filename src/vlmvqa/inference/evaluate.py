@@ -76,6 +76,7 @@ def evaluate(
     texts = {question: one.text for question, one in answers.items()}
     found: dict[str, Any] = {
         "n": len(answers),
+        "unit": "question" if any(question.text for question in asked.questions) else "image",
         "cut_short": sum(one.cut for one in answers.values()),
         "metric": asked.metric,
         "metric_version": version(asked.metric, asked.options),
@@ -135,7 +136,7 @@ def read_answers(
             )
         if str(name) not in ids:
             raise InputError(
-                f"{path}, record {number}: the split has no question {name}; score the split it was made for"
+                f"{path}, record {number}: the split has no question {name}; score the split or slice it was made for"
             )
         if ids[str(name)] in found:
             raise InputError(f"{path}, record {number}: question {name} is answered twice; keep one answer")
@@ -165,6 +166,8 @@ def _read_records(path: Path) -> list[Any]:
             if record.strip():
                 records.append(json.loads(record))
         return records
+    except FileNotFoundError:
+        raise InputError(f"predictions={path} does not exist; correct the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"predictions={path} cannot be read as text ({error})") from None
     except json.JSONDecodeError as error:
@@ -279,7 +282,7 @@ def table(metrics: Mapping[str, Any]) -> str:
     reasons = [f"{column}: {of['reason']}" for column, of in named.items() if of.get("reason")]
     if metrics.get("cut_short"):
         reasons.append(f"cut short by decoding.max_new_tokens: {metrics['cut_short']} of the answers")
-    return "\n".join([*lines, f"{metrics['n']} {metric(name).unit}s", *reasons])
+    return "\n".join([*lines, f"{metrics['n']} {metrics['unit']}s", *reasons])
 
 
 def _printed(value: float | None) -> str:

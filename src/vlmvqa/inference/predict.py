@@ -67,7 +67,7 @@ class Predictor:
         """
         texts = [question] if isinstance(question, str) else list(question)
         if not texts or not all(text.strip() for text in texts):
-            raise InputError("a question is empty; ask something")
+            raise InputError("no question is given, or one is empty; ask something")
         questions = tuple(
             Question(number, text, self.prompt.replace("{question}", text)) for number, text in enumerate(texts)
         )
@@ -121,7 +121,7 @@ class Predictor:
         batches = [batch for batch in batches if batch_key([rows[number] for number in batch]) not in kept]
         mine = batches[ranks.rank() :: ranks.world_size()] if ranks.together() else batches
         loader = DataLoader(
-            QuestionSet(rows, processor, bad_records or BadRecords()),
+            QuestionSet(rows, processor, bad_records or BadRecords(advice="")),
             batch_sampler=mine,
             collate_fn=list,
             num_workers=workers,

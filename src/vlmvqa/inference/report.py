@@ -31,7 +31,7 @@ UNFOLDED_ROWS, MOST_ROWS = 12, 80  # VQAv2 has 65 question types
 MOST_POINTS = 250  # of a curve: more cannot be told apart at its width
 
 NAMES = {**{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}, "rouge_l": "ROUGE-L", "meteor": "METEOR", "spice": "SPICE"}
-SHOWN_ABOVE = ("metric", "metrics", "controls", "variants")
+SHOWN_ABOVE = ("unit", "metric", "metrics", "controls", "variants")
 # Key in metrics.json, name beside the model's bar, name of the column, what it is.
 CONTROLS = (
     ("blank_images", "Blank images", "blank", "the same questions, each about an image of one grey"),
@@ -78,7 +78,7 @@ def write_report(
         title=title,
         metric=title_of_metric,
         questions=metrics.get("n", len(predictions)),  # GQA counts the balanced ones alone
-        unit=metric(name).unit,
+        unit=metrics.get("unit", "question"),
         interval=metrics["metrics"][name].get("interval"),
         others=[
             {

@@ -54,7 +54,6 @@ class Metric:
         check: refuses options of `data.scoring` that `score` would stumble over, before anything runs.
         options: what may be given there.
         right_from: the score from which an answer is shown as right; None: there is no such score, as of a caption.
-        unit: what is counted.
         variants: what other toolkits change, by name: what they would print for the same answers.
     """
 
@@ -65,7 +64,6 @@ class Metric:
     options: tuple[str, ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     right_from: float | None = 50.0
-    unit: str = "question"
 
 
 def _vqa(questions: Sequence[Question], answers: Answers, **options: Any) -> Score:
@@ -193,7 +191,6 @@ METRICS = {
         check_scorers,
         ("metrics", "tokenizer"),
         right_from=None,
-        unit="image",
     ),
     "exact_match": Metric("exact match (%)", "exact_match", _exact),
     "helm_bleu_1": Metric("HELM's BLEU-1 (%)", "helm_bleu_1: the best of the references, nltk's words", _helm_bleu_1),

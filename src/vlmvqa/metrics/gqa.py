@@ -182,7 +182,7 @@ def _consistency(
     if missing:
         return (
             f"{len(missing)} entailed questions are without question or prediction ({few(sorted(missing, key=str))}); "
-            "answer all of the split's all_questions file"
+            "answer all of the split's all_questions file (split=testdev_all, val_all)"
         )
     return _percent(found) if found else "no correctly answered question entails another"
 
@@ -195,7 +195,7 @@ def _chosen(
 ) -> float | str:
     """Percent of answers among the question's `kind` of choices, or why it cannot be told."""
     if choices is None:
-        return "no choices were given (the split's choices file)"
+        return "no choices were given: the official val_choices.json or testdev_choices.json, in data.root"
     if missing := [key for key in balanced if kind not in choices.get(key, {})]:
         return f"choices has no {kind!r} for {len(missing)} of {len(balanced)} questions ({few(missing)})"
     return _percent(
