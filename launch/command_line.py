@@ -220,13 +220,14 @@ def _checked(override: str, known: Any) -> str:
     for depth, part in enumerate(parts):
         if isinstance(node, dict) and part in node:
             node = node[part]
-            if part in OPEN and isinstance(node, dict) and depth == len(parts) - 1:  # all of it at once
-                return "++" + override.lstrip("+~") if override[0] != "~" else override
-        elif (depth and parts[depth - 1] in OPEN) or (parts[0] == "trainer" and part in training_arguments()):
+            continue
+        opened = depth > 0 and parts[depth - 1] in OPEN and isinstance(node, dict)
+        if opened or (parts[0] == "trainer" and part in training_arguments()):
             return "++" + override.lstrip("+")
-        else:
-            names = [*_flatten(known), *(f"trainer.{name}" for name in training_arguments() if "trainer" in known)]
-            raise InputError(f"there is no key '{key}'{suggest(key, names)}")
+        names = [*_flatten(known), *(f"trainer.{name}" for name in training_arguments() if "trainer" in known)]
+        raise InputError(f"there is no key '{key}'{suggest(key, names)}")
+    if parts[-1] in OPEN and isinstance(node, dict) and not override.startswith("~"):  # all of a group at once
+        return "++" + override.lstrip("+")
     return override
 
 

@@ -39,6 +39,7 @@ SHARED = (
     "resize",
     "reduced_decoding",
     "max_text_tokens",
+    "max_new_tokens",
     "questions_per_row",
     "row_tokens",
     "features",
@@ -104,10 +105,9 @@ def data_settings(config: DictConfig) -> DataSettings:
     values = group(config, "data")
     if values.get("source") != MIXTURE:
         return _checked(build_settings(DataSettings, values, "data"), "data")
-    parts = {name: build_settings(DataSettings, of, f"data.parts.{name}") for name, of in values.pop("parts").items()}
     mixture = build_settings(DataSettings, {"root": None, **values}, "data")
-    if not isinstance(mixture.weights, Mapping):
-        raise InputError("data.weights should be a group of numbers by the parts' names; give data.weights.<part>=...")
+    nodes: Mapping[str, Any] = mixture.parts
+    parts = {name: build_settings(DataSettings, node, f"data.parts.{name}") for name, node in nodes.items()}
     for name in mixture.weights:
         if name not in parts:
             raise InputError(

@@ -61,7 +61,7 @@ def score_checkpoint(config: DictConfig) -> None:
     predictor.decoding = from_config.decoding(config, predictor.decoding)
     fitting = data.asks and "{question}" in predictor.prompt
     prompt = predictor.prompts.get(data.source, predictor.prompt if fitting else data.prompt)
-    if data.source not in predictor.prompts:
+    if predictor.prompts and data.source not in predictor.prompts:  # a model that was saved before has none
         ranks.say(f"the model was not trained on {data.source}; it is asked with the prompt {prompt!r}")
     predictor.prompt, data = prompt, replace(data, prompt=prompt)
     with open_dict(config):  # what ran, for the record: the checkpoint's own

@@ -21,6 +21,7 @@ def build_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
     Raises:
         InputError: a key that the dataclass does not have, one it needs, or a mapping where it wants one.
     """
+    _refuse_text(values, where)
     types = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
@@ -28,17 +29,21 @@ def build_settings(kind: type[Settings], values: Mapping[str, Any], where: str) 
         if key not in fields:
             raise InputError(f"{where} has no key '{key}'{suggest(str(key), fields)} (known: {', '.join(fields)})")
         if dataclasses.is_dataclass(types[key]):
-            if not isinstance(value, Mapping):
-                raise InputError(f"{where}.{key} must be a group of keys, not {value!r}")
             value = build_settings(types[key], value, f"{where}.{key}")
-        elif typing.get_origin(types[key]) is Mapping and not isinstance(value, Mapping):
-            raise InputError(
-                f"{where}.{key} must be a group of keys, not {value!r}; give {where}.{key}.<name>=..., or quote the "
-                f"braces, which the shell takes apart: '{where}.{key}={{name:value}}'"
-            )
+        elif typing.get_origin(types[key]) is Mapping:
+            _refuse_text(value, f"{where}.{key}")
         arguments[str(key)] = tuple(value) if isinstance(value, list) else value
     for name, field in fields.items():
         missing = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if missing and name not in arguments:
             raise InputError(f"{where}.{name} is missing; give it a value")
     return kind(**arguments)
+
+
+def _refuse_text(value: Any, where: str) -> None:
+    """Stop where a group of keys belongs and something else stands, as a shell leaves of unquoted braces."""
+    if not isinstance(value, Mapping):
+        raise InputError(
+            f"{where} must be a group of keys, not {value!r}; give {where}.<name>=..., or quote the braces, which the "
+            f"shell takes apart: '{where}={{name:value}}'"
+        )

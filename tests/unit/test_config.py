@@ -84,6 +84,12 @@ def test_a_text_where_a_group_belongs_is_refused() -> None:
         data_settings(config)
 
 
+def test_only_groups_that_are_open_take_new_keys() -> None:
+    assert check_overrides(["data.options.other=1"], "train") == ["++data.options.other=1"]
+    with pytest.raises(InputError, match=r"there is no key 'model\.vision\.weights\.x'"):
+        check_overrides(["model.vision.weights.x=1"], "train")
+
+
 def test_a_group_may_be_given_with_and_without_a_plus() -> None:
     assert check_overrides(["+dist=fsdp"], "train") == check_overrides(["dist=fsdp"], "train") == ["dist=fsdp"]
     assert compose("train", "dist=zero2").dist.strategy == "zero2"

@@ -164,6 +164,12 @@ def test_answers_that_do_not_fit_are_refused(tmp_path: Path, records: list[Any],
         read_answers(tmp_path / "answers.json", questions())
 
 
+def test_a_broken_list_is_located_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "answers.json").write_text('[{"question_id": 0, "answer": "a"},\n{"question_id": ]')
+    with pytest.raises(InputError, match="line 2: broken JSON"):
+        read_answers(tmp_path / "answers.json", questions())
+
+
 def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text('{"question_id": 0, "answer": "a\u2028b"}\nred\n')
     with pytest.raises(InputError, match="line 2: broken JSON"):

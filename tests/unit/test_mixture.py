@@ -8,7 +8,8 @@ import pytest
 
 import from_config
 from command_line import check_overrides
-from data_from_config import data_settings, one_task, read_tasks
+from data_from_config import SHARED, data_settings, one_task, read_tasks
+from tests.end_to_end.scripts import call, sentence
 from tests.unit.test_config import compose
 from vlmvqa.data import shapes, shapes_gqa
 from vlmvqa.data.bad_records import BadRecords
@@ -29,6 +30,13 @@ def test_each_part_has_its_own_and_shares_the_rest() -> None:
     assert vqav2.max_text_tokens == gqa.max_text_tokens == 99
 
 
+def test_what_is_shared_is_not_set_for_a_part() -> None:
+    for key in SHARED:
+        part = ("+data@data.parts.docvqa=docvqa", "data.parts.docvqa.root=c", f"data.parts.docvqa.{key}=1")
+        ended = call("train", "data=mixture", *ROOTS, *part)
+        assert "the same for all parts of a mixture" in sentence(ended), key
+
+
 def test_a_part_is_added_on_the_command_line() -> None:
     data = settings("+data@data.parts.docvqa=docvqa", "data.parts.docvqa.root=c", "data.weights.docvqa=2")
     assert list(data.tasks) == ["vqav2", "gqa", "docvqa"] and data.weights["docvqa"] == 2
@@ -42,6 +50,8 @@ def test_a_part_is_added_on_the_command_line() -> None:
         ("data.weights.gqa=0", "should be above 0"),
         ("data.weights.gqa=-1", "should be above 0"),
         ("data.features=somewhere", "of one data set's images"),
+        ("data.parts.gqa=abc", "data.parts.gqa must be a group of keys, not 'abc'"),
+        ("data.parts=abc", "data.parts must be a group of keys, not 'abc'"),
         ("data.parts.gqa.prompt=hello", r"data.parts.gqa.prompt='hello' must hold \{question\} once"),
         ("data.parts.gqa.root=null", r"data.parts.gqa.root must be given"),
         ("~data.parts.gqa", "holds 1 data sets; name two or more"),

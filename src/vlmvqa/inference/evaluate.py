@@ -121,10 +121,8 @@ def read_answers(
         InputError: the file cannot be read as such, or it does not answer exactly these questions, once.
     """
     records = _read_records(path)
-    ids = {str(named(question.id)): question.id for question in questions}
-    ids |= {
-        str(question.id): question.id for question in questions
-    }  # a key of JSON is text, the data's may be a number
+    # A key of JSON is text, the data's may be a number.
+    ids = {str(name): question.id for question in questions for name in (named(question.id), question.id)}
     found: dict[Id, Answer] = {}
     for number, record in enumerate(records, start=1):
         name = next((record[key] for key in ID_KEYS if key in record), None) if isinstance(record, dict) else None
@@ -155,24 +153,22 @@ def read_answers(
 
 def _read_records(path: Path) -> list[Any]:
     """A JSON list, or a line of JSON each."""
-    line = 1
     try:
         text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            listed: list[Any] = json.loads(text)
-            return listed
-        records = []
-        for line, record in enumerate(text.split("\n"), start=1):  # noqa: B007
-            if record.strip():
-                records.append(json.loads(record))
-        return records
     except FileNotFoundError:
         raise InputError(f"predictions={path} does not exist; correct the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"predictions={path} cannot be read as text ({error})") from None
-    except json.JSONDecodeError as error:
-        place = line + error.lineno - 1
-        raise InputError(f"{path}, line {place}: broken JSON ({error.msg}); write a record a line") from None
+    listed = text.lstrip().startswith("[")
+    records: list[Any] = []
+    for number, piece in enumerate([text] if listed else text.split("\n"), start=1):
+        try:
+            if piece.strip():
+                records.append(json.loads(piece))
+        except json.JSONDecodeError as error:
+            place = number + error.lineno - 1
+            raise InputError(f"{path}, line {place}: broken JSON ({error.msg}); write a record a line") from None
+    return records[0] if listed else records
 
 
 def figures(result: Score, asked: Asked) -> dict[str, Any]:
