@@ -63,6 +63,9 @@ MODEL = scores(71.24, {"yes/no": 88.12, "other": 61.07}, {"is the": 87.5, "what 
 PRIOR = scores(38.51, {"yes/no": 62.02, "other": 20.3}, {"is the": 61.99})
 SHUFFLED = scores(45.07, {"yes/no": 63.4, "other": 31.41}, {"is the": 60.12, "what color is the": 33.33})
 METRICS = {
+    "n": 30,
+    "unit": "question",
+    "variants": {},
     "metric": "vqa_accuracy",
     "metrics": {"vqa_accuracy": MODEL},
     "controls": {"prior": PRIOR, "shuffled_images": SHUFFLED},
@@ -117,7 +120,7 @@ def test_a_control_without_a_number_gives_its_reason(tmp_path: Path) -> None:
 
 def test_a_split_without_answers_has_no_accuracy_and_says_why(tmp_path: Path) -> None:
     nothing: dict[str, Any] = {"overall": None, "interval": None, "reason": "the split has no answers"}
-    metrics = METRICS | {"metrics": {"vqa_accuracy": nothing}, "controls": {}}
+    metrics = METRICS | {"n": 1, "metrics": {"vqa_accuracy": nothing}, "controls": {}}
     unscored = [record(1, answers=[], target=None, question_type=None, answer_type=None) | {"vqa_accuracy": None}]
     _, page = write(tmp_path, metrics=metrics, predictions=unscored)
     assert "VQA accuracy on 1 question This model none: the split has no answers" in page.text
@@ -129,7 +132,12 @@ def test_another_metric_brings_its_own_name_tables_and_numbers(tmp_path: Path) -
     steps = {"per_steps": {"2": 40.0}, "n_per_steps": {"2": 7}}
     numbers = {"gqa_accuracy": {"overall": 61.5, **steps}, "binary": {"overall": 70.25}}
     numbers["validity"] = {"overall": None, "reason": "no choices were given"}
-    metrics = METRICS | {"metric": "gqa_accuracy", "metrics": numbers, "variants": {"postprocess=llava": 63.0}}
+    metrics = METRICS | {
+        "n": 1,
+        "metric": "gqa_accuracy",
+        "metrics": numbers,
+        "variants": {"postprocess=llava": 63.0},
+    }
     _, page = write(tmp_path, metrics=metrics, predictions=[record(1, gqa_accuracy=100.0)])
     assert "61.50 % GQA accuracy on 1 question" in page.text and "By steps" in page.text and "2 7 40.00" in page.text
     assert "binary 70.25 validity none: no choices were given postprocess=llava 63.00" in page.text

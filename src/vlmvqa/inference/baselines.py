@@ -13,6 +13,12 @@ from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 
 BLANK = 64  # pixels a side
+# A control's key in metrics.json (its name, with underscores), and what it is.
+CONTROLS = {
+    "prior": "the most frequent training answer of each question type",
+    "shuffled_images": "the same questions, each about another image",
+    "blank_images": "the same questions, each about an image of one grey",  # by request
+}
 
 
 def prior_answers(train: Iterable[Example], evaluated: Iterable[Example]) -> dict[int | str, str]:

@@ -17,8 +17,6 @@ LICENCES = {
     "dinov2": ("apache-2.0", "Apache-2.0"),
 }
 
-CONTROLS = ("prior", "shuffled_images")
-
 
 def licences(config: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The hub's word for the licence of all, and a sentence for each part's weights; what is not known is "other"."""
@@ -85,7 +83,10 @@ Prior: the most frequent training answer of each question type. {" ".join(_measu
 
 def _row(metrics: Mapping[str, Any]) -> str:
     """A task's line in the table of scores."""
-    columns = [metrics["metrics"][metrics["metric"]], *(metrics["controls"][name] for name in CONTROLS)]
+    columns = [
+        metrics["metrics"][metrics["metric"]],
+        *(metrics["controls"][name] for name in ("prior", "shuffled_images")),
+    ]
     values = ["-" if column["overall"] is None else f"{column['overall']:.2f}" for column in columns]
     about = [f"{metrics['data']} {metrics['split']}", metric(metrics["metric"]).title, str(metrics["n"])]
     return f"| {' | '.join(about + values)} |\n"

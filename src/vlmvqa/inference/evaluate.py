@@ -15,13 +15,10 @@ from vlmvqa.data.example import Example, Question, all_answered
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
 from vlmvqa.inference import intervals
-from vlmvqa.inference.baselines import blank_images, prior_answers, shuffle_images
+from vlmvqa.inference.baselines import CONTROLS, blank_images, prior_answers, shuffle_images
 from vlmvqa.inference.predict import Answer
 from vlmvqa.inference.report import choose_gallery, write_report
 from vlmvqa.inference.scores import Id, Score, metric, score, variants, version
-
-# A control's key in metrics.json, and the name of its column.
-CONTROLS = {"prior": "prior", "shuffled_images": "shuffled images", "blank_images": "blank images"}
 
 
 @dataclass(frozen=True)
@@ -260,7 +257,7 @@ def table(metrics: Mapping[str, Any]) -> str:
     """The scores as text: the metric and its kinds beside the controls, and the numbers that have none beside them."""
     name = metrics["metric"]
     columns = {"model": metrics["metrics"][name]}
-    columns |= {CONTROLS[control]: of for control, of in metrics["controls"].items()}
+    columns |= {control.replace("_", " "): of for control, of in metrics["controls"].items()}
     kinds = sorted(columns["model"].get("per_answer_type", {}))
     lines = [f"{metric(name).title:<20}" + "".join(f"{column:>17}" for column in columns)]
     for kind in ["overall", *kinds]:

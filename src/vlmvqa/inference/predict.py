@@ -111,14 +111,13 @@ class Predictor:
         rows = self._rows(examples, processor, row_text_tokens)
         numbers = range(len(rows))
         batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
-        # One rank reads, before any writes: each deals out the same batches, whatever its own disk holds.
-        kept = ranks.share(journal.read) if journal else {}
-        answers = {
-            question: Answer(*answer)
-            for batch in batches
-            for question, *answer in kept.get(batch_key([rows[number] for number in batch]), ())
-        }
-        batches = [batch for batch in batches if batch_key([rows[number] for number in batch]) not in kept]
+        answers: dict[int | str, Answer] = {}
+        if journal:
+            # One rank reads, before any writes: each deals out the same batches, whatever its own disk holds.
+            kept = ranks.share(journal.read)
+            keys = [batch_key([rows[number] for number in batch]) for batch in batches]
+            answers = {question: Answer(*answer) for key in keys for question, *answer in kept.get(key, ())}
+            batches = [batch for batch, key in zip(batches, keys, strict=True) if key not in kept]
         mine = batches[ranks.rank() :: ranks.world_size()] if ranks.together() else batches
         loader = DataLoader(
             QuestionSet(rows, processor, bad_records or BadRecords(advice="")),
@@ -135,10 +134,7 @@ class Predictor:
                 group = [rows[number] for number in batch]
                 found = self._answer_batch(group, encoded)
                 if journal and len(found) == count_questions(group):  # a bad image is met, and listed, again
-                    journal.add(
-                        batch_key(group),
-                        [[name, one.text, one.log_probability, one.cut] for name, one in found.items()],
-                    )
+                    journal.add(batch_key(group), [[name, *dataclasses.astuple(one)] for name, one in found.items()])
                 answers |= found
                 bar.update(count_questions(group))
         every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}

@@ -22,6 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from PIL.Image import Image
 
+from vlmvqa.inference.baselines import CONTROLS
 from vlmvqa.inference.scores import metric
 
 Record = Mapping[str, Any]
@@ -32,12 +33,6 @@ MOST_POINTS = 250  # of a curve: more cannot be told apart at its width
 
 NAMES = {**{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}, "rouge_l": "ROUGE-L", "meteor": "METEOR", "spice": "SPICE"}
 SHOWN_ABOVE = ("unit", "metric", "metrics", "controls", "variants")
-# Key in metrics.json, name beside the model's bar, name of the column, what it is.
-CONTROLS = (
-    ("blank_images", "Blank images", "blank", "the same questions, each about an image of one grey"),
-    ("shuffled_images", "Shuffled images", "shuffled", "the same questions, each about another image"),
-    ("prior", "Prior", "prior", "the most frequent training answer of each question type"),
-)
 CURVES = {
     "loss": "Training loss",
     "learning_rate": "Learning rate",
@@ -69,7 +64,7 @@ def write_report(
     name = metrics["metric"]
     title_of_metric = metric(name).title
     right, wrong = choose_gallery(predictions, name)
-    limit = metric(name).right_from
+    limit, bars = metric(name).right_from, _bars(metrics)
     curves = {"loss": CURVES["loss"], f"eval_{name}": f"Evaluated {title_of_metric}", **CURVES}
     template = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -77,26 +72,13 @@ def write_report(
     page = template.render(
         title=title,
         metric=title_of_metric,
-        questions=metrics.get("n", len(predictions)),  # GQA counts the balanced ones alone
-        unit=metrics.get("unit", "question"),
+        questions=metrics["n"],
+        unit=metrics["unit"],
         interval=metrics["metrics"][name].get("interval"),
-        others=[
-            {
-                "name": NAMES.get(other, other.replace("_", " ")),
-                "value": figures["overall"],
-                "reason": figures.get("reason"),
-            }
-            for other, figures in metrics["metrics"].items()
-            if other != name
-        ]
-        + [{"name": variant, "value": value, "reason": None} for variant, value in metrics.get("variants", {}).items()],
-        bars=_bars(metrics),
-        longest=max(100.0, *(bar["percent"] or 0.0 for bar in _bars(metrics))),  # CIDEr goes beyond 100
-        tables={
-            key.removeprefix("per_").replace("_", " ").capitalize(): _rows_per_type(metrics, key.removeprefix("per_"))
-            for key in metrics["metrics"][name]
-            if key.startswith("per_")
-        },
+        others=_others(metrics),
+        bars=bars,
+        longest=max(100.0, *(bar["percent"] or 0.0 for bar in bars)),  # CIDEr goes beyond 100
+        tables=_tables(metrics),
         control_columns=list(_measured_controls(metrics)),
         most_points=MOST_POINTS,
         unfolded_rows=UNFOLDED_ROWS,
@@ -152,29 +134,43 @@ def _probability(record: Record) -> float:
     return 0.0 if known is None else math.exp(known)
 
 
-def _control(metrics: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A control's figures, or a reason why there are none."""
-    return metrics.get("controls", {}).get(key) or {"overall": None, "reason": "not measured"}
+def _controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Each control's figures, or a reason why there are none; blank images only by request."""
+    given = metrics["controls"]
+    shown = [key for key in reversed(CONTROLS) if key in given or key != "blank_images"]
+    return {key: given.get(key) or {"overall": None, "reason": "not measured"} for key in shown}
 
 
 def _measured_controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The controls that have figures, by the name of their column."""
-    controls = {column: _control(metrics, key) for key, _, column, _ in CONTROLS}
-    return {column: control for column, control in controls.items() if control["overall"] is not None}
+    return {key.partition("_")[0]: of for key, of in _controls(metrics).items() if of["overall"] is not None}
 
 
 def _bars(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The model and its controls, as the page compares them: percent, or the reason why there is none."""
     compared = [("This model", "", metrics["metrics"][metrics["metric"]])]
-    compared += [
-        (name, note, _control(metrics, key))
-        for key, name, _, note in CONTROLS
-        if key != "blank_images" or key in metrics.get("controls", {})  # by request
-    ]
+    compared += [(key.replace("_", " ").capitalize(), CONTROLS[key], of) for key, of in _controls(metrics).items()]
     return [
         {"name": name, "note": note, "percent": figures["overall"], "reason": figures.get("reason")}
         for name, note, figures in compared
     ]
+
+
+def _others(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The numbers beside the one that the metric is known by, and what other toolkits would print."""
+    numbers = {NAMES.get(name, name.replace("_", " ")): of for name, of in metrics["metrics"].items()}
+    numbers |= {name: {"overall": value} for name, value in metrics["variants"].items()}
+    return [
+        {"name": name, "value": of["overall"], "reason": of.get("reason")}
+        for name, of in numbers.items()
+        if of is not metrics["metrics"][metrics["metric"]]
+    ]
+
+
+def _tables(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each table by its heading."""
+    kinds = [key.removeprefix("per_") for key in metrics["metrics"][metrics["metric"]] if key.startswith("per_")]
+    return {kind.replace("_", " ").capitalize(): _rows_per_type(metrics, kind) for kind in kinds}
 
 
 def _rows_per_type(metrics: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
