@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.training.parallel import launcher_choice, slurm_task
+from vlmvqa.training.launchers import launcher_choice, slurm_task
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.

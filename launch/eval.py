@@ -59,8 +59,7 @@ def score_checkpoint(config: DictConfig) -> None:
     data = one_task(config)
     predictor = load(config.checkpoint, f"cuda:{ranks.local_rank()}" if torch.cuda.is_available() else "cpu")
     predictor.decoding = from_config.decoding(config, predictor.decoding)
-    fitting = data.asks and "{question}" in predictor.prompt
-    prompt = predictor.prompts.get(data.source, predictor.prompt if fitting else data.prompt)
+    prompt = predictor.prompt_for(data.source, data.prompt)
     if predictor.prompts and data.source not in predictor.prompts:  # a model that was saved before has none
         ranks.say(f"the model was not trained on {data.source}; it is asked with the prompt {prompt!r}")
     predictor.prompt, data = prompt, replace(data, prompt=prompt)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmvqa.errors import InputError
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
-from vlmvqa.training.parallel import LAUNCH
+from vlmvqa.training.launchers import LAUNCH
 from vlmvqa.training.state import progress
 
 STARTED = ".launch"  # by which of torchrun's launches this run was started

@@ -16,7 +16,8 @@ from vlmvqa.errors import InputError
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.settings import build_settings
-from vlmvqa.training.parallel import DistSettings, deepspeed_config, launcher_choice
+from vlmvqa.training.launchers import launcher_choice
+from vlmvqa.training.parallel import DistSettings, deepspeed_config
 
 CHECKED = {"data": DataSettings, "decoding": Decoding, "dist": DistSettings}
 PARTS = {"data=mixture": ["parts.vqav2.", "parts.gqa."]}

@@ -12,7 +12,8 @@ from run_folder import STARTED, going_on
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
 from vlmvqa.errors import InputError
-from vlmvqa.training.parallel import LAUNCH, DistSettings, slurm_task
+from vlmvqa.training.launchers import LAUNCH, slurm_task
+from vlmvqa.training.parallel import DistSettings
 from vlmvqa.training.preflight import OURS, Asked, check, optimizer_for, refuse
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from vlmvqa.data.splits import Slice, parse_split
@@ -41,6 +42,15 @@ def test_max_samples_takes_the_first_of_the_slice() -> None:
     assert parse_split("val[:10%]", KNOWN, "It", 3) == Slice("val[:10%]", "val", None, "10%", 3)
 
 
+def test_a_draw_is_helms_own() -> None:
+    """As crfm-helm draws instances: numpy's global state seeded with 0, `choice` over a list of objects."""
+    np.random.seed(0)
+    drawn = np.random.choice([str(number) for number in range(5000)], 100, replace=False)
+    assert parse_split("val[random:100]", KNOWN, "It").chosen(5000, "file") == sorted(map(int, drawn))
+    assert parse_split("val[random:100]", KNOWN, "It", 30).chosen(5000, "file") == sorted(map(int, drawn[:30]))
+    assert parse_split("val[random:10]", KNOWN, "It").chosen(10, "file") == list(range(10))
+
+
 @pytest.mark.parametrize(
     ("split", "sentence"),
     [
@@ -60,6 +70,7 @@ def test_what_cannot_be_read_is_explained(split: str, sentence: str) -> None:
     ("split", "sentence"),
     [
         ("val[:11]", r"^file: 'val\[:11\]' reaches beyond its 10 images; choose a smaller slice\.$"),
+        ("val[random:11]", r"^file: 'val\[random:11\]' cannot be drawn from its 10 images; choose another number\.$"),
         ("val[5:5]", r"^file: 'val\[5:5\]' selects none of its 10 images; choose a larger slice\.$"),
     ],
 )

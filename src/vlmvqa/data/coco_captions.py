@@ -160,7 +160,7 @@ def _official(root: Path, path: Path, selected: Slice, bad_records: BadRecords) 
     images = list_under(content, "images", path, description)
     captions = _captions(list_under(content, "annotations", path, description), path, bad_records)
     kinds = {"id": int, "file_name": str}
-    chosen, pictures = selected.chosen(len(images), path, "images"), []
+    chosen, pictures = set(selected.chosen(len(images), path, "images")), []
     known = set()
     for number, record in _distinct(images, "id", path, bad_records):
         known.add(record["id"])

@@ -7,7 +7,7 @@ root/documents/xnbl0037_1.png  the image "documents/xnbl0037_1.png"
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def read(
     bad_records = bad_records or BadRecords()
     path, _ = files(root, split)
     records = list_under(load_json(path), "data", path, "DocVQA's official file")
-    usable = _usable(records, selected.chosen(len(records), path), path, SPLITS[selected.name][1], bad_records)
+    usable = _usable(records, set(selected.chosen(len(records), path)), path, SPLITS[selected.name][1], bad_records)
     questions = ((record["image"], _question(record, prompts)) for record in usable)
     return group_by_image(questions, lambda image: root / image, path, split, bad_records)
 
@@ -86,7 +86,7 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
 
 
 def _usable(
-    records: list[Any], chosen: range, path: Path, answered: bool, bad_records: BadRecords
+    records: list[Any], chosen: Container[int], path: Path, answered: bool, bad_records: BadRecords
 ) -> Iterator[dict[str, Any]]:
     """The usable ones of the chosen records; ids are looked at over the whole file, whatever the slice."""
     seen: set[int] = set()

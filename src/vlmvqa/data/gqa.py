@@ -71,7 +71,7 @@ def read(
     where = paths[0] if len(paths) == 1 else paths[0].parent
     records = _load(paths, evaluated, bad_records)
     chosen = selected.chosen(len(records), where)
-    questions = _questions(records[chosen.start : chosen.stop], evaluated, prompts, bad_records)
+    questions = _questions([records[number] for number in chosen], evaluated, prompts, bad_records)
     return group_by_image(questions, lambda image_id: images / f"{image_id}.jpg", where, split, bad_records)
 
 

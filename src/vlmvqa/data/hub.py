@@ -322,8 +322,12 @@ def _folder(hub: str) -> Path | None:
 
 
 def _chosen(selected: Slice, table: Table) -> range:
+    if selected.drawn is not None:
+        raise InputError(f"{table.where}: '{selected.text}' cannot be drawn from rows; give a slice, or use data.root")
     if table.total is not None:
-        return selected.chosen(table.total, table.where, "rows")
+        found = selected.chosen(table.total, table.where, "rows")
+        assert isinstance(found, range)
+        return found
     bounds = (selected.start, selected.stop)
     if any(bound is not None and (bound.endswith("%") or bound.startswith("-")) for bound in bounds):
         raise InputError(

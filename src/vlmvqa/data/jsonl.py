@@ -65,7 +65,7 @@ def read(
         raise InputError(f"{path} holds no usable line; write one JSON object a line, with image, question and answers")
     chosen = selected.chosen(len(records), path, "lines")
     answered = any(record.get("answers") is not None for _, record in records)
-    questions = _questions(records[chosen.start : chosen.stop], path, answered, prompts, bad_records)
+    questions = _questions([records[number] for number in chosen], path, answered, prompts, bad_records)
     return group_by_image(questions, lambda image: path.parent / image, path, split, bad_records)
 
 

@@ -1,4 +1,8 @@
-"""`train[:10%]`: the name of a split and a slice of it, the same way for every source."""
+"""`train[:10%]`: the name of a split and a part of it, the same way for every source.
+
+val[:10%], val[100:200], val[-500:]    a slice, in file order
+val[random:1000]                       so many drawn by chance, always the same ones: those that HELM draws
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from vlmvqa.errors import InputError, suggest
 
 BOUND = r"-?\d+(?:_\d+)*|-?\d+(?:\.\d+)?%"
-SPLIT = re.compile(rf"(?P<name>[^\[\]]*)(?:\[(?P<start>{BOUND})?:(?P<stop>{BOUND})?\])?")
+PART = rf"random:(?P<drawn>\d+)|(?P<start>{BOUND})?:(?P<stop>{BOUND})?"
+SPLIT = re.compile(rf"(?P<name>[^\[\]]*)(?:\[(?:{PART})\])?")
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,7 @@ class Slice:
         name: the split's.
         start, stop: the bounds as they were given, "10%" or "100"; None where the slice is open.
         max_samples: at most so many of the slice, the first.
+        drawn: how many are drawn by chance; None where none are.
     """
 
     text: str
@@ -29,9 +37,13 @@ class Slice:
     start: str | None = None
     stop: str | None = None
     max_samples: int | None = None
+    drawn: int | None = None
 
-    def chosen(self, total: int, where: Path | str, unit: str = "questions") -> range:
-        """The numbers, from 0, of what is selected; percentages are rounded to the nearest, as `datasets` does.
+    def chosen(self, total: int, where: Path | str, unit: str = "questions") -> range | list[int]:
+        """The numbers, from 0 and ascending, of what is selected.
+
+        Percentages are rounded to the nearest, as `datasets` does. Of a draw, fewer are some of the same: HELM's own
+        (`downsample_eval_instances` of crfm-helm 0.5.16) for as many instances.
 
         Args:
             total: what there is to select from, in file order.
@@ -41,6 +53,13 @@ class Slice:
         Raises:
             InputError: the slice selects nothing, or reaches beyond the total.
         """
+        if self.drawn is not None:
+            if not 0 < self.drawn <= total:
+                raise InputError(
+                    f"{where}: '{self.text}' cannot be drawn from its {total} {unit}; choose another number."
+                )
+            some = min(self.drawn, self.max_samples or self.drawn)
+            return sorted(np.random.RandomState(0).permutation(total)[:some].tolist())
         numbers: list[int | None] = []
         for bound in (self.start, self.stop):
             if bound is None:
@@ -57,7 +76,7 @@ class Slice:
 
 
 def parse_split(split: str, known: Iterable[str], benchmark: str, max_samples: int | None = None) -> Slice:
-    """A split as it is written in a config: `train`, `val[:10%]`, `val[100:200]`.
+    """A split as it is written in a config: `train`, `val[:10%]`, `val[100:200]`, `val[random:1000]`.
 
     Args:
         known: the names that there are.
@@ -75,4 +94,5 @@ def parse_split(split: str, known: Iterable[str], benchmark: str, max_samples: i
         raise InputError(f"the slice in '{split}' is malformed; write it like {name}[:10%] or {name}[100:200].")
     if max_samples is not None and max_samples < 1:
         raise InputError(f"max_samples={max_samples} selects nothing; use 1 or more, or null for all questions.")
-    return Slice(split, name, match["start"], match["stop"], max_samples)
+    drawn = match["drawn"]
+    return Slice(split, name, match["start"], match["stop"], max_samples, None if drawn is None else int(drawn))

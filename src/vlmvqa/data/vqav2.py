@@ -10,7 +10,7 @@ string once and drops each answer record as soon as it is parsed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from sys import intern
 from typing import Any
@@ -204,7 +204,7 @@ def _check_ids(
 
 def _questions(
     records: list[Any],
-    chosen: range,
+    chosen: Iterable[int],
     ids: list[int | None],
     annotations: Mapping[int, Annotation | None],
     files: Mapping[str, Path],

@@ -73,8 +73,13 @@ def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example] | No
 
 def blank_images(examples: Sequence[Example]) -> list[Example]:
     """The same questions about an image of one grey."""
-    grey = Image.new("RGB", (BLANK, BLANK), (128, 128, 128))
+    grey = grey_image()
     return [replace(example, image=grey, image_id=f"grey for {example.image_id}") for example in examples]
+
+
+def grey_image() -> Image.Image:
+    """What is shown in place of an image."""
+    return Image.new("RGB", (BLANK, BLANK), (128, 128, 128))
 
 
 def _most_frequent(counts: Counter[str]) -> str:

@@ -104,7 +104,7 @@ def evaluate(
 
 
 def read_answers(
-    path: Path, questions: Sequence[Question], named: Callable[[Id], Id] = lambda name: name
+    path: Path, questions: Sequence[Question], named: Callable[[Id], Id] = lambda name: name, *, others: bool = False
 ) -> dict[Id, Answer]:
     """Answers that something else wrote, by question id.
 
@@ -113,9 +113,10 @@ def read_answers(
 
     Args:
         named: what a question's id is called in the benchmark's results file, where that differs.
+        others: whether answers to other questions may be among them, which are passed over.
 
     Raises:
-        InputError: the file cannot be read as such, or it does not answer exactly these questions, once.
+        InputError: the file cannot be read as such, or it does not answer exactly these questions, each once.
     """
     records = _read_records(path)
     # A key of JSON is text, the data's may be a number.
@@ -129,6 +130,8 @@ def read_answers(
                 f"{path}, record {number}: it should hold one of {', '.join(ID_KEYS)} and, as text, one of "
                 f"{', '.join(ANSWER_KEYS)}"
             )
+        if str(name) not in ids and others:
+            continue
         if str(name) not in ids:
             raise InputError(
                 f"{path}, record {number}: the split has no question {name}; score the split or slice it was made for"

@@ -56,6 +56,15 @@ class Predictor:
     decoding: Decoding = field(default_factory=Decoding)
     prompts: Mapping[str, str] = field(default_factory=dict)
 
+    def prompt_for(self, source: str, otherwise: str) -> str:
+        """The template that a source's questions are put into: that of its training, or the only one there was.
+
+        Args:
+            otherwise: the source's own, for a model whose template has no place for a question, or the reverse.
+        """
+        fitting = ("{question}" in self.prompt) == ("{question}" in otherwise)
+        return self.prompts.get(source, self.prompt if fitting else otherwise)
+
     def answer(self, image: ImageSource | str, question: str | Sequence[str]) -> Answer | list[Answer]:
         """Answer a question about an image, or several in one pass over the image.
 

@@ -21,12 +21,12 @@ from transformers.initialization import no_init_weights
 
 from vlmvqa.errors import InputError
 from vlmvqa.models.language import LanguageModel
+from vlmvqa.models.saved import CONFIG, TOKENIZER, WEIGHTS, find
 from vlmvqa.models.vision import VisionEncoder
 from vlmvqa.models.vlm import DTYPES, VLM, ModelSettings, assemble
 from vlmvqa.settings import build_settings
 
 FORMAT = 1
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 
 
 def save(
@@ -81,7 +81,7 @@ def load(
     Raises:
         InputError: no such folder or hub id, or the folder is not a whole saved model.
     """
-    folder = _folder(path_or_hub_id)
+    folder = find(path_or_hub_id)
     try:
         config = json.loads((folder / CONFIG).read_text())
     except ValueError as error:
@@ -99,27 +99,3 @@ def load(
         ) from error
     tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
     return model.to(device).eval(), settings, tokenizer, config
-
-
-def _folder(path_or_hub_id: str | Path) -> Path:
-    folder = Path(path_or_hub_id)
-    if (folder / "model" / CONFIG).is_file():  # a run's folder
-        return folder / "model"
-    if (folder / CONFIG).is_file():
-        return folder
-    if folder.exists():
-        raise InputError(
-            f"{folder} is not a saved model: it holds no {CONFIG}; name a run's folder or its model/ folder"
-        )
-    if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
-        raise InputError(f"{path_or_hub_id}: no such folder; name a run's folder, its model/ folder, or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path_or_hub_id)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{path_or_hub_id} is neither a folder here nor readable from the hub; check the path or the id, "
-            "the network, and HF_TOKEN for gated weights"
-        ) from error

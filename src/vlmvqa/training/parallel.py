@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import time
 import uuid
 from collections.abc import Mapping
@@ -31,13 +30,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.vlm import VLM
+from vlmvqa.training.launchers import ACCELERATES, LAUNCH
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
-
-# What names this launch, the same after torchrun has restarted its workers.
-LAUNCH = "VLMVQA_LAUNCH"
-# How accelerate's launcher hands on what its config file says of a strategy.
-ACCELERATES = ("FSDP_", *(f"ACCELERATE_{name}_" for name in ("USE", "DEEPSPEED", "CONFIG", "GRADIENT", "DYNAMO")))
 
 
 @dataclass(frozen=True)
@@ -73,25 +68,6 @@ class DistSettings:
     def stage(self) -> int:
         """ZeRO's stage."""
         return int(self.strategy.removeprefix("zero"))
-
-
-def launcher_choice(environment: Mapping[str, str], arguments: list[str]) -> tuple[str, str] | None:
-    """The `dist` that a launcher implies, and the launcher's name; None where it implies none.
-
-    accelerate passes its config file's strategy in the environment; `deepspeed` starts scripts with --local_rank.
-    """
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        offload = environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
-        return ("fsdp_offload" if offload else "fsdp"), "accelerate's config file"
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
-            return "its deepspeed_config_file", "accelerate's config file"  # not read: dist.options has its keys
-        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        kept = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
-        return (f"zero{stage}_offload" if kept == "cpu" else f"zero{stage}"), "accelerate's config file"
-    if any(argument.startswith(("--local_rank", "--local-rank")) for argument in arguments):
-        return "zero2", "the deepspeed launcher"
-    return None
 
 
 def start(settings: DistSettings, cpu: bool) -> None:
@@ -143,23 +119,6 @@ def _quieten_deepspeed() -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     # Shared-memory collectives for CPUs: they would be compiled first, and gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would say to a task that `srun` started, one of several: one a GPU, on any number of machines."""
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
-        return {}
-    command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
-    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_WORLD_SIZE": environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
-        "MASTER_ADDR": hosts[0],
-        # One for each job, so that two may share a machine.
-        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)),
-    }
 
 
 def meet(rank: int, world: int, timeout: timedelta) -> dist.Store:

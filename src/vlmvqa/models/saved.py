@@ -1,0 +1,38 @@
+"""Where a trained model lies: its folder and the files in it. `checkpoint.py` reads and writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmvqa.errors import InputError
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+
+
+def find(path_or_hub_id: str | Path) -> Path:
+    """The folder of a trained model: a run's, its `model/`, or a hub id's, which is fetched.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = Path(path_or_hub_id)
+    if (folder / "model" / CONFIG).is_file():  # a run's folder
+        return folder / "model"
+    if (folder / CONFIG).is_file():
+        return folder
+    if folder.exists():
+        raise InputError(
+            f"{folder} is not a saved model: it holds no {CONFIG}; name a run's folder or its model/ folder"
+        )
+    if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
+        raise InputError(f"{path_or_hub_id}: no such folder; name a run's folder, its model/ folder, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_id)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{path_or_hub_id} is neither a folder here nor readable from the hub; check the path or the id, "
+            "the network, and HF_TOKEN for gated weights"
+        ) from error
