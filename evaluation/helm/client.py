@@ -105,14 +105,15 @@ class VLMClient(CachingClient):
             raise InputError(f"{request.num_completions} answers to a question are asked for; this client gives one")
         asked = Asked.of(request.multimodal_prompt)
         model = _load(self.checkpoint, self.batch_size)
-        template = self.prompt or model.predictor.prompt_for(self.source, "answer en {question}\n")
+        template = self.prompt or model.template(self.source)
         prompt = template.replace("{instructions}", asked.instructions).replace("{question}", asked.question)
         own = replace(model.predictor.decoding, **self.decoding)
         most = min(own.max_new_tokens, request.max_tokens)
         decoding = replace(own, max_new_tokens=most, temperature=request.temperature)
         content = _read(asked.image)
         depends = {
-            "model": model.fingerprint,
+            "weights": model.weights,
+            "model": model.about,
             "prompt": prompt,
             "image": _digest(content),
             "decoding": asdict(decoding),
@@ -153,7 +154,7 @@ class SavedAnswersClient(CachingClient):
 
     def _answer(self, request: Request) -> RequestResult:
         asked = Asked.of(request.multimodal_prompt)
-        record = self.known.get((str(asked.image), asked.question))
+        record = self.known.get((str(asked.image.resolve()), asked.question))
         if record is None:
             raise InputError(f"there is no saved answer to {asked.question!r} about {asked.image}")
         text, cut = _cut(record["text"], request.stop_sequences)
@@ -169,11 +170,15 @@ class Model:
 
     def __init__(self, predictor: Predictor, batch_size: int) -> None:
         self.predictor, self.batch_size = predictor, batch_size
-        self.fingerprint = _fingerprint(predictor)
+        self.weights, self.about = fingerprint.weights(predictor.model), _about(predictor)
         self.waiting: SimpleQueue[tuple[Example, Decoding, Future[Answer]]] = SimpleQueue()
         # Its own, because tokenizers are not for several threads.
         self.tokenizer, self.tokenizing = deepcopy(predictor.processor.tokenizer), threading.Lock()
         threading.Thread(target=self._work, name="vlmvqa model", daemon=True).start()
+
+    def template(self, source: str) -> str:
+        """Of a question's prompt."""
+        return self.predictor.prompt_for(source, "answer en {question}\n")
 
     def ask(self, image: bytes, name: str, question: Question, decoding: Decoding) -> Answer:
         """The answer; waits for it.
@@ -237,12 +242,25 @@ def _load(checkpoint: str, batch_size: int) -> Model:
         return _MODELS[checkpoint]
 
 
-def _fingerprint(predictor: Predictor) -> str:
-    """Of all that an answer depends on, but for the question."""
+def _about(predictor: Predictor) -> str:
+    """Fingerprint of all that an answer depends on, but for the weights and the question."""
     processor = predictor.processor
-    about = [asdict(predictor.settings), asdict(processor.images), processor.max_text_tokens, processor.mode]
-    vocabulary = json.dumps(processor.tokenizer.get_vocab(), sort_keys=True)
-    return fingerprint.weights(predictor.model, json.dumps(about, default=str), vocabulary)
+    settings = [asdict(predictor.settings), asdict(processor.images), processor.max_text_tokens, processor.mode]
+    about = [settings, sorted(processor.tokenizer.get_vocab().items())]
+    return _digest(json.dumps(about, default=str).encode())
+
+
+def used(
+    checkpoint: str, prompt: str | None, source: str, batch_size: int, decoding: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a client with these arguments answers with, for the record."""
+    model = _load(checkpoint, batch_size)
+    return {
+        "checkpoint": checkpoint,
+        "checkpoint_fingerprint": model.weights,
+        "prompt": prompt or model.template(source),
+        "decoding": asdict(replace(model.predictor.decoding, **decoding)),
+    }
 
 
 # --- requests and results -------------------------------------------------------------------------------

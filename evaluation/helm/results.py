@@ -68,6 +68,12 @@ def find(suite: Path, model: str, scenario: Mapping[str, Any]) -> Path:
     raise InputError(f"{suite} has no finished run of {model} with {dict(scenario)}; look at helm's log")
 
 
+def adapter(folder: Path) -> dict[str, Any]:
+    """How HELM asked: its instructions (which the model's own prompt may leave out) and its limits."""
+    spec = json.loads((folder / "run_spec.json").read_text(encoding="utf-8"))["adapter_spec"]
+    return {key: spec[key] for key in ("instructions", "max_tokens", "temperature")}
+
+
 def refuse_other(scored: Scored, examples: Sequence[Example], where: Path) -> None:
     """Stop unless exactly the questions that were asked for were scored, and BLEU-1 is what our own metric says.
 

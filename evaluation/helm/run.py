@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import chdir, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -169,7 +169,7 @@ def make_plan(config: DictConfig) -> Plan:
 
 def _draw(data: DataSettings, max_instances: int) -> list[Example]:
     """The questions that HELM is going to draw."""
-    examples = read_examples(data, f"val[random:{max_instances}]", None, BadRecords())
+    examples = read_examples(data, f"val[random:{max_instances}]", None, BadRecords(advice=""))
     if not all_answered(examples):
         raise InputError(f"{data.root}: some of the questions have no answers to score against")
     return examples
@@ -268,7 +268,7 @@ def _saved_answers(plan: Plan, path: Path) -> list[dict[str, Any]]:
     answers = read_answers(path, [question for _, question in asked], others=True)
     records = [
         {
-            "image": str(example.image),
+            "image": str(_file(example)),
             "question": question.text,
             "text": answers[question.id].text,
             "log_probability": None if isnan(known := answers[question.id].log_probability) else known,
@@ -278,12 +278,17 @@ def _saved_answers(plan: Plan, path: Path) -> list[dict[str, Any]]:
     found: dict[tuple[str, str], str] = {}
     for example, question in asked:
         text = answers[question.id].text
-        if found.setdefault((str(example.image), question.text), text) != text:
+        if found.setdefault((str(_file(example)), question.text.strip()), text) != text:
             raise InputError(
                 f"{path}, question {question.id}: the same question about the same image has two answers, which HELM "
                 "cannot tell apart; score the checkpoint"
             )
     return records
+
+
+def _file(example: Example) -> Path:
+    assert isinstance(example.image, Path)
+    return example.image.resolve()
 
 
 def run_helm(plan: Plan, log: Path) -> None:
@@ -295,14 +300,14 @@ def run_helm(plan: Plan, log: Path) -> None:
     root = str(Path(__file__).resolve().parents[2])
     if root not in sys.path:
         sys.path.append(root)
-    local, output = plan.home / "prod_env", plan.home / "benchmark_output"
     arguments = {**plan.scenario, "model": plan.model}
     entries = [
         f"vlmvqa_{plan.source}:"
         + ",".join(f"{key}={value}" for key, value in {**arguments, "image_mode": mode}.items())
         for mode in plan.modes
     ]
-    both = {"--local-path": local, "--output-path": output, "--suite": plan.suite}
+    # From the folder itself, as HELM's pages find pictures by paths that begin with benchmark_output/.
+    both = {"--local-path": "prod_env", "--output-path": "benchmark_output", "--suite": plan.suite}
     running = {
         **both,
         "--max-eval-instances": plan.scenario["max_instances"],
@@ -312,7 +317,7 @@ def run_helm(plan: Plan, log: Path) -> None:
     }
     # nltk warns of every answer under four words, which has no BLEU-4.
     warnings.filterwarnings("ignore", module="nltk.translate.bleu_score")
-    with log.open("w", encoding="utf-8") as file, redirect_stdout(file):
+    with log.open("w", encoding="utf-8") as file, redirect_stdout(file), chdir(plan.home):
         try:
             _command("helm.benchmark.run", running, "--exit-on-error", "--run-entries", *entries)
             _command("helm.benchmark.presentation.summarize", {**both, "--schema-path": SCHEMA})
@@ -334,21 +339,28 @@ def _command(module: str, options: Mapping[str, Any], *more: str) -> None:
 def summarize(plan: Plan, config: DictConfig) -> dict[str, Any]:
     """`summary.json`'s content."""
     output = plan.home / "benchmark_output"
-    scored = {}
+    scored, folder = {}, output
     for mode in plan.modes:
         folder = results.find(output / "runs" / plan.suite, plan.model, {**plan.scenario, "image_mode": mode})
         scored[mode] = results.read(folder)
         results.refuse_other(scored[mode], plan.examples, folder)
+    if "checkpoint" in plan.client:
+        from evaluation.helm.client import used  # it has the model
+
+        by = used(**plan.client)
+    else:
+        by = dict(plan.client)
     return {
         "model": plan.model,
-        **plan.client,
+        **by,
+        "helm_asked": results.adapter(folder),
         "data": plan.source,
         "split": f"val[random:{plan.scenario['max_instances']}]",
         "data_fingerprint": fingerprint.examples(plan.examples),
         "punkt": config.punkt,
         **results.summary(scored, plan.examples, config.seed),
         "versions": {"vlmvqa": __version__, **{package: version(package) for package in PACKAGES}},
-        "pages": f"helm-server --output-path {output} --suite {plan.suite}",
+        "pages": f"cd {plan.home} && helm-server --suite {plan.suite}",
     }
 
 

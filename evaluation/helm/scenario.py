@@ -7,6 +7,7 @@ questions with `vlmvqa.data`, draw first, and touch only the images that were dr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 from helm.benchmark.scenarios.scenario import CORRECT_TAG, VALID_SPLIT, Input, Instance, Output, Reference
@@ -78,14 +79,15 @@ def _text(text: str) -> MediaObject:
 
 
 def _pictures(examples: Sequence[Example], mode: str, seed: int, folder: Path) -> Iterator[tuple[Example, MediaObject]]:
-    """Each example with the picture that is shown for it, a file.
+    """Each example with the picture that is shown for it.
 
     Args:
-        folder: where the grey picture is kept.
+        folder: HELM's, of this scenario; its pages show pictures from there, and from nowhere else.
     """
     if mode not in IMAGE_MODES:
         raise InputError(f"image_mode={mode} is unknown; use {', '.join(IMAGE_MODES)}")
     if mode == "blank":
+        folder.mkdir(parents=True, exist_ok=True)
         grey = folder / "grey.png"
         grey_image().save(grey)
         for example in examples:
@@ -95,7 +97,22 @@ def _pictures(examples: Sequence[Example], mode: str, seed: int, folder: Path) -
     if shown is None:
         raise InputError("one image cannot be shuffled; draw more questions")
     for example, other in zip(examples, shown, strict=True):
-        yield example, MediaObject(location=str(other.image), content_type="image/jpeg")
+        assert isinstance(other.image, Path)
+        yield example, MediaObject(location=str(_link(other.image, folder)), content_type="image/jpeg")
+
+
+def _link(picture: Path, folder: Path) -> Path:
+    """A link to the picture, or the picture itself where links cannot be made."""
+    real = picture.resolve()
+    link = folder / blake2b(str(real.parent).encode(), digest_size=4).hexdigest() / picture.name
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(real)
+    except FileExistsError:
+        pass
+    except OSError:
+        return real
+    return link
 
 
 def _full_answers(path: Path) -> Callable[[Question], str]:
