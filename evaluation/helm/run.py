@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import sys
 import traceback
@@ -146,6 +145,8 @@ def make_plan(config: DictConfig) -> Plan:
         name = path.parent.name
     else:
         folder = saved.find(config.checkpoint).resolve()
+        if not (folder / saved.WEIGHTS).is_file():
+            raise InputError(f"{folder} holds no {saved.WEIGHTS}; copy or save the model again")
         client = {"checkpoint": str(folder), "prompt": config.prompt, "source": config.data.source}
         client |= {"batch_size": config.batch_size, "decoding": _given_decoding(config)}
         name = (folder.parent if folder.name == "model" else folder).name
@@ -196,14 +197,12 @@ def use_punkt(punkt: str, home: Path) -> None:
     """
     if punkt not in ("nltk", "stand_in"):
         raise InputError(f"punkt={punkt} is unknown; use nltk or stand_in")
-    if punkt == "stand_in":
-        for name in PUNKT_FILES:
-            replace_file((home / "nltk_data" / PUNKT / name).resolve(), "")
-        os.environ["NLTK_DATA"] = os.pathsep.join(
-            [str((home / "nltk_data").resolve()), os.environ.get("NLTK_DATA", "")]
-        )
     import nltk
 
+    if punkt == "stand_in":
+        for name in PUNKT_FILES:
+            replace_file(home / "nltk_data" / PUNKT / name, "")
+        nltk.data.path.insert(0, str((home / "nltk_data").resolve()))
     try:
         nltk.data.find(f"{PUNKT}/")
     except LookupError:

@@ -22,6 +22,7 @@ import show as show_script
 import train as train_script
 
 import command_line
+from evaluation.helm import run as helm_script
 from tests.conftest import ROOT
 from vlmvqa.training.log import read_log
 
@@ -30,6 +31,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "eval": lambda: command_line.run(eval_script.main, "eval"),
     "predict": lambda: command_line.run(predict_script.main, "predict", repeatable=("image", "question")),
     "show": lambda: command_line.run(show_script.main, "show"),
+    "helm": lambda: command_line.run(helm_script.main, "helm"),
 }
 MODEL = (
     "model.vision.overrides.depth=1",
