@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +23,8 @@ pytest.importorskip("helm", reason="crfm-helm is an extra: pip install 'vlmvqa[h
 
 from tests.conftest import ROOT
 from tests.end_to_end.scripts import Ended, call, change, done, metrics, sentence, truncate
+from tests.unit.test_docs import commands
+from vlmvqa.data import shapes, shapes_gqa
 from vlmvqa.metrics import helm_bleu_1
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -288,3 +293,53 @@ def test_helms_pages_show_the_runs_and_their_pictures(scored: tuple[Path, Ended]
             one for one in state["instance"]["input"]["multimedia_content"]["media_objects"] if "location" in one
         ]
         assert fetch(f"{address}/{picture['location']}")[:2] == b"\xff\xd8"  # a JPEG
+
+
+# --- the page's commands ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, trained: Path) -> Path:
+    """A folder with what README and docs/helm.md name: two models, and drawn files for what they call /data/..."""
+    for name in ("demo", "vqa"):
+        shutil.copytree(trained, tmp_path / "runs" / name)
+    shapes.write(tmp_path / "data" / "shapes", train_images=6, val_images=6, questions_per_image=4)
+    shapes_gqa.write(tmp_path / "gqa", train_images=8, val_images=8)
+    (tmp_path / "vqav2").symlink_to(tmp_path / "data" / "shapes")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_and_of_the_page(home: Path) -> None:
+    """In order, with fewer questions; and nothing of nltk's is there."""
+    page, readme = ROOT / "docs" / "helm.md", ROOT / "README.md"
+    asked = commands(page) + [one for one in commands(readme) if "evaluation.helm" in one]
+    for command in dict.fromkeys(asked):
+        words = shlex.split(re.sub(r"/data/(\w+)", rf"{home}/\1", command.replace("random:1000", "random:6")))
+        more = ["max_instances=6", "punkt=stand_in"] if "evaluation.helm.run" in words else []
+        if words[1] == "launch/eval.py":
+            words[1] = str(ROOT / "launch" / "eval.py")
+        ended = subprocess.run(
+            [sys.executable, *words[1:], *more], cwd=home, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, f"{command}: {ended.stderr[-2000:]}"
+    assert {path.parent.name for path in home.glob("runs/helm/*/summary.json")} == {
+        "vqa-vqav2-6",
+        "demo-vqav2-6",
+        "vqa-gqa-6",
+        "vqa-beams-vqav2-6",
+        "drawn-vqav2-6",
+    }
+
+
+@pytest.mark.slow
+def test_helms_own_command_knows_our_entries(scored: tuple[Path, Ended], data: str, tmp_path: Path) -> None:
+    """From another folder, by the entry point, as the page has it."""
+    home, _ = scored
+    entry = f"vlmvqa_vqav2:root={data.partition('=')[2]},max_instances=20,model=vlmvqa/learned"
+    options = ["--local-path", str(home / "prod_env"), "--suite", "mine", "--max-eval-instances", "20"]
+    command = [str(Path(sys.executable).with_name("helm-run")), "--run-entries", entry, *options]
+    environment = os.environ | {"NLTK_DATA": str(home / "nltk_data")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(list((tmp_path / "benchmark_output" / "runs" / "mine").glob("*/per_instance_stats.json"))) == 1

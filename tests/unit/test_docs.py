@@ -21,7 +21,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 def commands(page: Path) -> list[str]:
     blocks = page.read_text().split("```")[1::2]
     lines = [line for block in blocks for line in re.sub(r" *\\\n *", " ", block).splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if re.search(r"launch/\w+\.(py|slurm)", line)]
+    scripts = r"launch/\w+\.(py|slurm)|-m evaluation\.helm\.run"
+    return [line.split("  #")[0].strip() for line in lines if re.search(scripts, line)]
 
 
 ALL = [(page, command) for page in PAGES for command in commands(page)]
@@ -30,10 +31,12 @@ ALL = [(page, command) for page in PAGES for command in commands(page)]
 @pytest.mark.parametrize(("page", "command"), ALL, ids=[f"{page.stem}: {command}" for page, command in ALL])
 def test_every_command_is_understood(page: Path, command: str) -> None:
     words = shlex.split(command)
-    place = next(n for n, word in enumerate(words) if word.startswith("launch/"))
+    place = next(n for n, word in enumerate(words) if word.startswith(("launch/", "evaluation.")))
     script = ROOT / words[place]
+    if words[place] == "evaluation.helm.run":
+        script = ROOT / "evaluation" / "helm" / "run.py"
     assert script.exists()
-    config = "train" if script.suffix == ".slurm" else script.stem
+    config = {"run": "helm"}.get(script.stem, "train" if script.suffix == ".slurm" else script.stem)
     arguments = collect(words[place + 1 :], ["image", "question"] if config == "predict" else [])
     check_overrides(arguments, config)
 
