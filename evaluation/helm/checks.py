@@ -1,0 +1,61 @@
+"""What HELM would stumble over after half an hour of answers, looked for before the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vlmvqa.data import images
+from vlmvqa.data.example import Example
+from vlmvqa.data.submissions import replace_file
+from vlmvqa.errors import InputError
+
+PUNKT = "tokenizers/punkt_tab/english"
+PUNKT_FILES = ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab")
+
+
+def refuse_missing_helm() -> None:
+    try:
+        version("crfm-helm")
+    except PackageNotFoundError:
+        raise InputError("crfm-helm is not installed; install it with: pip install 'vlmvqa[helm]'") from None
+
+
+def use_punkt(punkt: str, home: Path) -> None:
+    """Make sure that HELM can cut answers into words: it fails without nltk's model, and after all inference.
+
+    Raises:
+        InputError: nltk's sentence model is not there.
+    """
+    if punkt not in ("nltk", "stand_in"):
+        raise InputError(f"punkt={punkt} is unknown; use nltk or stand_in")
+    import nltk
+
+    if punkt == "stand_in":
+        for name in PUNKT_FILES:
+            replace_file(home / "nltk_data" / PUNKT / name, "")
+        nltk.data.path.insert(0, str((home / "nltk_data").resolve()))
+    try:
+        nltk.data.find(f"{PUNKT}/")
+    except LookupError:
+        raise InputError(
+            "nltk's punkt_tab, which HELM cuts answers into words with, is not installed; fetch it once with: "
+            "python -m nltk.downloader punkt_tab; or, without a network, add punkt=stand_in, which differs only for "
+            "answers with a full stop inside (abbreviations count as ends of sentences)"
+        ) from None
+
+
+def refuse_bad_pictures(examples: Sequence[Example]) -> None:
+    """Stop at a picture that is missing or damaged: HELM would, after half an hour of answers."""
+
+    def look(example: Example) -> None:
+        images.decode(example.image, example.name)
+
+    with ThreadPoolExecutor() as threads:
+        found = threads.map(look, examples)
+        for _ in tqdm(found, desc="looking at the images", total=len(examples), leave=False, disable=None):
+            pass
