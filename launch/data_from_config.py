@@ -158,7 +158,13 @@ def prompts(tasks: Iterable[DataSettings]) -> dict[str, str]:
     return found
 
 
+def new_lines(prompt: str) -> str:
+    """A prompt from the command line, where a shell makes no new line of backslash and n."""
+    return prompt.replace("\\n", "\n")
+
+
 def _checked(settings: DataSettings, where: str) -> DataSettings:
+    settings = replace(settings, prompt=new_lines(settings.prompt))
     if settings.root is None and settings.hub is None and settings.packed is None:
         raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
     check_options(settings.metric, settings.scoring)

@@ -14,15 +14,20 @@ from vlmvqa.data.example import Example
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
 
+HELM = "0.5.16"
 PUNKT = "tokenizers/punkt_tab/english"
 PUNKT_FILES = ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab")
 
 
 def refuse_missing_helm() -> None:
-    try:
-        version("crfm-helm")
-    except PackageNotFoundError:
-        raise InputError("crfm-helm is not installed; install it with: pip install 'vlmvqa[helm]'") from None
+    """Stop without the version of crfm-helm that this was written for, or without what its CIDEr imports."""
+    for package, wanted in (("crfm-helm", HELM), ("pycocoevalcap", None)):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            raise InputError(f"{package} is not installed; install it with: pip install 'vlmvqa[helm]'") from None
+        if wanted and found != wanted:
+            raise InputError(f"{package} {found} is installed, {wanted} is needed; pip install 'vlmvqa[helm]'")
 
 
 def use_punkt(punkt: str, home: Path) -> None:
@@ -40,8 +45,8 @@ def use_punkt(punkt: str, home: Path) -> None:
             replace_file(home / "nltk_data" / PUNKT / name, "")
         nltk.data.path.insert(0, str((home / "nltk_data").resolve()))
     try:
-        nltk.data.find(f"{PUNKT}/")
-    except LookupError:
+        nltk.word_tokenize("One. Two.")
+    except (LookupError, OSError):
         raise InputError(
             "nltk's punkt_tab, which HELM cuts answers into words with, is not installed; fetch it once with: "
             "python -m nltk.downloader punkt_tab; or, without a network, add punkt=stand_in, which differs only for "

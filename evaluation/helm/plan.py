@@ -12,23 +12,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from command_line import group, refuse_overrides
-from data_from_config import DataSettings, one_task, read_examples
+from data_from_config import DataSettings, new_lines, one_task, read_examples
+from vlmvqa import fingerprint, ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered
 from vlmvqa.errors import InputError
 from vlmvqa.models import saved
 
 ENTRIES = ("vqav2", "gqa")  # run_specs.py has a run entry for each
-NOT_HERE = {
-    "max_instances that says how many": ("data.max_eval_samples", "data.max_train_samples"),
-    "HELM that draws, from the validation questions": ("data.eval_split", "data.train_split"),
-    "prompt=... that is used": ("data.prompt",),
-    "the official files in data.root that HELM's questions are read from": (
-        "data.hub",
-        "data.packed",
-        "data.streaming",
-    ),
-    "HELM's own": ("decoding.max_new_tokens", "decoding.temperature", "decoding.seed"),
+OBEYED = ("data.source", "data.root", "data.synthetic", "data.options")
+INSTEAD = {
+    "data.max_eval_samples": "max_instances says how many",
+    "data.prompt": "prompt=... is used, or the model's own",
+    "data.eval_split": "HELM draws from the validation questions",
+    "data.hub": "HELM's questions are read from the official files in data.root",
+    "data.packed": "HELM's questions are read from the official files in data.root",
 }
 
 
@@ -39,9 +37,11 @@ class Plan:
     Attributes:
         home: HELM's files of all models: prod_env/ (what can be run, the cache), benchmark_output/.
         model: its name in HELM's tables.
-        client: what answers: a model with arguments of `VLMClient`, or a file of predictions.
+        client: arguments of `VLMClient`; empty where answers are given.
+        predictions: a file of answers, in place of a model.
         source: whose questions.
         scenario: arguments of the run entry, but for the image mode.
+        modes: the image modes, `real` first.
         threads: of HELM.
         examples: the questions.
     """
@@ -49,6 +49,7 @@ class Plan:
     home: Path
     model: str
     client: Mapping[str, Any]
+    predictions: Path | None
     source: str
     scenario: Mapping[str, Any]
     modes: Sequence[str]
@@ -57,8 +58,8 @@ class Plan:
 
     @property
     def suite(self) -> str:
-        """Of the runs that may stand in one table: about the same questions."""
-        return f"{self.source}-{self.scenario['max_instances']}"
+        """Of the runs that may stand in one table: about the same questions, whichever folder they lie in."""
+        return f"{self.source}-{self.scenario['max_instances']}-{fingerprint.examples(self.examples)[:4]}"
 
     @property
     def folder(self) -> Path:
@@ -72,46 +73,82 @@ def make_plan(config: DictConfig) -> Plan:
     Raises:
         InputError: it cannot be had.
     """
+    _refuse_what_cannot_be_meant(config)
+    predictions, client = None, {}
+    if config.predictions is not None:
+        predictions = Path(config.predictions).expanduser().resolve()
+        if not predictions.is_file():
+            raise InputError(f"predictions={predictions} does not exist; correct the path")
+    else:
+        client = _client(config)
+    data = one_task(config)
+    root = str(Path(str(data.root)).expanduser().resolve())
+    if "," in root:
+        raise InputError(f"data.root={root} holds a comma, which HELM's run entries cannot; move or link the folder")
+    return Plan(
+        Path(group(config, "run")["dir"]).expanduser(),
+        "vlmvqa/" + re.sub(r"[^\w.-]+", "-", str(config.name or _name(predictions or Path(config.checkpoint)))),
+        client,
+        predictions,
+        data.source,
+        {"root": root, "max_instances": config.max_instances, "seed": config.seed},
+        ("real", "blank", "shuffled") if config.controls else ("real",),
+        config.batch_size,
+        _draw(data, config.max_instances),
+    )
+
+
+def _refuse_what_cannot_be_meant(config: DictConfig) -> None:
+    """Stop at keys that contradict each other, that HELM would not obey, or that have no sensible value."""
+    if ranks.world_size() > 1:
+        raise InputError("HELM is one process with many threads; start it with python, without a launcher")
     given = [name for name in ("checkpoint", "predictions") if config[name] is not None]
     if len(given) != 1:
         said = "both are given" if given else "neither is given"
         raise InputError(f"say what to score: checkpoint=... (a model) or predictions=... (its answers); {said}")
     if config.data.source not in ENTRIES:
         raise InputError(f"data={config.data.source}: HELM asks {' or '.join(ENTRIES)} here; choose one of them")
-    for reason, keys in NOT_HERE.items():
-        refuse_overrides(reason, *keys)
+    for key in _overrides():
+        if key.startswith("data.") and not key.startswith(OBEYED):
+            raise InputError(f"{key} cannot be set here: {INSTEAD.get(key, 'HELM does not read it')}; leave it out")
+    refuse_overrides("HELM's own", *(f"decoding.{key}" for key in ("max_new_tokens", "temperature", "seed")))
     if given == ["predictions"]:
         refuse_overrides("the model's, and none is loaded", "prompt", *(f"decoding.{key}" for key in config.decoding))
         if config.controls:
             raise InputError("controls=true asks the model about other images; give checkpoint=... for it")
-        path = Path(config.predictions).expanduser().resolve()
-        if not path.is_file():
-            raise InputError(f"predictions={path} does not exist; correct the path")
-        client: dict[str, Any] = {"predictions": str(path)}
-        name = path.parent.name
-    else:
-        folder = saved.find(config.checkpoint).resolve()
-        if not (folder / saved.WEIGHTS).is_file():
-            raise InputError(f"{folder} holds no {saved.WEIGHTS}; copy or save the model again")
-        client = {"checkpoint": str(folder), "prompt": config.prompt, "source": config.data.source}
-        client |= {"batch_size": config.batch_size, "decoding": _given_decoding(config)}
-        name = (folder.parent if folder.name == "model" else folder).name
-    data = one_task(config)
-    scenario = {"root": str(Path(str(data.root)).expanduser().resolve())}
-    if "," in scenario["root"]:
-        raise InputError(
-            f"data.root={data.root} holds a comma, which HELM's run entries cannot; move or link the folder"
-        )
-    return Plan(
-        Path(group(config, "run")["dir"]).expanduser(),
-        "vlmvqa/" + re.sub(r"[^\w.-]+", "-", str(config.name or name)),
-        client,
-        data.source,
-        {**scenario, "max_instances": config.max_instances, "seed": config.seed},
-        ("real", "blank", "shuffled") if config.controls else ("real",),
-        config.batch_size,
-        _draw(data, config.max_instances),
-    )
+    for key, least in (("max_instances", 1), ("batch_size", 1), ("seed", 0)):
+        if type(config[key]) is not int or config[key] < least:
+            raise InputError(f"{key}={config[key]} should be a whole number, at least {least}")
+
+
+def _overrides() -> list[str]:
+    """The keys that the command line sets."""
+    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+
+
+def _client(config: DictConfig) -> dict[str, Any]:
+    """The arguments of `VLMClient`; of the decoding only what the command line says, the rest is the model's own."""
+    folder = saved.find(config.checkpoint).resolve()
+    if not (folder / saved.WEIGHTS).is_file():
+        raise InputError(f"{folder} holds no {saved.WEIGHTS}; copy or save the model again")
+    prompt = config.prompt
+    if prompt is not None:
+        prompt = new_lines(str(prompt))
+        rest = prompt.replace("{instructions}", "", 1).split("{question}")
+        if len(rest) != 2 or set("{}") & set("".join(rest)):
+            raise InputError(
+                f"prompt={prompt!r} must hold {{question}} once, {{instructions}} at most once, and no other braces"
+            )
+    given = {key: value for key, value in group(config, "decoding").items() if f"decoding.{key}" in _overrides()}
+    own = {"checkpoint": str(folder), "prompt": prompt, "source": config.data.source}
+    return {**own, "batch_size": config.batch_size, "decoding": given}
+
+
+def _name(path: Path) -> str:
+    """Of a model: its run's folder, or the hub id's second half."""
+    if path.suffix == ".jsonl" or path.name == "model":
+        path = path.parent
+    return f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
 def _draw(data: DataSettings, max_instances: int) -> list[Example]:
@@ -120,9 +157,3 @@ def _draw(data: DataSettings, max_instances: int) -> list[Example]:
     if not all_answered(examples):
         raise InputError(f"{data.root}: some of the questions have no answers to score against")
     return examples
-
-
-def _given_decoding(config: DictConfig) -> dict[str, Any]:
-    """What the command line says of it; the rest is the model's own."""
-    given = [override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task]
-    return {key: value for key, value in group(config, "decoding").items() if f"decoding.{key}" in given}

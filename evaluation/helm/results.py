@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,14 @@ class Scored:
     Attributes:
         values: by metric and question.
         answers: by question, as they were scored.
+        cut: how many went on after their first line, which HELM is not shown.
         references: by question.
     """
 
     values: Mapping[str, Mapping[str, float]]
     answers: Mapping[str, str]
     references: Mapping[str, Sequence[str]]
+    cut: int
 
 
 def read(folder: Path) -> Scored:
@@ -52,7 +55,8 @@ def read(folder: Path) -> Scored:
     references = {
         state["instance"]["id"]: [one["output"]["text"] for one in state["instance"]["references"]] for state in states
     }
-    return Scored({name: values[name] for name in (*COLUMNS, *OTHERS) if name in values}, texts, references)
+    cut = sum(state["result"]["completions"][0]["finish_reason"]["reason"] == "stop" for state in states)
+    return Scored({name: values[name] for name in (*COLUMNS, *OTHERS) if name in values}, texts, references, cut)
 
 
 def find(suite: Path, model: str, scenario: Mapping[str, Any]) -> Path:
@@ -66,6 +70,13 @@ def find(suite: Path, model: str, scenario: Mapping[str, Any]) -> Path:
         if spec["adapter_spec"]["model"] == model and spec["scenario_spec"]["args"] == dict(scenario):
             return path.parent
     raise InputError(f"{suite} has no finished run of {model} with {dict(scenario)}; look at helm's log")
+
+
+def remove(suite: Path, model: str) -> None:
+    """Delete a model's runs, so that no older one stays beside those to come."""
+    for path in suite.glob("*/run_spec.json"):
+        if json.loads(path.read_text(encoding="utf-8"))["adapter_spec"]["model"] == model:
+            shutil.rmtree(path.parent)
 
 
 def adapter(folder: Path) -> dict[str, Any]:
@@ -109,6 +120,7 @@ def summary(scored: Mapping[str, Scored], examples: Sequence[Example], seed: int
         "n": len(about),
         "images": len(set(about.values())),
         "headline": HEADLINE,
+        "cut_at_their_first_line": {mode: one.cut for mode, one in scored.items()},
         "scores": modes,
         "real_minus": {mode: _difference(scored[mode].values[HEADLINE], real, about, seed) for mode in controls},
     }
@@ -139,10 +151,12 @@ def table(found: Mapping[str, Any]) -> str:
     for mode, difference in found["real_minus"].items():
         if difference:
             lines.append(f"{'real - ' + mode:<18}{_shown(difference):>24}")
-    return "\n".join([*lines, f"{found['n']} questions about {found['images']} images; in brackets 95 % over images"])
+    lines.append(f"{found['n']} questions about {found['images']} images; in brackets 95 % over images")
+    cut = found["cut_at_their_first_line"]["real"]
+    return "\n".join([*lines, *([f"answers that went on after their first line, cut there: {cut}"] if cut else [])])
 
 
 def _shown(one: Mapping[str, Any]) -> str:
-    """0.5831 (0.551-0.614)"""
+    """0.5831 (0.551 to 0.614)"""
     interval = one["interval"]
     return f"{one['mean']:.4f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")

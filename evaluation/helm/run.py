@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
+import shlex
 import sys
 import traceback
 import warnings
@@ -24,9 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "launch"))  # the same command line as the scripts there
+ROOT = Path(__file__).resolve().parents[2]
+if not (ROOT / "launch").is_dir():
+    sys.exit(f"error: {__name__} runs in a checkout of the project, whose launch/ and conf/ it needs")
+sys.path += [str(ROOT / "launch"), str(ROOT)]  # the same command line as the scripts there; `evaluation` for HELM
 
 from command_line import run
 from evaluation.helm import checks, results
@@ -45,11 +51,29 @@ def main(config: DictConfig) -> None:
     plan = make_plan(config)
     if (plan.folder / "summary.json").exists() and not config.run.overwrite:
         raise InputError(f"{plan.folder} already holds results; choose another name=... or set run.overwrite=true")
-    checks.use_punkt(config.punkt, plan.home)
-    checks.refuse_bad_pictures(plan.examples)
+    plan.home.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(plan.home / ".lock", timeout=0):
+            checks.use_punkt(config.punkt, plan.home)
+            checks.refuse_bad_pictures(plan.examples)
+            score(plan, config)
+    except Timeout:
+        raise InputError(f"another command is at work in {plan.home}; wait for it, or choose another run.dir") from None
+
+
+def score(plan: Plan, config: DictConfig) -> None:
+    """Let HELM ask and score, and leave `summary.json`, the last of all files."""
     plan.folder.mkdir(parents=True, exist_ok=True)
+    (plan.folder / "summary.json").unlink(missing_ok=True)  # of the results that are overwritten, as are HELM's
+    results.remove(plan.home / "benchmark_output" / "runs" / plan.suite, plan.model)
     (plan.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
     describe_model(plan)
+    if plan.predictions is None:
+        from evaluation.helm.client import (
+            load_for,  # PyTorch and transformers; what is wrong with the model is said here
+        )
+
+        load_for(**plan.client)
     asked = f"{len(plan.modes)} x " if len(plan.modes) > 1 else ""
     log = plan.folder / "helm.log"
     print(f"HELM asks {asked}{plan.scenario['max_instances']:,} questions; what it says is in {log}", flush=True)
@@ -61,26 +85,21 @@ def main(config: DictConfig) -> None:
     print(f"HELM's pages: {found['pages']}, then http://localhost:8000")
 
 
-# --- HELM -----------------------------------------------------------------------------------------------
-
-
 def describe_model(plan: Plan) -> None:
     """Tell HELM of the model, among those that are in its files already."""
-    client = plan.client
-    if "predictions" in client:
+    if plan.predictions is not None:
         answers = plan.folder / "answers.json"
-        replace_file(answers, json.dumps(_saved_answers(plan, Path(client["predictions"])), ensure_ascii=False))
+        replace_file(answers, json.dumps(_saved_answers(plan, plan.predictions), ensure_ascii=False))
         spec = {"class_name": "evaluation.helm.client.SavedAnswersClient", "args": {"answers": str(answers.resolve())}}
     else:
-        spec = {"class_name": "evaluation.helm.client.VLMClient", "args": dict(client)}
-    name = plan.model.rpartition("/")[2]
+        spec = {"class_name": "evaluation.helm.client.VLMClient", "args": dict(plan.client)}
     # No tokenizer and no lengths: HELM would fetch the one, and cut prompts to the other.
     deployment = {"name": plan.model, "model_name": plan.model, "client_spec": spec}
     metadata = {
         "name": plan.model,
         "creator_organization_name": "vlmvqa",
-        "display_name": name,
-        "description": client.get("checkpoint") or client["predictions"],
+        "display_name": plan.model.rpartition("/")[2],
+        "description": plan.client.get("checkpoint") or str(plan.predictions),
         "access": "limited",
         "release_date": date.today(),
         "tags": ["VISION_LANGUAGE_MODEL_TAG", "LIMITED_FUNCTIONALITY_VLM_TAG"],
@@ -101,24 +120,17 @@ def _saved_answers(plan: Plan, path: Path) -> list[dict[str, Any]]:
 
     asked = [(example, question) for example in plan.examples for question in example.questions]
     answers = read_answers(path, [question for _, question in asked], others=True)
-    records = [
-        {
-            "image": str(_file(example)),
-            "question": question.text,
-            "text": answers[question.id].text,
-            "log_probability": None if isnan(known := answers[question.id].log_probability) else known,
-        }
-        for example, question in asked
-    ]
-    found: dict[tuple[str, str], str] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for example, question in asked:
-        text = answers[question.id].text
-        if found.setdefault((str(_file(example)), question.text.strip()), text) != text:
+        key, answer = (str(_file(example)), question.text), answers[question.id]
+        known = None if isnan(answer.log_probability) else answer.log_probability
+        record = {"image": key[0], "question": key[1], "text": answer.text, "log_probability": known}
+        if found.setdefault(key, record)["text"] != answer.text:
             raise InputError(
                 f"{path}, question {question.id}: the same question about the same image has two answers, which HELM "
                 "cannot tell apart; score the checkpoint"
             )
-    return records
+    return list(found.values())
 
 
 def _file(example: Example) -> Path:
@@ -132,9 +144,6 @@ def run_helm(plan: Plan, log: Path) -> None:
     Raises:
         InputError: what made HELM stop.
     """
-    root = str(Path(__file__).resolve().parents[2])
-    if root not in sys.path:
-        sys.path.append(root)
     arguments = {**plan.scenario, "model": plan.model}
     entries = [
         f"vlmvqa_{plan.source}:"
@@ -158,12 +167,13 @@ def run_helm(plan: Plan, log: Path) -> None:
             _command("helm.benchmark.presentation.summarize", {**both, "--schema-path": SCHEMA})
         except Exception as error:
             traceback.print_exc(file=file)
-            sentence = str(error).partition(" Request: Request(")[0].strip().splitlines()[0]
-            raise InputError(f"HELM stopped: {sentence.rstrip('.')}; all it said is in {log}") from error
+            said = str(error).partition(" Request: Request(")[0].strip() or type(error).__name__
+            raise InputError(f"HELM stopped: {said.splitlines()[0].rstrip('.')}; all it said is in {log}") from error
 
 
 def _command(module: str, options: Mapping[str, Any], *more: str) -> None:
     """Run a command of HELM's as its console script does, but in this process, which then has the model."""
+    logging.getLogger("helm").handlers.clear()  # each command adds its own
     ours, sys.argv = sys.argv, [module, *(str(word) for option in options.items() for word in option), *more]
     try:
         importlib.import_module(module).main()
@@ -173,29 +183,32 @@ def _command(module: str, options: Mapping[str, Any], *more: str) -> None:
 
 def summarize(plan: Plan, config: DictConfig) -> dict[str, Any]:
     """`summary.json`'s content."""
-    output = plan.home / "benchmark_output"
-    scored, folder = {}, output
-    for mode in plan.modes:
-        folder = results.find(output / "runs" / plan.suite, plan.model, {**plan.scenario, "image_mode": mode})
-        scored[mode] = results.read(folder)
+    suite = plan.home / "benchmark_output" / "runs" / plan.suite
+    folders = {mode: results.find(suite, plan.model, {**plan.scenario, "image_mode": mode}) for mode in plan.modes}
+    scored = {mode: results.read(folder) for mode, folder in folders.items()}
+    for mode, folder in folders.items():
         results.refuse_other(scored[mode], plan.examples, folder)
-    if "checkpoint" in plan.client:
-        from evaluation.helm.client import used  # it has the model
+    limits = results.adapter(folders["real"])
+    if plan.predictions is None:
+        from evaluation.helm.client import effective_settings  # it has the model
 
-        by = used(**plan.client)
+        by = effective_settings(limits, **plan.client)
     else:
-        by = dict(plan.client)
+        digest = fingerprint.file(plan.predictions)
+        by = {"predictions": str(plan.predictions), "predictions_fingerprint": digest}
     return {
         "model": plan.model,
         **by,
-        "helm_asked": results.adapter(folder),
+        "helm_asked": limits,
         "data": plan.source,
+        "root": plan.scenario["root"],
         "split": f"val[random:{plan.scenario['max_instances']}]",
         "data_fingerprint": fingerprint.examples(plan.examples),
         "punkt": config.punkt,
         **results.summary(scored, plan.examples, config.seed),
         "versions": {"vlmvqa": __version__, **{package: version(package) for package in PACKAGES}},
-        "pages": f"cd {plan.home} && helm-server --suite {plan.suite}",
+        "suite": plan.suite,
+        "pages": f"cd {shlex.quote(str(plan.home))} && helm-server --suite {plan.suite}",
     }
 
 

@@ -89,7 +89,8 @@ def _pictures(examples: Sequence[Example], mode: str, seed: int, folder: Path) -
     if mode == "blank":
         folder.mkdir(parents=True, exist_ok=True)
         grey = folder / "grey.png"
-        grey_image().save(grey)
+        if not grey.exists():
+            grey_image().save(grey)
         for example in examples:
             yield example, MediaObject(location=str(grey), content_type="image/png")
         return
@@ -104,7 +105,7 @@ def _pictures(examples: Sequence[Example], mode: str, seed: int, folder: Path) -
 def _link(picture: Path, folder: Path) -> Path:
     """A link to the picture, or the picture itself where links cannot be made."""
     real = picture.resolve()
-    link = folder / blake2b(str(real.parent).encode(), digest_size=4).hexdigest() / picture.name
+    link = folder / blake2b(str(real).encode(), digest_size=8).hexdigest() / picture.name
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(real)
@@ -118,4 +119,11 @@ def _link(picture: Path, folder: Path) -> Path:
 def _full_answers(path: Path) -> Callable[[Question], str]:
     """The answer as a sentence, which GQA's own metric does not look at, and so its reader drops."""
     records = load_json(path)
-    return lambda question: str(records[question.id]["fullAnswer"])
+
+    def find(question: Question) -> str:
+        found = records[question.id].get("fullAnswer")
+        if not isinstance(found, str):
+            raise InputError(f"{path}, question {question.id}: it has no 'fullAnswer', which HELM counts as right too")
+        return found
+
+    return find

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from PIL.Image import Image
@@ -29,6 +30,11 @@ def pictures(given: Iterable[Example], most: int = 64) -> str:
         content = file_of(example.image)
         digest.update(hashlib.sha256(content or b"").digest())
     return digest.hexdigest()
+
+
+def file(path: Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def file_of(image: ImageSource) -> bytes | None:

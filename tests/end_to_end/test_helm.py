@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import nltk
 import pytest
+from filelock import FileLock
 
 pytest.importorskip("helm", reason="crfm-helm is an extra: pip install 'vlmvqa[helm]'")
 
@@ -34,9 +37,8 @@ MODES = {"real": "metrics", "shuffled": "shuffled_images", "blank": "blank_image
 @pytest.fixture(autouse=True)
 def no_punkt(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where nobody has fetched it."""
-    import nltk
-
     monkeypatch.setattr(nltk.data, "path", [])
+    nltk.tokenize._get_punkt_tokenizer.cache_clear()
 
 
 def refused(tmp_path: Path, *arguments: str) -> str:
@@ -55,8 +57,13 @@ def refused(tmp_path: Path, *arguments: str) -> str:
         (("predictions=nowhere.jsonl",), "nowhere.jsonl does not exist; correct the path"),
         (("predictions=nowhere.jsonl", "controls=true"), "controls=true asks the model about other images"),
         (("checkpoint=a", "data=docvqa"), "data=docvqa: HELM asks vqav2 or gqa here; choose one of them"),
-        (("checkpoint=a", "data.max_eval_samples=5"), "data.max_eval_samples cannot be set here: it is max_instances"),
-        (("checkpoint=a", "data.prompt=x"), "data.prompt cannot be set here: it is prompt=... that is used"),
+        (("checkpoint=a", "data.max_eval_samples=5"), "data.max_eval_samples cannot be set here: max_instances says"),
+        (("checkpoint=a", "data.prompt=x"), "data.prompt cannot be set here: prompt=... is used, or the model's own"),
+        (("checkpoint=a", "data.scoring.consensus=min3"), "data.scoring.consensus cannot be set here: HELM does not"),
+        (("checkpoint=a", "max_instances=-5"), "max_instances=-5 should be a whole number, at least 1"),
+        (("checkpoint=a", "max_instances=1000.0"), "max_instances=1000.0 should be a whole number, at least 1"),
+        (("checkpoint=a", "batch_size=0"), "batch_size=0 should be a whole number, at least 1"),
+        (("checkpoint=a", "seed=null"), "seed=None should be a whole number, at least 0"),
         (("checkpoint=a", "decoding.temperature=1"), "decoding.temperature cannot be set here: it is HELM's own"),
         (("checkpoint=a", "max_instance=5"), "there is no key 'max_instance'; did you mean 'max_instances'?"),
     ],
@@ -74,6 +81,10 @@ def test_a_command_that_cannot_be_meant_is_refused(tmp_path: Path, arguments: tu
         ("missing image", "is missing (1 of the 4 images are); download it"),
         ("half an image", "COCO_val2014_000001000002.jpg cannot be read"),
         ("no punkt_tab", "nltk's punkt_tab, which HELM cuts answers into words with, is not installed; fetch it once"),
+        ("half the weights", "does not hold this model's weights"),
+        ("no question in the prompt", "must hold {question} once, {instructions} at most once, and no other braces"),
+        ("half of punkt_tab", "nltk's punkt_tab, which HELM cuts answers into words with, is not installed"),
+        ("busy", "another command is at work in"),
         ("no weights", "holds no model.safetensors; copy or save the model again"),
         ("comma", "holds a comma, which HELM's run entries cannot; move or link the folder"),
         ("unanswered", "does not answer 1 of 6 questions"),
@@ -95,6 +106,15 @@ def test_what_is_not_there_is_missed_before_anything_is_asked(
         truncate(picture)
     elif damage == "no punkt_tab":
         given["punkt"] = "nltk"
+    elif damage == "half of punkt_tab":
+        given["punkt"] = "nltk"
+        (tmp_path / "nltk" / "tokenizers" / "punkt_tab" / "english").mkdir(parents=True)
+        nltk.data.path.append(str(tmp_path / "nltk"))
+    elif damage == "no question in the prompt":
+        given["prompt"] = "'{instructions} {qestion}'"
+    elif damage == "half the weights":
+        given["checkpoint"] = str(shutil.copytree(trained / "model", tmp_path / "half"))
+        truncate(tmp_path / "half" / "model.safetensors")
     elif damage == "no weights":
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text((trained / "model" / "config.json").read_text())
@@ -112,7 +132,9 @@ def test_what_is_not_there_is_missed_before_anything_is_asked(
             del asked[0]
         lines = (json.dumps({"question_id": one["question_id"], "answer": str(n)}) for n, one in enumerate(asked))
         (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
-    assert expected in refused(tmp_path, *(f"{key}={value}" for key, value in given.items()))
+    (tmp_path / "helm").mkdir()
+    with FileLock(tmp_path / "helm" / ".lock") if damage == "busy" else contextlib.nullcontext():
+        assert expected in refused(tmp_path, *(f"{key}={value}" for key, value in given.items()))
 
 
 # --- HELM itself ----------------------------------------------------------------------------------------
@@ -158,13 +180,14 @@ def scored(tmp_path_factory: pytest.TempPathFactory, learned: Path, data: str) -
     return home, done(helm(*arguments))
 
 
-def summary(home: Path, name: str = "learned-vqav2-60") -> dict[str, Any]:
-    parsed: dict[str, Any] = json.loads((home / name / "summary.json").read_text())
+def summary(home: Path, model: str = "learned") -> dict[str, Any]:
+    (path,) = home.glob(f"{model}-vqav2-60-*/summary.json")
+    parsed: dict[str, Any] = json.loads(path.read_text())
     return parsed
 
 
 def of_helm(home: Path, mode: str, file: str) -> Any:
-    (path,) = (home / "benchmark_output" / "runs" / "vqav2-60").glob(f"*image_mode={mode},*/{file}.json")
+    (path,) = (home / "benchmark_output" / "runs").glob(f"vqav2-60-*/*image_mode={mode},*/{file}.json")
     return json.loads(path.read_text())
 
 
@@ -191,7 +214,7 @@ def test_a_trained_model_is_scored_by_helm(scored: tuple[Path, Ended]) -> None:
         "shuffled images",
     ]
     assert f"{found['scores']['real']['bleu_1']['mean']:.4f}" in ended.out
-    assert f"cd {home} && helm-server --suite vqav2-60" in ended.out
+    assert f"cd {home} && helm-server --suite {found['suite']}" in ended.out
     assert not ended.err.strip()
 
 
@@ -234,7 +257,7 @@ def test_answers_of_our_evaluation_get_the_same_table(
     home, _ = scored
     given = [f"predictions={evaluated / 'predictions.jsonl'}", data, "max_instances=60", f"run.dir={tmp_path}"]
     done(helm(*given))
-    found = summary(tmp_path, "evaluated-vqav2-60")
+    found = summary(tmp_path, "evaluated")
     assert found["scores"]["real"] == summary(home)["scores"]["real"]
 
 
@@ -242,7 +265,7 @@ def test_answers_of_our_evaluation_get_the_same_table(
 def test_one_thread_gets_the_same_answers(scored: tuple[Path, Ended], learned: Path, data: str, tmp_path: Path) -> None:
     """And nothing out of the other run's cache."""
     done(helm(f"checkpoint={learned}", data, "max_instances=60", f"run.dir={tmp_path}", "batch_size=1"))
-    assert "60 queries, 60 computes" in (tmp_path / "learned-vqav2-60" / "helm.log").read_text()
+    assert "60 queries, 60 computes" in next(tmp_path.glob("*/helm.log")).read_text()
     assert answers(tmp_path) == answers(scored[0])
 
 
@@ -252,7 +275,7 @@ def served(home: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("helm-server")), "--suite", "vqav2-60", "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("helm-server")), "--port", str(port)]  # the latest suite
     with subprocess.Popen(command, cwd=home, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
             yield f"http://127.0.0.1:{port}"
@@ -280,7 +303,7 @@ def test_helms_pages_show_the_runs_and_their_pictures(scored: tuple[Path, Ended]
     home, _ = scored
     with served(home) as address:
         assert b"<script" in fetch(address)
-        suite = f"{address}/benchmark_output/runs/vqav2-60"
+        suite = f"{address}/benchmark_output/runs/{summary(home)['suite']}"
         tables = json.loads(fetch(f"{suite}/groups/vqav2_bleu.json"))
         shown = {table["title"]: table for table in tables}["Accuracy"]
         (row,) = shown["rows"]
@@ -323,12 +346,14 @@ def test_every_command_of_the_readme_and_of_the_page(home: Path) -> None:
             [sys.executable, *words[1:], *more], cwd=home, capture_output=True, text=True, check=False
         )
         assert ended.returncode == 0, f"{command}: {ended.stderr[-2000:]}"
-    assert {path.parent.name for path in home.glob("runs/helm/*/summary.json")} == {
-        "vqa-vqav2-6",
-        "demo-vqav2-6",
-        "vqa-gqa-6",
-        "vqa-beams-vqav2-6",
-        "drawn-vqav2-6",
+    done = [json.loads(path.read_text()) for path in home.glob("runs/helm/*/summary.json")]
+    assert {(one["model"].removeprefix("vlmvqa/"), one["data"]) for one in done} == {
+        ("vqa", "vqav2"),
+        ("demo", "vqav2"),
+        ("vqa", "gqa"),
+        ("vqa-beams", "vqav2"),
+        ("vqa-told", "vqav2"),
+        ("drawn", "vqav2"),
     }
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import configparser
 from pathlib import Path
 
 import hydra
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 import from_config
 from command_line import CONF, check_overrides, collect, group
 from data_from_config import DataSettings, data_settings
 from from_config import dist_settings, training_arguments
+from tests.conftest import ROOT
 from vlmvqa.errors import InputError
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
@@ -34,7 +36,7 @@ def compose(name: str, *overrides: str) -> DictConfig:
 def test_every_script_has_its_config(name: str) -> None:
     needed = ["data=shapes"] if name == "eval" else []
     assert "run" in compose(name, *needed)
-    assert (CONF.parent / "launch" / f"{name}.py").exists()
+    assert (CONF.parent / ("evaluation/helm/run.py" if name == "helm" else f"launch/{name}.py")).exists()
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -209,3 +211,22 @@ def test_repeated_questions_become_a_list() -> None:
     assert kept[0] == "checkpoint=x"
     config = compose("predict", *kept)
     assert OmegaConf.to_container(config.question) == ["What's it, a 'cat'?", "how many\\few?"]
+
+
+def test_every_package_is_installed() -> None:
+    """They are listed, because they lie below two folders."""
+    listed = configparser.ConfigParser()
+    listed.read(ROOT / "setup.cfg")
+    ours = [(path, ROOT / "src") for path in (ROOT / "src").rglob("__init__.py")]
+    ours += [(path, ROOT) for path in (ROOT / "evaluation").rglob("__init__.py")]
+    names = {".".join(path.parent.relative_to(root).parts) for path, root in ours}
+    assert names == set(listed["options"]["packages"].split())
+
+
+@pytest.mark.parametrize("written", [r"so: {question}\n", "so: {question}\n"])
+def test_a_new_line_in_a_prompt_may_be_written_as_in_yaml(written: str) -> None:
+    """In a shell's double quotes, backslash and n stay two characters."""
+    config = compose("eval", "data=vqav2", "data.root=/data", "checkpoint=a")
+    with open_dict(config):
+        config.data.prompt = written
+    assert data_settings(config).prompt == "so: {question}\n"

@@ -164,6 +164,16 @@ def test_answers_that_do_not_fit_are_refused(tmp_path: Path, records: list[Any],
         read_answers(tmp_path / "answers.json", questions())
 
 
+def test_answers_to_other_questions_are_passed_over_where_they_may_be(tmp_path: Path) -> None:
+    """As of a whole split, of which some questions are scored."""
+    (tmp_path / "answers.json").write_text(json.dumps([{"question_id": 77, "answer": "blue"}, *RIGHT]))
+    found = read_answers(tmp_path / "answers.json", questions()[:2], others=True)
+    assert {name: answer.text for name, answer in found.items()} == {0: "red", 1: "red"}
+    with pytest.raises(InputError, match="does not answer 1 of 4 questions"):
+        (tmp_path / "answers.json").write_text(json.dumps(RIGHT[1:]))
+        read_answers(tmp_path / "answers.json", questions(), others=True)
+
+
 def test_a_broken_list_is_located_by_its_line(tmp_path: Path) -> None:
     (tmp_path / "answers.json").write_text('[{"question_id": 0, "answer": "a"},\n{"question_id": ]')
     with pytest.raises(InputError, match="line 2: broken JSON"):

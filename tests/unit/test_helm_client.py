@@ -21,14 +21,18 @@ from helm.clients.auto_client import AutoClient
 from helm.common.cache import BlackHoleCacheConfig, SqliteCacheConfig
 from helm.common.media_object import MediaObject, MultimediaObject
 from helm.common.request import Request, RequestResult
+from helm.proxy.retry import NonRetriableException
 
-from evaluation.helm import client as helm_client
+import vlmvqa
+from evaluation.helm import model as helm_model
 from evaluation.helm.client import Asked, SavedAnswersClient, VLMClient
 from evaluation.helm.metrics import ACCURACIES
 from tests.unit.test_predict import examples, predictor
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
+from vlmvqa.inference import predict
 from vlmvqa.inference.predict import Predictor
+from vlmvqa.sequence.rows import PROMPT
 
 INSTRUCTIONS = "Answer the question using a single word."
 
@@ -52,9 +56,9 @@ def request(picture: Path, question: str, **more: Any) -> Request:
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """Every test is a process of its own, as far as loaded models go."""
-    helm_client._MODELS.clear()
+    helm_model._LOADED.clear()
     yield
-    helm_client._MODELS.clear()
+    helm_model._LOADED.clear()
 
 
 @pytest.fixture
@@ -90,7 +94,7 @@ def test_answers_are_the_models_own_whatever_the_number_of_threads(saved: Path, 
     """To the model's own prompt, one at a time: HELM's instructions were never in it."""
     alone = [str(predictor().answer(path, question)) for path, question in asked]
     for threads, batch_size in ((1, 32), (32, 32), (32, 3)):
-        helm_client._MODELS.clear()
+        helm_model._LOADED.clear()
         client = VLMClient(BlackHoleCacheConfig(), str(saved), batch_size=batch_size)
         assert texts(ask(client, asked, threads)) == alone
     assert len(set(alone)) > 4
@@ -105,8 +109,11 @@ def test_threads_are_answered_together(
 
     def held(self: Predictor, given: Sequence[Example], **more: Any) -> Any:
         sizes.append(len(given))
-        (model,) = helm_client._MODELS.values()
-        while sum(sizes) + model.waiting.qsize() < len(asked):
+        (model,) = helm_model._LOADED.values()
+        assert isinstance(model, helm_model.Model)
+        for _ in range(10_000):
+            if sum(sizes) + model.waiting.qsize() == len(asked):
+                break
             time.sleep(0.001)
         return answer_examples(self, given, **more)
 
@@ -143,6 +150,56 @@ def test_helms_instructions_are_handed_on_where_the_prompt_wants_them(
     assert seen == [f"{INSTRUCTIONS}|{asked[0][1]}\n", f"{asked[0][1]}\n"]
 
 
+def test_helms_instructions_do_not_push_the_question_out(
+    saved: Path, asked: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model reads as much text as in training: of HELM's instructions that would be a part, and no question."""
+    short = predictor()
+    short.processor = replace(short.processor, max_text_tokens=8)
+    short.save(saved)
+    read = []
+    generate = predict.generate
+
+    def watched(model: Any, batch: Any, *more: Any) -> Any:
+        tokens = batch["input_ids"][batch["role"] == PROMPT].tolist()
+        read.append(short.processor.tokenizer.decode(tokens))
+        return generate(model, batch, *more)
+
+    monkeypatch.setattr(predict, "generate", watched)
+    path = asked[0][0]
+    ask(VLMClient(BlackHoleCacheConfig(), str(saved), prompt="{instructions} {question}\n"), [(path, "what is it")], 1)
+    assert f"{INSTRUCTIONS} what is it\n" in read[0]
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_loaded_once(
+    saved: Path, asked: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (saved / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes()[:1000])
+    loads = []
+    load = vlmvqa.load
+    monkeypatch.setattr(vlmvqa, "load", lambda path: loads.append(path) or load(path))
+    client = VLMClient(BlackHoleCacheConfig(), str(saved))
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda one: client.make_request(request(*one)), asked))
+    assert len(loads) == 1 and all("does not hold this model's weights" in str(result.error) for result in results)
+
+
+def test_what_nobody_foresaw_is_not_tried_again(
+    saved: Path, asked: list[tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Predictor, given: Sequence[Example], **more: Any) -> Any:
+        raise ZeroDivisionError("by nought")
+
+    monkeypatch.setattr(Predictor, "answer_examples", broken)
+    with pytest.raises(NonRetriableException, match="ZeroDivisionError: by nought"):
+        VLMClient(BlackHoleCacheConfig(), str(saved)).make_request(request(*asked[0]))
+
+
+def test_outer_spaces_of_a_question_stay(asked: list[tuple[Path, str]]) -> None:
+    """launch/eval.py asks with them."""
+    assert Asked.of(request(asked[0][0], " Is it  red? ").multimodal_prompt).question == " Is it  red? "
+
+
 def test_an_answer_ends_with_its_line(saved: Path, asked: list[tuple[Path, str]], monkeypatch: Any) -> None:
     answer_examples = Predictor.answer_examples
 
@@ -163,13 +220,17 @@ def test_a_retrained_model_and_a_changed_picture_are_asked_again(
 ) -> None:
     def again(**more: Any) -> list[bool]:
         """Which of the answers came out of the cache, in a new process."""
-        helm_client._MODELS.clear()
+        helm_model._LOADED.clear()
         client = VLMClient(SqliteCacheConfig(str(tmp_path / "cache.sqlite")), str(saved), **more)
         return [result.cached for result in ask(client, asked[:3], 2)]
 
     assert again() == [False] * 3 and again() == [True] * 3
     assert again(prompt="so: {question}\n") == [False] * 3
     assert again(decoding={"beams": 2}) == [False] * 3
+    config = json.loads((saved / "config.json").read_text())
+    config["language_config"]["final_logit_softcapping"] = 1.0  # the same weights, and another model
+    (saved / "config.json").write_text(json.dumps(config))
+    assert again() == [False] * 3 and again() == [True] * 3
     Image.new("RGB", (28, 28), (9, 9, 9)).save(asked[0][0])
     assert again() == [asked[n][0] != asked[0][0] for n in range(3)]
     trained = predictor()

@@ -126,6 +126,23 @@ def test_a_bad_image_or_question_is_left_out_or_stops(tmp_path: Path, workers: i
     assert list(short.answer_examples([odd, asked[1]], bad_records=BadRecords("skip"))) == ["1-0"]
 
 
+@pytest.mark.parametrize(
+    ("own", "source", "otherwise", "expected"),
+    [
+        ("q: {question}\n", "gqa", "answer en {question}\n", "gqa: {question}\n"),  # that of its training on the source
+        ("q: {question}\n", "vqav2", "answer en {question}\n", "q: {question}\n"),  # the only other that it knows
+        ("q: {question}\n", "coco_captions", "caption en\n", "caption en\n"),  # which has no place for a caption
+        ("caption en\n", "vqav2", "answer en {question}\n", "answer en {question}\n"),
+        ("describe\n", "coco_captions", "caption en\n", "describe\n"),
+    ],
+)
+def test_a_source_is_asked_with_the_prompt_of_its_training(
+    own: str, source: str, otherwise: str, expected: str
+) -> None:
+    model = replace(predictor(), prompt=own, prompts={"gqa": "gqa: {question}\n"})
+    assert model.prompt_for(source, otherwise) == expected
+
+
 def test_nothing_asked_is_nothing_answered() -> None:
     assert predictor().answer_examples([]) == {}
     assert predictor().answer_examples([replace(examples()[0], questions=())]) == {}

@@ -56,7 +56,10 @@ def test_a_draw_is_helms_own() -> None:
     [
         ("vall", r"It has no split 'vall', only train, val, test-dev; did you mean 'val'\?"),
         ("2014", r"It has no split '2014', only train, val, test-dev\.$"),
-        ("val[3]", r"the slice in 'val\[3\]' is malformed; write it like val\[:10%\] or val\[100:200\]\."),
+        (
+            "val[3]",
+            r"'val\[3\]' is malformed; write it like val\[:10%\], val\[100:200\] or val\[random:1000\]\.",
+        ),
         ("val[1:2:3]", "is malformed"),
         ("val [1:2]", "has no split 'val '"),
     ],

@@ -203,7 +203,10 @@ def test_an_empty_list_of_questions_is_refused(root: Path) -> None:
         ("vals", r"no split 'vals', only train, val, test, test-dev; did you mean 'val'\?"),
         ("2014", r"no split '2014', only train, val, test, test-dev\."),
         ("", r"no split ''"),
-        ("val[:10", r"the slice in 'val\[:10' is malformed; write it like val\[:10%\] or val\[100:200\]"),
+        (
+            "val[:10",
+            r"'val\[:10' is malformed; write it like val\[:10%\], val\[100:200\] or val\[random:1000\]",
+        ),
         ("val[10]", "is malformed"),
         ("val[a:b]", "is malformed"),
         ("val[::2]", "is malformed"),

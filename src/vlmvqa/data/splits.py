@@ -91,7 +91,8 @@ def parse_split(split: str, known: Iterable[str], benchmark: str, max_samples: i
     if name not in known:
         raise InputError(f"{benchmark} has no split '{name}', only {', '.join(known)}{suggest(name, known) or '.'}")
     if match is None:
-        raise InputError(f"the slice in '{split}' is malformed; write it like {name}[:10%] or {name}[100:200].")
+        like = f"{name}[:10%], {name}[100:200] or {name}[random:1000]"
+        raise InputError(f"the slice in '{split}' is malformed; write it like {like}.")
     if max_samples is not None and max_samples < 1:
         raise InputError(f"max_samples={max_samples} selects nothing; use 1 or more, or null for all questions.")
     drawn = match["drawn"]

@@ -1,4 +1,4 @@
-"""What started this process, and what that implies: read from the environment, without PyTorch."""
+"""What started this process, and what that implies: read from the environment."""
 
 from __future__ import annotations
 

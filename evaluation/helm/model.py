@@ -1,0 +1,146 @@
+"""A model that many threads ask: their questions wait in a queue, and a worker takes what waits there as a batch."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from copy import deepcopy
+from dataclasses import asdict, replace
+from hashlib import blake2b
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+import transformers
+
+import vlmvqa
+from vlmvqa import fingerprint
+from vlmvqa.data import images
+from vlmvqa.data.example import Example, Question
+from vlmvqa.errors import InputError
+from vlmvqa.inference.predict import Answer, Predictor
+from vlmvqa.models.generation import Decoding
+
+# Seconds that a batch waits to become as large as the one before: those threads are on their way back.
+PATIENCE = 0.05
+
+
+class Model:
+    """A loaded model and the thread that asks it.
+
+    Attributes:
+        weights: their fingerprint, as in metrics.json.
+        about: that of all else that an answer depends on, but for the question, the picture and the decoding.
+    """
+
+    def __init__(self, predictor: Predictor, batch_size: int) -> None:
+        self.predictor, self.batch_size = predictor, batch_size
+        self.weights, self.about = fingerprint.weights(predictor.model), _fingerprint_settings(predictor)
+        self.waiting: SimpleQueue[tuple[Example, Decoding, Future[Answer]]] = SimpleQueue()
+        # Its own, because tokenizers are not for several threads.
+        self.tokenizer, self.tokenizing = deepcopy(predictor.processor.tokenizer), threading.Lock()
+        threading.Thread(target=self._work, name="vlmvqa model", daemon=True).start()
+
+    def decoding(self, given: Mapping[str, Any], most_tokens: int, temperature: float) -> Decoding:
+        """The model's own, but for what is given, and within HELM's limits."""
+        own = replace(self.predictor.decoding, **given)
+        return replace(own, max_new_tokens=min(own.max_new_tokens, most_tokens), temperature=temperature)
+
+    def ask(self, image: bytes, name: str, question: Question, decoding: Decoding) -> Answer:
+        """The answer; waits for it.
+
+        Args:
+            image: the content of its file, `name`, which an error names.
+            question: its id is that of all that the answer depends on.
+
+        Raises:
+            InputError: it is no picture.
+        """
+        picture = images.decode(image, name, self.predictor.processor.images)
+        answered: Future[Answer] = Future()
+        self.waiting.put((Example(picture, name, (question,)), decoding, answered))
+        return answered.result()
+
+    def pieces(self, text: str) -> list[str]:
+        """The text's tokens, as text."""
+        with self.tokenizing:
+            return list(self.tokenizer.tokenize(text))
+
+    def _work(self) -> None:
+        before = 1
+        while True:
+            batch = [self.waiting.get()]
+            latest = time.monotonic() + PATIENCE
+            while len(batch) < self.batch_size:
+                # Waits for as many as came the last time; beyond that, takes who is there already.
+                left = max(0.0, latest - time.monotonic()) if len(batch) < before else 0.0
+                try:
+                    batch.append(self.waiting.get(timeout=left) if left else self.waiting.get_nowait())
+                except Empty:
+                    break
+            before = len(batch)
+            for decoding in {decoding: None for _, decoding, _ in batch}:
+                self._answer([(example, future) for example, asked, future in batch if asked == decoding], decoding)
+
+    def _answer(self, group: Sequence[tuple[Example, Future[Answer]]], decoding: Decoding) -> None:
+        """Answer a batch; where that fails, all of it has failed."""
+        predictor = replace(self.predictor, decoding=decoding)
+        once = {example.questions[0].id: example for example, _ in group}
+        try:
+            found = predictor.answer_examples(list(once.values()), batch_size=len(once))
+            for example, answered in group:
+                answered.set_result(found[example.questions[0].id])
+        except Exception as error:
+            for _, answered in group:
+                if not answered.done():
+                    answered.set_exception(error)
+
+
+_LOADED: dict[tuple[str, bool], Model | InputError] = {}
+_LOADING = threading.Lock()
+
+
+def load(checkpoint: str, batch_size: int, uncut: bool) -> Model:
+    """The model, loaded once a process: HELM makes clients as it pleases, and its threads all come at once.
+
+    Args:
+        uncut: read prompts whole, whatever their length; else as much of a long question as in training.
+
+    Raises:
+        InputError: it cannot be loaded, each time that it is asked for.
+    """
+    key = (checkpoint, uncut)
+    with _LOADING:
+        if key not in _LOADED:
+            try:
+                predictor = vlmvqa.load(checkpoint)
+                if uncut:
+                    predictor = replace(predictor, processor=replace(predictor.processor, max_text_tokens=None))
+                _LOADED[key] = Model(predictor, batch_size)
+            except InputError as error:
+                _LOADED[key] = error
+        found = _LOADED[key]
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
+def digest(content: bytes) -> str:
+    """A short hash."""
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+def _fingerprint_settings(predictor: Predictor) -> str:
+    processor = predictor.processor
+    about = {
+        "settings": asdict(predictor.settings),
+        "language": predictor.model.language.config.to_dict(),
+        "images": asdict(processor.images),
+        "text": [processor.max_text_tokens, processor.mode],
+        "tokenizer": [processor.tokenizer.backend_tokenizer.to_str(), processor.tokenizer.special_tokens_map],
+        "versions": [vlmvqa.__version__, torch.__version__, transformers.__version__],
+    }
+    return digest(json.dumps(about, default=str, sort_keys=True).encode())
