@@ -1,0 +1,329 @@
+"""Merging: the papers' definitions on tensors worked out by hand, peft's own functions, and whole models in files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.unit.test_predict import predictor
+from vlmvqa.errors import InputError
+from vlmvqa.inference.predict import load
+from vlmvqa.merging import files, methods
+from vlmvqa.merging.files import Weights
+from vlmvqa.merging.merge import Merge, MergeSettings
+
+ONES = torch.ones(2)
+
+
+def row(*values: float) -> Tensor:
+    return torch.tensor(values)
+
+
+# --- the definitions --------------------------------------------------------------------------------------
+
+
+def test_ties_by_hand() -> None:
+    """Algorithm 1 of the paper, three models, the 60 % that are largest of five entries kept."""
+    deltas = torch.tensor([[3.0, -1.0, 0.5, 2.0, 0.1], [1.0, -4.0, 0.2, -5.0, 0.3], [2.0, 6.0, 0.4, -1.0, 0.6]])
+    thresholds = torch.tensor([methods.kth_magnitude(lambda d=d: [d], 3) for d in deltas])  # type: ignore[misc]
+    assert thresholds.tolist() == [1.0, 1.0, 1.0]
+    trimmed = methods.trim(deltas, thresholds)
+    expected = [[3.0, -1.0, 0.0, 2.0, 0.0], [1.0, -4.0, 0.0, -5.0, 0.0], [2.0, 6.0, 0.0, -1.0, 0.0]]
+    assert trimmed.tolist() == expected
+    weights = torch.ones(3)
+    assert methods.elect(trimmed, weights).tolist() == [1.0, 1.0, 0.0, -1.0, 0.0]
+    # 3, 1 and 2 agree; 6 alone is positive; nobody moves the third; -5 and -1 outweigh 2; nobody moves the last.
+    assert methods.ties(trimmed, weights).tolist() == [2.0, 6.0, 0.0, -3.0, 0.0]
+    # The first model counts double: 3, 3, 1, 2 are the mean of four; -2 - 4 + 6 is even; 2 x 2 loses against 5 + 1.
+    assert methods.ties(trimmed, torch.tensor([2.0, 1.0, 1.0])).tolist() == [9 / 4, 0.0, 0.0, -3.0, 0.0]
+
+
+def test_the_others_by_hand() -> None:
+    one, two = row(1.0, 2.0), row(3.0, -2.0)
+    both = torch.stack([one, two])
+    assert methods.linear(both, torch.tensor([3.0, 1.0])).tolist() == [1.5, 1.0]
+    assert methods.task_arithmetic(both, torch.tensor([0.5, -1.0])).tolist() == [-2.5, 3.0]
+    # At a right angle, half way: both times sin(45 degrees) / sin(90 degrees).
+    first, second = methods.slerp_shares(0.0, (1.0, 2.0), 0.5)
+    assert first == pytest.approx(math.sqrt(0.5)) == pytest.approx(second)
+    assert methods.slerp_shares(2.0, (1.0, 2.0), 0.25) == (0.75, 0.25)  # parallel: a straight line
+    assert methods.slerp_shares(0.0, (0.0, 2.0), 0.25) == (0.75, 0.25)  # no direction
+
+
+def test_dare_keeps_the_mean() -> None:
+    deltas = torch.full((2, 100_000), 3.0)
+    found = methods.drop_and_rescale(deltas, 0.3, [torch.Generator().manual_seed(n) for n in (1, 2)])
+    assert {0.0, 10.0} == {round(value, 4) for value in found.unique().tolist()}
+    assert found.mean(1).tolist() == pytest.approx([3.0, 3.0], abs=0.05)
+    assert not torch.equal(found[0], found[1])
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=60), st.data())
+@settings(max_examples=200, deadline=None)
+def test_the_threshold_is_exact(values: list[float], data: st.DataObject) -> None:
+    """The same as sorting, however the entries come in pieces."""
+    kept = data.draw(st.integers(1, len(values)))
+    cut = data.draw(st.integers(0, len(values)))
+    entries = torch.tensor(values)
+    found = methods.kth_magnitude(lambda: [entries[:cut], entries[cut:]], kept)
+    wanted = entries.abs().sort(descending=True).values[kept - 1].item()
+    assert found == (wanted if kept < len(values) else 0.0)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+def test_ties_and_the_rest_equal_pefts(density: float) -> None:
+    """`peft.utils.merge_utils`, for weights of 1, where its mean and the paper's are the same."""
+    peft = pytest.importorskip("peft.utils.merge_utils", reason="peft is an extra")
+    deltas = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
+    weights = torch.ones(3)
+    kept = int(density * 1000)
+    thresholds = torch.tensor([methods.kth_magnitude(lambda d=d: [d], kept) for d in deltas])  # type: ignore[misc]
+    ours = methods.ties(methods.trim(deltas, thresholds), weights)
+    assert torch.allclose(ours, peft.ties(list(deltas), weights, density), atol=1e-6)
+    assert torch.allclose(methods.task_arithmetic(deltas, weights), peft.task_arithmetic(list(deltas), weights))
+
+
+# --- whole models -----------------------------------------------------------------------------------------
+
+
+def tuned(folder: Path, seed: int) -> Path:
+    """The base, each entry of it moved a little."""
+    model = predictor()
+    drawn = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=drawn))
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base and two models that were tuned from it."""
+    root = tmp_path_factory.mktemp("models")
+    predictor().save(root / "base")
+    return {"base": root / "base", "a": tuned(root / "a", 1), "b": tuned(root / "b", 2)}
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    return found
+
+
+def merge(saved: dict[str, Path], output: Path, **given: Any) -> dict[str, Tensor]:
+    Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings(**given)).run(output)
+    return weights(output)
+
+
+@pytest.fixture(params=[1 << 24, 100], ids=["whole tensors", "pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """However little of a tensor is in memory at a time, the result is the same."""
+    monkeypatch.setattr(files, "PIECE", request.param)
+    yield
+
+
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp"])
+def test_a_merged_model_is_what_the_tensors_say(
+    method: str, saved: dict[str, Path], tmp_path: Path, pieces: None
+) -> None:
+    found = merge(saved, tmp_path / "out", method=method, density=0.4, weights=(1.0, 3.0), scale=0.5)
+    base, one, two = (weights(saved[name]) for name in ("base", "a", "b"))
+    shares = torch.tensor([1.0, 3.0])
+    for name, value in base.items():
+        values = torch.stack([one[name].flatten(), two[name].flatten()])
+        deltas = values - value.flatten()
+        if method == "linear":
+            expected = (values[0] + 3 * values[1]) / 4
+        elif method == "slerp":
+            a, b = values.double()
+            angle = torch.arccos((a @ b / (a.norm() * b.norm()).clamp(min=1e-300)).clamp(-1, 1))
+            straight = abs(torch.cos(angle)) > methods.PARALLEL or not a.norm() * b.norm()
+            expected = (
+                0.25 * a + 0.75 * b
+                if straight
+                else (torch.sin(0.25 * angle) * a + torch.sin(0.75 * angle) * b) / torch.sin(angle)
+            )
+        else:
+            if method == "ties":
+                kept = max(1, int(0.4 * value.numel()))
+                limits = deltas.abs().sort(1, descending=True).values[:, kept - 1]
+                trimmed = torch.where(deltas.abs() >= limits[:, None], deltas, 0.0)
+                sign = (shares[:, None] * trimmed).sum(0).sign()
+                agrees = shares[:, None] * (trimmed.sign() == sign) * (trimmed != 0)
+                change = (agrees * trimmed).sum(0) / agrees.sum(0).clamp(min=1e-30)
+            else:
+                change = (shares[:, None] * deltas).sum(0)
+            expected = value.flatten() + 0.5 * change
+        assert found[name].shape == value.shape and found[name].dtype == value.dtype
+        assert torch.allclose(found[name].flatten(), expected.float(), atol=1e-6), name
+
+
+def test_the_merged_model_answers(saved: dict[str, Path], tmp_path: Path) -> None:
+    """It is loaded like any other, and lies between its parents."""
+    merge(saved, tmp_path / "out")
+    model = load(tmp_path / "out")
+    assert model.answer_examples([]) == {} and model.prompt == predictor().prompt
+
+
+def test_trimming_by_the_whole_model_keeps_the_share_of_all(saved: dict[str, Path], tmp_path: Path) -> None:
+    for trim in ("tensor", "model"):
+        made = Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings(trim=trim, density=0.25))
+        made.run(tmp_path / trim)
+        total = sum(counts.entries for counts in made.counts.values())
+        kept = [sum(counts.kept[model] for counts in made.counts.values()) / total for model in (0, 1)]
+        assert kept == pytest.approx([0.25, 0.25], abs=0.002)
+    assert any(
+        not torch.equal(value, weights(tmp_path / "model")[name])
+        for name, value in weights(tmp_path / "tensor").items()
+    )
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_draws_the_same_again_and_otherwise_under_another_seed(
+    method: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    first = merge(saved, tmp_path / "1", method=method, density=0.5)
+    again = merge(saved, tmp_path / "2", method=method, density=0.5)
+    other = merge(saved, tmp_path / "3", method=method, density=0.5, seed=1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    whole = merge(saved, tmp_path / "4", method=method, density=1.0)
+    plain = merge(saved, tmp_path / "5", method="ties" if method == "dare_ties" else "task_arithmetic", density=1.0)
+    assert all(torch.allclose(whole[name], plain[name], atol=1e-6) for name in whole)
+
+
+def test_weights_of_a_pattern(saved: dict[str, Path], tmp_path: Path) -> None:
+    """The encoder of one, the rest of the other."""
+    found = merge(saved, tmp_path / "out", method="linear", weights=(0.0, 1.0), layers={r"^vision\.": (1.0, 0.0)})
+    one, two = weights(saved["a"]), weights(saved["b"])
+    assert all(torch.equal(found[name], (one if name.startswith("vision.") else two)[name]) for name in found)
+
+
+def test_what_was_counted(saved: dict[str, Path], tmp_path: Path) -> None:
+    made = Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings(density=1.0))
+    made.run(tmp_path / "out")
+    base, one, two = (weights(saved[name]) for name in ("base", "a", "b"))
+    deltas = [torch.cat([(x[n] - base[n]).flatten() for n in base if n.startswith("language.")]) for x in (one, two)]
+    found = made.counts["language"].record()
+    assert found["norms_of_deltas"] == pytest.approx([float(delta.norm()) for delta in deltas], rel=1e-5)
+    moved = (deltas[0] != 0) | (deltas[1] != 0)
+    opposed = deltas[0] * deltas[1] < 0
+    assert found["sign_conflicts"] == pytest.approx(float(opposed.sum() / moved.sum()), abs=1e-4)
+    assert set(made.counts) == {"vision", "projector", "language"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_files_are_written_as_the_library_reads_them(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5).to(dtype), "odd": torch.randn(7).to(dtype), "one": torch.tensor(2.0).to(dtype)}
+    tensors |= {"none": torch.zeros(0, 4).to(dtype), "steps": torch.arange(5)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    read = Weights(tmp_path)
+    copied = ((name, piece) for name in read.entries for piece in read.pieces(name))
+    files.write(tmp_path / "copy.safetensors", read.entries, copied)
+    found = load_file(tmp_path / "copy.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_weights_in_several_files(saved: dict[str, Path], tmp_path: Path) -> None:
+    """As transformers saves what is large."""
+    whole = weights(saved["a"])
+    names = sorted(whole)
+    places = {name: f"part-{n % 2}.safetensors" for n, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: whole[name] for name in names if places[name] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    parts = {**saved, "a": tmp_path}
+    one, other = merge(parts, tmp_path / "1"), merge(saved, tmp_path / "2")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_is_cut_short_does_not_look_whole(
+    saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(saved, tmp_path / "out")
+    trim = methods.trim
+    left = [5]
+
+    def stopped(*given: Tensor) -> Tensor:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return trim(*given)
+
+    monkeypatch.setattr(methods, "trim", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        merge(saved, tmp_path / "out", density=0.1)
+    with pytest.raises(InputError, match="is not a saved model"):
+        load(tmp_path / "out")
+
+
+def edited(folder: Path, output: Path, edit: Any) -> Path:
+    output.mkdir()
+    tensors = weights(folder)
+    edit(tensors)
+    save_file(tensors, output / "model.safetensors")
+    (output / "config.json").write_text((folder / "config.json").read_text())
+    return output
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (
+            lambda t: t.pop("projector.layers.0.weight"),
+            r"projector\.layers\.0\.weight is in .*/base alone; merge models tuned from the same",
+        ),
+        (lambda t: t.update(extra=torch.zeros(2)), r"extra is in .*/odd alone"),
+        (
+            lambda t: t.update({"projector.layers.0.weight": torch.zeros(2, 2)}),
+            r"projector\.layers\.0\.weight is \[\d+, \d+\] in the one, \[2, 2\] in the other",
+        ),
+        (
+            lambda t: t.update({"projector.layers.0.weight": torch.zeros(2, dtype=torch.uint8)}),
+            "of type U8, as quantised weights",
+        ),
+    ],
+)
+def test_other_models_are_refused(edit: Any, said: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    odd = edited(saved["a"], tmp_path / "odd", edit)
+    with pytest.raises(InputError, match=said):
+        Merge(saved["base"], [odd, saved["b"]], MergeSettings())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"method": "tie"}, "method=tie is unknown; use linear, .*; did you mean 'ties'"),
+        ({"density": 0}, "density=0 should be above 0 and at most 1"),
+        ({"trim": "all"}, "trim=all is unknown; use tensor or model"),
+        ({"weights": (1.0,)}, "should hold a number for each of the 2 models"),
+        ({"weights": (1.0, -1.0)}, "should add up to more than 0"),
+        ({"layers": {"nowhere": (1, 1)}}, "'nowhere' is found in no tensor's name, such as"),
+        ({"layers": {"(": (1, 1)}}, "is no regular expression"),
+    ],
+)
+def test_settings_without_sense_are_refused(given: dict[str, Any], said: str, saved: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=said):
+        Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings(**given))
+
+
+def test_what_is_missing(saved: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"base=\.\.\. must be given: ties merges what was added to it"):
+        Merge(None, [saved["a"], saved["b"]], MergeSettings())
+    with pytest.raises(InputError, match="models names 1; ties merges two or more models"):
+        Merge(saved["base"], [saved["a"]], MergeSettings())
+    with pytest.raises(InputError, match="slerp merges two models"):
+        Merge(None, [saved["a"]] * 3, MergeSettings("slerp"))
+    with pytest.raises(InputError, match="holds neither model"):
+        Merge(tmp_path, [saved["a"], saved["b"]], MergeSettings())
