@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -15,7 +16,7 @@ from transformers import TrainingArguments
 
 from command_line import CONF, LAUNCHER, group
 from data_from_config import MIXTURE, DataSettings, Task, data_settings, prompts
-from vlmvqa import ranks
+from vlmvqa import fingerprint, ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Processor
 from vlmvqa.data.example import Example
@@ -24,7 +25,8 @@ from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.inference.predict import Predictor
+from vlmvqa.inference.predict import Predictor, load
+from vlmvqa.models import saved
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings, build
 from vlmvqa.sequence.masks import SHAREABLE
@@ -33,8 +35,40 @@ from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_
 from vlmvqa.training.preflight import Asked, optimizer_for
 
 
+def take_saved_model(config: DictConfig) -> None:
+    """Under `start_from` the model's settings are those it was saved with; `model=` has chosen the trainer's.
+
+    Raises:
+        InputError: there is no such model, or the command sets a key of it.
+    """
+    if config.start_from is None:
+        return
+    for override in HydraConfig.get().overrides.task:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.startswith("model."):
+            raise InputError(f"{key} cannot be set here: the model of start_from is as it was saved; leave it out")
+    folder = saved.find(config.start_from).resolve()
+    known = json.loads((folder / saved.CONFIG).read_text(encoding="utf-8"))["model"]
+    known["language"]["tokenizer"] = str(folder / saved.TOKENIZER)
+    with open_dict(config):  # what trains, for the record and for all who ask the config
+        config.start_from, config.model = str(folder), known
+
+
 def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequence[Example]) -> Predictor:
-    """The model with its tokenizer, image settings and prompt."""
+    """The model with its tokenizer, image settings and prompt; the saved one under `start_from`."""
+    decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
+    if config.get("start_from") is not None:
+        folder = Path(config.start_from)
+        found = load(folder, "cpu")
+        images = replace(found.processor.images, resize=data.resize, reduced=data.reduced_decoding)
+        return replace(
+            found,
+            processor=replace(found.processor, images=images, max_text_tokens=data.max_text_tokens),
+            prompt=data.prompt,
+            prompts={**found.prompts, **prompts(data.tasks.values())},
+            decoding=decoding,
+            started_from={"model": str(folder), "weights": fingerprint.file(folder / saved.WEIGHTS)},
+        )
     values = group(config, "model")
     tokenizer_name = values["language"].pop("tokenizer")
     settings = build_settings(ModelSettings, values, "model")
@@ -53,7 +87,6 @@ def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequ
         data.reduced_decoding,
     )
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
-    decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
     return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()))
 
 

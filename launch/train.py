@@ -38,6 +38,7 @@ from vlmvqa.training.trainer import PARTS, VqaTrainer
 
 
 def main(config: DictConfig) -> None:
+    from_config.take_saved_model(config)
     dist = from_config.dist_settings(config)
     preflight.refuse(from_config.asked(config, dist))
     folder = from_config.run_folder(config)

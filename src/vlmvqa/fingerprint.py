@@ -34,7 +34,8 @@ def pictures(given: Iterable[Example], most: int = 64) -> str:
 
 def file(path: Path) -> str:
     """Of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def file_of(image: ImageSource) -> bytes | None:

@@ -47,6 +47,7 @@ class Predictor:
     Attributes:
         prompt: the template that questions are put into, `{question}` in it.
         prompts: that of each source it was trained on.
+        started_from: the saved model that training went on from: its name, and the fingerprint of its file of weights.
     """
 
     model: VLM
@@ -55,6 +56,7 @@ class Predictor:
     settings: ModelSettings
     decoding: Decoding = field(default_factory=Decoding)
     prompts: Mapping[str, str] = field(default_factory=dict)
+    started_from: Mapping[str, str] | None = None
 
     def prompt_for(self, source: str, otherwise: str) -> str:
         """The template that a source's questions are put into: that of its training, or the only one there was.
@@ -163,6 +165,7 @@ class Predictor:
             "images": dataclasses.asdict(self.processor.images),
             "prompt": self.prompt,
             "prompts": dict(self.prompts),
+            "started_from": self.started_from,
             "max_text_tokens": self.processor.max_text_tokens,
             "decoding": dataclasses.asdict(self.decoding),
         }

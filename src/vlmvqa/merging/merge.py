@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vlmvqa import fingerprint
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.merging import files, methods
 from vlmvqa.merging.files import FLOATS, TYPES, Weights
@@ -108,6 +110,8 @@ class Merge:
         for other in self.models:
             _refuse_different(self.base, other)
         self._refuse_patterns()
+        if settings.method not in ALONE:
+            self._refuse_other_bases()
         self.thresholds: list[float] = []
 
     def run(self, folder: Path) -> None:
@@ -208,6 +212,18 @@ class Merge:
             if settings.method != "task_arithmetic" and sum(weights) <= 0:
                 raise InputError(f"{where}={list(weights)} should add up to more than 0")
 
+    def _refuse_other_bases(self) -> None:
+        """Stop where a model says that it was trained on from another one."""
+        started = {model.folder: _started_from(model.folder) for model in self.models}
+        if not any(started.values()) or not (self.base.folder / saved.WEIGHTS).is_file():
+            return
+        own = fingerprint.file(self.base.folder / saved.WEIGHTS)
+        for folder, one in started.items():
+            if one and one["weights"] != own:
+                raise InputError(
+                    f"{folder} was trained on from {one['model']}, not from {self.base.folder}; give that as base"
+                )
+
     def _refuse_patterns(self) -> None:
         for pattern in self.settings.layers:
             try:
@@ -219,14 +235,22 @@ class Merge:
                 raise InputError(f"layers: {pattern!r} is found in no tensor's name, such as {like}")
 
 
+def _started_from(folder: Path) -> Mapping[str, str] | None:
+    """What the model was trained on from, if it says so."""
+    path = folder / saved.CONFIG
+    if not path.exists():
+        return None
+    found: Mapping[str, str] | None = json.loads(path.read_text(encoding="utf-8")).get("started_from")
+    return found
+
+
 def _refuse_different(base: Weights, other: Weights) -> None:
     """Stop unless two models have the same tensors, and these can be merged."""
     for one in (base, other):
         for name, entry in one.entries.items():
             if entry.type not in TYPES:
-                raise InputError(
-                    f"{one.folder}: {name} is of type {entry.type}, as quantised weights are; merge the dequantised model"
-                )
+                kind = f"{name} is of type {entry.type}, as quantised weights are"
+                raise InputError(f"{one.folder}: {kind}; merge the dequantised model")
     differ = [_difference(base, other, name) for name in dict.fromkeys([*base.entries, *other.entries])]
     found = [one for one in differ if one]
     if found:
