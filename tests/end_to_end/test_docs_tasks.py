@@ -1,4 +1,4 @@
-"""Every command of the tasks' pages, and of the README about them, in order: on drawn files and a tiny model."""
+"""Every command of the tasks' pages, of docs/merging.md and of the README about them: drawn files, tiny models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
+import merge as merge_script
 import prepare as prepare_script
 import pytest
 
+import command_line
 from tests.conftest import ROOT
 from tests.end_to_end import scripts
 from tests.end_to_end.scripts import call, done
@@ -17,7 +19,8 @@ from tests.unit.test_docs import commands
 from vlmvqa.data import forms, shapes, shapes_captions, shapes_gqa
 
 scripts.JOBS["prepare"] = prepare_script.start
-PAGES = sorted((ROOT / "docs" / "tasks").glob("*.md"))
+scripts.JOBS["merge"] = lambda: command_line.run(merge_script.main, "merge")
+PAGES = [*sorted((ROOT / "docs" / "tasks").glob("*.md")), ROOT / "docs" / "merging.md"]
 FEW = {"train_images": 8, "val_images": 6}
 
 
@@ -41,8 +44,10 @@ def run(command: str, home: Path) -> None:
     name = Path(script).stem
     if name == "train":
         drawn = {word.partition("synthetic")[0] for word in arguments if "synthetic=true" in word}
+        drawn |= {"data."} if "data=shapes" in arguments else set()
         arguments += [f"{data}options={{train_images:8,val_images:6}}" for data in drawn]
-        tiny = [word for word in TINY if "dataloader" not in word]
+        saved = any(word.startswith("start_from=") for word in arguments)  # with the settings of its model
+        tiny = [word for word in TINY if "dataloader" not in word and not (saved and word.startswith("model."))]
         arguments += [*tiny, "trainer.eval_strategy=no", "trainer.report_to=none", "run.overwrite=true"]
     elif any("synthetic=true" in word for word in arguments):
         arguments += ["data.options={train_images:8,val_images:6}"]
