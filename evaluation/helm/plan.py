@@ -77,6 +77,8 @@ def make_plan(config: DictConfig) -> Plan:
     predictions, client = None, {}
     if config.predictions is not None:
         predictions = Path(config.predictions).expanduser().resolve()
+        if predictions.is_dir():  # a run's folder
+            predictions = predictions / "predictions.jsonl"
         if not predictions.is_file():
             raise InputError(f"predictions={predictions} does not exist; correct the path")
     else:
@@ -85,6 +87,9 @@ def make_plan(config: DictConfig) -> Plan:
     root = str(Path(str(data.root)).expanduser().resolve())
     if "," in root:
         raise InputError(f"data.root={root} holds a comma, which HELM's run entries cannot; move or link the folder")
+    examples = _draw(data, config.max_instances)
+    if config.controls and len(examples) < 2:
+        raise InputError("controls=true shows each question another image, and only one is drawn; draw more questions")
     return Plan(
         Path(group(config, "run")["dir"]).expanduser(),
         "vlmvqa/" + re.sub(r"[^\w.-]+", "-", str(config.name or _name(predictions or Path(config.checkpoint)))),
@@ -94,7 +99,7 @@ def make_plan(config: DictConfig) -> Plan:
         {"root": root, "max_instances": config.max_instances, "seed": config.seed},
         ("real", "blank", "shuffled") if config.controls else ("real",),
         config.batch_size,
-        _draw(data, config.max_instances),
+        examples,
     )
 
 
@@ -145,8 +150,10 @@ def _client(config: DictConfig) -> dict[str, Any]:
 
 
 def _name(path: Path) -> str:
-    """Of a model: its run's folder, or the hub id's second half."""
-    if path.suffix == ".jsonl" or path.name == "model":
+    """Of a model: its run's folder, or the hub id's second half; of answers, that they are."""
+    if path.suffix == ".jsonl":
+        return f"{path.parent.name}-answers"
+    if path.name == "model":
         path = path.parent
     return f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
 

@@ -51,7 +51,10 @@ def main(config: DictConfig) -> None:
     plan = make_plan(config)
     if (plan.folder / "summary.json").exists() and not config.run.overwrite:
         raise InputError(f"{plan.folder} already holds results; choose another name=... or set run.overwrite=true")
-    plan.home.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run.dir={plan.home} cannot be made ({error.strerror}); choose another") from error
     try:
         with FileLock(plan.home / ".lock", timeout=0):
             checks.use_punkt(config.punkt, plan.home)
@@ -63,17 +66,18 @@ def main(config: DictConfig) -> None:
 
 def score(plan: Plan, config: DictConfig) -> None:
     """Let HELM ask and score, and leave `summary.json`, the last of all files."""
+    answers = None  # what can still be wrong is found before anything is overwritten
+    if plan.predictions is not None:
+        answers = _saved_answers(plan, plan.predictions)
+    else:
+        from evaluation.helm.client import load_for  # PyTorch and transformers
+
+        load_for(**plan.client)
     plan.folder.mkdir(parents=True, exist_ok=True)
     (plan.folder / "summary.json").unlink(missing_ok=True)  # of the results that are overwritten, as are HELM's
     results.remove(plan.home / "benchmark_output" / "runs" / plan.suite, plan.model)
     (plan.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
-    describe_model(plan)
-    if plan.predictions is None:
-        from evaluation.helm.client import (
-            load_for,  # PyTorch and transformers; what is wrong with the model is said here
-        )
-
-        load_for(**plan.client)
+    describe_model(plan, answers)
     asked = f"{len(plan.modes)} x " if len(plan.modes) > 1 else ""
     log = plan.folder / "helm.log"
     print(f"HELM asks {asked}{plan.scenario['max_instances']:,} questions; what it says is in {log}", flush=True)
@@ -85,12 +89,12 @@ def score(plan: Plan, config: DictConfig) -> None:
     print(f"HELM's pages: {found['pages']}, then http://localhost:8000")
 
 
-def describe_model(plan: Plan) -> None:
-    """Tell HELM of the model, among those that are in its files already."""
-    if plan.predictions is not None:
-        answers = plan.folder / "answers.json"
-        replace_file(answers, json.dumps(_saved_answers(plan, plan.predictions), ensure_ascii=False))
-        spec = {"class_name": "evaluation.helm.client.SavedAnswersClient", "args": {"answers": str(answers.resolve())}}
+def describe_model(plan: Plan, answers: list[dict[str, Any]] | None) -> None:
+    """Tell HELM of the model, or of its answers, among those that are in its files already."""
+    if answers is not None:
+        path = plan.folder / "answers.json"
+        replace_file(path, json.dumps(answers, ensure_ascii=False))
+        spec = {"class_name": "evaluation.helm.client.SavedAnswersClient", "args": {"answers": str(path.resolve())}}
     else:
         spec = {"class_name": "evaluation.helm.client.VLMClient", "args": dict(plan.client)}
     # No tokenizer and no lengths: HELM would fetch the one, and cut prompts to the other.
@@ -159,16 +163,25 @@ def run_helm(plan: Plan, log: Path) -> None:
         "--plugins": "evaluation.helm.run_specs",
         "--runner-class-name": "evaluation.helm.runner.AnsweringRunner",
     }
+    schema = plan.home / f"schema_{plan.source}.yaml"
+    replace_file(schema, yaml.safe_dump(_groups_of(plan.source), sort_keys=False, allow_unicode=True))
     # nltk warns of every answer under four words, which has no BLEU-4.
     warnings.filterwarnings("ignore", module="nltk.translate.bleu_score")
     with log.open("w", encoding="utf-8") as file, redirect_stdout(file), chdir(plan.home):
         try:
             _command("helm.benchmark.run", running, "--exit-on-error", "--run-entries", *entries)
-            _command("helm.benchmark.presentation.summarize", {**both, "--schema-path": SCHEMA})
+            _command("helm.benchmark.presentation.summarize", {**both, "--schema-path": schema.name})
         except Exception as error:
             traceback.print_exc(file=file)
             said = str(error).partition(" Request: Request(")[0].strip() or type(error).__name__
             raise InputError(f"HELM stopped: {said.splitlines()[0].rstrip('.')}; all it said is in {log}") from error
+
+
+def _groups_of(source: str) -> dict[str, Any]:
+    """The schema with the groups of one data set: HELM's pages open on the first group, whether or not it has runs."""
+    schema: dict[str, Any] = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    prefix = source.removesuffix("v2")
+    return {**schema, "run_groups": [one for one in schema["run_groups"] if one["name"].startswith(prefix)]}
 
 
 def _command(module: str, options: Mapping[str, Any], *more: str) -> None:
@@ -195,7 +208,7 @@ def summarize(plan: Plan, config: DictConfig) -> dict[str, Any]:
         by = effective_settings(limits, **plan.client)
     else:
         digest = fingerprint.file(plan.predictions)
-        by = {"predictions": str(plan.predictions), "predictions_fingerprint": digest}
+        by = {"predictions": str(plan.predictions), "predictions_fingerprint": digest, "decoding": "unknown"}
     return {
         "model": plan.model,
         **by,

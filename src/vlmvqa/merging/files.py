@@ -16,7 +16,7 @@ from torch import Tensor
 from vlmvqa.errors import InputError
 from vlmvqa.models import saved
 
-PIECE = 1 << 24  # entries in memory at a time: 64 MB in float32
+PIECE = 1 << 20  # entries in memory at a time: 4 MB in float32, which stays in the processor's cache
 INDEX = saved.WEIGHTS + ".index.json"  # of weights in several files, as transformers writes them
 # safetensors' names of types; the others are of quantised weights, or no weights.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
