@@ -27,7 +27,8 @@ pytest.importorskip("helm", reason="crfm-helm is an extra: pip install 'vlmvqa[h
 from tests.conftest import ROOT
 from tests.end_to_end.scripts import Ended, call, change, done, metrics, sentence, truncate
 from tests.unit.test_docs import commands
-from vlmvqa.data import shapes, shapes_gqa
+from vlmvqa import fingerprint
+from vlmvqa.data import shapes, shapes_gqa, vqav2
 from vlmvqa.metrics import helm_bleu_1
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -133,10 +134,21 @@ def test_what_is_not_there_is_missed_before_anything_is_asked(
         lines = (json.dumps({"question_id": one["question_id"], "answer": str(n)}) for n, one in enumerate(asked))
         (tmp_path / "predictions.jsonl").write_text("\n".join(lines))
     (tmp_path / "helm").mkdir()
-    if damage == "half the weights":  # what was there stays
-        given["run.overwrite"] = "true"
     with FileLock(tmp_path / "helm" / ".lock") if damage == "busy" else contextlib.nullcontext():
         assert expected in refused(tmp_path, *(f"{key}={value}" for key, value in given.items()))
+
+
+def test_a_refused_overwrite_keeps_what_was_there(tmp_path: Path, root: Path, trained: Path) -> None:
+    """Weights are read before results are deleted."""
+    shutil.copytree(trained / "model", tmp_path / "half")
+    truncate(tmp_path / "half" / "model.safetensors")
+    name = f"half-vqav2-6-{fingerprint.examples(vqav2.read(root, 'val[random:6]'))[:4]}"
+    (tmp_path / "helm" / name).mkdir(parents=True)
+    (tmp_path / "helm" / name / "summary.json").write_text("{}")
+    given = [f"data.root={root}", f"checkpoint={tmp_path / 'half'}", "max_instances=6", "punkt=stand_in"]
+    assert "already holds results" in refused(tmp_path, *given)
+    assert "does not hold this model's weights" in refused(tmp_path, *given, "run.overwrite=true")
+    assert (tmp_path / "helm" / name / "summary.json").exists()
 
 
 # --- HELM itself ----------------------------------------------------------------------------------------
