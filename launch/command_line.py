@@ -188,11 +188,15 @@ def group(config: DictConfig, name: str) -> dict[str, Any]:
     return {str(key): value for key, value in node.items()}
 
 
+def given_keys() -> list[str]:
+    """The keys that the command line sets."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return [override.lstrip("+~").partition("=")[0] for override in given]
+
+
 def refuse_overrides(reason: str, *keys: str) -> None:
     """Stop if the command line sets a key that this script would not obey."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    for override in given:
-        key = override.lstrip("+~").partition("=")[0]
+    for key in given_keys():
         if key in keys:
             raise InputError(f"{key} cannot be set here: it is {reason}; leave it out")
 

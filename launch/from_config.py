@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import TrainingArguments
 
-from command_line import CONF, LAUNCHER, group
+from command_line import CONF, LAUNCHER, given_keys, group
 from data_from_config import MIXTURE, DataSettings, Task, data_settings, prompts
 from vlmvqa import fingerprint, ranks
 from vlmvqa.data.bad_records import BadRecords
@@ -43,8 +42,7 @@ def take_saved_model(config: DictConfig) -> None:
     """
     if config.start_from is None:
         return
-    for override in HydraConfig.get().overrides.task:
-        key = override.lstrip("+~").partition("=")[0]
+    for key in given_keys():
         if key.startswith("model."):
             raise InputError(f"{key} cannot be set here: the model of start_from is as it was saved; leave it out")
     folder = saved.find(config.start_from).resolve()
@@ -229,7 +227,6 @@ def run_folder(config: DictConfig) -> Path:
 
 def decoding(config: DictConfig, trained: Decoding) -> Decoding:
     """The decoding a model was trained and scored with, but for what the command line says."""
-    given = [override.lstrip("+").partition("=")[0] for override in HydraConfig.get().overrides.task]
-    keys = [key.removeprefix("decoding.") for key in given if key.startswith("decoding.")]
+    keys = [key.removeprefix("decoding.") for key in given_keys() if key.startswith("decoding.")]
     values = group(config, "decoding")
     return replace(trained, **{key: values[key] for key in keys})

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from command_line import run
@@ -25,11 +26,17 @@ from vlmvqa.settings import build_settings
 def main(config: DictConfig) -> None:
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
+    if not isinstance(values["models"], list):
+        raise InputError(f"models={values['models']} should be a list: models=[runs/a,runs/b]")
+    if isinstance(values["layers"], str):  # a pattern is seldom in Hydra's grammar, which then leaves it as text
+        values["layers"] = yaml.safe_load(values["layers"])
     given = {field.name: values[field.name] for field in fields(MergeSettings)}
     settings = build_settings(MergeSettings, given, "merge")
     base = None if config.base is None else saved.find(config.base)
     merge = Merge(base, [saved.find(folder) for folder in config.models], settings)
     folder = Path(config.output).expanduser()
+    if folder.resolve() in {model.folder.resolve() for model in (*merge.models, merge.base)}:
+        raise InputError(f"output={folder} is one of the models that are merged; choose another")
     if folder.exists() and any(folder.iterdir()) and not config.run.overwrite:
         raise InputError(f"output={folder} is there already; choose another, or set run.overwrite=true")
     merge.run(folder)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from command_line import group, refuse_overrides
+from command_line import given_keys, group, refuse_overrides
 from data_from_config import DataSettings, new_lines, one_task, read_examples
 from vlmvqa import fingerprint, ranks
 from vlmvqa.data.bad_records import BadRecords
@@ -113,7 +112,7 @@ def _refuse_what_cannot_be_meant(config: DictConfig) -> None:
         raise InputError(f"say what to score: checkpoint=... (a model) or predictions=... (its answers); {said}")
     if config.data.source not in ENTRIES:
         raise InputError(f"data={config.data.source}: HELM asks {' or '.join(ENTRIES)} here; choose one of them")
-    for key in _overrides():
+    for key in given_keys():
         if key.startswith("data.") and not key.startswith(OBEYED):
             raise InputError(f"{key} cannot be set here: {INSTEAD.get(key, 'HELM does not read it')}; leave it out")
     refuse_overrides("HELM's own", *(f"decoding.{key}" for key in ("max_new_tokens", "temperature", "seed")))
@@ -124,11 +123,6 @@ def _refuse_what_cannot_be_meant(config: DictConfig) -> None:
     for key, least in (("max_instances", 1), ("batch_size", 1), ("seed", 0)):
         if type(config[key]) is not int or config[key] < least:
             raise InputError(f"{key}={config[key]} should be a whole number, at least {least}")
-
-
-def _overrides() -> list[str]:
-    """The keys that the command line sets."""
-    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
 
 
 def _client(config: DictConfig) -> dict[str, Any]:
@@ -144,7 +138,7 @@ def _client(config: DictConfig) -> dict[str, Any]:
             raise InputError(
                 f"prompt={prompt!r} must hold {{question}} once, {{instructions}} at most once, and no other braces"
             )
-    given = {key: value for key, value in group(config, "decoding").items() if f"decoding.{key}" in _overrides()}
+    given = {key: value for key, value in group(config, "decoding").items() if f"decoding.{key}" in given_keys()}
     own = {"checkpoint": str(folder), "prompt": prompt, "source": config.data.source}
     return {**own, "batch_size": config.batch_size, "decoding": given}
 

@@ -64,6 +64,9 @@ def test_two_tasks_become_one_model(home: Path) -> None:
     assert all(
         torch.equal(value, ended[name]) for name, value in load_file(home / "again" / "model.safetensors").items()
     )
+    config = json.loads((home / "again" / "config.json").read_text())
+    assert set(config["prompts"]) == {"shapes", "gqa", "docvqa"}  # each task is asked as in its training
+    assert config["prompts"]["docvqa"] == "{question}\n"
     data = ("data=gqa", "data.synthetic=true", f"data.root={home / 'gqa-data'}", *FEW, "split=val")
     done(call("eval", f"checkpoint={home / 'again'}", *data, f"run.dir={home / 'scored'}"))
     assert metrics(home / "scored")["n"] > 0
@@ -78,7 +81,13 @@ def test_what_merging_refuses(home: Path, tmp_path: Path) -> None:
     assert f"was trained on from {home / 'base' / 'model'}, not from" in refused(f"base={home / 'gqa'}", both)
     assert "did you mean 'density'" in refused(f"base={home / 'base'}", both, "densty=0.3")
     assert "no such folder" in refused(f"base={home / 'base'}", f"models=[{home / 'gqa'},{home}/no/where]")
-    merged(home)
+    onto = f"output={home / 'gqa' / 'model'}"
+    assert "is one of the models that are merged" in sentence(call("merge", f"base={home / 'base'}", both, onto))
+    assert "models=a should be a list" in refused(f"base={home / 'base'}", "models=a")
+    assert "'^visoin' is found in no tensor's name" in refused(
+        f"base={home / 'base'}", both, "layers={'^visoin': [1,0]}"
+    )
+    merged(home, "layers={'^vision': [1,0]}")
     again = sentence(call("merge", f"base={home / 'base'}", both, f"output={home / 'merged'}"))
     assert "is there already; choose another, or set run.overwrite=true" in again
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.unit.test_predict import predictor
+from tests.unit.test_predict import examples, predictor
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import load
 from vlmvqa.merging import files, methods
@@ -172,7 +173,9 @@ def test_the_merged_model_answers(saved: dict[str, Path], tmp_path: Path) -> Non
     """It is loaded like any other, and lies between its parents."""
     merge(saved, tmp_path / "out")
     model = load(tmp_path / "out")
-    assert model.answer_examples([]) == {} and model.prompt == predictor().prompt
+    assert len(model.answer_examples(examples())) == 16 and model.prompt == predictor().prompt
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(value, weights(tmp_path / "out")[name])
 
 
 def test_trimming_by_the_whole_model_keeps_the_share_of_all(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -237,6 +240,8 @@ def test_files_are_written_as_the_library_reads_them(dtype: torch.dtype, tmp_pat
 
 def test_weights_in_several_files(saved: dict[str, Path], tmp_path: Path) -> None:
     """As transformers saves what is large."""
+    shutil.copytree(saved["a"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
     whole = weights(saved["a"])
     names = sorted(whole)
     places = {name: f"part-{n % 2}.safetensors" for n, name in enumerate(names)}
@@ -299,6 +304,26 @@ def test_other_models_are_refused(edit: Any, said: str, saved: dict[str, Path], 
     odd = edited(saved["a"], tmp_path / "odd", edit)
     with pytest.raises(InputError, match=said):
         Merge(saved["base"], [odd, saved["b"]], MergeSettings())
+
+
+def test_models_that_are_asked_otherwise_are_refused(saved: dict[str, Path], tmp_path: Path) -> None:
+    """What one reads differently, its weights do not fit; what each task was asked with is kept."""
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"images": {"size": 14}}, "differ in the settings of their images"),
+        ({"prompts": {"gqa": "b {question}"}}, "asks gqa with 'b {question}', another with 'a {question}'; which"),
+    ]
+    for number, (change, said) in enumerate(changes):
+        for name, more in (("a", {"prompts": {"gqa": "a {question}"}}), ("b", change)):
+            folder = shutil.copytree(saved[name], tmp_path / f"{name}{number}")
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**config, **more}))
+        with pytest.raises(InputError, match=said):
+            Merge(saved["base"], [tmp_path / f"a{number}", tmp_path / f"b{number}"], MergeSettings())
+    made = Merge(saved["base"], [tmp_path / "a0", saved["b"]], MergeSettings())
+    assert made.config["prompts"] == {"gqa": "a {question}"}
+    (tmp_path / "a0" / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="have different tokenizers"):
+        Merge(saved["base"], [tmp_path / "a0", saved["b"]], MergeSettings())
 
 
 @pytest.mark.parametrize(

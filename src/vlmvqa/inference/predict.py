@@ -213,7 +213,8 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     images = build_settings(ImageSettings, config["images"], "config.json: images")
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, config["max_text_tokens"])
     decoding = build_settings(Decoding, config["decoding"], "config.json: decoding")
-    return Predictor(model, processor, config["prompt"], settings, decoding, config.get("prompts", {}))
+    more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
+    return Predictor(model, processor, config["prompt"], settings, decoding, **more)
 
 
 def _text_tokens(question: Question, processor: Processor) -> int:

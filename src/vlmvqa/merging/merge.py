@@ -112,12 +112,13 @@ class Merge:
         self._refuse_patterns()
         if settings.method not in ALONE:
             self._refuse_other_bases()
+        self.config = _merged_config(self.base.folder, [model.folder for model in self.models])
         self.thresholds: list[float] = []
 
     def run(self, folder: Path) -> None:
         """Write the merged model: its weights, then all else that the base's folder holds, `config.json` last."""
-        entries, whole = self.base.entries, self.settings
-        if whole.method == "ties" and whole.trim == "model":
+        entries, settings = self.base.entries, self.settings
+        if settings.method == "ties" and settings.trim == "model":
             self.thresholds = self._thresholds([name for name, entry in entries.items() if entry.type in FLOATS])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / saved.CONFIG).unlink(missing_ok=True)
@@ -135,7 +136,7 @@ class Merge:
             elif path.name not in weights:
                 shutil.copy2(path, folder)
         partial = folder / (saved.CONFIG + ".partial")
-        shutil.copy2(self.base.folder / saved.CONFIG, partial)
+        partial.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / saved.CONFIG)
 
     def _pieces(self, bar: Any) -> Iterator[tuple[str, Tensor]]:
@@ -237,11 +238,40 @@ class Merge:
 
 def _started_from(folder: Path) -> Mapping[str, str] | None:
     """What the model was trained on from, if it says so."""
+    found: Mapping[str, str] | None = _config(folder).get("started_from")
+    return found
+
+
+def _config(folder: Path) -> dict[str, Any]:
     path = folder / saved.CONFIG
     if not path.exists():
-        return None
-    found: Mapping[str, str] | None = json.loads(path.read_text(encoding="utf-8")).get("started_from")
+        raise InputError(f"{folder} holds no {saved.CONFIG}; copy or save the model again")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def _merged_config(base: Path, models: Sequence[Path]) -> dict[str, Any]:
+    """The base's, with what the models have learned to be asked: the prompt of each source, the longest text."""
+    config, others = _config(base), [_config(folder) for folder in models]
+    if "prompts" not in config:  # another library's model
+        return config
+    for key in ("model", "images"):
+        for folder, other in zip(models, others, strict=True):
+            if other[key] != config[key]:
+                raise InputError(
+                    f"{folder} and {base} differ in the settings of their {key}; merge models alike in them"
+                )
+    tokens = saved.TOKENIZER + "/tokenizer.json"
+    for folder in models:
+        if (folder / tokens).read_bytes() != (base / tokens).read_bytes():
+            raise InputError(f"{folder} and {base} have different tokenizers; merge models tuned from the same")
+    prompts: dict[str, str] = dict(config["prompts"])
+    for folder, other in zip(models, others, strict=True):
+        for source, prompt in other["prompts"].items():
+            if prompts.setdefault(source, prompt) != prompt:
+                raise InputError(f"{folder} asks {source} with {prompt!r}, another with {prompts[source]!r}; which?")
+    longest = [one["max_text_tokens"] for one in (config, *others)]
+    return {**config, "prompts": prompts, "max_text_tokens": None if None in longest else max(longest)}
 
 
 def _refuse_different(base: Weights, other: Weights) -> None:
