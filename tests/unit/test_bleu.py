@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,16 @@ METRICS = (helm_bleu_1, corpus_bleu)
 
 
 @pytest.fixture
-def sentence_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_sentence_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """nltk keeps the model that it loaded once, so that it is forgotten before and after."""
+    monkeypatch.setattr(nltk.data, "path", [])
+    nltk.tokenize._get_punkt_tokenizer.cache_clear()
+    yield
+    nltk.tokenize._get_punkt_tokenizer.cache_clear()
+
+
+@pytest.fixture
+def sentence_model(no_sentence_model: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An untrained model that knows no abbreviations: nltk's own is not to be had without a network."""
     folder = tmp_path / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True)
@@ -64,8 +74,8 @@ def test_the_mean_is_over_questions() -> None:
     assert (result.score, result.per_question) == (0.75, {1: 1.0, 2: 0.5})
 
 
-def test_inner_periods_need_the_sentence_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nltk.data, "path", [])
+@pytest.mark.usefixtures("no_sentence_model")
+def test_inner_periods_need_the_sentence_model() -> None:
     with pytest.raises(InputError, match=r"'Mr\. Red' .*python -m nltk.downloader punkt_tab"):
         one("Mr. Red", "red")
 
