@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -21,17 +20,24 @@ from vlmvqa.data.batch import Processor
 from vlmvqa.data.example import Example
 from vlmvqa.data.features import FeatureKey, FeatureStore, stored_dtype
 from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.pretrained import PretrainedProcessor
 from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.inference.predict import Predictor, load
-from vlmvqa.models import saved
+from vlmvqa.models import adapters, saved
+from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.models.checkpoint import Adapter, read_settings
 from vlmvqa.models.generation import Decoding
-from vlmvqa.models.vlm import ModelSettings, build
+from vlmvqa.models.pretrained import PretrainedSettings, build_pretrained, pretrained_config
+from vlmvqa.models.processors import ADDED_TOKENS, load_processor, random_processor
+from vlmvqa.models.vlm import DTYPES, ModelSettings, build, cast_parameters, set_trainable
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.settings import build_settings
 from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_config
 from vlmvqa.training.preflight import Asked, optimizer_for
+
+BASE = "base"  # in a run's folder: what its adapters lie over, where it lies nowhere else
 
 
 def take_saved_model(config: DictConfig) -> None:
@@ -46,30 +52,43 @@ def take_saved_model(config: DictConfig) -> None:
         if key.startswith("model."):
             raise InputError(f"{key} cannot be set here: the model of start_from is as it was saved; leave it out")
     folder = saved.find(config.start_from).resolve()
-    known = json.loads((folder / saved.CONFIG).read_text(encoding="utf-8"))["model"]
-    known["language"]["tokenizer"] = str(folder / saved.TOKENIZER)
+    _, settings = read_settings(folder)
+    known = asdict(settings)
+    if isinstance(settings, ModelSettings):
+        known["language"]["tokenizer"] = str(folder / saved.TOKENIZER)
     with open_dict(config):  # what trains, for the record and for all who ask the config
         config.start_from, config.model = str(folder), known
 
 
-def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequence[Example]) -> Predictor:
-    """The model with its tokenizer, image settings and prompt; the saved one under `start_from`."""
+def build_predictor(
+    config: DictConfig, data: DataSettings, train_examples: Sequence[Example], base: Path | None = None
+) -> Predictor:
+    """The model with its tokenizer, image settings and prompt; the saved one under `start_from`.
+
+    Args:
+        base: a folder that it was saved in before it got adapters, when the run began.
+    """
     decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
+    if base is not None:
+        return replace(load(base, "cpu"), settings=model_settings(config)[0])
     if config.get("start_from") is not None:
         folder = Path(config.start_from)
         found = load(folder, "cpu")
-        images = replace(found.processor.images, resize=data.resize, reduced=data.reduced_decoding)
+        processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
+        if not isinstance(found.settings, PretrainedSettings):
+            images = replace(processor.images, resize=data.resize, reduced=data.reduced_decoding)
+            processor = replace(processor, images=images)
         return replace(
             found,
-            processor=replace(found.processor, images=images, max_text_tokens=data.max_text_tokens),
+            processor=processor,
             prompt=data.prompt,
             prompts={**found.prompts, **prompts(data.tasks.values())},
             decoding=decoding,
-            started_from={"model": str(folder), "weights": fingerprint.file(folder / saved.WEIGHTS)},
+            started_from={"model": str(folder), "weights": fingerprint.weights_in(folder)},
         )
-    values = group(config, "model")
-    tokenizer_name = values["language"].pop("tokenizer")
-    settings = build_settings(ModelSettings, values, "model")
+    settings, tokenizer_name = model_settings(config)
+    if isinstance(settings, PretrainedSettings):
+        return _pretrained(settings, tokenizer_name, data, decoding, train_examples)
     model = build(settings)
     if tokenizer_name == "trained":
         tokenizer = train_tokenizer(train_examples, model.language.config.vocab_size)
@@ -86,6 +105,105 @@ def build_predictor(config: DictConfig, data: DataSettings, train_examples: Sequ
     )
     processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
     return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()))
+
+
+def model_settings(config: DictConfig) -> tuple[ModelSettings | PretrainedSettings, str | None]:
+    """The `model` group, and the tokenizer it names (None: the model's own)."""
+    values = group(config, "model")
+    if "pretrained" in values:
+        values.pop("resolution", None)  # a part of some names
+        tokenizer = values.pop("tokenizer", None)
+        return build_settings(PretrainedSettings, values, "model"), tokenizer
+    tokenizer = values["language"].pop("tokenizer")
+    return build_settings(ModelSettings, values, "model"), tokenizer
+
+
+def _pretrained(
+    settings: PretrainedSettings,
+    tokenizer_name: str | None,
+    data: DataSettings,
+    decoding: Decoding,
+    train_examples: Sequence[Example],
+) -> Predictor:
+    """A pretrained model with its processor."""
+    if data.resize != "squash" or data.reduced_decoding:
+        raise InputError(
+            f"{settings.pretrained} resizes images as it was trained; leave data.resize and data.reduced_decoding out"
+        )
+    known = pretrained_config(settings)
+    if settings.weights == "random":
+        if tokenizer_name != "trained":
+            raise InputError("model.weights=random needs model.tokenizer=trained, which is made of the questions")
+        text = train_tokenizer(train_examples, known.get_text_config().vocab_size - ADDED_TOKENS)
+        library, known = random_processor(known, text, settings.image_splitting)
+    else:
+        library = load_processor(settings.pretrained, settings.image_splitting)
+    model = build_pretrained(settings, known)
+    processor = PretrainedProcessor.of(library, model.mode, data.max_text_tokens)
+    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()))
+
+
+def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.device) -> tuple[Predictor, Base | None]:
+    """Give the model the adapters that the config asks for, if any; and the base, where it is still to be written."""
+    if config.get("adapt") is None:
+        return predictor, None
+    settings = build_settings(AdapterSettings, group(config, "adapt"), "adapt")
+    _refuse_trained_beside(config, settings)
+    unwritten = None
+    if config.start_from is not None:
+        base = str(config.start_from)
+        if predictor.adapter is not None:
+            raise InputError(
+                f"start_from={base} is an adapter; merge it into its base first, with launch/merge.py adapter={base}"
+            )
+        known = predictor.started_from["weights"] if predictor.started_from else ""
+    elif isinstance(predictor.settings, PretrainedSettings) and predictor.settings.weights == "hub":
+        folder = saved.find(predictor.settings.pretrained)
+        base, known = predictor.settings.pretrained, fingerprint.weights_in(folder)
+        base = str(folder.resolve()) if Path(base).expanduser().exists() else base
+    else:  # of parts, or random: it lies nowhere as a whole
+        base, known = f"../{BASE}", ""
+        unwritten = Base(predictor) if ranks.is_first() else None
+    predictor.adapter = Adapter(settings, base, known)
+    if config.start_from is not None:
+        predictor.settings = replace(predictor.settings, dtype=config.model.dtype)
+        cast_parameters(predictor.model, DTYPES[config.model.dtype])
+    paths = adapters.attach(predictor.model, settings, device)
+    for part in ("vision", "projector"):
+        if config.trainable[part] == "all":
+            set_trainable(predictor.model.part(part), "all", part)
+    ranks.say(adapters.describe(predictor.model, settings, paths))
+    return predictor, unwritten
+
+
+def _refuse_trained_beside(config: DictConfig, settings: AdapterSettings) -> None:
+    for part in ("vision", "projector", "language"):
+        choice = config.trainable[part]
+        if choice == "none":
+            continue
+        if part == "language" or choice != "all":
+            raise InputError(
+                f"trainable.{part}={choice}: adapt={settings.method} leaves the model frozen beside its adapters, but "
+                "for trainable.vision=all or trainable.projector=all; set none"
+            )
+        if any(target.startswith((f"{part}.", "*")) for target in settings.targets) or (
+            settings.bits and part == "vision"
+        ):
+            raise InputError(
+                f"trainable.{part}=all: its weights would have adapters, or be in 4 bits, and train too; set none"
+            )
+
+
+class Base:
+    """A model without adapters, kept to be written beside them once the run's folder is there."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        weights = {name: weight.detach().clone() for name, weight in predictor.model.named_parameters()}
+        self.predictor, self.weights = replace(predictor), weights
+
+    def write(self, folder: Path) -> None:
+        """Write it as `vlmvqa.load` reads it."""
+        self.predictor.save(folder, self.weights)
 
 
 def training_set(
@@ -106,7 +224,7 @@ def training_set(
             config.seed,
             bad_records,
             row_tokens=data.row_tokens,
-            questions_per_row=most_questions(data, predictor.processor.mode),
+            questions_per_row=data.questions_per_row if predictor.model.shares_images else 1,
             weighting=config.loss_weighting,
             features=features,
             repeats=[task.weight for task in tasks for _ in task.train],
@@ -167,13 +285,13 @@ def asked(config: DictConfig, dist: DistSettings) -> Asked:
     ours = "bf16" if config.trainer.get("bf16") else "fp16" if config.trainer.get("fp16") else "no"
     if mixed not in ("no", ours):
         raise InputError(f"accelerate's config file asks for {mixed}, the run for {ours}; add trainer.{mixed}=true")
-    model = group(config, "model")
-    model["language"].pop("tokenizer")
+    settings, _ = model_settings(config)
     return Asked(
         dist,
         group(config, "trainer"),
-        build_settings(ModelSettings, model, "model"),
+        settings,
         config.data.questions_per_row,
+        config.data.row_tokens,
         config.data.features is not None,
         str(config.trainable.vision),
         gpu,

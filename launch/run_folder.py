@@ -18,7 +18,7 @@ from vlmvqa.training.state import progress
 STARTED = ".launch"  # by which of torchrun's launches this run was started
 # What decides how a run goes: it cannot be changed on the way...
 DECIDES = (
-    *("start_from", "model", "data", "seed", "trainable", "learning_rates", "trainer"),
+    *("start_from", "model", "adapt", "data", "seed", "trainable", "learning_rates", "trainer"),
     *("clip_percentile", "loss_weighting"),
 )
 # ...but for where its data lies, how often it is looked at, and how its work is cut (the global batch is checked too).

@@ -23,17 +23,20 @@ import from_config
 from command_line import group, run
 from data_from_config import Task, data_settings, read_tasks
 from results import score_and_report
-from run_folder import open_run, refuse_run
-from vlmvqa import ranks
+from run_folder import going_on, open_run, refuse_run
+from vlmvqa import fingerprint, ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.inference.card import refuse_upload, upload, write_card
 from vlmvqa.inference.evaluate import Asked
 from vlmvqa.inference.predict import Predictor, load
 from vlmvqa.inference.scores import score
-from vlmvqa.models.vlm import VLM, set_trainable
+from vlmvqa.models import adapters
+from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.saved import CONFIG
+from vlmvqa.models.vlm import set_trainable
 from vlmvqa.training import parallel, preflight
 from vlmvqa.training.banner import banner
-from vlmvqa.training.state import WEIGHTS, write_weights
+from vlmvqa.training.state import WEIGHTS, whole_weights, write_weights
 from vlmvqa.training.trainer import PARTS, VqaTrainer
 
 
@@ -101,16 +104,20 @@ def train(
 ) -> str | None:
     """Train and write `model/`; the signal that stopped it before its end, if one did."""
     data = data_settings(config)
-    predictor = from_config.build_predictor(config, data, [example for task in tasks for example in task.train])
-    for part in PARTS:
-        set_trainable(getattr(predictor.model, part), config.trainable[part], part)
+    resumed = going_on(folder, config) and (folder / from_config.BASE / CONFIG).is_file()
+    examples = [example for task in tasks for example in task.train]
+    predictor = from_config.build_predictor(config, data, examples, folder / from_config.BASE if resumed else None)
+    if config.get("adapt") is None:
+        for part in PARTS:
+            set_trainable(predictor.model.part(part), config.trainable[part], part)
+    predictor, base = from_config.attach_adapters(config, predictor, arguments.device)
     # Before weights are sharded, which cached features are of.
     training_set = from_config.training_set(config, data, predictor, tasks, bad_records)
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
         parallel.shard(predictor.model, arguments.device, computed_in, dist.offload)
 
-    def score_now(model: VLM) -> dict[str, float]:
+    def score_now(model: Model) -> dict[str, float]:
         found = {}
         for task in tasks:
             if not task.answered:
@@ -137,10 +144,17 @@ def train(
         dist=dist,
         settings=predictor.settings,
         clip_percentile=config.clip_percentile,
+        adapt=predictor.adapter.settings if predictor.adapter else None,
     )
     groups = trainer.parameter_groups()
     # Only now, when all that the command says has been understood, is anything written or replaced.
     checkpoint, told = ranks.share(lambda: open_run(folder, config, trainer.global_batch, ranks.world_size()))
+    if base is not None and not resumed:
+        base.write(folder / from_config.BASE)
+    if predictor.adapter is not None and not predictor.adapter.fingerprint:
+        ranks.barrier()
+        known = fingerprint.weights_in(folder / from_config.BASE)
+        predictor.adapter = replace(predictor.adapter, fingerprint=known)
     if ranks.is_first():
         bad_records.list_in(folder / "skipped.jsonl")
     bad_records.listing = folder / "skipped.jsonl"
@@ -158,7 +172,12 @@ def _write_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> Non
     if ranks.is_first():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    write_weights(trainer, folder / WEIGHTS)
+    if predictor.adapter is None:
+        write_weights(trainer, folder / WEIGHTS)
+    else:
+        weights, adapter = whole_weights(trainer), predictor.adapter
+        if ranks.is_first():
+            adapters.save(folder, predictor.model, adapter.base, weights)
     if ranks.is_first():
         predictor.describe(folder)
     ranks.barrier()

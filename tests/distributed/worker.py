@@ -105,8 +105,8 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     dist = DistSettings(case.strategy, case.offload)
     vlm = model(case.mode)
     if case.trained == "projector":
-        set_trainable(vlm.vision, "none", "vision")
-        set_trainable(vlm.language, "none", "language")
+        set_trainable(vlm.part("vision"), "none", "vision")
+        set_trainable(vlm.part("language"), "none", "language")
     arguments = make_arguments(case, dist, folder)
     if dist.is_zero:
         parallel.correct_deepspeed()

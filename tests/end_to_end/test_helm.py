@@ -37,7 +37,7 @@ MODES = {"real": "metrics", "shuffled": "shuffled_images", "blank": "blank_image
 
 @pytest.fixture(autouse=True)
 def no_punkt(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a machine where nobody has fetched it; nltk keeps what it loaded, so that it is forgotten before and after."""
+    """As on a machine where nobody has fetched it; nltk keeps what it loaded: forgotten before and after."""
     monkeypatch.setattr(nltk.data, "path", [])
     nltk.tokenize._get_punkt_tokenizer.cache_clear()
     yield

@@ -12,17 +12,21 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import from_config
 from command_line import CONF, check_overrides, collect, group
 from data_from_config import DataSettings, data_settings
-from from_config import dist_settings, training_arguments
+from from_config import dist_settings, model_settings, training_arguments
 from tests.conftest import ROOT
 from vlmvqa.errors import InputError
+from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.settings import build_settings
 from vlmvqa.training.launchers import launcher_choice
 from vlmvqa.training.parallel import DistSettings, deepspeed_config
 
-CHECKED = {"data": DataSettings, "decoding": Decoding, "dist": DistSettings}
-PARTS = {"data=mixture": ["parts.vqav2.", "parts.gqa."]}
+CHECKED = {"data": DataSettings, "decoding": Decoding, "dist": DistSettings, "adapt": AdapterSettings}
+GIVEN = {
+    "data=mixture": ["data.parts.vqav2.root=somewhere", "data.parts.gqa.root=somewhere"],
+    "model=pretrained": ["model.pretrained=somewhere"],
+}
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hydra_quiet")
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
 
@@ -42,20 +46,22 @@ def test_every_script_has_its_config(name: str) -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_builds(choice: str, tmp_path: Path) -> None:
     name = choice.partition("=")[0]
-    roots = [f"data.{part}root=somewhere" for part in PARTS.get(choice, [""])]
-    config = compose("train", choice, *roots, "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true")
+    given = GIVEN.get(choice, ["data.root=somewhere"])
+    config = compose("train", choice, *given, "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true")
     if name == "experiment":
         training_arguments(config, DistSettings())
-        groups = ["model", *CHECKED]
+        groups = ["model", *(each for each in CHECKED if config.get(each) is not None)]
     else:
         groups = [name]
     for each in groups:
+        if each == "adapt" and "adapt" not in config:  # a choice of what trains, without adapters
+            assert set(config.trainable) == {"vision", "projector", "language"}
+            continue
         values = group(config, each)
         if each == "data":
             data_settings(config)
         elif each == "model":
-            values["language"].pop("tokenizer")
-            build_settings(ModelSettings, values, "model")
+            model_settings(config)
         elif each == "trainer":
             training_arguments(config, DistSettings())
         else:

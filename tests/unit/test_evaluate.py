@@ -199,11 +199,11 @@ def test_a_killed_evaluation_goes_on_where_it_stood(tmp_path: Path, monkeypatch:
     journal, real = Journal(tmp_path, {"checkpoint": "x"}), type(model)._answer_batch
     asked_for: list[int] = []
 
-    def until_the_third(self: Any, rows: Any, encoded: Any) -> Mapping[Any, Answer]:
+    def until_the_third(self: Any, rows: Any, readable: Any, columns: Any) -> Mapping[Any, Answer]:
         asked_for.append(len(rows))
         if len(asked_for) == 3:
             raise KeyboardInterrupt
-        return real(self, rows, encoded)
+        return real(self, rows, readable, columns)
 
     monkeypatch.setattr(type(model), "_answer_batch", until_the_third)
     with pytest.raises(KeyboardInterrupt):

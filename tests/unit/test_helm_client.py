@@ -30,8 +30,8 @@ from evaluation.helm.metrics import ACCURACIES
 from tests.unit.test_predict import examples, predictor
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
-from vlmvqa.inference import predict
 from vlmvqa.inference.predict import Predictor
+from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import PROMPT
 
 INSTRUCTIONS = "Answer the question using a single word."
@@ -158,14 +158,14 @@ def test_helms_instructions_do_not_push_the_question_out(
     short.processor = replace(short.processor, max_text_tokens=8)
     short.save(saved)
     read = []
-    generate = predict.generate
+    generate = VLM.generate
 
     def watched(model: Any, batch: Any, *more: Any) -> Any:
         tokens = batch["input_ids"][batch["role"] == PROMPT].tolist()
         read.append(short.processor.tokenizer.decode(tokens))
         return generate(model, batch, *more)
 
-    monkeypatch.setattr(predict, "generate", watched)
+    monkeypatch.setattr(VLM, "generate", watched)
     path = asked[0][0]
     ask(VLMClient(BlackHoleCacheConfig(), str(saved), prompt="{instructions} {question}\n"), [(path, "what is it")], 1)
     assert f"{INSTRUCTIONS} what is it\n" in read[0]

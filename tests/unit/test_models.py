@@ -129,22 +129,22 @@ def trained_names(vlm: VLM) -> set[str]:
 
 def test_freezing_whole_parts_and_last_blocks() -> None:
     vlm = tiny.model()
-    set_trainable(vlm.vision, "none", "vision")
-    set_trainable(vlm.projector, "all", "projector")
-    set_trainable(vlm.language, "none", "language")
+    set_trainable(vlm.part("vision"), "none", "vision")
+    set_trainable(vlm.part("projector"), "all", "projector")
+    set_trainable(vlm.part("language"), "none", "language")
     assert trained_names(vlm) == {"projector.layers.0.weight", "projector.layers.0.bias"}
-    set_trainable(vlm.vision, 1, "vision")
+    set_trainable(vlm.part("vision"), 1, "vision")
     blocks = {name.split(".")[3] for name in trained_names(vlm) if name.startswith("vision.encoder.blocks")}
     assert blocks == {"1"} and "vision.encoder.norm.weight" in trained_names(vlm)
     for wrong in (9, 0, "some", True):
         with pytest.raises(InputError, match=r"trainable\.vision="):
-            set_trainable(vlm.vision, wrong, "vision")
+            set_trainable(vlm.part("vision"), wrong, "vision")
 
 
 def test_frozen_parts_get_no_gradient() -> None:
     vlm = tiny.model()
-    set_trainable(vlm.vision, "none", "vision")
-    set_trainable(vlm.language, "none", "language")
+    set_trainable(vlm.part("vision"), "none", "vision")
+    set_trainable(vlm.part("language"), "none", "language")
     vlm(**tiny.batch(vlm, [tiny.documents([2])], tiny.images(1)))["loss"].backward()
     assert {name for name, p in vlm.named_parameters() if p.grad is not None} == trained_names(vlm)
 

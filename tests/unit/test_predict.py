@@ -19,9 +19,9 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.errors import InputError
-from vlmvqa.inference import predict
-from vlmvqa.inference.predict import Answer, Predictor
+from vlmvqa.inference.predict import Answer, Predictor, load
 from vlmvqa.models.generation import Decoding
+from vlmvqa.models.vlm import VLM
 
 WORDS = ("what", "color", "is", "the", "big", "dog", "left", "of", "it")
 VOCABULARY = 300
@@ -55,14 +55,14 @@ def assert_same(found: dict[int | str, Answer], expected: dict[int | str, Answer
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     """Rows, tokens and questions of every batch that is answered from here on."""
     seen: list[tuple[int, int, int]] = []
-    generate = predict.generate
+    generate = VLM.generate
 
     def watched(model: Any, batch: Any, *more: Any) -> Any:
         written = generate(model, batch, *more)
         seen.append((*batch["input_ids"].shape, len(written)))
         return written
 
-    monkeypatch.setattr(predict, "generate", watched)
+    monkeypatch.setattr(VLM, "generate", watched)
     return seen
 
 
@@ -171,4 +171,4 @@ def test_a_model_saved_before_reduced_decoding_sees_whole_pictures(tmp_path: Pat
     config = json.loads((tmp_path / "config.json").read_text())
     config["images"].pop("reduced")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert predict.load(tmp_path, "cpu").processor.images.reduced is False
+    assert load(tmp_path, "cpu").processor.images.reduced is False

@@ -153,7 +153,7 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, frozen: str, c
     """
     vlm = wide(tie_word_embeddings=True)
     for part, choice in FROZEN[frozen].items():
-        set_trainable(getattr(vlm, part), choice, part)
+        set_trainable(vlm.part(part), choice, part)
     document = [Document(0, [tiny.question(6, 3), tiny.question(5, 2)])]
     other = [Document(1, document[0].questions)]
     batch = tiny.batch(vlm, [document, other], tiny.images(2), multiple=1)
@@ -225,7 +225,7 @@ def test_a_step_goes_through_the_model_and_back(tmp_path: Path, cached: bool, re
     vlm = model().train()
     batch = shared(vlm)
     if cached:
-        set_trainable(vlm.vision, "none", "vision")
+        set_trainable(vlm.part("vision"), "none", "vision")
         batch["image_features"] = vlm.vision(batch.pop("pixel_values"))
     if recomputed:
         vlm.checkpoint_activations()
@@ -244,7 +244,7 @@ def test_a_step_goes_through_the_model_and_back(tmp_path: Path, cached: bool, re
 def test_frozen_parts_have_the_time_that_they_take(tmp_path: Path, frozen: list[str], backward: list[str]) -> None:
     vlm = model()
     for part in frozen:
-        set_trainable(getattr(vlm, part), "none", part)
+        set_trainable(vlm.part(part), "none", part)
     assert phases(vlm, shared(vlm), tmp_path) == [*FORWARD, *backward, "optimizer", "data"]
 
 

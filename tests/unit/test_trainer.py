@@ -64,7 +64,7 @@ def model() -> VLM:
 
 def test_parts_have_their_own_learning_rates_and_norms_do_not_decay(tmp_path: Path) -> None:
     vlm = model()
-    set_trainable(vlm.vision, 1, "vision")
+    set_trainable(vlm.part("vision"), 1, "vision")
     groups = trainer(tmp_path, vlm, {"vision": 1e-5, "projector": None}, weight_decay=0.1).parameter_groups()
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates == {"vision": 1e-5, "projector": 1e-3, "language": 1e-3}
@@ -84,7 +84,7 @@ def test_nothing_that_trains_is_an_error(tmp_path: Path) -> None:
 
 def test_the_banner_says_what_is_frozen(tmp_path: Path) -> None:
     vlm = model()
-    set_trainable(vlm.language, "none", "language")
+    set_trainable(vlm.part("language"), "none", "language")
     lines = banner(vlm, trainer(tmp_path, vlm, {"vision": 3e-6}).parameter_groups()).splitlines()
     assert [line.split()[0] for line in lines] == ["module", "vision", "projector", "language", "total"]
     assert "3e-06" in lines[1] and "0.001" in lines[2] and "frozen" in lines[3]

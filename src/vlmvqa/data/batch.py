@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,10 @@ from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_row
 class Encoded:
     """A document ready for a row: its image and its questions as token ids.
 
-    `image` is `float[3, H, H]`, or what a frozen encoder made of it, `float[N, Dv]`.
+    `image` is `float[3, H, H]`, or what a frozen encoder made of it, `float[N, Dv]`; of `data/pretrained.py` a picture.
     """
 
-    image: Tensor
+    image: Any
     questions: list[TokenizedQuestion]
 
 
@@ -106,6 +107,11 @@ class Processor:
         columns = pad_rows([build_row(row, self.image_tokens, self.mode) for row in laid], multiple)
         images = torch.stack([encoded.image for row in rows for encoded in row])
         return {"pixel_values" if images.ndim == 4 else "image_features": images, **columns}
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """The token ids that end an answer."""
+        return {self.tokenizer.eos_token_id}
 
     @cached_property
     def _special(self) -> tuple[list[int], int]:

@@ -13,6 +13,7 @@ from vlmvqa.inference.scores import metric
 
 # Weights that are known by their names, and under which terms they are given: the hub's word, and a sentence.
 LICENCES = {
+    "idefics2": ("apache-2.0", "Apache-2.0"),
     "gemma": ("gemma", "[Gemma terms of use](https://ai.google.dev/gemma/terms)"),
     "dinov2": ("apache-2.0", "Apache-2.0"),
 }
@@ -21,8 +22,10 @@ LICENCES = {
 def licences(config: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The hub's word for the licence of all, and a sentence for each part's weights; what is not known is "other"."""
     words, sentences = [], []
-    for part in ("vision", "language"):
-        settings = config["model"][part]
+    model = config["model"]
+    parts = {"pretrained": {"name": model["pretrained"], **model}} if "pretrained" in model else model
+    for part in [part for part in ("pretrained", "vision", "language") if part in parts]:
+        settings = parts[part]
         name, weights = str(settings["name"]), str(settings["weights"])
         if weights == "random":
             word, terms = "apache-2.0", "drawn at random and trained here, Apache-2.0"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -18,14 +20,16 @@ from vlmvqa.data.batch import Encoded, Processor, QuestionSet
 from vlmvqa.data.example import Example, ImageSource, Question, count_questions
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.packing import split
+from vlmvqa.data.pretrained import PretrainedProcessor
 from vlmvqa.data.texts import TokenTable
 from vlmvqa.errors import InputError
 from vlmvqa.inference.journal import Journal, batch_key
 from vlmvqa.models import checkpoint
-from vlmvqa.models.generation import Decoding, generate
-from vlmvqa.models.vlm import VLM, ModelSettings
-from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.models.generation import Decoding
+from vlmvqa.models.pretrained import PretrainedVLM
 from vlmvqa.settings import build_settings
+
+BARE = "{question}"  # the prompt of a model of which none is known
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,18 @@ class Predictor:
     Attributes:
         prompt: the template that questions are put into, `{question}` in it.
         prompts: that of each source it was trained on.
+        adapter: where it has adapters, what they lie over.
         started_from: the saved model that training went on from: its name, and the fingerprint of its file of weights.
     """
 
-    model: VLM
+    model: checkpoint.Model
     processor: Processor
     prompt: str
-    settings: ModelSettings
+    settings: checkpoint.Settings
     decoding: Decoding = field(default_factory=Decoding)
     prompts: Mapping[str, str] = field(default_factory=dict)
     started_from: Mapping[str, str] | None = None
+    adapter: checkpoint.Adapter | None = None
 
     def prompt_for(self, source: str, otherwise: str) -> str:
         """The template that a source's questions are put into: that of its training, or the only one there was.
@@ -64,6 +70,8 @@ class Predictor:
         Args:
             otherwise: the source's own, for a model whose template has no place for a question, or the reverse.
         """
+        if self.prompt == BARE and not self.prompts:  # never trained here
+            return otherwise
         fitting = ("{question}" in self.prompt) == ("{question}" in otherwise)
         return self.prompts.get(source, self.prompt if fitting else otherwise)
 
@@ -133,7 +141,7 @@ class Predictor:
         loader = DataLoader(
             QuestionSet(rows, processor, bad_records or BadRecords(advice="")),
             batch_sampler=mine,
-            collate_fn=list,
+            collate_fn=partial(_collated, processor),
             num_workers=workers,
             generator=torch.Generator(),  # its own, so that evaluating does not move the training's random state
         )
@@ -141,9 +149,9 @@ class Predictor:
         name = "answering, the first rank's share" if ranks.together() else "answering"
         hidden = None if progress and ranks.is_first() else True
         with tqdm(total=asked, desc=name, unit=" questions", disable=hidden, leave=False) as bar:
-            for batch, encoded in zip(mine, loader, strict=True):
+            for batch, (readable, columns) in zip(mine, loader, strict=True):
                 group = [rows[number] for number in batch]
-                found = self._answer_batch(group, encoded)
+                found = self._answer_batch(group, readable, columns)
                 if journal and len(found) == count_questions(group):  # a bad image is met, and listed, again
                     journal.add(batch_key(group), [[name, *dataclasses.astuple(one)] for name, one in found.items()])
                 answers |= found
@@ -151,14 +159,24 @@ class Predictor:
         every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
         return {question.id: every[question.id] for question in _questions(examples) if question.id in every}
 
-    def save(self, folder: str | Path) -> None:
-        """Write model, tokenizer, image settings and prompt into one folder that `vlmvqa.load` reads."""
-        checkpoint.save(Path(folder), self.model, self.settings, self.processor.tokenizer, self._extra())
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write model, tokenizer, image settings and prompt into one folder that `vlmvqa.load` reads.
+
+        Args:
+            weights: these in place of the model's, by the same names.
+        """
+        if self.adapter is not None:
+            raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
+        checkpoint.save(Path(folder), self.model, self.settings, self._text(), self._extra(), weights)
 
     def describe(self, folder: Path) -> None:
         """The same but for the weights, which are in the folder already."""
-        config = self.model.language.config
-        checkpoint.describe(folder, config, self.settings, self.processor.tokenizer, self._extra())
+        checkpoint.describe(folder, self.model, self.settings, self._text(), self._extra(), self.adapter)
+
+    def _text(self) -> checkpoint.Text:
+        """What is saved with the model to read its words."""
+        processor = self.processor
+        return processor.library if isinstance(processor, PretrainedProcessor) else processor.tokenizer
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -172,7 +190,7 @@ class Predictor:
 
     def _rows(self, examples: Sequence[Example], processor: Processor, room: int) -> list[Example]:
         """A row each, of at most so many text tokens (or one question), from the longest to the shortest."""
-        most = None if self.model.mode in SHAREABLE else 1
+        most = None if self.model.shares_images else 1
         rows: list[tuple[int, Example]] = []
         for example in examples:
             lengths = [_text_tokens(question, processor) for question in example.questions]
@@ -180,18 +198,17 @@ class Predictor:
                 rows.append((sum(lengths[first:end]), example.part(first, end)))
         return [example for _, example in sorted(rows, key=lambda row: -row[0])]
 
-    def _answer_batch(self, rows: Sequence[Example], encoded: Sequence[Encoded | None]) -> dict[int | str, Answer]:
+    def _answer_batch(
+        self, rows: Sequence[Example], readable: Sequence[bool], columns: Mapping[str, Tensor]
+    ) -> dict[int | str, Answer]:
         """The answers by id; none where the image was left out."""
-        readable = [one for one in encoded if one is not None]
-        if not readable:
+        if not columns:
             return {}
-        left = [row for row, one in zip(rows, encoded, strict=True) if one is not None]
-        ids = [question.id for question in _questions(left)]
+        ids = [question.id for question in _questions(row for row, one in zip(rows, readable, strict=True) if one)]
         device = next(self.model.parameters()).device
-        columns = self.processor.collate([[one] for one in readable])
         batch = {name: column.to(device) for name, column in columns.items()}
         tokenizer = self.processor.tokenizer
-        written = generate(self.model, batch, {tokenizer.eos_token_id}, self.decoding, ids)
+        written = self.model.generate(batch, self.processor.ends, self.decoding, ids)
         texts = tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
         most = self.decoding.max_new_tokens  # EOS counts
         answers = [
@@ -209,12 +226,23 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
         device: default: the GPU where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, settings, tokenizer, config = checkpoint.load(path_or_hub_id, device)
-    images = build_settings(ImageSettings, config["images"], "config.json: images")
-    processor = Processor(tokenizer, images, model.vision.tokens, model.mode, config["max_text_tokens"])
-    decoding = build_settings(Decoding, config["decoding"], "config.json: decoding")
+    model, settings, text, config = checkpoint.load(path_or_hub_id, device)
+    decoding = build_settings(Decoding, config.get("decoding", {}), "config.json: decoding")
     more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
-    return Predictor(model, processor, config["prompt"], settings, decoding, **more)
+    if isinstance(model, PretrainedVLM):
+        processor: Processor = PretrainedProcessor.of(text, model.mode, config.get("max_text_tokens"))
+    else:
+        images = build_settings(ImageSettings, config["images"], "config.json: images")
+        processor = Processor(text, images, model.vision.tokens, model.mode, config["max_text_tokens"])
+    if "adapter" in config:
+        more["adapter"] = build_settings(checkpoint.Adapter, config["adapter"], "config.json: adapter")
+    return Predictor(model, processor, config.get("prompt", BARE), settings, decoding, **more)
+
+
+def _collated(processor: Processor, encoded: Sequence[Encoded | None]) -> tuple[list[bool], dict[str, Tensor]]:
+    """Which images could be read, and the batch of them."""
+    rows = [[one] for one in encoded if one is not None]
+    return [one is not None for one in encoded], processor.collate(rows) if rows else {}
 
 
 def _text_tokens(question: Question, processor: Processor) -> int:

@@ -218,7 +218,7 @@ class Merge:
         started = {model.folder: _started_from(model.folder) for model in self.models}
         if not any(started.values()) or not (self.base.folder / saved.WEIGHTS).is_file():
             return
-        own = fingerprint.file(self.base.folder / saved.WEIGHTS)
+        own = fingerprint.weights_in(self.base.folder)
         for folder, one in started.items():
             if one and one["weights"] != own:
                 raise InputError(

@@ -18,16 +18,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from vlmvqa.errors import InputError
-from vlmvqa.models.vlm import VLM, Batch
 from vlmvqa.sequence.masks import Tokens
 from vlmvqa.sequence.rows import ANSWER, PADDING, PROMPT
+
+if TYPE_CHECKING:
+    from vlmvqa.models.vlm import VLM, Batch
 
 CHUNK = 256  # states that meet the output head at once: 256 MiB of fp32 logits at V = 256,000
 NONE = -1  # the question that wrote a column of padding
@@ -211,22 +213,36 @@ def _last_prompt_tokens(batch: Batch) -> Tensor:
     return is_prompt & ~follows
 
 
+def streams_of(decoding: Decoding, keys: Sequence[int | str]) -> list[random.Random]:
+    """Each question's own stream of random numbers."""
+    return [random.Random(f"{decoding.seed}-{key}") for key in keys]
+
+
+def pick(log_probs: Tensor, drawn: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The next token of each question, `int64[Q]`, and its log-probability, `float[Q]`.
+
+    Args:
+        log_probs: float[Q, V].
+        drawn: float64[Q], from 0 to 1, used where the temperature is not 0.
+    """
+    if temperature == 0:
+        chosen = log_probs.argmax(-1)
+    else:  # the token under which the drawn share of all probability lies
+        share = (log_probs / temperature).softmax(-1).double().cumsum(-1)
+        chosen = torch.searchsorted(share, drawn[:, None] * share[:, -1:], right=True)[:, 0]
+        chosen = chosen.clamp(max=share.shape[-1] - 1)
+    return chosen, log_probs.gather(-1, chosen[:, None])[:, 0]
+
+
 def _one_by_one(
     questions: OpenQuestions, eos: list[int], decoding: Decoding, keys: Sequence[int | str]
 ) -> list[Generated]:
     """Greedy decoding, or sampling at a temperature."""
     ends = torch.tensor(eos, device=questions.number.device)
-    streams = [random.Random(f"{decoding.seed}-{key}") for key in keys]
+    streams = streams_of(decoding, keys)
 
     def choose(log_probs: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs = log_probs[:, 0]
-        if decoding.temperature == 0:
-            chosen = log_probs.argmax(-1)
-        else:  # the token under which the drawn share of all probability lies
-            share = (log_probs / decoding.temperature).softmax(-1).double().cumsum(-1)
-            chosen = torch.searchsorted(share, drawn[:, None] * share[:, -1:], right=True)[:, 0]
-            chosen = chosen.clamp(max=share.shape[-1] - 1)
-        return chosen, log_probs.gather(-1, chosen[:, None])[:, 0]
+        return pick(log_probs[:, 0], drawn, decoding.temperature)
 
     total = torch.zeros(len(questions), device=ends.device)
     written = torch.full((len(questions), decoding.max_new_tokens), -1, device=ends.device)

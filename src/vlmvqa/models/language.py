@@ -125,9 +125,7 @@ class LanguageModel(nn.Module):
             logits = F.linear(hidden, self.decoder.get_input_embeddings().weight)
         else:
             logits = self.head(hidden)
-        logits = logits.float()
-        softcap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return final_logits(logits, self.config)
 
     def fused_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropies `float[S, D], int64[S] -> float32[S]` of the logits above, by one kernel."""
@@ -157,12 +155,7 @@ class LanguageModel(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Recompute layer activations in the backward pass (non-reentrant)."""
-        # transformers renamed it in 5.2x; 5.17 has the old name only.
-        enable = getattr(self.decoder, "activation_checkpointing_enable", None)
-        if enable is not None:
-            enable({"use_reentrant": False})
-        else:
-            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(self.decoder)
 
     def _masks(self, tokens: Tokens, keys: Tokens, dtype: torch.dtype) -> Any:
         """The mask of each kind of layer, in the form this decoder takes: a dict by layer kind, or one mask."""
@@ -193,6 +186,20 @@ class LanguageModel(nn.Module):
             return mask
         # Added to the scores.
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def final_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """What the output head has made, in float32, with the final softcap where the config has one."""
+    logits = logits.float()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Recompute a transformers model's layers in the backward pass (non-reentrant)."""
+    # transformers renamed it in 5.2x; 5.17 has the old name only.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def language_config(settings: LanguageSettings) -> PreTrainedConfig:
@@ -252,6 +259,11 @@ def _refuse_unknown(config: PreTrainedConfig) -> None:
             f"model.language: {config.model_type} has layers of kind {sorted(kinds - set(LAYER_KINDS))}, "
             f"which our masks do not cover; choose a model of {LAYER_KINDS}"
         )
+    refuse_unknown_head(config)
+
+
+def refuse_unknown_head(config: PreTrainedConfig) -> None:
+    """Stop at a model whose output head does more than `final_logits` knows."""
     odd = [name for name in UNKNOWN_HEADS if getattr(config, name, None) not in (None, 1, 1.0)]
     if odd:
         raise InputError(

@@ -7,6 +7,8 @@ from pathlib import Path
 from vlmvqa.errors import InputError
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+# Of a hub repository, what is ours or transformers' own: never a pickle, nor the weights once more in another form.
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def find(path_or_hub_id: str | Path) -> Path:
@@ -30,7 +32,7 @@ def find(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path_or_hub_id)))
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{path_or_hub_id} is neither a folder here nor readable from the hub; check the path or the id, "

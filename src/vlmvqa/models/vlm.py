@@ -10,23 +10,25 @@ Legend: B rows, T tokens, I images, N image tokens, D width, Dv vision width, S 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.generation import Decoding, Generated, generate
 from vlmvqa.models.language import LanguageModel, LanguageSettings, build_language_model
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
-from vlmvqa.sequence.loss import supervised_loss
-from vlmvqa.sequence.masks import MODES, Tokens
+from vlmvqa.sequence.loss import divided, supervised_loss
+from vlmvqa.sequence.masks import MODES, SHAREABLE, Tokens
 from vlmvqa.sequence.rows import IGNORE, NO_IMAGE
 
 Batch = Mapping[str, Tensor]
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -101,9 +103,46 @@ class VLM(nn.Module):
         hidden, labels = self.decode(batch), batch["labels"]
         fused = self.language.fused_losses if self.language.loss == "fused" else None
         loss, weight = supervised_loss(hidden, labels, self.language.logits, weights=batch.get("weights"), fused=fused)
-        divisor = weight if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=loss.device)
-        # Where nothing is supervised the loss is 0, not 0 / 0.
-        return {"loss": loss / divisor.where(divisor != 0, 1), "supervised_tokens": (labels != IGNORE).sum()}
+        return {
+            "loss": divided(loss, weight, num_items_in_batch),
+            "supervised_tokens": (labels != IGNORE).sum(),
+        }
+
+    def generate(
+        self, batch: Batch, eos: Collection[int], decoding: Decoding, keys: Sequence[int | str] | None = None
+    ) -> list[Generated]:
+        """Answer every question of a batch of rows without answers (`generation.py`)."""
+        return generate(self, batch, eos, decoding, keys)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Every transformer block: what a strategy shards, and what is recomputed."""
+        return [*self.vision.blocks, *self.language.blocks]
+
+    @property
+    def attention(self) -> str:
+        """The decoder's backend."""
+        return self.language.attention
+
+    @property
+    def shares_images(self) -> bool:
+        """Whether several questions may be asked of an image in one row."""
+        return self.mode in SHAREABLE
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What the Trainer adds NEFTune's noise to."""
+        embedding: nn.Module = self.language.decoder.get_input_embeddings()
+        return embedding
+
+    def part_of(self, name: str) -> str:
+        """Which of "vision", "projector" and "language" a weight is of."""
+        return name.split(".")[0]
+
+    def part(self, name: str) -> Part:
+        """A part as `set_trainable` wants it."""
+        module = getattr(self, name)
+        blocks, norm = getattr(module, "blocks", []), getattr(module, "final_norm", None)
+        return Part(list(module.parameters()), blocks, [norm] if norm is not None else [])
 
     def checkpoint_activations(self) -> None:
         """Trade time for memory: recompute activations of encoder blocks and decoder layers in the backward pass."""
@@ -131,21 +170,31 @@ def assemble(vision: VisionEncoder, language: LanguageModel, settings: ModelSett
     return cast_parameters(VLM(vision, projector, language, settings.mode), DTYPES[settings.dtype])
 
 
-def cast_parameters(model: VLM, dtype: torch.dtype) -> VLM:
+def cast_parameters(model: AnyModel, dtype: torch.dtype) -> AnyModel:
     """The weights in another type; buffers keep theirs, because rotary frequencies rounded to bfloat16 are others."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():  # 4-bit weights are packed into bytes
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
-def set_trainable(part: VisionEncoder | LanguageModel | Projector, choice: str | int, name: str) -> None:
-    """Let a part train: "all", "none", or an int n for its last n blocks (the encoder's final norm with them)."""
+@dataclass(frozen=True)
+class Part:
+    """A part's parameters, its transformer blocks, and the norm after them."""
+
+    parameters: Sequence[nn.Parameter]
+    blocks: Sequence[nn.Module] = ()
+    final_norm: Sequence[nn.Module] = ()
+
+
+def set_trainable(part: Part, choice: str | int, name: str) -> None:
+    """Let a part train: "all", "none", or an int n for its last n blocks (the final norm with them)."""
     if isinstance(choice, bool) or (choice not in ("all", "none") and not isinstance(choice, int)):
         raise InputError(f"trainable.{name}={choice} is unknown; use all, none, or the number of last blocks")
-    part.requires_grad_(choice == "all")
+    for parameter in part.parameters:
+        parameter.requires_grad_(choice == "all")
     if isinstance(choice, int):
-        if isinstance(part, Projector) or not 0 < choice <= len(part.blocks):
+        if not 0 < choice <= len(part.blocks):
             raise InputError(f"trainable.{name}={choice}: no such number of last blocks there; use all or none")
-        for block in part.blocks[-choice:]:
-            block.requires_grad_(True)
-        part.final_norm.requires_grad_(True)
+        for module in (*part.blocks[-choice:], *part.final_norm):
+            module.requires_grad_(True)

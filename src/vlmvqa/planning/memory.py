@@ -130,7 +130,7 @@ def skeleton(settings: ModelSettings, trainable: Mapping[str, str | int]) -> VLM
     with torch.device("meta"):
         model = build(without_weights(settings))
     for name, choice in trainable.items():
-        set_trainable(getattr(model, name), choice, name)
+        set_trainable(model.part(name), choice, name)
     return model
 
 

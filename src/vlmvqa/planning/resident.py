@@ -110,10 +110,10 @@ class Resident:
 def weights_of(model: VLM) -> list[Weight]:
     """A model's parameters, also of one on the meta device."""
     units = {}
-    for number, block in enumerate((*model.vision.blocks, *model.language.blocks)):
+    for number, block in enumerate(model.blocks):
         units.update({id(parameter): number for parameter in block.parameters()})
     return [
-        Weight(name.split(".")[0], units.get(id(p)), tuple(p.shape), p.itemsize, p.requires_grad)
+        Weight(model.part_of(name), units.get(id(p)), tuple(p.shape), p.itemsize, p.requires_grad)
         for name, p in model.named_parameters()
     ]
 

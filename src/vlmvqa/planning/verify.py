@@ -42,7 +42,7 @@ def verify(planner: Planner, checkpointing: bool) -> str:
     with device:
         model = build(without_weights(planner.settings)).train()
     for part in PARTS:
-        set_trainable(getattr(model, part), planner.trainable[part], part)
+        set_trainable(model.part(part), planner.trainable[part], part)
     if checkpointing:
         model.checkpoint_activations()
     model.to(device)

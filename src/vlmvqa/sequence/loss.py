@@ -59,3 +59,10 @@ def supervised_loss(
     else:
         losses = [torch.as_tensor(checkpoint(chunk_loss, *piece, use_reentrant=False)) for piece in pieces]
     return torch.stack(losses).sum(), counted.sum()
+
+
+def divided(loss: Tensor, weight: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """A sum of losses over what the whole global batch weighs, or over its own weight where that is not given."""
+    divisor = weight if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=loss.device)
+    # Where nothing is supervised the loss is 0, not 0 / 0.
+    return loss / divisor.where(divisor != 0, 1)

@@ -124,11 +124,13 @@ def build_row(documents: Sequence[Document], image_tokens: int, mode: str) -> Ro
     return row
 
 
-def pad_rows(rows: Sequence[Row], multiple: int = 1) -> dict[str, Tensor]:
-    """Stack rows into `[B, T]` columns, padded to the longest (rounded up to a multiple)."""
+def pad_rows(rows: Sequence[Row], multiple: int = 1, left: bool = False) -> dict[str, Tensor]:
+    """Stack rows into `[B, T]` columns, padded to the longest (rounded up to a multiple), on the right or the left."""
     length = max(len(row) for row in rows)
     length = -(-length // multiple) * multiple
-    return {
-        name: torch.tensor([row.columns[name] + [fill] * (length - len(row)) for row in rows])
-        for name, fill in FILL.items()
-    }
+
+    def padded(column: list[Any], fill: float) -> list[Any]:
+        padding = [fill] * (length - len(column))
+        return padding + column if left else column + padding
+
+    return {name: torch.tensor([padded(row.columns[name], fill) for row in rows]) for name, fill in FILL.items()}

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.checkpoint import Model
 
 
-def banner(model: VLM, groups: Sequence[Mapping[str, Any]]) -> str:
+def banner(model: Model, groups: Sequence[Mapping[str, Any]]) -> str:
     """A table of the parts: parameters, how many train, dtype, learning rate.
 
     Args:
         groups: the optimizer's parameter groups (`VqaTrainer.parameter_groups`).
     """
     rates = {group["name"]: group["lr"] for group in groups}
-    parts: dict[str, nn.Module] = {"vision": model.vision, "projector": model.projector, "language": model.language}
+    parts = {name: list(model.part(name).parameters) for name in ("vision", "projector", "language")}
     lines = [f"{'module':<12}{'parameters':>16}{'trained':>16}  {'dtype':<10}{'learning rate':>14}"]
-    for name, part in [*parts.items(), ("total", model)]:
-        parameters = list(part.parameters())
+    for name, parameters in [*parts.items(), ("total", list(model.parameters()))]:
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
         rate = "" if name == "total" else f"{rates[name]:g}" if name in rates else "-"

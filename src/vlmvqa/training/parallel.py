@@ -29,7 +29,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.checkpoint import Model
 from vlmvqa.training.launchers import ACCELERATES, LAUNCH
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -158,7 +158,7 @@ def _peek(store: dist.Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def shard(model: VLM, device: torch.device, dtype: torch.dtype | None, offload: bool) -> None:
+def shard(model: Model, device: torch.device, dtype: torch.dtype | None, offload: bool) -> None:
     """FSDP2 in place: a unit an encoder block and a decoder layer, and one of all the rest.
 
     Args:
@@ -167,7 +167,7 @@ def shard(model: VLM, device: torch.device, dtype: torch.dtype | None, offload: 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     keep = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-    for block in (*model.vision.blocks, *model.language.blocks):
+    for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=keep)
     # The root's inputs stay as they are: in bfloat16 the number of supervised tokens would lose its last digits.
     root = replace(precision, cast_forward_inputs=False)

@@ -19,6 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.attention import SOFTCAP
+from vlmvqa.models.checkpoint import Settings
+from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.training.moments import OPTIMIZERS
@@ -58,7 +60,7 @@ class Asked:
 
     Attributes:
         trainer: the `trainer` group.
-        questions_per_row: `data.questions_per_row`.
+        questions_per_row, row_tokens: `data.questions_per_row` and `data.row_tokens`.
         features: whether the encoder's output is cached (`data.features`).
         trained_vision: `trainable.vision`.
         gpu: whether it trains on one.
@@ -67,8 +69,9 @@ class Asked:
 
     dist: DistSettings
     trainer: Mapping[str, Any]
-    model: ModelSettings
+    model: Settings
     questions_per_row: int | None = None
+    row_tokens: int | None = None
     features: bool = False
     trained_vision: str = "all"
     gpu: bool = False
@@ -124,6 +127,19 @@ def _problems(asked: Asked) -> Iterator[str]:
         yield "trainer.bf16=true: this card does not compute in bfloat16; use trainer.fp16=true under dist=ddp or zero2"
     if model.dtype != "float32" and dist.is_zero and not trainer.get("bf16"):
         yield f"model.dtype={model.dtype} under {dist.strategy} needs trainer.bf16=true"
+    if asked.features and asked.trained_vision != "none":
+        yield (
+            f"trainable.vision={asked.trained_vision}: an encoder whose output is cached cannot train; set "
+            "trainable.vision=none, or leave data.features out"
+        )
+    if trainer.get("average_tokens_across_devices") is False:
+        yield "trainer.average_tokens_across_devices=false would weigh ranks, not tokens, the same; leave it out"
+    yield from (
+        _pretrained_problems(asked, model) if isinstance(model, PretrainedSettings) else _own_problems(asked, model)
+    )
+
+
+def _own_problems(asked: Asked, model: ModelSettings) -> Iterator[str]:
     if model.language.attention == "flex" and not asked.gpu:
         yield (
             "model.language.attention=flex: FlexAttention has no backward pass on the CPU; "
@@ -133,19 +149,25 @@ def _problems(asked: Asked) -> Iterator[str]:
         yield "model.language.loss=fused: its kernel needs a GPU; use model.language.loss=chunked"
     if model.language.loss == "fused" and importlib.util.find_spec("cut_cross_entropy") is None:
         yield "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'"
-    if asked.features and asked.trained_vision != "none":
-        yield (
-            f"trainable.vision={asked.trained_vision}: an encoder whose output is cached cannot train; set "
-            "trainable.vision=none, or leave data.features out"
-        )
-    if trainer.get("average_tokens_across_devices") is False:
-        yield "trainer.average_tokens_across_devices=false would weigh ranks, not tokens, the same; leave it out"
     if model.mode not in SHAREABLE and asked.questions_per_row not in (None, 1):
         yield (
             f"model.mode={model.mode} lets the image see its question, so data.questions_per_row="
             f"{asked.questions_per_row} questions cannot share one; set data.questions_per_row=1, or "
             "model.mode=blockwise_prefix"
         )
+
+
+def _pretrained_problems(asked: Asked, model: PretrainedSettings) -> Iterator[str]:
+    name = model.pretrained
+    if asked.questions_per_row not in (None, 1):
+        yield (
+            f"{name} answers a question a row, and data.questions_per_row={asked.questions_per_row} was asked for; "
+            "set data.questions_per_row=1"
+        )
+    if asked.row_tokens is not None:
+        yield f"data.row_tokens={asked.row_tokens}: rows of {name} are not packed; set data.row_tokens=null"
+    if asked.features:
+        yield f"data.features: {name} is trained with its own encoder at work; leave them out"
 
 
 def check(trainer: VqaTrainer) -> str:
@@ -173,7 +195,7 @@ def _strategy(trainer: VqaTrainer) -> str:
         stage = trainer.engine.zero_optimization_stage()
         _same("ZeRO's stage", dist.stage, stage)
     elif dist.strategy == "fsdp":
-        blocks = [*trainer.vlm.vision.blocks, *trainer.vlm.language.blocks, trainer.vlm]
+        blocks = [*trainer.vlm.blocks, trainer.vlm]
         _same("units that FSDP2 holds", len(blocks), sum(isinstance(block, FSDPModule) for block in blocks))
     elif world > 1:
         wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
@@ -227,10 +249,13 @@ def _computed_in(trainer: VqaTrainer) -> str:
 
 
 def _attention(trainer: VqaTrainer) -> str:
-    language = trainer.vlm.language
+    vlm = trainer.vlm
+    if isinstance(vlm, PretrainedVLM):
+        return f"the library's own ({vlm.attention})"
+    language = vlm.language
     runs = language.decoder.config._attn_implementation
     _same("the attention", "flex_attention" if language.attention == "flex" else "dense", _dense_or(runs))
-    return f"{trainer.vlm.mode}, {language.attention} ({runs})"
+    return f"{vlm.mode}, {language.attention} ({runs})"
 
 
 def _dense_or(implementation: str) -> str:

@@ -43,6 +43,7 @@ from transformers import (
 )
 
 from vlmvqa import ranks
+from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.flops import COUNTED, Flops, count, count_flops, matrix_rate
 from vlmvqa.models.vlm import VLM, Batch
 
@@ -116,7 +117,7 @@ class SpeedMeter(TrainerCallback):
     Its hooks stay while a training lasts, and do nothing while it is paused.
     """
 
-    def __init__(self, vlm: VLM) -> None:
+    def __init__(self, vlm: Model) -> None:
         self.vlm = vlm
         self.device = torch.device("cpu")
         self.clock = Clock(self.device)  # stopped
@@ -133,7 +134,8 @@ class SpeedMeter(TrainerCallback):
         self.phases = COMPILED_PHASES if args.torch_compile else PHASES
         if not args.torch_compile:
             self.attach()
-        self.flops = count_flops(self.vlm)
+        # transformers' own classes are built in many ways: of them no operations are counted.
+        self.flops = count_flops(self.vlm) if isinstance(self.vlm, VLM) else None
         weights = next(self.vlm.parameters()).dtype
         self.rate = matrix_rate(self.device, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights)
         self.forget()
@@ -196,9 +198,10 @@ class SpeedMeter(TrainerCallback):
         queue = torch.autograd.Variable._execution_engine.queue_callback
         loss.register_hook(lambda _: queue(lambda: self.enter("optimizer")))
 
-    def _between(self, before: str, passed: Tensor, after: str) -> None:
-        """`passed` is what one part hands to the next; its gradient comes back the other way."""
+    def _between(self, before: str, handed: Any, after: str) -> None:
+        """`handed` is what one part hands to the next; its gradient comes back the other way."""
         self.enter(after)
+        passed = handed if isinstance(handed, Tensor) else handed[0]
         if passed.requires_grad:
             passed.register_hook(lambda _: self.enter(before))
 

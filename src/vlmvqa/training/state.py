@@ -1,6 +1,6 @@
 """What the files of a checkpoint hold: the same under every strategy and number of ranks, so that any goes on from any.
 
-model.safetensors       every weight, whole, in the model's own type
+model.safetensors       every weight, whole, in the model's own type; of a model with adapters, what trains
 optimizer.safetensors   AdamW's moments by parameter name, whole, in fp32; how many steps they have seen
 scheduler.pt            the place in the learning rates' schedule
 scaler.pt               fp16's loss scale, under ddp (DeepSpeed finds its own again within a few steps)
@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vlmvqa import ranks
+from vlmvqa.models.checkpoint import saved_name
 
 if TYPE_CHECKING:
     from vlmvqa.training.trainer import VqaTrainer
@@ -29,11 +30,24 @@ if TYPE_CHECKING:
 WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 
 
+def whole_weights(trainer: VqaTrainer) -> dict[str, Tensor]:
+    """The weights that are saved, whole, in the types they had before a strategy changed them; on rank 0 alone."""
+    found = trainer.whole.weights(trainer.saved)
+    return {name: weight.to("cpu", trainer.saved[name]) for name, weight in found if ranks.is_first()}
+
+
 def write_weights(trainer: VqaTrainer, path: Path) -> None:
     """Write the whole weights in the model's own type, from rank 0; all ranks together."""
-    whole = {name: weight.to("cpu", trainer.dtype) for name, weight in trainer.whole.weights() if ranks.is_first()}
+    whole = whole_weights(trainer)
     if ranks.is_first():
-        save_file({name: weight.contiguous() for name, weight in whole.items()}, path, {"format": "pt"})
+        named = {saved_name(name): weight.contiguous() for name, weight in whole.items()}
+        save_file(named, path, {"format": "pt"})
+
+
+def put_weights(trainer: VqaTrainer, path: Path) -> None:
+    """Put back what `write_weights` wrote; all ranks together."""
+    saved = load_file(path)
+    trainer.whole.put_weights({name: saved[saved_name(name)] for name in trainer.saved})
 
 
 def write(trainer: VqaTrainer, folder: Path) -> None:
@@ -57,7 +71,7 @@ def write(trainer: VqaTrainer, folder: Path) -> None:
 
 def load(trainer: VqaTrainer, folder: Path) -> None:
     """Put back what `write` wrote, into a trainer that is ready for its first step."""
-    trainer.whole.put_weights(load_file(folder / WEIGHTS))
+    put_weights(trainer, folder / WEIGHTS)
     with safe_open(folder / MOMENTS, framework="pt") as file:
         step = int(file.metadata()["step"])
         trainer.whole.put_moments({name: file.get_tensor(name) for name in file.keys()}, step)  # noqa: SIM118

@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -37,8 +36,10 @@ from vlmvqa import ranks
 from vlmvqa.data.batch import Processor
 from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.errors import InputError
-from vlmvqa.models import checkpoint
-from vlmvqa.models.vlm import VLM, ModelSettings, cast_parameters
+from vlmvqa.models import adapters, checkpoint
+from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.models.checkpoint import Model, Settings
+from vlmvqa.models.vlm import cast_parameters
 from vlmvqa.training import checkpoints, preflight, state
 from vlmvqa.training.clipping import Clipping
 from vlmvqa.training.log import LogFile
@@ -51,7 +52,7 @@ PARTS = ("vision", "projector", "language")
 
 
 class VqaTrainer(Trainer):
-    """transformers' Trainer over a `VLM` and a `TrainingSet`.
+    """transformers' Trainer over a `VLM` or `PretrainedVLM` and a `TrainingSet`.
 
     Args:
         model: under fsdp already sharded (`parallel.shard`).
@@ -60,22 +61,24 @@ class VqaTrainer(Trainer):
         score: called with a whole model at every evaluation; its numbers are logged with the prefix `eval_`.
         learning_rates: of each part, where it differs from `args.learning_rate` (None: it does not).
         clip_percentile: see `clipping.py`.
+        adapt: what adapters the model has, if any.
     """
 
     def __init__(
         self,
-        model: VLM,
+        model: Model,
         args: TrainingArguments,
         training_set: TrainingSet,
         processor: Processor,
         learning_rates: Mapping[str, float | None] | None = None,
-        score: Callable[[VLM], Mapping[str, float]] | None = None,
+        score: Callable[[Model], Mapping[str, float]] | None = None,
         dist: DistSettings | None = None,
-        settings: ModelSettings | None = None,
+        settings: Settings | None = None,
         clip_percentile: int | None = None,
+        adapt: AdapterSettings | None = None,
     ) -> None:
         self.vlm, self.folder = model, Path(str(args.output_dir))
-        self.dist, self.settings = dist or DistSettings(), settings
+        self.dist, self.settings, self.adapt = dist or DistSettings(), settings, adapt
         self.dtype = next(model.parameters()).dtype
         self.learning_rates = dict(learning_rates or {})
         self.score = score
@@ -84,12 +87,14 @@ class VqaTrainer(Trainer):
         self.speed = SpeedMeter(model)
         self.training_set = training_set
         # Before DeepSpeed rounds all weights to what is computed in: those that do not train are saved as they were.
-        rounds = self.dist.is_zero and (args.bf16 or args.fp16)
+        # What checkpoints hold, and in which type: with adapters what trains, its base lies elsewhere.
+        self.saved = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad or adapt is None}
+        rounds = self.dist.is_zero and (args.bf16 or args.fp16) and adapt is None
         self.frozen = {name: p.detach().cpu() for name, p in model.named_parameters() if rounds and not p.requires_grad}
         if not ranks.is_first():  # rank 0 keeps them, and tells the others
             self.frozen = {name: weight.to("meta") for name, weight in self.frozen.items()}
         # Few lengths where kernels are compiled for each; FlexAttention's blocks have 128 tokens.
-        multiple = 128 if args.torch_compile or model.language.attention == "flex" else 8
+        multiple = 128 if args.torch_compile or model.attention == "flex" else 8
         super().__init__(
             model=model,
             args=args,
@@ -167,7 +172,7 @@ class VqaTrainer(Trainer):
         decayed = set(self.get_decay_parameter_names(self.vlm))
         groups = []
         for part in PARTS:
-            named = [(n, p) for n, p in self.vlm.named_parameters() if n.startswith(part + ".") and p.requires_grad]
+            named = [(n, p) for n, p in self.vlm.named_parameters() if self.vlm.part_of(n) == part and p.requires_grad]
             rate = self.learning_rates.get(part)
             rate = self.args.learning_rate if rate is None else rate
             for decays in (True, False):
@@ -272,16 +277,18 @@ class VqaTrainer(Trainer):
         return metrics
 
     @contextlib.contextmanager
-    def _whole_model(self) -> Iterator[VLM]:
+    def _whole_model(self) -> Iterator[Model]:
         """The model to generate with: where it is sharded a whole copy, so that no rank waits for another's answers.
 
         Under bf16 the copy is of that type, half as large: it stands beside what trains.
         """
-        if not self.dist.is_zero and self.dist.strategy != "fsdp":
+        if self.dist.strategy not in ("fsdp", "zero3") and (self.adapt is not None or not self.dist.is_zero):
             yield self.vlm
             return
         assert self.settings is not None
-        copy = checkpoint.blank(self.settings, self.vlm.language.config)
+        copy = checkpoint.blank_like(self.vlm, self.settings)
+        if self.adapt is not None:
+            adapters.attach(copy, self.adapt)
         copy = cast_parameters(copy, torch.bfloat16 if self.args.bf16 else self.dtype).to(self.args.device)
         parameters = dict(copy.named_parameters())
         with torch.no_grad():
@@ -326,7 +333,7 @@ class VqaTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        self.whole.put_weights(load_file(Path(self.state.best_model_checkpoint) / state.WEIGHTS))
+        state.put_weights(self, Path(self.state.best_model_checkpoint) / state.WEIGHTS)
 
     @property
     def global_batch(self) -> int:

@@ -5,7 +5,7 @@ What a checkpoint holds is the same under every strategy and number of ranks, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from vlmvqa import ranks
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.checkpoint import Model
 from vlmvqa.training import moments
 
 Named = Iterator[tuple[str, Tensor]]
@@ -25,19 +25,22 @@ Named = Iterator[tuple[str, Tensor]]
 class Whole:
     """A model and its optimizer held whole (ddp, one process) or as FSDP2's shards."""
 
-    def __init__(self, model: VLM, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: Model, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
 
-    def weights(self) -> Named:
-        """Every weight, whole. All ranks must go through it together, to the end."""
+    def weights(self, names: Container[str] | None = None) -> Named:
+        """Every weight, or those of the names, whole. All ranks must go through it together, to the end."""
         for name, parameter in self.model.named_parameters():
-            yield name, _whole(_local(parameter), parameter)
+            if names is None or name in names:
+                yield name, _whole(_local(parameter), parameter)
 
     @torch.no_grad()
     def put_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights in; those that are not given stay as they are."""
         for name, parameter in self.model.named_parameters():
-            _local(parameter).copy_(_part(weights[name], parameter))
+            if name in weights:
+                _local(parameter).copy_(_part(weights[name], parameter))
 
     def moments(self) -> Named:
         """AdamW's moments, whole, as "exp_avg/<parameter>" and "exp_avg_sq/<parameter>"; all ranks together."""
@@ -75,7 +78,7 @@ class WholeZero(Whole):
             them, the others their shapes.
     """
 
-    def __init__(self, model: VLM, engine: Any, frozen: dict[str, Tensor]) -> None:
+    def __init__(self, model: Model, engine: Any, frozen: dict[str, Tensor]) -> None:
         super().__init__(model, engine.optimizer.optimizer)
         self.zero, self.frozen = engine.optimizer, frozen
         self.stage = int(engine.zero_optimization_stage())
@@ -90,10 +93,12 @@ class WholeZero(Whole):
         """How many elements this rank's partitions hold, padding included."""
         return sum(partition.numel() for partition in self.partitions)
 
-    def weights(self) -> Named:
+    def weights(self, names: Container[str] | None = None) -> Named:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self.model.named_parameters():
+            if names is not None and name not in names:
+                continue
             if parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter)
             elif name in self.frozen:
@@ -105,6 +110,8 @@ class WholeZero(Whole):
     @torch.no_grad()
     def put_weights(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
+            if name not in weights:
+                continue
             whole = weights[name]
             with self._gathered(parameter, writes=True):
                 parameter.copy_(whole)

@@ -1,0 +1,351 @@
+"""Adapters: small trained matrices beside the frozen ones of a base model, which may be kept in 4 bits.
+
+    y = W x  +  scale * B (A x)        LoRA (Hu et al. 2021); DoRA (Liu et al. 2024) learns the norm of rows too
+
+The layers are peft's and bitsandbytes'; what is ours is which modules get them, checked against what was asked for, and
+the folder they leave:
+
+adapter_config.json, adapter_model.safetensors   as peft reads them, over the same base
+config.json                                      the base, with its fingerprint, and what `checkpoint.py` keeps
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.pretrained import PREFIX, PretrainedVLM
+from vlmvqa.models.vlm import VLM
+
+METHODS = ("lora", "dora")
+NAME = "default"  # peft's name of the one adapter there is
+WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."  # before the names of weights in peft's files
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The `adapt` group.
+
+    Attributes:
+        method: "lora" or "dora".
+        rank: columns of B, rows of A.
+        alpha: what they are scaled by, over the rank.
+        dropout: of what goes into A.
+        targets: patterns of the linear layers that get adapters, as paths that begin with vision, projector or
+            language; `*` stands for anything.
+        bits: 4 to keep the linear layers of all blocks in 4 bits (null: as they are).
+        quantization: of these, "nf4" or "fp4" (Dettmers et al. 2023).
+        double_quantization: whether the scales are quantised too, 0.37 bits a weight.
+        compute_dtype: what 4-bit weights are multiplied in.
+    """
+
+    method: str = "lora"
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: Sequence[str] = field(default_factory=lambda: [f"language.*.{name}" for name in ATTENTION + FEED_FORWARD])
+    bits: int | None = None
+    quantization: str = "nf4"
+    double_quantization: bool = True
+    compute_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("quantization", self.quantization, ("nf4", "fp4")),
+            ("compute_dtype", self.compute_dtype, ("float32", "bfloat16", "float16")),
+        ):
+            if value not in known:
+                raise InputError(
+                    f"adapt.{name}={value} is unknown; use one of {', '.join(known)}{suggest(value, known)}"
+                )
+        if self.bits not in (None, 4):
+            raise InputError(f"adapt.bits={self.bits} is unknown; use 4, or null for weights as they are")
+        if self.rank < 1 or not 0 <= self.dropout < 1 or self.alpha <= 0:
+            raise InputError("adapt: rank must be at least 1, alpha above 0, and dropout from 0 to below 1")
+        if not self.targets:
+            raise InputError("adapt.targets names no module; leave it out for the language model's linear layers")
+
+
+def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.device | str = "cpu") -> list[str]:
+    """Freeze a model, quantise it where that is asked for, and give the modules that the targets name adapters.
+
+    Args:
+        device: where 4-bit weights are made; the others stay where they are.
+
+    Returns:
+        the paths of the modules that got one.
+
+    Raises:
+        InputError: peft or bitsandbytes is not installed, a pattern matches nothing, or something else got adapters.
+    """
+    peft = _peft()
+    host = _host(model)
+    paths = _chosen(model, settings.targets)
+    model.requires_grad_(False)
+    if settings.bits == 4:
+        quantize(model, settings, device)
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_dora=settings.method == "dora",
+        target_modules=list(paths.values()),
+        bias="none",
+    )
+    peft.inject_adapter_in_model(config, host)
+    got = {name for name, module in host.named_modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)}
+    wrong = sorted(got ^ set(paths.values()))
+    if wrong:
+        raise InputError(
+            f"adapt.targets: {wrong[0]} {'got' if wrong[0] in got else 'did not get'} an adapter, which was "
+            "not asked for; please report it with the command"
+        )
+    return list(paths)
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model has adapters."""
+    return any(".lora_A." in name for name, _ in model.named_parameters())
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is saved of a model with adapters: all that trains."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Sequence[str]) -> str:
+    """Which modules got adapters, how many parameters these have, and what the base takes."""
+    kinds: dict[str, int] = {}
+    for path in paths:
+        kind = ".".join("*" if piece.isdigit() else piece for piece in path.split("."))
+        kinds[kind] = kinds.get(kind, 0) + 1
+    adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    lines = [f"{settings.method} of rank {settings.rank}, alpha {settings.alpha:g}: {adapters:,} parameters beside"]
+    lines += [f"  {count:>4} x {kind}" for kind, count in kinds.items()]
+    if settings.bits == 4:
+        packed: list[Any] = [module for module in model.modules() if hasattr(module, "quant_storage")]
+        numel = sum(module.in_features * module.out_features for module in packed)
+        lines.append(f"  over {len(packed)} linear layers in {settings.quantization}, {numel:,} parameters of the base")
+    return "\n".join(lines)
+
+
+# ---- 4 bits
+
+
+def quantize(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.device | str = "cpu") -> None:
+    """Keep the linear layers of all blocks in 4 bits, in place: one at a time, so that little is there twice."""
+    bitsandbytes = _bitsandbytes()
+    dtype = getattr(torch, settings.compute_dtype)
+    for block in model.blocks:
+        for name, linear in list(block.named_modules()):
+            if type(linear) is not nn.Linear:
+                continue
+            packed = bitsandbytes.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                compute_dtype=dtype,
+                compress_statistics=settings.double_quantization,
+                quant_type=settings.quantization,
+                device="meta",
+            )
+            packed.weight = bitsandbytes.nn.Params4bit(
+                linear.weight.detach(),
+                requires_grad=False,
+                compress_statistics=settings.double_quantization,
+                quant_type=settings.quantization,
+                module=packed,
+            ).to(device)
+            packed.bias = linear.bias
+            # On some CPUs it would repack the weights at the first answer, in a way that training cannot read.
+            packed.support_avx512bf16_for_cpu = False
+            parent, _, last = name.rpartition(".")
+            setattr(block.get_submodule(parent), last, packed.train(linear.training))
+
+
+def dequantize(weight: Tensor) -> Tensor:
+    """A 4-bit weight as it is multiplied with: `float[out, in]`; any other as it is."""
+    state = getattr(weight, "quant_state", None)
+    return weight.detach() if state is None else _bitsandbytes().functional.dequantize_4bit(weight.data, state)
+
+
+# ---- files
+
+
+def save(folder: Path, model: VLM | PretrainedVLM, base: str, weights: Mapping[str, Tensor]) -> None:
+    """Write peft's two files.
+
+    Args:
+        base: the base's hub id or folder.
+        weights: those of `trained`, whole, by their names in the model.
+    """
+    save_file({_saved_name(name): weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
+    host = _host(model)
+    config = host.peft_config[NAME].to_dict()  # type: ignore[index, union-attr]
+    whole = sorted({name.rpartition(".")[0] for name in weights if "lora_" not in name})
+    config |= {
+        "base_model_name_or_path": base,
+        "target_modules": sorted(config["target_modules"]),
+        "modules_to_save": [name.removeprefix(PREFIX) for name in whole] or None,
+        "inference_mode": True,
+    }
+    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")
+
+
+def load(folder: Path, model: VLM | PretrainedVLM) -> None:
+    """Put saved weights into a model that has adapters of the same settings.
+
+    Raises:
+        InputError: the file is missing or broken, or holds other weights than these.
+    """
+    try:
+        saved = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS} cannot be read ({error}); copy or save the adapter again") from error
+    here = dict(model.named_parameters())
+    expected = {_saved_name(name): name for name in here if "lora_" in name}
+    named = {_saved_name(name): name for name in here}
+    missing, odd = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - named.keys())
+    if missing or odd:
+        raise InputError(
+            f"{folder / WEIGHTS} is of another model: "
+            + (f"it holds nothing for {missing[0]}" if missing else f"there is no {odd[0]} here")
+        )
+    with torch.no_grad():
+        for name, weight in saved.items():
+            parameter = here[named[name]]
+            if parameter.shape != weight.shape:
+                raise InputError(
+                    f"{folder / WEIGHTS} is of another model: {name} has shape {tuple(weight.shape)}, "
+                    f"here {tuple(parameter.shape)}"
+                )
+            parameter.data = weight.to(parameter.device, parameter.dtype)
+
+
+def deltas(model: VLM | PretrainedVLM) -> Iterator[tuple[str, Tensor]]:
+    """What the adapters add to each weight of the base, by its name there: `float32[out, in]`."""
+    for name, layer in _layers(model):
+        yield f"{name}.weight", (_merged_weight(layer) - dequantize(layer.base_layer.weight).float())
+
+
+def merge(model: VLM | PretrainedVLM) -> None:
+    """Add the adapters to the weights of the base, in place; nothing of them is left.
+
+    Weights in 4 bits become whole ones of the compute dtype, which is what the adapters were trained over.
+    """
+    host = _host(model)
+    for name, layer in list(_layers(model)):
+        base = layer.base_layer
+        whole = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
+        dtype = dequantize(base.weight).dtype
+        whole.weight = nn.Parameter(_merged_weight(layer).to(dtype), requires_grad=False)
+        whole.bias = base.bias
+        parent, _, last = name.rpartition(".")
+        setattr(host.get_submodule(parent), last, whole.train(base.training))
+    for module in list(model.modules()):  # the rest of what was in 4 bits
+        children: list[tuple[str, Any]] = list(module.named_children())
+        for name, child in children:
+            if getattr(getattr(child, "weight", None), "quant_state", None) is not None:
+                whole = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
+                whole.weight = nn.Parameter(dequantize(child.weight), requires_grad=False)
+                whole.bias = child.bias
+                setattr(module, name, whole.train(child.training))
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        if attribute in vars(host):
+            delattr(host, attribute)
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    """The base's weight with the adapter's added, in float32."""
+    weight = dequantize(layer.base_layer.weight).float()
+    down, up = layer.lora_A[NAME].weight.float(), layer.lora_B[NAME].weight.float()
+    merged = weight + layer.scaling[NAME] * (up @ down)
+    if NAME in getattr(layer, "lora_magnitude_vector", {}):  # DoRA: rows of the learnt norm
+        norm = layer.lora_magnitude_vector[NAME].weight.float()
+        merged = merged * (norm / merged.norm(dim=1))[:, None]
+    return merged
+
+
+def _layers(model: VLM | PretrainedVLM) -> Iterator[tuple[str, Any]]:
+    """The adapted layers, by their names in the base."""
+    for name, module in _host(model).named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            yield name, module
+
+
+def _chosen(model: VLM | PretrainedVLM, patterns: Sequence[str]) -> dict[str, str]:
+    """The linear layers that the patterns name: their paths, and their names in the host."""
+    linears = {
+        path_of(model, name): name for name, module in _host(model).named_modules() if isinstance(module, nn.Linear)
+    }
+    chosen: dict[str, str] = {}
+    for pattern in patterns:
+        found = {path: name for path, name in linears.items() if fnmatchcase(path, pattern)}
+        if not found:
+            kinds = sorted(
+                {".".join("*" if piece.isdigit() else piece for piece in path.split(".")) for path in linears}
+            )
+            near = suggest(pattern, kinds)
+            raise InputError(
+                f"adapt.targets: {pattern} matches no linear layer{near}; there are {', '.join(kinds[:12])}"
+                + (f" and {len(kinds) - 12} more kinds" if len(kinds) > 12 else "")
+            )
+        chosen |= found
+    return chosen
+
+
+def path_of(model: VLM | PretrainedVLM, name: str) -> str:
+    """A module's path, the same for every model: its part, and its place in it."""
+    if not isinstance(model, PretrainedVLM):
+        return name
+    for part in ("vision", "projector", "language"):
+        inside = model.places[part] + "."
+        if name.startswith(inside):
+            return f"{part}.{name.removeprefix(inside)}"
+    return f"language.{name}"
+
+
+def _host(model: VLM | PretrainedVLM) -> nn.Module:
+    """The module whose names peft's files use."""
+    return model.net if isinstance(model, PretrainedVLM) else model
+
+
+def _saved_name(name: str) -> str:
+    """A parameter's name in peft's file."""
+    return PEFT_PREFIX + name.removeprefix(PREFIX).replace(f".{NAME}.", ".").replace(
+        "lora_magnitude_vector.weight", "lora_magnitude_vector"
+    )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("adapt needs peft; install it with: pip install 'vlmvqa[adapters]'") from error
+    return peft
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise InputError("adapt.bits=4 needs bitsandbytes; install it with: pip install 'vlmvqa[adapters]'") from error
+    return bitsandbytes

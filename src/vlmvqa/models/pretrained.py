@@ -1,0 +1,297 @@
+"""Pretrained vision-language models of transformers, behind the methods of our own: `forward` and `generate`.
+
+The network is the library's own class and computes as the library has it: its mask, its image tokens, its positions.
+What is ours is where the loss is computed (supervised positions only, `sequence/loss.py`) and what is asked of it.
+
+Legend: B rows, T tokens, D width, S supervised tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.generation import Decoding, Generated, pick, streams_of
+from vlmvqa.models.language import final_logits, recompute_activations, refuse_unknown_head
+from vlmvqa.models.vlm import DTYPES, Batch, Part
+from vlmvqa.sequence.loss import divided, supervised_loss
+from vlmvqa.sequence.rows import FILL, IGNORE
+
+PREFIX = "net."  # before the library's own names of weights
+OURS = set(FILL) - {"input_ids"}  # columns of a batch that the network does not take
+# Where the classes of transformers keep what turns an image into the width of the words.
+PROJECTORS = ("multi_modal_projector", "connector", "embed_vision", "mm_projector", "aligner")
+
+
+@dataclass(frozen=True)
+class PretrainedSettings:
+    """Which pretrained model.
+
+    Attributes:
+        pretrained: a hub id or local folder; or, for random weights, an architecture of transformers ("paligemma",
+            "idefics2") whose config class's defaults then apply.
+        weights: "hub" (also for a local folder) or "random".
+        overrides: fields of the config class, for random weights; parts of it as mappings.
+        image_size: pixels of a side, for random weights (null: the config's).
+        image_splitting: whether an image is read in pieces too, where the model can (null: as it was published).
+        attention: transformers' implementation (null: its choice for the model): eager, sdpa, flash_attention_2.
+        dtype: of the weights.
+    """
+
+    pretrained: str
+    weights: str = "hub"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    image_splitting: bool | None = None
+    attention: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("hub", "random"):
+            raise InputError(f"model.weights={self.weights} is unknown; use hub (also for a folder) or random")
+        if self.dtype not in DTYPES:
+            raise InputError(f"model.dtype={self.dtype} is unknown; use one of {', '.join(DTYPES)}")
+        named = self.pretrained in CONFIG_MAPPING_NAMES
+        if self.weights == "hub" and named:
+            raise InputError(
+                f"model.pretrained={self.pretrained} is an architecture, which has no weights; name a hub id or "
+                "folder, or set model.weights=random"
+            )
+        if self.weights == "hub" and (self.overrides or self.image_size):
+            raise InputError(
+                f"model.overrides and model.image_size would change the shape of {self.pretrained}'s trained weights; "
+                "leave them out, or set model.weights=random"
+            )
+
+
+class PretrainedVLM(nn.Module):
+    """A class of `AutoModelForImageTextToText`, with the methods of `VLM`; `places` are its parts' names in it."""
+
+    accepts_loss_kwargs = True  # as `VLM`'s
+    shares_images = False  # a question a row: some of these models let the image see its question
+
+    def __init__(self, net: PreTrainedModel) -> None:
+        super().__init__()
+        if net.base_model is net or net.get_output_embeddings() is None:
+            raise InputError(f"{type(net).__name__} has no decoder apart from its output head; choose another model")
+        refuse_unknown_head(net.config.get_text_config())
+        self.net = net
+        names = {id(module): name for name, module in net.named_modules()}
+        self.places = {part: names.get(id(getattr(self, part)), "-") for part in ("vision", "projector", "language")}
+        self.mode = "prefix_lm" if net.config.model_type == "paligemma" else "causal"
+
+    # ---- parts
+
+    @property
+    def vision(self) -> nn.Module:
+        """What sees the image."""
+        return self.net.get_encoder(modality="image")
+
+    @property
+    def projector(self) -> nn.Module:
+        """What turns its features into the width of the words; empty where the encoder does it."""
+        base = self.net.base_model
+        return next((getattr(base, name) for name in PROJECTORS if hasattr(base, name)), nn.Identity())
+
+    @property
+    def language(self) -> Any:
+        """The decoder."""
+        return self.net.get_decoder()
+
+    def part_of(self, name: str) -> str:
+        """Which of "vision", "projector" and "language" a weight is of; the output head is the language model's."""
+        for part in ("vision", "projector"):
+            if name.startswith(f"{PREFIX}{self.places[part]}."):
+                return part
+        return "language"
+
+    def part(self, name: str) -> Part:
+        """A part as `set_trainable` wants it."""
+        parameters = [p for known, p in self.named_parameters() if self.part_of(known) == name]
+        module = getattr(self, name)
+        norm = next((getattr(module, norm) for norm in ("norm", "post_layernorm") if hasattr(module, norm)), None)
+        if norm is None and name == "vision":
+            norm = getattr(getattr(module, "vision_model", None), "post_layernorm", None)
+        blocks = [] if name == "projector" else _blocks(module)
+        return Part(parameters, blocks, [norm] if norm is not None else [])
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Every transformer block: what a strategy shards, and what is recomputed."""
+        return _blocks(self.net)
+
+    @property
+    def attention(self) -> str:
+        """transformers' implementation of it."""
+        return str(self.language.config._attn_implementation)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What the Trainer adds NEFTune's noise to."""
+        return self.net.get_input_embeddings()
+
+    # ---- the two methods
+
+    def decode(self, batch: Batch) -> Tensor:
+        """The last hidden state of every token: `float[B, T, D]`."""
+        base: Any = self.net.base_model
+        hidden: Tensor = base(**_inputs(batch), use_cache=False).last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`float[S, D] -> float32[S, V]`, with the final softcap where the config has one."""
+        head: Any = self.net.get_output_embeddings()
+        return final_logits(head(hidden), self.net.config.get_text_config())
+
+    def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
+        """The loss over supervised positions; as `VLM.forward`."""
+        hidden, labels = self.decode(batch), batch["labels"]
+        loss, weight = supervised_loss(hidden, labels, self.logits, weights=batch.get("weights"))
+        return {
+            "loss": divided(loss, weight, num_items_in_batch),
+            "supervised_tokens": (labels != IGNORE).sum(),
+        }
+
+    @torch.no_grad()
+    def generate(
+        self, batch: Batch, eos: Collection[int], decoding: Decoding, keys: Sequence[int | str] | None = None
+    ) -> list[Generated]:
+        """Answer every row, by transformers' own `generate`; as `generation.generate`.
+
+        Args:
+            batch: rows without answers, padded on the left.
+        """
+        training, inputs, net = self.training, _inputs(batch), cast("Any", self.net)
+        self.eval()
+        rows, read = batch["input_ids"].shape
+        config = GenerationConfig(
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.beams,
+            length_penalty=decoding.length_penalty,
+            early_stopping=False,
+            do_sample=False,
+            eos_token_id=sorted(eos),
+            pad_token_id=min(eos),
+            return_dict_in_generate=True,
+        )
+        greedy = OneByOne(decoding, sorted(eos), range(rows) if keys is None else keys, batch["input_ids"].device)
+        try:
+            found = net.generate(
+                **inputs, generation_config=config, logits_processor=[greedy] if decoding.beams == 1 else None
+            )
+        finally:
+            self.train(training)
+        written = []
+        for number, tokens in enumerate(found.sequences[:, read:].tolist()):
+            length = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
+            if decoding.beams == 1:
+                total = float(greedy.total[number])
+            else:  # EOS counts in the length
+                total = float(found.sequences_scores[number]) * min(length + 1, len(tokens)) ** decoding.length_penalty
+            written.append(Generated(tokens[:length], total))
+        return written
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the blocks' activations in the backward pass."""
+        recompute_activations(self.net)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """What transformers' Trainer calls under `activation_checkpointing=true`."""
+        if activation_checkpointing_kwargs or options.get("every_n_layers", 1) != 1 or options.get("offload"):
+            raise InputError("trainer.activation_checkpointing_kwargs is not supported; leave it out")
+        self.checkpoint_activations()
+
+
+class OneByOne(LogitsProcessor):
+    """Chooses each row's next token as our own generation does, and adds up what the choices cost."""
+
+    def __init__(self, decoding: Decoding, eos: list[int], keys: Sequence[int | str], device: torch.device) -> None:
+        self.decoding, self.streams = decoding, streams_of(decoding, keys)
+        self.ends = torch.tensor(eos, device=device)
+        self.total = torch.zeros(len(keys), device=device)
+        self.open = torch.ones(len(keys), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        drawn = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64, device=scores.device)
+        chosen, log_prob = pick(scores.float().log_softmax(-1), drawn, self.decoding.temperature)
+        self.total += log_prob * self.open
+        self.open &= ~torch.isin(chosen, self.ends)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+def pretrained_config(settings: PretrainedSettings) -> PreTrainedConfig:
+    """The model's config: from the hub or a folder, or an architecture's defaults with overrides.
+
+    Raises:
+        InputError: unknown name or key, unreachable or gated.
+    """
+    if settings.pretrained in CONFIG_MAPPING_NAMES:
+        known = AutoConfig.for_model(settings.pretrained).to_dict()
+        for key in settings.overrides:
+            if key not in known:
+                raise InputError(f"model.overrides has no '{key}' for {settings.pretrained}{suggest(key, known)}")
+        return AutoConfig.for_model(settings.pretrained, **settings.overrides)
+    try:
+        return AutoConfig.from_pretrained(settings.pretrained)
+    except (OSError, ValueError) as error:
+        raise InputError(unreadable(settings.pretrained, error)) from error
+
+
+def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, blank: bool = False) -> PretrainedVLM:
+    """The model, weights included.
+
+    Args:
+        config: `pretrained_config`'s.
+        blank: leave the weights to be filled in.
+
+    Raises:
+        InputError: unreachable, gated or broken weights, or a model that takes no image.
+    """
+    more: dict[str, Any] = {} if settings.attention is None else {"attn_implementation": settings.attention}
+    dtype = DTYPES[settings.dtype]
+    try:
+        if settings.weights == "random" or blank:
+            return PretrainedVLM(AutoModelForImageTextToText.from_config(config, dtype=dtype, **more))
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **more
+        )
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise InputError(unreadable(settings.pretrained, error)) from error
+    net, about = loaded
+    if about["missing_keys"]:
+        missing = sorted(about["missing_keys"])
+        raise InputError(
+            f"{settings.pretrained} holds no weights for {missing[0]} ({len(missing)} are missing), which would be "
+            "random; fetch it again, or name the whole model"
+        )
+    return PretrainedVLM(net)
+
+
+def unreadable(name: str, error: Exception) -> str:
+    """The sentence for a pretrained model that cannot be had."""
+    return (
+        f"model.pretrained={name} cannot be read from the hub or disk; check the name, the network, and for gated "
+        f"weights accept the licence and set HF_TOKEN or run `huggingface-cli login` ({str(error).splitlines()[0]})"
+    )
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return {name: column for name, column in batch.items() if name not in OURS}
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    return [found for found in module.modules() if isinstance(found, GradientCheckpointingLayer)]

@@ -1,0 +1,98 @@
+"""The processors of pretrained models: as they were published, and for random weights of the same classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoProcessor,
+    Idefics2ImageProcessor,
+    Idefics2Processor,
+    PaliGemmaProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    SiglipImageProcessor,
+)
+
+from vlmvqa.errors import InputError
+
+ADDED_TOKENS = 1160  # at most so many of its own does a processor add: PaliGemma's places and segments
+
+
+def load_processor(name: str, image_splitting: bool | None = None) -> ProcessorMixin:
+    """The processor of a hub id or local folder.
+
+    Raises:
+        InputError: it cannot be read, or has no pieces to split an image into.
+    """
+    try:
+        library = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"the processor of {name} cannot be read from the hub or disk; check the name, the network, and for gated "
+            f"weights accept the licence and set HF_TOKEN ({str(error).splitlines()[0]})"
+        ) from error
+    if not hasattr(library, "image_processor") or not hasattr(library, "tokenizer"):
+        raise InputError(f"{name} has no processor for images and text; name a vision-language model")
+    if image_splitting is not None:
+        _set_splitting(library, image_splitting)
+    return library
+
+
+def _set_splitting(library: ProcessorMixin, image_splitting: bool) -> None:
+    if not hasattr(library.image_processor, "do_image_splitting"):
+        raise InputError(
+            f"model.image_splitting={image_splitting}: {type(library).__name__} does not split images; leave it out"
+        )
+    library.image_processor.do_image_splitting = image_splitting
+
+
+# What `transformers` publishes with the weights, for models without any. Each is asked as its published one is.
+TEMPLATES = {
+    "idefics2": "{% for turn in messages %}{{ turn.role.capitalize() }}:{% if turn.content[0].type != 'image' %} "
+    "{% endif %}{% for part in turn.content %}{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+}
+
+
+def random_processor(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, image_splitting: bool | None = None
+) -> tuple[ProcessorMixin, PreTrainedConfig]:
+    """The processor of an architecture for random weights, and the config with the tokens it has added.
+
+    Args:
+        tokenizer: without the processor's own tokens.
+
+    Raises:
+        InputError: an architecture that is not known here, or a vocabulary that is too small.
+    """
+    vision = config.vision_config
+    if config.model_type == "paligemma":
+        patches = (vision.image_size // vision.patch_size) ** 2
+        side = {"height": vision.image_size, "width": vision.image_size}
+        images: Any = SiglipImageProcessor(size=side, image_seq_length=patches)
+        library: Any = PaliGemmaProcessor(images, tokenizer)
+    elif config.model_type == "idefics2":
+        images = Idefics2ImageProcessor(size={"longest_edge": vision.image_size, "shortest_edge": vision.image_size})
+        images.do_image_splitting = bool(image_splitting)
+        latents = config.perceiver_config.resampler_n_latents
+        library = Idefics2Processor(images, tokenizer, image_seq_len=latents, chat_template=TEMPLATES["idefics2"])
+    else:
+        raise InputError(
+            f"model.pretrained={config.model_type}: no processor is made here for random weights of it; use "
+            "paligemma or idefics2, or name trained weights"
+        )
+    if config.model_type != "idefics2" and image_splitting is not None:
+        _set_splitting(library, image_splitting)
+    text = config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
+        raise InputError(
+            f"model.overrides.text_config.vocab_size={text.vocab_size} is less than the {len(tokenizer)} tokens that "
+            "the tokenizer has with the processor's own; raise it"
+        )
+    config.image_token_id = library.image_token_id
+    for known in (config, text):
+        known.pad_token_id, known.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+        known.eos_token_id = tokenizer.eos_token_id
+    return library, config
