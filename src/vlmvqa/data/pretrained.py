@@ -164,13 +164,15 @@ class PretrainedProcessor(Processor):
         if _is_paligemma(self.library):
             return [*self._ids(answer), tokenizer.eos_token_id]
         prompt, whole = self._asked(question.prompt), self._asked(question.prompt, answer)
-        read, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
-        if not whole.startswith(prompt) or ids[: len(read)] != read:
+        if not whole.startswith(prompt):
             raise InputError(
                 f"question {question.id}: the model's chat template writes {prompt[-20:]!r} before an answer and "
                 f"{whole[len(prompt) - 20 :][:40]!r} with it, so the answer's tokens cannot be told; choose another"
             )
-        written = ids[len(read) :]
+        read, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+        # Where the answer's first token would reach back into the prompt, its words stand alone: as when it is asked.
+        alone = ids[: len(read)] != read
+        written = self._ids(whole.removeprefix(prompt)) if alone else ids[len(read) :]
         special = set(tokenizer.all_special_ids)
         end = next((place for place, token in enumerate(written) if token in special), None)
         return [*written, tokenizer.eos_token_id] if end is None else written[: end + 1]

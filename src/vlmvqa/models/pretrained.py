@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -187,6 +188,7 @@ class PretrainedVLM(nn.Module):
             eos_token_id=sorted(eos),
             pad_token_id=min(eos),
             return_dict_in_generate=True,
+            output_scores=decoding.beams > 1,  # of every step: only so are a beam's own told
         )
         greedy = OneByOne(decoding, sorted(eos), range(rows) if keys is None else keys, batch["input_ids"].device)
         try:
@@ -269,7 +271,7 @@ def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, bla
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **more
         )
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(unreadable(settings.pretrained, error)) from error
     net, about = loaded
     if about["missing_keys"]:
