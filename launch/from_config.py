@@ -143,11 +143,16 @@ def _pretrained(
     return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()))
 
 
+def adapter_settings(config: DictConfig) -> AdapterSettings | None:
+    """The `adapt` group, where there are adapters."""
+    return None if config.get("adapt") is None else build_settings(AdapterSettings, group(config, "adapt"), "adapt")
+
+
 def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.device) -> tuple[Predictor, Base | None]:
     """Give the model the adapters that the config asks for, if any; and the base, where it is still to be written."""
-    if config.get("adapt") is None:
+    settings = adapter_settings(config)
+    if settings is None:
         return predictor, None
-    settings = build_settings(AdapterSettings, group(config, "adapt"), "adapt")
     _refuse_trained_beside(config, settings)
     unwritten = None
     if config.start_from is not None:
@@ -296,6 +301,7 @@ def asked(config: DictConfig, dist: DistSettings) -> Asked:
         str(config.trainable.vision),
         gpu,
         torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True,
+        adapter_settings(config),
     )
 
 

@@ -16,14 +16,14 @@ from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
 from vlmvqa.models.processors import ADDED_TOKENS, load_processor, random_processor
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
 WORDS = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 1, "vocab_size": 400 + ADDED_TOKENS}
 # Weights ten times the usual, so that scores reach the softcaps and masks matter.
 WORDS |= {"initializer_range": 0.2}
 VISION = {**SIZES, "num_hidden_layers": 2, "image_size": 28, "patch_size": 7}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "paligemma": {
-        "projection_dim": 32,
+        "projection_dim": 64,
         "vision_config": {"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
         "text_config": {"model_type": "gemma", **WORDS, "head_dim": 16},
     },
@@ -40,7 +40,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "mistral", **WORDS, "head_dim": 16},
     },
     "llava": {
-        "vision_config": {"model_type": "clip_vision_model", **VISION, "projection_dim": 32},
+        "vision_config": {"model_type": "clip_vision_model", **VISION, "projection_dim": 64},
         "text_config": {"model_type": "llama", **WORDS},
         "image_seq_length": 16,
     },

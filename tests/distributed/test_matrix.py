@@ -31,20 +31,41 @@ KINDS = {
 }
 
 
+ADAPTERS = {
+    f"{trained}, {precision}": {"trained": name, "bf16": precision == "bf16"}
+    for (name, trained), precision in product((("lora", "LoRA"), ("qlora", "4-bit LoRA")), ("fp32", "bf16"))
+}
+
+
 def named(row: tuple[str, bool]) -> str:
     return row[0] + ("_offload" if row[1] else "")
+
+
+def three(row: tuple[str, bool], name: str, elsewhere: tuple[str, bool], **turned: Any) -> list[Case]:
+    """A training that saves, and two that go on from its second step: as it was, and under another strategy."""
+    more = {**turned, "resume": (name, 2), "saves": False}
+    return [
+        Case(name, *row, **turned),
+        Case(f"{name}, resumed", *row, **more),
+        Case(f"{name}, elsewhere", *elsewhere, **more),
+    ]
 
 
 def cases() -> list[Case]:
     found = []
     for row, trained, (kind, turned) in product(ROWS, TRAINED, KINDS.items()):
-        name = f"{named(row)}, {trained}, {kind}"
-        common: dict[str, Any] = {"trained": trained, **turned}
-        found.append(Case(name, row[0], row[1], **common))
-        common |= {"resume": (name, 2), "saves": False}
-        found.append(Case(f"{name}, resumed", row[0], row[1], **common))
-        other = ELSEWHERE[row]
-        found.append(Case(f"{name}, elsewhere", other[0], other[1], **common))
+        found += three(row, f"{named(row)}, {trained}, {kind}", ELSEWHERE[row], trained=trained, **turned)
+    return found
+
+
+def adapter_cases() -> list[Case]:
+    found = []
+    for row, (kind, turned) in product(ROWS, ADAPTERS.items()):
+        # What works for all: weights of 4 bits are refused under some.
+        elsewhere = ("zero2", False) if row == ("ddp", False) else ("ddp", False)
+        trainings = three(row, f"{named(row)}, {kind}", elsewhere, **turned)
+        refused = turned["trained"] == "qlora" and row[0] in ("fsdp", "zero3")
+        found += trainings[:1] if refused else trainings
     return found
 
 
@@ -53,17 +74,27 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return work(tmp_path_factory.mktemp("matrix"), cases(), 2)
 
 
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return work(tmp_path_factory.mktemp("adapters"), adapter_cases(), 2)
+
+
 def cell(results: dict[str, Any], name: str) -> str:
     """What holds of a combination; asserts that it does."""
-    saved, resumed, elsewhere = (results[name + more] for more in ("", ", resumed", ", elsewhere"))
+    saved = results[name]
     if "refused" in saved:
         return f"refused: {saved['refused']}"
+    resumed, elsewhere = results[f"{name}, resumed"], results[f"{name}, elsewhere"]
     rest = {step: loss for step, loss in saved["losses"].items() if step > 2}
     assert len(rest) == 2 and saved["whole_model_is_the_checkpoint"], name
     assert resumed["losses"] == pytest.approx(rest, abs=1e-5), name
     # Another strategy rounds elsewhere; and cuts 8-bit moments into other blocks.
     assert elsewhere["losses"] == pytest.approx(rest, abs=1e-2 if "bf16" in name else 1e-3), name
-    assert not model("blockwise_prefix").load_state_dict(load_file(saved["weights"])).missing_keys
+    weights = load_file(saved["weights"])
+    if "LoRA" in name:
+        assert weights and all("lora_" in key for key in weights), name
+    else:
+        assert not model("blockwise_prefix").load_state_dict(weights).missing_keys
     return "save, resume, elsewhere"
 
 
@@ -75,15 +106,32 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def adapter_table(results: dict[str, Any]) -> str:
+    lines = [f"| strategy | {' | '.join(ADAPTERS)} |", "|---" * (1 + len(ADAPTERS)) + "|"]
+    for row in ROWS:
+        cells = [cell(results, f"{named(row)}, {kind}") for kind in ADAPTERS]
+        lines.append(f"| {named(row)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_matrix_is_the_documented_one(results: dict[str, Any]) -> None:
+    compare(table(results), BEGIN, END)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_adapters_matrix_is_the_documented_one(adapted: dict[str, Any]) -> None:
+    compare(adapter_table(adapted), BEGIN.replace("matrix", "adapters"), END.replace("matrix", "adapters"))
+
+
+def compare(found: str, begin: str, end: str) -> None:
     page = DOCS.read_text()
-    before, _, rest = page.partition(BEGIN)
-    written, _, after = rest.partition(END)
-    found = table(results)
+    before, _, rest = page.partition(begin)
+    written, _, after = rest.partition(end)
     if os.environ.get("VLMVQA_WRITE_DOCS"):
-        Path(DOCS).write_text(f"{before}{BEGIN}{found}{END}{after}")
+        Path(DOCS).write_text(f"{before}{begin}{found}{end}{after}")
     else:
         assert written == found, "docs/scaling.md: write the table anew with VLMVQA_WRITE_DOCS=1"
 

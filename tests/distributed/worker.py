@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.data.training_set import TrainingSet
 from vlmvqa.errors import InputError
+from vlmvqa.models import adapters
+from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.vlm import VLM, build, set_trainable
 from vlmvqa.training import parallel, preflight
 from vlmvqa.training.log import read_log
@@ -53,7 +55,7 @@ class Case:
     name: str
     strategy: str = "ddp"
     offload: bool = False
-    trained: str = "full"  # or projector
+    trained: str = "full"  # or projector, lora, qlora
     optim: str = "adamw_torch"
     bf16: bool = False
     steps: int = 4
@@ -69,6 +71,10 @@ class Case:
 
 # Wide enough for 8-bit states: they begin at 4,096 elements, of a shard too.
 WIDE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
+
+
+LORA = AdapterSettings(rank=8, targets=("language.*.q_proj", "language.*.down_proj"), compute_dtype="float32")
+ADAPTED = {"lora": LORA, "qlora": replace(LORA, bits=4)}
 
 
 def model(mode: str) -> VLM:
@@ -88,7 +94,8 @@ def run(case: Case, root: Path) -> dict[str, Any]:
     weights = root / case.name / f"checkpoint-{case.steps}" / WEIGHTS
     with trainer._whole_model() as whole:
         saved = load_file(weights)
-        same = all(torch.equal(weight.cpu(), saved[name].to(weight.dtype)) for name, weight in whole.named_parameters())
+        here = dict(whole.named_parameters())
+        same = all(torch.equal(here[name].cpu(), weight.to(here[name].dtype)) for name, weight in saved.items())
     batch = trainer._prepare_inputs({"weights": torch.ones(1), "pixel_values": torch.ones(1)})
     return {
         "losses": losses,
@@ -104,6 +111,9 @@ def run(case: Case, root: Path) -> dict[str, Any]:
 def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     dist = DistSettings(case.strategy, case.offload)
     vlm = model(case.mode)
+    adapt = ADAPTED.get(case.trained)
+    if adapt is not None:
+        adapters.attach(vlm, adapt)
     if case.trained == "projector":
         set_trainable(vlm.part("vision"), "none", "vision")
         set_trainable(vlm.part("language"), "none", "language")
@@ -125,6 +135,7 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         dist=dist,
         settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
         clip_percentile=case.clip_percentile,
+        adapt=adapt,
     )
 
 
@@ -139,7 +150,8 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         **({} if case.saves else {"save_strategy": "no"}),
         **(case.trainer or {}),
     }
-    preflight.refuse(preflight.Asked(dist, values, tiny.settings(case.mode)))
+    adapt = ADAPTED.get(case.trained)
+    preflight.refuse(preflight.Asked(dist, values, tiny.settings(case.mode), adapt=adapt))
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,

@@ -194,7 +194,7 @@ def test_a_batch_answers_as_one_at_a_time(loaded: Loaded, decoding: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "decoding", [{}, {"temperature": 1.0}, {"beams": 3}, {"beams": 2, "length_penalty": 0.5}], ids=str
+    "decoding", [{}, {"temperature": 1.0, "seed": 3}, {"beams": 3}, {"beams": 2, "length_penalty": 0.5}], ids=str
 )
 def test_the_log_probability_is_that_of_the_answer(loaded: Loaded, decoding: dict[str, Any]) -> None:
     """The one that the loss gives the same tokens."""

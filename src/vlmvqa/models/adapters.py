@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -107,6 +108,9 @@ def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.
         bias="none",
     )
     peft.inject_adapter_in_model(config, host)
+    for name, parameter in host.named_parameters():
+        if "lora_" in name:  # peft gives them the base's type, in which a small step is rounded away
+            parameter.data = parameter.data.float()
     got = {name for name, module in host.named_modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)}
     wrong = sorted(got ^ set(paths.values()))
     if wrong:
@@ -140,6 +144,11 @@ def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Seque
         packed: list[Any] = [module for module in model.modules() if hasattr(module, "quant_storage")]
         numel = sum(module.in_features * module.out_features for module in packed)
         lines.append(f"  over {len(packed)} linear layers in {settings.quantization}, {numel:,} parameters of the base")
+        host: Any = _host(model)
+        whole = sorted({host.get_submodule(name).in_features for name in packable(model) if "lora_" not in name})
+        if whole:
+            widths = ", ".join(map(str, whole))
+            lines.append(f"  layers of width {widths} stay whole: 4 bits of them cannot be read back on this device")
     return "\n".join(lines)
 
 
@@ -147,34 +156,65 @@ def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Seque
 
 
 def quantize(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.device | str = "cpu") -> None:
-    """Keep the linear layers of all blocks in 4 bits, in place: one at a time, so that little is there twice."""
+    """Keep the linear layers of all blocks in 4 bits, in place: one at a time, so that little is there twice.
+
+    What cannot be read back stays whole: bitsandbytes 0.50 mixes up the scales of a layer whose width is no multiple of
+    64 on CPUs with AVX-512.
+    """
     bitsandbytes = _bitsandbytes()
     dtype = getattr(torch, settings.compute_dtype)
-    for block in model.blocks:
-        for name, linear in list(block.named_modules()):
-            if type(linear) is not nn.Linear:
-                continue
-            packed = bitsandbytes.nn.Linear4bit(
-                linear.in_features,
-                linear.out_features,
-                linear.bias is not None,
-                compute_dtype=dtype,
-                compress_statistics=settings.double_quantization,
-                quant_type=settings.quantization,
-                device="meta",
-            )
-            packed.weight = bitsandbytes.nn.Params4bit(
-                linear.weight.detach(),
-                requires_grad=False,
-                compress_statistics=settings.double_quantization,
-                quant_type=settings.quantization,
-                module=packed,
-            ).to(device)
-            packed.bias = linear.bias
-            # On some CPUs it would repack the weights at the first answer, in a way that training cannot read.
-            packed.support_avx512bf16_for_cpu = False
-            parent, _, last = name.rpartition(".")
-            setattr(block.get_submodule(parent), last, packed.train(linear.training))
+    host = _host(model)
+    for name in packable(model):
+        linear: Any = host.get_submodule(name)
+        weight = _packed(linear.weight, settings, None).to(device)
+        if not _reads_back(weight):
+            continue
+        packed = bitsandbytes.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            compute_dtype=dtype,
+            compress_statistics=settings.double_quantization,
+            quant_type=settings.quantization,
+            device="meta",
+        )
+        packed.weight, weight.module = weight, packed
+        packed.bias = linear.bias
+        # On some CPUs it would repack the weights at the first answer, in a way that training cannot read.
+        packed.support_avx512bf16_for_cpu = False
+        parent, _, last = name.rpartition(".")
+        setattr(host.get_submodule(parent), last, packed.train(linear.training))
+
+
+def packable(model: VLM | PretrainedVLM) -> list[str]:
+    """The layers that are kept in 4 bits where any are, by their names in the base: the linear ones of all blocks."""
+    inside = {id(module) for block in model.blocks for module in block.modules() if type(module) is nn.Linear}
+    return [name for name, module in _host(model).named_modules() if id(module) in inside]
+
+
+def through_four_bits(weight: Tensor, settings: AdapterSettings) -> Tensor:
+    """What a weight is multiplied as once it is kept in 4 bits: `[out, in]`, of the same type."""
+    packed = _packed(weight, settings, None).to(weight.device)
+    return dequantize(packed) if _reads_back(packed) else weight
+
+
+def _packed(weight: Tensor, settings: AdapterSettings, module: Any) -> Any:
+    """The weight of a 4-bit layer, packed as soon as it is moved to a device."""
+    return _bitsandbytes().nn.Params4bit(
+        weight.detach(),
+        requires_grad=False,
+        compress_statistics=settings.double_quantization,
+        quant_type=settings.quantization,
+        module=module,
+    )
+
+
+def _reads_back(packed: Any) -> bool:
+    """Whether a 4-bit weight comes out the same whether it is read as a matrix or as one row."""
+    row = copy(packed.quant_state)
+    row.shape = torch.Size((1, row.shape.numel()))
+    flat = _bitsandbytes().functional.dequantize_4bit(packed.data, row)
+    return torch.equal(dequantize(packed).flatten(), flat.flatten())
 
 
 def dequantize(weight: Tensor) -> Tensor:

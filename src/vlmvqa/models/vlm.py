@@ -29,7 +29,7 @@ from vlmvqa.sequence.rows import IGNORE, NO_IMAGE
 
 Batch = Mapping[str, Tensor]
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ProjectorSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """All that builds a `VLM`; `dtype` is that of the weights ("float32", "bfloat16")."""
+    """All that builds a `VLM`; `dtype` is that of the weights: "float32", "bfloat16", or frozen ones' "float16"."""
 
     vision: VisionSettings = field(default_factory=VisionSettings)
     projector: ProjectorSettings = field(default_factory=ProjectorSettings)

@@ -18,7 +18,10 @@ from torch.nn import functional as F
 KEYS = ("exp_avg", "exp_avg_sq")
 BITSANDBYTES = {"exp_avg": "1", "exp_avg_sq": "2"}  # state1, qmap1, absmax1; state2...
 PIECE = 2**22
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_torch_8bit")  # whose states these are
+OPTIMIZERS = (  # whose states these are
+    *("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_torch_8bit"),
+    *("paged_adamw_32bit", "paged_adamw_8bit"),
+)
 
 
 def read(state: dict[str, Any]) -> dict[str, Tensor]:

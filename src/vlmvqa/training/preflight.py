@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.attention import SOFTCAP
 from vlmvqa.models.checkpoint import Settings
 from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM
@@ -35,6 +36,8 @@ CLASSES = {
     "adamw_torch_fused": ("torch.optim", "AdamW", None),
     "adamw_bnb_8bit": ("bitsandbytes", "AdamW", "8bit"),
     "adamw_torch_8bit": ("torchao", "AdamW8bit", "8bit"),
+    "paged_adamw_32bit": ("bitsandbytes", "AdamW", "8bit"),
+    "paged_adamw_8bit": ("bitsandbytes", "AdamW", "8bit"),
     "sgd": ("torch.optim", "SGD", None),
 }
 OURS = {  # of TrainingArguments, what is set elsewhere or would run something else than the run says
@@ -65,6 +68,7 @@ class Asked:
         trained_vision: `trainable.vision`.
         gpu: whether it trains on one.
         bf16_works: whether the device computes in bfloat16.
+        adapt: the `adapt` group, where there are adapters.
     """
 
     dist: DistSettings
@@ -76,6 +80,7 @@ class Asked:
     trained_vision: str = "all"
     gpu: bool = False
     bf16_works: bool = True
+    adapt: AdapterSettings | None = None
 
 
 def optimizer_for(asked: str, dist: DistSettings) -> str:
@@ -107,6 +112,10 @@ def _problems(asked: Asked) -> Iterator[str]:
     package, _, extra = CLASSES[optim]
     if extra and importlib.util.find_spec(package) is None:
         yield f"trainer.optim={optim} needs {package}; install it with: pip install 'vlmvqa[{extra}]'"
+    if optim.startswith("paged") and not asked.gpu:
+        yield f"trainer.optim={optim}: its pages are CUDA's, so it needs a GPU; use adamw_bnb_8bit or adamw_torch"
+    if optim.startswith("paged") and dist.strategy == "fsdp":
+        yield f"trainer.optim={optim} cannot step on FSDP2's shards; use adamw_torch_8bit, or dist=fsdp_offload"
     if dist.is_zero and importlib.util.find_spec("deepspeed") is None:
         install = "install it with: pip install 'vlmvqa[deepspeed]'"
         yield f"dist={dist.strategy} needs DeepSpeed; {install}, or use dist=fsdp"
@@ -132,11 +141,35 @@ def _problems(asked: Asked) -> Iterator[str]:
             f"trainable.vision={asked.trained_vision}: an encoder whose output is cached cannot train; set "
             "trainable.vision=none, or leave data.features out"
         )
+    if model.dtype == "float16" and asked.adapt is None:
+        yield "model.dtype=float16: weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)"
+    if "wandb" in (trainer.get("report_to") or ()) and importlib.util.find_spec("wandb") is None:
+        yield "logger=wandb needs wandb; install it with: pip install 'vlmvqa[wandb]'"
     if trainer.get("average_tokens_across_devices") is False:
         yield "trainer.average_tokens_across_devices=false would weigh ranks, not tokens, the same; leave it out"
+    if asked.adapt is not None:
+        yield from _adapter_problems(asked, asked.adapt)
     yield from (
         _pretrained_problems(asked, model) if isinstance(model, PretrainedSettings) else _own_problems(asked, model)
     )
+
+
+def _adapter_problems(asked: Asked, adapt: AdapterSettings) -> Iterator[str]:
+    dist, dtype = asked.dist, asked.model.dtype
+    for package in ("peft", *(["bitsandbytes"] if adapt.bits else [])):
+        if importlib.util.find_spec(package) is None:
+            yield f"adapt={adapt.method} needs {package}; install it with: pip install 'vlmvqa[adapters]'"
+    if adapt.bits and dist.strategy in ("fsdp", "zero3"):
+        yield f"adapt.bits={adapt.bits}: {dist.strategy} cannot shard weights of 4 bits; use dist=ddp or zero2"
+    if dist.strategy == "fsdp" and dtype != "float32":
+        yield (
+            f"model.dtype={dtype} under fsdp, which shards a block in one type, and adapters are float32; set "
+            "model.dtype=float32 (trainer.bf16=true still computes in bfloat16)"
+        )
+    if adapt.bits and adapt.compute_dtype == "bfloat16" and not asked.bf16_works:
+        yield "adapt.compute_dtype=bfloat16: this card does not compute in bfloat16; use adapt.compute_dtype=float16"
+    if asked.features and any(target.startswith(("vision", "*")) for target in adapt.targets):
+        yield "data.features: an encoder with adapters is at work in every step; leave them out"
 
 
 def _own_problems(asked: Asked, model: ModelSettings) -> Iterator[str]:
