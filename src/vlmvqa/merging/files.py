@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,9 +26,10 @@ TYPES = {**FLOATS, **WHOLE}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file."""
+    """A tensor in a file; `key` is its name there."""
 
     file: Path
+    key: str
     shape: tuple[int, ...]
     type: str
 
@@ -45,36 +46,72 @@ class Entry:
 class Weights:
     """A model's tensors by name, in the order of their files.
 
+    Args:
+        named: a tensor's name in the model, of that in the file; None: the model has none, and it is left out.
+
     Raises:
         InputError: the folder holds no weights, or a file cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, named: Callable[[str], str | None] = str) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         for path in _files(folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118  # it is no mapping
-                        tensor = file.get_slice(name)
-                        self.entries[name] = Entry(path, tuple(tensor.get_shape()), tensor.get_dtype())
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{path} cannot be read ({error}); copy the model again") from error
+            for key, shape, kind in contents(path):
+                name = named(key)
+                if name is not None:
+                    self.entries[name] = Entry(path, key, shape, kind)
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor's entries, flat and in float32 (or its own whole numbers), a piece at a time.
-
-        The file is opened anew for each, because what was read of an open one stays in memory.
-        """
+    def rows(self, name: str) -> Iterator[slice]:
+        """Which rows of a tensor make a piece, from the first to the last."""
         entry = self.entries[name]
         if entry.size == 0:
             return
         rows = entry.shape[0] if entry.shape else 1
         step = max(1, PIECE * rows // entry.size)
         for start in range(0, rows, step):
-            with safe_open(entry.file, framework="pt") as file:
-                piece = file.get_slice(name)[start : start + step] if entry.shape else file.get_tensor(name)
-                yield piece.float().flatten() if entry.type in FLOATS else piece.flatten()
+            yield slice(start, start + step)
+
+    def read(self, name: str, rows: slice) -> Tensor:
+        """A piece's entries, flat and in float32, or in its own whole numbers."""
+        entry = self.entries[name]
+        return read_rows(entry.file, entry.key, rows, bool(entry.shape)).flatten()
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """All pieces of a tensor, one at a time."""
+        return (self.read(name, rows) for rows in self.rows(name))
+
+    def value(self, name: str, rows: slice, base: Tensor) -> Tensor:
+        """A piece, float32[n]; `base` is the same of the base."""
+        return self.read(name, rows)
+
+    def delta(self, name: str, rows: slice, base: Tensor) -> Tensor:
+        """What tuning added to a piece of the base, float32[n]."""
+        return self.read(name, rows) - base
+
+
+def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and type of every tensor in a file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+            return [(key, tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()]
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy the model again") from error
+
+
+def read_rows(path: Path, key: str, rows: slice = slice(None), sliced: bool = True) -> Tensor:
+    """Some rows of a tensor, in float32 (or in its own whole numbers).
+
+    The file is opened anew for each, because what was read of an open one stays in memory.
+    """
+    with safe_open(path, framework="pt") as file:
+        piece: Tensor = file.get_slice(key)[rows] if sliced else file.get_tensor(key)
+        return piece.float() if piece.is_floating_point() else piece
 
 
 def _files(folder: Path) -> list[Path]:

@@ -18,12 +18,20 @@ from tqdm import tqdm
 
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.merging import files, methods
-from vlmvqa.merging.files import FLOATS, TYPES, Weights
+from vlmvqa.merging import files, fit, methods
+from vlmvqa.merging.adapted import Adapted, Dequantized
+from vlmvqa.merging.files import FLOATS, Weights
+from vlmvqa.merging.fit import read_config
+from vlmvqa.merging.layout import Layout
 from vlmvqa.models import saved
+from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.models.processors import load_processor
+from vlmvqa.models.vlm import DTYPES
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp")
 ALONE = ("linear", "slerp")  # of the models themselves; the others merge what was added to a base
+CARD = "README.md"  # of the base, which tells of its scores
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -92,27 +100,39 @@ class Counts:
 class Merge:
     """Models to be merged, found to fit together.
 
+    Args:
+        base: what all were tuned from; None: what the adapters among them say, which `linear` and `slerp` of full
+            models need not know.
+        models: folders of full models and of adapters.
+        into: what adapters that were trained over 4 bits are added to: "full" (the base's own weights) or
+            "dequantized" (these through 4 bits and back, as they were trained over).
+
     Raises:
-        InputError: they do not.
+        InputError: they do not fit.
     """
 
-    def __init__(self, base: Path | None, models: Sequence[Path], settings: MergeSettings) -> None:
-        self.settings = settings
+    def __init__(self, base: Path | None, models: Sequence[Path], settings: MergeSettings, into: str = "full") -> None:
+        self.settings, self.into = settings, into
         self.counts: dict[str, Counts] = {}
-        self.models = [Weights(folder) for folder in models]
-        if settings.method in ALONE:
-            base = models[0] if models else None
-        elif base is None:
+        self.adapters = {folder: own for folder in models if (own := fit.adapter_settings(folder)) is not None}
+        self._refuse_settings(len(models))
+        found = fit.base_of_adapters(base, models)
+        if settings.method in ALONE and not self.adapters:
+            found = models[0]
+        elif found is None:
             raise InputError(f"base=... must be given: {settings.method} merges what was added to it")
-        self._refuse_settings()
-        assert base is not None
-        self.base = Weights(base)
-        for other in self.models:
-            _refuse_different(self.base, other)
+        self.layout = Layout.of(found)
+        self.base = self._base(found)
+        fit.refuse_quantised(self.base)
+        self.models = [self._model(folder) for folder in models]
+        full = [model for model in self.models if isinstance(model, Weights)]
+        for other in full:
+            fit.refuse_quantised(other)
+            fit.refuse_different(self.base, other)
         self._refuse_patterns()
         if settings.method not in ALONE:
-            self._refuse_other_bases()
-        self.config = _merged_config(self.base.folder, [model.folder for model in self.models])
+            fit.refuse_other_bases(found, [model.folder for model in full])
+        self.config = fit.merged_config(found, models, self._started_from())
         self.thresholds: list[float] = []
 
     def run(self, folder: Path) -> None:
@@ -124,17 +144,56 @@ class Merge:
         (folder / saved.CONFIG).unlink(missing_ok=True)
         with tqdm(total=sum(entry.size for entry in entries.values()), unit=" entries", unit_scale=True) as bar:
             bar.set_description("merging")
-            files.write(folder / saved.WEIGHTS, entries, self._pieces(bar))
+            files.write(folder / saved.WEIGHTS, {one.key: one for one in entries.values()}, self._pieces(bar))
         self._copy_rest(folder)
+
+    @property
+    def over_four_bits(self) -> list[Path]:
+        """The adapters that were trained over weights in 4 bits."""
+        return [folder for folder, settings in self.adapters.items() if settings.bits]
+
+    def _base(self, folder: Path) -> Weights:
+        """The base's weights: as they are, or through 4 bits."""
+        if self.into == "full":
+            return Weights(folder, self.layout.name)
+        if self.into != "dequantized":
+            raise InputError(
+                f"into={self.into} is unknown; use full (the base's own weights) or dequantized (as adapters over 4 "
+                "bits saw them): a merged model has whole weights"
+            )
+        given = list(self.adapters.values())
+        if not given or not all(settings.bits for settings in given) or len(set(map(_bits, given))) > 1:
+            raise InputError(
+                "into=dequantized: not all of these are adapters over the same weights in 4 bits; use into=full"
+            )
+        types = {read_config(one)["model"]["dtype"] for one in self.adapters}
+        if len(types) > 1:
+            raise InputError(f"into=dequantized: the adapters' models were of {' and '.join(types)}; use into=full")
+        return Dequantized(folder, self.layout.name, self.layout.in_four_bits(), given[0], DTYPES[types.pop()])
+
+    def _model(self, folder: Path) -> Weights | Adapted:
+        if folder in self.adapters:
+            return Adapted(folder, self.base, self.adapters[folder])
+        return Weights(folder, self.layout.name)
+
+    def _started_from(self) -> dict[str, str] | None:
+        """What the merged model says that it was trained on from: the base, or of `linear` and `slerp` what all say."""
+        if self.settings.method not in ALONE or self.adapters:
+            folder = self.base.folder
+            return {"model": str(folder), "weights": fingerprint.weights_in(folder)}
+        said = [fit.ours(read_config(model.folder)).get("started_from") for model in self.models]
+        return said[0] if all(one == said[0] for one in said) else None
 
     def _copy_rest(self, folder: Path) -> None:
         """What the base's folder holds besides the weights, `config.json` last: a folder that has it is whole."""
-        weights = {saved.CONFIG, files.INDEX, *(entry.file.name for entry in self.base.entries.values())}
+        weights = {saved.CONFIG, files.INDEX, CARD, *(entry.file.name for entry in self.base.entries.values())}
         for path in self.base.folder.iterdir():
             if path.is_dir():
                 shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-            elif path.name not in weights:
+            elif path.name not in weights and not (self.layout.model and path.name in PROCESSOR):
                 shutil.copy2(path, folder)
+        if self.layout.model is not None:  # as the models' own training set it
+            load_processor(str(self.models[0].folder)).save_pretrained(folder)
         partial = folder / (saved.CONFIG + ".partial")
         partial.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / saved.CONFIG)
@@ -144,29 +203,31 @@ class Merge:
             merged = self._merged(name) if entry.type in FLOATS else self.base.pieces(name)
             for piece in merged:
                 bar.update(piece.numel())
-                yield name, piece
+                yield entry.key, piece
 
     def _merged(self, name: str) -> Iterator[Tensor]:
         """A tensor's pieces, float32."""
-        settings, weights = self.settings, torch.tensor(self.settings.of(name, len(self.models)))
+        settings, path = self.settings, self.layout.path(name)
+        weights = torch.tensor(settings.of(path, len(self.models)))
         if settings.method == "linear":
-            for _, values in self._aligned(name):
+            for values in self._values(name):
                 yield methods.linear(values, weights)
         elif settings.method == "slerp":
             first, second = self._slerp_shares(name, float(weights[1] / weights.sum()))
-            for _, values in self._aligned(name):
+            for values in self._values(name):
                 yield first * values[0] + second * values[1]
         else:
-            yield from self._with_deltas(name, weights)
+            yield from self._with_deltas(name, path, weights)
 
-    def _with_deltas(self, name: str, weights: Tensor) -> Iterator[Tensor]:
-        settings, counts = self.settings, self.counts.setdefault(name.partition(".")[0], Counts())
+    def _with_deltas(self, name: str, path: str, weights: Tensor) -> Iterator[Tensor]:
+        settings, counts = self.settings, self.counts.setdefault(path.partition(".")[0], Counts())
         thresholds = None
         if settings.method == "ties":
             thresholds = torch.tensor(self.thresholds or self._thresholds([name]))
         drawn = [_generator(settings.seed, name, number) for number in range(len(self.models))]
-        for base, values in self._aligned(name):
-            deltas = values - base
+        for rows in self.base.rows(name):
+            base = self.base.read(name, rows)
+            deltas = torch.stack([model.delta(name, rows, base) for model in self.models])
             kept = deltas
             if thresholds is not None:
                 kept = methods.trim(deltas, thresholds)
@@ -176,34 +237,36 @@ class Merge:
             counts.add(base, deltas, kept)
             yield base + settings.scale * join(kept, weights)
 
-    def _aligned(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of the base, float32[n], with the same of every model, float32[M, n]."""
-        for base, *values in zip(self.base.pieces(name), *(one.pieces(name) for one in self.models), strict=True):
-            yield base, torch.stack(values)
+    def _values(self, name: str) -> Iterator[Tensor]:
+        """Pieces of every model, float32[M, n]."""
+        for rows in self.base.rows(name):
+            base = self.base.read(name, rows)
+            yield torch.stack([model.value(name, rows, base) for model in self.models])
 
     def _thresholds(self, names: Sequence[str]) -> list[float]:
         """Of each model: the magnitude of the smallest delta that is kept, over these tensors."""
         kept = max(1, int(self.settings.density * sum(self.base.entries[name].size for name in names)))
 
-        def deltas(model: Weights) -> Iterator[Tensor]:
+        def deltas(model: Weights | Adapted) -> Iterator[Tensor]:
             for name in names:
-                for base, value in zip(self.base.pieces(name), model.pieces(name), strict=True):
-                    yield value - base
+                for rows in self.base.rows(name):
+                    yield model.delta(name, rows, self.base.read(name, rows))
 
         return [methods.kth_magnitude(lambda model=model: deltas(model), kept) for model in self.models]  # type: ignore[misc]
 
     def _slerp_shares(self, name: str, share: float) -> tuple[float, float]:
         dot = first = second = 0.0
-        for _, values in self._aligned(name):
+        for values in self._values(name):
             one, other = values.double()
             dot += float(one @ other)
             first += float(one @ one)
             second += float(other @ other)
         return methods.slerp_shares(dot, (sqrt(first), sqrt(second)), share)
 
-    def _refuse_settings(self) -> None:
-        settings, models = self.settings, len(self.models)
-        if models < 2 or (settings.method == "slerp" and models > 2):
+    def _refuse_settings(self, models: int) -> None:
+        settings = self.settings
+        least = 1 if settings.method == "task_arithmetic" else 2
+        if models < least or (settings.method == "slerp" and models > 2):
             wanted = "two models" if settings.method == "slerp" else "two or more models"
             raise InputError(f"models names {models}; {settings.method} merges {wanted}: models=[runs/a,runs/b]")
         given = {"weights": settings.weights} if settings.weights else {}
@@ -213,99 +276,20 @@ class Merge:
             if settings.method != "task_arithmetic" and sum(weights) <= 0:
                 raise InputError(f"{where}={list(weights)} should add up to more than 0")
 
-    def _refuse_other_bases(self) -> None:
-        """Stop where a model says that it was trained on from another one."""
-        started = {model.folder: _started_from(model.folder) for model in self.models}
-        if not any(started.values()) or not (self.base.folder / saved.WEIGHTS).is_file():
-            return
-        own = fingerprint.weights_in(self.base.folder)
-        for folder, one in started.items():
-            if one and one["weights"] != own:
-                raise InputError(
-                    f"{folder} was trained on from {one['model']}, not from {self.base.folder}; give that as base"
-                )
-
     def _refuse_patterns(self) -> None:
+        paths = [self.layout.path(name) for name in self.base.entries]
         for pattern in self.settings.layers:
             try:
-                found = any(re.search(pattern, name) for name in self.base.entries)
+                found = any(re.search(pattern, path) for path in paths)
             except re.error as error:
                 raise InputError(f"layers: {pattern!r} is no regular expression ({error})") from error
             if not found:
-                like = next(iter(self.base.entries))
-                raise InputError(f"layers: {pattern!r} is found in no tensor's name, such as {like}")
+                raise InputError(f"layers: {pattern!r} is found in no tensor's name, such as {paths[0]}")
 
 
-def _started_from(folder: Path) -> Mapping[str, str] | None:
-    """What the model was trained on from, if it says so."""
-    found: Mapping[str, str] | None = _config(folder).get("started_from")
-    return found
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / saved.CONFIG
-    if not path.exists():
-        raise InputError(f"{folder} holds no {saved.CONFIG}; copy or save the model again")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
-
-
-def _merged_config(base: Path, models: Sequence[Path]) -> dict[str, Any]:
-    """The base's, with what the models have learned to be asked: the prompt of each source, the longest text."""
-    config, others = _config(base), [_config(folder) for folder in models]
-    if "prompts" not in config:  # another library's model
-        return config
-    for key in ("model", "images"):
-        for folder, other in zip(models, others, strict=True):
-            if other[key] != config[key]:
-                raise InputError(
-                    f"{folder} and {base} differ in the settings of their {key}; merge models alike in them"
-                )
-    tokens = saved.TOKENIZER + "/tokenizer.json"
-    for folder in models:
-        if (folder / tokens).read_bytes() != (base / tokens).read_bytes():
-            raise InputError(f"{folder} and {base} have different tokenizers; merge models tuned from the same")
-    prompts: dict[str, str] = dict(config["prompts"])
-    for folder, other in zip(models, others, strict=True):
-        for source, prompt in other["prompts"].items():
-            if prompts.setdefault(source, prompt) != prompt:
-                raise InputError(f"{folder} asks {source} with {prompt!r}, another with {prompts[source]!r}; which?")
-    longest = [one["max_text_tokens"] for one in (config, *others)]
-    return {**config, "prompts": prompts, "max_text_tokens": None if None in longest else max(longest)}
-
-
-def _refuse_different(base: Weights, other: Weights) -> None:
-    """Stop unless two models have the same tensors, and these can be merged."""
-    for one in (base, other):
-        for name, entry in one.entries.items():
-            if entry.type not in TYPES:
-                kind = f"{name} is of type {entry.type}, as quantised weights are"
-                raise InputError(f"{one.folder}: {kind}; merge the dequantised model")
-    differ = [_difference(base, other, name) for name in dict.fromkeys([*base.entries, *other.entries])]
-    found = [one for one in differ if one]
-    if found:
-        more = f" (and {len(found) - 1} more differ)" if len(found) > 1 else ""
-        raise InputError(
-            f"{other.folder} and {base.folder} are not of one base: {found[0]}{more}; merge models tuned from the same"
-        )
-
-
-def _difference(base: Weights, other: Weights, name: str) -> str | None:
-    """What tells the models apart in a tensor, besides its values."""
-    one, two = base.entries.get(name), other.entries.get(name)
-    if one is None or two is None:
-        return f"{name} is in {(other if one is None else base).folder} alone"
-    if one.shape != two.shape:
-        return f"{name} is {list(one.shape)} in the one, {list(two.shape)} in the other"
-    if (one.type in FLOATS) != (two.type in FLOATS):
-        return f"{name} is of type {one.type} in the one, {two.type} in the other"
-    if one.type not in FLOATS and not _equal(base, other, name):
-        return f"{name} holds other whole numbers"
-    return None
-
-
-def _equal(base: Weights, other: Weights, name: str) -> bool:
-    return all(torch.equal(one, two) for one, two in zip(base.pieces(name), other.pieces(name), strict=True))
+def _bits(settings: AdapterSettings) -> tuple[Any, ...]:
+    """How the weights below adapters were kept."""
+    return settings.bits, settings.quantization, settings.double_quantization
 
 
 def _generator(seed: int, name: str, model: int) -> torch.Generator:
