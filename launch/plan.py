@@ -2,6 +2,7 @@
 
 python launch/plan.py experiment=vlm_vqa_4xa10g
 python launch/plan.py model=dinov2_gemma2_2b data=vqav2 dist=zero3 plan.gpu=a100_80 plan.gpus=2
+python launch/plan.py model=paligemma_3b adapt=qlora data=docvqa plan.gpu=a4000 plan.gpus=1
 python launch/plan.py experiment=vlm_vqa_4xa10g verify=true    three steps on the GPU that is here, planned and measured
 """
 
@@ -16,10 +17,13 @@ import from_config
 from command_line import group, run
 from data_from_config import DataSettings, one_task
 from vlmvqa.errors import InputError
+from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.planning import report, verify
 from vlmvqa.planning.gpus import gpu
+from vlmvqa.planning.memory import Settings
 from vlmvqa.planning.planner import Planner, Rows, Training, known_architecture
+from vlmvqa.planning.pretrained import known_config
 from vlmvqa.settings import build_settings
 from vlmvqa.training.parallel import DistSettings
 
@@ -64,26 +68,37 @@ def main(config: DictConfig) -> None:
 def build_planner(config: DictConfig) -> Planner:
     """The planner of a training run's config."""
     plan = build_settings(PlanSettings, group(config, "plan"), "plan")
-    values, trainer = group(config, "model"), group(config, "trainer")
-    values["language"].pop("tokenizer")
-    settings = known_architecture(build_settings(ModelSettings, values, "model"))
+    settings, trainer, adapt = planned_model(config), group(config, "trainer"), None
+    if config.get("adapt") is not None:
+        adapt = build_settings(AdapterSettings, group(config, "adapt"), "adapt")
     data = one_task(config)
-    asked, text = questions(plan, data, settings.mode), text_tokens(plan, data)
+    asked, text = questions(plan, data, settings), text_tokens(plan, data)
     rows = Rows(trainer["per_device_train_batch_size"], asked, text, plan.answer_tokens, data.row_tokens)
     precision = "bf16" if trainer.get("bf16") else "fp16" if trainer.get("fp16") else "fp32"
     training = Training(precision, trainer["optim"], trainer["gradient_accumulation_steps"])
     trainable = group(config, "trainable")
-    return Planner(settings, trainable, rows, training, gpu(plan.gpu), plan.gpus, plan.utilisation)
+    return Planner(settings, trainable, rows, training, gpu(plan.gpu), plan.gpus, plan.utilisation, adapt=adapt)
 
 
-def questions(plan: PlanSettings, data: DataSettings, mode: str) -> float:
+def planned_model(config: DictConfig) -> Settings:
+    """The `model` group, refused where its sizes cannot be told without the hub."""
+    settings, _ = from_config.model_settings(config)
+    if isinstance(settings, ModelSettings):
+        return known_architecture(settings)
+    known_config(settings)
+    return settings
+
+
+def questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> float:
     """Questions that share an image's row, on average."""
+    if not isinstance(settings, ModelSettings):
+        return 1.0
     asked = plan.questions_per_image or data.options.get("questions_per_image") or QUESTIONS.get(data.source)
     if asked is None:
         raise InputError(
             f"how many questions {data.source} asks of an image is not known; give plan.questions_per_image"
         )
-    most = from_config.most_questions(data, mode)
+    most = from_config.most_questions(data, settings.mode)
     return float(asked if most is None else min(asked, most))  # an image asked more is repeated
 
 

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import flop_registry
 class Ledger(TorchDispatchMode):
     """The bytes alive after each operation, and the operations' FLOPs, by what they grow with."""
 
-    def __init__(self, rows: int = 0, tokens: int = 0) -> None:
+    def __init__(self, rows: int = 0, tokens: int = 0, pictures: int = 1) -> None:
         super().__init__()
-        self.rows, self.tokens = rows, tokens
+        self.rows, self.tokens, self.pictures = rows, tokens, pictures
         self.timeline: list[tuple[int, int, int, int]] = []
         self.marks: dict[str, int] = {}
         self._alive = [0, 0, 0]  # constant, a row, a supervised token
@@ -36,6 +36,11 @@ class Ledger(TorchDispatchMode):
             storage = tensor.untyped_storage()
             self._kept.append(storage)
             self._known[weakref.ref(storage)] = None
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count these, which are there already."""
+        for tensor in tensors:
+            self._born(tensor.untyped_storage())
 
     def mark(self, name: str) -> None:
         """Name this moment."""
@@ -59,6 +64,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.tokens and function is torch.ops.aten.index.Tensor:
             args = (args[0], self._without_data(args[1]))
+        if self.tokens and function is torch.ops.aten._local_scalar_dense.default:
+            return self.pictures  # the one number that a model reads from its data: how many of a row are not padding
         out = function(*args, **(kwargs or {}))
         if function._overloadpacket in flop_registry:
             self._add(self._flops, flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out))
@@ -73,10 +80,12 @@ class Ledger(TorchDispatchMode):
         self.timeline.append((constant, row, token, self._gradients))
 
     def _without_data(self, indices: list[Tensor | None]) -> list[Tensor | None]:
-        """A mask as an index: how many tokens are supervised is data, of which there is none."""
+        """A mask as an index: how many tokens are supervised is data, of which there is none; all pictures are real."""
         known: list[Tensor | None] = []
         for index in indices:
-            if index is not None and index.dtype == torch.bool:
+            if index is not None and index.dtype == torch.bool and index.ndim == 1:
+                known.append(torch.arange(len(index)))
+            elif index is not None and index.dtype == torch.bool:
                 known += [torch.zeros(self.tokens, dtype=torch.int64) for _ in range(index.ndim)]
             else:
                 known.append(index)

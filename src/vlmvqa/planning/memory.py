@@ -14,10 +14,12 @@ Legend: B rows, T tokens a row, S supervised tokens.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,7 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmvqa.errors import InputError
+from vlmvqa.models import adapters
+from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM, build_pretrained
 from vlmvqa.models.vlm import VLM, Batch, ModelSettings, build, set_trainable
+from vlmvqa.planning import four_bits, pretrained
 from vlmvqa.planning.ledger import Ledger
 from vlmvqa.sequence.loss import CHUNK
 from vlmvqa.sequence.rows import FILL, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
@@ -34,6 +41,7 @@ from vlmvqa.sequence.rows import FILL, IGNORE, Document, TokenizedQuestion, buil
 ROW_PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
 TOKEN_PRIMES = (983, 977, 971, 967, 953, 947, 941)  # below CHUNK: the loss in one piece
 assert max(TOKEN_PRIMES) < CHUNK
+Settings = ModelSettings | PretrainedSettings
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,13 @@ class Arithmetic:
     """The dtype in which the weights meet the computation, and whether autocast is on around it.
 
     A mixed-precision run is `(float32, True)` under DDP, `(bfloat16, True)` under FSDP, which gathers weights in
-    bfloat16, and `(bfloat16, False)` under DeepSpeed, which converts the model.
+    bfloat16, and `(bfloat16, False)` under DeepSpeed, which converts the model. `weights` None: each in its own, as
+    under DDP, where adapters may be float32 and what they stand beside bfloat16. `half` is autocast's dtype.
     """
 
-    weights: torch.dtype
+    weights: torch.dtype | None
     autocast: bool
+    half: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -125,12 +135,47 @@ def without_weights(settings: ModelSettings) -> ModelSettings:
     return replace(settings, vision=vision, language=language)
 
 
-def skeleton(settings: ModelSettings, trainable: Mapping[str, str | int]) -> VLM:
-    """The model on the meta device: every name and shape, no weights."""
+def built(settings: Settings) -> Model:
+    """The model with random weights."""
+    if isinstance(settings, ModelSettings):
+        return build(without_weights(settings))
+    return build_pretrained(replace(settings, weights="random"), pretrained.known_config(settings))
+
+
+def skeleton(settings: Settings, trainable: Mapping[str, str | int], adapt: AdapterSettings | None = None) -> Any:
+    """The model on the meta device, with adapters if it is to have any: every name and shape, no weights."""
     with torch.device("meta"):
-        model = build(without_weights(settings))
+        model = built(settings)
+        if adapt is not None and adapt.bits:
+            four_bits.pack(model, adapt)
+            adapt = replace(adapt, bits=None)
+        return prepared(model, trainable, adapt)
+
+
+def prepared(
+    model: Model,
+    trainable: Mapping[str, str | int],
+    adapt: AdapterSettings | None,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """The model as it trains: its parts as `trainable` says, or frozen beside adapters but for what trains whole.
+
+    Args:
+        device: where weights are packed into 4 bits.
+    """
+    if adapt is not None:
+        adapters.attach(model, adapt, device)
     for name, choice in trainable.items():
-        set_trainable(model.part(name), choice, name)
+        if adapt is None or choice == "all":
+            set_trainable(model.part(name), choice, name)
+    return model
+
+
+def _allocated(model: Model) -> Model:
+    # CPU tensors: a CUDA one needs a driver for its backward pass.
+    model = model.to_empty(device="cpu")
+    if isinstance(model, PretrainedVLM):
+        model.net.tie_weights()
     return model
 
 
@@ -149,51 +194,85 @@ def row_shape(model: VLM, images: int, questions: int, text_tokens: int, answer_
     return RowShape(columns["labels"].shape[1], images, int((columns["labels"] != IGNORE).sum()))
 
 
-def measure(model: VLM, shape: RowShape, arithmetic: Arithmetic, checkpointing: bool) -> Footprint:
-    """Run a meta-device model (it is used up) forward and backward without data, and count.
+def measure(
+    model: Model,
+    shape: RowShape,
+    arithmetic: Arithmetic,
+    checkpointing: bool,
+    settings: Settings | None = None,
+) -> Footprint:
+    """Run a model of `skeleton` (it is used up) forward and backward without data, and count.
 
     Args:
         checkpointing: recompute the activations of encoder blocks and decoder layers in the backward pass.
+        settings: those of a pretrained model, whose rows go by them.
     """
     rows, tokens = _primes(model, shape)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    model = model.to(arithmetic.weights).train()
+    if arithmetic.weights is not None:
+        model = model.to(arithmetic.weights)
+    model = model.train()
     with fake:
-        # CPU tensors: a CUDA one needs a driver for its backward pass.
-        model = model.to_empty(device="cpu")
-        kinds = {name: torch.float32 if isinstance(fill, float) else torch.int64 for name, fill in FILL.items()}
-        batch = {name: torch.zeros(rows, shape.tokens, dtype=kind) for name, kind in kinds.items()}
-        size = model.vision.image_size
-        batch["pixel_values"] = torch.zeros(rows * shape.images, 3, size, size)
+        model = _allocated(model)
+        batch = empty_batch(model, shape, rows, settings)
     if checkpointing:
         model.checkpoint_activations()
     if arithmetic.autocast:
         _norms_as_on_cuda(model)
-    with fake, _flex_without_kernel(model):
-        return count(model, batch, shape, arithmetic.autocast, rows, tokens)
+    unchecked = mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1")  # they look into the data
+    with unchecked, fake, _flex_without_kernel(model):
+        return count(model, batch, shape, arithmetic.autocast, rows, tokens, arithmetic.half)
 
 
-def count(model: VLM, batch: Batch, shape: RowShape, autocast: bool, rows: int = 0, tokens: int = 0) -> Footprint:
+def empty_batch(model: Model, shape: RowShape, rows: int, settings: Settings | None) -> dict[str, Tensor]:
+    """So many rows that say nothing."""
+    if isinstance(model, PretrainedVLM):
+        assert isinstance(settings, PretrainedSettings)
+        return pretrained.batch(model, settings, rows, shape.tokens, shape.supervised)
+    kinds = {name: torch.float32 if isinstance(fill, float) else torch.int64 for name, fill in FILL.items()}
+    batch = {name: torch.zeros(rows, shape.tokens, dtype=kind) for name, kind in kinds.items()}
+    size = model.vision.image_size
+    return {**batch, "pixel_values": torch.zeros(rows * shape.images, 3, size, size)}
+
+
+def count(
+    model: Model,
+    batch: Batch,
+    shape: RowShape,
+    autocast: bool,
+    rows: int = 0,
+    tokens: int = 0,
+    half: torch.dtype = torch.bfloat16,
+) -> Footprint:
     """Count one forward and backward pass of a model on a batch, with data or without.
+
+    A pretrained model's batch is counted too: its pictures may be many times a row's activations.
 
     Args:
         rows, tokens: the primes that tell what grows with the batch (0: a batch with data; then nothing is told
             apart, all bytes are the `constant` ones).
     """
-    ledger = Ledger(rows, tokens)
-    ledger.ignore([*model.parameters(), *model.buffers(), *batch.values()])
-    language = model.language
-    hooks = [
-        language.register_forward_pre_hook(lambda _, inputs: ledger.mark_gradient("embedded", inputs[0])),
-        language.register_forward_hook(lambda *_: ledger.mark("decoded")),
-        language.register_forward_hook(lambda _, __, hidden: ledger.mark_gradient("scored", hidden)),
+    ledger = Ledger(rows, tokens, pretrained.pictures(batch))
+    ledger.ignore([*model.parameters(), *model.buffers()])
+    (ledger.hold if isinstance(model, PretrainedVLM) else ledger.ignore)(batch.values())
+
+    def begins(_: Any, inputs: Any, named: Any) -> None:
+        ledger.mark_gradient("embedded", inputs[0] if inputs else named["inputs_embeds"])
+
+    def ends(_: Any, __: Any, found: Any) -> None:
+        ledger.mark("decoded")
+        ledger.mark_gradient("scored", found if isinstance(found, Tensor) else found.last_hidden_state)
+
+    hooks: list[Any] = [
+        model.language.register_forward_pre_hook(begins, with_kwargs=True),
+        model.language.register_forward_hook(ends),
     ]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         hooks.append(parameter.register_post_accumulate_grad_hook(ledger.set_gradient_aside))
     divisor = torch.tensor(1)
     with ledger:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", half, enabled=autocast):
             loss = model(num_items_in_batch=divisor, **batch)["loss"]
         ledger.mark("returned")
         loss.backward()
@@ -206,7 +285,7 @@ def count(model: VLM, batch: Batch, shape: RowShape, autocast: bool, rows: int =
     return Footprint(shape, constant, per_row, per_token, gradients, **ledger.marks, **ledger.flops())
 
 
-def _norms_as_on_cuda(model: VLM) -> None:
+def _norms_as_on_cuda(model: Model) -> None:
     """Autocast's one difference here between CPU and CUDA: there, layer norms compute and answer in float32."""
 
     def in_float32(norm: nn.LayerNorm, values: Tensor) -> Tensor:
@@ -241,9 +320,9 @@ class _Flash(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _flex_without_kernel(model: VLM) -> Iterator[None]:
+def _flex_without_kernel(model: Model) -> Iterator[None]:
     """FlexAttention is compiled for CUDA; a kernel that keeps the same tensors stands in for it."""
-    if model.language.attention != "flex":
+    if isinstance(model, PretrainedVLM) or model.language.attention != "flex":
         yield
         return
 
@@ -258,9 +337,13 @@ def _flex_without_kernel(model: VLM) -> Iterator[None]:
     yield
 
 
-def _primes(model: VLM, shape: RowShape) -> tuple[int, int]:
+def _primes(model: Model, shape: RowShape) -> tuple[int, int]:
     """A number of rows and one of supervised tokens that divide no size of the model."""
-    sizes = {shape.tokens, model.vision.tokens, model.vision.image_size}
+    if isinstance(model, PretrainedVLM):
+        vision: Any = model.net.config.vision_config
+        sizes = {shape.tokens, vision.image_size, vision.image_size // vision.patch_size}
+    else:
+        sizes = {shape.tokens, model.vision.tokens, model.vision.image_size}
     for tensor in (*model.parameters(), *model.buffers()):
         sizes.update(tensor.shape)
 

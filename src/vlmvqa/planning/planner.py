@@ -1,6 +1,8 @@
 """Will it fit, and what should be set? Memory and speed of a training run under every strategy, without its GPUs.
 
     memory.py       activations, logits and FLOPs of a pass, counted on the real model without weights (ledger.py)
+    four_bits.py    weights in 4 bits
+    pretrained.py   pretrained models: their published sizes, and their rows
     resident.py     what a strategy keeps of weights, gradients and optimizer states, and what it sends
     gpus.py         what the GPU has and how fast it is
     planner.py      the sum of them: the plan of a strategy, all side by side, the largest batch, the fastest run
@@ -21,9 +23,13 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlmvqa.errors import InputError
-from vlmvqa.models.vlm import DTYPES, VLM, ModelSettings
+from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.pretrained import PretrainedSettings
+from vlmvqa.models.vlm import VLM, ModelSettings
+from vlmvqa.planning import pretrained
 from vlmvqa.planning.gpus import GIB, Gpu
-from vlmvqa.planning.memory import Arithmetic, Footprint, RowShape, measure, row_shape, skeleton
+from vlmvqa.planning.memory import Arithmetic, Footprint, RowShape, Settings, measure, row_shape, skeleton
 from vlmvqa.planning.resident import Resident, Training, Weight, resident, weights_of
 from vlmvqa.training.parallel import DistSettings
 
@@ -109,11 +115,12 @@ class Planner:
     """Plans for one model, one kind of row and one kind of GPU.
 
     Args:
-        trainable: "all", "none" or the number of last blocks, of each part.
+        trainable: "all", "none" or the number of last blocks, of each part; beside adapters, "all" or "none".
         utilisation: of the GPU's rate that training is taken to reach.
+        adapt: the adapters that train beside a frozen base, if any.
     """
 
-    settings: ModelSettings
+    settings: Settings
     trainable: Mapping[str, str | int]
     rows: Rows
     training: Training
@@ -121,6 +128,7 @@ class Planner:
     gpus: int
     utilisation: float = UTILISATION
     strategies: dict[str, DistSettings] = field(default_factory=STRATEGIES.copy)
+    adapt: AdapterSettings | None = None
     _footprints: dict[tuple[Arithmetic, bool], Footprint] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +144,13 @@ class Planner:
                 continue
             if not isinstance(count, int) or count < 1:
                 raise InputError(f"{name}={count} must be a whole number, 1 or more")
+        if self.rows.row_tokens is not None and isinstance(self.settings, PretrainedSettings):
+            raise InputError(f"data.row_tokens: rows of {self.settings.pretrained} are not packed; set it to null")
+        if self.adapt and self.adapt.bits and self.adapt.compute_dtype == "bfloat16" and not self.gpu.bf16:
+            raise InputError(
+                f"a {self.gpu.name} does not compute in bfloat16; set adapt.compute_dtype=float16 beside "
+                "trainer.bf16=false and trainer.fp16=true"
+            )
         if self.training.precision == "bf16" and not self.gpu.bf16:
             raise InputError(
                 f"a {self.gpu.name} does not compute in bfloat16; set trainer.bf16=false and trainer.fp16=true with "
@@ -146,16 +161,29 @@ class Planner:
         """Plan a strategy as it is set, DeepSpeed's options and all; its name."""
         name = dist.strategy + ("_offload" if dist.offload else "")
         if name not in self.names():
-            raise InputError(
-                f"dist={name} cannot be planned under {self.training.precision}; use ddp, zero1, zero2 or zero3"
-            )
+            kind = f"{self.training.precision}, {self.training.optimizer} and {self.settings.dtype} weights"
+            kind += ", in 4 bits" if self.packed else ""
+            raise InputError(f"dist={name} cannot be planned under {kind}; use one of {', '.join(self.names())}")
         self.strategies[name] = dist
         return name
 
+    @property
+    def packed(self) -> bool:
+        """Whether weights are in 4 bits."""
+        return self.adapt is not None and self.adapt.bits is not None
+
     @cached_property
-    def model(self) -> VLM:
+    def model(self) -> Model:
         """Without weights."""
-        return skeleton(self.settings, self.trainable)
+        model: Model = skeleton(self.settings, self.trainable, self.adapt)
+        return model
+
+    @cached_property
+    def image_tokens(self) -> int:
+        """Of an image, in the decoder's row."""
+        if isinstance(self.settings, PretrainedSettings):
+            return pretrained.image_tokens(pretrained.known_config(self.settings), self.settings)
+        return int(self.model.vision.tokens)  # type: ignore[arg-type]
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -167,7 +195,11 @@ class Planner:
     @cached_property
     def shape(self) -> RowShape:
         rows = self.rows
+        if isinstance(self.settings, PretrainedSettings):  # a row is a question
+            config = pretrained.known_config(self.settings)
+            return RowShape(pretrained.row_tokens(config, self.settings, rows.text_tokens), 1, rows.answer_tokens)
         if rows.row_tokens is None:
+            assert isinstance(self.model, VLM)
             return row_shape(self.model, 1, rows.most_questions, rows.text_tokens, rows.answer_tokens)
         # Full, whatever its documents are: more tokens than this it never has.
         supervised = ceil(self.images_per_row * rows.questions) * rows.answer_tokens
@@ -176,18 +208,21 @@ class Planner:
     @cached_property
     def images_per_row(self) -> int:
         """As many as usual ones fit (1 where rows are not filled)."""
-        document = self.model.vision.tokens + self.rows.questions * self.rows.text_tokens
+        document = self.image_tokens + self.rows.questions * self.rows.text_tokens
         return max(1, int((self.rows.row_tokens or 0) // document))
 
     def footprint(self, dist: DistSettings, checkpointing: bool) -> Footprint:
         """A pass as the strategy computes it."""
-        stored = DTYPES[self.settings.dtype]
-        computed = torch.bfloat16 if self.training.mixed and dist.strategy != "ddp" else stored
-        arithmetic = Arithmetic(computed, self.training.mixed and not dist.strategy.startswith("zero"))
+        converted = self.training.mixed and dist.strategy != "ddp"
+        arithmetic = Arithmetic(
+            torch.bfloat16 if converted else None,
+            self.training.mixed and not dist.strategy.startswith("zero"),
+            torch.float16 if self.training.precision == "fp16" else torch.bfloat16,
+        )
         key = arithmetic, checkpointing
         if key not in self._footprints:
-            model = skeleton(self.settings, self.trainable)
-            self._footprints[key] = measure(model, self.shape, arithmetic, checkpointing)
+            model = skeleton(self.settings, self.trainable, self.adapt)
+            self._footprints[key] = measure(model, self.shape, arithmetic, checkpointing, self.settings)
         return self._footprints[key]
 
     def resident(self, dist: DistSettings) -> Resident:
@@ -276,8 +311,15 @@ class Planner:
         )
 
     def names(self) -> list[str]:
-        """The strategies that can run: under fp16, FSDP2 cannot."""
-        return [name for name in self.strategies if self.training.precision != "fp16" or not name.startswith("fsdp")]
+        """The strategies that can run.
+
+        FSDP2 cannot under fp16, with paged states, nor where a block's weights are of two types, as bfloat16 ones
+        beside adapters are. Weights in 4 bits cannot be sharded.
+        """
+        mixed = self.adapt is not None and self.settings.dtype != "float32"
+        fsdp = not (self.training.precision == "fp16" or self.training.optimizer.startswith("paged") or mixed)
+        left_out = (() if fsdp else ("fsdp",)) + (("fsdp", "zero3") if self.packed else ())
+        return [name for name in self.strategies if not name.startswith(left_out)]
 
     def vary(self, gpus: int | None = None, training: Training | None = None) -> Planner:
         """Plans of the same model and rows for other GPUs or another trainer; what was counted is kept."""

@@ -29,11 +29,12 @@ def headline(planner: Planner, checkpointing: bool) -> str:
     learnt = sum(weight.numel for weight in planner.weights if weight.trained)
     rate = gpu.half if training.mixed else gpu.single
     micro_batches = f"{rows.rows} rows a GPU, {training.accumulation} micro-batches a step"
-    images = f"{planner.images_per_row} x {planner.model.vision.tokens}"
+    images = f"{planner.images_per_row} x {planner.image_tokens}"
     questions = f"{rows.most_questions} x {rows.text_tokens}"
     speed = f"{planner.utilisation:.0%} of {rate:g} TFLOP/s, {gpu.link:g} GB/s between GPUs"
+    packed = sum(weight.numel for weight in planner.weights if weight.packed)
     return f"""\
-model      {count:,} parameters, {learnt:,} of them trained
+model      {count:,} parameters, {learnt:,} of them trained{f", {packed:,} in 4 bits" if packed else ""}
 training   {training.precision}, {training.optimizer}, activation checkpointing {"on" if checkpointing else "off"}
 batch      {micro_batches}
 rows       {shape.tokens} tokens: {images} of images, {questions} of questions; {shape.supervised} are supervised
@@ -68,6 +69,7 @@ def record(planner: Planner, plans: Sequence[Plan], chosen: str) -> dict[str, An
         "rows": asdict(planner.rows) | asdict(planner.shape),
         "training": asdict(planner.training),
         "trainable": dict(planner.trainable),
+        "adapt": asdict(planner.adapt) if planner.adapt else None,
         "plans": [asdict(plan) | {"fits": plan.fits} for plan in plans],
         "recommendation": recommend(planner, plans, chosen),
     }

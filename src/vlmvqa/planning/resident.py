@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.checkpoint import Model
+from vlmvqa.planning.four_bits import FourBit
 from vlmvqa.training.parallel import DistSettings
 from vlmvqa.training.preflight import CLASSES
 
@@ -32,21 +33,30 @@ REDUCE_BUCKET, MAX_LIVE, SUB_GROUP = int(5e8), int(1e9), int(1e9)
 
 OPTIMIZERS = tuple(CLASSES)  # those that a run takes
 BITSANDBYTES = tuple(name for name, (package, *_) in CLASSES.items() if package == "bitsandbytes")
+EIGHT_BIT = tuple(name for name in BITSANDBYTES if "8bit" in name)  # its others keep fp32 states
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter; `unit` numbers the block that holds it (None: none does, so FSDP's root unit)."""
+    """A parameter; `unit` numbers the block that holds it (None: none does, so FSDP's root unit).
+
+    `packed`: bytes that it takes in 4 bits, whatever the strategy (None: `itemsize` an element).
+    """
 
     part: str
     unit: int | None
     shape: tuple[int, ...]
     itemsize: int
     trained: bool
+    packed: int | None = None
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
+
+    def stored(self, itemsize: int | None = None) -> int:
+        """Bytes of the whole weight, converted to elements of so many bytes where its own are not kept."""
+        return self.packed or self.numel * (itemsize or self.itemsize)
 
     def shard(self, gpus: int) -> int:
         """Elements of the largest of FSDP2's N shards, which are cut along the first dimension, unevenly."""
@@ -107,27 +117,31 @@ class Resident:
     stepped_on_host: int = 0
 
 
-def weights_of(model: VLM) -> list[Weight]:
+def weights_of(model: Model) -> list[Weight]:
     """A model's parameters, also of one on the meta device."""
     units = {}
     for number, block in enumerate(model.blocks):
         units.update({id(parameter): number for parameter in block.parameters()})
-    return [
-        Weight(model.part_of(name), units.get(id(p)), tuple(p.shape), p.itemsize, p.requires_grad)
-        for name, p in model.named_parameters()
-    ]
+    layers = {id(layer.packed): layer for layer in model.modules() if isinstance(layer, FourBit)}
+    weights = []
+    for name, p in model.named_parameters():
+        layer = layers.get(id(p))
+        shape = tuple(p.shape) if layer is None else (layer.out_features, layer.in_features)
+        packed = None if layer is None else layer.stored
+        weights.append(Weight(model.part_of(name), units.get(id(p)), shape, p.itemsize, p.requires_grad, packed))
+    return weights
 
 
 def state_bytes(optimizer: str, numels: Sequence[int], itemsize: int = 4) -> int:
-    """Bytes of an optimizer's states for tensors of so many elements."""
+    """Bytes of an optimizer's states for tensors of so many elements; pages count, though CUDA may put them aside."""
     if optimizer == "sgd":
         return 0
-    if optimizer in BITSANDBYTES:  # two moments of a byte, two fp32 scales a block
+    if optimizer in EIGHT_BIT:  # two moments of a byte, two fp32 scales a block
         return sum(2 * n + 8 * ceil(n / BLOCK) if n >= SMALLEST_8BIT else 8 * n for n in numels)
     if optimizer == "adamw_torch_8bit":  # likewise, and each moment its own table of 256 values
         eight = [n for n in numels if n >= SMALLEST_8BIT and n % BLOCK == 0]
         return sum(2 * n + 8 * n // BLOCK + 2048 for n in eight) + 2 * itemsize * (sum(numels) - sum(eight))
-    return 2 * itemsize * sum(numels)
+    return 2 * (4 if optimizer in BITSANDBYTES else itemsize) * sum(numels)
 
 
 def step_bytes(optimizer: str, groups: Sequence[Sequence[int]], itemsize: int = 4) -> int:
@@ -150,16 +164,15 @@ def resident(weights: Sequence[Weight], dist: DistSettings, gpus: int, training:
 
 def _ddp(weights: Sequence[Weight], gpus: int, training: Training) -> Resident:
     trained = [weight for weight in weights if weight.trained]
-    itemsize = weights[0].itemsize
-    gradients = sum(weight.numel for weight in trained) * itemsize
+    gradients = sum(weight.stored() for weight in trained)
     return Resident(
-        parameters=sum(weight.numel for weight in weights) * itemsize,
+        parameters=sum(weight.stored() for weight in weights),
         gradients=gradients,
-        optimizer=state_bytes(training.optimizer, [weight.numel for weight in trained], itemsize),
+        optimizer=_states(training.optimizer, trained),
         # The trainer sets gradient_as_bucket_view: the buckets, there from the start, are the gradients.
         buffers=0,
         lasting=0,
-        step=step_bytes(training.optimizer, _groups(trained, 1), itemsize),
+        step=step_bytes(training.optimizer, _groups(trained, 1), _widest(trained)),
         grows=training.accumulation == 1 and gpus == 1,
         sent_each_step=2 * (gpus - 1) / gpus * gradients,
     )
@@ -167,13 +180,13 @@ def _ddp(weights: Sequence[Weight], gpus: int, training: Training) -> Resident:
 
 def _fsdp(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Training) -> Resident:
     trained = [weight for weight in weights if weight.trained]
-    itemsize = weights[0].itemsize
+    itemsize = _widest(trained)
     computed, reduced = (2, 4) if training.mixed else (itemsize, itemsize)
     # bitsandbytes cannot step on shards; torchao takes its place.
-    optimizer = "adamw_torch_8bit" if training.optimizer in BITSANDBYTES else training.optimizer
-    parameters = sum(weight.shard(gpus) for weight in weights) * itemsize
-    gradients = sum(weight.shard(gpus) for weight in trained) * itemsize
-    states = state_bytes(optimizer, [weight.shard(gpus) for weight in trained], itemsize)
+    optimizer = "adamw_torch_8bit" if training.optimizer in EIGHT_BIT else training.optimizer
+    parameters = sum(weight.shard(gpus) * weight.itemsize for weight in weights)
+    gradients = sum(weight.shard(gpus) * weight.itemsize for weight in trained)
+    states = _states(optimizer, trained, gpus)
     root, root_trained = (sum(w.numel for w in group if w.unit is None) for group in (weights, trained))
 
     def at_work(part: str) -> int:
@@ -231,7 +244,7 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
     if dist.stage < 3:
         first = dist.stage == 1
         return Resident(
-            parameters=whole * item,
+            parameters=sum(weight.stored(item) for weight in weights),
             gradients=item * (learnt if first else part),
             optimizer=4 * part + states,
             # Two buckets take turns; the part of this pass's gradients stands beside what was there before.
@@ -269,6 +282,16 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
         copied_each_pass=2 * kept.parameters + kept.gradients,
         stepped_on_host=part,
     )
+
+
+def _states(optimizer: str, trained: Sequence[Weight], gpus: int = 1) -> int:
+    """Bytes of an optimizer's states, which are of each weight's own type."""
+    sizes = {weight.itemsize for weight in trained}
+    return sum(state_bytes(optimizer, [w.shard(gpus) for w in trained if w.itemsize == size], size) for size in sizes)
+
+
+def _widest(trained: Sequence[Weight]) -> int:
+    return max((weight.itemsize for weight in trained), default=4)
 
 
 def _groups(weights: Sequence[Weight], gpus: int) -> list[list[int]]:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from vlmvqa.errors import InputError
-from vlmvqa.models.vlm import VLM, build, set_trainable
+from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.pretrained import PretrainedVLM
+from vlmvqa.models.vlm import VLM
 from vlmvqa.planning.gpus import GIB
-from vlmvqa.planning.memory import without_weights
+from vlmvqa.planning.memory import built, empty_batch, prepared
 from vlmvqa.planning.planner import Planner, Rows
-from vlmvqa.planning.resident import BITSANDBYTES, PARTS, Training
+from vlmvqa.planning.resident import BITSANDBYTES, Training
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
 STEPS = 3
@@ -40,14 +42,18 @@ def verify(planner: Planner, checkpointing: bool) -> str:
             "lower trainer.per_device_train_batch_size or train less of the model (trainable.language=none)"
         )
     with device:
-        model = build(without_weights(planner.settings)).train()
-    for part in PARTS:
-        set_trainable(model.part(part), planner.trainable[part], part)
+        model = built(planner.settings).train()
+    prepared(model, planner.trainable, planner.adapt, device)
     if checkpointing:
         model.checkpoint_activations()
     model.to(device)
     torch.cuda.reset_peak_memory_stats(device)
-    train(model, batch(model, planner.rows, planner.images_per_row), alone.training)
+    if isinstance(model, PretrainedVLM):
+        rows = empty_batch(model, planner.shape, planner.rows.rows, planner.settings)
+        rows = {name: column.to(device) for name, column in rows.items()}
+    else:
+        rows = batch(model, planner.rows, planner.images_per_row)
+    train(model, rows, alone.training)
     measured = torch.cuda.max_memory_allocated(device)
     return (
         f"planned {plan.peak / GIB:.2f} GiB (at the {plan.moment}), measured {measured / GIB:.2f} GiB "
@@ -55,7 +61,7 @@ def verify(planner: Planner, checkpointing: bool) -> str:
     )
 
 
-def train(model: VLM, batch: dict[str, Tensor], training: Training, steps: int = STEPS) -> None:
+def train(model: Model, batch: dict[str, Tensor], training: Training, steps: int = STEPS) -> None:
     """Optimizer steps on one batch, again and again, as the trainer makes them."""
     device = batch["pixel_values"].device.type
     half = torch.float16 if training.precision == "fp16" else torch.bfloat16
@@ -73,10 +79,11 @@ def build_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     """transformers' optimizer of that name, on the parameters that train."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name in BITSANDBYTES:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW
 
-        eight_bit: torch.optim.Optimizer = AdamW8bit(trained, lr=1e-5)
-        return eight_bit
+        bits = 8 if "8bit" in name else 32
+        theirs: torch.optim.Optimizer = AdamW(trained, lr=1e-5, optim_bits=bits, is_paged=name.startswith("paged"))
+        return theirs
     if name == "adamw_torch_8bit":
         from torchao.optim import AdamW8bit as TorchaoAdamW8bit
 
