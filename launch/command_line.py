@@ -27,7 +27,7 @@ from vlmvqa.training.launchers import launcher_choice, slurm_task
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
-OPEN = ("overrides", "options", "weights", "scoring")
+OPEN = ("overrides", "options", "weights", "scoring", "also")
 # What PyTorch says on a rank whose peers are gone.
 PEER_GONE = (
     "Connection closed by peer",

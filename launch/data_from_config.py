@@ -68,6 +68,7 @@ class DataSettings:
     prompt: str = "answer en {question}\n"
     metric: str = "vqa_accuracy"
     scoring: Mapping[str, Any] = field(default_factory=dict)
+    also: Mapping[str, Any] = field(default_factory=dict)
     target: str = "most_common"
     resize: str = "squash"
     reduced_decoding: bool = False
@@ -86,6 +87,11 @@ class DataSettings:
     def tasks(self) -> Mapping[str, DataSettings]:
         """The tasks of a mixture by name; of anything else itself, without a name."""
         return self.parts or {"": self}
+
+    @property
+    def beside(self) -> dict[str, Mapping[str, Any]]:
+        """The metrics that are printed beside the task's own, with their options."""
+        return {name: options for name, options in self.also.items() if options is not None}
 
     @property
     def asks(self) -> bool:
@@ -168,6 +174,10 @@ def _checked(settings: DataSettings, where: str) -> DataSettings:
     if settings.root is None and settings.hub is None and settings.packed is None:
         raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
     check_options(settings.metric, settings.scoring)
+    for name, options in settings.beside.items():
+        if name == settings.metric or not isinstance(options, Mapping):
+            raise InputError(f"{where}.also.{name} should name another metric than {settings.metric}, as {name}: {{}}")
+        check_options(name, options, f"{where}.also.{name}")
     if not hasattr(source_module(settings.source), "write_submission"):
         raise InputError(f"src/vlmvqa/data/{settings.source}.py has no write_submission; a source needs one, with read")
     if settings.hub is not None and settings.columns.question is None and "{question}" in settings.prompt:
@@ -260,6 +270,8 @@ def read_tasks(data: DataSettings, bad_records: BadRecords) -> list[Task]:
     for one in tasks:
         if one.answered:
             refuse_unscorable(one.data.metric, one.evaluated)
+            for name, options in one.data.beside.items():
+                refuse_unscorable(name, one.evaluated, **options)
     return tasks
 
 

@@ -112,9 +112,11 @@ def _asked(config: DictConfig, data: DataSettings, examples: list[Example]) -> A
     answered = all_answered(examples)
     if answered:
         refuse_unscorable(data.metric, examples)
+        for name, more in data.beside.items():
+            refuse_unscorable(name, examples, **more)
     train = training_answers(data) if answered else "the split has no answers"
     options = scoring(data, config.split)
-    return Asked(examples, train, data.metric, config.seed, config.blank_images, config.variants, options)
+    return Asked(examples, train, data.metric, config.seed, config.blank_images, config.variants, options, data.beside)
 
 
 def _read(config: DictConfig, data: DataSettings) -> tuple[list[Example], BadRecords]:

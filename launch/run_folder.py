@@ -30,6 +30,7 @@ FREE = (
     "data.features",
     "data.eval_split",
     "data.max_eval_samples",
+    "data.also",
     "data.on_bad_record",
     "model.language.attention",
     "model.language.loss",

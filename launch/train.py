@@ -26,15 +26,16 @@ from results import score_and_report
 from run_folder import going_on, open_run, refuse_run
 from vlmvqa import fingerprint, ranks
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.inference.card import refuse_upload, upload, write_card
+from vlmvqa.inference.card import write_card
 from vlmvqa.inference.evaluate import Asked
 from vlmvqa.inference.predict import Predictor, load
+from vlmvqa.inference.publish import refuse_upload, upload
 from vlmvqa.inference.scores import score
 from vlmvqa.models import adapters
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.saved import CONFIG
 from vlmvqa.models.vlm import set_trainable
-from vlmvqa.training import parallel, preflight
+from vlmvqa.training import parallel, preflight, tracking
 from vlmvqa.training.banner import banner
 from vlmvqa.training.state import WEIGHTS, whole_weights, write_weights
 from vlmvqa.training.trainer import PARTS, VqaTrainer
@@ -60,6 +61,7 @@ def main(config: DictConfig) -> None:
 
     stopped_by = train(config, dist, folder, arguments, tasks, bad_records)
     if stopped_by:
+        tracking.finish()
         ranks.say(f"stopped by {stopped_by}, saved in {folder / 'latest'}; go on with resume=auto")
         return
     gc.collect()  # what trained makes room for what is scored: the model that was saved
@@ -76,6 +78,7 @@ def main(config: DictConfig) -> None:
                 task.data.metric,
                 config.seed,
                 options=task.scoring,
+                also=task.data.beside,
             ),
             task.data,
             name=task.name,
@@ -88,6 +91,9 @@ def main(config: DictConfig) -> None:
         for task in tasks
     ]
     if ranks.is_first():
+        tracking.finish(
+            {f"final/{one['data']}_{name}": of["overall"] for one in metrics for name, of in one["metrics"].items()}
+        )
         write_card(folder / "model", config.hub_id or config.run.name, metrics, OmegaConf.to_yaml(config, resolve=True))
         print(f"model:  {folder / 'model'}")
         if config.hub_id:
@@ -158,6 +164,8 @@ def train(
     if ranks.is_first():
         bad_records.list_in(folder / "skipped.jsonl")
     bad_records.listing = folder / "skipped.jsonl"
+    if "wandb" in arguments.report_to:
+        tracking.start(folder, config.run.name, OmegaConf.to_container(config, resolve=True))
     ranks.say("\n".join([*told, banner(predictor.model, groups)]))
     ranks.say("\n".join(map(str, tasks)) + f"; results in {folder}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

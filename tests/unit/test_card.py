@@ -15,7 +15,8 @@ import yaml
 from huggingface_hub import constants
 
 from vlmvqa.errors import InputError
-from vlmvqa.inference.card import refuse_upload, upload, write_card
+from vlmvqa.inference.card import write_card
+from vlmvqa.inference.publish import refuse_upload, upload
 
 METRICS = {
     "n": 12,

@@ -15,7 +15,7 @@ from data_from_config import DataSettings, data_settings
 from from_config import dist_settings, model_settings, training_arguments
 from tests.conftest import ROOT
 from vlmvqa.errors import InputError
-from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.models.adapters import ATTENTION, FEED_FORWARD, AdapterSettings
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.settings import build_settings
@@ -48,7 +48,7 @@ def test_every_choice_of_every_group_builds(choice: str, tmp_path: Path) -> None
     name = choice.partition("=")[0]
     given = GIVEN.get(choice, ["data.root=somewhere"])
     config = compose("train", choice, *given, "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true")
-    if name == "experiment":
+    if name in ("experiment", "smoke"):
         training_arguments(config, DistSettings())
         groups = ["model", *(each for each in CHECKED if config.get(each) is not None)]
     else:
@@ -84,6 +84,92 @@ def test_the_recipe_to_the_letter(tmp_path: Path) -> None:
     assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.num_train_epochs) == ("cosine", 10, 1)
     assert config.trainer.optim == "adamw_bnb_8bit" and args.optim == "adamw_torch_8bit"  # under FSDP2
     assert config.clip_percentile == 95
+
+
+# FACTS of the published recipes: model, data, what trains, and the trainer's settings.
+TUNED = {
+    "paligemma_qlora_vqav2_10pct": (
+        ("google/paligemma-3b-pt-224", "vqav2", 4, "bfloat16"),
+        {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 8,
+            "num_train_epochs": 2,
+            "learning_rate": 2e-5,
+            "weight_decay": 1e-6,
+            "warmup_steps": 2,
+            "adam_beta2": 0.999,
+            "bf16": True,
+            "save_steps": 1000,
+            "save_total_limit": 1,
+        },
+    ),
+    "paligemma_lora_docvqa": (("google/paligemma-3b-pt-224", "docvqa", None, "bfloat16"), {}),
+    "idefics2_qlora_docvqa": (
+        ("HuggingFaceM4/idefics2-8b", "docvqa", 4, "float16"),
+        {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 16,
+            "num_train_epochs": 3,
+            "learning_rate": 2e-4,
+            "fp16": True,
+            "bf16": False,
+            "logging_steps": 100,
+            "eval_strategy": "steps",
+            "eval_steps": 500,
+            "save_steps": 500,
+        },
+    ),
+    **{
+        f"paligemma_qlora_{name}": (
+            ("google/paligemma-3b-pt-448", source, 4, "bfloat16"),
+            {
+                "per_device_train_batch_size": 4,
+                "num_train_epochs": epochs,
+                "learning_rate": 2e-4,
+                "activation_checkpointing": True,
+                "report_to": "wandb",
+            },
+        )
+        for name, source, epochs in (
+            ("coco", "coco_captions", 3),
+            ("docvqa", "docvqa", 5),
+            ("gqa", "gqa", 3),
+            ("vqav2", "vqav2", 3),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_the_fine_tuning_recipes_to_the_letter(name: str) -> None:
+    (pretrained, source, bits, dtype), trainer = TUNED[name]
+    config = compose("train", f"experiment={name}", "data.root=somewhere")
+    data, (model, _) = data_settings(config), model_settings(config)
+    adapt = build_settings(AdapterSettings, group(config, "adapt"), "adapt")
+    assert (model.pretrained, model.dtype, data.source) == (pretrained, dtype, source)
+    assert (data.questions_per_row, data.row_tokens) == (1, None)
+    assert (adapt.bits, adapt.quantization, adapt.compute_dtype) == (bits, "nf4", dtype)
+    assert {target.rpartition(".")[2] for target in adapt.targets} == {*ATTENTION, *FEED_FORWARD}
+    values = group(config, "trainer")
+    assert {key: values[key] for key in trainer} == trainer
+    if "10pct" in name:
+        assert data.train_split == "train[:10%]"
+    else:
+        assert (adapt.rank, adapt.alpha) == (16, 32)
+    if source == "docvqa":
+        assert data.max_text_tokens == 256
+    if name == "idefics2_qlora_docvqa":
+        assert adapt.dropout == 0.1 and data.metric == "anls" and set(data.beside) == {"cider", "clip_similarity"}
+
+
+def test_the_transfer_settings_to_the_letter() -> None:
+    config = compose("train", "experiment=paligemma_transfer", "data.root=somewhere")
+    values, data = group(config, "trainer"), data_settings(config)
+    assert config.model.pretrained == "google/paligemma-3b-pt-224" and "adapt" not in config
+    assert (data.prompt, data.max_text_tokens, data.target) == ("answer en {question}\n", 32, "sampled")
+    assert 4 * values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] == 256
+    assert (values["lr_scheduler_type"], values["warmup_steps"]) == ("cosine", 0.05)
+    assert (values["max_grad_norm"], values["learning_rate"], values["num_train_epochs"]) == (1.0, 1e-5, 10)
 
 
 def test_a_text_where_a_group_belongs_is_refused() -> None:

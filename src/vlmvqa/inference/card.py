@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from vlmvqa.errors import InputError
 from vlmvqa.inference.scores import metric
 
 # Weights that are known by their names, and under which terms they are given: the hub's word, and a sentence.
@@ -45,14 +44,15 @@ def write_card(folder: Path, name: str, metrics: Sequence[Mapping[str, Any]], co
         metrics: `metrics.json`'s content, of each task.
         config_yaml: the run's resolved config.
     """
-    licence, terms = licences(yaml.safe_load(config_yaml))
+    config = yaml.safe_load(config_yaml)
+    licence, terms = licences(config)
     terms.append(f"The data's terms: those of the publisher of {', '.join(one['data'] for one in metrics)}")
     (folder / "README.md").write_text(
         f"""---
 library_name: vlmvqa
 pipeline_tag: visual-question-answering
 license: {licence}
----
+{_base_model(config["model"])}---
 
 # {name}
 
@@ -84,6 +84,13 @@ Prior: the most frequent training answer of each question type. {" ".join(_measu
     )
 
 
+def _base_model(model: Mapping[str, Any]) -> str:
+    """The hub's line about what was tuned, where that is on the hub."""
+    name = str(model.get("pretrained", ""))
+    on_hub = model.get("weights") == "hub" and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    return f"base_model: {name}\n" if on_hub else ""
+
+
 def _row(metrics: Mapping[str, Any]) -> str:
     """A task's line in the table of scores."""
     columns = [
@@ -97,32 +104,3 @@ def _row(metrics: Mapping[str, Any]) -> str:
 
 def _measured(metrics: Mapping[str, Any]) -> str:
     return f"{metrics['data']}: {metrics['metric_version']}, prompt `{metrics['prompt']!r}`."
-
-
-def refuse_upload(hub_id: str) -> None:
-    """Stop before a week of training if its end could not be uploaded.
-
-    Raises:
-        InputError: the id is malformed, or nobody is logged in, or the hub is out of reach.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
-
-    if hub_id.count("/") != 1:
-        raise InputError(f"hub_id={hub_id} should be <user or organisation>/<name>")
-    try:
-        HfApi().whoami()
-    except (HTTPError, LocalTokenNotFoundError, OSError) as error:
-        raise InputError(
-            f"hub_id={hub_id}: nobody is logged in to the hub, or it cannot be reached; set HF_TOKEN or run "
-            f"`huggingface-cli login` ({str(error).splitlines()[0]})"
-        ) from error
-
-
-def upload(folder: Path, hub_id: str) -> str:
-    """Upload a saved model's folder, card included; its address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi()
-    api.create_repo(hub_id, exist_ok=True)
-    return str(api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Upload by vlmvqa"))

@@ -33,6 +33,7 @@ class Asked:
         blank: whether the control with blank images is asked for.
         variants: whether what other toolkits would print is asked for.
         options: what the metric takes besides: `data.scoring`, GQA's choices.
+        also: the metrics to print beside it, each with its options.
     """
 
     examples: Sequence[Example]
@@ -42,6 +43,7 @@ class Asked:
     blank: bool = False
     variants: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def questions(self) -> list[Question]:
@@ -83,7 +85,7 @@ def evaluate(
         result = score(asked.examples, texts, asked.metric, **asked.options)
         found |= {
             "n": len(result.per_question) or len(answers),  # GQA scores the balanced ones
-            "metrics": figures(result, asked),
+            "metrics": {**figures(result, asked), **_beside(asked, texts)},
             "controls": _controls(asked, texts, answer),
             "variants": variants(asked.examples, texts, asked.metric, **asked.options) if asked.variants else {},
         }
@@ -188,6 +190,12 @@ def figures(result: Score, asked: Asked) -> dict[str, Any]:
     for other, reason in result.reasons.items():
         numbers[other]["reason"] = reason
     return numbers
+
+
+def _beside(asked: Asked, texts: Mapping[Id, str]) -> dict[str, Any]:
+    """The numbers of the metrics that are asked for beside the task's own."""
+    scores = [score(asked.examples, texts, name, **options) for name, options in asked.also.items()]
+    return {name: {"overall": value} for one in scores for name, value in one.numbers.items()}
 
 
 def _controls_asked(asked: Asked) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from vlmvqa import metrics
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError, suggest
@@ -53,6 +55,7 @@ class Metric:
         score: questions with their references, and an answer to each.
         check: refuses options of `data.scoring` that `score` would stumble over, before anything runs.
         options: what may be given there.
+        pictures: whether it looks at the image, which `score` is then given as `images`.
         right_from: the score from which an answer is shown as right; None: there is no such score, as of a caption.
         variants: what other toolkits change, by name: what they would print for the same answers.
     """
@@ -64,6 +67,7 @@ class Metric:
     options: tuple[str, ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     right_from: float | None = 50.0
+    pictures: bool = False
 
 
 def _vqa(questions: Sequence[Question], answers: Answers, **options: Any) -> Score:
@@ -155,6 +159,11 @@ def _corpus_bleu(questions: Sequence[Question], answers: Answers) -> Score:
     return Score({"corpus_bleu": found.score})
 
 
+def _clip(questions: Sequence[Question], answers: Answers, images: Mapping[Id, Any], **options: Any) -> Score:
+    found = metrics.clip_similarity(answers, images, **options)
+    return Score({"clip_similarity": 100 * found.score}, _percent(found.per_question))
+
+
 METRICS = {
     "vqa_accuracy": Metric(
         "VQA accuracy (%)",
@@ -195,6 +204,15 @@ METRICS = {
     "exact_match": Metric("exact match (%)", "exact_match", _exact),
     "helm_bleu_1": Metric("HELM's BLEU-1 (%)", "helm_bleu_1: the best of the references, nltk's words", _helm_bleu_1),
     "corpus_bleu": Metric("corpus BLEU", "corpus_bleu: sacrebleu's defaults", _corpus_bleu),
+    "clip_similarity": Metric(
+        "CLIP similarity (x 100)",
+        "clip_similarity: CLIPScore, of ViT-B/32 where no model is named",
+        _clip,
+        lambda model="", prefix="": None,
+        ("model", "prefix"),
+        right_from=None,
+        pictures=True,
+    ),
     "relaxed_accuracy": Metric("relaxed accuracy (%)", "relaxed_accuracy: ChartQA's, 5 % of the number", _relaxed),
 }
 
@@ -210,7 +228,7 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
+def check_options(name: str, options: Mapping[str, Any], where: str = "data.scoring") -> None:
     """Refuse what `data.scoring` asks of a metric and cannot be had.
 
     Raises:
@@ -220,11 +238,11 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for option in options:
         if option not in known:
             listed = ", ".join(known) or "none"
-            raise InputError(f"data.scoring has no key '{option}' for {name}{suggest(option, known)} (known: {listed})")
+            raise InputError(f"{where} has no key '{option}' for {name}{suggest(option, known)} (known: {listed})")
     try:
         metric(name).check(**options)
     except TypeError as error:
-        raise InputError(f"data.scoring={dict(options)} is not what {name} takes ({error})") from None
+        raise InputError(f"{where}={dict(options)} is not what {name} takes ({error})") from None
 
 
 def version(name: str, options: Mapping[str, Any]) -> str:
@@ -234,15 +252,21 @@ def version(name: str, options: Mapping[str, Any]) -> str:
     return f"{metric(name).version}{f', but for {asked}' if asked else ''}"
 
 
-def refuse_unscorable(name: str, examples: Iterable[Example]) -> None:
+def refuse_unscorable(name: str, examples: Iterable[Example], **options: Any) -> None:
     """Stop before a week of training if its end could not be scored."""
+    if metric(name).score is _clip:
+        metrics.clip_similarity({0: "a"}, {0: Image.new("RGB", (8, 8))}, **options)
     if metric(name).score is _gqa:
         _refuse_gqa([question for example in examples for question in example.questions])
 
 
 def score(examples: Iterable[Example], answers: Answers, name: str = "vqa_accuracy", **options: Any) -> Score:
     """Answers by question id, over the questions that have one."""
+    examples = list(examples)
     questions = [question for example in examples for question in example.questions if question.id in answers]
+    if metric(name).pictures:
+        pictures = {question.id: example.image for example in examples for question in example.questions}
+        options["images"] = {question.id: pictures[question.id] for question in questions}
     return metric(name).score(questions, {question.id: answers[question.id] for question in questions}, **options)
 
 

@@ -93,7 +93,7 @@ class Adapter:
 
     Attributes:
         settings: of the adapters.
-        base: a hub id or folder; one that begins with ".." is seen from the adapter's folder.
+        base: a hub id or folder; one that begins with "." is seen from the adapter's folder.
         fingerprint: of the base's weights (`fingerprint.weights_in`).
     """
 
@@ -208,7 +208,7 @@ def base_of(folder: Path, adapter: Mapping[str, Any]) -> Path:
         InputError: it is not there, or it is another.
     """
     base = str(adapter["base"])
-    where = find(str((folder / base).resolve()) if base.startswith("..") else base)
+    where = find(str((folder / base).resolve()) if base.startswith(".") else base)
     found, asked = fingerprint.weights_in(where), adapter["fingerprint"]
     if found != asked:
         raise InputError(
