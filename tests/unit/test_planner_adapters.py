@@ -227,8 +227,18 @@ def test_what_is_not_known_is_refused() -> None:
         known_config(PretrainedSettings("llava", weights="random"))
     with pytest.raises(InputError, match=r"T4 .* set adapt\.compute_dtype=float16"):
         planner(tiny_settings("paligemma"), AdapterSettings(bits=4), gpu=GPUS["t4"])
+    half, brain = Training("fp16", "adamw_torch"), tiny_settings("paligemma", dtype="bfloat16")
+    with pytest.raises(InputError, match=r"trainer\.fp16=true over bfloat16 weights .* set model\.dtype=float32"):
+        planner(brain, AdapterSettings(bits=4, compute_dtype="float16"), training=half)
     with pytest.raises(InputError, match=r"data\.row_tokens: rows of paligemma are not packed"):
         planner(tiny_settings("paligemma"), None, ALL, rows=replace(ROWS, row_tokens=64))
+
+
+@pytest.mark.parametrize("dtype,bits", [("float32", 4), ("bfloat16", None)])
+def test_a_card_without_bfloat16_is_planned_in_float16(dtype: str, bits: int | None) -> None:
+    adapt = AdapterSettings(bits=bits, compute_dtype="float16")
+    settings = tiny_settings("paligemma", dtype=dtype)
+    assert planner(settings, adapt, gpu=GPUS["t4"], training=Training("fp16", "adamw_torch")).plan("ddp", True).fits
 
 
 def compose(*overrides: str) -> Any:

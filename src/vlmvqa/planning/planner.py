@@ -151,6 +151,9 @@ class Planner:
                 f"a {self.gpu.name} does not compute in bfloat16; set adapt.compute_dtype=float16 beside "
                 "trainer.bf16=false and trainer.fp16=true"
             )
+        if self.packed and self.training.precision == "fp16" and self.settings.dtype == "bfloat16":
+            # 4-bit layers answer in the type they are asked in, and autocast joins no bfloat16 under fp16.
+            raise InputError("trainer.fp16=true over bfloat16 weights beside 4-bit ones fails; set model.dtype=float32")
         if self.training.precision == "bf16" and not self.gpu.bf16:
             raise InputError(
                 f"a {self.gpu.name} does not compute in bfloat16; set trainer.bf16=false and trainer.fp16=true with "
