@@ -120,9 +120,38 @@ def test_a_model_is_uploaded_whole(tmp_path: Path, hub: type[Hub]) -> None:
     assert hub.files == contents
 
 
-def test_what_could_not_be_uploaded_is_refused_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_is_uploaded_with_the_base_that_only_its_run_has(tmp_path: Path, hub: type[Hub]) -> None:
+    """And the run's own files stay as they are."""
+    model, base = tmp_path / "model", tmp_path / "base"
+    model.mkdir()
+    base.mkdir()
+    ours = {"config.json": b'{"adapter": {"base": "../base"}}', "adapter_model.safetensors": b"weights"}
+    ours["adapter_config.json"] = b'{"base_model_name_or_path": "../base"}'
+    for name, content in ours.items():
+        (model / name).write_bytes(content)
+    (base / "config.json").write_bytes(b"{}")
+    upload(model, "somebody/model")
+    assert hub.files.keys() == {*ours, "base/config.json"}
+    assert json.loads(hub.files["config.json"]) == {"adapter": {"base": "./base"}}
+    assert json.loads(hub.files["adapter_config.json"]) == {"base_model_name_or_path": "./base"}
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == ours
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model"]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "named"), [("google/paligemma-3b-pt-224", "hub", True), ("paligemma", "random", False)]
+)
+def test_the_card_names_what_was_tuned(tmp_path: Path, name: str, weights: str, named: bool) -> None:
+    write_card(tmp_path, "tuned", [METRICS], yaml.safe_dump({"model": {"pretrained": name, "weights": weights}}))
+    card = (tmp_path / "README.md").read_text()
+    assert (f"base_model: {name}\n---" in card) == named
+
+
+def test_what_could_not_be_uploaded_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="hub_id=model should be"):
         refuse_upload("model")
+    with pytest.raises(InputError, match="is there already, and nothing is written over it"):
+        refuse_upload(str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("HF_TOKEN", "hf_test")
     with pytest.raises(InputError, match="nobody is logged in to the hub, or it cannot be reached"):

@@ -120,6 +120,14 @@ def test_a_number_of_the_whole_set_has_no_interval_and_no_questions_scores() -> 
     assert all(record["corpus_bleu"] is None for record in records) and found["n"] == 12
 
 
+def test_other_metrics_stand_beside_the_tasks_own() -> None:
+    given = asked(also={"exact_match": {}, "anls": {"threshold": 0.9}})
+    found, _ = evaluate(given, knowing(given.examples), knowing)
+    assert next(iter(found["metrics"])) == given.metric and {"exact_match", "anls"} < found["metrics"].keys()
+    assert found["metrics"]["exact_match"]["overall"] == 100 and "exact_match" in table(found)
+    assert all("exact_match" not in control for control in found["controls"].values())
+
+
 def test_an_unknown_metric_suggests_one() -> None:
     with pytest.raises(InputError, match="anls"):
         metric("anl")
