@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import merge as merge_script
@@ -90,4 +91,58 @@ def test_what_merging_refuses(home: Path, tmp_path: Path) -> None:
     merged(home, "layers={'^vision': [1,0]}")
     again = sentence(call("merge", f"base={home / 'base'}", both, f"output={home / 'merged'}"))
     assert "is there already; choose another, or set run.overwrite=true" in again
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def lora(home: Path) -> Path:
+    """Two adapters of the base, on other tasks, one of them over 4 bits."""
+    for package in ("peft", "bitsandbytes"):
+        pytest.importorskip(package, reason=f"{package} is an extra: pip install 'vlmvqa[adapters]'")
+    for name, kind in (("gqa", "lora"), ("docvqa", "qlora")):
+        data = (f"data={name}", "data.synthetic=true", f"data.root={home / (name + '-data')}", *FEW)
+        more = (f"adapt={kind}", "adapt.compute_dtype=float32", "data.eval_split=val", f"run.dir={home / kind}")
+        done(call("train", f"start_from={home / 'base'}", *data, *ON, *more))
+    return home
+
+
+def test_adapters_become_one_model_scored_on_both_tasks(lora: Path) -> None:
+    models = f"models=[{lora / 'lora'},{lora / 'qlora'}]"
+    told = done(call("merge", models, "density=0.5", "samples=4", f"output={lora / 'both'}")).out
+    assert "qlora/model was trained over 4-bit weights: the merged model uses the full ones; the logits drift" in told
+    assert "gqa: GQA accuracy (%), n=4" in told and "docvqa: ANLS (x 100), n=4" in told
+    record = json.loads((lora / "both" / "merge.json").read_text())
+    assert record["base"] == str(lora / "base" / "model") and len(record["over_four_bits"]) == 1
+    scored = record["scores"]["docvqa"]["scores"]
+    assert len(scored) == 4 and all(value is not None for value in scored.values())  # base, two models, their merge
+    config = json.loads((lora / "both" / "config.json").read_text())
+    assert set(config["prompts"]) == {"shapes", "gqa", "docvqa"} and "adapter" not in config
+
+
+def test_an_adapter_becomes_a_whole_model(lora: Path, tmp_path: Path) -> None:
+    """Compared on what its run evaluated on, or on what is named, or not at all."""
+    for number, (kind, into) in enumerate((("lora", "full"), ("qlora", "dequantized"))):
+        folder = tmp_path / str(number)
+        told = done(call("merge", f"adapter={lora / kind}", f"into={into}", f"output={folder}")).out
+        assert "largest logit difference, adapter over its base" in told and "of 16 questions" in told
+        found = json.loads((folder / "merge.json").read_text())["drift"]
+        assert found["largest"] < 0.02 * found["range"]  # the adapter's frozen weights may be of bfloat16
+    moved = f"adapter={shutil.copytree(lora / 'lora' / 'model', tmp_path / 'moved')}"
+    told = done(call("merge", moved, f"output={tmp_path / 'untold'}")).out
+    assert "nothing was compared:" in told and "whose config.yaml says what it was evaluated on; give data=" in told
+    data = ("data=gqa", "data.synthetic=true", f"data.root={lora / 'gqa-data'}", *FEW, "data.eval_split=val")
+    told = done(call("merge", moved, *data, "samples=3", f"output={tmp_path / 'told'}")).out
+    assert "of 3 questions" in told
+
+
+def test_what_adapters_refuse(lora: Path, tmp_path: Path) -> None:
+    def refused(*arguments: str) -> str:
+        return sentence(call("merge", f"output={tmp_path / 'out'}", *arguments))
+
+    one = f"adapter={lora / 'lora'}"
+    assert "density cannot be set here: it is of several models" in refused(one, "density=0.2")
+    assert "is a full model already" in refused(f"adapter={lora / 'gqa'}", f"base={lora / 'base'}")
+    assert "into=4 is unknown; use full" in refused(one, "into=4")
+    assert "into=dequantized: not all of these are adapters over" in refused(one, "into=dequantized")
+    assert "leave base= out for its own" in refused(one, f"base={lora / 'gqa'}")
     assert not (tmp_path / "out").exists()

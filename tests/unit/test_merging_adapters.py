@@ -246,7 +246,7 @@ def test_what_is_cut_short_does_not_look_whole(
 ) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         over(bases["paligemma"], tmp_path / name, seed=seed)
-    trim, left = methods.trim, [20]
+    trim, left = methods.trim, [5]
 
     def stopped(*given: Tensor) -> Tensor:
         left[0] -= 1

@@ -42,7 +42,7 @@ class Adapted:
             self._refuse_other(base, name, list(shapes[name]))
 
     def touches(self, name: str) -> bool:
-        """Whether a tensor is another one than the base's."""
+        """As of `Weights`."""
         return name in self.adapted or name in self.whole
 
     def value(self, name: str, rows: slice, base: Tensor) -> Tensor:

@@ -81,6 +81,10 @@ class Weights:
         """All pieces of a tensor, one at a time."""
         return (self.read(name, rows) for rows in self.rows(name))
 
+    def touches(self, name: str) -> bool:
+        """Whether a tensor may be another one than the base's."""
+        return True
+
     def value(self, name: str, rows: slice, base: Tensor) -> Tensor:
         """A piece, float32[n]; `base` is the same of the base."""
         return self.read(name, rows)

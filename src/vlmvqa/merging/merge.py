@@ -74,11 +74,15 @@ class Counts:
     conflicts: int = 0  # entries that two models want to move in opposite directions
     touched: int = 0  # entries that any model moves
 
-    def add(self, base: Tensor, deltas: Tensor, kept: Tensor) -> None:
+    def add_base(self, base: Tensor, models: int) -> None:
+        """A piece that no model moves."""
         if not self.deltas:
-            self.deltas, self.kept = [0.0] * len(deltas), [0] * len(deltas)
+            self.deltas, self.kept = [0.0] * models, [0] * models
         self.entries += base.numel()
         self.base += float(base.double().square().sum())
+
+    def add(self, base: Tensor, deltas: Tensor, kept: Tensor) -> None:
+        self.add_base(base, len(deltas))
         for model in range(len(deltas)):
             self.deltas[model] += float(deltas[model].double().square().sum())
             self.kept[model] += int(kept[model].count_nonzero())
@@ -221,6 +225,11 @@ class Merge:
 
     def _with_deltas(self, name: str, path: str, weights: Tensor) -> Iterator[Tensor]:
         settings, counts = self.settings, self.counts.setdefault(path.partition(".")[0], Counts())
+        if not any(model.touches(name) for model in self.models):
+            for piece in self.base.pieces(name):
+                counts.add_base(piece, len(self.models))
+                yield piece
+            return
         thresholds = None
         if settings.method == "ties":
             thresholds = torch.tensor(self.thresholds or self._thresholds([name]))
@@ -252,7 +261,12 @@ class Merge:
                 for rows in self.base.rows(name):
                     yield model.delta(name, rows, self.base.read(name, rows))
 
-        return [methods.kth_magnitude(lambda model=model: deltas(model), kept) for model in self.models]  # type: ignore[misc]
+        return [
+            methods.kth_magnitude(lambda model=model: deltas(model), kept)  # type: ignore[misc]
+            if any(map(model.touches, names))
+            else 0.0
+            for model in self.models
+        ]
 
     def _slerp_shares(self, name: str, share: float) -> tuple[float, float]:
         dot = first = second = 0.0
