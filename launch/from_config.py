@@ -48,14 +48,17 @@ def take_saved_model(config: DictConfig) -> None:
     """
     if config.start_from is None:
         return
+    adapted = config.get("adapt") is not None
     for key in given_keys():
-        if key.startswith("model."):
+        if key.startswith("model.") and not (adapted and key == "model.dtype"):
             raise InputError(f"{key} cannot be set here: the model of start_from is as it was saved; leave it out")
     folder = saved.find(config.start_from).resolve()
     _, settings = read_settings(folder)
     known = asdict(settings)
     if isinstance(settings, ModelSettings):
         known["language"]["tokenizer"] = str(folder / saved.TOKENIZER)
+    if adapted:  # frozen weights may be kept in fewer bytes
+        known["dtype"] = config.model.dtype
     with open_dict(config):  # what trains, for the record and for all who ask the config
         config.start_from, config.model = str(folder), known
 

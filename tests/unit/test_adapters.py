@@ -198,6 +198,16 @@ def test_recomputed_activations_reach_the_adapters(kind: str, folder: Path) -> N
     assert all(gradient.abs().sum() > 0 for gradient in kept.values())
 
 
+def test_recomputing_leaves_a_frozen_encoder_alone(model: VLM | PretrainedVLM, folder: Path) -> None:
+    """Nothing there trains, so no backward pass goes through it."""
+    adapters.attach(model, LORA)
+    model.checkpoint_activations()
+    seen = []
+    model.projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].requires_grad))
+    model.train()(**batch_of(model, folder))["loss"].backward()
+    assert seen == [False]
+
+
 # ---- merging into the base
 
 

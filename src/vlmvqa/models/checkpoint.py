@@ -143,7 +143,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Settings]:
         where = f"{folder / CONFIG}: {OURS}.model"
         settings = build_settings(PretrainedSettings, known.get("model", {"pretrained": str(folder)}), where)
         return known, dataclasses.replace(
-            settings, pretrained=str(folder), weights="hub", overrides={}, image_size=None, image_splitting=None
+            settings, pretrained=str(folder), weights="hub", overrides={}, image_splitting=None
         )
     if config.get("format") != FORMAT:
         raise InputError(f"{folder / CONFIG}: not a config of vlmvqa, format {FORMAT}; name the model/ folder of a run")

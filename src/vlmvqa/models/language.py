@@ -200,6 +200,9 @@ def recompute_activations(model: PreTrainedModel) -> None:
     # transformers renamed it in 5.2x; 5.17 has the old name only.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # With adapters it makes the embeddings ask for gradients, those of pixels too, and the backward pass would go
+    # through a frozen encoder; recomputed without reentering, no block needs that.
+    model.disable_input_require_grads()
 
 
 def language_config(settings: LanguageSettings) -> PreTrainedConfig:

@@ -48,7 +48,6 @@ class PretrainedSettings:
             "idefics2") whose config class's defaults then apply.
         weights: "hub" (also for a local folder) or "random".
         overrides: fields of the config class, for random weights; parts of it as mappings.
-        image_size: pixels of a side, for random weights (null: the config's).
         image_splitting: whether an image is read in pieces too, where the model can (null: as it was published).
         attention: transformers' implementation (null: its choice for the model): eager, sdpa, flash_attention_2.
         dtype: of the weights.
@@ -57,7 +56,6 @@ class PretrainedSettings:
     pretrained: str
     weights: str = "hub"
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    image_size: int | None = None
     image_splitting: bool | None = None
     attention: str | None = None
     dtype: str = "float32"
@@ -73,9 +71,9 @@ class PretrainedSettings:
                 f"model.pretrained={self.pretrained} is an architecture, which has no weights; name a hub id or "
                 "folder, or set model.weights=random"
             )
-        if self.weights == "hub" and (self.overrides or self.image_size):
+        if self.weights == "hub" and self.overrides:
             raise InputError(
-                f"model.overrides and model.image_size would change the shape of {self.pretrained}'s trained weights; "
+                f"model.overrides would change the shape of {self.pretrained}'s trained weights; "
                 "leave them out, or set model.weights=random"
             )
 
@@ -267,7 +265,9 @@ def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, bla
     dtype = DTYPES[settings.dtype]
     try:
         if settings.weights == "random" or blank:
-            return PretrainedVLM(AutoModelForImageTextToText.from_config(config, dtype=dtype, **more))
+            made = PretrainedVLM(AutoModelForImageTextToText.from_config(config, dtype=dtype, **more))
+            _tell_latents_apart(made)
+            return made
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **more
         )
@@ -281,6 +281,13 @@ def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, bla
             "random; fetch it again, or name the whole model"
         )
     return PretrainedVLM(net)
+
+
+def _tell_latents_apart(model: PretrainedVLM) -> None:
+    """A resampler's random queries: transformers makes them all ones, and what is the same learns the same."""
+    latents = getattr(getattr(model.projector, "perceiver_resampler", None), "latents", None)
+    if latents is not None:
+        nn.init.normal_(latents)
 
 
 def unreadable(name: str, error: Exception) -> str:

@@ -166,6 +166,9 @@ def _adapter_problems(asked: Asked, adapt: AdapterSettings) -> Iterator[str]:
             f"model.dtype={dtype} under fsdp, which shards a block in one type, and adapters are float32; set "
             "model.dtype=float32 (trainer.bf16=true still computes in bfloat16)"
         )
+    if adapt.bits and asked.trainer.get("fp16") and dtype == "bfloat16":
+        # 4-bit layers answer in the type they are asked in, and autocast joins no bfloat16 under fp16.
+        yield "trainer.fp16=true over bfloat16 weights beside 4-bit ones fails; set model.dtype=float32 or float16"
     if adapt.bits and adapt.compute_dtype == "bfloat16" and not asked.bf16_works:
         yield "adapt.compute_dtype=bfloat16: this card does not compute in bfloat16; use adapt.compute_dtype=float16"
     if asked.features and any(target.startswith(("vision", "*")) for target in adapt.targets):

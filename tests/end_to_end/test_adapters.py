@@ -1,0 +1,157 @@
+"""Adapters as a user trains them: saved alone, resumed as if never stopped, and refused where they cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import start, torchrun
+from tests.end_to_end.scripts import call, done, losses, metrics, sentence
+
+pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
+
+DATA = ("data.row_tokens=null", "data.options.train_images=60", "data.options.val_images=12")
+QUIET = ("trainer.report_to=none", "+trainer.use_cpu=true", "trainer.eval_strategy=no", "trainer.logging_steps=1")
+STEPS = ("trainer.max_steps=6", "trainer.save_steps=3", "trainer.per_device_train_batch_size=4")
+FLOAT = ("model.dtype=float32", "adapt.compute_dtype=float32")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.root={tmp_path_factory.mktemp('shapes')}"
+
+
+@pytest.fixture(scope="module")
+def bases(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of each family, a model that was trained a little, whole."""
+    found = {}
+    for family in ("paligemma", "idefics2"):
+        found[family] = tmp_path_factory.mktemp(family)
+        given = (f"model=tiny_{family}", shapes, *DATA, *QUIET, *STEPS, f"run.dir={found[family]}")
+        done(call("train", *given))
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(bases: dict[str, Path]) -> Path:
+    return bases["paligemma"]
+
+
+def adapt(base: Path, shapes: str, folder: Path, kind: str, *more: str) -> tuple[str, ...]:
+    """The arguments of a small training of adapters over a base."""
+    given = (f"start_from={base}", "model=tiny_paligemma", f"adapt={kind}", shapes, *DATA, *QUIET, *STEPS, *FLOAT)
+    return (*given, "adapt.rank=4", f"run.dir={folder}", *more)
+
+
+def forget_the_end(run: Path) -> None:
+    """As if the run had been killed after its third step."""
+    shutil.rmtree(run / "checkpoint-6")
+    shutil.rmtree(run / "model")
+    (run / "latest").unlink()
+    log = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(line for line in log if json.loads(line).get("step", 0) <= 3))
+
+
+@pytest.mark.parametrize(("family", "kind"), [("paligemma", "lora"), ("idefics2", "qlora")])
+def test_adapters_resume_exactly(bases: dict[str, Path], shapes: str, family: str, kind: str, tmp_path: Path) -> None:
+    """Six steps, and three steps and three: the same losses and answers. Checkpoints hold the adapters alone."""
+    base, through, in_two = bases[family], tmp_path / "through", tmp_path / "two"
+    done(call("train", *adapt(base, shapes, through, kind)))
+    shutil.copytree(through, in_two, symlinks=True)
+    forget_the_end(in_two)
+    again = done(call("train", *adapt(base, shapes, in_two, kind, "resume=auto")))
+    assert f"going on from {in_two / 'checkpoint-3'}" in again.out
+    rest = {step: loss for step, loss in losses(through).items() if step > 3}
+    assert {step: loss for step, loss in losses(in_two).items() if step > 3} == rest and len(rest) == 3
+    assert (in_two / "predictions.jsonl").read_text() == (through / "predictions.jsonl").read_text()
+    whole = sum(file.stat().st_size for file in (base / "model").glob("*.safetensors"))
+    for folder in (through / "checkpoint-6", through / "model"):
+        assert sum(file.stat().st_size for file in folder.glob("*model.safetensors")) < 0.1 * whole
+
+
+def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, tmp_path: Path) -> None:
+    done(call("train", *adapt(base, shapes, tmp_path / "run", "lora")))
+    where = f"checkpoint={tmp_path / 'run'}"
+    done(call("eval", where, "data=shapes", shapes, *DATA[1:], "split=val", f"run.dir={tmp_path / 'eval'}"))
+    assert metrics(tmp_path / "eval")["metrics"] == metrics(tmp_path / "run")["metrics"]
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["adapter"]["base"] == str(base / "model")
+
+
+def test_a_random_base_is_kept_beside_its_adapters(shapes: str, tmp_path: Path) -> None:
+    """Nothing else could bring it back; nor a model made of parts."""
+    for model in ("tiny_paligemma", "tiny"):
+        folder = tmp_path / model
+        given = (f"model={model}", "adapt=lora", shapes, *DATA, *QUIET, *STEPS, *FLOAT, f"run.dir={folder}")
+        given = tuple(word.replace("+trainer.use_cpu", "trainer.use_cpu") for word in given)
+        done(call("train", *given))
+        assert (folder / "base" / "config.json").exists()
+        moved = folder.rename(tmp_path / f"{model}-moved")
+        where = f"checkpoint={moved}"
+        done(call("eval", where, "data=shapes", shapes, *DATA[1:], "split=val", f"run.dir={tmp_path / model}-eval"))
+        assert metrics(Path(f"{tmp_path / model}-eval"))["metrics"] == metrics(moved)["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("adapt.targets=[language.*.q_prj]",), "adapt.targets: language.*.q_prj matches no linear layer"),
+        (("trainable.language=all",), "trainable.language=all: adapt=lora leaves the model frozen"),
+        (("adapt.bits=4", "dist=fsdp"), "adapt.bits=4: fsdp cannot shard weights of 4 bits; use dist=ddp or zero2"),
+        (("adapt.bits=4", "dist=zero3"), "adapt.bits=4: zero3 cannot shard weights of 4 bits"),
+        (("model.dtype=bfloat16", "dist=fsdp"), "model.dtype=bfloat16 under fsdp, which shards a block in one type"),
+        (("trainer.optim=paged_adamw_8bit",), "trainer.optim=paged_adamw_8bit: its pages are CUDA's"),
+        (("adapt.rank=0",), "rank must be at least 1"),
+        (("adapt.method=loha",), "adapt.method=loha is unknown"),
+        (("data.row_tokens=224",), "data.row_tokens=224: rows of"),
+        (("data.questions_per_row=4",), "answers a question a row, and data.questions_per_row=4"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(
+    base: Path, shapes: str, more: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    given = [
+        word
+        for word in adapt(base, shapes, folder, "lora")
+        if word.split("=")[0] not in {m.split("=")[0] for m in more}
+    ]
+    assert said in sentence(call("train", *given, *more))
+    assert not folder.exists()
+
+
+def test_neftune_and_8_bit_optimizers(base: Path, shapes: str, tmp_path: Path) -> None:
+    plain, noisy = tmp_path / "plain", tmp_path / "noisy"
+    done(call("train", *adapt(base, shapes, plain, "lora", "trainer.optim=adamw_bnb_8bit")))
+    noise = ("trainer.optim=adamw_bnb_8bit", "+trainer.neftune_noise_alpha=5")
+    done(call("train", *adapt(base, shapes, noisy, "lora", *noise)))
+    assert losses(plain)[1] != losses(noisy)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "kind", "dist"),
+    [("paligemma", "lora", "fsdp"), ("paligemma", "qlora", "ddp"), ("idefics2", "qlora", "zero2")],
+)
+def test_two_ranks_resume_exactly(
+    bases: dict[str, Path], shapes: str, family: str, kind: str, dist: str, tmp_path: Path
+) -> None:
+    def train(folder: Path, *more: str) -> None:
+        given = adapt(
+            bases[family], shapes, folder, kind, f"dist={dist}", "trainer.per_device_train_batch_size=2", *more
+        )
+        process = start([*torchrun(2, "launch/train.py", *given)])
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed[-3000:]
+
+    through, in_two = tmp_path / "through", tmp_path / "two"
+    train(through)
+    shutil.copytree(through, in_two, symlinks=True)
+    forget_the_end(in_two)
+    train(in_two, "resume=auto")
+    rest = {step: loss for step, loss in losses(through).items() if step > 3}
+    assert {step: loss for step, loss in losses(in_two).items() if step > 3} == pytest.approx(rest, abs=1e-6)
+    assert (in_two / "predictions.jsonl").read_text() == (through / "predictions.jsonl").read_text()
