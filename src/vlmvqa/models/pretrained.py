@@ -287,7 +287,7 @@ def _tell_latents_apart(model: PretrainedVLM) -> None:
     """A resampler's random queries: transformers makes them all ones, and what is the same learns the same."""
     latents = getattr(getattr(model.projector, "perceiver_resampler", None), "latents", None)
     if latents is not None:
-        nn.init.normal_(latents)
+        nn.init.normal_(latents, std=0.02)
 
 
 def unreadable(name: str, error: Exception) -> str:
