@@ -134,16 +134,25 @@ def _pretrained(
             f"{settings.pretrained} resizes images as it was trained; leave data.resize and data.reduced_decoding out"
         )
     known = pretrained_config(settings)
+    folder, started_from = Path(settings.pretrained), None
     if settings.weights == "random":
         if tokenizer_name != "trained":
             raise InputError("model.weights=random needs model.tokenizer=trained, which is made of the questions")
         text = train_tokenizer(train_examples, known.get_text_config().vocab_size - ADDED_TOKENS)
         library, known = random_processor(known, text, settings.image_splitting)
     else:
-        library = load_processor(settings.pretrained, settings.image_splitting)
-    model = build_pretrained(settings, known)
+        folder = saved.find(settings.pretrained)
+        library = load_processor(str(folder), settings.image_splitting)
+        started_from = {"model": _named(settings.pretrained), "weights": fingerprint.weights_in(folder)}
+    model = build_pretrained(replace(settings, pretrained=str(folder)), known)
     processor = PretrainedProcessor.of(library, model.mode, data.max_text_tokens)
-    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()))
+    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()), started_from)
+
+
+def _named(pretrained: str) -> str:
+    """A hub id as it is; a folder, so that it is found from elsewhere too."""
+    folder = Path(pretrained).expanduser()
+    return str(folder.resolve()) if folder.exists() else pretrained
 
 
 def adapter_settings(config: DictConfig) -> AdapterSettings | None:
@@ -158,17 +167,13 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
         return predictor, None
     _refuse_trained_beside(config, settings)
     unwritten = None
-    if config.start_from is not None:
-        base = str(config.start_from)
-        if predictor.adapter is not None:
-            raise InputError(
-                f"start_from={base} is an adapter; merge it into its base first, with launch/merge.py adapter={base}"
-            )
-        known = predictor.started_from["weights"] if predictor.started_from else ""
-    elif isinstance(predictor.settings, PretrainedSettings) and predictor.settings.weights == "hub":
-        folder = saved.find(predictor.settings.pretrained)
-        base, known = predictor.settings.pretrained, fingerprint.weights_in(folder)
-        base = str(folder.resolve()) if Path(base).expanduser().exists() else base
+    if predictor.adapter is not None:
+        raise InputError(
+            f"start_from={config.start_from} is an adapter; merge it into its base first, with launch/merge.py "
+            f"adapter={config.start_from}"
+        )
+    if predictor.started_from is not None:
+        base, known = predictor.started_from["model"], predictor.started_from["weights"]
     else:  # of parts, or random: it lies nowhere as a whole
         base, known = f"../{BASE}", ""
         unwritten = Base(predictor) if ranks.is_first() else None
