@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports would say
+
+# isort: split
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace

@@ -9,6 +9,9 @@ python launch/train.py resume=auto                                 go on where t
 
 from __future__ import annotations
 
+import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports would say
+
+# isort: split
 import gc
 import shutil
 from dataclasses import replace
