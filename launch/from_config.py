@@ -13,7 +13,7 @@ from typing import get_args, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from command_line import CONF, LAUNCHER, given_keys, group
 from data_from_config import MIXTURE, DataSettings, Task, data_settings, prompts
@@ -32,7 +32,7 @@ from vlmvqa.models import adapters, saved
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.checkpoint import Adapter, read_settings
 from vlmvqa.models.generation import Decoding
-from vlmvqa.models.pretrained import PretrainedSettings, build_pretrained, pretrained_config
+from vlmvqa.models.pretrained import PretrainedSettings, build_pretrained, mode_of, pretrained_config
 from vlmvqa.models.processors import ADDED_TOKENS, load_processor, random_processor
 from vlmvqa.models.vlm import DTYPES, ModelSettings, build, cast_parameters, set_trainable
 from vlmvqa.sequence.masks import SHAREABLE
@@ -132,24 +132,34 @@ def _pretrained(
     train_examples: Sequence[Example],
 ) -> Predictor:
     """A pretrained model with its processor."""
+    processor, known = pretrained_processor(settings, tokenizer_name, data, train_examples)
+    started_from = None
+    if settings.weights == "hub":
+        folder = saved.find(settings.pretrained)
+        started_from = {"model": _named(settings.pretrained), "weights": fingerprint.weights_in(folder)}
+        model = build_pretrained(replace(settings, pretrained=str(folder)), known)
+    else:
+        model = build_pretrained(settings, known)
+    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()), started_from)
+
+
+def pretrained_processor(
+    settings: PretrainedSettings, tokenizer_name: str | None, data: DataSettings, train_examples: Sequence[Example]
+) -> tuple[PretrainedProcessor, PreTrainedConfig]:
+    """The processor of a pretrained model, and the config of its network; no weights are read."""
     if data.resize != "squash" or data.reduced_decoding:
         raise InputError(
             f"{settings.pretrained} resizes images as it was trained; leave data.resize and data.reduced_decoding out"
         )
     known = pretrained_config(settings)
-    folder, started_from = Path(settings.pretrained), None
     if settings.weights == "random":
         if tokenizer_name != "trained":
             raise InputError("model.weights=random needs model.tokenizer=trained, which is made of the questions")
         text = train_tokenizer(train_examples, known.get_text_config().vocab_size - ADDED_TOKENS)
         library, known = random_processor(known, text, settings.image_splitting)
     else:
-        folder = saved.find(settings.pretrained)
-        library = load_processor(str(folder), settings.image_splitting)
-        started_from = {"model": _named(settings.pretrained), "weights": fingerprint.weights_in(folder)}
-    model = build_pretrained(replace(settings, pretrained=str(folder)), known)
-    processor = PretrainedProcessor.of(library, model.mode, data.max_text_tokens)
-    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()), started_from)
+        library = load_processor(settings.pretrained, settings.image_splitting)
+    return PretrainedProcessor.of(library, mode_of(known), data.max_text_tokens), known
 
 
 def _named(pretrained: str) -> str:

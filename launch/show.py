@@ -2,6 +2,7 @@
 
 python launch/show.py sample=3
 python launch/show.py model.mode=causal data=vqav2 data.root=/data/vqav2
+python launch/show.py model=tiny_paligemma data.row_tokens=null
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from omegaconf import DictConfig, open_dict
 
 import from_config
 from command_line import run
-from data_from_config import one_task, read_examples
+from data_from_config import DataSettings, one_task, read_examples
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.batch import Processor
+from vlmvqa.data.example import Example
 from vlmvqa.data.packing import split
 from vlmvqa.errors import InputError
 from vlmvqa.inference.show import describe, draw
+from vlmvqa.models.pretrained import PretrainedSettings
 
 
 def main(config: DictConfig) -> None:
@@ -23,10 +27,7 @@ def main(config: DictConfig) -> None:
     data = one_task(config)
     bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
     examples = read_examples(data, config.split, None, bad_records)
-    with open_dict(config), torch.device("meta"):  # sizes and the tokenizer are enough: no weights
-        config.model.vision.weights = config.model.language.weights = "random"
-        processor = from_config.build_predictor(config, data, examples).processor
-    most = from_config.most_questions(data, processor.mode)
+    processor, most = _processor(config, data, examples)
     parts = [one.part(*ends) for one in examples for ends in split([0] * len(one.questions), None, most)]
     if not 0 <= config.sample < len(parts):
         raise InputError(f"sample={config.sample}: {config.split} has samples 0 to {len(parts) - 1}")
@@ -37,6 +38,17 @@ def main(config: DictConfig) -> None:
     print(describe(batch, processor))
     draw(batch, processor, folder / "row.png", title=example.name)
     print(f"picture: {folder / 'row.png'}")
+
+
+def _processor(config: DictConfig, data: DataSettings, examples: list[Example]) -> tuple[Processor, int | None]:
+    """What lays the rows out, and how many questions may share one; sizes and the tokenizer are enough, no weights."""
+    settings, tokenizer = from_config.model_settings(config)
+    if isinstance(settings, PretrainedSettings):
+        return from_config.pretrained_processor(settings, tokenizer, data, examples)[0], 1
+    with open_dict(config), torch.device("meta"):
+        config.model.vision.weights = config.model.language.weights = "random"
+        processor = from_config.build_predictor(config, data, examples).processor
+    return processor, from_config.most_questions(data, processor.mode)
 
 
 if __name__ == "__main__":

@@ -155,3 +155,9 @@ def test_two_ranks_resume_exactly(
     rest = {step: loss for step, loss in losses(through).items() if step > 3}
     assert {step: loss for step, loss in losses(in_two).items() if step > 3} == pytest.approx(rest, abs=1e-6)
     assert (in_two / "predictions.jsonl").read_text() == (through / "predictions.jsonl").read_text()
+
+
+def test_a_row_is_shown_as_the_processor_lays_it_out(shapes: str, tmp_path: Path) -> None:
+    for family, said in (("tiny_paligemma", "image x 16 "), ("tiny_idefics2", "<end_of_utterance>")):
+        ended = done(call("show", f"model={family}", shapes, *DATA, f"run.dir={tmp_path / family}"))
+        assert said in ended.out and (tmp_path / family / "row.png").exists()

@@ -272,7 +272,7 @@ def test_peft_reads_the_folder(folder: Path, kind: str, tmp_path: Path) -> None:
     model, batch = saved(folder, kind, tmp_path / "adapter")
     base = AutoModelForImageTextToText.from_pretrained(folder)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ours = ("labels", "weights", "role", "position", "document")
+    ours = ("labels", "weights", "role", "position", "branch", "document")
     with torch.no_grad():
         found = theirs(**{name: value for name, value in batch.items() if name not in ours}).logits
     assert torch.allclose(found[batch["labels"] != -100].float(), logits(model, batch), atol=1e-5)

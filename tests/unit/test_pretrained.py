@@ -23,6 +23,7 @@ from vlmvqa.models.processors import load_processor
 from vlmvqa.models.vlm import set_trainable
 from vlmvqa.sequence.rows import IGNORE, IMAGE
 
+OURS = ("labels", "weights", "role", "position", "branch", "document")
 FAMILIES = pretrained.FAMILIES
 Loaded = tuple[PretrainedVLM, PretrainedProcessor]
 
@@ -54,11 +55,10 @@ def asked_batch(processor: PretrainedProcessor, given: list[Example]) -> dict[st
 
 def librarys(model: PretrainedVLM, batch: dict[str, Any], **more: Any) -> Any:
     """transformers' own forward pass on the same batch, its labels where it wants them: at the tokens themselves."""
-    ours = ("labels", "weights", "role", "position", "document")
     labels = torch.full_like(batch["labels"], IGNORE)
     labels[:, 1:] = batch["labels"][:, :-1]
     ids = batch["input_ids"].clone()
-    inputs = {name: value for name, value in batch.items() if name not in ours}
+    inputs = {name: value for name, value in batch.items() if name not in OURS}
     return model.net(**{**inputs, "input_ids": ids}, labels=labels, **more)
 
 
@@ -223,7 +223,7 @@ def test_greedy_is_the_librarys_greedy(loaded: Loaded) -> None:
     model, processor = loaded
     batch = asked_batch(processor, pretrained.examples())
     ours = model.generate(batch, processor.ends, Decoding(max_new_tokens=5))
-    inputs = {n: v for n, v in batch.items() if n not in ("labels", "weights", "role", "position", "document")}
+    inputs = {n: v for n, v in batch.items() if n not in OURS}
     theirs = model.net.generate(  # type: ignore[operator]
         **inputs, max_new_tokens=5, do_sample=False, eos_token_id=sorted(processor.ends), pad_token_id=0
     )

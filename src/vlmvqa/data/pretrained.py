@@ -90,7 +90,7 @@ class PretrainedProcessor(Processor):
         return len(self._ids(question.prompt)) + len(self.tokenize(question, answer).answer) - 1
 
     def collate(self, rows: Sequence[Sequence[Encoded]], multiple: int = 8) -> dict[str, Tensor]:
-        """The network's own inputs, and the columns `labels`, `weights`, `role`, `position`, `document` `[B, T]`.
+        """The network's own inputs, and our columns (`sequence/rows.py`) `[B, T]`, but for `image_index`.
 
         Rows are padded on the right; on the left where none has an answer, so that all can go on together.
         """
@@ -112,8 +112,7 @@ class PretrainedProcessor(Processor):
         columns = pad_rows(laid, multiple, left=left)
         real = columns["document"] != PADDING
         columns["input_ids"].masked_fill_(~real, self._padding)
-        for name in ("branch", "image_index"):
-            del columns[name]
+        del columns["image_index"]
         more = {name: value for name, value in found.items() if name not in ("input_ids", "attention_mask")}
         for name in [name for name, value in more.items() if value.shape == found["input_ids"].shape]:
             more[name] = self._typed(more[name], found["attention_mask"], columns["role"], real)

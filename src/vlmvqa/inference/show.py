@@ -12,13 +12,14 @@ from vlmvqa.data.batch import Processor
 from vlmvqa.sequence.masks import Tokens, visible
 from vlmvqa.sequence.rows import ANSWER, IGNORE, IMAGE, PADDING, PROMPT
 
+COLUMNS = ("input_ids", "document", "branch", "role", "position", "labels")
 ROLES = {IMAGE: "image", PROMPT: "prompt", ANSWER: "answer"}
 COLORS = {IMAGE: "#4c78a8", PROMPT: "#72b7b2", ANSWER: "#e45756"}
 
 
 def describe(batch: Mapping[str, Tensor], processor: Processor, row: int = 0) -> str:
     """A table of the row's tokens, and for each question what its last token sees, decoded."""
-    columns = {name: column[row].tolist() for name, column in batch.items() if name != "pixel_values"}
+    columns = {name: batch[name][row].tolist() for name in COLUMNS}
     words = _words(columns, processor)
     lines = [f"{'index':>5} {'token':<16}{'document':>9}{'branch':>7} {'role':<7}{'position':>9}  predicts"]
     previous_image = False
@@ -29,7 +30,8 @@ def describe(batch: Mapping[str, Tensor], processor: Processor, row: int = 0) ->
         if columns["role"][index] == IMAGE:  # one line stands for all tokens of an image
             if previous_image:
                 continue
-            word = f"image x {processor.image_tokens}"
+            end = next((at for at in range(index, len(words)) if columns["role"][at] != IMAGE), len(words))
+            word = f"image x {end - index}"
         previous_image = columns["role"][index] == IMAGE
         label = columns["labels"][index]
         predicts = "" if label == IGNORE else repr(processor.tokenizer.decode([label]))
@@ -53,7 +55,7 @@ def draw(batch: Mapping[str, Tensor], processor: Processor, path: Path, title: s
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    columns = {name: column[row].tolist() for name, column in batch.items() if name != "pixel_values"}
+    columns = {name: batch[name][row].tolist() for name in COLUMNS}
     length = sum(document != PADDING for document in columns["document"])
     roles = torch.tensor(columns["role"][:length])
     mask = _mask(batch, processor, row)[:length, :length]
@@ -97,4 +99,4 @@ def _words(columns: Mapping[str, list[int]], processor: Processor) -> list[str]:
 def _last_of_each_question(columns: Mapping[str, list[int]]) -> list[int]:
     keys = list(zip(columns["document"], columns["branch"], strict=True))
     text = [i for i, role in enumerate(columns["role"]) if role != IMAGE and keys[i][0] != PADDING]
-    return [i for i in text if i + 1 == len(keys) or keys[i + 1] != keys[i] or columns["role"][i + 1] == IMAGE]
+    return [i for i in text if i + 1 == len(keys) or keys[i + 1] != keys[i]]

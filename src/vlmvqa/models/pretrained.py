@@ -92,7 +92,7 @@ class PretrainedVLM(nn.Module):
         self.net = net
         names = {id(module): name for name, module in net.named_modules()}
         self.places = {part: names.get(id(getattr(self, part)), "-") for part in ("vision", "projector", "language")}
-        self.mode = "prefix_lm" if net.config.model_type == "paligemma" else "causal"
+        self.mode = mode_of(net.config)
 
     # ---- parts
 
@@ -231,6 +231,11 @@ class OneByOne(LogitsProcessor):
         self.total += log_prob * self.open
         self.open &= ~torch.isin(chosen, self.ends)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+def mode_of(config: PreTrainedConfig) -> str:
+    """Who sees whom in a model of the library's, by the name that it has in `sequence/masks.py`."""
+    return "prefix_lm" if config.model_type == "paligemma" else "causal"
 
 
 def pretrained_config(settings: PretrainedSettings) -> PreTrainedConfig:
