@@ -46,7 +46,8 @@ def run(command: str, home: Path) -> None:
         drawn = {word.partition("synthetic")[0] for word in arguments if "synthetic=true" in word}
         drawn |= {"data."} if "data=shapes" in arguments else set()
         arguments += [f"{data}options={{train_images:8,val_images:6}}" for data in drawn]
-        saved = any(word.startswith("start_from=") for word in arguments)  # with the settings of its model
+        # With the settings of its model; or of classes that have others, and are tiny by themselves.
+        saved = any(word.startswith(("start_from=", "model=tiny_")) for word in arguments)
         tiny = [word for word in TINY if "dataloader" not in word and not (saved and word.startswith("model."))]
         arguments += [*tiny, "trainer.eval_strategy=no", "trainer.report_to=none", "run.overwrite=true"]
     elif any("synthetic=true" in word for word in arguments):

@@ -174,8 +174,8 @@ def test_bfloat16_weights_compute_and_stay_bfloat16() -> None:
     assert len(generate(vlm, batch, {tiny.EOS}, Decoding(3))) == 2
     expected = vlm.float()(**tiny.batch(vlm, [tiny.documents([2])], tiny.images(1)))["loss"]
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
-    with pytest.raises(InputError, match="dtype=float16 is unknown"):
-        build(replace(tiny.settings(), dtype="float16"))
+    with pytest.raises(InputError, match="dtype=float64 is unknown"):
+        build(replace(tiny.settings(), dtype="float64"))
 
 
 def test_cached_features_are_the_encoders() -> None:
