@@ -19,12 +19,12 @@ from vlmvqa.training import preflight
 pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")
 
-FAST = {"paligemma_qlora_docvqa": "paligemma", "idefics2_qlora_docvqa": "idefics2"}  # one of each family
+FAMILIES = {"paligemma_qlora_docvqa": "paligemma", "idefics2_qlora_docvqa": "idefics2"}  # one of each
 OTHERS = (
     *(f"paligemma_{name}" for name in ("qlora_vqav2_10pct", "lora_docvqa", "qlora_coco", "qlora_gqa", "qlora_vqav2")),
     "paligemma_transfer",
 )
-RECIPES = FAST | dict.fromkeys(OTHERS, "paligemma")
+RECIPES = FAMILIES | dict.fromkeys(OTHERS, "paligemma")
 BESIDE = {"idefics2_qlora_docvqa": {"cider", "bleu_1", "bleu_4", "rouge_l", "clip_similarity"}}
 SMALL = ("data.options.val_images=4", "decoding.max_new_tokens=4", "trainer.use_cpu=true")
 
@@ -37,7 +37,8 @@ def arguments(recipe: str, home: Path, clip: Path) -> list[str]:  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in RECIPES]
+    "recipe",
+    [pytest.param(name, marks=[] if name == "paligemma_qlora_docvqa" else pytest.mark.slow) for name in RECIPES],
 )
 def test_a_recipe_runs(recipe: str, tmp_path: Path, clip: Path) -> None:  # noqa: F811
     """Trained, published, and the published folder alone scores what the run scored."""
@@ -70,7 +71,8 @@ def test_a_recipe_runs(recipe: str, tmp_path: Path, clip: Path) -> None:  # noqa
     assert content(published) == before and (published / "README.md").exists()
 
 
-@pytest.mark.parametrize("recipe", FAST)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", FAMILIES)
 def test_killed_and_resumed_is_never_stopped(recipe: str, tmp_path: Path, clip: Path) -> None:  # noqa: F811
     """A run as a kill leaves it after its first checkpoint; the rest of it is the same to the last digit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
