@@ -39,8 +39,7 @@ from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.settings import build_settings
 from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_config
 from vlmvqa.training.preflight import Asked, optimizer_for
-
-BASE = "base"  # in a run's folder: what its adapters lie over, where it lies nowhere else
+from vlmvqa.training.trainer import PARTS
 
 
 def take_saved_model(config: DictConfig) -> None:
@@ -173,11 +172,17 @@ def adapter_settings(config: DictConfig) -> AdapterSettings | None:
     return None if config.get("adapt") is None else build_settings(AdapterSettings, group(config, "adapt"), "adapt")
 
 
-def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.device) -> tuple[Predictor, Base | None]:
-    """Give the model the adapters that the config asks for, if any; and the base, where it is still to be written."""
+def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.device) -> Base | None:
+    """Let train what `trainable` says, and give the model the adapters that the config asks for.
+
+    Returns:
+        the base of the adapters, where it lies nowhere yet.
+    """
     settings = adapter_settings(config)
     if settings is None:
-        return predictor, None
+        for part in PARTS:
+            set_trainable(predictor.model.part(part), config.trainable[part], part)
+        return None
     _refuse_trained_beside(config, settings)
     unwritten = None
     if predictor.adapter is not None:
@@ -188,8 +193,8 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
     if predictor.started_from is not None:
         base, known = predictor.started_from["model"], predictor.started_from["weights"]
     else:  # of parts, or random: it lies nowhere as a whole
-        base, known = f"../{BASE}", ""
-        unwritten = Base(predictor) if ranks.is_first() else None
+        base, known = f"../{saved.BASE}", ""
+        unwritten = Base(predictor)
     predictor.adapter = Adapter(settings, base, known)
     if config.start_from is not None:
         predictor.settings = replace(predictor.settings, dtype=config.model.dtype)
@@ -199,11 +204,11 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
         if config.trainable[part] == "all":
             set_trainable(predictor.model.part(part), "all", part)
     ranks.say(adapters.describe(predictor.model, settings, paths))
-    return predictor, unwritten
+    return unwritten
 
 
 def _refuse_trained_beside(config: DictConfig, settings: AdapterSettings) -> None:
-    for part in ("vision", "projector", "language"):
+    for part in PARTS:
         choice = config.trainable[part]
         if choice == "none":
             continue
@@ -221,15 +226,18 @@ def _refuse_trained_beside(config: DictConfig, settings: AdapterSettings) -> Non
 
 
 class Base:
-    """A model without adapters, kept to be written beside them once the run's folder is there."""
+    """A model without adapters, kept (by the first rank) to be written beside them once the run's folder is there."""
 
     def __init__(self, predictor: Predictor) -> None:
-        weights = {name: weight.detach().clone() for name, weight in predictor.model.named_parameters()}
-        self.predictor, self.weights = replace(predictor), weights
+        named = predictor.model.named_parameters() if ranks.is_first() else ()
+        self.predictor, self.weights = replace(predictor), {name: weight.detach().clone() for name, weight in named}
 
-    def write(self, folder: Path) -> None:
-        """Write it as `vlmvqa.load` reads it."""
-        self.predictor.save(folder, self.weights)
+    def write(self, folder: Path) -> str:
+        """Write it as `vlmvqa.load` reads it, unless the run has done so before; its fingerprint, on every rank."""
+        if ranks.is_first() and not (folder / saved.CONFIG).is_file():
+            self.predictor.save(folder, self.weights)
+        ranks.barrier()
+        return fingerprint.weights_in(folder)
 
 
 def training_set(

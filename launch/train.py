@@ -27,7 +27,7 @@ from command_line import group, run
 from data_from_config import Task, data_settings, read_tasks
 from results import score_and_report
 from run_folder import going_on, open_run, refuse_run
-from vlmvqa import fingerprint, ranks
+from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.inference.card import write_card
 from vlmvqa.inference.evaluate import Asked
@@ -35,13 +35,11 @@ from vlmvqa.inference.predict import Predictor, load
 from vlmvqa.inference.publish import refuse_upload, upload
 from vlmvqa.inference.scores import score
 from vlmvqa.models import adapters
-from vlmvqa.models.checkpoint import Model
-from vlmvqa.models.saved import CONFIG
-from vlmvqa.models.vlm import set_trainable
+from vlmvqa.models.saved import BASE, CONFIG
 from vlmvqa.training import parallel, preflight, tracking
 from vlmvqa.training.banner import banner
 from vlmvqa.training.state import WEIGHTS, whole_weights, write_weights
-from vlmvqa.training.trainer import PARTS, VqaTrainer
+from vlmvqa.training.trainer import VqaTrainer
 
 
 def main(config: DictConfig) -> None:
@@ -113,43 +111,23 @@ def train(
 ) -> str | None:
     """Train and write `model/`; the signal that stopped it before its end, if one did."""
     data = data_settings(config)
-    resumed = going_on(folder, config) and (folder / from_config.BASE / CONFIG).is_file()
+    kept = folder / BASE  # of adapters that this run has begun with
+    before = kept if going_on(folder, config) and (kept / CONFIG).is_file() else None
     examples = [example for task in tasks for example in task.train]
-    predictor = from_config.build_predictor(config, data, examples, folder / from_config.BASE if resumed else None)
-    if config.get("adapt") is None:
-        for part in PARTS:
-            set_trainable(predictor.model.part(part), config.trainable[part], part)
-    predictor, base = from_config.attach_adapters(config, predictor, arguments.device)
+    predictor = from_config.build_predictor(config, data, examples, before)
+    base = from_config.attach_adapters(config, predictor, arguments.device)
     # Before weights are sharded, which cached features are of.
     training_set = from_config.training_set(config, data, predictor, tasks, bad_records)
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
         parallel.shard(predictor.model, arguments.device, computed_in, dist.offload)
-
-    def score_now(model: Model) -> dict[str, float]:
-        found = {}
-        for task in tasks:
-            if not task.answered:
-                continue
-            answers = replace(predictor, model=model).answer_examples(
-                task.evaluated,
-                batch_size=arguments.per_device_eval_batch_size,
-                workers=arguments.dataloader_num_workers,
-                bad_records=bad_records,
-            )
-            texts = {name: answer.text for name, answer in answers.items()}
-            overall = score(task.evaluated, texts, task.data.metric, **task.scoring).overall
-            if overall is not None:
-                found[f"{task.prefix}{task.data.metric}"] = overall
-        return {**found, "mean": sum(found.values()) / len(found)} if len(tasks) > 1 and found else found
-
     trainer = VqaTrainer(
         predictor.model,
         arguments,
         training_set,
         predictor.processor,
         learning_rates=group(config, "learning_rates"),
-        score=score_now,
+        score=lambda model: score_now(replace(predictor, model=model), arguments, tasks, bad_records),
         dist=dist,
         settings=predictor.settings,
         clip_percentile=config.clip_percentile,
@@ -158,12 +136,8 @@ def train(
     groups = trainer.parameter_groups()
     # Only now, when all that the command says has been understood, is anything written or replaced.
     checkpoint, told = ranks.share(lambda: open_run(folder, config, trainer.global_batch, ranks.world_size()))
-    if base is not None and not resumed:
-        base.write(folder / from_config.BASE)
-    if predictor.adapter is not None and not predictor.adapter.fingerprint:
-        ranks.barrier()
-        known = fingerprint.weights_in(folder / from_config.BASE)
-        predictor.adapter = replace(predictor.adapter, fingerprint=known)
+    if base is not None and predictor.adapter is not None:
+        predictor.adapter = replace(predictor.adapter, fingerprint=base.write(kept))
     if ranks.is_first():
         bad_records.list_in(folder / "skipped.jsonl")
     bad_records.listing = folder / "skipped.jsonl"
@@ -176,6 +150,27 @@ def train(
         return trainer.watch.stopped_by
     _write_model(folder / "model", predictor, trainer)
     return None
+
+
+def score_now(
+    predictor: Predictor, arguments: TrainingArguments, tasks: list[Task], bad_records: BadRecords
+) -> dict[str, float]:
+    """Each task's score while it trains, and their mean where there are several."""
+    found = {}
+    for task in tasks:
+        if not task.answered:
+            continue
+        answers = predictor.answer_examples(
+            task.evaluated,
+            batch_size=arguments.per_device_eval_batch_size,
+            workers=arguments.dataloader_num_workers,
+            bad_records=bad_records,
+        )
+        texts = {name: answer.text for name, answer in answers.items()}
+        overall = score(task.evaluated, texts, task.data.metric, **task.scoring).overall
+        if overall is not None:
+            found[f"{task.prefix}{task.data.metric}"] = overall
+    return {**found, "mean": sum(found.values()) / len(found)} if len(tasks) > 1 and found else found
 
 
 def _write_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> None:

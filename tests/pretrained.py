@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
 
 from vlmvqa.data.example import Example, Question
@@ -122,3 +124,16 @@ def load(folder: Path, max_text_tokens: int | None = None) -> tuple[PretrainedVL
     settings = PretrainedSettings(str(folder))
     model = build_pretrained(settings, pretrained_config(settings)).eval()
     return model, PretrainedProcessor.of(load_processor(str(folder)), model.mode, max_text_tokens)
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains of a model with adapters, which is what a run saves."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def merged_by_peft(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the base with the adapters merged in by peft, in place."""
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.merge()
+    return {name.replace(".base_layer", ""): p for name, p in model.named_parameters() if "lora_" not in name}

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL.Image import Image
 from torch import nn
 
-from vlmvqa.data.example import Example, ImageSource
+if TYPE_CHECKING:
+    from vlmvqa.data.example import Example, ImageSource
 
 BLOCK, BLOCKS = 1 << 14, 8  # bytes of a block, and about how many of a tensor
 

@@ -75,7 +75,7 @@ def test_only_what_was_named_gets_adapters_and_trains(model: VLM | PretrainedVLM
     paths = adapters.attach(model, KINDS[kind])
     assert len(paths) == LINEAR * layers and all(path.startswith("language.") for path in paths)
     assert {path.rpartition(".")[2] for path in paths} == {*adapters.ATTENTION, *adapters.FEED_FORWARD}
-    trained = adapters.trained(model)
+    trained = pretrained.trained(model)
     each = 3 if "dora" in kind else 2
     assert len(trained) == each * len(paths) and all("lora_" in name for name in trained)
     assert all(parameter.dtype == torch.float32 for parameter in trained.values())
@@ -121,7 +121,7 @@ def test_a_pattern_that_matches_nothing_is_said(folder: Path, targets: list[str]
     model, _ = pretrained.load(folder)
     with pytest.raises(InputError, match=sentence):
         adapters.attach(model, replace(LORA, targets=targets))
-    assert not adapters.is_adapted(model) and all(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_recomputed_activations_reach_the_adapters(kind: str, folder: Path) -> N
     kept = gradients(model)
     model.checkpoint_activations()
     recomputed = gradients(model)
-    assert kept.keys() == recomputed.keys() == adapters.trained(model).keys()
+    assert kept.keys() == recomputed.keys() == pretrained.trained(model).keys()
     assert all(torch.allclose(kept[name], recomputed[name], atol=1e-6) for name in kept)
     assert all(gradient.abs().sum() > 0 for gradient in kept.values())
 
@@ -208,38 +208,6 @@ def test_recomputing_leaves_a_frozen_encoder_alone(model: VLM | PretrainedVLM, f
     assert seen == [False]
 
 
-# ---- merging into the base
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_merged_is_the_same_function(model: VLM | PretrainedVLM, kind: str, folder: Path) -> None:
-    batch = batch_of(model, folder)
-    plain = {name for name, _ in model.named_parameters()}
-    adapters.attach(model, KINDS[kind])
-    learn(model)
-    adapted = logits(model, batch)
-    deltas = dict(adapters.deltas(model))
-    assert all(delta.abs().sum() > 0 for delta in deltas.values())
-    adapters.merge(model)
-    assert {name for name, _ in model.named_parameters()} == plain and not adapters.is_adapted(model)
-    assert (logits(model, batch) - adapted).abs().max() < 1e-3 * adapted.abs().max()
-
-
-def test_merged_is_pefts_merge(folder: Path) -> None:
-    for settings in (LORA, DORA):
-        model, _ = pretrained.load(folder)
-        adapters.attach(model, settings)
-        learn(model)
-        other = copy.deepcopy(model)
-        adapters.merge(model)
-        for module in other.modules():
-            if isinstance(module, peft.tuners.lora.Linear):
-                module.merge()
-        theirs = {n.replace(".base_layer", ""): p for n, p in other.named_parameters() if "lora_" not in n}
-        for name, weight in model.named_parameters():
-            assert torch.allclose(weight, theirs[name], atol=1e-6), name
-
-
 # ---- files
 
 
@@ -250,7 +218,7 @@ def saved(folder: Path, kind: str, to: Path) -> tuple[PretrainedVLM, dict[str, A
     adapters.attach(model, settings)
     learn(model)
     to.mkdir()
-    adapters.save(to, model, str(folder), {name: p.detach() for name, p in adapters.trained(model).items()})
+    adapters.save(to, model, str(folder), {name: p.detach() for name, p in pretrained.trained(model).items()})
     one = predictor(model, processor)
     one.adapter = checkpoint.Adapter(settings, str(folder), fingerprint.weights_in(folder))
     one.describe(to)
@@ -285,7 +253,7 @@ def test_a_part_that_trains_whole_is_saved_beside(folder: Path, tmp_path: Path) 
     for parameter in model.part("projector").parameters:
         parameter.requires_grad_(True).data.add_(0.1)
     (tmp_path / "adapter").mkdir()
-    adapters.save(tmp_path / "adapter", model, str(folder), adapters.trained(model))
+    adapters.save(tmp_path / "adapter", model, str(folder), pretrained.trained(model))
     one = predictor(model, processor)
     one.adapter = checkpoint.Adapter(LORA, str(folder), fingerprint.weights_in(folder))
     one.describe(tmp_path / "adapter")
@@ -361,4 +329,4 @@ def test_adapters_are_float32_over_any_base(folder: Path) -> None:
     """In the base's bfloat16 small steps would be rounded away."""
     model = pretrained.load(folder)[0].to(torch.bfloat16)
     adapters.attach(model, LORA)
-    assert {parameter.dtype for parameter in adapters.trained(model).values()} == {torch.float32}
+    assert {parameter.dtype for parameter in pretrained.trained(model).values()} == {torch.float32}

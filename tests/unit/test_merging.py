@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
@@ -257,16 +258,8 @@ def test_what_is_cut_short_does_not_look_whole(
     saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     merge(saved, tmp_path / "out")
-    trim = methods.trim
-    left = [5]
-
-    def stopped(*given: Tensor) -> Tensor:
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return trim(*given)
-
-    monkeypatch.setattr(methods, "trim", stopped)
+    fifth_stops = Mock(wraps=methods.trim, side_effect=[*[DEFAULT] * 4, KeyboardInterrupt])
+    monkeypatch.setattr(methods, "trim", fifth_stops)
     with pytest.raises(KeyboardInterrupt):
         merge(saved, tmp_path / "out", density=0.1)
     with pytest.raises(InputError, match="is not a saved model"):

@@ -9,7 +9,7 @@ Legend: B rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -46,7 +46,7 @@ class PretrainedProcessor(Processor):
         library: the model's processor of transformers.
     """
 
-    library: Any = None
+    library: Any = field(kw_only=True)
 
     @classmethod
     def of(cls, library: Any, mode: str, max_text_tokens: int | None) -> PretrainedProcessor:

@@ -16,9 +16,7 @@ from typing import Any
 
 from vlmvqa.errors import InputError
 from vlmvqa.models.adapters import PEFT_CONFIG
-from vlmvqa.models.saved import CONFIG
-
-BASE = "base"
+from vlmvqa.models.saved import BASE, CONFIG, kept_base
 
 
 def refuse_upload(target: str) -> None:
@@ -96,8 +94,7 @@ def _base_of(folder: Path) -> Path | None:
     if not (folder / CONFIG).is_file():
         return None
     adapter = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("adapter") or {}
-    base = str(adapter.get("base", ""))
-    return (folder / base).resolve() if base.startswith(".") else None
+    return kept_base(folder, str(adapter.get("base", "")))
 
 
 def _is_folder(target: str) -> bool:

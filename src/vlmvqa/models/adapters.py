@@ -12,7 +12,7 @@ config.json                                      the base, with its fingerprint,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -121,16 +121,6 @@ def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.
     return list(paths)
 
 
-def is_adapted(model: nn.Module) -> bool:
-    """Whether a model has adapters."""
-    return any(".lora_A." in name for name, _ in model.named_parameters())
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is saved of a model with adapters: all that trains."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Sequence[str]) -> str:
     """Which modules got adapters, how many parameters these have, and what the base takes."""
     kinds: dict[str, int] = {}
@@ -231,7 +221,7 @@ def save(folder: Path, model: VLM | PretrainedVLM, base: str, weights: Mapping[s
 
     Args:
         base: the base's hub id or folder.
-        weights: those of `trained`, whole, by their names in the model.
+        weights: all that trains, whole, by their names in the model.
     """
     save_file({_saved_name(name): weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
     host = _host(model)
@@ -274,57 +264,6 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
                     f"here {tuple(parameter.shape)}"
                 )
             parameter.data = weight.to(parameter.device, parameter.dtype)
-
-
-def deltas(model: VLM | PretrainedVLM) -> Iterator[tuple[str, Tensor]]:
-    """What the adapters add to each weight of the base, by its name there: `float32[out, in]`."""
-    for name, layer in _layers(model):
-        yield f"{name}.weight", (_merged_weight(layer) - dequantize(layer.base_layer.weight).float())
-
-
-def merge(model: VLM | PretrainedVLM) -> None:
-    """Add the adapters to the weights of the base, in place; nothing of them is left.
-
-    Weights in 4 bits become whole ones of the compute dtype, which is what the adapters were trained over.
-    """
-    host = _host(model)
-    for name, layer in list(_layers(model)):
-        base = layer.base_layer
-        whole = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-        dtype = dequantize(base.weight).dtype
-        whole.weight = nn.Parameter(_merged_weight(layer).to(dtype), requires_grad=False)
-        whole.bias = base.bias
-        parent, _, last = name.rpartition(".")
-        setattr(host.get_submodule(parent), last, whole.train(base.training))
-    for module in list(model.modules()):  # the rest of what was in 4 bits
-        children: list[tuple[str, Any]] = list(module.named_children())
-        for name, child in children:
-            if getattr(getattr(child, "weight", None), "quant_state", None) is not None:
-                whole = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
-                whole.weight = nn.Parameter(dequantize(child.weight), requires_grad=False)
-                whole.bias = child.bias
-                setattr(module, name, whole.train(child.training))
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        if attribute in vars(host):
-            delattr(host, attribute)
-
-
-def _merged_weight(layer: Any) -> Tensor:
-    """The base's weight with the adapter's added, in float32."""
-    weight = dequantize(layer.base_layer.weight).float()
-    down, up = layer.lora_A[NAME].weight.float(), layer.lora_B[NAME].weight.float()
-    merged = weight + layer.scaling[NAME] * (up @ down)
-    if NAME in getattr(layer, "lora_magnitude_vector", {}):  # DoRA: rows of the learnt norm
-        norm = layer.lora_magnitude_vector[NAME].weight.float()
-        merged = merged * (norm / merged.norm(dim=1))[:, None]
-    return merged
-
-
-def _layers(model: VLM | PretrainedVLM) -> Iterator[tuple[str, Any]]:
-    """The adapted layers, by their names in the base."""
-    for name, module in _host(model).named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
-            yield name, module
 
 
 def _chosen(model: VLM | PretrainedVLM, patterns: Sequence[str]) -> dict[str, str]:

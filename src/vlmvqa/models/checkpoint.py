@@ -42,7 +42,7 @@ from vlmvqa.models.pretrained import (
     pretrained_config,
 )
 from vlmvqa.models.processors import load_processor
-from vlmvqa.models.saved import CONFIG, TOKENIZER, WEIGHTS, find
+from vlmvqa.models.saved import CONFIG, TOKENIZER, WEIGHTS, find, kept_base
 from vlmvqa.models.vision import VisionEncoder
 from vlmvqa.models.vlm import DTYPES, VLM, ModelSettings, assemble, cast_parameters
 from vlmvqa.settings import build_settings
@@ -208,11 +208,11 @@ def base_of(folder: Path, adapter: Mapping[str, Any]) -> Path:
         InputError: it is not there, or it is another.
     """
     base = str(adapter["base"])
-    where = find(str((folder / base).resolve()) if base.startswith(".") else base)
+    where = find(str(kept_base(folder, base) or base))
     found, asked = fingerprint.weights_in(where), adapter["fingerprint"]
     if found != asked:
         raise InputError(
-            f"{folder} was trained over other weights than {where} holds now ({adapter['fingerprint'][:12]}, "
+            f"{folder} was trained over other weights than {where} holds now ({asked[:12]}, "
             f"not {found[:12]}); put back the base it was trained on"
         )
     return where

@@ -7,8 +7,14 @@ from pathlib import Path
 from vlmvqa.errors import InputError
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+BASE = "base"  # a folder of a run's: what its adapters lie over, where that lies nowhere else
 # Of a hub repository, what is ours or transformers' own: never a pickle, nor the weights once more in another form.
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+def kept_base(folder: Path, base: str) -> Path | None:
+    """Where a base lies that is named as it is seen from its adapters' folder; None: it is named by itself."""
+    return (folder / base).resolve() if base.startswith(".") else None
 
 
 def find(path_or_hub_id: str | Path) -> Path:
