@@ -1,0 +1,27 @@
+"""A pretrained model, trained whole where it is sharded: what it scores meanwhile is what the saved model scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import start, torchrun
+from tests.end_to_end.scripts import metrics
+from vlmvqa.training.log import read_log
+
+DATA = ("data.row_tokens=null", "data.options.train_images=60", "data.options.val_images=12")
+QUIET = ("trainer.report_to=none", "trainer.use_cpu=true", "trainer.save_strategy=no", "trainer.logging_steps=1")
+STEPS = ("trainer.max_steps=20", "trainer.eval_steps=20", "trainer.per_device_train_batch_size=8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dist", ["fsdp", "zero2", "zero3"])
+def test_the_score_meanwhile_is_the_saved_models(dist: str, tmp_path: Path) -> None:
+    given = ("model=tiny_paligemma", f"dist={dist}", f"data.root={tmp_path / 'shapes'}", *DATA, *QUIET, *STEPS)
+    process = start([*torchrun(2, "launch/train.py", *given, f"run.dir={tmp_path / 'run'}")])
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed[-3000:]
+    (meanwhile,) = [record for record in read_log(tmp_path / "run" / "log.jsonl") if "eval_vqa_accuracy" in record]
+    final = metrics(tmp_path / "run")["metrics"]["vqa_accuracy"]["overall"]
+    assert meanwhile["eval_vqa_accuracy"] == pytest.approx(final) and final > 5
