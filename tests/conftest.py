@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -24,5 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["VLMVQA_CACHE"] = tempfile.mkdtemp(prefix="vlmvqa-cache-")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Each training collects garbage: it need not look through all that was imported."""
+    gc.freeze()
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
+    gc.unfreeze()
     shutil.rmtree(os.environ["VLMVQA_CACHE"], ignore_errors=True)

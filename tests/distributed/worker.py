@@ -171,6 +171,7 @@ torch.compile = functools.partial(torch.compile, backend="eager")
 
 def main(root: Path, cases: list[Case]) -> None:
     transformers_logging.set_verbosity_error()
+    gc.freeze()  # each training collects garbage: it need not look through all that was imported
     needs_group = any(case.strategy != "ddp" for case in cases)
     parallel.start(DistSettings("zero2" if needs_group else "ddp"), cpu=True)
     results: dict[str, Any] = {}
@@ -187,6 +188,7 @@ def main(root: Path, cases: list[Case]) -> None:
         ranks.barrier()
         if ranks.is_first():
             (root / "results.json").write_text(json.dumps(results, indent=1))
+    gc.unfreeze()
 
 
 if __name__ == "__main__":
