@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
 
@@ -52,7 +53,7 @@ GEMMA2 = {"model_type": "gemma2", "head_dim": 16, "query_pre_attn_scalar": 16, "
 OVERRIDES["paligemma2"] = {**OVERRIDES["paligemma"], "text_config": {**WORDS, **GEMMA2, "attn_logit_softcapping": 5.0}}
 FAMILIES = ("paligemma", "paligemma2", "idefics2", "idefics2-split", "llava")
 LLAVAS = (
-    "{% for turn in messages %}{{ turn.role }}: {% for part in turn.content %}"
+    "<bos>{% for turn in messages %}{{ turn.role }}: {% for part in turn.content %}"
     "{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}"
     "{{ '<eos>' if turn.role == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -100,6 +101,8 @@ def save(family: str, folder: Path, seed: int = 0) -> Path:
     library: Any
     if kind == "llava":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)  # added to every text, as Llama's is
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
         side = {"height": 28, "width": 28}
         images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=side)
         library = LlavaProcessor(

@@ -17,6 +17,7 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.pretrained import PretrainedProcessor
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import Predictor
+from vlmvqa.models import checkpoint
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
 from vlmvqa.models.processors import load_processor
@@ -120,19 +121,20 @@ def test_paligemmas_rows_are_its_processors(folders: dict[str, Path]) -> None:
 
 
 def test_a_chat_models_rows_are_its_template(folders: dict[str, Path]) -> None:
-    """Prompt and answer are the words that the chat template writes for the whole turn, image tokens in place."""
+    """Prompt and answer are what transformers makes of the whole turn by the chat template: one BOS at the most."""
     for family in ("idefics2", "idefics2-split", "llava"):
         _, processor = pretrained.load(folders[family])
         (one,) = pretrained.examples(1)
         batch = with_ends(processor.collate([[processor.encode(one, ["two"])]], multiple=1))
         question = one.questions[0].prompt.removesuffix("\n")
         turns: list[Any] = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+            {"role": "user", "content": [{"type": "image", "image": one.image}, {"type": "text", "text": question}]},
             {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
         ]
-        text = processor.library.apply_chat_template(turns).removesuffix("\n")
-        theirs = processor.library(text=[text], images=[[one.image]], return_tensors="pt")
-        assert batch["input_ids"].tolist() == theirs["input_ids"].tolist()
+        theirs = processor.library.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"][0]
+        (ours,) = batch["input_ids"].tolist()
+        assert ours == theirs[: len(ours)]
+        assert not processor.tokenizer.decode(theirs[len(ours) :]).strip()  # a template's last line ends
 
 
 def test_only_answer_and_end_are_supervised(loaded: Loaded, family: str) -> None:
@@ -232,6 +234,31 @@ def test_greedy_is_the_librarys_greedy(loaded: Loaded) -> None:
         assert one.tokens == row[:cut]
 
 
+def test_a_published_penalty_changes_nothing(loaded: Loaded) -> None:
+    """Decoding is what the run's record says; the model's own settings are saved as they came."""
+    model, processor = loaded
+    batch = asked_batch(processor, pretrained.examples())
+    plain = model.generate(batch, processor.ends, Decoding(max_new_tokens=5))
+    model.net.generation_config.repetition_penalty = 5.0  # type: ignore[union-attr]
+    assert model.generate(batch, processor.ends, Decoding(max_new_tokens=5)) == plain
+    assert model.net.generation_config.repetition_penalty == 5.0  # type: ignore[union-attr]
+
+
+def test_a_blank_copy_has_the_same_weights(loaded: Loaded) -> None:
+    """No more and no fewer: a tied head stays tied, and a copy of all weights computes the same."""
+    model, processor = loaded
+    blank = checkpoint.blank_like(model, PretrainedSettings("-"))
+    given = dict(model.named_parameters())
+    here = dict(blank.named_parameters())
+    assert here.keys() == given.keys()
+    with torch.no_grad():
+        for name, weight in here.items():
+            weight.copy_(given[name])
+    batch = asked_batch(processor, pretrained.examples())
+    hidden = model.decode(batch)
+    assert torch.equal(blank.logits(blank.decode(batch)), model.logits(hidden))
+
+
 def test_saved_and_loaded_it_is_the_same(loaded: Loaded, tmp_path: Path) -> None:
     """By vlmvqa.load, and by transformers' own from_pretrained: the folder is both."""
     model = predictor(*loaded)
@@ -278,6 +305,24 @@ def test_recomputed_activations_change_nothing(loaded: Loaded) -> None:
     kept, recomputed = gradients(model), gradients(other)
     assert kept.keys() == recomputed.keys()
     assert all(torch.allclose(kept[name], recomputed[name], atol=1e-6) for name in kept)
+
+
+@pytest.mark.parametrize("written", ["<image>", "<eos>"])
+def test_special_words_of_the_data_are_named(loaded: Loaded, written: str) -> None:
+    _, processor = loaded
+    with pytest.raises(InputError, match=f"question 7: {written} in its text or answer is a token of the model's own"):
+        processor.tokenize(Question(7, "?", f"what is {written}?\n"), None)
+    with pytest.raises(InputError, match="question 7"):
+        processor.tokenize(Question(7, "?", "what?\n"), f"a {written}")
+
+
+def test_a_model_with_saved_buffers_is_refused(loaded: Loaded) -> None:
+    net = loaded[0].net
+    net.base_model.register_buffer("scale", torch.ones(1), persistent=False)
+    PretrainedVLM(net)
+    net.base_model.register_buffer("scale", torch.ones(1))
+    with pytest.raises(InputError, match=r"keeps model\.scale beside its parameters"):
+        PretrainedVLM(net)
 
 
 def test_what_cannot_be_is_said(folders: dict[str, Path], tmp_path: Path) -> None:

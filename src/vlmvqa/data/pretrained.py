@@ -8,6 +8,7 @@ Legend: B rows, T tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -71,8 +72,13 @@ class PretrainedProcessor(Processor):
         """The prompt in the model's format; the tokens of the answer and of what ends it.
 
         Raises:
-            InputError: an empty answer, or one that alone exceeds `max_text_tokens`.
+            InputError: an empty answer, or one that alone exceeds `max_text_tokens`; words that the model reads as a
+                special token.
         """
+        if special := self._special_words.search(f"{question.prompt} {answer or ''}"):
+            raise InputError(
+                f"question {question.id}: {special[0]} in its text or answer is a token of the model's own; take it out"
+            )
         target = [] if answer is None else self._target(question, answer)
         if answer is not None and not answer.strip():
             raise InputError(f"question {question.id}: its answer is empty, so nothing is supervised")
@@ -97,9 +103,11 @@ class PretrainedProcessor(Processor):
         encoded = list(chain.from_iterable(rows))
         questions: list[Any] = [one.questions[0] for one in encoded]
         pictures = [[one.image] for one in encoded]
-        found = self.library(
-            text=[question.prompt for question in questions], images=pictures, padding=True, return_tensors="pt"
-        )
+        texts = [question.prompt for question in questions]
+        bos = self.tokenizer.bos_token
+        # Where the chat template has written BOS, the tokenizer must not add another; as transformers has it.
+        more: dict[str, Any] = {"add_special_tokens": False} if bos is not None and texts[0].startswith(bos) else {}
+        found = self.library(text=texts, images=pictures, padding=True, return_tensors="pt", **more)
         found.pop("labels", None)  # PaliGemma's, of a prompt alone
         read = [
             ids[mask.bool()].tolist() for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
@@ -113,10 +121,10 @@ class PretrainedProcessor(Processor):
         real = columns["document"] != PADDING
         columns["input_ids"].masked_fill_(~real, self._padding)
         del columns["image_index"]
-        more = {name: value for name, value in found.items() if name not in ("input_ids", "attention_mask")}
-        for name in [name for name, value in more.items() if value.shape == found["input_ids"].shape]:
-            more[name] = self._typed(more[name], found["attention_mask"], columns["role"], real)
-        return {**more, **columns, "attention_mask": real.long()}
+        own = {name: value for name, value in found.items() if name not in ("input_ids", "attention_mask")}
+        for name in [name for name, value in own.items() if value.shape == found["input_ids"].shape]:
+            own[name] = self._typed(own[name], found["attention_mask"], columns["role"], real)
+        return {**own, **columns, "attention_mask": real.long()}
 
     @cached_property
     def ends(self) -> set[int]:
@@ -188,6 +196,11 @@ class PretrainedProcessor(Processor):
         kept = text[: places[len(places) - over - 1][1]]
         before, _, after = question.prompt.rpartition(text)
         return replace(question, text=kept, prompt=before + kept + after)
+
+    @cached_property
+    def _special_words(self) -> re.Pattern[str]:
+        tokens = {*self.tokenizer.all_special_tokens, self.library.image_token}
+        return re.compile("|".join(re.escape(token) for token in sorted(tokens)))
 
     @cached_property
     def _image_token(self) -> int:

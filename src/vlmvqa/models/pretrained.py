@@ -89,6 +89,7 @@ class PretrainedVLM(nn.Module):
         if net.base_model is net or net.get_output_embeddings() is None:
             raise InputError(f"{type(net).__name__} has no decoder apart from its output head; choose another model")
         refuse_unknown_head(net.config.get_text_config())
+        _refuse_saved_buffers(net)
         self.net = net
         names = {id(module): name for name, module in net.named_modules()}
         self.places = {part: names.get(id(getattr(self, part)), "-") for part in ("vision", "projector", "language")}
@@ -175,6 +176,7 @@ class PretrainedVLM(nn.Module):
             batch: rows without answers, padded on the left.
         """
         training, inputs, net = self.training, _inputs(batch), cast("Any", self.net)
+        published = net.generation_config
         self.eval()
         rows, read = batch["input_ids"].shape
         config = GenerationConfig(
@@ -189,11 +191,13 @@ class PretrainedVLM(nn.Module):
             output_scores=decoding.beams > 1,  # of every step: only so are a beam's own told
         )
         greedy = OneByOne(decoding, sorted(eos), range(rows) if keys is None else keys, batch["input_ids"].device)
+        net.generation_config = GenerationConfig()  # its penalties would fill what ours leaves open
         try:
             found = net.generate(
                 **inputs, generation_config=config, logits_processor=[greedy] if decoding.beams == 1 else None
             )
         finally:
+            net.generation_config = published
             self.train(training)
         written = []
         for number, tokens in enumerate(found.sequences[:, read:].tolist()):
@@ -271,6 +275,7 @@ def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, bla
     try:
         if settings.weights == "random" or blank:
             made = PretrainedVLM(AutoModelForImageTextToText.from_config(config, dtype=dtype, **more))
+            made.net.tie_weights()  # transformers does so where it draws weights, not where they are left blank
             _tell_latents_apart(made)
             return made
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -286,6 +291,16 @@ def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, bla
             "random; fetch it again, or name the whole model"
         )
     return PretrainedVLM(net)
+
+
+def _refuse_saved_buffers(net: PreTrainedModel) -> None:
+    """Stop at a model whose files hold what is no parameter: only parameters are trained, saved and merged here."""
+    for path, module in net.named_modules():
+        for name in module._buffers.keys() - module._non_persistent_buffers_set:
+            raise InputError(
+                f"{type(net).__name__} keeps {path}.{name} beside its parameters, which would not be saved here; "
+                "choose another model"
+            )
 
 
 def _tell_latents_apart(model: PretrainedVLM) -> None:

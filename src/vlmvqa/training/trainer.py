@@ -293,7 +293,8 @@ class VqaTrainer(Trainer):
         parameters = dict(copy.named_parameters())
         with torch.no_grad():
             for name, weight in self.whole.weights():
-                parameters[name].copy_(weight)
+                parameters.pop(name).copy_(weight)
+        assert not parameters, f"the copy has weights that the model has not: {', '.join(parameters)}"
         yield copy.eval()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
