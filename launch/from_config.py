@@ -46,21 +46,22 @@ def take_saved_model(config: DictConfig) -> None:
     """Under `start_from` the model's settings are those it was saved with; `model=` has chosen the trainer's.
 
     Raises:
-        InputError: there is no such model, or the command sets a key of it.
+        InputError: there is no such model, or the command sets a key of it other than model.dtype.
     """
     if config.start_from is None:
         return
-    adapted = config.get("adapt") is not None
     for key in given_keys():
-        if key.startswith("model.") and not (adapted and key == "model.dtype"):
+        if key.startswith("model.") and key != "model.dtype":
             raise InputError(f"{key} cannot be set here: the model of start_from is as it was saved; leave it out")
     folder = saved.find(config.start_from).resolve()
     _, settings = read_settings(folder)
     known = asdict(settings)
     if isinstance(settings, ModelSettings):
         known["language"]["tokenizer"] = str(folder / saved.TOKENIZER)
-    if adapted:  # frozen weights may be kept in fewer bytes
+    if config.get("adapt") is not None or "model.dtype" in given_keys():  # frozen weights may be kept in fewer bytes
         known["dtype"] = config.model.dtype
+    if known["dtype"] not in DTYPES:
+        raise InputError(f"model.dtype={known['dtype']} is unknown; use one of {', '.join(DTYPES)}")
     with open_dict(config):  # what trains, for the record and for all who ask the config
         config.start_from, config.model = str(folder), known
 
@@ -85,6 +86,8 @@ def build_predictor(
             processor = replace(processor, images=images)
         return replace(
             found,
+            model=cast_parameters(found.model, DTYPES[config.model.dtype]),
+            settings=replace(found.settings, dtype=config.model.dtype),
             processor=processor,
             prompt=data.prompt,
             prompts={**found.prompts, **prompts(data.tasks.values())},
@@ -196,9 +199,6 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
         base, known = f"../{saved.BASE}", ""
         unwritten = Base(predictor)
     predictor.adapter = Adapter(settings, base, known)
-    if config.start_from is not None:
-        predictor.settings = replace(predictor.settings, dtype=config.model.dtype)
-        cast_parameters(predictor.model, DTYPES[config.model.dtype])
     paths = adapters.attach(predictor.model, settings, device)
     for part in ("vision", "projector"):
         if config.trainable[part] == "all":
