@@ -6,23 +6,33 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import DEFAULT, Mock
 
+import hydra
 import pytest
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import from_config
+from command_line import CONF
+from data_from_config import data_settings
 from tests.unit.test_predict import examples, predictor
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import load
 from vlmvqa.merging import files, methods
 from vlmvqa.merging.files import Weights
 from vlmvqa.merging.merge import Merge, MergeSettings
+from vlmvqa.models.vlm import DTYPES, cast_parameters
+from vlmvqa.training import preflight
+from vlmvqa.training.parallel import DistSettings
 
 ONES = torch.ones(2)
 
@@ -213,15 +223,25 @@ def test_weights_of_a_pattern(saved: dict[str, Path], tmp_path: Path) -> None:
     assert all(torch.equal(found[name], (one if name.startswith("vision.") else two)[name]) for name in found)
 
 
-def test_what_was_counted(saved: dict[str, Path], tmp_path: Path) -> None:
-    made = Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings(density=1.0))
+def largest(delta: Tensor, density: float) -> Tensor:
+    kept = max(1, int(density * delta.numel()))
+    flat = delta.flatten()
+    return torch.where(flat.abs() >= flat.abs().sort(descending=True).values[kept - 1], flat, 0.0)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_what_was_counted(density: float, saved: dict[str, Path], tmp_path: Path) -> None:
+    """The norms are of all deltas, the conflicts of what is kept of them."""
+    made = Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings(density=density))
     made.run(tmp_path / "out")
     base, one, two = (weights(saved[name]) for name in ("base", "a", "b"))
-    deltas = [torch.cat([(x[n] - base[n]).flatten() for n in base if n.startswith("language.")]) for x in (one, two)]
+    names = [name for name in base if name.startswith("language.")]
+    deltas = [torch.cat([(x[n] - base[n]).flatten() for n in names]) for x in (one, two)]
     found = made.counts["language"].record()
     assert found["norms_of_deltas"] == pytest.approx([float(delta.norm()) for delta in deltas], rel=1e-5)
-    moved = (deltas[0] != 0) | (deltas[1] != 0)
-    opposed = deltas[0] * deltas[1] < 0
+    kept = [torch.cat([largest(x[n] - base[n], density) for n in names]) for x in (one, two)]
+    moved = (kept[0] != 0) | (kept[1] != 0)
+    opposed = kept[0] * kept[1] < 0
     assert found["sign_conflicts"] == pytest.approx(float(opposed.sum() / moved.sum()), abs=1e-4)
     assert set(made.counts) == {"vision", "projector", "language"}
 
@@ -299,6 +319,18 @@ def test_other_models_are_refused(edit: Any, said: str, saved: dict[str, Path], 
         Merge(saved["base"], [odd, saved["b"]], MergeSettings())
 
 
+def test_models_in_different_types_are_merged(saved: dict[str, Path], tmp_path: Path) -> None:
+    """One was trained on from the base in another type than the base's."""
+    other = load(saved["b"])
+    other.settings = replace(other.settings, dtype="bfloat16")
+    cast_parameters(other.model, torch.bfloat16)
+    other.save(tmp_path / "b")
+    found = merge({**saved, "b": tmp_path / "b"}, tmp_path / "out")
+    expected = merge(saved, tmp_path / "expected")
+    assert all(torch.allclose(found[name], expected[name], atol=0.1) for name in found)
+    assert load(tmp_path / "out").settings.dtype == "float32"
+
+
 def test_models_that_are_asked_otherwise_are_refused(saved: dict[str, Path], tmp_path: Path) -> None:
     """What one reads differently, its weights do not fit; what each task was asked with is kept."""
     changes: list[tuple[dict[str, Any], str]] = [
@@ -326,7 +358,15 @@ def test_models_that_are_asked_otherwise_are_refused(saved: dict[str, Path], tmp
         ({"density": 0}, "density=0 should be above 0 and at most 1"),
         ({"trim": "all"}, "trim=all is unknown; use tensor or model"),
         ({"weights": (1.0,)}, "should hold a number for each of the 2 models"),
-        ({"weights": (1.0, -1.0)}, "should add up to more than 0"),
+        (
+            {"weights": (1.0, -0.5)},
+            r"weights=\[1.0, -0.5\]: ties takes no negative weights, and one above 0 at least; use",
+        ),
+        ({"weights": (0.0, 0.0)}, "one above 0 at least"),
+        ({"layers": {"^vision": (2, -1)}}, r"layers.\^vision=\[2, -1\]: ties takes no negative weights"),
+        ({"weights": (2.0, -1.0), "method": "linear"}, "linear takes no negative weights"),
+        ({"weights": (2.0, -1.0), "method": "slerp"}, "slerp takes no negative weights"),
+        ({"weights": (2.0, -1.0), "method": "dare_ties"}, "dare_ties takes no negative weights"),
         ({"layers": {"nowhere": (1, 1)}}, "'nowhere' is found in no tensor's name, such as"),
         ({"layers": {"(": (1, 1)}}, "is no regular expression"),
     ],
@@ -334,6 +374,14 @@ def test_models_that_are_asked_otherwise_are_refused(saved: dict[str, Path], tmp
 def test_settings_without_sense_are_refused(given: dict[str, Any], said: str, saved: dict[str, Path]) -> None:
     with pytest.raises(InputError, match=said):
         Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings(**given))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare_linear"])
+def test_what_a_model_has_learned_is_taken_away(method: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    found = merge(saved, tmp_path, method=method, density=1.0, weights=(1.0, -2.0))
+    base, one, two = (weights(saved[name]) for name in ("base", "a", "b"))
+    for name, value in base.items():
+        assert torch.allclose(found[name], value + (one[name] - value) - 2 * (two[name] - value), atol=1e-6)
 
 
 def test_what_is_missing(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -345,3 +393,55 @@ def test_what_is_missing(saved: dict[str, Path], tmp_path: Path) -> None:
         Merge(None, [saved["a"]] * 3, MergeSettings("slerp"))
     with pytest.raises(InputError, match="holds neither model"):
         Merge(tmp_path, [saved["a"], saved["b"]], MergeSettings())
+
+
+# --- training on from a merged model ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged_in_halves(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model merged into a base of float16."""
+    root = tmp_path_factory.mktemp("halves")
+    base = predictor()
+    base.settings = replace(base.settings, dtype="float16")
+    cast_parameters(base.model, torch.float16)
+    base.save(root / "base")
+    Merge(root / "base", [saved["a"], saved["b"]], MergeSettings()).run(root / "merged")
+    return root / "merged"
+
+
+def asked_to_start_from(folder: Path, monkeypatch: pytest.MonkeyPatch, *given: str) -> DictConfig:
+    """`launch/train.py start_from=...`: the config of what trains."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("train", [f"start_from={folder}", *given], return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
+    from_config.take_saved_model(config)
+    return config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
+    dtype: str, merged_in_halves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its own it cannot be, as the sentence says; what this advises works."""
+    config = asked_to_start_from(merged_in_halves, monkeypatch)
+    assert config.model.dtype == "float16"
+    with pytest.raises(InputError, match=r"set model\.dtype=float32"):
+        preflight.refuse(from_config.asked(config, DistSettings()))
+    config = asked_to_start_from(merged_in_halves, monkeypatch, f"model.dtype={dtype}")
+    preflight.refuse(from_config.asked(config, DistSettings()))
+    found = from_config.build_predictor(config, data_settings(config), [])
+    assert from_config.attach_adapters(config, found, torch.device("cpu")) is None
+    assert found.settings.dtype == config.model.dtype == dtype
+    for name, value in load(merged_in_halves).model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], value.to(DTYPES[dtype]))
+    found.save(tmp_path)
+    assert load(tmp_path).settings.dtype == dtype
+    assert {value.dtype for value in weights(tmp_path).values()} == {DTYPES[dtype]}
+
+
+def test_what_start_from_refuses(merged_in_halves: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"model\.dtype=float61 is unknown; use one of float32, bfloat16, float16"):
+        asked_to_start_from(merged_in_halves, monkeypatch, "model.dtype=float61")
+    with pytest.raises(InputError, match=r"model\.mode cannot be set here"):
+        asked_to_start_from(merged_in_halves, monkeypatch, "model.mode=causal", "model.dtype=float32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,9 @@ from vlmvqa.merging.drift import answers_logits, drift, one_question_each
 from vlmvqa.merging.merge import Merge, MergeSettings
 from vlmvqa.models import adapters, checkpoint
 from vlmvqa.models.adapters import AdapterSettings
-from vlmvqa.models.vlm import build
+from vlmvqa.models.checkpoint import saved_name
+from vlmvqa.models.saved import WEIGHTS
+from vlmvqa.models.vlm import DTYPES, build, cast_parameters
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")
@@ -50,9 +53,22 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"ours": own(root / "ours"), "paligemma": pretrained.save("paligemma", root / "paligemma")}
 
 
-def over(base: Path, folder: Path, settings: AdapterSettings = LORA, seed: int = 1, whole: str = "") -> Predictor:
-    """A saved adapter whose matrices are random, with a part trained whole beside it; and the model that has it."""
+def over(
+    base: Path,
+    folder: Path,
+    settings: AdapterSettings = LORA,
+    seed: int = 1,
+    whole: str = "",
+    kept: str = "float32",
+) -> Predictor:
+    """A saved adapter whose matrices are random, with a part trained whole beside it; and the model that has it.
+
+    Args:
+        kept: the type of the frozen weights.
+    """
     predictor = load(base)
+    predictor.settings = replace(predictor.settings, dtype=kept)
+    cast_parameters(predictor.model, DTYPES[kept])
     adapters.attach(predictor.model, settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -139,6 +155,28 @@ def test_peft_reads_what_we_save(bases: dict[str, Path], tmp_path: Path) -> None
         peft.PeftModel.from_pretrained(net, tmp_path / kind)  # puts its layers into the net
         theirs.model.net = net  # type: ignore[union-attr, assignment]
         assert close(asked(ours), asked(theirs), 1e-4)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["ours", "paligemma"])
+def test_a_merged_model_is_of_the_type_of_its_files(
+    family: str, stored: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whatever the adapters' frozen weights were kept in."""
+    predictor = load(bases[family])
+    cast_parameters(predictor.model, DTYPES[stored])
+    predictor.settings = replace(predictor.settings, dtype=stored)
+    if family == "ours":
+        predictor.save(tmp_path / "base")
+    else:  # as it is published: nothing of ours in its config
+        shutil.copytree(bases[family], tmp_path / "base")
+        save_file({saved_name(n): p.data for n, p in predictor.model.named_parameters()}, tmp_path / "base" / WEIGHTS)
+    for kept in {"float32", "float16"} - {stored}:
+        over(tmp_path / "base", tmp_path / kept, kept=kept)
+        Merge(None, [tmp_path / kept], ADD).run(tmp_path / f"{kept}-merged")
+        merged = load(tmp_path / f"{kept}-merged")
+        assert merged.settings.dtype == stored
+        assert {weight.dtype for weight in merged.model.parameters()} == {DTYPES[stored]}
 
 
 @pytest.mark.parametrize("given", [{}, {"trim": "model"}, {"method": "dare_ties"}, {"method": "linear"}], ids=str)

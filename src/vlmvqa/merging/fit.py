@@ -17,6 +17,7 @@ from vlmvqa.models import saved
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.checkpoint import OURS, base_of
 from vlmvqa.models.processors import load_processor
+from vlmvqa.models.vlm import DTYPES
 from vlmvqa.settings import build_settings
 
 # Of a config of transformers, what says nothing about how the model computes.
@@ -129,15 +130,17 @@ def _equal(base: Weights, other: Weights, name: str) -> bool:
 # ---- what they are asked with
 
 
-def merged_config(base: Path, models: Sequence[Path], started_from: Mapping[str, str] | None) -> dict[str, Any]:
+def merged_config(weights: Weights, models: Sequence[Path], started_from: Mapping[str, str] | None) -> dict[str, Any]:
     """The base's, with what the models have learned to be asked: the prompt of each source, the longest text.
 
     Args:
+        weights: the base's, in whose types the merged ones are written.
         started_from: what a merged model says that it was trained on from.
 
     Raises:
         InputError: the models read images or words differently, or were asked differently for one source.
     """
+    base = weights.folder
     config = read_config(base)
     known = [ours(read_config(folder)) for folder in models]
     if "model_type" in config:
@@ -147,11 +150,20 @@ def merged_config(base: Path, models: Sequence[Path], started_from: Mapping[str,
         if trained is None:  # another library's
             return config
         entry = {key: value for key, value in trained.items() if key != "adapter"}
-        return {**config, OURS: {**entry, **_asked(base, models), "started_from": started_from}}
-    if "prompts" not in config:  # another library's model
+    elif "prompts" not in config:  # another library's model
         return config
-    _refuse_other_settings(base, models)
-    return {**config, **_asked(base, models), "started_from": started_from}
+    else:
+        _refuse_other_settings(base, models)
+        entry = config
+    model = {**entry["model"], "dtype": _dtype(weights)}
+    entry = {**entry, "model": model, **_asked(base, models), "started_from": started_from}
+    return {**config, OURS: entry} if "model_type" in config else entry
+
+
+def _dtype(weights: Weights) -> str:
+    """The type that a model's files hold; float32 where they hold several."""
+    found = {FLOATS[entry.type] for entry in weights.entries.values() if entry.type in FLOATS}
+    return next((name for name, dtype in DTYPES.items() if found == {dtype}), "float32")
 
 
 def _asked(base: Path, models: Sequence[Path]) -> dict[str, Any]:
@@ -171,9 +183,8 @@ def _refuse_other_settings(base: Path, models: Sequence[Path]) -> None:
     tokens = saved.TOKENIZER + "/tokenizer.json"
     for folder in models:
         other = read_config(folder)
-        beside = {"dtype": None} if "adapter" in other else {}  # an adapter's frozen weights may be of another type
         for key in ("model", "images"):
-            if {**other[key], **beside} != {**config[key], **beside}:
+            if {**other[key], "dtype": None} != {**config[key], "dtype": None}:  # weights may be kept in another type
                 raise InputError(
                     f"{folder} and {base} differ in the settings of their {key}; merge models alike in them"
                 )

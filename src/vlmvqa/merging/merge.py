@@ -30,6 +30,7 @@ from vlmvqa.models.vlm import DTYPES
 
 METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp")
 ALONE = ("linear", "slerp")  # of the models themselves; the others merge what was added to a base
+SUMS = ("task_arithmetic", "dare_linear")  # of what was added; the others take a mean, or go between models
 CARD = "README.md"  # of the base, which tells of its scores
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 
@@ -71,8 +72,8 @@ class Counts:
     base: float = 0.0  # sum of squares
     deltas: list[float] = field(default_factory=list)  # sums of squares
     kept: list[int] = field(default_factory=list)
-    conflicts: int = 0  # entries that two models want to move in opposite directions
-    touched: int = 0  # entries that any model moves
+    conflicts: int = 0  # entries that two models move in opposite directions, by what was kept of their deltas
+    touched: int = 0  # entries that any model moves, by what was kept
 
     def add_base(self, base: Tensor, models: int) -> None:
         """A piece that no model moves."""
@@ -136,7 +137,7 @@ class Merge:
         self._refuse_patterns()
         if settings.method not in ALONE:
             fit.refuse_other_bases(found, [model.folder for model in full])
-        self.config = fit.merged_config(found, models, self._started_from())
+        self.config = fit.merged_config(self.base, models, self._started_from())
         self.thresholds: list[float] = []
 
     def run(self, folder: Path) -> None:
@@ -287,8 +288,11 @@ class Merge:
         for where, weights in {**given, **{f"layers.{key}": value for key, value in settings.layers.items()}}.items():
             if len(weights) != models or not all(isfinite(one) for one in weights):
                 raise InputError(f"{where}={list(weights)} should hold a number for each of the {models} models")
-            if settings.method != "task_arithmetic" and sum(weights) <= 0:
-                raise InputError(f"{where}={list(weights)} should add up to more than 0")
+            if settings.method not in SUMS and (min(weights) < 0 or sum(weights) <= 0):
+                raise InputError(
+                    f"{where}={list(weights)}: {settings.method} takes no negative weights, and one above 0 at least; "
+                    f"use {' or '.join(SUMS)} to subtract a model"
+                )
 
     def _refuse_patterns(self) -> None:
         paths = [self.layout.path(name) for name in self.base.entries]
