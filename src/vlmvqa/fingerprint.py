@@ -12,6 +12,8 @@ import torch
 from PIL.Image import Image
 from torch import nn
 
+from vlmvqa.errors import InputError
+
 if TYPE_CHECKING:
     from vlmvqa.data.example import Example, ImageSource
 
@@ -39,7 +41,11 @@ def pictures(given: Iterable[Example], most: int = 64) -> str:
 
 def weights_in(folder: Path) -> str:
     """Of the weights in a folder's safetensors files, whatever their number: names, types, shapes, and of each tensor
-    some blocks of its bytes, evenly spread. Of a model of any size it takes seconds."""
+    some blocks of its bytes, evenly spread. Of a model of any size it takes seconds.
+
+    Raises:
+        InputError: there are none.
+    """
     tensors: dict[str, bytes] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as opened:
@@ -53,6 +59,8 @@ def weights_in(folder: Path) -> str:
                     opened.seek(begin + place)
                     digest.update(opened.read(min(BLOCK, end - place)))
                 tensors[name] = digest.digest()
+    if not tensors:
+        raise InputError(f"{folder} holds no weights in safetensors files; put them back, or save the model as such")
     whole = hashlib.sha256()
     for name, digested in sorted(tensors.items()):
         whole.update(name.encode() + b"\0" + digested)
