@@ -6,6 +6,7 @@ import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports woul
 
 # isort: split
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -200,9 +201,10 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
         unwritten = Base(predictor)
     predictor.adapter = Adapter(settings, base, known)
     paths = adapters.attach(predictor.model, settings, device)
-    for part in ("vision", "projector"):
-        if config.trainable[part] == "all":
-            set_trainable(predictor.model.part(part), "all", part)
+    whole = [part for part in ("vision", "projector") if config.trainable[part] == "all"]
+    for part in whole:
+        set_trainable(predictor.model.part(part), "all", part)
+    adapters.keep_float32(predictor.model, whole)
     ranks.say(adapters.describe(predictor.model, settings, paths))
     return unwritten
 
@@ -232,12 +234,18 @@ class Base:
         named = predictor.model.named_parameters() if ranks.is_first() else ()
         self.predictor, self.weights = replace(predictor), {name: weight.detach().clone() for name, weight in named}
 
-    def write(self, folder: Path) -> str:
-        """Write it as `vlmvqa.load` reads it, unless the run has done so before; its fingerprint, on every rank."""
-        if ranks.is_first() and not (folder / saved.CONFIG).is_file():
-            self.predictor.save(folder, self.weights)
-        ranks.barrier()
+    def write(self, folder: Path, resumed: bool) -> str:
+        """Write it as `vlmvqa.load` reads it, unless a resumed run has done so before; its fingerprint, on every rank.
+
+        What lies there else is of a run that ended before its first checkpoint, perhaps of another seed.
+        """
+        if not resumed:
+            ranks.share(lambda: self._replace(folder))
         return fingerprint.weights_in(folder)
+
+    def _replace(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self.predictor.save(folder, self.weights)
 
 
 def training_set(

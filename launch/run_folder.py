@@ -14,6 +14,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
 from vlmvqa.training.launchers import LAUNCH
 from vlmvqa.training.state import progress
+from vlmvqa.training.tracking import RUN_ID
 
 STARTED = ".launch"  # by which of torchrun's launches this run was started
 # What decides how a run goes: it cannot be changed on the way...
@@ -86,7 +87,8 @@ def open_run(folder: Path, config: DictConfig, global_batch: int, ranks: int) ->
     if LAUNCH in os.environ:
         (folder / STARTED).write_text(os.environ[LAUNCH])
     if not resumed:
-        (folder / "skipped.jsonl").unlink(missing_ok=True)  # of a run that ended before its first step
+        for left in ("skipped.jsonl", RUN_ID):  # by a run that ended before its first step
+            (folder / left).unlink(missing_ok=True)
     said = [
         f"{unfinished} was cut short while it was written and is removed" for unfinished in remove_unfinished(folder)
     ]

@@ -38,6 +38,7 @@ from vlmvqa.models import adapters
 from vlmvqa.models.saved import BASE, CONFIG
 from vlmvqa.training import parallel, preflight, tracking
 from vlmvqa.training.banner import banner
+from vlmvqa.training.checkpoints import whole_checkpoints
 from vlmvqa.training.state import WEIGHTS, whole_weights, write_weights
 from vlmvqa.training.trainer import VqaTrainer
 
@@ -112,7 +113,7 @@ def train(
     """Train and write `model/`; the signal that stopped it before its end, if one did."""
     data = data_settings(config)
     kept = folder / BASE  # of adapters that this run has begun with
-    before = kept if going_on(folder, config) and (kept / CONFIG).is_file() else None
+    before = kept if going_on(folder, config) and whole_checkpoints(folder) and (kept / CONFIG).is_file() else None
     examples = [example for task in tasks for example in task.train]
     predictor = from_config.build_predictor(config, data, examples, before)
     base = from_config.attach_adapters(config, predictor, arguments.device)
@@ -136,13 +137,15 @@ def train(
     groups = trainer.parameter_groups()
     # Only now, when all that the command says has been understood, is anything written or replaced.
     checkpoint, told = ranks.share(lambda: open_run(folder, config, trainer.global_batch, ranks.world_size()))
+    if "wandb" in arguments.report_to:
+        resolved = OmegaConf.to_container(config, resolve=True)
+        ranks.share(lambda: tracking.start(folder, config.run.name, resolved))
     if base is not None and predictor.adapter is not None:
-        predictor.adapter = replace(predictor.adapter, fingerprint=base.write(kept))
+        written = base.write(kept, resumed=checkpoint is not None)
+        predictor.adapter = replace(predictor.adapter, fingerprint=written)
     if ranks.is_first():
         bad_records.list_in(folder / "skipped.jsonl")
     bad_records.listing = folder / "skipped.jsonl"
-    if "wandb" in arguments.report_to:
-        tracking.start(folder, config.run.name, OmegaConf.to_container(config, resolve=True))
     ranks.say("\n".join([*told, banner(predictor.model, groups)]))
     ranks.say("\n".join(map(str, tasks)) + f"; results in {folder}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

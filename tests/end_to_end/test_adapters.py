@@ -7,9 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import train as train_script
+from safetensors.torch import load_file
 
 from tests.distributed.harness import start, torchrun
 from tests.end_to_end.scripts import call, done, losses, metrics, sentence
+from vlmvqa import fingerprint
+from vlmvqa.errors import InputError
 
 pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 
@@ -72,13 +77,46 @@ def test_adapters_resume_exactly(bases: dict[str, Path], shapes: str, family: st
         assert sum(file.stat().st_size for file in folder.glob("*model.safetensors")) < 0.1 * whole
 
 
-def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, tmp_path: Path) -> None:
-    done(call("train", *adapt(base, shapes, tmp_path / "run", "lora")))
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "projector"])
+def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, whole: bool, tmp_path: Path) -> None:
+    """Beside it a projector that trains whole is kept in float32, over a base in bfloat16."""
+    given = adapt(base, shapes, tmp_path / "run", "lora")
+    if whole:
+        given = (*(word for word in given if word not in FLOAT), "model.dtype=bfloat16", "trainable.projector=all")
+    done(call("train", *given))
+    weights = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert any("projector" in name for name in weights) == whole
     where = f"checkpoint={tmp_path / 'run'}"
     done(call("eval", where, "data=shapes", shapes, *DATA[1:], "split=val", f"run.dir={tmp_path / 'eval'}"))
     assert metrics(tmp_path / "eval")["metrics"] == metrics(tmp_path / "run")["metrics"]
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["adapter"]["base"] == str(base / "model")
+
+
+def test_a_run_that_failed_at_its_start_leaves_no_base(
+    shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another seed is another base: the adapters would be saved over one that they were not trained over."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise InputError("as if its memory were too small")
+
+    def given(name: str, seed: int) -> tuple[str, ...]:
+        words = ("model=tiny_paligemma", "adapt=lora", shapes, *DATA, *FLOAT, "trainer.use_cpu=true", f"seed={seed}")
+        return (*words, "trainer.report_to=none", "trainer.max_steps=1", f"run.dir={tmp_path / name}")
+
+    done(call("train", *given("whole", 2)))
+    for more in ((), ("resume=auto",)):
+        run = tmp_path / f"run-{len(more)}"
+        with monkeypatch.context() as patch:
+            patch.setattr(train_script.VqaTrainer, "train", fail)
+            assert "its memory" in sentence(call("train", *given(run.name, 1)))
+        (run / ".wandb_run").write_text("of the run that failed")
+        done(call("train", *given(run.name, 2), *more))
+        assert fingerprint.weights_in(run / "base") == fingerprint.weights_in(tmp_path / "whole" / "base")
+        assert metrics(run)["metrics"] == metrics(tmp_path / "whole")["metrics"]
+        assert (run / ".wandb_run").exists() == bool(more)
 
 
 def test_a_random_base_is_kept_beside_its_adapters(shapes: str, tmp_path: Path) -> None:

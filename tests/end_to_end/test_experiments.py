@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import vlmvqa
+from tests.distributed.harness import start
 from tests.end_to_end.scripts import call, content, done, losses, metrics, predictions, sentence
 from tests.unit.test_clip import folder as clip  # noqa: F401
 from vlmvqa.training import preflight
@@ -113,6 +116,28 @@ def test_weights_and_biases_has_the_run(tmp_path: Path, clip: Path, monkeypatch:
     (run / "metrics.json").unlink()
     done(call("train", *given, "resume=auto"))
     assert seen[1]["id"] == (run / ".wandb_run").read_text()
+
+
+def test_all_ranks_hear_that_weights_and_biases_refuses(tmp_path: Path) -> None:
+    """It is asked by the first, and before a base is written."""
+    pytest.importorskip("wandb", reason="wandb is an extra: pip install 'vlmvqa[wandb]'")
+    small = ("adapt=lora", "model.dtype=float32", "trainer.use_cpu=true", "dist=ddp", "logger=wandb")
+    data = ("data.options={train_images:40,val_images:4}", f"data.root={tmp_path / 'shapes'}")
+    command = [sys.executable, "launch/train.py", *small, *data, f"run.dir={tmp_path / 'run'}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "HOME": str(tmp_path)}
+    alone = {"WANDB_API_KEY": "too short", "WANDB_MODE": "online"}
+    ranks = [start(command, **shared, **alone, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    try:
+        printed = [rank.communicate(timeout=300)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert "Weights & Biases opens no run" in "".join(printed) and "Traceback" not in "".join(printed)
+    assert not (tmp_path / "run" / "base").exists()
 
 
 def test_a_logger_that_is_not_installed_is_named_with_its_extra(

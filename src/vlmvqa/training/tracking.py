@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmvqa import ranks
 from vlmvqa.errors import InputError
 
 RUN_ID = ".wandb_run"  # in a run's folder: what it is called there
@@ -20,7 +19,7 @@ PROJECT = "vlmvqa"  # where WANDB_PROJECT names no other
 
 
 def start(folder: Path, name: str, config: Mapping[str, Any]) -> None:
-    """Open the run, or go on with the one that the folder names; its own files go to `folder/wandb`.
+    """Open the run, or go on with the one that the folder names; its own files go to `folder/wandb`. For rank 0 alone.
 
     Args:
         config: the run's, resolved.
@@ -28,8 +27,6 @@ def start(folder: Path, name: str, config: Mapping[str, Any]) -> None:
     Raises:
         InputError: nobody is logged in, or the server cannot be reached.
     """
-    if not ranks.is_first():
-        return
     import wandb
 
     known = folder / RUN_ID
