@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
 from vlmvqa.models import adapters, checkpoint
 from vlmvqa.models.adapters import AdapterSettings
-from vlmvqa.models.pretrained import PretrainedVLM
-from vlmvqa.models.vlm import VLM, build
+from vlmvqa.models.pretrained import OURS, PretrainedSettings, PretrainedVLM
+from vlmvqa.models.vlm import DTYPES, VLM, build, cast_parameters, set_trainable
+from vlmvqa.training.trainer import PARTS
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")
@@ -122,6 +124,20 @@ def test_a_pattern_that_matches_nothing_is_said(folder: Path, targets: list[str]
     with pytest.raises(InputError, match=sentence):
         adapters.attach(model, replace(LORA, targets=targets))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_head_that_is_the_embedding_gets_no_adapter(folder: Path) -> None:
+    """What it learnt could not be merged; a head of its own may learn."""
+    model, _ = pretrained.load(folder)
+    paths = adapters.attach(model, replace(LORA, targets=("language.*",)))
+    assert paths and "language.lm_head" not in paths
+    adapted = {id(module.base_layer) for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)}
+    assert id(model.net.get_output_embeddings()) not in adapted
+    tied, _ = pretrained.load(folder)
+    with pytest.raises(InputError, match=r"language\.lm_head matches no linear layer"):
+        adapters.attach(tied, replace(LORA, targets=("language.lm_head",)))
+    own = tiny.model(tie_word_embeddings=False)
+    assert adapters.attach(own, replace(LORA, targets=("language.head",))) == ["language.head"]
 
 
 @pytest.mark.parametrize(
@@ -240,30 +256,82 @@ def test_peft_reads_the_folder(folder: Path, kind: str, tmp_path: Path) -> None:
     model, batch = saved(folder, kind, tmp_path / "adapter")
     base = AutoModelForImageTextToText.from_pretrained(folder)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    ours = ("labels", "weights", "role", "position", "branch", "document")
     with torch.no_grad():
-        found = theirs(**{name: value for name, value in batch.items() if name not in ours}).logits
+        found = theirs(**{name: value for name, value in batch.items() if name not in OURS}).logits
     assert torch.allclose(found[batch["labels"] != -100].float(), logits(model, batch), atol=1e-5)
 
 
-def test_a_part_that_trains_whole_is_saved_beside(folder: Path, tmp_path: Path) -> None:
-    model, processor = pretrained.load(folder)
+def with_a_part_whole(family: str, dtype: str, folder: Path, part: str = "projector") -> tuple[PretrainedVLM, Path]:
+    """A bfloat16 or float32 base with a learnt adapter and a part that was trained whole, and where it is saved."""
+    base = pretrained.save(family, folder / "base")
+    model, processor = pretrained.load(base)
+    cast_parameters(model, DTYPES[dtype])
     adapters.attach(model, LORA)
     learn(model)
-    for parameter in model.part("projector").parameters:
-        parameter.requires_grad_(True).data.add_(0.1)
-    (tmp_path / "adapter").mkdir()
-    adapters.save(tmp_path / "adapter", model, str(folder), pretrained.trained(model))
+    set_trainable(model.part(part), "all", part)
+    adapters.keep_float32(model, [part])
+    with torch.no_grad():
+        for parameter in model.part(part).parameters:
+            parameter.add_(1e-3 * torch.randn(parameter.shape))
+    (folder / "adapter").mkdir()
+    adapters.save(folder / "adapter", model, str(base), pretrained.trained(model))
     one = predictor(model, processor)
-    one.adapter = checkpoint.Adapter(LORA, str(folder), fingerprint.weights_in(folder))
-    one.describe(tmp_path / "adapter")
-    batch = batch_of(model, folder)
-    again = vlmvqa.load(tmp_path / "adapter", "cpu")
+    one.settings = PretrainedSettings("somewhere", dtype=dtype)
+    one.adapter = checkpoint.Adapter(LORA, str(base), fingerprint.weights_in(base))
+    one.describe(folder / "adapter")
+    return model, folder / "adapter"
+
+
+@pytest.mark.parametrize("family", ["paligemma", "idefics2"])
+def test_a_part_that_trains_whole_is_saved_beside(family: str, tmp_path: Path) -> None:
+    """For us and for peft, whose wrapper of a module takes all that is in it."""
+    model, adapter = with_a_part_whole(family, "float32", tmp_path)
+    batch = batch_of(model, tmp_path / "base")
+    again = vlmvqa.load(adapter, "cpu")
     assert torch.equal(logits(again.model, batch), logits(model, batch))
-    base = AutoModelForImageTextToText.from_pretrained(folder)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    merged = theirs.merge_and_unload().state_dict()["model.multi_modal_projector.linear.weight"]
-    assert torch.equal(merged, model.part("projector").parameters[0])
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        found = theirs(**{name: value for name, value in batch.items() if name not in OURS}).logits
+    assert torch.allclose(found[batch["labels"] != -100].float(), logits(model, batch), atol=1e-5)
+    merged = theirs.merge_and_unload().state_dict()
+    for name, parameter in model.named_parameters():
+        if model.part_of(name) == "projector":
+            assert torch.equal(merged[name.removeprefix("net.")], parameter)
+
+
+@pytest.mark.parametrize("part", ["vision", "projector"])
+@pytest.mark.parametrize("family", ["paligemma", "idefics2"])
+def test_a_part_that_trains_whole_is_float32_over_any_base(family: str, part: str, tmp_path: Path) -> None:
+    """It computes in a bfloat16 model with and without autocast, is read back as it was, and answers."""
+    model, adapter = with_a_part_whole(family, "bfloat16", tmp_path, part)
+    batch = batch_of(model, tmp_path / "base")
+    again = vlmvqa.load(adapter, "cpu")
+    kinds = {model.part_of(name): p.dtype for name, p in again.model.named_parameters() if "lora_" not in name}
+    assert kinds == dict.fromkeys(PARTS, torch.bfloat16) | {part: torch.float32}
+    assert torch.equal(logits(again.model, batch), logits(model, batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(logits(model, batch)).all()
+    assert len(again.answer_examples(pretrained.examples(1))) == 1
+
+
+@pytest.mark.parametrize("part", ["vision", "projector"])
+def test_small_steps_move_a_part_that_trains_whole(model: VLM | PretrainedVLM, part: str, folder: Path) -> None:
+    """In the base's bfloat16 all but a few would be rounded away."""
+    model = cast_parameters(model, torch.bfloat16).train()
+    adapters.attach(model, LORA)
+    set_trainable(model.part(part), "all", part)
+    adapters.keep_float32(model, [part])
+    parameters = [p for p in model.part(part).parameters if p.ndim > 1]
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5, weight_decay=0)
+    batch = batch_of(model, folder)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch)["loss"].backward()
+        optimizer.step()
+    moved = torch.cat([(p != old).flatten() for p, old in zip(parameters, before, strict=True)])
+    assert moved.float().mean() > 0.9
 
 
 def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -313,6 +381,13 @@ def test_the_fingerprint_sees_every_tensor(tmp_path: Path) -> None:
     for number, names in enumerate((["w0", "bias", "w4"], ["w1", "w2", "w3"])):
         save_file({name: weights[name] for name in names}, tmp_path / f"model-{number}.safetensors", {"format": "pt"})
     assert fingerprint.weights_in(tmp_path) == whole
+
+
+def test_a_folder_without_weights_has_no_fingerprint(folder: Path, tmp_path: Path) -> None:
+    """All such folders would have the same, and any would be an adapter's base."""
+    shutil.copytree(folder, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(InputError, match="empty holds no weights in safetensors files"):
+        fingerprint.weights_in(tmp_path / "empty")
 
 
 def test_a_layer_that_cannot_be_read_back_stays_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

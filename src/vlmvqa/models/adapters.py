@@ -12,7 +12,7 @@ config.json                                      the base, with its fingerprint,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -121,6 +121,26 @@ def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.
     return list(paths)
 
 
+def keep_float32(model: VLM | PretrainedVLM, parts: Collection[str]) -> None:
+    """Keep parts that train whole beside adapters in float32, as these are, whatever type their base is of."""
+    for part in parts:
+        for parameter in model.part(part).parameters:
+            parameter.data = parameter.data.float()
+    if parts and len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
+        for module in (model.vision, model.projector):
+            module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+
+
+def _cast_inputs(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """What a part is given, in its own type: transformers hands features on in that of the part before it."""
+    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, given)), {name: cast(value) for name, value in named.items()}
+
+
 def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Sequence[str]) -> str:
     """Which modules got adapters, how many parameters these have, and what the base takes."""
     kinds: dict[str, int] = {}
@@ -226,11 +246,13 @@ def save(folder: Path, model: VLM | PretrainedVLM, base: str, weights: Mapping[s
     save_file({_saved_name(name): weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
     host = _host(model)
     config = host.peft_config[NAME].to_dict()  # type: ignore[index, union-attr]
-    whole = sorted({name.rpartition(".")[0] for name in weights if "lora_" not in name})
+    whole = {name.removeprefix(PREFIX).rpartition(".")[0] for name in weights if "lora_" not in name}
+    # A module that holds a weight of its own beside others (Idefics2's resampler) is saved with all that is in it.
+    outermost = sorted(name for name in whole if not any(name.startswith(f"{other}.") for other in whole))
     config |= {
         "base_model_name_or_path": base,
         "target_modules": sorted(config["target_modules"]),
-        "modules_to_save": [name.removeprefix(PREFIX) for name in whole] or None,
+        "modules_to_save": outermost or None,
         "inference_mode": True,
     }
     (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")
@@ -255,6 +277,7 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
             f"{folder / WEIGHTS} is of another model: "
             + (f"it holds nothing for {missing[0]}" if missing else f"there is no {odd[0]} here")
         )
+    keep_float32(model, {model.part_of(named[name]) for name in saved if "lora_" not in name})
     with torch.no_grad():
         for name, weight in saved.items():
             parameter = here[named[name]]
@@ -267,9 +290,15 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
 
 
 def _chosen(model: VLM | PretrainedVLM, patterns: Sequence[str]) -> dict[str, str]:
-    """The linear layers that the patterns name: their paths, and their names in the host."""
+    """The linear layers that the patterns name: their paths, and their names in the host.
+
+    A head whose weight is the input embedding's is none of them: what it learns could not be merged.
+    """
+    embedding: Any = model.get_input_embeddings()
     linears = {
-        path_of(model, name): name for name, module in _host(model).named_modules() if isinstance(module, nn.Linear)
+        path_of(model, name): name
+        for name, module in _host(model).named_modules()
+        if isinstance(module, nn.Linear) and module.weight is not embedding.weight
     }
     chosen: dict[str, str] = {}
     for pattern in patterns:
