@@ -275,6 +275,15 @@ def test_saved_and_loaded_it_is_the_same(loaded: Loaded, tmp_path: Path) -> None
     assert all(torch.equal(weight, here[f"net.{name}"]) for name, weight in net.named_parameters())
 
 
+def test_a_cast_model_says_its_type(loaded: Loaded, tmp_path: Path) -> None:
+    model = predictor(*loaded)
+    model.model.to(torch.bfloat16)
+    model.settings = dataclasses.replace(model.settings, dtype="bfloat16")
+    model.save(tmp_path / "model")
+    net = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert {weight.dtype for weight in net.parameters()} == {torch.bfloat16}
+
+
 def test_an_untrained_one_is_asked_as_the_data_say(loaded: Loaded, family: str, folders: dict[str, Path]) -> None:
     model = vlmvqa.load(folders[family], "cpu")
     assert model.prompt_for("vqav2", "answer en {question}\n") == "answer en {question}\n"

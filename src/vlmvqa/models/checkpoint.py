@@ -118,7 +118,9 @@ def describe(
     elif isinstance(model, PretrainedVLM):
         model.net.generation_config.save_pretrained(folder)
         known = model.net.config.to_dict()
-        config = {**known, "architectures": [type(model.net).__name__], OURS: config}
+        # A cast leaves the config's own type as it was.
+        own = {"architectures": [type(model.net).__name__], "dtype": settings.dtype}
+        config = {**known, **own, OURS: config}
     else:
         config |= {"language_config": model.language.config.to_dict()}
     partial = folder / (CONFIG + ".partial")
