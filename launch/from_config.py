@@ -183,17 +183,17 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
         the base of the adapters, where it lies nowhere yet.
     """
     settings = adapter_settings(config)
+    if predictor.adapter is not None:
+        raise InputError(
+            f"start_from={config.start_from} is an adapter; merge it into its base first, with launch/merge.py "
+            f"adapter={config.start_from} output=..."
+        )
     if settings is None:
         for part in PARTS:
             set_trainable(predictor.model.part(part), config.trainable[part], part)
         return None
     _refuse_trained_beside(config, settings)
     unwritten = None
-    if predictor.adapter is not None:
-        raise InputError(
-            f"start_from={config.start_from} is an adapter; merge it into its base first, with launch/merge.py "
-            f"adapter={config.start_from}"
-        )
     if predictor.started_from is not None:
         base, known = predictor.started_from["model"], predictor.started_from["weights"]
     else:  # of parts, or random: it lies nowhere as a whole

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from vlmvqa.errors import InputError
+from vlmvqa.models.checkpoint import Adapter
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
 from vlmvqa.training.launchers import LAUNCH
 from vlmvqa.training.state import progress
@@ -140,6 +141,15 @@ def _refuse_other_batch(checkpoint: Path, global_batch: int, ranks: int, config:
         f"{checkpoint} was trained with {before} rows a step, now it would be {global_batch}: {remedy}, "
         "or go on all the same with resume_force=true"
     )
+
+
+def refuse_other_base(checkpoint: Path | None, adapter: Adapter) -> None:
+    """Stop a resumed run whose adapters would lie over other weights than those they were trained over."""
+    if checkpoint is not None and progress(checkpoint).get("base") != adapter.fingerprint:
+        raise InputError(
+            f"{checkpoint} was trained over other weights than {adapter.base} holds now; put back the base it was "
+            "trained on, or start anew with run.overwrite=true"
+        )
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -26,7 +26,7 @@ import from_config
 from command_line import group, run
 from data_from_config import Task, data_settings, read_tasks
 from results import score_and_report
-from run_folder import going_on, open_run, refuse_run
+from run_folder import going_on, open_run, refuse_other_base, refuse_run
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.inference.card import write_card
@@ -96,7 +96,7 @@ def main(config: DictConfig) -> None:
         tracking.finish(
             {f"final/{one['data']}_{name}": of["overall"] for one in metrics for name, of in one["metrics"].items()}
         )
-        write_card(folder / "model", config.hub_id or config.run.name, metrics, OmegaConf.to_yaml(config, resolve=True))
+        write_card(folder / "model", config.hub_id or config.run.dir, metrics, OmegaConf.to_yaml(config, resolve=True))
         print(f"model:  {folder / 'model'}")
         if config.hub_id:
             print(f"hub:    {upload(folder / 'model', config.hub_id)}")
@@ -143,6 +143,9 @@ def train(
     if base is not None and predictor.adapter is not None:
         written = base.write(kept, resumed=checkpoint is not None)
         predictor.adapter = replace(predictor.adapter, fingerprint=written)
+    if predictor.adapter is not None:
+        trainer.base = predictor.adapter.fingerprint
+        refuse_other_base(checkpoint, predictor.adapter)
     if ranks.is_first():
         bad_records.list_in(folder / "skipped.jsonl")
     bad_records.listing = folder / "skipped.jsonl"

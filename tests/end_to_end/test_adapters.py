@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import train as train_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.distributed.harness import start, torchrun
 from tests.end_to_end.scripts import call, done, losses, metrics, sentence
@@ -77,6 +77,24 @@ def test_adapters_resume_exactly(bases: dict[str, Path], shapes: str, family: st
         assert sum(file.stat().st_size for file in folder.glob("*model.safetensors")) < 0.1 * whole
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["another folder's", "the run's own"])
+def test_a_changed_base_stops_a_resumed_run(bases: dict[str, Path], shapes: str, own: bool, tmp_path: Path) -> None:
+    """It would go on over other weights, and name these as its base when it is saved."""
+    run, base = tmp_path / "run", tmp_path / "base"
+    if own:
+        given = ("model=tiny_paligemma", "adapt=lora", "trainer.use_cpu=true", *QUIET[:1], *QUIET[2:])
+        given = (*given, shapes, *DATA, *STEPS, *FLOAT, f"run.dir={run}")
+    else:
+        shutil.copytree(bases["paligemma"] / "model", base)
+        given = adapt(base, shapes, run, "lora")
+    done(call("train", *given))
+    forget_the_end(run)
+    file = (run / "base" if own else base) / "model.safetensors"
+    save_file({name: weight * 1.1 for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    said = sentence(call("train", *given, "resume=auto"))
+    assert "checkpoint-3 was trained over other weights than" in said and not (run / "model").exists()
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["alone", "projector"])
 def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, whole: bool, tmp_path: Path) -> None:
     """Beside it a projector that trains whole is kept in float32, over a base in bfloat16."""
@@ -92,6 +110,8 @@ def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, who
     assert metrics(tmp_path / "eval")["metrics"] == metrics(tmp_path / "run")["metrics"]
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["adapter"]["base"] == str(base / "model")
+    on = ("train", f"start_from={tmp_path / 'run'}", "model=tiny_paligemma", shapes, *DATA, *QUIET)
+    assert "is an adapter; merge it into its base first" in sentence(call(*on, f"run.dir={tmp_path / 'on'}"))
 
 
 def test_a_run_that_failed_at_its_start_leaves_no_base(
@@ -139,7 +159,8 @@ def test_a_random_base_is_kept_beside_its_adapters(shapes: str, tmp_path: Path) 
         (("adapt.targets=[language.*.q_prj]",), "adapt.targets: language.*.q_prj matches no linear layer"),
         (("trainable.language=all",), "trainable.language=all: adapt=lora leaves the model frozen"),
         (("adapt.bits=4", "dist=fsdp"), "adapt.bits=4: fsdp cannot shard weights of 4 bits; use dist=ddp or zero2"),
-        (("adapt.bits=4", "dist=zero3"), "adapt.bits=4: zero3 cannot shard weights of 4 bits"),
+        (("adapt.bits=4", "dist=zero3", "model.dtype=bfloat16"), "adapt.bits=4: zero3 cannot shard weights of 4 bits"),
+        (("trainer.per_device_train_batch_size=0",), "trainer.per_device_train_batch_size=0 must be at least 1"),
         (("model.dtype=bfloat16", "dist=fsdp"), "model.dtype=bfloat16 under fsdp, which shards a block in one type"),
         (("trainer.optim=paged_adamw_8bit",), "trainer.optim=paged_adamw_8bit: its pages are CUDA's"),
         (("adapt.rank=0",), "rank must be at least 1"),

@@ -25,6 +25,7 @@ from vlmvqa.models import adapters, checkpoint
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.pretrained import OURS, PretrainedSettings, PretrainedVLM
 from vlmvqa.models.vlm import DTYPES, VLM, build, cast_parameters, set_trainable
+from vlmvqa.training.banner import banner
 from vlmvqa.training.trainer import PARTS
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
@@ -405,3 +406,13 @@ def test_adapters_are_float32_over_any_base(folder: Path) -> None:
     model = pretrained.load(folder)[0].to(torch.bfloat16)
     adapters.attach(model, LORA)
     assert {parameter.dtype for parameter in pretrained.trained(model).values()} == {torch.float32}
+
+
+def test_weights_in_four_bits_count_whole(folder: Path) -> None:
+    """Two lie in a byte."""
+    totals = []
+    for settings in (LORA, QLORA):
+        model, _ = pretrained.load(folder)
+        adapters.attach(model, settings)
+        totals.append(banner(model, []).splitlines()[-1].split()[1:3])
+    assert totals[0] == totals[1]

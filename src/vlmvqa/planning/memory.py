@@ -168,6 +168,8 @@ def prepared(
     for name, choice in trainable.items():
         if adapt is None or choice == "all":
             set_trainable(model.part(name), choice, name)
+    if adapt is not None:
+        adapters.keep_float32(model, [name for name, choice in trainable.items() if choice == "all"])
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmvqa.models.adapters import elements
 from vlmvqa.models.checkpoint import Model
 
 
@@ -21,6 +22,6 @@ def banner(model: Model, groups: Sequence[Mapping[str, Any]]) -> str:
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
         rate = "" if name == "total" else f"{rates[name]:g}" if name in rates else "-"
-        count = sum(p.numel() for p in parameters)
+        count = sum(elements(p) for p in parameters)
         lines.append(f"{name:<12}{count:>16,}{f'{trained:,}' if trained else 'frozen':>16}  {dtypes:<10}{rate:>14}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.models.adapters import AdapterSettings, elements
 from vlmvqa.models.attention import SOFTCAP
 from vlmvqa.models.checkpoint import Settings
 from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM
@@ -103,6 +103,9 @@ def _problems(asked: Asked) -> Iterator[str]:
     for key, instead in OURS.items():
         if trainer.get(key):
             yield f"trainer.{key} cannot be set: {instead}"
+    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if trainer.get(key) is not None and trainer[key] < 1:
+            yield f"trainer.{key}={trainer[key]} must be at least 1"
     optim = optimizer_for(trainer.get("optim", "adamw_torch"), dist)
     if optim not in CLASSES:
         yield (
@@ -134,6 +137,8 @@ def _problems(asked: Asked) -> Iterator[str]:
         yield "trainer.fp16=true does not work under dist=fsdp; use trainer.bf16=true, or dist=zero2 without it"
     if trainer.get("bf16") and not asked.bf16_works:
         yield "trainer.bf16=true: this card does not compute in bfloat16; use trainer.fp16=true under dist=ddp or zero2"
+    if asked.adapt is not None and asked.adapt.bits and dist.strategy in ("fsdp", "zero3"):
+        yield f"adapt.bits={asked.adapt.bits}: {dist.strategy} cannot shard weights of 4 bits; use dist=ddp or zero2"
     if model.dtype != "float32" and dist.is_zero and not trainer.get("bf16"):
         yield f"model.dtype={model.dtype} under {dist.strategy} needs trainer.bf16=true"
     if asked.features and asked.trained_vision != "none":
@@ -159,8 +164,6 @@ def _adapter_problems(asked: Asked, adapt: AdapterSettings) -> Iterator[str]:
     for package in ("peft", *(["bitsandbytes"] if adapt.bits else [])):
         if importlib.util.find_spec(package) is None:
             yield f"adapt={adapt.method} needs {package}; install it with: pip install 'vlmvqa[adapters]'"
-    if adapt.bits and dist.strategy in ("fsdp", "zero3"):
-        yield f"adapt.bits={adapt.bits}: {dist.strategy} cannot shard weights of 4 bits; use dist=ddp or zero2"
     if dist.strategy == "fsdp" and dtype != "float32":
         yield (
             f"model.dtype={dtype} under fsdp, which shards a block in one type, and adapters are float32; set "
@@ -262,7 +265,7 @@ def _held(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) -> 
             _same(f"elements of {name} on rank {ranks.rank()}", -(-whole // world), mine)
             local, total = local + mine, total + whole
         else:
-            local, total = local + parameter.numel(), total + parameter.numel()
+            local, total = local + elements(parameter), total + elements(parameter)
     return f"{total:,}, of which {local:,} on this rank" if local != total else f"{total:,}, whole on every rank"
 
 

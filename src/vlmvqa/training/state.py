@@ -5,7 +5,7 @@ optimizer.safetensors   AdamW's moments by parameter name, whole, in fp32; how m
 scheduler.pt            the place in the learning rates' schedule
 scaler.pt               fp16's loss scale, under ddp (DeepSpeed finds its own again within a few steps)
 rng_state*.pth          each rank's random state
-progress.json           ranks, global batch, the last gradient norms
+progress.json           ranks, global batch, the last gradient norms, the fingerprint of what adapters lie over
 trainer_state.json      transformers' own: step, epoch, best score
 """
 
@@ -62,7 +62,12 @@ def write(trainer: VqaTrainer, folder: Path) -> None:
     schedule: Any = trainer.lr_scheduler
     torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
     trainer._save_scaler(str(folder))
-    seen = {"world_size": ranks.world_size(), "global_batch": trainer.global_batch, "norms": trainer.clipping.norms}
+    seen = {
+        "world_size": ranks.world_size(),
+        "global_batch": trainer.global_batch,
+        "norms": trainer.clipping.norms,
+        "base": trainer.base,
+    }
     (folder / PROGRESS).write_text(json.dumps(seen) + "\n")
     exported: Any = trainer.state.stateful_callbacks
     exported["TrainerControl"] = trainer.control.state()
@@ -82,7 +87,7 @@ def load(trainer: VqaTrainer, folder: Path) -> None:
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    """Ranks, global batch and last gradient norms when a checkpoint was written."""
+    """Ranks, global batch, last gradient norms and the adapters' base when a checkpoint was written."""
     found: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
     return found
 

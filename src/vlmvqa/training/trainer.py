@@ -79,6 +79,7 @@ class VqaTrainer(Trainer):
     ) -> None:
         self.vlm, self.folder = model, Path(str(args.output_dir))
         self.dist, self.settings, self.adapt = dist or DistSettings(), settings, adapt
+        self.base: str | None = None  # the fingerprint of what adapters lie over, once it lies somewhere
         self.dtype = next(model.parameters()).dtype
         self.learning_rates = dict(learning_rates or {})
         self.score = score
