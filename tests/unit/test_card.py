@@ -91,23 +91,38 @@ def card_config(vision: str, vision_weights: str, language: str, language_weight
     return yaml.safe_dump({"model": {part: {"name": n, "weights": w} for part, (n, w) in parts.items()}}).strip()
 
 
+def card(folder: Path, config: str, saved: dict[str, Any], name: str = "somebody/model") -> str:
+    """The card of a model whose `config.json` is what is saved."""
+    (folder / "config.json").write_text(json.dumps(saved))
+    write_card(folder, name, [METRICS], config)
+    return (folder / "README.md").read_text()
+
+
+def pretrained_config(name: str, weights: str = "hub", **more: Any) -> str:
+    return yaml.safe_dump({"model": {"pretrained": name, "weights": weights}, **more}, sort_keys=False)
+
+
+def adapter(base: str, method: str = "lora", bits: int | None = None) -> dict[str, Any]:
+    return {"adapter": {"base": base, "settings": {"method": method, "rank": 16, "bits": bits}}}
+
+
 def test_the_card_holds_scores_config_and_licences(tmp_path: Path) -> None:
     config = card_config("vit_base_patch14_dinov2.lvd142m", "hub", "google/gemma-2-2b", "hub")
-    write_card(tmp_path, "somebody/model", [METRICS], config)
-    card = (tmp_path / "README.md").read_text()
+    text = card(tmp_path, config, {})
     assert (
-        "license: gemma" in card and "Gemma terms of use" in card and "vit_base_patch14_dinov2.lvd142m: Apache" in card
+        "license: gemma" in text and "Gemma terms of use" in text and "vit_base_patch14_dinov2.lvd142m: Apache" in text
     )
-    assert "| vqav2 val | VQA accuracy (%) | 12 | 61.50 | 24.00 | - |" in card and config in card
+    assert "| vqav2 val | VQA accuracy (%) | 12 | 61.50 | 24.00 | - |" in text and config in text
+    assert "A vision encoder, a projector and a language model" in text and "library_name: vlmvqa\n" in text
     for given, licence in (
         (("vit_dinov2", "random", "gemma2", "random"), "apache-2.0"),
         (("vit_dinov2", "hub", "gemma2", "random"), "apache-2.0"),
         (("vit_dinov2", "hub", "meta-llama/Llama-3.2-1B", "hub"), "other"),
         (("vit_dinov2", "/weights/encoder.safetensors", "google/gemma-2-2b", "hub"), "other"),
     ):
-        write_card(tmp_path, "tiny", [METRICS], card_config(*given))
-        assert f"license: {licence}\n" in (tmp_path / "README.md").read_text()
-    assert "the terms of /weights/encoder.safetensors" in (tmp_path / "README.md").read_text()
+        text = card(tmp_path, card_config(*given), {})
+        assert f"license: {licence}\n" in text
+    assert "the terms of encoder.safetensors" in text
 
 
 def test_a_model_is_uploaded_whole(tmp_path: Path, hub: type[Hub]) -> None:
@@ -139,12 +154,69 @@ def test_an_adapter_is_uploaded_with_the_base_that_only_its_run_has(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "weights", "named"), [("google/paligemma-3b-pt-224", "hub", True), ("paligemma", "random", False)]
+    ("base", "method", "bits", "kind", "named"),
+    [
+        ("google/gemma-3", "lora", 4, "LoRA, rank 16, over a base in 4 bits", "[google/gemma-3]"),
+        ("/home/me/runs/vqa/model", "dora", None, "DoRA, rank 16", "a local model (`vqa`)"),
+        ("../base", "lora", None, "LoRA, rank 16", "the model that lies beside (`base/`)"),
+    ],
 )
-def test_the_card_names_what_was_tuned(tmp_path: Path, name: str, weights: str, named: bool) -> None:
-    write_card(tmp_path, "tuned", [METRICS], yaml.safe_dump({"model": {"pretrained": name, "weights": weights}}))
-    card = (tmp_path / "README.md").read_text()
-    assert (f"base_model: {name}\n---" in card) == named
+def test_the_card_of_adapters_says_so(
+    tmp_path: Path, base: str, method: str, bits: int | None, kind: str, named: str
+) -> None:
+    text = card(tmp_path, pretrained_config(base), adapter(base, method, bits))
+    assert f"\nAdapters ({kind}) of {named}" in text and "A vision encoder" not in text
+    on_hub = base.startswith("google")
+    assert ("library_name: peft\n" in text) == on_hub == (f"base_model: {base}\n" in text)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("google/paligemma-3b-pt-224", "tuned from [google/paligemma-3b-pt-224](https://huggingface.co/google/paligem"),
+        ("/home/me/weights/pali", "tuned from a local model (`pali`)"),
+        (None, "trained from random weights"),
+    ],
+)
+def test_the_card_of_a_pretrained_model_names_its_class_and_what_was_tuned(
+    tmp_path: Path, base: str | None, said: str
+) -> None:
+    started = {"started_from": {"model": base} if base else None}
+    saved = {"architectures": ["PaliGemmaForConditionalGeneration"], "vlmvqa": started}
+    text = card(tmp_path, pretrained_config(base or "paligemma", "hub" if base else "random"), saved)
+    assert f"`PaliGemmaForConditionalGeneration` of transformers, {said}" in text and "A vision encoder" not in text
+    assert (f"base_model: {base}\n---" in text) == bool(base and base.startswith("google"))
+    assert "library_name: vlmvqa\n" in text
+
+
+def test_the_card_holds_no_path_of_this_machine(tmp_path: Path) -> None:
+    more: dict[str, Any] = {
+        "data": {"root": "/home/me/data/vqav2"},
+        "run": {"dir": "/home/me/out"},
+        "start_from": "/home/me/a/model",
+    }
+    text = card(tmp_path, pretrained_config("/home/me/a/model", **more), adapter("/home/me/a/model"))
+    assert "/home" not in text and "The pretrained model's weights, a: the terms of a." in text
+    assert "  root: vqav2\n" in text and "start_from: a\n" in text
+
+
+@pytest.mark.parametrize("name", ["./published", "runs/published", "somebody/published"])
+def test_the_card_says_what_to_load(tmp_path: Path, name: str) -> None:
+    text = card(tmp_path, pretrained_config("paligemma", "random"), adapter("../base"), name)
+    assert "\n# published\n" in text and f'vlmvqa.load("{name}")' in text
+
+
+def test_a_base_that_stays_behind_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    said = (
+        "its base /data/base stays here; publish that too, or merge first: "
+        f"launch/merge.py adapter={model} output=...\n"
+    )
+    for base, printed in (("google/paligemma-3b-pt-224", ""), ("/data/base", said)):
+        (model / "config.json").write_text(json.dumps(adapter(base)))
+        upload(model, str(tmp_path / f"published{len(printed)}"))
+        assert capsys.readouterr().out == printed
 
 
 def test_what_could_not_be_uploaded_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """A finished model, put where others find it: a repository of the hub, or a folder of one's own.
 
 What is published is enough by itself: where adapters lie over a base that only their run keeps (`../base`), it goes
-with them, as `base/`. One that lies elsewhere, on the hub or in another folder, is named and not copied.
+with them, as `base/`. One that lies elsewhere, on the hub or in another folder, is named and not copied; that one in
+another folder stays behind is said.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from vlmvqa import ranks
 from vlmvqa.errors import InputError
 from vlmvqa.models.adapters import PEFT_CONFIG
 from vlmvqa.models.saved import BASE, CONFIG, kept_base
@@ -54,6 +56,11 @@ def upload(folder: Path, target: str) -> str:
     """
     from huggingface_hub import HfApi
 
+    base = _named_base(folder)
+    if base.startswith(("/", "~")):
+        ranks.say(
+            f"its base {base} stays here; publish that too, or merge first: launch/merge.py adapter={folder} output=..."
+        )
     if _is_folder(target):
         where = _folder(target)
         refuse_upload(target)
@@ -91,10 +98,15 @@ def _gather(folder: Path, where: Path, copy: Callable[..., Any]) -> None:
 
 def _base_of(folder: Path) -> Path | None:
     """What a folder's adapters lie over, where only their run has it."""
+    return kept_base(folder, _named_base(folder))
+
+
+def _named_base(folder: Path) -> str:
+    """What a folder's adapters lie over, as they name it; "" for a whole model."""
     if not (folder / CONFIG).is_file():
-        return None
+        return ""
     adapter = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("adapter") or {}
-    return kept_base(folder, str(adapter.get("base", "")))
+    return str(adapter.get("base", ""))
 
 
 def _is_folder(target: str) -> bool:
