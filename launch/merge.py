@@ -28,7 +28,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import load
 from vlmvqa.inference.scores import metric, refuse_unscorable, score
 from vlmvqa.merging.drift import answers_logits, drift, one_question_each
-from vlmvqa.merging.fit import ours
+from vlmvqa.merging.fit import adapter_settings, ours
 from vlmvqa.merging.merge import Merge, MergeSettings
 from vlmvqa.models import saved
 from vlmvqa.settings import build_settings
@@ -58,9 +58,9 @@ def main(config: DictConfig) -> None:
         print(f"{one} was trained over 4-bit weights: {INTO[merge.into]}")
     merge.run(folder)
     record = {
-        "base": None if config.base is None and not merge.adapters else str(merge.base.folder),
+        "base": str(merge.base.folder) if merge.knows_base else None,
         "models": [str(model.folder) for model in merge.models],
-        **asdict(merge.settings),
+        **merge.settings.record(),
         "into": merge.into,
         "over_four_bits": [str(one) for one in merge.over_four_bits],
         "parts": {name: counts.record() for name, counts in merge.counts.items()},
@@ -99,10 +99,13 @@ def _merge(config: DictConfig) -> Merge:
         settings = build_settings(MergeSettings, {key: values[key] for key in keys}, "merge")
         return Merge(base, [saved.find(folder) for folder in config.models], settings, config.into)
     refuse_overrides("of several models, and adapter= is one; give models=[...] for it", "models", *keys)
-    merge = Merge(base, [saved.find(config.adapter)], MergeSettings("task_arithmetic"), config.into)
-    if not merge.adapters:
-        raise InputError(f"adapter={config.adapter} is a full model already; there is nothing to merge it into")
-    return merge
+    adapter = saved.find(config.adapter)
+    if adapter_settings(adapter) is None:
+        raise InputError(
+            f"adapter={config.adapter} is a whole model, not an adapter; name the run of an adapter, or give "
+            "models=[...] to merge whole models"
+        )
+    return Merge(base, [adapter], MergeSettings("task_arithmetic"), config.into)
 
 
 def table(counted: dict[str, Any], models: list[str]) -> str:
@@ -113,7 +116,8 @@ def table(counted: dict[str, Any], models: list[str]) -> str:
             moved = one["norms_of_deltas"][number] / one["norm_of_base"] if one["norm_of_base"] else float("inf")
             conflicts = f"{one['sign_conflicts']:.1%}" if number == 0 else ""
             name = part if number == 0 else ""
-            lines.append(f"{name:<12}{model[-31:]:<32}{moved:>24.3%}{one['kept'][number]:>9.1%}{conflicts:>16}")
+            kept = "-" if one["kept"][number] is None else f"{one['kept'][number]:.1%}"
+            lines.append(f"{name:<12}{model[-31:]:<32}{moved:>24.3%}{kept:>9}{conflicts:>16}")
     return "\n".join(lines)
 
 
@@ -179,8 +183,7 @@ def _drift(adapter: Path, merged: Path, asked: Sequence[Asked], most: int) -> di
 
 def _scores(config: DictConfig, merge: Merge, merged: Path, asked: Sequence[Asked]) -> dict[str, Any]:
     """Every task by its official metric: of the base, of each model, of the merged one."""
-    known = config.base is not None or merge.adapters
-    named = {config.base or str(merge.base.folder): merge.base.folder} if known else {}
+    named = {config.base or str(merge.base.folder): merge.base.folder} if merge.knows_base else {}
     named |= {str(name): model.folder for name, model in zip(config.models, merge.models, strict=True)}
     named[str(merged)] = merged
     found: dict[str, Any] = {

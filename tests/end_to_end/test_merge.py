@@ -94,6 +94,22 @@ def test_what_merging_refuses(home: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_base_of_a_mean_is_the_one_that_is_named(home: Path, tmp_path: Path) -> None:
+    """What the models moved by is told from it, and it is scored."""
+    models = f"models=[{home / 'gqa'},{home / 'docvqa'}]"
+    data = ("data=gqa", "data.synthetic=true", f"data.root={home / 'gqa-data'}", *FEW, "data.eval_split=val")
+    base = f"base={home / 'base'}"
+    told = done(call("merge", base, models, "method=linear", *data, "samples=2", f"output={tmp_path / 'told'}"))
+    assert "sign conflicts" in told.out
+    record = json.loads((tmp_path / "told" / "merge.json").read_text())
+    assert set(record["parts"]) == {"vision", "projector", "language"}
+    assert record["base"] == str(home / "base" / "model") and str(home / "base") in record["scores"]["gqa"]["scores"]
+    assert not {"density", "scale", "trim", "seed"} & set(record)
+    done(call("merge", models, "method=linear", f"output={tmp_path / 'untold'}"))
+    record = json.loads((tmp_path / "untold" / "merge.json").read_text())
+    assert record["base"] is None and record["parts"] == {}
+
+
 @pytest.fixture(scope="module")
 def lora(home: Path) -> Path:
     """Two adapters of the base, on other tasks, one of them over 4 bits."""
@@ -125,6 +141,8 @@ def test_an_adapter_becomes_a_whole_model(lora: Path, tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         told = done(call("merge", f"adapter={lora / kind}", f"into={into}", f"output={folder}")).out
         assert "largest logit difference, adapter over its base" in told and "of 16 questions" in told
+        rows = {line.split()[0]: line.split() for line in told.splitlines() if kind in line and "%" in line}
+        assert rows["vision"][3] == "-" and rows["language"][3] == "100.0%"
         found = json.loads((folder / "merge.json").read_text())["drift"]
         assert found["largest"] < 0.02 * found["range"]  # the adapter's frozen weights may be of bfloat16
     moved = f"adapter={shutil.copytree(lora / 'lora' / 'model', tmp_path / 'moved')}"
@@ -141,7 +159,9 @@ def test_what_adapters_refuse(lora: Path, tmp_path: Path) -> None:
 
     one = f"adapter={lora / 'lora'}"
     assert "density cannot be set here: it is of several models" in refused(one, "density=0.2")
-    assert "is a full model already" in refused(f"adapter={lora / 'gqa'}", f"base={lora / 'base'}")
+    for more in ((), (f"base={lora / 'base'}",)):
+        said = refused(f"adapter={lora / 'gqa'}", *more)
+        assert f"adapter={lora / 'gqa'} is a whole model, not an adapter; name the run of an adapter" in said
     assert "into=4 is unknown; use full" in refused(one, "into=4")
     assert "into=dequantized: not all of these are adapters over" in refused(one, "into=dequantized")
     assert "leave base= out for its own" in refused(one, f"base={lora / 'gqa'}")

@@ -246,6 +246,52 @@ def test_what_was_counted(density: float, saved: dict[str, Path], tmp_path: Path
     assert set(made.counts) == {"vision", "projector", "language"}
 
 
+@pytest.mark.parametrize(("density", "lowest"), [(0.3, 0.28), (1.0, 1.0)])
+@pytest.mark.parametrize("method", ["ties", "dare_linear"])
+def test_what_was_kept_is_a_share_of_what_was_moved(
+    method: str, density: float, lowest: float, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    """Not of what no model touches, as most of a model beside adapters."""
+    base = weights(saved["base"])
+    for name in ("a", "b"):
+        shutil.copytree(saved[name], tmp_path / name)
+        moved = weights(saved[name])
+        save_file({n: moved[n] if "_proj" in n else base[n] for n in base}, tmp_path / name / "model.safetensors")
+    made = Merge(saved["base"], [tmp_path / "a", tmp_path / "b"], MergeSettings(method, density=density))
+    made.run(tmp_path / "out")
+    assert made.counts["vision"].record()["kept"] == [None, None]
+    assert all(lowest <= share <= density + 0.02 for share in made.counts["language"].record()["kept"])
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_a_mean_tells_how_far_the_models_moved_where_the_base_is_known(
+    method: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    both = [saved["a"], saved["b"]]
+    untold = Merge(None, both, MergeSettings(method))
+    untold.run(tmp_path / "untold")
+    assert untold.counts == {} and not untold.knows_base
+    told, ties = Merge(saved["base"], both, MergeSettings(method)), Merge(saved["base"], both, MergeSettings(density=1))
+    told.run(tmp_path / "told")
+    ties.run(tmp_path / "ties")
+    assert told.counts == ties.counts and told.base.folder == saved["base"]
+    one, other = weights(tmp_path / "told"), weights(tmp_path / "untold")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_only_the_settings_that_a_method_uses_are_recorded() -> None:
+    always = {"method", "weights", "layers"}
+    used: dict[str, set[str]] = {
+        "linear": set(),
+        "slerp": set(),
+        "task_arithmetic": {"scale"},
+        "ties": {"density", "scale", "trim"},
+        "dare_ties": {"density", "scale", "seed"},
+        "dare_linear": {"density", "scale", "seed"},
+    }
+    assert all(set(MergeSettings(method).record()) == always | keys for method, keys in used.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_files_are_written_as_the_library_reads_them(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {"a": torch.randn(3, 5).to(dtype), "odd": torch.randn(7).to(dtype), "one": torch.tensor(2.0).to(dtype)}

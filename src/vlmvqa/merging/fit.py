@@ -66,8 +66,12 @@ def base_of_adapters(base: Path | None, folders: Sequence[Path]) -> Path | None:
     first, about = next(iter(recorded.items()))
     for folder, other in recorded.items():
         if other["fingerprint"] != about["fingerprint"]:
+            one, two = (
+                saved.kept_base(where, said["base"]) or said["base"]
+                for where, said in ((folder, other), (first, about))
+            )
             raise InputError(
-                f"{folder} was trained over {other['base']}, {first} over {about['base']}, which holds other weights; "
+                f"{folder} was trained over {one}, {first} over {two}, which holds other weights; "
                 "merge adapters of one base"
             )
     if base is None:
@@ -75,7 +79,9 @@ def base_of_adapters(base: Path | None, folders: Sequence[Path]) -> Path | None:
     elif fingerprint.weights_in(base) != about["fingerprint"]:
         raise InputError(f"{first} was trained over other weights than {base} holds; leave base= out for its own")
     if "adapter" in read_config(base):
-        raise InputError(f"{base} is an adapter itself; merge it into its base first, with adapter={base}")
+        raise InputError(
+            f"{base} is an adapter itself; merge it into its base first, with launch/merge.py adapter={base} output=..."
+        )
     return base
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,14 @@ from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.processors import load_processor
 from vlmvqa.models.vlm import DTYPES
 
-METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp")
+METHODS = {  # and which settings each uses, besides the weights of the models
+    "linear": (),
+    "task_arithmetic": ("scale",),
+    "ties": ("density", "scale", "trim"),
+    "dare_linear": ("density", "scale", "seed"),
+    "dare_ties": ("density", "scale", "seed"),
+    "slerp": (),
+}
 ALONE = ("linear", "slerp")  # of the models themselves; the others merge what was added to a base
 SUMS = ("task_arithmetic", "dare_linear")  # of what was added; the others take a mean, or go between models
 CARD = "README.md"  # of the base, which tells of its scores
@@ -63,6 +70,11 @@ class MergeSettings:
                 return list(weights)
         return list(self.weights) or [1.0] * models
 
+    def record(self) -> dict[str, Any]:
+        """For `merge.json`: what the method uses."""
+        used = ("method", "weights", "layers", *METHODS[self.method])
+        return {key: value for key, value in asdict(self).items() if key in used}
+
 
 @dataclass
 class Counts:
@@ -71,14 +83,15 @@ class Counts:
     entries: int = 0
     base: float = 0.0  # sum of squares
     deltas: list[float] = field(default_factory=list)  # sums of squares
-    kept: list[int] = field(default_factory=list)
+    moved: list[int] = field(default_factory=list)  # entries whose delta is not 0
+    kept: list[int] = field(default_factory=list)  # of these
     conflicts: int = 0  # entries that two models move in opposite directions, by what was kept of their deltas
     touched: int = 0  # entries that any model moves, by what was kept
 
     def add_base(self, base: Tensor, models: int) -> None:
         """A piece that no model moves."""
         if not self.deltas:
-            self.deltas, self.kept = [0.0] * models, [0] * models
+            self.deltas, self.moved, self.kept = [0.0] * models, [0] * models, [0] * models
         self.entries += base.numel()
         self.base += float(base.double().square().sum())
 
@@ -86,6 +99,7 @@ class Counts:
         self.add_base(base, len(deltas))
         for model in range(len(deltas)):
             self.deltas[model] += float(deltas[model].double().square().sum())
+            self.moved[model] += int(deltas[model].count_nonzero())
             self.kept[model] += int(kept[model].count_nonzero())
         up, down = (kept > 0).any(0), (kept < 0).any(0)
         self.conflicts += int((up & down).sum())
@@ -97,7 +111,7 @@ class Counts:
             "entries": self.entries,
             "norm_of_base": sqrt(self.base),
             "norms_of_deltas": [sqrt(one) for one in self.deltas],
-            "kept": [one / self.entries for one in self.kept],
+            "kept": [kept / moved if moved else None for kept, moved in zip(self.kept, self.moved, strict=True)],
             "sign_conflicts": self.conflicts / max(1, self.touched),
         }
 
@@ -106,8 +120,8 @@ class Merge:
     """Models to be merged, found to fit together.
 
     Args:
-        base: what all were tuned from; None: what the adapters among them say, which `linear` and `slerp` of full
-            models need not know.
+        base: what all were tuned from; None: what the adapters among them say. `linear` and `slerp` of full models
+            need not know it: without it, nothing is counted.
         models: folders of full models and of adapters.
         into: what adapters that were trained over 4 bits are added to: "full" (the base's own weights) or
             "dequantized" (these through 4 bits and back, as they were trained over).
@@ -122,10 +136,11 @@ class Merge:
         self.adapters = {folder: own for folder in models if (own := fit.adapter_settings(folder)) is not None}
         self._refuse_settings(len(models))
         found = fit.base_of_adapters(base, models)
-        if settings.method in ALONE and not self.adapters:
+        self.knows_base = found is not None
+        if found is None:
+            if settings.method not in ALONE:
+                raise InputError(f"base=... must be given: {settings.method} merges what was added to it")
             found = models[0]
-        elif found is None:
-            raise InputError(f"base=... must be given: {settings.method} merges what was added to it")
         self.layout = Layout.of(found)
         self.base = self._base(found)
         fit.refuse_quantised(self.base)
@@ -214,18 +229,20 @@ class Merge:
         """A tensor's pieces, float32."""
         settings, path = self.settings, self.layout.path(name)
         weights = torch.tensor(settings.of(path, len(self.models)))
+        counts = self.counts.setdefault(path.partition(".")[0], Counts()) if self.knows_base else None
         if settings.method == "linear":
-            for values in self._values(name):
+            for values in self._values(name, counts):
                 yield methods.linear(values, weights)
         elif settings.method == "slerp":
             first, second = self._slerp_shares(name, float(weights[1] / weights.sum()))
-            for values in self._values(name):
+            for values in self._values(name, counts):
                 yield first * values[0] + second * values[1]
         else:
-            yield from self._with_deltas(name, path, weights)
+            assert counts is not None
+            yield from self._with_deltas(name, weights, counts)
 
-    def _with_deltas(self, name: str, path: str, weights: Tensor) -> Iterator[Tensor]:
-        settings, counts = self.settings, self.counts.setdefault(path.partition(".")[0], Counts())
+    def _with_deltas(self, name: str, weights: Tensor, counts: Counts) -> Iterator[Tensor]:
+        settings = self.settings
         if not any(model.touches(name) for model in self.models):
             for piece in self.base.pieces(name):
                 counts.add_base(piece, len(self.models))
@@ -247,11 +264,14 @@ class Merge:
             counts.add(base, deltas, kept)
             yield base + settings.scale * join(kept, weights)
 
-    def _values(self, name: str) -> Iterator[Tensor]:
-        """Pieces of every model, float32[M, n]."""
+    def _values(self, name: str, counts: Counts | None = None) -> Iterator[Tensor]:
+        """Pieces of every model, float32[M, n]; their distance from the base is counted, if that is given a place."""
         for rows in self.base.rows(name):
             base = self.base.read(name, rows)
-            yield torch.stack([model.value(name, rows, base) for model in self.models])
+            values = torch.stack([model.value(name, rows, base) for model in self.models])
+            if counts is not None:
+                counts.add(base, values - base, values - base)
+            yield values
 
     def _thresholds(self, names: Sequence[str]) -> list[float]:
         """Of each model: the magnitude of the smallest delta that is kept, over these tensors."""
