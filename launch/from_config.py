@@ -64,7 +64,9 @@ def take_saved_model(config: DictConfig) -> None:
     if known["dtype"] not in DTYPES:
         raise InputError(f"model.dtype={known['dtype']} is unknown; use one of {', '.join(DTYPES)}")
     with open_dict(config):  # what trains, for the record and for all who ask the config
-        config.start_from, config.model = str(folder), known
+        config.model = known
+        if Path(config.start_from).exists():  # a hub id stays one: what is made of it can be loaded elsewhere
+            config.start_from = str(folder)
 
 
 def build_predictor(
@@ -79,7 +81,7 @@ def build_predictor(
     if base is not None:
         return replace(load(base, "cpu"), settings=model_settings(config)[0])
     if config.get("start_from") is not None:
-        folder = Path(config.start_from)
+        folder = saved.find(config.start_from)
         found = load(folder, "cpu")
         processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
         if not isinstance(found.settings, PretrainedSettings):
@@ -93,7 +95,7 @@ def build_predictor(
             prompt=data.prompt,
             prompts={**found.prompts, **prompts(data.tasks.values())},
             decoding=decoding,
-            started_from={"model": str(folder), "weights": fingerprint.weights_in(folder)},
+            started_from={"model": config.start_from, "weights": fingerprint.weights_in(folder)},
         )
     settings, tokenizer_name = model_settings(config)
     if isinstance(settings, PretrainedSettings):

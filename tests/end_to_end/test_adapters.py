@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import train as train_script
@@ -112,6 +113,19 @@ def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, who
     assert config["adapter"]["base"] == str(base / "model")
     on = ("train", f"start_from={tmp_path / 'run'}", "model=tiny_paligemma", shapes, *DATA, *QUIET)
     assert "is an adapter; merge it into its base first" in sentence(call(*on, f"run.dir={tmp_path / 'on'}"))
+
+
+def test_a_base_of_the_hub_is_named_by_its_id(
+    base: Path, shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by where it is kept here, which others have not."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: {"someone/base": base / "model"}[name])
+    done(call("train", *adapt(Path("someone/base"), shapes, tmp_path / "run", "lora")))
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["adapter"]["base"] == config["started_from"]["model"] == "someone/base"
+    assert "base_model: someone/base" in (tmp_path / "run" / "model" / "README.md").read_text()
+    where = f"checkpoint={tmp_path / 'run'}"
+    done(call("eval", where, "data=shapes", shapes, *DATA[1:], "split=val", f"run.dir={tmp_path / 'eval'}"))
 
 
 def test_a_run_that_failed_at_its_start_leaves_no_base(
