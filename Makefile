@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python launch/train.py run.name=demo run.overwrite=true
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest -m "not slow and not long" -n 2 --dist loadfile --cov --cov-report=term
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-header
