@@ -7,17 +7,13 @@ READY := $(VENV)/.ready
 # Threads that wait give their core away soon: on a busy machine, PyTorch's forever spinning ones are ten times slower.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: demo test coverage test-slow lint lock clean
+.PHONY: demo test test-slow lint lock clean
 
 demo: $(READY)
 	$(BIN)/python launch/train.py run.name=demo run.overwrite=true
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -m "not slow and not long" -n 2 --dist loadfile $(COVERAGE)
-
-# The same, and which lines no test runs: a third slower.
-coverage: COVERAGE := --cov --cov-report=term
-coverage: test
+	$(BIN)/python -m pytest -m "not slow and not long" -n 2 --dist loadfile --cov --cov-report=term
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-header
