@@ -35,7 +35,7 @@ from vlmvqa.models.checkpoint import Adapter, read_settings
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.pretrained import PretrainedSettings, build_pretrained, mode_of, pretrained_config
 from vlmvqa.models.processors import ADDED_TOKENS, load_processor, random_processor
-from vlmvqa.models.vlm import DTYPES, ModelSettings, build, cast_parameters, set_trainable
+from vlmvqa.models.vlm import DTYPES, ModelSettings, build, cast_parameters
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.settings import build_settings
 from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_config
@@ -191,8 +191,7 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
             f"adapter={config.start_from} output=..."
         )
     if settings is None:
-        for part in PARTS:
-            set_trainable(predictor.model.part(part), config.trainable[part], part)
+        adapters.prepare(predictor.model, config.trainable, None)
         return None
     _refuse_trained_beside(config, settings)
     unwritten = None
@@ -202,11 +201,7 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
         base, known = f"../{saved.BASE}", ""
         unwritten = Base(predictor)
     predictor.adapter = Adapter(settings, base, known)
-    paths = adapters.attach(predictor.model, settings, device)
-    whole = [part for part in ("vision", "projector") if config.trainable[part] == "all"]
-    for part in whole:
-        set_trainable(predictor.model.part(part), "all", part)
-    adapters.keep_float32(predictor.model, whole)
+    paths = adapters.prepare(predictor.model, config.trainable, settings, device)
     ranks.say(adapters.describe(predictor.model, settings, paths))
     return unwritten
 

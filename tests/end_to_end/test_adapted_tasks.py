@@ -1,6 +1,6 @@
 """Tiny PaliGemma and Idefics2 learn each of the four tasks by LoRA and QLoRA, and beat their controls.
 
-`make test-slow` runs one; all sixteen take half an hour:
+`make test-slow` runs one; all sixteen:
 
     .venv/bin/python -m pytest -m long -rP tests/end_to_end/test_adapted_tasks.py
 """

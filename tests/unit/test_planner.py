@@ -28,7 +28,7 @@ from command_line import CONF
 from tests import tiny
 from tests.conftest import ROOT
 from vlmvqa.errors import InputError
-from vlmvqa.models.vlm import VLM, ModelSettings, build
+from vlmvqa.models.vlm import VLM, ModelSettings, build, set_trainable
 from vlmvqa.planning import memory, report, verify
 from vlmvqa.planning.gpus import GIB, GPUS, gpu
 from vlmvqa.planning.ledger import Ledger
@@ -61,7 +61,7 @@ def tensor_bytes(tensors: Iterator[Tensor]) -> int:
 
 def test_weights_and_gradients_are_those_of_the_model() -> None:
     model = build(wide())
-    memory.set_trainable(model.part("language"), 2, "language")
+    set_trainable(model.part("language"), 2, "language")
     batch = verify.batch(model, ROWS)
     model(**batch)["loss"].backward()
     kept = resident(weights_of(model), DistSettings("ddp"), 1, Training("fp32", "adamw_torch"))
@@ -161,7 +161,7 @@ def test_what_does_not_train_keeps_nothing(trained: dict[str, Any]) -> None:
     footprint = measure(skeleton(wide(), trained), planner().shape, Arithmetic(torch.float32, False), False)
     model = build(wide()).train()
     for part, choice in trained.items():
-        memory.set_trainable(model.part(part), choice, part)
+        set_trainable(model.part(part), choice, part)
     batch = verify.batch(model, replace(ROWS, rows=4))
     assert footprint.at(4).kept == pytest.approx(kept_for_backward(model, batch, False), rel=0.05)
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from command_line import CONF
 from tests import tiny
 from vlmvqa.errors import InputError
+from vlmvqa.models import adapters
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.pretrained import PretrainedSettings
 from vlmvqa.planning import four_bits, memory, verify
 from vlmvqa.planning.gpus import GIB, GPUS
 from vlmvqa.planning.ledger import Ledger
-from vlmvqa.planning.memory import Arithmetic, built, empty_batch, measure, prepared, skeleton
+from vlmvqa.planning.memory import Arithmetic, built, empty_batch, measure, skeleton
 from vlmvqa.planning.planner import STRATEGIES, Planner, Rows, Training
 from vlmvqa.planning.pretrained import PUBLISHED, image_tokens, known_config, row_tokens
 from vlmvqa.planning.resident import resident, weights_of
@@ -99,7 +100,8 @@ def test_frozen_weights_keep_their_type_and_have_no_gradients(bits: int | None) 
     settings, adapt = tiny_settings("paligemma", dtype="bfloat16"), AdapterSettings(bits=bits)
     weights = weights_of(skeleton(settings, NONE, adapt))
     kept = resident(weights, DistSettings("ddp"), 1, Training("bf16", "adamw_torch"))
-    model = prepared(built(settings), NONE, adapt)
+    model = built(settings)
+    adapters.prepare(model, NONE, adapt)
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert kept.gradients == 4 * learnt and kept.optimizer == 8 * learnt  # adapters are float32
     frozen = 0
@@ -143,7 +145,8 @@ def test_a_pass_without_data_holds_what_a_real_one_does(
     settings = tiny_settings(name, image_splitting=True if name == "idefics2" else None)
     plans = planner(settings, adapt, trainable)
     footprint = measure(plans.model, plans.shape, Arithmetic(None, False), checkpointing, settings)
-    model = prepared(built(settings), trainable, adapt).train()
+    model = built(settings).train()
+    adapters.prepare(model, trainable, adapt)
     if checkpointing:
         model.checkpoint_activations()
     for rows in (3, 8):
@@ -162,7 +165,8 @@ def test_weights_in_four_bits_are_whole_while_they_are_multiplied_with(family: s
     adapt = AdapterSettings(bits=4, compute_dtype="float32")
     plans = planner(settings, adapt)
     planned = plans.footprint(STRATEGIES["ddp"], False).at(4)
-    model = prepared(built(settings), NONE, adapt).train()
+    model = built(settings).train()
+    adapters.prepare(model, NONE, adapt)
     own = family == "own"
     batch = verify.batch(model, ROWS) if own else empty_batch(model, plans.shape, 4, settings)  # type: ignore[arg-type]
     real = memory.count(model, batch, plans.shape, autocast=False).at(4)
@@ -176,7 +180,8 @@ def test_the_worst_moment_is_that_of_a_real_run(checkpointing: bool) -> None:
     settings, adapt = tiny_settings("paligemma"), AdapterSettings()
     plans = planner(settings, adapt, training=Training("fp32", "adamw_torch", 2))
     planned = plans.memory("ddp", 4, checkpointing)
-    model = prepared(built(settings), NONE, adapt).train()
+    model = built(settings).train()
+    adapters.prepare(model, NONE, adapt)
     if checkpointing:
         model.checkpoint_activations()
     batch: dict[str, Tensor] = empty_batch(model, plans.shape, 4, settings)

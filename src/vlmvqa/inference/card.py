@@ -10,6 +10,7 @@ import yaml
 
 from vlmvqa.inference.scores import metric
 from vlmvqa.models.checkpoint import OURS, read_config
+from vlmvqa.models.saved import is_hub_id
 
 # Weights that are known by their names, and under which terms they are given: the hub's word, and a sentence.
 LICENCES = {
@@ -55,10 +56,10 @@ def write_card(folder: Path, name: str, metrics: Sequence[Mapping[str, Any]], co
     terms.append(f"The data's terms: those of the publisher of {', '.join(one['data'] for one in metrics)}")
     (folder / "README.md").write_text(
         f"""---
-library_name: {"peft" if "adapter" in saved and _on_hub(base) else "vlmvqa"}
+library_name: {"peft" if "adapter" in saved and is_hub_id(base) else "vlmvqa"}
 pipeline_tag: visual-question-answering
 license: {licence}
-{f"base_model: {base}{chr(10)}" if _on_hub(base) else ""}---
+{f"base_model: {base}{chr(10)}" if is_hub_id(base) else ""}---
 
 # {Path(name).expanduser().resolve().name}
 
@@ -95,7 +96,7 @@ def _what(saved: Mapping[str, Any], base: str) -> str:
     if base.startswith("."):
         named = "the model that lies beside (`base/`)"
     else:
-        named = f"[{base}](https://huggingface.co/{base})" if _on_hub(base) else f"a local model (`{_shown(base)}`)"
+        named = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"a local model (`{_shown(base)}`)"
     if "adapter" in saved:
         asked = saved["adapter"]["settings"]
         bits = f", over a base in {asked['bits']} bits" if asked["bits"] else ""
@@ -112,10 +113,6 @@ def _base(saved: Mapping[str, Any]) -> str:
     if "adapter" in saved:
         return str(saved["adapter"]["base"])
     return str((saved.get(OURS, saved).get("started_from") or {"model": ""})["model"])
-
-
-def _on_hub(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _shown(value: Any) -> Any:

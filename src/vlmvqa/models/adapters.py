@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.pretrained import PREFIX, PretrainedVLM
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.vlm import VLM, set_trainable
 
 METHODS = ("lora", "dora")
 NAME = "default"  # peft's name of the one adapter there is
@@ -79,6 +79,34 @@ class AdapterSettings:
             raise InputError("adapt: rank must be at least 1, alpha above 0, and dropout from 0 to below 1")
         if not self.targets:
             raise InputError("adapt.targets names no module; leave it out for the language model's linear layers")
+
+
+def prepare(
+    model: VLM | PretrainedVLM,
+    trainable: Mapping[str, str | int],
+    settings: AdapterSettings | None,
+    device: torch.device | str = "cpu",
+) -> list[str]:
+    """Let a model train as its run says: its parts as `trainable` does, or frozen beside adapters but for whole parts.
+
+    Args:
+        trainable: of each part, as `set_trainable` takes it.
+        settings: of the adapters; None: there are none.
+        device: where 4-bit weights are made.
+
+    Returns:
+        the paths of the modules that got an adapter.
+
+    Raises:
+        InputError: as `attach`.
+    """
+    paths = [] if settings is None else attach(model, settings, device)
+    chosen = {part: choice for part, choice in trainable.items() if settings is None or choice == "all"}
+    for part, choice in chosen.items():
+        set_trainable(model.part(part), choice, part)
+    if settings is not None:
+        keep_float32(model, chosen)
+    return paths
 
 
 def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.device | str = "cpu") -> list[str]:

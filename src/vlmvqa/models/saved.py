@@ -17,6 +17,11 @@ def kept_base(folder: Path, base: str) -> Path | None:
     return (folder / base).resolve() if base.startswith(".") else None
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder here may be one of the hub's: `owner/name`."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def find(path_or_hub_id: str | Path) -> Path:
     """The folder of a trained model: a run's, its `model/`, or a hub id's, which is fetched.
 
@@ -32,7 +37,7 @@ def find(path_or_hub_id: str | Path) -> Path:
         raise InputError(
             f"{folder} is not a saved model: it holds no {CONFIG}; name a run's folder or its model/ folder"
         )
-    if str(path_or_hub_id).count("/") != 1 or str(path_or_hub_id).startswith((".", "/", "~")):
+    if not is_hub_id(str(path_or_hub_id)):
         raise InputError(f"{path_or_hub_id}: no such folder; name a run's folder, its model/ folder, or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

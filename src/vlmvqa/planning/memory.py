@@ -32,7 +32,7 @@ from vlmvqa.models import adapters
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM, build_pretrained
-from vlmvqa.models.vlm import VLM, Batch, ModelSettings, build, set_trainable
+from vlmvqa.models.vlm import VLM, Batch, ModelSettings, build
 from vlmvqa.planning import four_bits, pretrained
 from vlmvqa.planning.ledger import Ledger
 from vlmvqa.sequence.loss import CHUNK
@@ -149,28 +149,8 @@ def skeleton(settings: Settings, trainable: Mapping[str, str | int], adapt: Adap
         if adapt is not None and adapt.bits:
             four_bits.pack(model, adapt)
             adapt = replace(adapt, bits=None)
-        return prepared(model, trainable, adapt)
-
-
-def prepared(
-    model: Model,
-    trainable: Mapping[str, str | int],
-    adapt: AdapterSettings | None,
-    device: torch.device | str = "cpu",
-) -> Model:
-    """The model as it trains: its parts as `trainable` says, or frozen beside adapters but for what trains whole.
-
-    Args:
-        device: where weights are packed into 4 bits.
-    """
-    if adapt is not None:
-        adapters.attach(model, adapt, device)
-    for name, choice in trainable.items():
-        if adapt is None or choice == "all":
-            set_trainable(model.part(name), choice, name)
-    if adapt is not None:
-        adapters.keep_float32(model, [name for name, choice in trainable.items() if choice == "all"])
-    return model
+        adapters.prepare(model, trainable, adapt)
+        return model
 
 
 def _allocated(model: Model) -> Model:

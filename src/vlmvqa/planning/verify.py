@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmvqa.errors import InputError
+from vlmvqa.models import adapters
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.pretrained import PretrainedVLM
 from vlmvqa.models.vlm import VLM
 from vlmvqa.planning.gpus import GIB
-from vlmvqa.planning.memory import built, empty_batch, prepared
+from vlmvqa.planning.memory import built, empty_batch
 from vlmvqa.planning.planner import Planner, Rows
 from vlmvqa.planning.resident import BITSANDBYTES, Training
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
@@ -43,7 +44,7 @@ def verify(planner: Planner, checkpointing: bool) -> str:
         )
     with device:
         model = built(planner.settings).train()
-    prepared(model, planner.trainable, planner.adapt, device)
+    adapters.prepare(model, planner.trainable, planner.adapt, device)
     if checkpointing:
         model.checkpoint_activations()
     model.to(device)
