@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import from_config
-from command_line import group, run
+from command_line import _leave, group, run
 from data_from_config import data_settings, read_examples
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource
@@ -108,3 +108,4 @@ def _read(given: str | Iterable[str]) -> list[bytes]:
 
 if __name__ == "__main__":
     run(main, "serve")
+    _leave()  # taking PyTorch and gradio apart takes longer than a user waits after Ctrl-C

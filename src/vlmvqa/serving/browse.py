@@ -24,7 +24,7 @@ THUMBNAIL = (360, 300)  # pixels
 WHICH = ("all", "right", "wrong")
 EVERY = "every type"
 # From, below; an answer of probability 1 is in the last.
-CONFIDENCE = {"however sure": (0.0, 2.0), "under 50 %": (0.0, 0.5), "50 to 90 %": (0.5, 0.9), "over 90 %": (0.9, 2.0)}
+CONFIDENCE = {"any": (0.0, 2.0), "under 50 %": (0.0, 0.5), "50 to 90 %": (0.5, 0.9), "over 90 %": (0.9, 2.0)}
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ def _tile(run: Run, record: Mapping[str, Any]) -> str:
     mark = "" if right is None else f'<span class="vq-mark vq-{word}">{word}</span>'
     counted = Counter(map(str, record["answers"])).most_common(4)
     wanted = ", ".join(escape(text) + (f" x {count}" if count > 1 else "") for text, count in counted)
-    sure = "" if record["log_probability"] is None else f", {percent(_probability(record))} sure"
-    small = " - ".join(filter(None, [escape(_type(record)), escape(str(record["image_id"]))]))
+    sure = "" if record["log_probability"] is None else f"{percent(_probability(record))} sure"
+    small = ", ".join(filter(None, [sure, escape(_type(record)), f"image {escape(str(record['image_id']))}"]))
     return (
         '<article class="vq-tile">'
         + (f'<img src="{uri}" alt="image {escape(str(record["image_id"]))}">' if uri else "")
         + f'<div><p>{escape(str(record["question"]))}</p><p class="vq-given">{escape(str(record["answer"]))} {mark}</p>'
-        f'<p class="vq-small">wanted: {wanted or "not known"}{sure}</p><p class="vq-small">{small}</p></div></article>'
+        f'<p class="vq-small">wanted: {wanted or "not known"}</p><p class="vq-small">{small}</p></div></article>'
     )
 
 

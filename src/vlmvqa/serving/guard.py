@@ -57,6 +57,11 @@ class Guard:
         self.app, self.limits, self.local = app, limits, local
         self.token = None if token is None else token.encode()
         self.session = secrets.token_urlsafe(32)  # of who gave the token to the page; another at each start
+        self._ending = asyncio.Event()
+
+    def end(self) -> None:
+        """Let the pages that are open go: each listens for news as long as there may be some."""
+        self._ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -66,14 +71,19 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         send = _with_headers(send)
-        receive = _limited(receive, self._most(scope["path"]), self.limits.timeout_s)
+        listens = scope["path"].startswith("/gradio_api/")
+        receive = _limited(receive, self._most(scope["path"]), self.limits.timeout_s, self._ending if listens else None)
         try:
             refusal = await self._refusal(Request(scope, receive))
             if refusal is None and scope["path"].startswith("/gradio_api/queue/join"):
                 refusal, receive = await _checked_event(receive)
         except HTTPException as error:
             refusal = _error(error.status_code, error.detail)
-        await (refusal or self.app)(scope, receive, send)
+        try:
+            await (refusal or self.app)(scope, receive, send)
+        except asyncio.CancelledError:  # the server ends, and waits no longer for this answer
+            if not self._ending.is_set():
+                raise
 
     def _most(self, path: str) -> int:
         """Bytes of a body: a picture with its questions, or an event of the page."""
@@ -141,15 +151,19 @@ def _with_headers(send: Send) -> Send:
     return sending
 
 
-def _limited(receive: Receive, most: int, seconds: float) -> Receive:
-    """A body is read as far as it may go and no further, whatever its headers say of its length, and not for ever."""
+def _limited(receive: Receive, most: int, seconds: float, ending: asyncio.Event | None) -> Receive:
+    """A body is read as far as it may go and no further, whatever its headers say of its length, and not for ever.
+
+    Args:
+        ending: who listens on is told that nobody is there any more when this is set.
+    """
     taken, whole = 0, False
     latest = asyncio.get_running_loop().time() + seconds
 
     async def receiving() -> Message:
         nonlocal taken, whole
         if whole:  # what comes now is that the client has left
-            return await receive()
+            return await (receive() if ending is None else _left(receive, ending))
         try:
             async with asyncio.timeout_at(latest):
                 message = await receive()
@@ -162,6 +176,17 @@ def _limited(receive: Receive, most: int, seconds: float) -> Receive:
         return message
 
     return receiving
+
+
+async def _left(receive: Receive, ending: asyncio.Event) -> Message:
+    """That the client has left, or that the server ends."""
+    waiting = [asyncio.ensure_future(one) for one in (receive(), ending.wait())]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in waiting:
+            one.cancel()
+    return {"type": "http.disconnect"}
 
 
 async def _checked_event(receive: Receive) -> tuple[Response | None, Receive]:

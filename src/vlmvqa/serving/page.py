@@ -59,7 +59,9 @@ def mount(app: FastAPI, service: Service, run: browse.Run | None, examples: Sequ
     blocks.state_session_capacity = service.limits.clients
     blocks.queue(max_size=service.limits.queue, default_concurrency_limit=None, api_open=False)
     grey = gr.themes.colors.Color(*_GREYS, name="grey")
-    theme = gr.themes.Base(primary_hue="blue", secondary_hue="blue", neutral_hue=grey, font=FONT, font_mono=MONO)
+    theme = gr.themes.Base(
+        primary_hue="blue", secondary_hue="blue", neutral_hue=grey, radius_size="lg", font=FONT, font_mono=MONO
+    )
     gr.mount_gradio_app(
         app,
         blocks,
@@ -142,7 +144,7 @@ class _Page:
         if run is None:
             gr.HTML(cards.note(NO_RUN))
             return
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=True, elem_id="browse-filters"):
             found = [(one.capitalize(), one) for one in browse.WHICH]
             which = gr.Radio(found, value="all", label="Answers", elem_id="browse-which")
             kinds = [browse.EVERY, *run.types]
@@ -151,8 +153,8 @@ class _Page:
             sure = gr.Radio(surest, value=surest[0], label="How sure the model was", elem_id="browse-sure")
         shown = gr.HTML(browse.page(run, "all", browse.EVERY, "", 0)[0], elem_id="browse-answers")
         with gr.Row():
-            back = gr.Button("Back", interactive=False, elem_id="browse-back")
-            on = gr.Button("On", interactive=self._pages() > 1, elem_id="browse-on")
+            back = gr.Button("Previous", interactive=False, elem_id="browse-back")
+            on = gr.Button("Next", interactive=self._pages() > 1, elem_id="browse-on")
         place = gr.State(0)
         filters, outputs = [which, kind, sure], [shown, place, back, on]
         for one in filters:

@@ -137,12 +137,19 @@ def serve(served: Served, address: Address, limits: Limits, folder: Path, taken:
             limit_concurrency=limits.clients,
             timeout_graceful_shutdown=1,  # a page that is open somewhere never hangs up by itself
         )
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                guarded.end()
+                await super().shutdown(sockets)
+
+        server = Server(config)
         port = taken.getsockname()[1]
         print(f"{' and '.join(served.models)} on {Address(address.host, port, address.token, True).url}")
         print("the API is described at /docs; Ctrl-C ends it", flush=True)
         signal.signal(signal.SIGTERM, _end)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[taken])
+            server.run(sockets=[taken])
     finally:
         service.close()
         taken.close()

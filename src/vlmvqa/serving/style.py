@@ -52,9 +52,9 @@ CSS = """
 .vq-drop span { color: var(--body-text-color-subdued); font-size: .9rem; }
 .vq-said { min-height: 1.3em; margin: 6px 2px 0; font-size: .9rem; color: var(--error-text-color, #b42318); }
 .dark .vq-said { color: #ffb4a8; }
-.vq-examples { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 2px; }
+.vq-examples { display: grid; grid-template-columns: repeat(6, 1fr); gap: 8px; margin-top: 2px; }
 .vq-examples button { padding: 0; border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden;
-  width: 60px; height: 60px; background: none; cursor: pointer; }
+  aspect-ratio: 1; background: none; cursor: pointer; }
 .vq-examples button:hover, .vq-examples button:focus-visible { outline: 2px solid var(--color-accent); }
 .vq-examples img { width: 100%; height: 100%; object-fit: cover; display: block; }
 
