@@ -19,10 +19,10 @@ from tests.end_to_end.scripts import LONGER, SHAPES, call, done
 from vlmvqa.data import shapes
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^python (launch/(?!merge).*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^python (launch/(?!merge|serve).*)$", README, re.MULTILINE)
 DEMO = [command for command in COMMANDS if "runs/demo" in command or "show.py" in command]
 # The planner's, at real size, is run by tests/unit/test_planner.py; launchers by tests/distributed/test_launchers.py.
-# Other tasks' and merging's are run by test_docs_tasks.py.
+# Other tasks' and merging's are run by test_docs_tasks.py, and the page, which does not end, by test_serve.py.
 OTHERS = [command for command in COMMANDS if "gqa" in command]
 REAL = [command for command in COMMANDS if command not in [*DEMO, *OTHERS] and "plan.py" not in command]
 LANGUAGE = {
