@@ -230,7 +230,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ask(page: Any, server: Server, photo: Path) -> None:
     """Drop a picture, ask two questions, read the answers, see where the model looked; then see it otherwise."""
-    questions = ["What color is it?", "How many <b>dogs</b> are there?"]
+    questions = ["What color is it?", "How many <b>{{dogs}}</b> ${1 + 1} `are` there?"]
     drop(page, "ask", photo)
     page.fill("#ask-questions textarea", "\n".join(questions))
     page.click("#ask-button")

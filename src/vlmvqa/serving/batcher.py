@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 
 from PIL import Image
@@ -53,9 +54,20 @@ class Answered:
 @dataclass(eq=False)
 class _Waiting:
     asked: Asked
-    ids: Sequence[str]
     deadline: float
     answered: Future[list[Answered]] = field(default_factory=Future)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """A name for each question, the same whenever the same is asked: where answers are drawn, so are they."""
+        picture = blake2b(repr(self.asked.picture.size).encode(), digest_size=16)
+        picture.update(self.asked.picture.tobytes())
+        found = []
+        for question in self.asked.questions:
+            each = picture.copy()
+            each.update(question.encode())
+            found.append(each.hexdigest())
+        return found
 
     @property
     def pixels(self) -> int:
@@ -93,7 +105,7 @@ class Batcher:
         Raises:
             Refused: too much waits already.
         """
-        one = _Waiting(asked, _ids(asked), time.monotonic() + self.limits.timeout_s)
+        one = _Waiting(asked, time.monotonic() + self.limits.timeout_s)
         with self._changed:
             if self._closed:
                 raise busy("the server is ending")
@@ -206,17 +218,6 @@ class Batcher:
                     raise _late(self.limits)
                 looks[place] = look(predictor, asked.picture, question, answer.text, asked.look)
         return [Answered(*each) for each in zip(answers, others, looks, strict=True)]
-
-
-def _ids(asked: Asked) -> list[str]:
-    """A name for each question that is the same whenever the same is asked: where answers are drawn, they are too."""
-    picture = blake2b(asked.picture.tobytes(), digest_size=16, key=repr(asked.picture.size).encode())
-    found = []
-    for question in asked.questions:
-        each = picture.copy()
-        each.update(question.encode())
-        found.append(each.hexdigest())
-    return found
 
 
 def _late(limits: Limits) -> Refused:

@@ -41,8 +41,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            if getattr(self, one.name) <= 0:
-                raise InputError(f"limits.{one.name} is {getattr(self, one.name)}; use a number above 0")
+            value = vars(self)[one.name]
+            if not isinstance(value, int | float) or value <= 0:
+                raise InputError(f"limits.{one.name} is {value}; use a number above 0")
         most = Image.MAX_IMAGE_PIXELS or 0
         if self.pixels > most:
             raise InputError(f"limits.megapixels is {self.megapixels}; pictures over {most / MILLION:.0f} are not read")

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
+from tempfile import mkdtemp
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,8 @@ class Address:
     open: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.port, int) or not 0 <= self.port < 2**16:
+            raise InputError(f"port={self.port} is none; use a number below 65536, 0 for any that is free")
         if self.token is not None and len(self.token) < 8:
             raise InputError("token is shorter than 8 characters; take a longer one")
         if not self.local and self.token is None and not self.open:
@@ -98,7 +101,7 @@ def listen(address: Address) -> socket.socket:
     try:
         taken.bind((address.host, address.port))
         taken.listen(128)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         taken.close()
         raise InputError(
             f"{address.host}:{address.port} cannot be listened on ({error}); end what does, or take another port=..."
@@ -119,10 +122,10 @@ def serve(served: Served, address: Address, limits: Limits, folder: Path, taken:
     from vlmvqa.serving.guard import Guard
     from vlmvqa.serving.service import Service
 
-    temporary = (folder / "gradio").resolve()
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(mkdtemp(dir=folder, prefix="gradio-")).resolve()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # of what clients send wrongly, they are told
     service = Service(served.models, limits)
     try:
         app = api.build(service)
