@@ -187,7 +187,8 @@ class Batcher:
     def _ask(self, batch: Sequence[_Waiting]) -> dict[int | str, Answer]:
         """Answers by id; what is asked twice is computed once."""
         predictor = self.models[batch[0].asked.model]
-        examples, seen = [], set()
+        examples: list[Example] = []
+        seen: set[str] = set()
         for one in batch:
             new = [(name, text) for name, text in zip(one.ids, one.asked.questions, strict=True) if name not in seen]
             asked = {name: Question(name, text, predictor.prompt.replace("{question}", text)) for name, text in new}

@@ -66,6 +66,6 @@ def _words(text: str) -> str:
 
 
 def percent(probability: float) -> str:
-    """Rounded, but never to certainty."""
+    """Rounded, but never to certainty; HTML."""
     shown = 100 * probability
-    return "under 0.1 %" if shown < 0.1 else f"{min(shown, 99.9):.1f} %"
+    return "&lt; 0.1 %" if shown < 0.1 else f"{min(shown, 99.9):.1f} %"

@@ -96,7 +96,7 @@ def _rows(schema: Mapping[str, Any], of: Mapping[str, Any], prefix: str) -> list
         inner = about.get("items", {})
         kind = about.get("type") or " or ".join(one["type"] for one in about.get("anyOf", ()))
         what = about.get("description", "")
-        told = [f"{word} {about[key]}" for key, word in BOUNDS.items() if key in about]
+        told = [f"{word} {about[key]:g}" for key, word in BOUNDS.items() if key in about]
         told += [" or ".join(about["enum"])] if "enum" in about else []
         cells = (f"<code>{escape(prefix + name)}</code>", escape(kind), escape("; ".join(filter(None, [what, *told]))))
         found.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def mount(app: FastAPI, service: Service, run: browse.Run | None, examples: Sequ
     theme = gr.themes.Base(
         primary_hue="blue", secondary_hue="blue", neutral_hue=grey, radius_size="lg", font=FONT, font_mono=MONO
     )
+    theme.set(body_text_color_subdued="*neutral_500")
     gr.mount_gradio_app(
         app,
         blocks,
@@ -82,7 +84,7 @@ def mount(app: FastAPI, service: Service, run: browse.Run | None, examples: Sequ
 
 
 _GREYS = (
-    *("#fbfbfa", "#f4f5f5", "#e4e7ea", "#d3d8dd", "#a3abb5", "#6f7a87"),
+    *("#fbfbfa", "#f4f5f5", "#e4e7ea", "#d3d8dd", "#a3abb5", "#667180"),
     *("#4d5764", "#363f4a", "#222931", "#14181e", "#0e1116"),
 )
 
@@ -158,11 +160,10 @@ class _Page:
         place = gr.State(0)
         filters, outputs = [which, kind, sure], [shown, place, back, on]
         for one in filters:
-            one.change(lambda *given: self._turn(*given, 0, 0), filters, outputs, show_progress="hidden")
+            one.change(self._turn, filters, outputs, show_progress="hidden")
         for button, step in ((back, -1), (on, 1)):
-            button.click(
-                lambda *given, step=step: self._turn(*given, step), [*filters, place], outputs, show_progress="hidden"
-            )
+            turn = partial(self._turn, step=step)
+            button.click(turn, [*filters, place], outputs, show_progress="hidden")
 
     def _inputs(self, name: str) -> tuple[Any, Any]:
         limits = self.service.limits
@@ -215,7 +216,8 @@ class _Page:
         assert self.run is not None
         return browse.page(self.run, "all", browse.EVERY, "", 0)[2]
 
-    def _turn(self, which: str, kind: str, sure: str, number: int, step: int) -> tuple[str, int, Any, Any]:
+    def _turn(self, which: str, kind: str, sure: str, number: int = 0, step: int = 0) -> tuple[str, int, Any, Any]:
+        """The page of answers that is so many on from this one, its number, and the buttons that turn it."""
         assert self.run is not None
         html, number, pages = browse.page(self.run, str(which), str(kind), str(sure), int(number) + step)
         turns = (self.gr.Button(interactive=number > 0), self.gr.Button(interactive=number < pages - 1))

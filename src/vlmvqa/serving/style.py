@@ -10,10 +10,10 @@ _PLAIN = """<!doctype html>
   :root { --ink: #e7eaee; --dim: #9aa5b3; --paper: #14181e; --line: #2b323c; --key: #8ab8e6; }
 }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 46rem;
-  margin: 0 auto; padding: 2rem 1.25rem 4rem; overflow-wrap: anywhere; }
+  margin: 0 auto; padding: 2rem 1.25rem 4rem; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; } h3 { font-size: .95rem; color: var(--dim); }
 a { color: var(--key); } code { font-family: ui-monospace, monospace; font-size: .9em; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); }
 form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; padding: 1rem; border: 1px solid var(--line);
   border-radius: .5rem; margin: 1.5rem 0; }
@@ -36,7 +36,10 @@ SIGN_IN = plain(
 
 # Over gradio's own variables, so that light and dark come from its theme.
 CSS = """
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; padding: 0 16px 48px !important; }
+.gradio-container { max-width: 1140px !important; margin: 0 auto !important; padding: 0 0 48px !important; }
+.gradio-container .main { max-width: none !important; }
+.gradio-container .html-container { padding: 0; }
+.gradio-container .form, .gradio-container .block { border-radius: 12px; }
 .vq-head { display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: baseline; padding: 20px 2px 4px; }
 .vq-head h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
 .vq-head p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
@@ -65,15 +68,15 @@ CSS = """
 .vq-asked { color: var(--body-text-color-subdued); font-size: .95rem; }
 .vq-answer { font-size: 1.3rem; font-weight: 600; margin-top: 2px !important; }
 .vq-answer small { font-size: .9rem; font-weight: 400; color: var(--body-text-color-subdued); margin-left: 6px; }
-.vq-bar { display: grid; grid-template-columns: minmax(3.5rem, 30%) 1fr 3.6rem; gap: 10px; align-items: center;
+.vq-bar { display: grid; grid-template-columns: minmax(3.5rem, 34%) 1fr auto; gap: 10px; align-items: center;
   font-size: .9rem; margin-top: 7px; }
 .vq-bar i { display: block; height: 7px; border-radius: 4px; overflow: hidden;
   background: var(--border-color-primary); }
 .vq-bar i::before { content: ""; display: block; height: 100%; width: var(--part); border-radius: 4px;
   background: var(--body-text-color-subdued); }
 .vq-bar.vq-best i::before { background: var(--color-accent); }
-.vq-bar span:last-child { text-align: right; font-variant-numeric: tabular-nums;
-  color: var(--body-text-color-subdued); }
+.vq-bar span:last-child { min-width: 3.6rem; text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
 .vq-card figure { margin: 0; width: 200px; } .vq-card figure img { width: 100%; border-radius: 8px; display: block; }
 .vq-card figcaption { font-size: .8rem; color: var(--body-text-color-subdued); margin-top: 4px; }
 .vq-note { color: var(--body-text-color-subdued); padding: 28px 16px; text-align: center; margin: 0;
@@ -97,6 +100,7 @@ CSS = """
 .dark .vq-right { background: #173b26; color: #a7e3bb; } .dark .vq-wrong { background: #4a1d17; color: #ffc2b8; }
 
 @media (max-width: 640px) {
+  .gradio-container .main { padding: 8px 16px; }
   .vq-card { grid-template-columns: 1fr; } .vq-card figure { width: 100%; } .vq-two { grid-template-columns: 1fr; }
   .vq-head a { margin-left: 0; } .vq-grid { grid-template-columns: 1fr 1fr; } .vq-drop { min-height: 180px; }
 }
