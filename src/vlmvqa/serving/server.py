@@ -42,8 +42,8 @@ class Address:
     def __post_init__(self) -> None:
         if not isinstance(self.port, int) or not 0 <= self.port < 2**16:
             raise InputError(f"port={self.port} is none; use a number below 65536, 0 for any that is free")
-        if self.token is not None and len(self.token) < 8:
-            raise InputError("token is shorter than 8 characters; take a longer one")
+        if self.token is not None and (len(self.token) < 8 or not self.token.isascii()):
+            raise InputError("token is shorter than 8 characters or holds others than ASCII has; take another")
         if not self.local and self.token is None and not self.open:
             raise InputError(
                 f"host={self.host} lets other machines ask, and there is no token; give token=..., or open=true to let "
