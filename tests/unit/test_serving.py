@@ -446,8 +446,9 @@ def test_other_machines_may_ask_with_a_token_or_in_so_many_words(host: str) -> N
     with pytest.raises(InputError, match=r"there is no token; give token=\.\.\., or open=true"):
         Address(host)
     assert Address(host, open=True) and Address(host, token="a long secret")
-    with pytest.raises(InputError, match="shorter than 8"):
-        Address(host, token="short")
+    for token in ("short", "a long secr\u00e9t"):
+        with pytest.raises(InputError, match="shorter than 8 characters or holds others than ASCII"):
+            Address(host, token=token)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])

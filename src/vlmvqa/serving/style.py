@@ -37,7 +37,6 @@ SIGN_IN = plain(
 # Over gradio's own variables, so that light and dark come from its theme.
 CSS = """
 .gradio-container { max-width: 1140px !important; margin: 0 auto !important; padding: 0 0 48px !important; }
-.gradio-container .main { max-width: none !important; }
 .gradio-container .html-container { padding: 0; }
 .gradio-container .form, .gradio-container .block { border-radius: 12px; }
 .vq-head { display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: baseline; padding: 20px 2px 4px; }
@@ -100,7 +99,6 @@ CSS = """
 .dark .vq-right { background: #173b26; color: #a7e3bb; } .dark .vq-wrong { background: #4a1d17; color: #ffc2b8; }
 
 @media (max-width: 640px) {
-  .gradio-container .main { padding: 8px 16px; }
   .vq-card { grid-template-columns: 1fr; } .vq-card figure { width: 100%; } .vq-two { grid-template-columns: 1fr; }
   .vq-head a { margin-left: 0; } .vq-grid { grid-template-columns: 1fr 1fr; } .vq-drop { min-height: 180px; }
 }
