@@ -1,0 +1,45 @@
+"""docs/troubleshooting.md quotes sentences that the code prints, word by word."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PAGE = ROOT / "docs" / "troubleshooting.md"
+QUOTED = re.findall(r"^> (`+)(.+)\1$", PAGE.read_text(), re.MULTILINE)
+SENTENCES = [sentence for _, sentence in QUOTED]
+CHANGES = "\0"  # what stands for a value in a sentence of the source
+
+
+def templates(path: Path) -> set[str]:
+    """The texts of a source file, with a mark where an f-string puts a value."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        if isinstance(node, ast.JoinedStr):
+            found.add("".join(str(part.value) if isinstance(part, ast.Constant) else CHANGES for part in node.values))
+    return found
+
+
+SOURCE = [text for room in ("src", "launch", "evaluation") for path in (ROOT / room).rglob("*.py") for text in templates(path)]
+
+
+def pattern(sentence: str) -> re.Pattern[str]:
+    """What a template of the source looks like that prints it: `<...>` stands for values, and for words about them."""
+    pieces = [re.escape(piece) for piece in re.split(r"<[^>]+>", sentence)]
+    return re.compile("[^;]*?\0[^;]*?".join(pieces))
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_the_source_prints_it(sentence: str) -> None:
+    assert any(pattern(sentence).search(text) for text in SOURCE)
+
+
+def test_sentences_are_quoted() -> None:
+    assert len(SENTENCES) > 30 and len(SENTENCES) == PAGE.read_text().count("\n> ")
