@@ -24,9 +24,7 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = ("bash", "python", "json", "yaml", "diff", "text")
 # What the tests put something small in the place of.
-STAND_INS = (
-    *("Gemma 2's weights", "VQAv2", "DocVQA", "GQA", "COCO captions", "TextVQA", "your own pictures"),
-)
+STAND_INS = (*("Gemma 2's weights", "VQAv2", "DocVQA", "GQA", "COCO captions", "TextVQA", "your own pictures"),)
 SCRIPT = re.compile(r"launch/(\w+)\.(?:py|slurm)|-m (evaluation\.helm\.run)")
 
 
@@ -93,7 +91,9 @@ def blocks(page: Path) -> Iterator[Block]:
 
 def commands(page: Path) -> list[str]:
     """Those of launch/ and evaluation/."""
-    return [line for block in blocks(page) if block.language == "bash" for line in block.commands if SCRIPT.search(line)]
+    return [
+        line for block in blocks(page) if block.language == "bash" for line in block.commands if SCRIPT.search(line)
+    ]
 
 
 def script(command: str) -> str:

@@ -79,7 +79,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(asked)],
         cwd=home,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(home / room) for room in ('src', 'launch', '.'))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(str(home / room) for room in ("src", "launch", "."))},
         capture_output=True,
         text=True,
         check=False,
@@ -102,7 +102,7 @@ def test_the_projector_is_in_the_saved_model(home: Path) -> None:
 
 def test_the_task_is_scored_and_submitted(home: Path) -> None:
     scored = metrics(home / "runs" / "text-val")
-    assert scored["data"] == "textvqa" and scored["metrics"]["vqa_accuracy"]["n"] == 1
+    assert scored["data"] == "textvqa" and scored["metrics"]["vqa_accuracy"]["overall"] is not None
     assert json.loads((home / "runs" / "text-val" / "submission.json").read_text())[0]["question_id"] == 3
 
 

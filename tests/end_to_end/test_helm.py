@@ -351,7 +351,12 @@ def home(tmp_path: Path, trained: Path) -> Path:
 @pytest.mark.slow
 def test_every_command_of_the_readme_and_of_the_page(home: Path) -> None:
     """In order, with fewer questions; and nothing of nltk's is there."""
-    pages = (ROOT / "docs" / "helm.md", ROOT / "README.md", ROOT / "docs" / "quickstart.md", ROOT / "docs" / "training.md")
+    pages = (
+        ROOT / "docs" / "helm.md",
+        ROOT / "README.md",
+        ROOT / "docs" / "quickstart.md",
+        ROOT / "docs" / "training.md",
+    )
     asked = commands(pages[0]) + [one for page in pages[1:] for one in commands(page) if "evaluation.helm" in one]
     for command in dict.fromkeys(asked):
         words = shlex.split(re.sub(r"/data/(\w+)", rf"{home}/\1", command.replace("random:1000", "random:6")))

@@ -27,7 +27,9 @@ def templates(path: Path) -> set[str]:
     return found
 
 
-SOURCE = [text for room in ("src", "launch", "evaluation") for path in (ROOT / room).rglob("*.py") for text in templates(path)]
+SOURCE = [
+    text for room in ("src", "launch", "evaluation") for path in (ROOT / room).rglob("*.py") for text in templates(path)
+]
 
 
 def pattern(sentence: str) -> re.Pattern[str]:
