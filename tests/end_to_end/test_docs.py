@@ -111,11 +111,15 @@ class Home:
         target = given.get("run.name") or given.get("output") or name
         if self.made.get(target) == command:
             return
-        for run in re.findall(r"runs/([\w-]+)", " ".join(word for word in words if not word.startswith("output="))):
-            if not (self.folder / "runs" / run).exists():
-                shutil.copytree(self.folder / "runs" / "demo", self.folder / "runs" / run)
+        self.provide(" ".join(word for word in words if not word.startswith("output=")))
         done(call(name, *words, *self.fewer(name, given)))
         self.made[target] = command
+
+    def provide(self, text: str) -> None:
+        """The demo's run in the place of those that are named and were not made."""
+        for run in re.findall(r"runs/([\w-]+)", text):
+            if not (self.folder / "runs" / run).exists():
+                shutil.copytree(self.folder / "runs" / "demo", self.folder / "runs" / run)
 
     def fewer(self, name: str, given: dict[str, str]) -> list[str]:
         """What makes it quick, and lets it be run twice."""
@@ -166,6 +170,7 @@ def test_what_a_page_says_works(
         shutil.rmtree("mine")  # the page makes it
     for block in run_here(page):
         if block.language == "python":
+            home.provide(block.text)
             exec(compile(block.text, str(block), "exec"), {})
             printed = capsys.readouterr().out
             assert printed or "print(" not in block.text, block

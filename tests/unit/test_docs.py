@@ -37,6 +37,8 @@ LACKING = (
         "helm-run",
         "space",
         "1,000 questions",
+        "published",
+        "all of",
     ),
 )
 
