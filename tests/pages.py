@@ -24,7 +24,10 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = ("bash", "python", "json", "yaml", "diff", "text")
 # What the tests put something small in the place of.
-STAND_INS = (*("Gemma 2's weights", "VQAv2", "DocVQA", "GQA", "COCO captions", "TextVQA", "your own pictures"),)
+STAND_INS = (
+    *("Gemma 2's weights", "VQAv2", "DocVQA", "GQA", "COCO captions", "TextVQA", "your own pictures"),
+    *("a GPU of 80 GB", "a GPU of 24 GB"),  # for the size of the weights alone
+)
 SCRIPT = re.compile(r"launch/(\w+)\.(?:py|slurm)|-m (evaluation\.helm\.run)")
 
 
