@@ -32,15 +32,17 @@ SOURCE = [
 ]
 
 
-def pattern(sentence: str) -> re.Pattern[str]:
-    """What a template of the source looks like that prints it: `<...>` stands for values, and for words about them."""
-    pieces = [re.escape(piece) for piece in re.split(r"<[^>]+>", sentence)]
-    return re.compile("[^;]*?\0[^;]*?".join(pieces))
+def prints(text: str, sentence: str) -> bool:
+    """Whether a text of the source makes the sentence: `<...>` stands for values, and for words about them."""
+    pieces = re.split(r"<[^>]+>", sentence)
+    if max(pieces, key=len) not in text:
+        return False
+    return bool(re.search("[^;]*?\0[^;]*?".join(map(re.escape, pieces)), text))
 
 
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_the_source_prints_it(sentence: str) -> None:
-    assert any(pattern(sentence).search(text) for text in SOURCE)
+    assert any(prints(text, sentence) for text in SOURCE)
 
 
 def test_sentences_are_quoted() -> None:
