@@ -9,6 +9,8 @@ python launch/train.py resume=auto                                 go on where t
 
 from __future__ import annotations
 
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
 import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports would say
 
 # isort: split
