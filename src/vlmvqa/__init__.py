@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from vlmvqa.inference.predict import load as load
     from vlmvqa.models.generation import Decoding as Decoding
 
-# bitsandbytes asks the hub for faster kernels of a CPU, and says that it has none; torchao registers its types with
-# PyTorch in a way that newer ones do not need.
-for name in ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+# What optional packages say when others find them installed, and no user can change: torchao, that it registers types
+# with PyTorch in a way that newer ones do not need; bitsandbytes, that it has no faster kernels for a CPU.
+for _name, _said in (("torch.utils._pytree", "register_constant"), ("bitsandbytes.backends.cpu.ops", "kernels")):
+    logging.getLogger(_name).addFilter(lambda record, said=_said: said not in record.getMessage())  # type: ignore[misc]
 
 __version__ = "0.1.0"
 __all__ = ["Answer", "Decoding", "Example", "InputError", "Look", "Predictor", "Question", "draw", "load", "look"]

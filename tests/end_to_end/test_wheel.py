@@ -91,7 +91,7 @@ def test_the_source_distribution_builds_the_same_wheel_and_holds_all(built: Path
 def test_its_metadata_is_whole(built: Path) -> None:
     (wheel,) = (built / "dist").glob("*.whl")
     found = email.message_from_string(members(wheel)[f"vlmvqa-{__version__}.dist-info/METADATA"].decode())
-    assert (found["Name"], found["Version"], found["License-Expression"]) == ("vlmvqa", __version__, "Apache-2.0")
+    assert (found["Name"], found["Version"], found["License"]) == ("vlmvqa", __version__, "Apache-2.0")
     assert found["Description-Content-Type"] == "text/markdown"
     assert str(found.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
 
