@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TRAIN = """\
 Most used, each as key=value:
-  what           model=... data=... data.root=/folder     the model; the data set and where its files are
+  what           model=... data=... data.root=/folder      the model; the data set and where its files are
                  experiment=... adapt=lora                 a whole recipe; adapters in place of all weights
                  start_from=runs/base                      train a saved model on
   where          run.name=vqa run.dir=... hub_id=me/vqa    what the run leaves, and where it is published

@@ -7,6 +7,7 @@ signals meet it alone.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from vlmvqa import __version__
@@ -19,6 +20,7 @@ CALLED_AS = "VLMVQA_CALLED_AS"
 
 def main() -> None:
     """Start the script that the first word names."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `vlmvqa | head` ends as other programs do
     arguments = sys.argv[1:]
     # `deepspeed --module vlmvqa train` puts its own before all.
     first = next((n for n, argument in enumerate(arguments) if not argument.startswith("--local_rank")), None)
