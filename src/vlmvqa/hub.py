@@ -41,4 +41,4 @@ def when_offline() -> str:
     """What explains a failure where the user has cut the network off; else nothing."""
     from huggingface_hub import constants
 
-    return ": HF_HUB_OFFLINE is set, so that nothing is fetched" if constants.HF_HUB_OFFLINE else ""
+    return " (HF_HUB_OFFLINE is set, so that nothing is fetched)" if constants.HF_HUB_OFFLINE else ""
