@@ -39,7 +39,8 @@ BY_OTHERS = {
     r"smoke=": "tests/end_to_end/test_experiments.py",
     r"--cfg job": "tests/unit/test_config.py",
 }
-ELSEWHERE = ("extending",)  # in a copy of the project: test_docs_extending.py
+# In a copy of the project: test_docs_extending.py; its examples one after the other: tests/unit/test_api.py.
+ELSEWHERE = ("extending", "api")
 DRAWN = {"vqav2": shapes, "docvqa": forms, "gqa": shapes_gqa, "coco": shapes_captions}
 FEW = {"train_images": 8, "val_images": 6}
 LANGUAGE = {
