@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 import vlmvqa
 from data_from_config import DataSettings, submission_writer
 from vlmvqa import fingerprint, ranks
+from vlmvqa.code_state import code_state
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
@@ -111,6 +112,7 @@ def report(
         **found,
         "skipped": bad_records.listed(),
         "versions": versions(),
+        "code": str(code_state()),
     }
     if not ranks.is_first():
         return metrics

@@ -1,6 +1,7 @@
 """A run that is asked to stop, and ranks that no longer answer.
 
-SIGTERM and SIGUSR1 (what SLURM sends before it takes a machine away) let the step at work end, save, and stop. Ranks
+SIGTERM, SIGUSR1 (what SLURM sends before it takes a machine away) and Ctrl-C let the step at work end, save, and stop;
+a second Ctrl-C, or one during an evaluation, stops at once. Ranks
 wait for each other at every step: a rank that hangs would hang all. Each rank says where it stands, and when nothing
 has moved for too long, the run ends with a sentence that names who is missing.
 """
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
 from typing import Any
@@ -25,17 +26,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlmvqa import ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PATIENT = SIGNALS[:2]  # who sends these can wait for an evaluation to end; someone at a keyboard need not
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def held_back(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Keep notices to stop until the end of the block. Processes that are forked in it never hear of any.
 
     They come to whole process groups: a run saves before it stops, and needs until then the workers that read for it.
     PyTorch cannot end such a worker either, if it hangs: it goes with the run.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -117,6 +119,10 @@ class Watch(TrainerCallback):
             self.thread.join(timeout=5)
 
     def _asked(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and (self.waits or self.signal == "SIGINT"):
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and ranks.is_first():  # not by print, which may be what was interrupted
+            os.write(2, b"\nCtrl-C: this step ends, is saved, and the run stops; again: it stops at once\n")
         self.signal = signal.Signals(number).name
 
     def _watch(self) -> None:
