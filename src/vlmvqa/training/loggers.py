@@ -1,7 +1,7 @@
 """The loggers: TensorBoard, Weights & Biases, MLflow, a CSV table. All write below the run's folder, unless told.
 
-A run that goes on after a stop goes on in the same place with each of them. TensorBoard's events and the table lose what
-came after the checkpoint; Weights & Biases and MLflow cannot take a point back, and hold it twice.
+A run that goes on after a stop goes on in the same place with each of them. TensorBoard and the table lose what came
+after the checkpoint; Weights & Biases and MLflow cannot take a point back, and hold it twice.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class Logger(Protocol):
 
     def samples(self, samples: Sequence[Sample], step: int) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, ended: bool) -> None: ...
 
 
 class TensorBoard:
@@ -89,7 +90,7 @@ class TensorBoard:
             self.writer.add_text(f"samples/{sample.name}", _as_code(sample.text()), step)
         self.writer.flush()
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         self.writer.close()
 
 
@@ -134,8 +135,8 @@ class WeightsAndBiases:
             table.add_data(picture, one.task, one.question, one.answer, one.probability, one.score, references)
         self.run.log({"samples": table, "train/global_step": step})
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, ended: bool) -> None:
+        self.run.finish(exit_code=0 if ended else 1)
 
 
 class MlFlow:
@@ -182,8 +183,6 @@ class MlFlow:
         return created
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
-        import time
-
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
@@ -196,8 +195,8 @@ class MlFlow:
             if one.picture is not None:
                 self.client.log_image(self.id, one.picture.convert("RGB"), f"{folder}/{one.name}.png")
 
-    def close(self) -> None:
-        self.client.set_terminated(self.id)
+    def close(self, ended: bool) -> None:
+        self.client.set_terminated(self.id, "FINISHED" if ended else "KILLED")
 
 
 class CsvTable:
@@ -227,7 +226,7 @@ class CsvTable:
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         """It has no place for them: `samples.jsonl` has."""
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         """Every row is written."""
 
     def _take(self, values: Mapping[str, float], step: int) -> None:

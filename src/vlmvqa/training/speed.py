@@ -274,7 +274,7 @@ class Bar(ProgressCallback):
 
 
 class Printer(PrinterCallback):
-    """The Trainer's log lines where there is no bar, with what a bar would say: how far it is, and how long it takes."""
+    """The Trainer's log lines where there is no bar, with what it would say: how far it is, and how long it takes."""
 
     def __init__(self) -> None:
         self.began, self.first = 0.0, 0

@@ -12,6 +12,7 @@ and place things in its own way. Any other service that transformers knows (`log
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ class Tracking(TrainerCallback):
             InputError: one of them cannot be had.
         """
         self.step = run.step
+        atexit.register(self.finish)  # of what fails
         for name in self.names:
             self.open.append(LOGGERS[name](run))
 
@@ -99,13 +101,13 @@ class Tracking(TrainerCallback):
         """Close all.
 
         Args:
-            scores: what the run ends with, by name.
+            scores: what the run ends with, by name; None: it was stopped, or failed.
         """
         final = {f"final/{name}": value for name, value in (scores or {}).items() if value is not None}
         for logger in self.open:
             if final:
                 logger.numbers(final, self.step)
-            logger.close()
+            logger.close(ended=scores is not None)
         self.open = []
 
 
