@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from PIL.Image import Image
 
 import vlmvqa
 from data_from_config import DataSettings, submission_writer
@@ -20,9 +21,11 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 from vlmvqa.inference.evaluate import Asked, evaluate, table, write_results
+from vlmvqa.inference.gallery import Record
 from vlmvqa.inference.journal import Journal
 from vlmvqa.inference.predict import Answer, Predictor
 from vlmvqa.training.log import read_log
+from vlmvqa.training.samples import FILE as SAMPLES
 
 PACKAGES = ("torch", "transformers", "timm", "tokenizers", "pillow", "rapidfuzz", "pycocoevalcap")
 
@@ -97,12 +100,14 @@ def report(
     predictions: Sequence[Mapping[str, Any]],
     bad_records: BadRecords,
     name: str = "",
+    looks: Sequence[tuple[Record, Image]] | str = (),
 ) -> dict[str, Any]:
     """Leave the results in the folder and print them, on rank 0.
 
     Args:
         facts: who answered, and how.
         found: what `evaluate` found.
+        looks: answers with where the model looked, for the report; or why there are none.
     """
     metrics = {
         **facts,
@@ -121,6 +126,7 @@ def report(
         {key.replace(prefix, "eval_", 1): value for key, value in record.items()}
         for record in read_log(folder / "log.jsonl")
     ]
+    samples = [record for record in read_log(folder / SAMPLES) if record["task"] == name]
     folder = folder / name
     write_results(
         folder,
@@ -131,6 +137,8 @@ def report(
         title=f"{config.run.name}: {name or data.source} {facts['split']}",
         log=log,
         config_yaml=OmegaConf.to_yaml(config, resolve=True),
+        samples=samples,
+        looks=looks,
     )
     if name:
         print(f"\n{name} {facts['split']}")

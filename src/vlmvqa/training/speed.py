@@ -246,7 +246,7 @@ def readable(logs: Mapping[str, Any]) -> dict[str, Any]:
     split = {name.removeprefix("time_"): value for name, value in logs.items() if name.startswith("time_")}
     rest = {name: value for name, value in logs.items() if not name.startswith("time_")}
     if split:
-        rest["time"] = ", ".join(f"{name} {float(value):.0f} %" for name, value in split.items())
+        rest["time"] = ", ".join(f"{name} {value:.0f} %" for name, value in split.items())
     return rest
 
 
@@ -287,8 +287,10 @@ class Printer(PrinterCallback):
             return
         made, missing = state.global_step - self.first, state.max_steps - state.global_step
         left = f", {tqdm.format_interval((time.monotonic() - self.began) / made * missing)} left" if made else ""
-        shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in (logs or {}).items()}
-        said = ", ".join(f"{name} {value}" for name, value in readable(shown).items())
+        shown = readable(logs or {}).items()
+        said = ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown
+        )
         print(f"step {state.global_step:,} of {state.max_steps:,}{left}: {said}", flush=True)
 
 
