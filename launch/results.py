@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.inference.evaluate import Asked, evaluate, table, write_results
 from vlmvqa.inference.gallery import Record
 from vlmvqa.inference.journal import Journal
+from vlmvqa.inference.looks import looked_at
 from vlmvqa.inference.predict import Answer, Predictor
 from vlmvqa.training.log import read_log
 from vlmvqa.training.samples import FILE as SAMPLES
@@ -73,8 +74,12 @@ def score_and_report(
     if missing and bad_records.policy == "error":
         raise InputError(f"{len(missing)} questions have no answer (the first is {missing[0]}); start the same again")
     found, predictions = evaluate(asked, answers, answer)
-    facts = {**made_by, "split": split, "prompt": predictor.prompt}
-    metrics = report(config, folder, asked, data, facts, found, predictions, bad_records, name)
+    facts = {**made_by, "split": split, "prompt": data.prompt}
+    looks: Sequence[tuple[Record, Image]] | str = ()
+    if ranks.is_first():
+        asks_so = replace(predictor, prompt=data.prompt)  # of a mixture's tasks each has its own
+        looks = looked_at(asks_so, asked.examples, predictions, asked.metric, config.looks)
+    metrics = report(config, folder, asked, data, facts, found, predictions, bad_records, name, looks)
     ranks.barrier()
     if ranks.is_first():
         journal.remove()

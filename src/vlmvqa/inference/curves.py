@@ -31,14 +31,16 @@ def points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, floa
 
 def draw_curve(name: str, curve: Points) -> Markup:
     """One curve over the steps."""
-    with _figure(name, (4.6, 2.1)) as (figure, drawn):
-        _plot(_axes(figure), curve, LINE)
+    with _figure(name, (2.7, 1.6)) as (figure, drawn):
+        axes = _axes(figure)
+        axes.locator_params(nbins=4)
+        _plot(axes, curve, LINE)
     return drawn[0]
 
 
 def draw_loss(loss: Points, scores: Points) -> Markup:
     """The training loss, and the evaluations' scores over the same steps on an axis of their own."""
-    with _figure("loss and score", (6.4, 2.8)) as (figure, drawn):
+    with _figure("loss and score", (4.6, 3.1)) as (figure, drawn):
         axes = _axes(figure)
         if loss:
             _plot(axes, loss, LINE)
@@ -48,6 +50,7 @@ def draw_loss(loss: Points, scores: Points) -> Markup:
             _plot(other, scores, SECOND)
             _style(other)
             other.tick_params(axis="y", colors=SECOND)
+            other.set_ylim(0, max(1.0, 1.08 * max(score for _, score in scores)))
             if loss:
                 axes.tick_params(axis="y", colors=LINE)
     return drawn[0]
@@ -55,7 +58,7 @@ def draw_loss(loss: Points, scores: Points) -> Markup:
 
 def draw_reliability(found: Calibration) -> Markup:
     """A bar a bin, its accuracy against its confidence, with the line on which they would be equal."""
-    with _figure("reliability", (4.6, 3.2)) as (figure, drawn):
+    with _figure("reliability", (4.4, 3.2)) as (figure, drawn):
         axes = _axes(figure, grid=False)
         width = 1 / len(found.bins)
         for one in found.bins:

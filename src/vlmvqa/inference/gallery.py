@@ -95,8 +95,8 @@ def _at_a_step(sample: Record, limit: float | None) -> dict[str, Any]:
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
     """At most so many of them, the first and the last included, at equal distances."""
-    if len(items) <= most:
-        return list(items)
+    if len(items) <= most or most < 2:
+        return list(items)[:most]
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
