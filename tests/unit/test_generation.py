@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests import tiny
 from vlmvqa.errors import InputError
-from vlmvqa.models.generation import Decoding, Generated, generate
+from vlmvqa.models.generation import Decoding, Generated, alternatives, generate
 from vlmvqa.models.language import language_config
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import MODES
@@ -186,6 +186,27 @@ def test_a_step_costs_what_is_still_open(beams: int) -> None:
         assert steps[1:] == expected[:6]  # the seventh token needs no step after it
     assert steps[1:] == sorted(steps[1:], reverse=True)
     assert steps[-1][0] < steps[1][0] and steps[-1][1] < max(counts)
+
+
+@pytest.mark.parametrize("mode", ["blockwise_prefix", "prefix_lm"])
+def test_alternatives_cost_what_the_model_says(mode: str) -> None:
+    """Each beam's log-probability is that of its tokens read as an answer, EOS included; the best come first."""
+    vlm = tiny.model(mode)
+    (document,) = tiny.without_answers(tiny.documents([1]))
+    batch = tiny.batch(vlm, [[document]], tiny.images(1))
+    decoding = Decoding(5, beams=4)
+    (beams,) = alternatives(vlm, batch, {tiny.EOS}, decoding)
+    assert len({tuple(beam.tokens) for beam in beams}) == len(beams) == 4
+    rates = [beam.log_probability / min(len(beam.tokens) + 1, 5) for beam in beams]
+    assert rates == sorted(rates, reverse=True)
+    assert beams[0] == generate(vlm, batch, {tiny.EOS}, decoding)[0]
+    for beam in beams:
+        answer = [*beam.tokens, tiny.EOS][:5]
+        (question,) = document.questions
+        read = tiny.batch(vlm, [[Document(0, [TokenizedQuestion(question.prompt, answer)])]], tiny.images(1))
+        with torch.no_grad():
+            loss = float(vlm(**read)["loss"])
+        assert beam.log_probability == pytest.approx(-loss * len(answer), abs=1e-3)
 
 
 def test_beams_that_are_done_early_cost_no_more() -> None:

@@ -166,6 +166,17 @@ def test_one_picture() -> None:
         model.answer(picture, ["what", " "])
 
 
+def test_alternatives_are_the_best_beams() -> None:
+    model, picture, asked = predictor(), examples()[0].image, ["what color is it", "what"]
+    told = model.alternatives(picture, asked, most=4)
+    best = replace(model, decoding=replace(model.decoding, beams=4)).answer(picture, asked)
+    assert [beams[0] for beams in told] == best
+    for question, beams in zip(asked, told, strict=True):
+        assert len({one.text for one in beams}) == len(beams)
+        alone = model.alternatives(picture, question, most=4)
+        assert_same(dict(enumerate(alone)), dict(enumerate(beams)))
+
+
 def test_a_model_saved_before_reduced_decoding_sees_whole_pictures(tmp_path: Path) -> None:
     predictor().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -239,9 +239,9 @@ def test_a_published_penalty_changes_nothing(loaded: Loaded) -> None:
     model, processor = loaded
     batch = asked_batch(processor, pretrained.examples())
     plain = model.generate(batch, processor.ends, Decoding(max_new_tokens=5))
-    model.net.generation_config.repetition_penalty = 5.0  # type: ignore[union-attr]
+    model.net.generation_config.repetition_penalty = 5.0
     assert model.generate(batch, processor.ends, Decoding(max_new_tokens=5)) == plain
-    assert model.net.generation_config.repetition_penalty == 5.0  # type: ignore[union-attr]
+    assert model.net.generation_config.repetition_penalty == 5.0
 
 
 def test_a_blank_copy_has_the_same_weights(loaded: Loaded) -> None:
@@ -287,7 +287,18 @@ def test_a_cast_model_says_its_type(loaded: Loaded, tmp_path: Path) -> None:
 def test_an_untrained_one_is_asked_as_the_data_say(loaded: Loaded, family: str, folders: dict[str, Path]) -> None:
     model = vlmvqa.load(folders[family], "cpu")
     assert model.prompt_for("vqav2", "answer en {question}\n") == "answer en {question}\n"
-    assert model.answer(pretrained.picture(1), "what colour is it?").text is not None  # type: ignore[union-attr]
+    assert model.answer(pretrained.picture(1), "what colour is it?").text is not None
+
+
+def test_alternatives_are_the_best_beams(loaded: Loaded) -> None:
+    model, picture, asked = predictor(*loaded), pretrained.picture(1), ["what colour is it?", "is it?"]
+    told = model.alternatives(picture, asked, most=3)
+    best = dataclasses.replace(model, decoding=dataclasses.replace(model.decoding, beams=3))
+    for beams, question in zip(told, asked, strict=True):
+        alone = best.answer(picture, question)
+        assert beams[0].text == alone.text
+        assert beams[0].log_probability == pytest.approx(alone.log_probability, abs=1e-4)
+        assert len({one.text for one in beams}) == len(beams)
 
 
 def test_parts_are_the_whole(loaded: Loaded) -> None:

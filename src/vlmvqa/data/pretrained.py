@@ -65,7 +65,13 @@ class PretrainedProcessor(Processor):
         if tokenizer.eos_token_id is None:
             raise InputError("the model's tokenizer has no EOS token, which ends every answer; choose another model")
         side = max(dict(images.size).values(), key=lambda value: value or 0)
-        about = ImageSettings(int(side), tuple(images.image_mean), tuple(images.image_std))
+        crops = images.to_dict().get("do_center_crop")  # CLIP's
+        about = ImageSettings(
+            int(side),
+            tuple(images.image_mean),
+            tuple(images.image_std),
+            resize="center_crop" if crops else "squash",
+        )
         return cls(tokenizer, about, 0, mode, max_text_tokens, library=library)
 
     def tokenize(self, question: Question, answer: str | None) -> Written:  # type: ignore[override]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from vlmvqa.data.texts import TokenTable
 from vlmvqa.errors import InputError
 from vlmvqa.inference.journal import Journal, batch_key
 from vlmvqa.models import checkpoint
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.generation import Decoding, Generated
 from vlmvqa.models.pretrained import PretrainedVLM
 from vlmvqa.progress import bar
 from vlmvqa.settings import build_settings
 
+ROW_TEXT_TOKENS = 512
 BARE = "{question}"  # the prompt of a model of which none is known
 
 
@@ -75,6 +76,10 @@ class Predictor:
         fitting = ("{question}" in self.prompt) == ("{question}" in otherwise)
         return self.prompts.get(source, self.prompt if fitting else otherwise)
 
+    @overload  # a string is a sequence of strings too, and asks once
+    def answer(self, image: ImageSource | str, question: str) -> Answer: ...  # type: ignore[overload-overlap]
+    @overload
+    def answer(self, image: ImageSource | str, question: Sequence[str]) -> list[Answer]: ...
     def answer(self, image: ImageSource | str, question: str | Sequence[str]) -> Answer | list[Answer]:
         """Answer a question about an image, or several in one pass over the image.
 
@@ -84,23 +89,66 @@ class Predictor:
         Raises:
             InputError: the image cannot be read, or a question is empty.
         """
+        example = self.asked(image, question)
+        answers = self.answer_examples([example])
+        listed = [answers[one.id] for one in example.questions]
+        return listed[0] if isinstance(question, str) else listed
+
+    @overload
+    def alternatives(  # type: ignore[overload-overlap]
+        self, image: ImageSource | str, question: str, most: int = 5
+    ) -> list[Answer]: ...
+    @overload
+    def alternatives(self, image: ImageSource | str, question: Sequence[str], most: int = 5) -> list[list[Answer]]: ...
+    def alternatives(
+        self, image: ImageSource | str, question: str | Sequence[str], most: int = 5
+    ) -> list[Answer] | list[list[Answer]]:
+        """The best answers to a question, or to each of several: those of a search with so many beams, the best first.
+
+        Which is best, `decoding.length_penalty` has a say in; beams that read alike are told once.
+
+        Raises:
+            InputError: as `answer`.
+        """
+        example = self.asked(image, question)
+        decoding = replace(self.decoding, beams=most, temperature=0.0)
+        found: dict[int | str, list[Answer]] = {}
+        for row in self._rows([example], self.processor, ROW_TEXT_TOKENS):
+            encoded = self.processor.encode(row, [None] * len(row.questions))
+            batch = self.batch([encoded])
+            beams = self.model.alternatives(batch, self.processor.ends, decoding)
+            for asked, written in zip(row.questions, beams, strict=True):
+                told: dict[str, Answer] = {}
+                for answer in self._written(written, decoding):
+                    told.setdefault(answer.text, answer)
+                found[asked.id] = list(told.values())
+        listed = [found[one.id] for one in example.questions]
+        return listed[0] if isinstance(question, str) else listed
+
+    def asked(self, image: ImageSource | str, question: str | Sequence[str]) -> Example:
+        """An image with a question or several, numbered from 0, in the model's prompt.
+
+        Raises:
+            InputError: a question is empty, or there is none.
+        """
         texts = [question] if isinstance(question, str) else list(question)
         if not texts or not all(text.strip() for text in texts):
             raise InputError("no question is given, or one is empty; ask something")
         questions = tuple(
             Question(number, text, self.prompt.replace("{question}", text)) for number, text in enumerate(texts)
         )
-        example = Example(Path(image) if isinstance(image, str) else image, "given", questions)
-        answers = self.answer_examples([example])
-        listed = [answers[number] for number in range(len(texts))]
-        return listed[0] if isinstance(question, str) else listed
+        return Example(Path(image) if isinstance(image, str) else image, "given", questions)
+
+    def batch(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Encoded examples, a row each, as the model takes them, on its device."""
+        return self._on_device(self.processor.collate([[one] for one in encoded]))
 
     def answer_examples(
         self,
         examples: Sequence[Example],
         *,
         batch_size: int = 16,
-        row_text_tokens: int = 512,
+        row_text_tokens: int = ROW_TEXT_TOKENS,
         workers: int = 0,
         bad_records: BadRecords | None = None,
         progress: bool = False,
@@ -204,17 +252,21 @@ class Predictor:
         if not columns:
             return {}
         ids = [question.id for question in _questions(row for row, one in zip(rows, readable, strict=True) if one)]
-        device = next(self.model.parameters()).device
-        batch = {name: column.to(device) for name, column in columns.items()}
-        tokenizer = self.processor.tokenizer
-        written = self.model.generate(batch, self.processor.ends, self.decoding, ids)
-        texts = tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
-        most = self.decoding.max_new_tokens  # EOS counts
-        answers = [
+        written = self.model.generate(self._on_device(columns), self.processor.ends, self.decoding, ids)
+        return dict(zip(ids, self._written(written, self.decoding), strict=True))
+
+    def _written(self, written: Sequence[Generated], decoding: Decoding) -> list[Answer]:
+        """Token ids as text."""
+        texts = self.processor.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
+        most = decoding.max_new_tokens  # EOS counts
+        return [
             Answer(text.strip(), one.log_probability, len(one.tokens) >= most)
             for text, one in zip(texts, written, strict=True)
         ]
-        return dict(zip(ids, answers, strict=True))
+
+    def _on_device(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        return {name: column.to(device) for name, column in columns.items()}
 
 
 def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:

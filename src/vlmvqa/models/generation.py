@@ -16,7 +16,8 @@ V vocabulary, D width.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,14 +81,28 @@ def generate(
         keys: what tells the questions' streams of random numbers apart, in row order, used for sampling only
             (default: their place in the batch).
     """
+    if decoding.beams > 1:
+        return [best[0] for best in alternatives(model, batch, eos, decoding)]
+    with _answering(model):
+        questions = OpenQuestions(model, batch)
+        return _one_by_one(questions, sorted(eos), decoding, range(len(questions)) if keys is None else keys)
+
+
+@torch.no_grad()
+def alternatives(model: VLM, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[list[Generated]]:
+    """The finished beams of every question, at most `decoding.beams` of them, the best first; as `generate`."""
+    with _answering(model):
+        return _beam_search(OpenQuestions(model, batch), sorted(eos), decoding)
+
+
+@contextmanager
+def _answering(model: VLM) -> Iterator[None]:
+    """The model as it answers; then as it was."""
     training, attention = model.training, model.language.attention
     model.eval()
     model.language.set_attention("dense")  # one query a branch is no case for FlexAttention
     try:
-        questions = OpenQuestions(model, batch)
-        if decoding.beams > 1:
-            return _beam_search(questions, sorted(eos), decoding)
-        return _one_by_one(questions, sorted(eos), decoding, range(len(questions)) if keys is None else keys)
+        yield
     finally:
         model.train(training)
         model.language.set_attention(attention)
@@ -262,7 +277,7 @@ def _one_by_one(
     ]
 
 
-def _beam_search(questions: OpenQuestions, eos: list[int], decoding: Decoding) -> list[Generated]:
+def _beam_search(questions: OpenQuestions, eos: list[int], decoding: Decoding) -> list[list[Generated]]:
     """Beam search with transformers' rules (`early_stopping=False`): W running and W finished beams a question.
 
     A finished beam scores its log-probability / length ** length_penalty, EOS counted. A question is done when
@@ -309,4 +324,4 @@ def _beam_search(questions: OpenQuestions, eos: list[int], decoding: Decoding) -
         else:
             questions.reorder(parent)
         questions.step(token)
-    return [max(beams, key=lambda beam: beam[0])[1] for beams in finished]
+    return [[beam for _, beam in beams] for beams in finished]

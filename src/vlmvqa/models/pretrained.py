@@ -175,39 +175,55 @@ class PretrainedVLM(nn.Module):
         Args:
             batch: rows without answers, padded on the left.
         """
-        training, inputs, net = self.training, _inputs(batch), cast("Any", self.net)
-        published = net.generation_config
-        self.eval()
+        if decoding.beams > 1:
+            return [best[0] for best in self.alternatives(batch, eos, decoding)]
         rows, read = batch["input_ids"].shape
+        greedy = OneByOne(decoding, sorted(eos), range(rows) if keys is None else keys, batch["input_ids"].device)
+        found = self._generated(batch, eos, decoding, greedy)
+        return [
+            Generated(_until(tokens, eos), float(total))
+            for tokens, total in zip(found.sequences[:, read:].tolist(), greedy.total, strict=True)
+        ]
+
+    @torch.no_grad()
+    def alternatives(self, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[list[Generated]]:
+        """Every row's finished beams, `decoding.beams` of them, the best first; as `generation.alternatives`."""
+        read = batch["input_ids"].shape[1]
+        found = self._generated(batch, eos, decoding)
+        beams = []
+        for tokens, score in zip(found.sequences[:, read:].tolist(), found.sequences_scores.tolist(), strict=True):
+            answer = _until(tokens, eos)
+            length = min(len(answer) + 1, len(tokens))  # EOS counts
+            beams.append(Generated(answer, score * length**decoding.length_penalty))
+        return [beams[first : first + decoding.beams] for first in range(0, len(beams), decoding.beams)]
+
+    def _generated(
+        self, batch: Batch, eos: Collection[int], decoding: Decoding, greedy: LogitsProcessor | None = None
+    ) -> Any:
+        """What transformers' `generate` gives: chosen by `greedy`, or every row's best beams."""
+        training, net = self.training, cast("Any", self.net)
+        published = net.generation_config
         config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.beams,
+            num_return_sequences=1 if greedy else decoding.beams,
             length_penalty=decoding.length_penalty,
             early_stopping=False,
             do_sample=False,
             eos_token_id=sorted(eos),
             pad_token_id=min(eos),
             return_dict_in_generate=True,
-            output_scores=decoding.beams > 1,  # of every step: only so are a beam's own told
+            output_scores=greedy is None,  # of every step: only so are a beam's own told
         )
-        greedy = OneByOne(decoding, sorted(eos), range(rows) if keys is None else keys, batch["input_ids"].device)
+        self.eval()
         net.generation_config = GenerationConfig()  # its penalties would fill what ours leaves open
         try:
-            found = net.generate(
-                **inputs, generation_config=config, logits_processor=[greedy] if decoding.beams == 1 else None
+            return net.generate(
+                **_inputs(batch), generation_config=config, logits_processor=[greedy] if greedy else None
             )
         finally:
             net.generation_config = published
             self.train(training)
-        written = []
-        for number, tokens in enumerate(found.sequences[:, read:].tolist()):
-            length = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
-            if decoding.beams == 1:
-                total = float(greedy.total[number])
-            else:  # EOS counts in the length
-                total = float(found.sequences_scores[number]) * min(length + 1, len(tokens)) ** decoding.length_penalty
-            written.append(Generated(tokens[:length], total))
-        return written
 
     def checkpoint_activations(self) -> None:
         """Recompute the blocks' activations in the backward pass."""
@@ -316,6 +332,11 @@ def unreadable(name: str, error: Exception) -> str:
         f"model.pretrained={name} cannot be read from the hub or disk; check the name, the network, and for gated "
         f"weights accept the licence and set HF_TOKEN or run `huggingface-cli login` ({str(error).splitlines()[0]})"
     )
+
+
+def _until(tokens: list[int], eos: Collection[int]) -> list[int]:
+    """The tokens before the one that ends an answer."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in eos), len(tokens))]
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:
