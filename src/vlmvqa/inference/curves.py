@@ -40,7 +40,7 @@ def draw_curve(name: str, curve: Points) -> Markup:
 
 def draw_loss(loss: Points, scores: Points) -> Markup:
     """The training loss, and the evaluations' scores over the same steps on an axis of their own."""
-    with _figure("loss and score", (4.6, 3.1)) as (figure, drawn):
+    with _figure("loss and score", (4.6, 2.8)) as (figure, drawn):
         axes = _axes(figure)
         if loss:
             _plot(axes, loss, LINE)
