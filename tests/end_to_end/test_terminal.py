@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
+import struct
 import subprocess
+import termios
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -20,6 +23,7 @@ WORKERS = ("trainer.dataloader_num_workers=1",)
 def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # rows, columns
     process = subprocess.Popen(
         command("train", f"run.dir={folder}", f"data.root={tmp_path / 'shapes'}", *GIVEN, *WORKERS),
         stdin=theirs,
@@ -41,7 +45,7 @@ def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
     finally:
         process.kill()
         os.close(ours)
-    assert re.search(r"/800 \[\S+<\S+, +\S+(it/s|s/it)", printed)  # where it is, and for how much longer
+    assert re.search(r"/800 \[\S+<\S+, +\S+(it/s|s/it)", printed), printed[-3000:]  # where it is, and how much longer
     assert "Traceback" not in printed
     assert printed.count("Ctrl-C: this step ends, is saved, and the run stops; again: it stops at once") == 1
     assert f"stopped by Ctrl-C, saved in {folder / 'latest'}; go on with resume=auto" in printed
@@ -51,9 +55,6 @@ def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
 
 def take_terminal() -> None:
     """Make standard input the terminal that interrupts this process."""
-    import fcntl
-    import termios
-
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 

@@ -263,18 +263,25 @@ def in_short(logs: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def in_words(logs: Mapping[str, Any]) -> str:
+    """All of a log record in a line."""
+    shown = readable(logs).items()
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown)
+
+
 class Bar(ProgressCallback):
-    """The Trainer's progress bar, with the speed behind it."""
+    """The Trainer's progress bar, with the speed behind it and a line above it a logging step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        logs = logs or {}
-        super().on_log(args, state, control, logs=readable(logs), **more)
-        if self.training_bar is not None and "questions_per_second" in logs:
+        if self.training_bar is None or not logs:
+            return
+        self.training_bar.write(f"step {state.global_step:,}: {in_words(logs)}")
+        if "questions_per_second" in logs:
             self.training_bar.set_postfix_str(in_short(logs))
 
 
 class Printer(PrinterCallback):
-    """The Trainer's log lines where there is no bar, with what it would say: how far it is, and how long it takes."""
+    """The same lines where there is no bar, with what it would say: how far it is, and how long it takes."""
 
     def __init__(self) -> None:
         self.began, self.first = 0.0, 0
@@ -283,15 +290,11 @@ class Printer(PrinterCallback):
         self.began, self.first = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or not logs:
             return
         made, missing = state.global_step - self.first, state.max_steps - state.global_step
         left = f", {tqdm.format_interval((time.monotonic() - self.began) / made * missing)} left" if made else ""
-        shown = readable(logs or {}).items()
-        said = ", ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown
-        )
-        print(f"step {state.global_step:,} of {state.max_steps:,}{left}: {said}", flush=True)
+        print(f"step {state.global_step:,} of {state.max_steps:,}{left}: {in_words(logs)}", flush=True)
 
 
 def show_speed(trainer: Trainer) -> None:
