@@ -1,9 +1,9 @@
 """A run that is asked to stop, and ranks that no longer answer.
 
 SIGTERM, SIGUSR1 (what SLURM sends before it takes a machine away) and Ctrl-C let the step at work end, save, and stop;
-a second Ctrl-C, or one during an evaluation, stops at once. Ranks
-wait for each other at every step: a rank that hangs would hang all. Each rank says where it stands, and when nothing
-has moved for too long, the run ends with a sentence that names who is missing.
+a second Ctrl-C, or one during an evaluation, stops at once. Ranks wait for each other at every step: a rank that hangs
+would hang all. Each rank says where it stands, and when nothing has moved for too long, the run ends with a sentence that
+names who is missing.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Watch(TrainerCallback):
     def start(self) -> None:
         """Listen for signals; with several ranks, begin to say where this one stands."""
         for number in SIGNALS:
-            self.before[number] = signal.signal(number, self._asked)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job in the background, whom no keyboard stops
+                self.before[number] = signal.signal(number, self._asked)
         if ranks.together():
             self.thread.start()
             atexit.register(self._finish)  # a thread inside PyTorch's store when Python ends would abort the process
