@@ -2,8 +2,8 @@
 
 SIGTERM, SIGUSR1 (what SLURM sends before it takes a machine away) and Ctrl-C let the step at work end, save, and stop;
 a second Ctrl-C, or one during an evaluation, stops at once. Ranks wait for each other at every step: a rank that hangs
-would hang all. Each rank says where it stands, and when nothing has moved for too long, the run ends with a sentence that
-names who is missing.
+would hang all. Each rank says where it stands, and when nothing has moved for too long, the run ends with a sentence
+that names who is missing.
 """
 
 from __future__ import annotations
