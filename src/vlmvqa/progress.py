@@ -7,24 +7,22 @@ steps stays.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
 from vlmvqa import ranks
 
-T = TypeVar("T")
-
 
 def bar(
-    items: Iterable[T] | None = None,
+    items: Iterable[Any] | None = None,
     *,
     doing: str,
     unit: str,
     total: int | None = None,
     shown: bool = True,
     **more: Any,
-) -> tqdm[T]:
+) -> tqdm[Any]:
     """tqdm's bar, over `items` or to be updated; gone when it is done.
 
     Args:

@@ -21,6 +21,8 @@ from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
 from vlmvqa.training.samples import Sample
 
+# In a run's folder: what the run is called there.
+WANDB_RUN, MLFLOW_RUN = ".wandb_run", ".mlflow_run"
 PROJECT = "vlmvqa"  # with those who ask for one, where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says no other
 
 
@@ -49,11 +51,9 @@ class Logger(Protocol):
     """Where numbers go, opened for a `Run`.
 
     Attributes:
-        keeps: the file in the run's folder with what the run is called there; empty if none.
         shows_samples: whether it has a place for pictures.
     """
 
-    keeps: str
     shows_samples: bool
 
     def numbers(self, values: Mapping[str, float], step: int) -> None: ...
@@ -66,7 +66,7 @@ class Logger(Protocol):
 class TensorBoard:
     """Event files in `runs/` of the run's folder."""
 
-    keeps, shows_samples = "", True
+    shows_samples = True
 
     def __init__(self, run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -97,12 +97,12 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run at wandb.ai, or in `wandb/` of the run's folder until `wandb sync`."""
 
-    keeps, shows_samples = ".wandb_run", True
+    shows_samples = True
 
     def __init__(self, run: Run) -> None:
         import wandb
 
-        self.wandb, known = wandb, run.folder / self.keeps
+        self.wandb, known = wandb, run.folder / WANDB_RUN
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -127,7 +127,7 @@ class WeightsAndBiases:
         self.run.log({**values, "train/global_step": step})
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
-        columns = ["image", "task", "question", "answer", "p", "score", "references"]
+        columns: list[str | int] = ["image", "task", "question", "answer", "p", "score", "references"]
         table = self.wandb.Table(columns=columns)
         for one in samples:
             picture = None if one.picture is None else self.wandb.Image(one.picture)
@@ -146,7 +146,7 @@ class MlFlow:
     one run's numbers are few.
     """
 
-    keeps, shows_samples = ".mlflow_run", True
+    shows_samples = True
 
     def __init__(self, run: Run) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -155,7 +155,7 @@ class MlFlow:
         from mlflow.exceptions import MlflowException
 
         place = os.environ.get("MLFLOW_TRACKING_URI") or (run.folder / "mlruns").resolve().as_uri()
-        known = run.folder / self.keeps
+        known = run.folder / MLFLOW_RUN
         try:
             self.client = MlflowClient(tracking_uri=place)
             self.id = known.read_text() if known.exists() else self._create(run)
@@ -202,7 +202,7 @@ class MlFlow:
 class CsvTable:
     """`metrics.csv`: a row a step at which anything was logged, a column a name; empty where it was not."""
 
-    keeps, shows_samples = "", False
+    shows_samples = False
 
     def __init__(self, run: Run) -> None:
         self.path = run.folder / "metrics.csv"

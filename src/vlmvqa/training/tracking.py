@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from vlmvqa.errors import suggest
-from vlmvqa.training.loggers import LOGGERS, Logger, Run
+from vlmvqa.training.loggers import LOGGERS, MLFLOW_RUN, WANDB_RUN, Logger, Run
 from vlmvqa.training.samples import Sample
 
 EXTRAS = {"wandb": "wandb", "mlflow": "mlflow"}  # packages that are not installed with the project
@@ -113,4 +113,4 @@ class Tracking(TrainerCallback):
 
 def run_ids(folder: Path) -> list[Path]:
     """Where the loggers keep what this folder's run is called with them, for a new run to forget."""
-    return [folder / logger.keeps for logger in LOGGERS.values() if logger.keeps]
+    return [folder / WANDB_RUN, folder / MLFLOW_RUN]
