@@ -82,7 +82,8 @@ def over_training(samples: Sequence[Record], images: Mapping[Any, Image], limit:
         last = next(reversed(found.values()))
         image = images.get(last["image_id"])
         answers = [_at_a_step(found[step], limit) for step in steps if step in found]
-        counted: list[tuple[str, int]] = Counter(last["answers"]).most_common()
+        references: list[str] = last["answers"]
+        counted = Counter(references).most_common()
         picture = None if image is None else data_uri(image)
         shown.append({**last, "picture": picture, "counted": counted, "over_time": answers})
     return shown
