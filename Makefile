@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Threads that wait give their core away soon: on a busy machine, PyTorch's forever spinning ones are ten times slower.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow docs lint lock clean
 
 demo: $(READY)
 	$(BIN)/python launch/train.py run.name=demo run.overwrite=true
@@ -22,6 +22,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The pages as a site, in site/; a link that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 # torch and torchvision are asked for first and by pin: a matching pair of builds from the registry.
 $(READY): setup.cfg pyproject.toml requirements.lock

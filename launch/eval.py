@@ -10,6 +10,8 @@ A run that was killed goes on where it stood with the same command.
 
 from __future__ import annotations
 
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -8,6 +8,8 @@ python launch/merge.py adapter=runs/lora-a output=runs/whole
 
 from __future__ import annotations
 
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
 import gc
 import json
 from collections.abc import Sequence

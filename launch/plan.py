@@ -8,6 +8,8 @@ python launch/plan.py experiment=vlm_vqa_4xa10g verify=true    three steps on th
 
 from __future__ import annotations
 
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
 import json
 from dataclasses import dataclass
 

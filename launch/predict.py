@@ -6,6 +6,8 @@ python launch/predict.py checkpoint=runs/demo image=photos/ questions=questions.
 
 from __future__ import annotations
 
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
 import json
 import math
 from pathlib import Path

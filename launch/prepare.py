@@ -15,6 +15,8 @@ The first word says what is made; with -h after it, what that is and what can be
 
 from __future__ import annotations
 
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -44,62 +46,6 @@ from vlmvqa.settings import build_settings
 
 MOST_WORKERS = 8
 
-FEATURES = """\
-features: run every image of a split through the vision encoder once and keep what comes out.
-
-    python launch/prepare.py features model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2 \\
-        features.dir=/fast/features
-    python launch/train.py   model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2 \\
-        data.features=/fast/features trainable.vision=none
-
-Training then decodes no picture and runs no encoder; it reads tokens x width x bytes an image. DINOv2-B/14 at 224 in
-bfloat16 is 257 x 768 x 2 = 395 kB an image, 33 GB for the 82,783 training images of VQAv2. At 100 images/s training
-reads 39 MB/s, at 1,000 images/s 395 MB/s.
-
-It pays      where the encoder is frozen and the run (or a search over runs with the same encoder and pictures) makes
-             more than one epoch: n epochs decode and encode once instead of n times. It saves most where decoding and
-             encoding are much of a step: few or slow cores, a small language model, few questions an image.
-It does not  in a single epoch, which encodes every image once anyway; where the disk reads slower than
-             (images/s that training needs) x (bytes an image), unless memory holds the features after the first
-             epoch; where the language model takes nearly all of a step's time.
-It cannot    where the encoder trains: its features change with every step.
-
-The features are of these weights, transform, image size and dtype alone; training with others is refused. A run that
-was killed goes on where it stood with the same command.
-"""
-
-CHECK = """\
-check: read the published splits (of drawn and hub data: the training and evaluation splits), count, and name what
-cannot be used.
-
-    python launch/prepare.py check data=vqav2 data.root=/data/vqav2
-    python launch/prepare.py check data=vqav2 data.root=/data/vqav2 check.pictures=true
-
-Seconds for questions and missing pictures; with check.pictures=true every picture is decoded, which takes minutes. The
-table goes to the screen, every problem to check.dir/problems.txt, and the exit status is 1 where a split is not whole.
-"""
-
-DOWNLOAD = """\
-download: fetch the benchmark's official archives into data.root/archives and unpack them into data.root.
-
-    python launch/prepare.py download data=gqa data.root=/data/gqa
-
-What was fetched is kept, and a fetch that broke off goes on with the same command. Checksums are compared where they
-are published. VQAv2 takes 20 GB, COCO captions 19 GB, GQA 22 GB; DocVQA's publisher asks for a registration.
-"""
-
-PACK = """\
-pack: write a split as parquet files with a row for each image, its picture and all its questions.
-
-    python launch/prepare.py pack  data=vqav2 data.root=/data/vqav2 split=train pack.dir=/fast/vqav2
-    python launch/prepare.py pack  data=vqav2 data.root=/data/vqav2 split=val   pack.dir=/fast/vqav2
-    python launch/train.py         data=vqav2 data.packed=/fast/vqav2
-
-83 files in place of 82,783 for VQAv2's training images: faster to copy, and to read from a disk on the network.
-Pictures are the same to the byte, so training is the same too. A picture is one read of one file.
-A slice ('split=train[:10%]') is packed by itself, and read by the same name.
-"""
-
 
 @dataclass(frozen=True)
 class FeatureSettings:
@@ -111,14 +57,6 @@ class FeatureSettings:
 
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a first word stands for: what it does, and what -h says of it."""
-
-    main: Callable[[DictConfig], None]
-    help: str
 
 
 def features(config: DictConfig) -> None:
@@ -234,12 +172,14 @@ def _refuse_ranks(what: str) -> None:
         raise InputError(f"{what} by one process; start it with python, without a launcher")
 
 
-JOBS = {
-    "download": Job(download, DOWNLOAD),
-    "check": Job(check_data, CHECK),
-    "pack": Job(pack, PACK),
-    "features": Job(features, FEATURES),
+JOBS: dict[str, Callable[[DictConfig], None]] = {
+    "download": download,
+    "check": check_data,
+    "pack": pack,
+    "features": features,
 }
+# Of what Hydra is asked without a word of ours: what can be set is the same for all.
+ASKING = ("--cfg", "-c", "--info", "-i")
 
 
 def chosen(arguments: Sequence[str]) -> str:
@@ -262,17 +202,15 @@ def chosen(arguments: Sequence[str]) -> str:
 def start() -> None:
     """Take the job's word off the command line, which is Hydra's from there on."""
     arguments = sys.argv[1:]
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(__doc__)
+    if arguments and arguments[0].startswith(ASKING):
+        run(features, "prepare")
         return
     try:
         word = chosen(arguments)
     except InputError as error:
         sys.exit(f"error: {error}")
-    if {"-h", "--help"} & set(arguments):
-        print(JOBS[word].help, flush=True)
     sys.argv[1:] = arguments[1:]
-    run(JOBS[word].main, "prepare")
+    run(JOBS[word], "prepare")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ python launch/show.py model=tiny_paligemma data.row_tokens=null
 
 from __future__ import annotations
 
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
 import torch
 from omegaconf import DictConfig, open_dict
 

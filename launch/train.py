@@ -9,6 +9,8 @@ python launch/train.py resume=auto                                 go on where t
 
 from __future__ import annotations
 
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
 import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports would say
 
 # isort: split
@@ -21,7 +23,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
 
 import from_config
 from command_line import group, run
@@ -247,5 +248,4 @@ def _write_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> Non
 
 
 if __name__ == "__main__":
-    transformers_logging.set_verbosity_error()
     run(main, "train")

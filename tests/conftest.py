@@ -15,13 +15,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
 
+# Before any module of ours or of a test is imported: the hub's library reads it when it is.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 torch.set_num_threads(1)  # tiny operations: two threads that wait for each other are slower than one
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """For all processes that tests start, so set before test modules copy the environment: what tests read is cached
-    apart from what users read, nothing is asked of the hub, and each has one thread, as above."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    apart from what users read; as above, nothing is asked of the hub, and each has one thread."""
     os.environ["VLMVQA_CACHE"] = tempfile.mkdtemp(prefix="vlmvqa-cache-")
 
 

@@ -29,11 +29,14 @@ import yaml
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-ROOT = Path(__file__).resolve().parents[2]
-if not (ROOT / "launch").is_dir():
-    sys.exit(f"error: {__name__} runs in a checkout of the project, whose launch/ and conf/ it needs")
-sys.path += [str(ROOT / "launch"), str(ROOT)]  # the same command line as the scripts there; `evaluation` for HELM
+from vlmvqa.places import LAUNCH
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(LAUNCH), str(ROOT)]  # the same command line as the scripts there; `evaluation` for HELM
+
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
+# isort: split
 from command_line import run
 from evaluation.helm import checks, results
 from evaluation.helm.plan import Plan, make_plan

@@ -1,26 +1,54 @@
-"""vlmvqa: train, change and measure vision-language models for visual question answering."""
+"""vlmvqa: train, change and measure vision-language models for visual question answering.
+
+What a program may use is `__all__`, explained in docs/api.md, and `vlmvqa.metrics`; all else may change.
+"""
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlmvqa.data.example import Example as Example
+    from vlmvqa.data.example import Question as Question
+    from vlmvqa.errors import InputError as InputError
+    from vlmvqa.inference.look import Look as Look
+    from vlmvqa.inference.look import draw as draw
+    from vlmvqa.inference.look import look as look
+    from vlmvqa.inference.predict import Answer as Answer
+    from vlmvqa.inference.predict import Predictor as Predictor
     from vlmvqa.inference.predict import load as load
+    from vlmvqa.models.generation import Decoding as Decoding
 
-# bitsandbytes asks the hub for faster kernels of a CPU, and says that it has none; torchao registers its types with
-# PyTorch in a way that newer ones do not need.
-for name in ("bitsandbytes.backends.cpu.ops", "torch.utils._pytree"):
-    logging.getLogger(name).setLevel(logging.ERROR)
+# What optional packages say when others find them installed, and no user can change: torchao, that it registers types
+# with PyTorch in a way that newer ones do not need; bitsandbytes, that it has no faster kernels for a CPU.
+for _name, _said in (("torch.utils._pytree", "register_constant"), ("bitsandbytes.backends.cpu.ops", "kernels")):
+    logging.getLogger(_name).addFilter(lambda record, said=_said: said not in record.getMessage())  # type: ignore[misc]
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["Answer", "Decoding", "Example", "InputError", "Look", "Predictor", "Question", "draw", "load", "look"]
+
+# Where each is. torch and transformers take seconds to import: not for `import vlmvqa`, nor for `vlmvqa.metrics`.
+_PLACES = {
+    "Answer": "inference.predict",
+    "Decoding": "models.generation",
+    "Example": "data.example",
+    "InputError": "errors",
+    "Look": "inference.look",
+    "Predictor": "inference.predict",
+    "Question": "data.example",
+    "draw": "inference.look",
+    "load": "inference.predict",
+    "look": "inference.look",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import: not for `import vlmvqa.metrics`.
-    if name == "load":
-        from vlmvqa.inference.predict import load
+    if name not in _PLACES:
+        raise AttributeError(f"module 'vlmvqa' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"vlmvqa.{_PLACES[name]}"), name)
 
-        return load
-    raise AttributeError(f"module 'vlmvqa' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

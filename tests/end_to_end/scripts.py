@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,6 +110,12 @@ def sentence(ended: Ended) -> str:
     assert [line for line in lines if "error: " in line] == lines[-1:], ended.err[-2000:]
     assert lines[-1].startswith("error: "), lines[-1]
     return lines[-1]
+
+
+def complaints(ended: Ended) -> list[str]:
+    """What it said on stderr beside its progress."""
+    lines = [line for part in ended.err.split("\n") for line in part.split("\r")]
+    return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)]
 
 
 def done(ended: Ended) -> Ended:

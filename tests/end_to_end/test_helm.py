@@ -26,7 +26,7 @@ pytest.importorskip("helm", reason="crfm-helm is an extra: pip install 'vlmvqa[h
 
 from tests.conftest import ROOT
 from tests.end_to_end.scripts import Ended, call, change, done, metrics, sentence, truncate
-from tests.unit.test_docs import commands
+from tests.pages import commands
 from vlmvqa import fingerprint
 from vlmvqa.data import shapes, shapes_gqa, vqav2
 from vlmvqa.metrics import helm_bleu_1
@@ -351,8 +351,13 @@ def home(tmp_path: Path, trained: Path) -> Path:
 @pytest.mark.slow
 def test_every_command_of_the_readme_and_of_the_page(home: Path) -> None:
     """In order, with fewer questions; and nothing of nltk's is there."""
-    page, readme = ROOT / "docs" / "helm.md", ROOT / "README.md"
-    asked = commands(page) + [one for one in commands(readme) if "evaluation.helm" in one]
+    pages = (
+        ROOT / "docs" / "helm.md",
+        ROOT / "README.md",
+        ROOT / "docs" / "quickstart.md",
+        ROOT / "docs" / "training.md",
+    )
+    asked = commands(pages[0]) + [one for page in pages[1:] for one in commands(page) if "evaluation.helm" in one]
     for command in dict.fromkeys(asked):
         words = shlex.split(re.sub(r"/data/(\w+)", rf"{home}/\1", command.replace("random:1000", "random:6")))
         more = ["max_instances=6", "punkt=stand_in"] if "evaluation.helm.run" in words else []

@@ -116,9 +116,9 @@ def test_wrong_words_are_one_sentence(arguments: list[str], said: str, root: Pat
     assert said in sentence(call(*arguments))
 
 
-def test_help_says_what_there_is_and_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "features    the vision encoder's output" in done(call("-h")).out
-    said = done(call("features", "-h")).out
+def test_help_says_what_there_is_and_when_it_pays() -> None:
+    assert "features    the vision encoder's output" in done(launch("prepare", "-h")).out
+    said = done(launch("prepare", "features", "-h")).out
     for part in ("It pays", "It does not", "257 x 768 x 2 = 395 kB", "33 GB", "on_bad_record"):
         assert part in said
 

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vlmvqa
-from tests.end_to_end.scripts import LONGER, SHAPES, call, command, done, launch, losses
+from tests.end_to_end.scripts import LONGER, SHAPES, call, command, complaints, done, launch, losses
 from vlmvqa.data import vqav2
 from vlmvqa.inference.scores import score
 from vlmvqa.training.checkpoints import whole_checkpoints
@@ -39,8 +39,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def trained(tmp_path_factory: pytest.TempPathFactory, data: str) -> tuple[Path, str]:
     """A run of 12 steps, never interrupted, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    printed = done(launch("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=12")).out
-    return folder, printed
+    ended = done(launch("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=12"))
+    assert complaints(ended) == []  # no warning, of any package
+    return folder, ended.out
 
 
 def test_a_run_leaves_what_the_design_lists(trained: tuple[Path, str]) -> None:

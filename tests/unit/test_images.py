@@ -78,7 +78,7 @@ def test_exif_rotation_is_applied_and_the_given_image_left_alone() -> None:
         assert opened.size == (40, 20)
 
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, of what is tested
 def test_unreadable_exif_data_do_not_cost_a_good_picture() -> None:
     assert decode(encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0"), "x").size == (40, 24)
 
@@ -169,7 +169,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked(side: int) -> Non
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is an error
         with pytest.raises(InputError, match=r"^bomb\.png has too many pixels \(over 89,478,485\)"):
             decode(bomb, "bomb.png")
 
@@ -185,7 +185,7 @@ def test_random_damage_never_raises_anything_but_an_input_error() -> None:
     rng = np.random.default_rng(0)
     contents = [encoded(picture(), form) for form in ("JPEG", "PNG", "WEBP", "TIFF")]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # Pillow tells of damage in its own words, too
         for number in range(300):
             damaged = bytearray(contents[number % len(contents)])
             for place in rng.integers(0, len(damaged), 12):
@@ -263,7 +263,7 @@ def test_random_damage_is_an_input_error_at_a_reduced_scale_too() -> None:
     rng = np.random.default_rng(0)
     content = encoded(picture(), "JPEG")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # Pillow tells of damage in its own words, too
         for _ in range(100):
             damaged = bytearray(content)
             for place in rng.integers(0, len(damaged), 12):
@@ -277,7 +277,7 @@ def test_random_damage_is_an_input_error_at_a_reduced_scale_too() -> None:
 def test_what_is_too_large_is_refused_before_it_is_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is an error
         with pytest.raises(InputError, match=r"too many pixels"):
             decode(encoded(picture(150, 100), "JPEG"), "x", reducing(10))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
@@ -45,8 +46,8 @@ def test_weights_from_a_local_file_at_another_size(tmp_path: Path) -> None:
     """timm interpolates the position embedding; at the same size the features are the same."""
     settings = VisionSettings("test_vit", 32, weights="random")  # timm's own small one: 300,096 parameters
     trained = VisionEncoder(settings).eval()
-    torch.save(trained.encoder.state_dict(), tmp_path / "weights.pth")
-    settings = replace(settings, weights=str(tmp_path / "weights.pth"))
+    save_file(trained.encoder.state_dict(), tmp_path / "weights.safetensors")
+    settings = replace(settings, weights=str(tmp_path / "weights.safetensors"))
     again = VisionEncoder(settings).eval()
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(pixels), trained(pixels))
@@ -56,7 +57,7 @@ def test_weights_from_a_local_file_at_another_size(tmp_path: Path) -> None:
 
 
 def test_trained_weights_keep_their_shape(tmp_path: Path) -> None:
-    for weights in ("hub", str(tmp_path / "weights.pth")):
+    for weights in ("hub", str(tmp_path / "weights.safetensors")):
         with pytest.raises(InputError, match=r"overrides would change the shape of .* model\.vision\.weights=random"):
             VisionEncoder(VisionSettings(weights=weights, overrides={"depth": 3}))
 
@@ -72,7 +73,7 @@ def test_what_is_no_vision_transformer_is_refused() -> None:
     with pytest.raises(InputError, match="does not take these settings"):
         encoder(depht=3)
     with pytest.raises(InputError, match="no such file"):
-        VisionEncoder(VisionSettings(weights="/nowhere.pth"))
+        VisionEncoder(VisionSettings(weights="/nowhere.safetensors"))
     with pytest.raises(InputError, match=r"not a vision transformer|does not take"):
         VisionEncoder(VisionSettings("resnet18", 224, weights="random"))
 

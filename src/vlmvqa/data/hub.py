@@ -25,6 +25,7 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import Prompts, most_common, refuse_empty
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.hub import when_offline
 from vlmvqa.progress import bar
 
 # Loading scripts, which `datasets` no longer runs, and where the same data are in parquet.
@@ -400,7 +401,7 @@ class HubTable:
     """Rows of a split of the hub's, pictures as the bytes of their files."""
 
     def __init__(self, hub: str, config: str | None, split: str, streaming: bool) -> None:
-        self.datasets = _import("datasets", "datasets")
+        self.datasets = _datasets()
         self.hub, self.where = hub, f"{hub} {split}"
         self.failures = (*FAILURES, self.datasets.exceptions.DatasetsError)
         try:
@@ -432,13 +433,18 @@ class HubTable:
 
 def _hub_splits(hub: str, config: str | None) -> dict[str, list[Path]]:
     """The names of a data set's splits (their files are `datasets`' business)."""
-    datasets = _import("datasets", "datasets")
-    # Version 3 would ask at the terminal whether to run a loading script.
-    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
+    datasets = _datasets()
     try:
         return {name: [] for name in datasets.get_dataset_split_names(hub, config)}
     except FAILURES as error:
         raise _unavailable(hub, error) from error
+
+
+def _datasets() -> ModuleType:
+    """The library, which runs no loading script: its version 3 would ask at the terminal whether to."""
+    datasets = _import("datasets", "datasets")
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
+    return datasets
 
 
 def _unavailable(hub: str, error: Exception) -> InputError:
@@ -449,8 +455,8 @@ def _unavailable(hub: str, error: Exception) -> InputError:
         form = f"data.hub={other}" if other else "data.hub to the data set's parquet form"
         return InputError(f"{hub} is a loading script, which is not run; set {form}")
     return InputError(
-        f"the data set {hub} cannot be read from the hub ({said}); check data.hub, data.hub_config and the network, "
-        "and for a gated data set accept its terms and set HF_TOKEN"
+        f"the data set {hub} cannot be read from the hub{when_offline()} ({said}); check data.hub, data.hub_config "
+        "and the network, and for a gated data set accept its terms and set HF_TOKEN"
     )
 
 

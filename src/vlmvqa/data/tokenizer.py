@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
+from vlmvqa.hub import OWN_CODE, unread
 
 
 def train_tokenizer(examples: Iterable[Example], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -46,12 +47,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         InputError: it cannot be read, or has no EOS token to end answers with.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"the tokenizer of {name} cannot be read from the hub or disk; check the name, the network, and for gated "
-            f"weights accept the licence and set HF_TOKEN or run `huggingface-cli login` ({str(error).splitlines()[0]})"
-        ) from error
+        raise unread(f"the tokenizer of {name}", error) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no EOS token, which ends every answer; choose another")
     return tokenizer

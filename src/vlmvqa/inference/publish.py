@@ -17,6 +17,7 @@ from typing import Any
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError
+from vlmvqa.hub import when_offline
 from vlmvqa.models.adapters import PEFT_CONFIG
 from vlmvqa.models.saved import BASE, CONFIG, kept_base
 
@@ -43,8 +44,8 @@ def refuse_upload(target: str) -> None:
         HfApi().whoami()
     except (HTTPError, LocalTokenNotFoundError, OSError) as error:
         raise InputError(
-            f"hub_id={target}: nobody is logged in to the hub, or it cannot be reached; set HF_TOKEN or run "
-            f"`huggingface-cli login` ({str(error).splitlines()[0]})"
+            f"hub_id={target}: nobody is logged in to the hub, or it cannot be reached{when_offline()}; set HF_TOKEN "
+            f"or run `huggingface-cli login` ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
+from vlmvqa.hub import OWN_CODE
 from vlmvqa.merging.files import FLOATS, TYPES, Weights
 from vlmvqa.models import saved
 from vlmvqa.models.adapters import AdapterSettings
@@ -200,11 +201,11 @@ def _refuse_other_settings(base: Path, models: Sequence[Path]) -> None:
 
 def _refuse_other_networks(base: Path, models: Sequence[Path]) -> None:
     """Stop where pretrained models compute differently; an adapter computes as its base."""
-    own = _plain(AutoConfig.from_pretrained(base).to_dict())
+    own = _plain(AutoConfig.from_pretrained(base, **OWN_CODE).to_dict())
     for folder in models:
         if "adapter" in read_config(folder):
             continue
-        other = _plain(AutoConfig.from_pretrained(folder).to_dict())
+        other = _plain(AutoConfig.from_pretrained(folder, **OWN_CODE).to_dict())
         differ = sorted(key for key in {**own, **other} if own.get(key) != other.get(key))
         if differ:
             raise InputError(f"{folder} and {base} differ in {differ[0]} of their configs; merge models alike in it")

@@ -13,6 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vlmvqa.errors import InputError
+from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, when_offline
 from vlmvqa.metrics.checks import Id, check_ids, check_text
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: only when a picture is scored
@@ -78,12 +79,13 @@ class _Clip:
         from transformers import CLIPModel, CLIPProcessor
 
         try:
-            model: Any = CLIPModel.from_pretrained(name)
-            self.processor: Any = CLIPProcessor.from_pretrained(name)
+            model: Any = CLIPModel.from_pretrained(name, **SAFE_WEIGHTS)
+            self.processor: Any = CLIPProcessor.from_pretrained(name, **OWN_CODE)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
-                f"model={name!r} cannot be loaded ({reason}); give a CLIP's local folder, or its id on the hub."
+                f"model={name!r} cannot be loaded{when_offline()} ({reason}); give a CLIP's local folder, or "
+                "its id on the hub."
             ) from error
         self.model = model.to(device).eval()
         self.device = device

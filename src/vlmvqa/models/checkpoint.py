@@ -25,12 +25,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 from transformers import __version__ as transformers_version
 from transformers.initialization import no_init_weights
 
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
+from vlmvqa.hub import OWN_CODE, unread
 from vlmvqa.models import adapters
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.language import LanguageModel
@@ -199,8 +201,7 @@ def load(path_or_hub_id: str | Path, device: str = "cpu") -> tuple[Model, Settin
         raise InputError(
             f"{folder / WEIGHTS} does not hold this model's weights ({str(error).splitlines()[0]})"
         ) from error
-    tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER)
-    return model.to(device).eval(), settings, tokenizer, config
+    return model.to(device).eval(), settings, _tokenizer(folder), config
 
 
 def base_of(folder: Path, adapter: Mapping[str, Any]) -> Path:
@@ -220,6 +221,15 @@ def base_of(folder: Path, adapter: Mapping[str, Any]) -> Path:
     return where
 
 
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The one that was saved with a model of ours."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / TOKENIZER, **OWN_CODE)
+    except (OSError, ValueError) as error:
+        raise unread(f"the tokenizer of {folder}", error) from error
+    return tokenizer
+
+
 def _with_adapters(folder: Path, config: Mapping[str, Any], device: str) -> tuple[Model, Text]:
     """A base with the adapters that a folder holds."""
     base = base_of(folder, config["adapter"])
@@ -231,5 +241,5 @@ def _with_adapters(folder: Path, config: Mapping[str, Any], device: str) -> tupl
     adapters.attach(model, here, device)
     adapters.load(folder, model)
     pretrained = isinstance(settings, PretrainedSettings)
-    text = load_processor(str(folder)) if pretrained else AutoTokenizer.from_pretrained(folder / TOKENIZER)
+    text = load_processor(str(folder)) if pretrained else _tokenizer(folder)
     return model.to(device).eval(), text

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, unread
 from vlmvqa.models.attention import SOFTCAP
 from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask, spans
 
@@ -71,7 +73,8 @@ class LanguageModel(nn.Module):
 
     @property
     def width(self) -> int:
-        return self.config.hidden_size
+        width: int = self.config.hidden_size
+        return width
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -79,7 +82,8 @@ class LanguageModel(nn.Module):
 
     @property
     def final_norm(self) -> nn.Module:
-        return self.decoder.norm
+        norm: nn.Module = self.decoder.norm
+        return norm
 
     def set_attention(self, attention: str) -> None:
         """Choose the backend. Softcapping is never dropped: SDPA, which cannot do it, is taken only without it."""
@@ -92,7 +96,8 @@ class LanguageModel(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """`int64[B, T] -> float[B, T, D]`, scaled as the model does it (Gemma: by sqrt(D), inside its embedding)."""
-        return self.decoder.get_input_embeddings()(input_ids)
+        embeddings: Tensor = self.decoder.get_input_embeddings()(input_ids)
+        return embeddings
 
     def forward(
         self, embeddings: Tensor, tokens: Tokens, keys: Tokens | None = None, cache: Cache | None = None
@@ -108,7 +113,7 @@ class LanguageModel(nn.Module):
         Returns:
             float[B, T, D]
         """
-        outputs = self.decoder(
+        hidden: Tensor = self.decoder(
             inputs_embeds=embeddings,
             attention_mask=self._masks(tokens, keys or tokens, embeddings.dtype),
             # Padding's positions are arbitrary but must be valid.
@@ -116,8 +121,8 @@ class LanguageModel(nn.Module):
             past_key_values=cache,
             use_cache=cache is not None,
             **self._spans(tokens if keys is None else None),
-        )
-        return outputs.last_hidden_state
+        ).last_hidden_state
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`float[S, D] -> float32[S, V]`, with the final softcap where the config has one."""
@@ -211,20 +216,18 @@ def language_config(settings: LanguageSettings) -> PreTrainedConfig:
         if settings.name in CONFIG_MAPPING_NAMES:
             config = AutoConfig.for_model(settings.name)
         else:
-            config = AutoConfig.from_pretrained(settings.name)
-    except OSError as error:
-        raise InputError(
-            f"model.language.name={settings.name} cannot be read from the hub or disk; check the name, the network, "
-            f"and for gated weights accept the licence and set HF_TOKEN or run `huggingface-cli login` "
-            f"({str(error).splitlines()[0]})"
-        ) from error
+            config = AutoConfig.from_pretrained(settings.name, **OWN_CODE)
+    except (OSError, ValueError) as error:
+        raise unread(f"model.language.name={settings.name}", error) from error
     known = config.to_dict()
     for key in settings.overrides:
         if key not in known:
             raise InputError(f"model.language.overrides has no '{key}' for {settings.name}{suggest(key, known)}")
     if settings.name in CONFIG_MAPPING_NAMES:
-        return type(config)(**settings.overrides)
-    return AutoConfig.from_pretrained(settings.name, **settings.overrides)
+        made: PreTrainedConfig = type(config)(**settings.overrides)
+    else:
+        made = AutoConfig.from_pretrained(settings.name, **settings.overrides, **OWN_CODE)
+    return made
 
 
 def build_language_model(settings: LanguageSettings, dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -251,7 +254,10 @@ def build_language_model(settings: LanguageSettings, dtype: torch.dtype = torch.
             "name a hub id or folder, or set model.language.weights=random"
         )
     else:
-        causal_lm = AutoModelForCausalLM.from_pretrained(settings.name, config=config, dtype=dtype)
+        try:
+            causal_lm = AutoModelForCausalLM.from_pretrained(settings.name, config=config, dtype=dtype, **SAFE_WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise unread(f"model.language.name={settings.name}", error) from error
     return LanguageModel(causal_lm, settings.attention, settings.loss)
 
 

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, unread
 from vlmvqa.models.generation import Decoding, Generated, pick, streams_of
 from vlmvqa.models.language import final_logits, recompute_activations, refuse_unknown_head
 from vlmvqa.models.vlm import DTYPES, Batch, Part
@@ -100,7 +101,8 @@ class PretrainedVLM(nn.Module):
     @property
     def vision(self) -> nn.Module:
         """What sees the image."""
-        return self.net.get_encoder(modality="image")
+        encoder: nn.Module = self.net.get_encoder(modality="image")
+        return encoder
 
     @property
     def projector(self) -> nn.Module:
@@ -271,9 +273,10 @@ def pretrained_config(settings: PretrainedSettings) -> PreTrainedConfig:
                 raise InputError(f"model.overrides has no '{key}' for {settings.pretrained}{suggest(key, known)}")
         return AutoConfig.for_model(settings.pretrained, **settings.overrides)
     try:
-        return AutoConfig.from_pretrained(settings.pretrained)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(settings.pretrained, **OWN_CODE)
     except (OSError, ValueError) as error:
-        raise InputError(unreadable(settings.pretrained, error)) from error
+        raise unread(f"model.pretrained={settings.pretrained}", error) from error
+    return config
 
 
 def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, blank: bool = False) -> PretrainedVLM:
@@ -295,10 +298,10 @@ def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, bla
             _tell_latents_apart(made)
             return made
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **more
+            settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **more, **SAFE_WEIGHTS
         )
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
-        raise InputError(unreadable(settings.pretrained, error)) from error
+        raise unread(f"model.pretrained={settings.pretrained}", error) from error
     net, about = loaded
     if about["missing_keys"]:
         missing = sorted(about["missing_keys"])
@@ -324,14 +327,6 @@ def _tell_latents_apart(model: PretrainedVLM) -> None:
     latents = getattr(getattr(model.projector, "perceiver_resampler", None), "latents", None)
     if latents is not None:
         nn.init.normal_(latents, std=0.02)
-
-
-def unreadable(name: str, error: Exception) -> str:
-    """The sentence for a pretrained model that cannot be had."""
-    return (
-        f"model.pretrained={name} cannot be read from the hub or disk; check the name, the network, and for gated "
-        f"weights accept the licence and set HF_TOKEN or run `huggingface-cli login` ({str(error).splitlines()[0]})"
-    )
 
 
 def _until(tokens: list[int], eos: Collection[int]) -> list[int]:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from vlmvqa.errors import InputError
+from vlmvqa.hub import OWN_CODE, unread
 
 ADDED_TOKENS = 1160  # at most so many of its own does a processor add: PaliGemma's places and segments
 
@@ -27,12 +28,9 @@ def load_processor(name: str, image_splitting: bool | None = None) -> ProcessorM
         InputError: it cannot be read, or has no pieces to split an image into.
     """
     try:
-        library = AutoProcessor.from_pretrained(name)
+        library: ProcessorMixin = AutoProcessor.from_pretrained(name, **OWN_CODE)
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"the processor of {name} cannot be read from the hub or disk; check the name, the network, and for gated "
-            f"weights accept the licence and set HF_TOKEN ({str(error).splitlines()[0]})"
-        ) from error
+        raise unread(f"the processor of {name}", error) from error
     if not hasattr(library, "image_processor") or not hasattr(library, "tokenizer"):
         raise InputError(f"{name} has no processor for images and text; name a vision-language model")
     if image_splitting is not None:

@@ -26,4 +26,5 @@ class Projector(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.dropout(self.layers(features))
+        projected: Tensor = self.dropout(self.layers(features))
+        return projected

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmvqa.errors import InputError
+from vlmvqa.hub import when_offline
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 BASE = "base"  # a folder of a run's: what its adapters lie over, where that lies nowhere else
@@ -28,7 +29,7 @@ def find(path_or_hub_id: str | Path) -> Path:
     Raises:
         InputError: there is none.
     """
-    folder = Path(path_or_hub_id)
+    folder = Path(path_or_hub_id).expanduser()
     if (folder / "model" / CONFIG).is_file():  # a run's folder
         return folder / "model"
     if (folder / CONFIG).is_file():
@@ -46,6 +47,6 @@ def find(path_or_hub_id: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{path_or_hub_id} is neither a folder here nor readable from the hub; check the path or the id, "
-            "the network, and HF_TOKEN for gated weights"
+            f"{path_or_hub_id} is neither a folder here nor readable from the hub{when_offline()}; check the path "
+            "or the id, the network, and HF_TOKEN for gated weights"
         ) from error

@@ -14,10 +14,12 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.hub import unread
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,15 @@ def _create(settings: VisionSettings) -> Any:
     if settings.weights == "hub":
         arguments["pretrained"] = True
     elif settings.weights != "random":
-        if not Path(settings.weights).is_file():
+        path = Path(settings.weights).expanduser()
+        if not path.is_file():
             raise InputError(f"model.vision.weights={settings.weights}: no such file; give a path, 'hub' or 'random'")
-        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": settings.weights}}
+        if path.suffix != ".safetensors":
+            raise InputError(
+                f"model.vision.weights={settings.weights} is no .safetensors, and pickled weights, which can run code, "
+                "are never read here; save them with safetensors.torch.save_file"
+            )
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
     try:
         encoder = timm.create_model(name, **arguments)
     except TypeError as error:
@@ -104,6 +112,10 @@ def _create(settings: VisionSettings) -> Any:
         raise InputError(
             f"model.vision.overrides: timm's {architecture} does not take these settings: {error}{near}"
         ) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if settings.weights == "random":
+            raise
+        raise unread(f"model.vision.name={settings.name} with weights={settings.weights}", error) from error
     if not hasattr(encoder, "has_class_token") or not hasattr(encoder, "blocks"):
         raise InputError(f"model.vision.name={settings.name} is not a vision transformer; choose a timm vit_* model")
     if settings.weights == "random":

@@ -72,7 +72,8 @@ class VLM(nn.Module):
         features = (
             batch["image_features"] if "image_features" in batch else self.vision(batch["pixel_values"].to(dtype))
         )
-        return self.projector(features.to(dtype)).flatten(0, 1)
+        projected: Tensor = self.projector(features.to(dtype))
+        return projected.flatten(0, 1)
 
     def embed(self, batch: Batch) -> Tensor:
         """Text and image tokens in place: `float[B, T, D]`. One gather, one where, whatever the data."""
@@ -87,7 +88,8 @@ class VLM(nn.Module):
 
     def decode(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """The last hidden state of every token: `float[B, T, D]`; fills the cache, if one is given."""
-        return self.language(self.embed(batch), self.tokens(batch), cache=cache)
+        hidden: Tensor = self.language(self.embed(batch), self.tokens(batch), cache=cache)
+        return hidden
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """The loss over supervised positions.

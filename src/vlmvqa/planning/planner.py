@@ -23,6 +23,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlmvqa.errors import InputError
+from vlmvqa.hub import OWN_CODE
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.pretrained import PretrainedSettings
@@ -368,7 +369,7 @@ def known_architecture(settings: ModelSettings) -> ModelSettings:
         return replace(settings, language=replace(settings.language, name=DEFAULT_SIZES[name]))
     if name not in CONFIG_MAPPING_NAMES:
         try:
-            AutoConfig.from_pretrained(name, local_files_only=True)
+            AutoConfig.from_pretrained(name, local_files_only=True, **OWN_CODE)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"the sizes of model.language.name={name} are not on this machine, and a plan uses no network; give an "

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlmvqa.errors import InputError
+from vlmvqa.hub import OWN_CODE
 from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM, pretrained_config
 from vlmvqa.sequence.rows import IGNORE
 
@@ -117,7 +118,7 @@ def known_config(settings: PretrainedSettings) -> PreTrainedConfig:
         config = pretrained_config(settings)
     else:
         try:
-            config = AutoConfig.from_pretrained(name, local_files_only=True)
+            config = AutoConfig.from_pretrained(name, local_files_only=True, **OWN_CODE)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"the sizes of model.pretrained={name} are not on this machine, and a plan uses no network; name a "

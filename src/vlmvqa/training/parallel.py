@@ -116,6 +116,7 @@ def correct_deepspeed() -> None:
 def _quieten_deepspeed() -> None:
     import deepspeed
 
+    # It warns of its own defaults and of what accelerate sets for it; what really runs is checked in preflight.py.
     deepspeed.utils.logger.setLevel("ERROR")
     # Shared-memory collectives for CPUs: they would be compiled first, and gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

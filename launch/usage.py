@@ -1,0 +1,101 @@
+"""What a script answers before it imports PyTorch: -h, and a shell that completes its keys.
+
+Each script imports this first. Where the command line asks for one of the two, the import answers and ends the process.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import signal
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from usage_pages import PAGES
+
+HERE = Path(__file__).resolve().parent
+CONF = HERE.parent / "conf"
+# Set by `vlmvqa train` (src/vlmvqa/__main__.py), to its own name.
+CALLED_AS = "VLMVQA_CALLED_AS"
+# Where a config's name is not its script's.
+OTHERS = {"run": "helm"}
+WIDTH = 120
+
+
+def answer(script: Path, arguments: list[str]) -> None:
+    """End the process with what the arguments ask for; return where they ask for neither."""
+    name = OTHERS.get(script.stem, script.stem)
+    if {"-sc", "--shell-completion", "--shell_completion"} & set(arguments):
+        _complete(name)
+    if {"-h", "--help"} & set(arguments):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `-h | head` ends as other programs do
+        print(page(script, arguments[0]))
+        sys.exit()
+
+
+def page(script: Path, word: str = "") -> str:
+    """What -h prints: what the script does, examples, its most used keys, the groups' choices, where to read on.
+
+    Args:
+        word: its first argument; of `prepare`, what is to be made.
+    """
+    name = OTHERS.get(script.stem, script.stem)
+    documented = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    shown = PAGES[f"{name} {word}"] if f"{name} {word}" in PAGES else f"{documented}\n\n{PAGES.get(name, '')}"
+    choices = "\n".join(_choices(name))
+    every = f"python -m evaluation.helm.{script.stem}" if name == "helm" else f"python launch/{script.name}"
+    more = f"Everything that can be set, and what it is now: {every} --cfg job"
+    text = "\n\n".join([shown.strip(), f"Groups, as group=choice:\n{choices}", more])
+    return as_called(text) if CALLED_AS in os.environ else text
+
+
+def as_called(text: str) -> str:
+    """A page's commands as the installed package takes them; columns stay columns."""
+    lines = []
+    for line in text.splitlines():
+        new = re.sub(r"\bpython launch/(\w+)\.py", r"vlmvqa \1", line)
+        new = re.sub(r"\baccelerate launch launch/(\w+)\.py", r"accelerate launch -m vlmvqa \1", new)
+        new = re.sub(r"\bdeepspeed launch/(\w+)\.py", r"deepspeed --module vlmvqa \1", new)
+        gap = re.search(r"(?<=\S) {3,}(?=\S)", new)
+        if new != line and gap:
+            about = new[gap.end() :]
+            new = new[: gap.start()].ljust(len(line) - len(about) - 1) + " " + about
+        lines.append(new)
+    return "\n".join(lines)
+
+
+def _choices(name: str) -> Iterator[str]:
+    """Each config group that a script takes, with the names of its files."""
+    for group in _groups(name):
+        names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        yield textwrap.fill(names, WIDTH, initial_indent=f"  {group:<12}", subsequent_indent=" " * 14)
+
+
+def _groups(name: str) -> Iterator[str]:
+    for entry in yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]:
+        if isinstance(entry, dict):
+            yield from entry
+        elif (CONF / f"{entry}.yaml").exists() and entry != "hydra_quiet":  # plan takes all that train takes
+            yield from _groups(entry)
+
+
+def _complete(name: str) -> NoReturn:
+    """Hydra's shell completion of this config."""
+    import hydra
+
+    sys.argv[0] = os.environ.get(CALLED_AS, sys.argv[0])  # what Hydra tells the shell to complete
+    if name == "prepare" and "COMP_LINE" in os.environ:  # its first word is no override
+        os.environ["COMP_LINE"] = re.sub(r"(prepare\.py|vlmvqa) +\w+ ", r"\1 ", os.environ["COMP_LINE"])
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda config: None)()
+    sys.exit()
+
+
+_script = Path(sys.argv[0]).resolve()
+if _script.parent == HERE or _script.parts[-3:] == ("evaluation", "helm", "run.py"):
+    answer(_script, sys.argv[1:])

@@ -1,0 +1,78 @@
+"""With HF_HUB_OFFLINE=1, as all tests run, no path waits for a network: none opens a connection."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import vlmvqa
+from tests.end_to_end.scripts import SMALL, call, done, sentence
+from vlmvqa.data import hub
+from vlmvqa.data.tokenizer import load_tokenizer
+from vlmvqa.errors import InputError
+from vlmvqa.inference.publish import refuse_upload
+from vlmvqa.metrics import clip_similarity
+from vlmvqa.models.language import LanguageSettings, language_config
+from vlmvqa.models.pretrained import PretrainedSettings, pretrained_config
+from vlmvqa.models.processors import load_processor
+from vlmvqa.models.vision import VisionEncoder, VisionSettings
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
+    """Every address that was asked for or connected to; none, when the test is over."""
+    asked: list[object] = []
+
+    def connect(self: socket.socket, address: Any) -> None:
+        asked.append(address)
+        raise OSError(f"a connection to {address}")
+
+    def look_up(host: Any, *rest: Any, **more: Any) -> None:
+        asked.append(host)
+        raise socket.gaierror(f"a look-up of {host}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")  # as of a user who is logged in
+    yield asked
+    assert asked == []
+
+
+def test_training_scoring_and_asking_need_no_network(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "run"
+    done(call("train", "data=vqav2", f"data.root={whole}", f"run.dir={folder}", *SMALL))
+    picture = next((whole / "val2014").iterdir())
+    asking = (f"image={picture}", "question=how many?", f"run.dir={tmp_path / 'asked'}")
+    done(call("predict", f"checkpoint={folder}", *asking))
+
+
+PLACES: dict[str, Callable[[], object]] = {
+    "load": lambda: vlmvqa.load("no/where"),
+    "language": lambda: language_config(LanguageSettings("no/where")),
+    "pretrained": lambda: pretrained_config(PretrainedSettings("no/where")),
+    "processor": lambda: load_processor("no/where"),
+    "tokenizer": lambda: load_tokenizer("no/where"),
+    "encoder": lambda: VisionEncoder(VisionSettings("vit_tiny_patch16_224.augreg_in21k", weights="hub")),
+    "clip": lambda: clip_similarity({1: "a dog"}, {1: Image.new("RGB", (8, 8))}, model="no/where"),
+    "data": lambda: hub.read("no/where", "train", columns=hub.Columns(), prompt="{question}"),
+    "publish": lambda: refuse_upload("no/where"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_not_cached_ends_in_a_sentence_that_says_why(place: str) -> None:
+    if place == "data":
+        pytest.importorskip("datasets")
+    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set, so that nothing is fetched"):
+        PLACES[place]()
+
+
+def test_a_command_ends_in_the_same_sentence(tmp_path: Path, whole: Path) -> None:
+    asked = (f"data.root={whole}", "split=val", f"run.dir={tmp_path}")
+    said = sentence(call("eval", "checkpoint=no/where", "data=vqav2", *asked))
+    assert "HF_HUB_OFFLINE is set" in said

@@ -1,0 +1,134 @@
+"""What a script says of itself without PyTorch: -h and its keys, completion, --cfg job; and `vlmvqa` beside them."""
+
+from __future__ import annotations
+
+import usage
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import command_line
+from tests.conftest import ROOT
+from usage_pages import PAGES
+from vlmvqa.places import commands
+
+SCRIPTS = {name: ROOT / "launch" / f"{name}.py" for name in commands()}
+PYTHON = [sys.executable]
+
+
+@pytest.fixture(scope="module")
+def light(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which PyTorch and transformers cannot be imported."""
+    folder = tmp_path_factory.mktemp("heavy")
+    for name in ("torch", "transformers", "timm"):
+        (folder / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')\n")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT / "src")])}
+
+
+def ask(environment: dict[str, str], *command: str, **more: str) -> str:
+    """What a command prints, with no complaint."""
+    ended = subprocess.run(
+        [*PYTHON, *command], env=environment | more, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    return ended.stdout
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "helm"])
+def test_help_is_two_screens_at_most_and_needs_no_pytorch(name: str, light: dict[str, str]) -> None:
+    command = ["-m", "evaluation.helm.run"] if name == "helm" else [str(SCRIPTS[name])]
+    said = ask(light, *command, "-h")
+    lines = said.splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 120
+    assert sum(bool(re.match(r"(python|accelerate|deepspeed) ", line)) for line in lines) >= 2  # examples
+    for part in ("Groups, as group=choice:", "--cfg job", "decoding    greedy" if name != "merge" else "ties_dare"[:4]):
+        assert part in said
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_every_key_of_a_page_is_one_that_hydra_knows(name: str) -> None:
+    """With the value that stands there, but for those that are left to the reader."""
+    script = name.split()[0]
+    written = re.findall(r"(?<!\S)([a-z_]+(?:\.[a-z_]+)*)=(\"[^\"]*\"|\S+)", PAGES[name])
+    skipped = {"key"}  # key=value
+    if script == "prepare":  # of commands that it shows beside, run by other tests
+        skipped |= {"trainable.vision", "data.features", "data.packed"}
+    given = {key: value.strip('"') for key, value in written if value != "..." and key not in skipped}
+    needed = {"data": "shapes"} if script in ("eval", "merge") else {}
+    arguments = [f"{key}={value}" for key, value in {**needed, **given}.items()]
+    assert given
+    command_line.check_overrides(command_line.collect(arguments, ["image", "question"]), script)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "helm"])
+def test_cfg_job_prints_the_whole_config(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--cfg", "job"])
+    script = importlib.import_module("evaluation.helm.run" if name == "helm" else name)
+    if name == "prepare":
+        script.start()
+    else:
+        command_line.run(script.main, name)
+    said = capsys.readouterr().out
+    assert "\nrun:\n" in said and said.count("\n") > 10
+
+
+def test_a_shell_completes_keys_and_choices_without_pytorch(light: dict[str, str]) -> None:
+    script = "launch/train.py"
+    assert "hydra_bash_completion python" in ask(light, script, "-sc", "install=bash")
+    line = f"python {script} data=gqa trainer.learn"
+    assert ask(light, script, "-sc", "query=bash", COMP_LINE=line).split() == ["trainer.learning_rate="]
+    found = ask(light, "launch/prepare.py", "-sc", "query=bash", COMP_LINE="python launch/prepare.py pack model=tiny_")
+    assert found.split() == ["model=tiny_idefics2", "model=tiny_paligemma"]
+
+
+def test_bash_completes_the_installed_command(light: dict[str, str], tmp_path: Path) -> None:
+    """In a real bash, by the function that it calls at TAB."""
+    command = tmp_path / "vlmvqa"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vlmvqa "$@"\n')
+    command.chmod(0o755)
+    script = """
+        eval "$(vlmvqa -sc install=bash)"
+        complete_line() {
+            COMP_LINE="$1"; COMP_POINT=${#1}; COMP_CWORD=$2; hydra_bash_completion; echo "${COMPREPLY[@]}"
+        }
+        complete_line "vlmvqa tr" 1
+        complete_line "vlmvqa train model=tiny_" 2
+        complete -p vlmvqa
+    """
+    environment = light | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    ended = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert ended.stderr == ""
+    first, second, third = ended.stdout.splitlines()
+    assert (first, second) == ("train", "model=tiny_idefics2 model=tiny_paligemma")
+    assert third.endswith("-F hydra_bash_completion vlmvqa")
+
+
+def test_vlmvqa_lists_its_commands_and_starts_them(light: dict[str, str]) -> None:
+    listed = ask(light, "-m", "vlmvqa")
+    assert listed == ask(light, "-m", "vlmvqa", "-h")
+    for name, about in commands().items():
+        assert re.search(rf"^  {name} +{re.escape(about)}$", listed, re.MULTILINE)
+    shown = ask(light, "-m", "vlmvqa", "train", "-h")
+    assert shown == ask(light, "-m", "vlmvqa", "--local_rank=0", "train", "-h")  # as `deepspeed --module` starts it
+    assert "launch/train.py" not in shown
+    assert "deepspeed --module vlmvqa train" in shown
+    ends = {len(line) - len(re.split(r" {3,}", line)[-1]) for line in shown.splitlines()[2:7] if "   " in line}
+    assert len(ends) == 1  # what stands beside the commands stands in a column
+
+
+def test_a_command_that_is_none_gets_the_nearest(light: dict[str, str]) -> None:
+    ended = subprocess.run([*PYTHON, "-m", "vlmvqa", "trian"], env=light, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == "error: vlmvqa has no command 'trian', as vlmvqa -h lists them; did you mean 'train'?\n"
+
+
+def test_the_page_names_its_script() -> None:
+    assert "python launch/show.py --cfg job" in usage.page(SCRIPTS["show"])
