@@ -89,11 +89,11 @@ def score_predictions(config: DictConfig) -> None:
     """Score answers that something else wrote; no model is loaded."""
     data = one_task(config)
     examples, bad_records = _read(config, data)
-    asked = _asked(config, data, examples)
+    asked, none = _asked(config, data, examples), "no model was loaded, only its answers"
     answers = read_answers(Path(config.predictions).expanduser(), asked.questions, submission_name(data.source))
-    found, predictions = evaluate(asked, answers, "no model was loaded, only its answers")
+    found, predictions = evaluate(asked, answers, none)
     facts = {"predictions": str(config.predictions), "split": config.split}
-    report(config, from_config.run_folder(config), asked, data, facts, found, predictions, bad_records)
+    report(config, from_config.run_folder(config), asked, data, facts, found, predictions, bad_records, looks=none)
 
 
 def compare_two(config: DictConfig) -> None:

@@ -7,6 +7,7 @@ import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports woul
 # isort: split
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from vlmvqa.models.processors import ADDED_TOKENS, load_processor, random_proces
 from vlmvqa.models.vlm import DTYPES, ModelSettings, build, cast_parameters
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.settings import build_settings
+from vlmvqa.training import tracking
 from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_config
 from vlmvqa.training.preflight import Asked, optimizer_for
 from vlmvqa.training.trainer import PARTS
@@ -353,6 +355,9 @@ def training_arguments(config: DictConfig, dist: DistSettings) -> TrainingArgume
             names = " or ".join(sorted(kind.__name__ for kind in wanted))
             raise InputError(f"trainer.{key}={value} should be of type {names}")
     values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
+    values["report_to"] = tracking.chosen(values.get("report_to"))[1] or "none"  # ours are no business of its
+    # Lines in a log file, which a bar would fill with thousands of itself.
+    values["disable_tqdm"] = bool(values.get("disable_tqdm")) or not sys.stderr.isatty()
     defaults = {
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.cuda.is_available(),  # where there is no GPU, ranks over gloo

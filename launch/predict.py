@@ -14,11 +14,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from PIL import Image
+from tqdm import tqdm
 
 import from_config
 from command_line import run
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import load
+from vlmvqa.progress import bar
 
 
 def main(config: DictConfig) -> None:
@@ -32,10 +34,10 @@ def main(config: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "predictions.jsonl.partial"  # a bad image must not cost the answers of before
     with unfinished.open("w", encoding="utf-8") as file:
-        for image in images:
-            print(image)
+        for image in bar(images, doing="asking", unit="images", shown=len(images) > 1):
+            tqdm.write(str(image))
             for question, answer in zip(questions, predictor.answer(image, questions), strict=True):
-                print(f"  {question}  {answer.text}  ({math.exp(answer.log_probability):.2f})")
+                tqdm.write(f"  {question}  {answer.text}  ({math.exp(answer.log_probability):.2f})")
                 record = {"image": str(image), "question": question, "answer": answer.text}
                 file.write(json.dumps({**record, "log_probability": answer.log_probability}) + "\n")
     unfinished.replace(folder / "predictions.jsonl")

@@ -5,23 +5,28 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from PIL.Image import Image
 
 import vlmvqa
 from data_from_config import DataSettings, submission_writer
 from vlmvqa import fingerprint, ranks
+from vlmvqa.code_state import code_state
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 from vlmvqa.inference.evaluate import Asked, evaluate, table, write_results
+from vlmvqa.inference.gallery import Record
 from vlmvqa.inference.journal import Journal
+from vlmvqa.inference.looks import looked_at
 from vlmvqa.inference.predict import Answer, Predictor
 from vlmvqa.training.log import read_log
+from vlmvqa.training.samples import FILE as SAMPLES
 
 PACKAGES = ("torch", "transformers", "timm", "tokenizers", "pillow", "rapidfuzz", "pycocoevalcap")
 
@@ -69,8 +74,12 @@ def score_and_report(
     if missing and bad_records.policy == "error":
         raise InputError(f"{len(missing)} questions have no answer (the first is {missing[0]}); start the same again")
     found, predictions = evaluate(asked, answers, answer)
-    facts = {**made_by, "split": split, "prompt": predictor.prompt}
-    metrics = report(config, folder, asked, data, facts, found, predictions, bad_records, name)
+    facts = {**made_by, "split": split, "prompt": data.prompt}
+    looks: Sequence[tuple[Record, Image]] | str = ()
+    if ranks.is_first():
+        asks_so = replace(predictor, prompt=data.prompt)  # of a mixture's tasks each has its own
+        looks = looked_at(asks_so, asked.examples, predictions, asked.metric, config.looks)
+    metrics = report(config, folder, asked, data, facts, found, predictions, bad_records, name, looks)
     ranks.barrier()
     if ranks.is_first():
         journal.remove()
@@ -96,12 +105,14 @@ def report(
     predictions: Sequence[Mapping[str, Any]],
     bad_records: BadRecords,
     name: str = "",
+    looks: Sequence[tuple[Record, Image]] | str = (),
 ) -> dict[str, Any]:
     """Leave the results in the folder and print them, on rank 0.
 
     Args:
         facts: who answered, and how.
         found: what `evaluate` found.
+        looks: answers with where the model looked, for the report; or why there are none.
     """
     metrics = {
         **facts,
@@ -111,6 +122,7 @@ def report(
         **found,
         "skipped": bad_records.listed(),
         "versions": versions(),
+        "code": str(code_state()),
     }
     if not ranks.is_first():
         return metrics
@@ -119,6 +131,7 @@ def report(
         {key.replace(prefix, "eval_", 1): value for key, value in record.items()}
         for record in read_log(folder / "log.jsonl")
     ]
+    samples = [record for record in read_log(folder / SAMPLES) if record["task"] == name]
     folder = folder / name
     write_results(
         folder,
@@ -129,6 +142,8 @@ def report(
         title=f"{config.run.name}: {name or data.source} {facts['split']}",
         log=log,
         config_yaml=OmegaConf.to_yaml(config, resolve=True),
+        samples=samples,
+        looks=looks,
     )
     if name:
         print(f"\n{name} {facts['split']}")

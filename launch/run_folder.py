@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import re
+import shlex
 import shutil
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+from results import versions
+from vlmvqa import ranks
+from vlmvqa.code_state import code_state
+from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
 from vlmvqa.models.checkpoint import Adapter
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
 from vlmvqa.training.launchers import LAUNCH
+from vlmvqa.training.samples import FILE as SAMPLES
 from vlmvqa.training.state import progress
-from vlmvqa.training.tracking import RUN_ID
+from vlmvqa.training.tracking import run_ids
 
+RUN = "run.json"  # when, how, on what and from which code it was started, each time
 STARTED = ".launch"  # by which of torchrun's launches this run was started
 # What decides how a run goes: it cannot be changed on the way...
 DECIDES = (
@@ -71,12 +83,12 @@ def refuse_run(folder: Path, config: DictConfig) -> None:
         )
 
 
-def open_run(folder: Path, config: DictConfig, global_batch: int, ranks: int) -> tuple[Path | None, list[str]]:
+def open_run(folder: Path, config: DictConfig, global_batch: int, world: int) -> tuple[Path | None, list[str]]:
     """Make the run's folder, empty if the run starts anew.
 
     Args:
         global_batch: examples an optimizer step sees now.
-        ranks: how many share them.
+        world: how many ranks share them.
 
     Returns:
         the checkpoint to go on from, if any; and what there is to tell.
@@ -88,8 +100,8 @@ def open_run(folder: Path, config: DictConfig, global_batch: int, ranks: int) ->
     if LAUNCH in os.environ:
         (folder / STARTED).write_text(os.environ[LAUNCH])
     if not resumed:
-        for left in ("skipped.jsonl", RUN_ID):  # by a run that ended before its first step
-            (folder / left).unlink(missing_ok=True)
+        for left in (folder / "skipped.jsonl", folder / SAMPLES, folder / RUN, *run_ids(folder)):
+            left.unlink(missing_ok=True)  # by a run that ended before its first step
     said = [
         f"{unfinished} was cut short while it was written and is removed" for unfinished in remove_unfinished(folder)
     ]
@@ -97,13 +109,35 @@ def open_run(folder: Path, config: DictConfig, global_batch: int, ranks: int) ->
     if checkpoint is not None:
         if not config.resume_force:
             _refuse_changes(folder, config)
-            _refuse_other_batch(checkpoint, global_batch, ranks, config)
+            _refuse_other_batch(checkpoint, global_batch, world, config)
         point(folder / LATEST, checkpoint)
         said += [*complaints, f"going on from {checkpoint}"]
     elif complaints:
         raise InputError(f"{folder}: no checkpoint is whole ({complaints[0]}); start anew with run.overwrite=true")
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     return checkpoint, said
+
+
+def record_start(folder: Path, step: int) -> None:
+    """Add this start to `run.json`.
+
+    Args:
+        step: of the checkpoint that it goes on from (0: it begins).
+    """
+    path = folder / RUN
+    before = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    code = code_state()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from_step": step,
+        "command": shlex.join(sys.argv),
+        "git": {"commit": code.commit, "changed": code.changed, **({"reason": code.reason} if code.reason else {})},
+        "ranks": ranks.world_size(),
+        "device": device,
+        "versions": versions(),
+    }
+    replace_file(path, json.dumps({"starts": [*before, start]}, indent=2) + "\n")
 
 
 def _refuse_changes(folder: Path, config: DictConfig) -> None:
@@ -128,12 +162,12 @@ def _refuse_changes(folder: Path, config: DictConfig) -> None:
         )
 
 
-def _refuse_other_batch(checkpoint: Path, global_batch: int, ranks: int, config: DictConfig) -> None:
+def _refuse_other_batch(checkpoint: Path, global_batch: int, world: int, config: DictConfig) -> None:
     """Stop a resumed run whose steps would see more or fewer examples than before."""
     before = progress(checkpoint)["global_batch"]
     if before == global_batch:
         return
-    accumulated, rest = divmod(before, ranks * config.trainer.per_device_train_batch_size)
+    accumulated, rest = divmod(before, world * config.trainer.per_device_train_batch_size)
     remedy = "choose trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps that keep it"
     if accumulated and not rest:
         remedy = f"set trainer.gradient_accumulation_steps={accumulated}"

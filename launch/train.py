@@ -16,6 +16,7 @@ import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports woul
 # isort: split
 import gc
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +28,9 @@ import from_config
 from command_line import group, run
 from data_from_config import Task, data_settings, read_tasks
 from results import score_and_report
-from run_folder import going_on, open_run, refuse_other_base, refuse_run
+from run_folder import going_on, open_run, record_start, refuse_other_base, refuse_run
 from vlmvqa import ranks
+from vlmvqa.code_state import code_state
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.inference.card import write_card
 from vlmvqa.inference.evaluate import Asked
@@ -36,11 +38,16 @@ from vlmvqa.inference.predict import Predictor, load
 from vlmvqa.inference.publish import refuse_upload, upload
 from vlmvqa.inference.scores import score
 from vlmvqa.models import adapters
+from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.saved import BASE, CONFIG
-from vlmvqa.training import parallel, preflight, tracking
+from vlmvqa.training import parallel, preflight, samples
 from vlmvqa.training.banner import banner
-from vlmvqa.training.checkpoints import whole_checkpoints
+from vlmvqa.training.checkpoints import step_of, whole_checkpoints
+from vlmvqa.training.log import cut
+from vlmvqa.training.loggers import Run
+from vlmvqa.training.speed import rounded
 from vlmvqa.training.state import WEIGHTS, whole_weights, write_weights
+from vlmvqa.training.tracking import Tracking, chosen
 from vlmvqa.training.trainer import VqaTrainer
 
 
@@ -62,10 +69,12 @@ def main(config: DictConfig) -> None:
     if not any(task.answered for task in tasks):
         arguments.metric_for_best_model = None
 
-    stopped_by = train(config, dist, folder, arguments, tasks, bad_records)
+    tracking = Tracking(chosen(config.trainer.report_to)[0])
+    stopped_by = train(config, dist, folder, arguments, tasks, bad_records, tracking)
     if stopped_by:
         tracking.finish()
-        ranks.say(f"stopped by {stopped_by}, saved in {folder / 'latest'}; go on with resume=auto")
+        by = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by
+        ranks.say(f"stopped by {by}, saved in {folder / 'latest'}; go on with resume=auto")
         return
     gc.collect()  # what trained makes room for what is scored: the model that was saved
     torch.cuda.empty_cache()
@@ -95,7 +104,7 @@ def main(config: DictConfig) -> None:
     ]
     if ranks.is_first():
         tracking.finish(
-            {f"final/{one['data']}_{name}": of["overall"] for one in metrics for name, of in one["metrics"].items()}
+            {f"{one['data']}_{name}": of["overall"] for one in metrics for name, of in one["metrics"].items()}
         )
         write_card(folder / "model", config.hub_id or config.run.dir, metrics, OmegaConf.to_yaml(config, resolve=True))
         print(f"model:  {folder / 'model'}")
@@ -110,6 +119,7 @@ def train(
     arguments: TrainingArguments,
     tasks: list[Task],
     bad_records: BadRecords,
+    tracking: Tracking,
 ) -> str | None:
     """Train and write `model/`; the signal that stopped it before its end, if one did."""
     data = data_settings(config)
@@ -123,13 +133,23 @@ def train(
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
         parallel.shard(predictor.model, arguments.device, computed_in, dist.offload)
+    shown = [samples.Shown.of(task.evaluated, config.samples, config.seed, task.name) for task in tasks]
+
+    def evaluate(model: Model) -> dict[str, float]:
+        answering = replace(predictor, model=model)
+        numbers, seen = score_now(answering, arguments, tasks, bad_records, shown, tracking.shows_samples)
+        if ranks.is_first() and seen:
+            samples.write(folder, seen, trainer.state.global_step)
+            tracking.samples(seen, trainer.state.global_step)
+        return numbers
+
     trainer = VqaTrainer(
         predictor.model,
         arguments,
         training_set,
         predictor.processor,
         learning_rates=group(config, "learning_rates"),
-        score=lambda model: score_now(replace(predictor, model=model), arguments, tasks, bad_records),
+        score=evaluate,
         dist=dist,
         settings=predictor.settings,
         clip_percentile=config.clip_percentile,
@@ -138,9 +158,8 @@ def train(
     groups = trainer.parameter_groups()
     # Only now, when all that the command says has been understood, is anything written or replaced.
     checkpoint, told = ranks.share(lambda: open_run(folder, config, trainer.global_batch, ranks.world_size()))
-    if "wandb" in arguments.report_to:
-        resolved = OmegaConf.to_container(config, resolve=True)
-        ranks.share(lambda: tracking.start(folder, config.run.name, resolved))
+    trainer.add_callback(tracking)
+    ranks.share(lambda: _open(tracking, config, folder, checkpoint))
     if base is not None and predictor.adapter is not None:
         written = base.write(kept, resumed=checkpoint is not None)
         predictor.adapter = replace(predictor.adapter, fingerprint=written)
@@ -159,12 +178,36 @@ def train(
     return None
 
 
+def _open(tracking: Tracking, config: DictConfig, folder: Path, checkpoint: Path | None) -> None:
+    """Open the loggers, and write down what starts here; the samples of steps that are made again are cut."""
+    step = step_of(checkpoint) if checkpoint else 0
+    resolved, text = OmegaConf.to_container(config, resolve=True), OmegaConf.to_yaml(config, resolve=True)
+    assert isinstance(resolved, dict)
+    named = {str(key): value for key, value in resolved.items()}
+    tracking.start(Run(folder, config.run.name, named, text, str(code_state()), step))
+    record_start(folder, step)
+    if (folder / samples.FILE).exists():
+        cut(folder / samples.FILE, step)
+
+
 def score_now(
-    predictor: Predictor, arguments: TrainingArguments, tasks: list[Task], bad_records: BadRecords
-) -> dict[str, float]:
-    """Each task's score while it trains, and their mean where there are several."""
-    found = {}
-    for task in tasks:
+    predictor: Predictor,
+    arguments: TrainingArguments,
+    tasks: list[Task],
+    bad_records: BadRecords,
+    shown: list[samples.Shown],
+    pictures: bool,
+) -> tuple[dict[str, float], list[samples.Sample]]:
+    """Each task's score while it trains, their mean where there are several, how fast it went; and answers to look at.
+
+    Args:
+        shown: of each task, the questions whose answers are looked at.
+        pictures: whether these bring their pictures.
+    """
+    found: dict[str, float] = {}
+    seen: list[samples.Sample] = []
+    asked, began = 0, time.perf_counter()
+    for task, looked_at in zip(tasks, shown, strict=True):
         if not task.answered:
             continue
         answers = predictor.answer_examples(
@@ -172,12 +215,20 @@ def score_now(
             batch_size=arguments.per_device_eval_batch_size,
             workers=arguments.dataloader_num_workers,
             bad_records=bad_records,
+            progress=True,
         )
+        asked += len(answers)
         texts = {name: answer.text for name, answer in answers.items()}
-        overall = score(task.evaluated, texts, task.data.metric, **task.scoring).overall
-        if overall is not None:
-            found[f"{task.prefix}{task.data.metric}"] = overall
-    return {**found, "mean": sum(found.values()) / len(found)} if len(tasks) > 1 and found else found
+        scored = score(task.evaluated, texts, task.data.metric, **task.scoring)
+        if scored.overall is not None:
+            found[f"{task.prefix}{task.data.metric}"] = scored.overall
+        if ranks.is_first():
+            seen += looked_at.samples(answers, scored.per_question, pictures)
+    if len(tasks) > 1 and found:
+        found["mean"] = sum(found.values()) / len(found)
+    if asked:
+        found["questions_per_second"] = rounded(asked / (time.perf_counter() - began))
+    return found, seen
 
 
 def _write_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> None:

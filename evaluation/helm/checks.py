@@ -7,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tqdm import tqdm
-
 from vlmvqa.data import images
 from vlmvqa.data.example import Example
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
+from vlmvqa.progress import bar
 
 HELM = "0.5.16"
 PUNKT = "tokenizers/punkt_tab/english"
@@ -62,5 +61,5 @@ def refuse_bad_pictures(examples: Sequence[Example]) -> None:
 
     with ThreadPoolExecutor() as threads:
         found = threads.map(look, examples)
-        for _ in tqdm(found, desc="looking at the images", total=len(examples), leave=False, disable=None):
+        for _ in bar(found, doing="looking at the images", unit="images", total=len(examples)):
             pass

@@ -16,7 +16,7 @@ import pytest
 
 from tests.end_to_end.scripts import call, done, metrics
 
-PATIENCE = {"paligemma": 1, "idefics2": 2}  # Idefics2 sees through a resampler, and learns at half the pace
+EPOCHS = {"paligemma": 1, "idefics2": 5}  # of the base: Idefics2 sees through a resampler, which takes long to learn
 KINDS = ("lora", "qlora")
 STEPS = {"vqav2": 300, "docvqa": 450, "gqa": 300, "coco_captions": 300}
 OFTEN = ("paligemma", "qlora", "docvqa")
@@ -39,9 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def base(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Of a family, a model that has seen shapes, trained whole."""
-    return functools.cache(
-        lambda family: train(family, "vqav2", root, tmp_path_factory.mktemp(family), PATIENCE[family])
-    )
+    return functools.cache(lambda family: train(family, "vqav2", root, tmp_path_factory.mktemp(family), EPOCHS[family]))
 
 
 def train(family: str, task: str, root: Path, folder: Path, epochs: int, *more: str) -> Path:
@@ -53,16 +51,16 @@ def train(family: str, task: str, root: Path, folder: Path, epochs: int, *more: 
 
 def cases() -> list[object]:
     slow, long = pytest.mark.slow, pytest.mark.long
-    every = product(PATIENCE, KINDS, STEPS)
+    every = product(EPOCHS, KINDS, STEPS)
     return [pytest.param(*case, marks=[long, slow] if case == OFTEN else long) for case in every]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("family", "kind", "task"), cases())
 def test_a_task_is_learned(
     base: Callable[[str], Path], family: str, kind: str, task: str, root: Path, tmp_path: Path
 ) -> None:
-    more = (*ADAPTED, *MORE[family], f"trainer.max_steps={STEPS[task] * PATIENCE[family]}")
+    more = (*ADAPTED, *MORE[family], f"trainer.max_steps={STEPS[task]}")
     train(family, task, root, tmp_path / "run", 5, f"start_from={base(family)}", f"adapt={kind}", *more)
     found = metrics(tmp_path / "run")
     numbers = found["metrics"][found["metric"]]

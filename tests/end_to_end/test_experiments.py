@@ -140,15 +140,22 @@ def test_all_ranks_hear_that_weights_and_biases_refuses(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "base").exists()
 
 
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_a_logger_that_is_not_installed_is_named_with_its_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     find = preflight.importlib.util.find_spec
     monkeypatch.setattr(
-        preflight.importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name, *more)
+        preflight.importlib.util, "find_spec", lambda package, *more: None if package == name else find(package, *more)
     )
-    ended = call("train", "logger=wandb", f"run.dir={tmp_path / 'run'}")
-    assert "logger=wandb needs wandb; install it with: pip install 'vlmvqa[wandb]'" in sentence(ended)
+    ended = call("train", f"logger=[csv,{name}]", f"run.dir={tmp_path / 'run'}")
+    assert f"logger={name} needs {name}; install it with: pip install 'vlmvqa[{name}]'" in sentence(ended)
+
+
+def test_a_logger_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    ended = call("train", "logger=[csv,tensorbord]", f"run.dir={tmp_path / 'run'}")
+    assert "logger=tensorbord is unknown; did you mean 'tensorboard'?" in sentence(ended)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_published_adapter_brings_the_base_that_only_its_run_has(tmp_path: Path) -> None:

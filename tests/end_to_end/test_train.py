@@ -76,9 +76,9 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, trained: tuple[Path
     """Promise 5 by kill -9: the same losses at every step, the same predictions, and the log without a gap."""
     folder = tmp_path / "killed"
     arguments = command("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=12")
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        while process.stderr.read(1):  # it writes a progress bar, so this turns with every step
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        while process.stdout.readline():  # it writes a line a step
             if max(losses(folder), default=0) >= 7:
                 process.send_signal(signal.SIGKILL)
                 break

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmvqa.inference.report import choose_gallery, write_report
+from vlmvqa.inference.gallery import choose_gallery
+from vlmvqa.inference.report import write_report
 
 HOSTILE = "<script>alert(\"1\")</script><img src=x onerror=alert(2)> & 'so on'"
 
@@ -47,6 +48,21 @@ def record(number: int, accuracy: float = 100.0, **changes: Any) -> dict[str, An
         "question_type": "what color is the" if number % 3 else "is the",
         "answer_type": "other" if number % 3 else "yes/no",
         "vqa_accuracy": accuracy,
+    } | changes
+
+
+def sample(step: int, **changes: Any) -> dict[str, Any]:
+    """As a line of `samples.jsonl`."""
+    return {
+        "step": step,
+        "task": "",
+        "question_id": 7,
+        "image_id": 3,
+        "question": "Is it open?",
+        "answer": "no",
+        "log_probability": -0.5,
+        "score": 0.0,
+        "answers": ["yes"] * 10,
     } | changes
 
 
@@ -172,11 +188,13 @@ def test_text_of_data_and_model_is_never_markup(tmp_path: Path) -> None:
         predictions=[record(1, **everywhere, answers=[HOSTILE] * 10)],
         images={HOSTILE: Image.new("RGB", (8, 8))},
         config_yaml=f"prompt: {HOSTILE}",
+        samples=[sample(1, task=HOSTILE, question=HOSTILE, answer=HOSTILE, answers=[HOSTILE], image_id=HOSTILE)],
+        looks=[(record(1, **everywhere, answers=[HOSTILE] * 10), Image.new("RGB", (8, 8)))],
     )
     assert "<script" not in html.lower()
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.tags.count("img") == 1
-    assert page.text.count(HOSTILE) >= 9
+    assert page.tags.count("img") == 4
+    assert page.text.count(HOSTILE) >= 15
 
 
 def test_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
@@ -198,7 +216,7 @@ def test_curves_are_drawn_and_each_drawing_has_its_own_ids(tmp_path: Path) -> No
 @pytest.mark.parametrize("log", [[], [{"step": 1, "loss": float("nan")}], [{"step": 1, "loss": None}]])
 def test_no_log_no_curves(tmp_path: Path, log: list[dict[str, Any]]) -> None:
     _, page = write(tmp_path, log=log)
-    assert "figure" not in page.tags
+    assert ("id", "training") not in page.attributes
     assert "Training" not in page.text
 
 
@@ -261,3 +279,52 @@ def test_captions_are_shown_by_halves_because_no_score_means_right() -> None:
     records = [{"cider": float(score), "log_probability": -1.0, "image_id": score} for score in range(100)]
     better, worse = choose_gallery(records, "cider")
     assert min(record["cider"] for record in better) >= 49.5 > max(record["cider"] for record in worse)
+
+
+def test_confidence_and_confusions_are_shown_as_numbers(tmp_path: Path) -> None:
+    given = [record(number, 100.0, log_probability=np.log(0.95)) for number in range(6)]
+    given += [record(6 + n, 0.0, log_probability=np.log(0.55), answer="Blue ", target="red") for n in range(3)]
+    given += [record(9 + n, 100.0, log_probability=np.log(0.55), answer="blue", target="blue") for n in range(3)]
+    _, page = write(tmp_path, predictions=given)
+    # Two bins of six: |1 - 0.95| and |0.5 - 0.55|.
+    assert "0.050 expected calibration error over 12 answers" in page.text
+    assert "0.5 to 0.6 6 0.550 0.500 0.9 to 1.0 6 0.950 1.000" in page.text
+    assert "The 2 most frequently expected answers, of 12 of 12 questions" in page.text
+    assert "red blue another red 6 3 0 blue 0 3 0" in page.text
+
+
+def test_answers_are_followed_through_the_training(tmp_path: Path) -> None:
+    """The first and the last of many evaluations are shown; a step made again counts as it was last."""
+    samples = [sample(step, answer=f"at {step}") for step in range(100, 2100, 100)]
+    samples += [sample(2000, answer="yes", score=100.0, log_probability=-0.01)]
+    html, page = write(tmp_path, samples=samples)
+    followed = page.text[page.text.index("Is it open?") :]
+    assert followed.startswith("Is it open? yes \u00d710 100 at 100 0.61 500 at 500 0.61")
+    assert "2,000 yes 0.99" in followed and "at 2000" not in page.text and "at 200 " not in page.text
+    assert html.count('class="wrong-ink">at') == 5 and 'class="right-ink">yes' in html
+
+
+def test_where_it_looked_is_shown_or_why_not(tmp_path: Path) -> None:
+    one = record(1, 30.0)
+    _, page = write(tmp_path, looks=[(one, Image.new("RGB", (40, 30)))], images={0: Image.new("RGB", (40, 30))})
+    looked = page.text[page.text.rindex("Where it looked") :]
+    assert "What color is the bus? red p 0.90, scored 30" in looked
+    _, page = write(tmp_path, looks="no model was loaded, only its answers")
+    assert "Where it looked Not drawn: no model was loaded, only its answers." in page.text
+    assert "Where it looked" not in write(tmp_path)[1].text
+
+
+def test_answers_without_probabilities_have_no_calibration_and_say_so(tmp_path: Path) -> None:
+    _, page = write(tmp_path, predictions=[record(n, log_probability=None) for n in range(4)])
+    assert "Confidence Not drawn: the answers came without probabilities." in page.text
+
+
+def test_captions_have_no_right_answers_to_count(tmp_path: Path) -> None:
+    captions = [record(n, question="", question_type=None, answer_type=None, cider=10.0 * n) for n in range(8)]
+    numbers = {"cider": {"overall": 112.5, "interval": [100.0, 125.0]}, "bleu_4": {"overall": 31.0}}
+    metrics = METRICS | {"metric": "cider", "unit": "image", "metrics": numbers}
+    _, page = write(tmp_path, predictions=captions, metrics=metrics, samples=[sample(1, question="", score=40.0)])
+    assert "112.50 CIDEr (x 100) on 30 images" in page.text and "BLEU-4 31.00" in page.text
+    assert "The better half" in page.text and "Answers while it trained" in page.text
+    for absent in ("Confidence", "Confusions", "Answered right", "By type"):
+        assert absent not in page.text

@@ -344,7 +344,7 @@ def test_every_log_line_tells_the_speed(tmp_path: Path, compiled: bool, capsys: 
         assert line["peak_memory_gib"] > 0.05 and line["mfu"] > 0
         assert all(line[f"time_{phase}"] > 0 for phase in expected if phase != "other")
     assert run.speed.clock.phase is None and run.speed.hooks == []
-    assert "'time': 'data " in capsys.readouterr().out
+    assert ", time data " in capsys.readouterr().out
 
 
 def test_the_bar_carries_the_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, count_questions
 from vlmvqa.data.images import decode
 from vlmvqa.errors import InputError
+from vlmvqa.progress import bar
 
 Read = Callable[[str, BadRecords], Sequence[Example]]
 
@@ -78,7 +77,7 @@ def _unreadable(examples: Sequence[Example], split: str, threads: int) -> list[s
         return None
 
     with ThreadPoolExecutor(threads) as pool:  # JPEGs are decoded without Python's lock
-        found = tqdm(pool.map(problem, once), desc=f"pictures of {split}", total=len(once), unit=" images", leave=False)
+        found = bar(pool.map(problem, once), doing=f"pictures of {split}", unit="images", total=len(once))
         return [sentence for sentence in found if sentence is not None]
 
 

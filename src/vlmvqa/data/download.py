@@ -17,9 +17,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
-
 from vlmvqa.errors import InputError
+from vlmvqa.progress import bar
 
 CHUNK = 2**20  # bytes at a time
 PATIENCE = 60  # seconds without a byte
@@ -82,13 +81,11 @@ def fetch(archive: Archive, folder: Path, progress: bool = True) -> Path:
             total = start + int(length) if length else None
             with (
                 part.open("ab" if start else "wb") as file,
-                tqdm(
-                    desc=archive.name, total=total, initial=start, unit="B", unit_scale=True, disable=not progress
-                ) as bar,
+                bar(doing=archive.name, unit="B", total=total, shown=progress, initial=start, unit_scale=True) as done,
             ):
                 while block := answer.read(CHUNK):
                     file.write(block)
-                    bar.update(len(block))
+                    done.update(len(block))
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # nothing is missing
             raise InputError(
@@ -117,7 +114,7 @@ def unpack(path: Path, into: Path, progress: bool = True) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:  # which never writes outside of its folder
-            for member in tqdm(archive.infolist(), desc=f"unpacking {path.name}", unit="file", disable=not progress):
+            for member in bar(archive.infolist(), doing=f"unpacking {path.name}", unit="files", shown=progress):
                 archive.extract(member, into)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         path.unlink()

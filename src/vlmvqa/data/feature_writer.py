@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
@@ -40,6 +39,7 @@ from vlmvqa.data.features import (
     shard_path,
 )
 from vlmvqa.errors import InputError
+from vlmvqa.progress import bar
 
 if TYPE_CHECKING:
     from vlmvqa.models.vision import VisionEncoder
@@ -150,11 +150,11 @@ def write(
     chunks = {number: list(_chunks(shards[number], batch_size)) for number, kept in enumerate(records) if kept is None}
     read = _read_pictures(images, [ids for batches in chunks.values() for ids in batches], image, workers, vision)
     kept = len(images) - sum(len(shards[number]) for number in chunks)
-    bar = tqdm(desc="encoding", total=len(images), initial=kept, unit="image", disable=not progress)
+    done = bar(doing="encoding", unit="images", total=len(images), shown=progress, initial=kept)
     vision.eval()  # nothing is drawn
-    with bar, torch.inference_mode():
+    with done, torch.inference_mode():
         for number, batches in chunks.items():
-            encoded = (_encode(vision, ids, next(read), key.dtype, bad_records, bar) for ids in batches)
+            encoded = (_encode(vision, ids, next(read), key.dtype, bad_records, done.update) for ids in batches)
             records[number] = _write_shard(folder, number, encoded)
     if not any(record["ids"] for record in records if record):
         raise InputError("none of the images could be read; see the listing of skipped records")
@@ -255,7 +255,7 @@ def _encode(
     pictures: Pictures,
     dtype: str,
     bad_records: BadRecords,
-    bar: tqdm[Any],
+    count: Callable[[int], Any],
 ) -> tuple[bytes, Record]:
     """A batch's features as they are stored, and its record."""
     pixels, problems = pictures
@@ -275,7 +275,7 @@ def _encode(
             )
         bits = stored.cpu().view(torch.uint16) if dtype == "bfloat16" else stored.cpu()
         content = bits.numpy().astype(STORED[dtype][1], copy=False).tobytes()
-    bar.update(len(ids))
+    count(len(ids))
     return content, {"ids": kept, "left_out": left_out}
 
 

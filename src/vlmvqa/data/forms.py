@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from vlmvqa.data.synthetic import refuse_small, write_once
 from vlmvqa.errors import InputError
+from vlmvqa.progress import bar
 
 Font = ImageFont.FreeTypeFont
 Page = dict[int, tuple[str, str]]  # field and value by the number of the line
@@ -81,7 +81,7 @@ def write(
         for first_id, split, images in ((1, "train", train_images), (2, "val", val_images), (3, "test", val_images)):
             rng = random.Random(f"{seed} forms {split}")
             records: list[dict[str, Any]] = []
-            for number in tqdm(range(images), desc=f"drawing {split}", unit="page", disable=not progress):
+            for number in bar(range(images), doing=f"drawing {split}", unit="pages", shown=progress):
                 page = draw_page(rng)
                 document = first_id * 1_000_000 + number
                 name = f"documents/form{document}_1.png"

@@ -20,14 +20,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import Prompts, most_common, refuse_empty
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.hub import when_offline
+from vlmvqa.progress import bar
 
 # Loading scripts, which `datasets` no longer runs, and where the same data are in parquet.
 PARQUET_FORM = {"HuggingFaceM4/VQAv2": "lmms-lab/VQAv2", "HuggingFaceM4/COCO": "lmms-lab/COCO-Caption"}
@@ -159,8 +158,8 @@ def _read_rows(
     chosen = _chosen(selected, table)
     seen: set[int | str] = set()
     rows = table.rows(chosen, _top(columns))
-    bar = tqdm(rows, desc=f"reading {table.where}", unit="row", delay=2.0, leave=False)
-    for row, number in zip(bar, chosen, strict=False):
+    read = bar(rows, doing=f"reading {table.where}", unit="rows", delay=2.0)
+    for row, number in zip(read, chosen, strict=False):
         where = f"{table.where}, row {number}"
         try:
             question = _question(row, number, columns, to_prompt, where)

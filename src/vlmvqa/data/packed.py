@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
-from tqdm import tqdm
 
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import Prompts, refuse_empty
 from vlmvqa.errors import InputError
+from vlmvqa.progress import bar
 
 FORMAT = 1
 IMAGES_A_SHARD = 1000  # VQAv2's are 160 MB
@@ -89,9 +89,9 @@ def write(
         unfinished.mkdir(parents=True)
         schema = _schema(examples, key)
         written, shards = 0, 0
-        with tqdm(total=len(examples), desc=f"packing {key['split']}", unit=" images", disable=not progress) as bar:
+        with bar(doing=f"packing {key['split']}", unit="images", total=len(examples), shown=progress) as done:
             for first in range(0, len(examples), images_a_shard):
-                rows = list(_rows(examples[first : first + images_a_shard], bad_records, bar.update))
+                rows = list(_rows(examples[first : first + images_a_shard], bad_records, done.update))
                 if rows:
                     _write_shard(unfinished / f"{shards:05}.parquet", rows, schema)
                     written, shards = written + len(rows), shards + 1

@@ -11,12 +11,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vlmvqa.data import scenes, vqav2
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.synthetic import refuse_small, write_once
+from vlmvqa.progress import bar
 
 VERSION = 5  # of what is drawn, asked and written; a data set made by another version is not reused
 LEAST = {"train_images": 1, "val_images": 1, "image_size": scenes.SMALLEST_IMAGE, "questions_per_image": 1}
@@ -105,7 +104,7 @@ def _write_split(root: Path, split: str, image_ids: range, settings: dict[str, i
     questions: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     (root / split).mkdir()
-    for image_id in tqdm(image_ids, desc=f"drawing {split}", unit="image", disable=not progress):
+    for image_id in bar(image_ids, doing=f"drawing {split}", unit="images", shown=progress):
         scene, asked = asker.scene(settings["questions_per_image"])
         image = scenes.paint(rng, scene, settings["image_size"])
         image.save(root / split / f"COCO_{split}_{image_id:012d}.jpg", quality=95, subsampling=0)

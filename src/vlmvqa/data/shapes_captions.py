@@ -8,10 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vlmvqa.data import scenes
 from vlmvqa.data.synthetic import refuse_small, write_once
+from vlmvqa.progress import bar
 
 VERSION = 1  # of what is drawn and written
 LEAST = {"train_images": 1, "val_images": 2, "image_size": scenes.SMALLEST_IMAGE}
@@ -55,7 +54,7 @@ def write(
             images, annotations = [], []
             (folder / split).mkdir()
             ids = range(first_id, first_id + count)
-            for image_id in tqdm(ids, desc=f"drawing {split}", unit="image", disable=not progress):
+            for image_id in bar(ids, doing=f"drawing {split}", unit="images", shown=progress):
                 scene = scenes.draw_scene(rng)
                 name, captions = f"COCO_{split}_{image_id:012d}.jpg", describe(scene)
                 picture = scenes.paint(rng, scene, image_size)

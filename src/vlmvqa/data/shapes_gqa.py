@@ -17,11 +17,10 @@ from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vlmvqa.data import scenes
 from vlmvqa.data.scenes import ATTRIBUTES, PLACES, YES_NO, Shape
 from vlmvqa.data.synthetic import refuse_small, write_once
+from vlmvqa.progress import bar
 
 VERSION = 1  # of what is drawn, asked and written
 LEAST = {"train_images": 1, "val_images": 1, "image_size": scenes.SMALLEST_IMAGE, "questions_per_image": 1}
@@ -96,7 +95,7 @@ def write(
             questions: dict[str, dict[str, Any]] = {}
             rng = random.Random(f"{seed} gqa {split}")
             asker = scenes.Asker(rng, askable, {kind: share for kind, (share, _, _) in KINDS.items()})
-            for number in tqdm(range(images), desc=f"drawing {split}", unit="image", disable=not progress):
+            for number in bar(range(images), doing=f"drawing {split}", unit="images", shown=progress):
                 scene, asked = asker.scene(questions_per_image)
                 image_id = f"{first_id}{number:06d}"
                 picture = scenes.paint(rng, scene, image_size)

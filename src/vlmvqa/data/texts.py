@@ -11,11 +11,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vlmvqa import ranks
 from vlmvqa.data.cache import Cache, Columns, pack
+from vlmvqa.progress import bar
 
 CHUNK = 8192  # texts at a time: enough for all threads, and little memory for what the library returns beside the ids
 FEW = 4096  # below, tokenising takes less than a fingerprint of Gemma's tokenizer
@@ -91,9 +90,7 @@ def _digest(*parts: bytes) -> str:
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Columns:
     ids, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
-    with tqdm(
-        total=len(texts), desc="tokenising", unit="text", delay=BAR_AFTER, disable=not ranks.is_first()
-    ) as progress:
+    with bar(doing="tokenising", unit="texts", total=len(texts), delay=BAR_AFTER) as progress:
         for start in range(0, len(texts), CHUNK):
             found = _tokenize_chunk(texts[start : start + CHUNK], tokenizer)
             ids.append(np.fromiter(chain.from_iterable(found), np.int32))

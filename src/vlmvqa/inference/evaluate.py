@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question, all_answered
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
 from vlmvqa.inference import intervals
 from vlmvqa.inference.baselines import CONTROLS, blank_images, prior_answers, shuffle_images
+from vlmvqa.inference.gallery import Record
 from vlmvqa.inference.predict import Answer
-from vlmvqa.inference.report import choose_gallery, write_report
+from vlmvqa.inference.report import shown_images, write_report
 from vlmvqa.inference.scores import Id, Score, metric, score, variants, version
 
 
@@ -234,18 +237,21 @@ def write_results(
     write_submission: Callable[[Path, Mapping[Id, str]], None],
     *,
     title: str,
-    log: Sequence[Mapping[str, Any]],
+    log: Sequence[Record],
     config_yaml: str,
+    samples: Sequence[Record] = (),
+    looks: Sequence[tuple[Record, Image]] | str = (),
 ) -> None:
     """Leave `metrics.json`, `predictions.jsonl`, `submission.json` and `report.html`.
 
     Args:
         write_submission: the source's, of the benchmark's official results file.
+        log, samples, looks: for the report, as it takes them.
     """
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
     replace_file(folder / "predictions.jsonl", "".join(lines))
     write_submission(folder / "submission.json", {record["question_id"]: record["answer"] for record in predictions})
-    shown = {record["image_id"] for group in choose_gallery(predictions, metrics["metric"]) for record in group}
+    shown = shown_images(predictions, metrics["metric"], samples)
     pictures = {}
     for example in examples:
         with suppress(InputError):  # of answers that another program wrote; here a picture was read before
@@ -259,6 +265,8 @@ def write_results(
         predictions=predictions,
         images=pictures,
         config_yaml=config_yaml,
+        samples=samples,
+        looks=looks,
     )
     # Last: a folder that has it is whole.
     replace_file(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

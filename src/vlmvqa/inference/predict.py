@@ -12,7 +12,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
@@ -27,6 +26,7 @@ from vlmvqa.inference.journal import Journal, batch_key
 from vlmvqa.models import checkpoint
 from vlmvqa.models.generation import Decoding, Generated
 from vlmvqa.models.pretrained import PretrainedVLM
+from vlmvqa.progress import bar
 from vlmvqa.settings import build_settings
 
 ROW_TEXT_TOKENS = 512
@@ -195,15 +195,14 @@ class Predictor:
         )
         asked = count_questions(rows[number] for batch in mine for number in batch)
         name = "answering, the first rank's share" if ranks.together() else "answering"
-        hidden = None if progress and ranks.is_first() else True
-        with tqdm(total=asked, desc=name, unit=" questions", disable=hidden, leave=False) as bar:
+        with bar(doing=name, unit="questions", total=asked, shown=progress) as done:
             for batch, (readable, columns) in zip(mine, loader, strict=True):
                 group = [rows[number] for number in batch]
                 found = self._answer_batch(group, readable, columns)
                 if journal and len(found) == count_questions(group):  # a bad image is met, and listed, again
                     journal.add(batch_key(group), [[name, *dataclasses.astuple(one)] for name, one in found.items()])
                 answers |= found
-                bar.update(count_questions(group))
+                done.update(count_questions(group))
         every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
         return {question.id: every[question.id] for question in _questions(examples) if question.id in every}
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError, suggest
@@ -27,6 +26,7 @@ from vlmvqa.models import saved
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.processors import load_processor
 from vlmvqa.models.vlm import DTYPES
+from vlmvqa.progress import bar
 
 METHODS = {  # and which settings each uses, besides the weights of the models
     "linear": (),
@@ -162,9 +162,9 @@ class Merge:
             self.thresholds = self._thresholds([name for name, entry in entries.items() if entry.type in FLOATS])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / saved.CONFIG).unlink(missing_ok=True)
-        with tqdm(total=sum(entry.size for entry in entries.values()), unit=" entries", unit_scale=True) as bar:
-            bar.set_description("merging")
-            files.write(folder / saved.WEIGHTS, {one.key: one for one in entries.values()}, self._pieces(bar))
+        size = sum(entry.size for entry in entries.values())
+        with bar(doing="merging", unit="entries", total=size, unit_scale=True) as done:
+            files.write(folder / saved.WEIGHTS, {one.key: one for one in entries.values()}, self._pieces(done))
         self._copy_rest(folder)
 
     @property

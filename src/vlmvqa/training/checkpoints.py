@@ -66,7 +66,12 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run's folder, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     whole = [path for path in found if (path / FILES).is_file()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(whole, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """After how many optimizer steps a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def remove_unfinished(folder: Path) -> list[Path]:

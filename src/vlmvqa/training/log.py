@@ -1,4 +1,4 @@
-"""`log.jsonl`, one line a logging step."""
+"""`log.jsonl`, one line a logging step; and what of such a file counts when a run goes on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,12 +18,8 @@ class LogFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not ranks.is_first():
-            return
-        records = read_log(self.path)
-        kept = [record for record in records if record["step"] <= state.global_step] if state.global_step else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        if ranks.is_first():
+            cut(self.path, state.global_step)
 
     def on_log(
         self,
@@ -34,14 +30,26 @@ class LogFile(TrainerCallback):
         **_: Any,
     ) -> None:
         if ranks.is_first() and self.path.parent.exists():
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            append(self.path, [{"step": state.global_step, **(logs or {})}])
+
+
+def append(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add a line a record, all of them at once."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+def cut(path: Path, step: int) -> None:
+    """Keep the records up to a step (0: none) of a file of JSON lines, which is made if it is missing."""
+    kept = [record for record in read_log(path) if record["step"] <= step] if step else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a `log.jsonl`, without a last line that a kill cut short."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

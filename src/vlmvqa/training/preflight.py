@@ -24,6 +24,7 @@ from vlmvqa.models.checkpoint import Settings
 from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.training import tracking
 from vlmvqa.training.moments import OPTIMIZERS
 from vlmvqa.training.parallel import DistSettings
 
@@ -148,8 +149,7 @@ def _problems(asked: Asked) -> Iterator[str]:
         )
     if model.dtype == "float16" and asked.adapt is None:
         yield "model.dtype=float16: weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)"
-    if "wandb" in (trainer.get("report_to") or ()) and importlib.util.find_spec("wandb") is None:
-        yield "logger=wandb needs wandb; install it with: pip install 'vlmvqa[wandb]'"
+    yield from tracking.problems(trainer.get("report_to"))
     if trainer.get("average_tokens_across_devices") is False:
         yield "trainer.average_tokens_across_devices=false would weigh ranks, not tokens, the same; leave it out"
     if asked.adapt is not None:

@@ -1,6 +1,6 @@
 """How fast a run is, where its time goes, and how much of the device's arithmetic it uses: a part of every log line.
 
-questions_per_second, supervised_tokens_per_second   over all ranks
+questions_per_second, tokens_per_second, supervised_tokens_per_second   over all ranks
 padding          percent of the token positions that hold none
 time_data        percent of the time: reading and packing, to a batch on the device; on CUDA what it could not hide
 time_encoder     vision encoder and projector, forward and backward
@@ -10,6 +10,7 @@ time_model       instead of these three under torch.compile, where a hook inside
 time_optimizer   after the backward pass: waiting for the other ranks' gradients, clipping, the step
 time_other       writing the log
 peak_memory_gib  the rank that needs most: what CUDA allocated since the last line; on a CPU the process so far
+peak_rss_gib     host memory: the most that any rank's process has been resident with so far
 mfu              model FLOPs utilisation, percent (`flops.py`)
 
 Evaluations and checkpoints are left out of all of them. Rank 0's time is split.
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -107,6 +109,11 @@ def peak_memory(device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
+    return peak_resident()
+
+
+def peak_resident() -> int:
+    """Bytes of host memory: the most resident since the process began."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else 1024 * resident
 
@@ -213,17 +220,19 @@ class SpeedMeter(TrainerCallback):
         counts = {**self.shapes, **dict(zip(COUNTED, self.counts.tolist(), strict=True))}
         self.forget()
         used = self.flops.of(counts) / (total * self.rate) if self.flops else 0.0
-        everyone = ranks.gather((Counter(counts), used, peak_memory(self.device)))
-        sums = sum((found for found, _, _ in everyone), Counter[str]())
+        everyone = ranks.gather((Counter(counts), used, peak_memory(self.device), peak_resident()))
+        sums = sum((found for found, *_ in everyone), Counter[str]())
         values = {
             "questions_per_second": sums["questions"] / total,
+            "tokens_per_second": sums["tokens"] / total,
             "supervised_tokens_per_second": sums["supervised_tokens"] / total,
             "padding": 100 * (1 - sums["tokens"] / sums["positions"]),
             **{f"time_{phase}": 100 * seconds.get(phase, 0.0) / total for phase in self.phases},
-            "peak_memory_gib": max(peak for _, _, peak in everyone) / GIB,
+            "peak_memory_gib": max(peak for _, _, peak, _ in everyone) / GIB,
+            "peak_rss_gib": max(resident for *_, resident in everyone) / GIB,
         }
         if self.flops:
-            values["mfu"] = 100 * sum(used for _, used, _ in everyone) / len(everyone)
+            values["mfu"] = 100 * sum(used for _, used, *_ in everyone) / len(everyone)
         return {name: rounded(value) for name, value in values.items()}
 
 
@@ -254,21 +263,38 @@ def in_short(logs: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def in_words(logs: Mapping[str, Any]) -> str:
+    """All of a log record in a line."""
+    shown = readable(logs).items()
+    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown)
+
+
 class Bar(ProgressCallback):
-    """The Trainer's progress bar, with the speed behind it."""
+    """The Trainer's progress bar, with the speed behind it and a line above it a logging step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        logs = logs or {}
-        super().on_log(args, state, control, logs=readable(logs), **more)
-        if self.training_bar is not None and "questions_per_second" in logs:
+        if self.training_bar is None or not logs:
+            return
+        self.training_bar.write(f"step {state.global_step:,}: {in_words(logs)}")
+        if "questions_per_second" in logs:
             self.training_bar.set_postfix_str(in_short(logs))
 
 
 class Printer(PrinterCallback):
-    """The Trainer's log lines where there is no bar."""
+    """The same lines where there is no bar, with what it would say: how far it is, and how long it takes."""
+
+    def __init__(self) -> None:
+        self.began, self.first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.began, self.first = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        super().on_log(args, state, control, logs=readable(logs or {}), **more)
+        if not state.is_world_process_zero or not logs:
+            return
+        made, missing = state.global_step - self.first, state.max_steps - state.global_step
+        left = f", {tqdm.format_interval((time.monotonic() - self.began) / made * missing)} left" if made else ""
+        print(f"step {state.global_step:,} of {state.max_steps:,}{left}: {in_words(logs)}", flush=True)
 
 
 def show_speed(trainer: Trainer) -> None:

@@ -1,8 +1,9 @@
 """A run that is asked to stop, and ranks that no longer answer.
 
-SIGTERM and SIGUSR1 (what SLURM sends before it takes a machine away) let the step at work end, save, and stop. Ranks
-wait for each other at every step: a rank that hangs would hang all. Each rank says where it stands, and when nothing
-has moved for too long, the run ends with a sentence that names who is missing.
+SIGTERM, SIGUSR1 (what SLURM sends before it takes a machine away) and Ctrl-C let the step at work end, save, and stop;
+a second Ctrl-C, or one during an evaluation, stops at once. Ranks wait for each other at every step: a rank that hangs
+would hang all. Each rank says where it stands, and when nothing has moved for too long, the run ends with a sentence
+that names who is missing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
 from typing import Any
@@ -25,17 +26,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlmvqa import ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PATIENT = SIGNALS[:2]  # who sends these can wait for an evaluation to end; someone at a keyboard need not
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def held_back(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
     """Keep notices to stop until the end of the block. Processes that are forked in it never hear of any.
 
     They come to whole process groups: a run saves before it stops, and needs until then the workers that read for it.
     PyTorch cannot end such a worker either, if it hangs: it goes with the run.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -75,7 +77,8 @@ class Watch(TrainerCallback):
     def start(self) -> None:
         """Listen for signals; with several ranks, begin to say where this one stands."""
         for number in SIGNALS:
-            self.before[number] = signal.signal(number, self._asked)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job in the background, whom no keyboard stops
+                self.before[number] = signal.signal(number, self._asked)
         if ranks.together():
             self.thread.start()
             atexit.register(self._finish)  # a thread inside PyTorch's store when Python ends would abort the process
@@ -117,6 +120,10 @@ class Watch(TrainerCallback):
             self.thread.join(timeout=5)
 
     def _asked(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and (self.waits or self.signal == "SIGINT"):
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and ranks.is_first():  # not by print, which may be what was interrupted
+            os.write(2, b"\nCtrl-C: this step ends, is saved, and the run stops; again: it stops at once\n")
         self.signal = signal.Signals(number).name
 
     def _watch(self) -> None:

@@ -1,59 +1,116 @@
-"""Weights & Biases, for `logger=wandb`: a run there that has this run's name, folder and configuration.
+"""What a run tells those who watch it: numbers, sample answers, its configuration and the code it ran.
 
-transformers' callback writes what the Trainer logs into the run that is open; here it is opened, gone on with after a
-resume, and closed with the final scores.
+`logger=tensorboard`, `wandb`, `mlflow`, `csv` or several: each is told the same numbers by the same names,
+
+train/...   what a logging step says: train/loss, train/learning_rate, train/questions_per_second
+eval/...    an evaluation on the way: eval/vqa_accuracy
+final/...   the scores that the run ends with: final/vqav2_vqa_accuracy
+
+which are transformers' names, where it has any. Its own callbacks are not used for these four: each would name, resume
+and place things in its own way. Any other service that transformers knows (`logger=comet_ml`) is left to it.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Mapping
+import atexit
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmvqa.errors import InputError
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-RUN_ID = ".wandb_run"  # in a run's folder: what it is called there
-PROJECT = "vlmvqa"  # where WANDB_PROJECT names no other
+from vlmvqa.errors import suggest
+from vlmvqa.training.loggers import LOGGERS, MLFLOW_RUN, WANDB_RUN, Logger, Run
+from vlmvqa.training.samples import Sample
 
-
-def start(folder: Path, name: str, config: Mapping[str, Any]) -> None:
-    """Open the run, or go on with the one that the folder names; its own files go to `folder/wandb`. For rank 0 alone.
-
-    Args:
-        config: the run's, resolved.
-
-    Raises:
-        InputError: nobody is logged in, or the server cannot be reached.
-    """
-    import wandb
-
-    known = folder / RUN_ID
-    try:
-        run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=name,
-            dir=folder,
-            config=dict(config),
-            id=known.read_text() if known.exists() else None,
-            resume="allow" if known.exists() else None,
-        )
-    except wandb.Error as error:
-        raise InputError(
-            f"logger=wandb: Weights & Biases opens no run ({' '.join(str(error).split())}); run `wandb login`, set "
-            "WANDB_MODE=offline to keep it on disk, or choose logger=tensorboard"
-        ) from error
-    known.write_text(run.id)
+EXTRAS = {"wandb": "wandb", "mlflow": "mlflow"}  # packages that are not installed with the project
 
 
-def finish(scores: Mapping[str, float | None] | None = None) -> None:
-    """Close the run, if there is one.
+def chosen(loggers: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Ours among the loggers that a config names, and those that transformers has to bring."""
+    named = [loggers] if isinstance(loggers, str) else list(loggers or ())
+    ours = [name for name in LOGGERS if name in named]
+    return ours, [name for name in named if name not in (*LOGGERS, "none")]
 
-    Args:
-        scores: for its summary.
-    """
-    wandb: Any = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.run.summary.update(dict(scores or {}))
-        wandb.finish()
+
+def problems(loggers: str | Sequence[str] | None) -> Iterator[str]:
+    """What to say of loggers that are unknown, or whose package is missing."""
+    ours, others = chosen(loggers)
+    for name in others:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = [*LOGGERS, "none"]
+            yield f"logger={name} is unknown{suggest(name, known)}; use one or several of {', '.join(known)}"
+    for name in ours:
+        if name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
+            yield f"logger={name} needs {EXTRAS[name]}; install it with: pip install 'vlmvqa[{name}]'"
+
+
+def named(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record of the Trainer by the names above."""
+    found = {}
+    for key, value in record.items():
+        if isinstance(value, int | float) and key != "step":
+            found[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"] = float(value)
+    return found
+
+
+class Tracking(TrainerCallback):
+    """The loggers of a run, open on rank 0 from before the first step until the final scores."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.open: list[Logger] = []
+        self.step = 0
+
+    def start(self, run: Run) -> None:
+        """Open all, or go on with what the run's folder names. For rank 0 alone.
+
+        Raises:
+            InputError: one of them cannot be had.
+        """
+        self.step = run.step
+        atexit.register(self.finish)  # of what fails
+        for name in self.names:
+            self.open.append(LOGGERS[name](run))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self.step = state.global_step
+        for logger in self.open:
+            logger.numbers(named(logs or {}), self.step)
+
+    @property
+    def shows_samples(self) -> bool:
+        """Whether any of the loggers has a place for pictures."""
+        return any(logger.shows_samples for logger in self.open)
+
+    def samples(self, samples: Sequence[Sample], step: int) -> None:
+        for logger in self.open:
+            if samples and logger.shows_samples:
+                logger.samples(samples, step)
+
+    def finish(self, scores: Mapping[str, float | None] | None = None) -> None:
+        """Close all.
+
+        Args:
+            scores: what the run ends with, by name; None: it was stopped, or failed.
+        """
+        final = {f"final/{name}": value for name, value in (scores or {}).items() if value is not None}
+        for logger in self.open:
+            if final:
+                logger.numbers(final, self.step)
+            logger.close(ended=scores is not None)
+        self.open = []
+
+
+def run_ids(folder: Path) -> list[Path]:
+    """Where the loggers keep what this folder's run is called with them, for a new run to forget."""
+    return [folder / WANDB_RUN, folder / MLFLOW_RUN]

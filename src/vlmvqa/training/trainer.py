@@ -45,7 +45,7 @@ from vlmvqa.training.clipping import Clipping
 from vlmvqa.training.log import LogFile
 from vlmvqa.training.parallel import DistSettings
 from vlmvqa.training.speed import SpeedMeter, show_speed
-from vlmvqa.training.stopping import Watch, held_back
+from vlmvqa.training.stopping import PATIENT, Watch, held_back
 from vlmvqa.training.whole import Whole, WholeZero
 
 PARTS = ("vision", "projector", "language")
@@ -271,7 +271,7 @@ class VqaTrainer(Trainer):
         """Generate and score answers, instead of the Trainer's loop over logits."""
         if self.score is None:
             raise InputError("the trainer was built without questions to evaluate on")
-        with self.watch.paused(), self.speed.paused(), held_back(), self._whole_model() as model:
+        with self.watch.paused(), self.speed.paused(), held_back(PATIENT), self._whole_model() as model:
             metrics = {f"eval_{name}": value for name, value in self.score(model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -299,6 +299,8 @@ class VqaTrainer(Trainer):
         yield copy.eval()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_runtime" in logs:  # the Trainer's last record: of the steps since a resume, as if they were all
+            return
         if "loss" in logs:
             logs.update(self.speed.report())
         super().log(logs, start_time)

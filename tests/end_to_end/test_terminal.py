@@ -1,0 +1,66 @@
+"""A training at a terminal: a bar with an estimate, and Ctrl-C, which saves and says how to go on."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.end_to_end.scripts import LONGER, command, losses
+from vlmvqa.training.checkpoints import step_of, whole_checkpoints
+
+# The keyboard interrupts every process of its terminal: the one that trains, and those that read for it.
+GIVEN = (*LONGER, "trainer.num_train_epochs=400", "trainer.eval_strategy=no", "trainer.save_steps=100000")
+WORKERS = ("trainer.dataloader_num_workers=1",)
+
+
+def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # rows, columns
+    process = subprocess.Popen(
+        command("train", f"run.dir={folder}", f"data.root={tmp_path / 'shapes'}", *GIVEN, *WORKERS),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=ROOT,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(theirs)
+    printed, pressed = "", False
+    try:
+        while piece := read(ours):  # every step turns the bar, so this turns with it
+            printed += piece
+            if not pressed and max(losses(folder), default=0) >= 3:
+                os.write(ours, b"\x03")
+                pressed = True
+        assert process.wait(timeout=60) == 0, printed[-3000:]
+    finally:
+        process.kill()
+        os.close(ours)
+    assert re.search(r"/800 \[\S+<\S+, +\S+(it/s|s/it)", printed), printed[-3000:]  # where it is, and how much longer
+    assert "Traceback" not in printed
+    assert printed.count("Ctrl-C: this step ends, is saved, and the run stops; again: it stops at once") == 1
+    assert f"stopped by Ctrl-C, saved in {folder / 'latest'}; go on with resume=auto" in printed
+    (checkpoint,) = whole_checkpoints(folder)
+    assert step_of(checkpoint) == max(losses(folder)) < 800
+
+
+def take_terminal() -> None:
+    """Make standard input the terminal that interrupts this process."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def read(terminal: int) -> str:
+    """What is printed next; nothing when nobody prints there any more."""
+    try:
+        return os.read(terminal, 4096).decode(errors="replace")
+    except OSError:
+        return ""
