@@ -6,6 +6,7 @@ python -m bench.peers      the same fine-tuning in transformers' PaliGemma and i
 python -m bench.loss       full logits against supervised positions only
 python -m bench.data       are images read as fast as the model takes them?
 python -m bench.scaling    does the cost grow as it should?
+python -m bench.serving    answers over HTTP, together against one at a time (needs a checkpoint and the extra demo)
 
 Each takes --model tiny | mid | real and --device cpu | cuda, prints a table, and writes it as JSON (--out).
 

@@ -19,6 +19,7 @@ from typing import Any
 import eval as eval_script
 import predict as predict_script
 import pytest
+import serve as serve_script
 import show as show_script
 import train as train_script
 
@@ -31,6 +32,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "train": lambda: command_line.run(train_script.main, "train"),
     "eval": lambda: command_line.run(eval_script.main, "eval"),
     "predict": lambda: command_line.run(predict_script.main, "predict", repeatable=("image", "question")),
+    "serve": lambda: command_line.run(serve_script.main, "serve"),
     "show": lambda: command_line.run(show_script.main, "show"),
     "helm": lambda: command_line.run(helm_script.main, "helm"),
 }

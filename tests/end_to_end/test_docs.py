@@ -37,10 +37,11 @@ BY_OTHERS = {
     r"evaluation\.helm\.run": "tests/end_to_end/test_helm.py",
     r"launch/plan\.py": "tests/unit/test_planner.py",  # at real size
     r"smoke=": "tests/end_to_end/test_experiments.py",
+    r"launch/serve\.py|^curl |bench\.serving|^pip install": "tests/end_to_end/test_serve.py",
     r"--cfg job": "tests/unit/test_config.py",
 }
 # In a copy of the project: test_docs_extending.py; its examples one after the other: tests/unit/test_api.py.
-ELSEWHERE = ("extending", "api")
+ELSEWHERE = ("extending", "api", "serving")  # the last: test_serve.py
 DRAWN = {"vqav2": shapes, "docvqa": forms, "gqa": shapes_gqa, "coco": shapes_captions}
 FEW = {"train_images": 8, "val_images": 6}
 LANGUAGE = {

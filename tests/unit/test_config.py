@@ -18,6 +18,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.models.adapters import ATTENTION, FEED_FORWARD, AdapterSettings
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
+from vlmvqa.serving.limits import Limits
 from vlmvqa.settings import build_settings
 from vlmvqa.training.launchers import launcher_choice
 from vlmvqa.training.parallel import DistSettings, deepspeed_config
@@ -41,6 +42,10 @@ def test_every_script_has_its_config(name: str) -> None:
     needed = ["data=shapes"] if name == "eval" else []
     assert "run" in compose(name, *needed)
     assert (CONF.parent / ("evaluation/helm/run.py" if name == "helm" else f"launch/{name}.py")).exists()
+
+
+def test_the_limits_of_the_page_are_those_of_the_library() -> None:
+    assert build_settings(Limits, group(compose("serve"), "limits"), "limits") == Limits()
 
 
 @pytest.mark.parametrize("choice", CHOICES)

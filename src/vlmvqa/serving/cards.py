@@ -1,0 +1,71 @@
+"""Answers as HTML. All that a user, a data set or a model wrote is escaped."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+
+from vlmvqa.serving.service import Told
+
+LEGENDS = {
+    "attention": "what it read: its attention",
+    "gradient": "what spoke for the answer: gradients",
+}
+
+
+def answers(told: Sequence[Told], look: str | None = None) -> str:
+    """A card for each question."""
+    return f'<div class="vq-cards">{"".join(_card(one, look) for one in told)}</div>'
+
+
+def two(first: tuple[str, str], second: tuple[str, str]) -> str:
+    """Two models side by side, each a name and what it answered."""
+    columns = "".join(f"<section><h2>{escape(name)}</h2>{shown}</section>" for name, shown in (first, second))
+    return f'<div class="vq-two">{columns}</div>'
+
+
+def note(text: str, *, error: bool = False) -> str:
+    """A sentence in place of answers."""
+    return f'<p class="vq-note{" vq-error" if error else ""}"{" role=alert" if error else ""}>{escape(text)}</p>'
+
+
+def _card(told: Told, look: str | None) -> str:
+    bars = ""
+    if told.alternatives:
+        listed = [(told.text, told.probability), *told.alternatives]
+        bars = "".join(_bar(text, probability, number == 0) for number, (text, probability) in enumerate(listed))
+    cut = " (cut at the limit of tokens)" if told.cut else ""
+    text = (
+        f'<p class="vq-asked">{escape(told.question)}</p><p class="vq-answer">{_words(told.text)}'
+        f"<small>{percent(told.probability)}{cut}</small></p>{bars}"
+    )
+    return f'<article class="vq-card"><div>{text}</div>{_figure(told, look)}</article>'
+
+
+def _bar(text: str, probability: float, best: bool) -> str:
+    return (
+        f'<div class="vq-bar{" vq-best" if best else ""}"><span>{_words(text)}</span>'
+        f'<i style="--part:{100 * probability:.1f}%"></i><span>{percent(probability)}</span></div>'
+    )
+
+
+def _figure(told: Told, look: str | None) -> str:
+    if told.look is None or look is None:
+        return ""
+    picture = base64.b64encode(told.look).decode("ascii")
+    about = f"where the model looked to answer: {told.question}"
+    return (
+        f'<figure><img src="data:image/png;base64,{picture}" alt="{escape(about)}">'
+        f"<figcaption>{LEGENDS[look]}</figcaption></figure>"
+    )
+
+
+def _words(text: str) -> str:
+    return escape(text) or "(no word)"
+
+
+def percent(probability: float) -> str:
+    """Rounded, but never to certainty; HTML."""
+    shown = 100 * probability
+    return "&lt; 0.1 %" if shown < 0.1 else f"{min(shown, 99.9):.1f} %"

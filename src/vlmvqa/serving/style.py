@@ -1,0 +1,149 @@
+"""How the pages look: plain HTML and CSS, the system's own fonts, nothing fetched from elsewhere."""
+
+from __future__ import annotations
+
+_PLAIN = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title><!--title--></title><link rel="icon" href="data:,"><style>
+:root { color-scheme: light dark; --ink: #1c2430; --dim: #5b6675; --paper: #fbfbfa; --line: #dfe2e6; --key: #2f5d8a; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e7eaee; --dim: #9aa5b3; --paper: #14181e; --line: #2b323c; --key: #8ab8e6; }
+}
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 46rem;
+  margin: 0 auto; padding: 2rem 1.25rem 4rem; overflow-wrap: break-word; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; } h3 { font-size: .95rem; color: var(--dim); }
+a { color: var(--key); } code { font-family: ui-monospace, monospace; font-size: .9em; }
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); }
+form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; padding: 1rem; border: 1px solid var(--line);
+  border-radius: .5rem; margin: 1.5rem 0; }
+label { display: grid; gap: .25rem; font-size: .85rem; color: var(--dim); flex: 1 1 12rem; min-width: 0; }
+input, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing: border-box; }
+</style></head><body><!--body--></body></html>"""
+
+
+def plain(title: str, body: str) -> str:
+    """A page without scripts."""
+    return _PLAIN.replace("<!--title-->", title).replace("<!--body-->", body)
+
+
+SIGN_IN = plain(
+    "vlmvqa: sign in",
+    """<h1>This page asks for a token</h1><p>It is what the server was started with, as <code>token=...</code>.</p>
+<form action="sign-in" method="post"><label>Token <input type="password" name="token" required autofocus></label>
+<button>Go on</button></form><p role="alert"><!--said--></p>""",
+)
+
+# Over gradio's own variables, so that light and dark come from its theme.
+CSS = """
+.gradio-container { max-width: 1140px !important; margin: 0 auto !important; padding: 0 0 48px !important; }
+.gradio-container .html-container { padding: 0; }
+.gradio-container .form, .gradio-container .block { border-radius: 12px; }
+.vq-head { display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: baseline; padding: 20px 2px 4px; }
+.vq-head h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
+.vq-head p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.vq-head a { margin-left: auto; color: var(--link-text-color); }
+
+.vq-drop { display: grid; place-items: center; min-height: 240px; padding: 8px; cursor: pointer; text-align: center;
+  border: 1.5px dashed var(--border-color-primary); border-radius: 12px; background: var(--background-fill-secondary); }
+.vq-drop:hover, .vq-drop:focus-within, .vq-over .vq-drop { border-color: var(--color-accent); }
+.vq-drop input { position: absolute; opacity: 0; width: 1px; height: 1px; }
+.vq-drop img { max-width: 100%; max-height: 340px; min-width: min(220px, 100%); object-fit: contain;
+  border-radius: 8px; }
+.vq-drop b { display: block; font-weight: 600; }
+.vq-drop span { color: var(--body-text-color-subdued); font-size: .9rem; }
+.vq-said { min-height: 1.3em; margin: 6px 2px 0; font-size: .9rem; color: var(--error-text-color, #b42318); }
+.dark .vq-said { color: #ffb4a8; }
+.vq-examples { display: grid; grid-template-columns: repeat(6, 1fr); gap: 8px; margin-top: 2px; }
+.vq-examples button { padding: 0; border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden;
+  aspect-ratio: 1; background: none; cursor: pointer; }
+.vq-examples button:hover, .vq-examples button:focus-visible { outline: 2px solid var(--color-accent); }
+.vq-examples img { width: 100%; height: 100%; object-fit: cover; display: block; }
+
+.vq-cards { display: grid; gap: 12px; }
+.vq-card { display: grid; grid-template-columns: 1fr auto; gap: 16px; padding: 16px; border-radius: 12px;
+  border: 1px solid var(--border-color-primary); background: var(--block-background-fill); overflow-wrap: anywhere; }
+.vq-card p { margin: 0; } .vq-card > div { min-width: 0; }
+.vq-asked { color: var(--body-text-color-subdued); font-size: .95rem; }
+.vq-answer { font-size: 1.3rem; font-weight: 600; margin-top: 2px !important; }
+.vq-answer small { font-size: .9rem; font-weight: 400; color: var(--body-text-color-subdued); margin-left: 6px; }
+.vq-bar { display: grid; grid-template-columns: minmax(3.5rem, 34%) 1fr auto; gap: 10px; align-items: center;
+  font-size: .9rem; margin-top: 7px; }
+.vq-bar i { display: block; height: 7px; border-radius: 4px; overflow: hidden;
+  background: var(--border-color-primary); }
+.vq-bar i::before { content: ""; display: block; height: 100%; width: var(--part); border-radius: 4px;
+  background: var(--body-text-color-subdued); }
+.vq-bar.vq-best i::before { background: var(--color-accent); }
+.vq-bar span:last-child { min-width: 3.6rem; text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
+.vq-card figure { margin: 0; width: 200px; } .vq-card figure img { width: 100%; border-radius: 8px; display: block; }
+.vq-card figcaption { font-size: .8rem; color: var(--body-text-color-subdued); margin-top: 4px; }
+.vq-note { color: var(--body-text-color-subdued); padding: 28px 16px; text-align: center; margin: 0;
+  border: 1px dashed var(--border-color-primary); border-radius: 12px; overflow-wrap: anywhere; }
+.vq-error { border-style: solid; color: var(--error-text-color, #b42318); } .dark .vq-error { color: #ffb4a8; }
+.vq-two { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; } .vq-two > section { min-width: 0; }
+.vq-two h2 { font-size: 1rem; margin: 0 0 10px; overflow-wrap: anywhere; }
+.vq-two .vq-card { grid-template-columns: 1fr; }
+
+.vq-count { color: var(--body-text-color-subdued); margin: 0 2px 10px; }
+.vq-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 12px; }
+.vq-tile { border: 1px solid var(--border-color-primary); border-radius: 12px; overflow: hidden; font-size: .92rem;
+  background: var(--block-background-fill); overflow-wrap: anywhere; }
+.vq-tile > img { width: 100%; height: 150px; object-fit: contain; display: block;
+  background: var(--background-fill-secondary); }
+.vq-tile > div { padding: 10px 12px 12px; } .vq-tile p { margin: 0; }
+.vq-tile .vq-given { font-weight: 600; margin-top: 4px; }
+.vq-tile .vq-small { color: var(--body-text-color-subdued); font-size: .84rem; margin-top: 4px; }
+.vq-mark { display: inline-block; padding: 0 7px; border-radius: 9px; font-size: .78rem; font-weight: 600; }
+.vq-right { background: #d9f0df; color: #14532d; } .vq-wrong { background: #fbe0dc; color: #7a1f14; }
+.dark .vq-right { background: #173b26; color: #a7e3bb; } .dark .vq-wrong { background: #4a1d17; color: #ffc2b8; }
+
+@media (max-width: 640px) {
+  .vq-card { grid-template-columns: 1fr; } .vq-card figure { width: 100%; } .vq-two { grid-template-columns: 1fr; }
+  .vq-head a { margin-left: 0; } .vq-grid { grid-template-columns: 1fr 1fr; } .vq-drop { min-height: 180px; }
+}
+"""
+
+# Handlebars; made anew when the value, a picture's name, changes.
+DROP = """
+<label class="vq-drop">
+<input type="file" accept="image/jpeg,image/png,image/webp,image/gif,image/bmp" aria-label="Picture">
+{{#if value}}<img src="picture/{{value}}" alt="the picture that is asked about">
+{{else}}<div><b>Drop a picture here, or choose one</b><span>{{hint}}</span></div>{{/if}}
+</label>
+<p class="vq-said" role="alert"></p>
+<div class="vq-examples">{{{examples}}}</div>
+"""
+
+# A picture goes to the server by itself, and the page then asks by its name: no event carries a file.
+DROPPED = """
+const say = (text) => { element.querySelector('.vq-said').textContent = text; };
+const show = (name) => { props.value = name; trigger('change'); };
+async function take(file) {
+  if (!file) return;
+  if (file.size > props.most) { say(props.too_large); return; }
+  say('');
+  let answer, found;
+  try {
+    answer = await fetch('picture', { method: 'POST', body: file });
+    found = await answer.json();
+  } catch { say('The server cannot be reached.'); return; }
+  if (answer.ok) show(found.name); else say(found.error);
+}
+element.addEventListener('change', (event) => {
+  if (event.target.type === 'file') { take(event.target.files[0]); event.target.value = ''; }
+});
+element.addEventListener('click', (event) => {
+  const example = event.target.closest('[data-picture]');
+  if (example) show(example.dataset.picture);
+});
+element.addEventListener('dragover', (event) => { event.preventDefault(); element.classList.add('vq-over'); });
+element.addEventListener('dragleave', () => element.classList.remove('vq-over'));
+element.addEventListener('drop', (event) => {
+  event.preventDefault(); element.classList.remove('vq-over'); take(event.dataTransfer.files[0]);
+});
+document.addEventListener('paste', (event) => {
+  const file = [...event.clipboardData.files].find((one) => one.type.startsWith('image/'));
+  if (file && element.offsetParent !== null) take(file);
+});
+"""

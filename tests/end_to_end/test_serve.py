@@ -1,0 +1,350 @@
+"""The page and the API as launch/serve.py starts them: in a real browser, under load, and how they end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from bench import clock, serving
+from tests.conftest import ROOT
+from tests.end_to_end.scripts import SMALL, call, command, done, predictions, sentence
+from tests.pretrained import picture
+from tests.serving import encoded, own, sent
+from vlmvqa.data import shapes
+from vlmvqa.inference.predict import Predictor, load
+
+BROWSER = shutil.which("chromium") or "/usr/bin/chromium"
+DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
+DECODING = "decoding.max_new_tokens=3"
+SURE = {True: 0.95, False: 0.3}  # what the answers below are given for a probability
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers, and what it shows."""
+
+    url: str
+    run: Path
+    other: Path
+    folder: Path
+    models: dict[str, Predictor]
+
+    def answers(self, which: str, image: Image.Image | Path, *questions: str) -> list[str]:
+        """What one of its models says, asked alone."""
+        return [answer.text for answer in self.models[which].answer(image, list(questions))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scored run, its answers made those of a better model: every third is right."""
+    folder = tmp_path_factory.mktemp("served")
+    data = shapes.write(folder / "data", train_images=6, val_images=8, questions_per_image=4)
+    done(call("train", "data=vqav2", f"data.root={data}", f"run.dir={folder / 'run'}", DECODING, *SMALL))
+    records = predictions(folder / "run")
+    for number, record in enumerate(records):
+        right = number % 3 == 0
+        record |= {"answer": record["target"] if right else f"no {number}", "vqa_accuracy": 100.0 * right}
+        record["log_probability"] = math.log(SURE[right])
+    lines = (json.dumps(record) + "\n" for record in records)
+    (folder / "run" / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[Server]:
+    """Started as a user does, on a port of its own, with a queue that sixteen clients fill; Ctrl-C ends it."""
+    other, folder = run.parent / "other", run.parent / "serve"
+    own().save(other)
+    assert "python launch/serve.py checkpoint=runs/demo\n" in (ROOT / "README.md").read_text()
+    given = (f"checkpoint={run}", f"compare={other}", f"run.dir={folder}", "port=0", DECODING)
+    small = ("limits.queue=6", "limits.max_batch=6")
+    process = subprocess.Popen(
+        command("serve", *given, *small), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    assert process.stdout and process.stderr
+    first = process.stdout.readline()
+    found = re.search(r"http://127\.0\.0\.1:\d+", first)
+    assert found, process.communicate()[1][-3000:]
+    models = {"first": load(run, "cpu"), "second": load(other, "cpu")}
+    for model in models.values():
+        model.decoding = type(model.decoding)(max_new_tokens=3)
+    with httpx.stream("GET", f"{found[0]}/gradio_api/heartbeat/open") as listening:  # as an open page does
+        yield Server(found[0], run, other, folder, models)
+        process.send_signal(signal.SIGINT)
+        assert list(listening.iter_lines()) is not None
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err[-3000:]
+    assert out.endswith("ended\n") and err == ""
+    assert list(folder.iterdir()) == []
+
+
+# --- the API -------------------------------------------------------------------------------------------------------
+
+
+def test_two_hundred_requests_of_sixteen_clients(server: Server) -> None:
+    """None is lost, none is answered as another; who finds the queue full is told so, and asks again."""
+    numbers = range(200)
+    statuses: Counter[int] = Counter()
+    answered = threading.Condition()
+
+    def ask(number: int) -> list[str]:
+        form = [("image", ("x", sent(number))), ("question", (None, f"what is number {number}?"))]
+        form += [("question", (None, "how many?"))] * (number % 2)
+        while True:
+            seen = statuses[200]
+            answer = client.post("/answer", files=form)
+            with answered:
+                statuses[answer.status_code] += 1
+                answered.notify_all()
+                if answer.status_code != 503:
+                    return [one["text"] for one in answer.json()["answers"]]
+                assert answer.headers["retry-after"] == "1"
+                answered.wait_for(lambda seen=seen: statuses[200] > seen)
+
+    with httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(16) as clients:
+        found = list(clients.map(ask, numbers))
+    assert statuses.keys() <= {200, 503} and statuses[200] == 200 and statuses[503] > 0
+    for number in numbers:
+        asked = [f"what is number {number}?", "how many?"][: 1 + number % 2]
+        assert found[number] == server.answers("first", picture(number), *asked), number
+    assert len({text for texts in found for text in texts}) > 4
+
+
+def test_the_measurement_asks_both_servers_the_same(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here both are this one."""
+    monkeypatch.setattr(clock, "matrix_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(clock, "bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(serving, "server", lambda *_: nullcontext(int(server.url.rpartition(":")[2])))
+    small = ("--clients", "1", "4", "--requests", "12", "--repeats", "1", "--out", str(tmp_path / "out.json"))
+    rows = serving.main(small)
+    assert [(row["clients"], row["name"]) for row in rows] == [(n, name) for n in (1, 4) for name in serving.SERVERS]
+    for row in rows:
+        assert row["equal_answers"] == 12 and row["requests_per_second"] > 0
+        assert 0 < row["p50_seconds"] <= row["p95_seconds"]
+    assert rows[0]["to_one_at_a_time"] == rows[2]["to_one_at_a_time"] == 1
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["rows"] == rows and {"gradio", "uvicorn", "device", "date"} <= written["machine"].keys()
+    assert "| 4 clients, micro-batched" in capsys.readouterr().out
+
+
+def test_the_examples_of_the_docs(server: Server, tmp_path: Path) -> None:
+    picture(1).save(tmp_path / "photo.jpg")
+    page = (ROOT / "docs" / "serving.md").read_text().replace("http://127.0.0.1:7860", server.url)
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    (text,) = server.answers("first", tmp_path / "photo.jpg", "What color is the circle?")
+    assert told.startswith(f"{text} ")
+    (curl,) = re.findall(r"^curl .*$", page, re.MULTILINE)
+    if shutil.which("curl"):
+        told = subprocess.run(shlex.split(curl), cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert [one["question"] for one in json.loads(told)["answers"]] == ["What color is the circle?", "How many?"]
+
+
+def test_no_path_of_a_client_is_opened(server: Server) -> None:
+    """By gradio's routes, or by an event that names a file."""
+    for path in ("file=/etc/passwd", "file=../../../etc/passwd", f"file={server.run}/config.yaml", "proxy=http://x/"):
+        assert httpx.get(f"{server.url}/gradio_api/{path}").status_code == 404
+    upload = {"files": ("a.png", b"x" * 1000)}
+    assert httpx.post(f"{server.url}/gradio_api/upload", files=upload).status_code == 404
+    for path in ("static/../../../../etc/passwd", "assets/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "static//etc/passwd"):
+        assert httpx.get(f"{server.url}/{path}").status_code in (403, 404)
+    file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    config = httpx.get(f"{server.url}/config").json()
+    for number in range(len(config["dependencies"])):
+        event = {"data": [file] * 3, "fn_index": number, "session_hash": "abc", "event_data": None}
+        assert httpx.post(f"{server.url}/gradio_api/queue/join", json=event).status_code == 400
+    assert [path for path in server.folder.rglob("*") if path.is_file()] == []
+
+
+# --- the page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not Path(BROWSER).exists():
+        pytest.skip(f"there is no {BROWSER}, a browser to look at the page with")
+    quiet = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
+    arguments = [f"--{one}" for one in ("no-sandbox", "disable-gpu", "disable-quic", *quiet)]
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any, server: Server) -> Iterator[Any]:
+    """The page; it asks nothing of anywhere else, and nothing in it fails."""
+    page = chromium.new_page(viewport=DESKTOP)
+    asked: list[str] = []
+    failed: list[str] = []
+    page.on("request", lambda one: asked.append(one.url))
+    page.on("pageerror", lambda one: failed.append(str(one)))
+    page.on("console", lambda one: failed.append(one.text) if one.type in ("error", "warning") else None)
+    page.goto(server.url)
+    page.locator("#ask-picture input[type=file]").wait_for(state="attached")
+    yield page
+    page.close()
+    assert not failed
+    assert asked and all(url.startswith((f"{server.url}/", "data:", "blob:")) for url in asked), asked
+
+
+def drop(page: Any, tab: str, file: Path) -> None:
+    page.set_input_files(f"#{tab}-picture input[type=file]", file)
+    page.wait_for_function(f"document.querySelector('#{tab}-picture .vq-drop img')?.naturalWidth > 0")
+
+
+def fits(page: Any) -> bool:
+    """Whether nothing has to be scrolled sideways."""
+    return bool(page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file: Path = tmp_path_factory.mktemp("photos") / "photo.png"
+    file.write_bytes(encoded(picture(7, (300, 200))))
+    return file
+
+
+def test_ask(page: Any, server: Server, photo: Path) -> None:
+    """Drop a picture, ask two questions, read the answers, see where the model looked; then see it otherwise."""
+    questions = ["What color is it?", "How many <b>{{dogs}}</b> ${1 + 1} `are` there?"]
+    drop(page, "ask", photo)
+    page.fill("#ask-questions textarea", "\n".join(questions))
+    page.click("#ask-button")
+    cards = page.locator("#ask-answers .vq-card")
+    cards.nth(1).wait_for()
+    assert [cards.nth(n).locator(".vq-asked").inner_text() for n in range(2)] == questions
+    told = [cards.nth(n).locator(".vq-answer").evaluate("one => one.firstChild.textContent") for n in range(2)]
+    assert told == [text or "(no word)" for text in server.answers("first", photo, *questions)]
+    assert "%" in cards.first.locator(".vq-answer small").inner_text()
+    assert cards.first.locator(".vq-bar").count() >= 2
+    drawn = cards.first.locator("figure img")
+    assert drawn.evaluate("one => one.decode().then(() => one.naturalWidth)") == 512
+    assert fits(page)
+    before = drawn.get_attribute("src")
+    page.get_by_label("Gradient").check()
+    changed = "before => ![before, undefined].includes(document.querySelector('#ask-answers figure img')?.src)"
+    page.wait_for_function(changed, arg=before)
+    assert "gradients" in cards.first.locator("figcaption").inner_text()
+    page.get_by_label("Off").check()
+    page.locator("#ask-answers figure").first.wait_for(state="detached")
+    assert cards.count() == 2
+
+
+def test_examples_and_what_is_wrong(page: Any, photo: Path, tmp_path: Path) -> None:
+    page.click("#ask-button")
+    page.get_by_text("Drop a picture first, or pick an example.").wait_for()
+    examples = page.locator("#ask-picture [data-picture]")
+    assert examples.count() == 6
+    examples.nth(2).click()
+    page.wait_for_function("document.querySelector('#ask-picture .vq-drop img')?.naturalWidth > 0")
+    page.click("#ask-button")
+    page.get_by_text("Ask something about the picture, one question a line.").wait_for()
+    page.fill("#ask-questions textarea", "x" * 501)
+    page.click("#ask-button")
+    page.get_by_text("Question 1 has 501 characters; ask it in 500.").wait_for()
+    (tmp_path / "a.png").write_text("no picture")
+    # That a picture was refused is a status of 415, which a browser's console tells too.
+    page.evaluate("fetch = async () => new Response(JSON.stringify({ error: 'this is no picture' }), { status: 415 })")
+    page.set_input_files("#ask-picture input[type=file]", tmp_path / "a.png")
+    page.get_by_text("this is no picture").wait_for()
+
+
+def test_browse(page: Any, server: Server) -> None:
+    records = predictions(server.run)
+    right = [record for record in records if record["vqa_accuracy"] >= 50]
+    kind, number = Counter(record["question_type"] for record in records).most_common(1)[0]
+    count, tiles = page.locator("#browse-answers .vq-count"), page.locator("#browse-answers .vq-tile")
+
+    def counted(expected: int) -> None:
+        page.get_by_text(f"of {expected} answers").wait_for()
+
+    page.get_by_role("tab", name="Browse").click()
+    counted(len(records))
+    assert count.inner_text() == f"1 to 12 of {len(records)} answers" and tiles.count() == 12
+    assert tiles.first.locator("img").evaluate("one => one.decode().then(() => one.naturalWidth)") > 0
+    assert fits(page)
+    page.click("#browse-on")
+    page.get_by_text(f"13 to 24 of {len(records)} answers").wait_for()
+    assert tiles.first.locator("p").first.inner_text() == records[12]["question"]
+    page.click("#browse-back")
+    page.get_by_text(f"1 to 12 of {len(records)} answers").wait_for()
+    page.get_by_label("Right", exact=True).check()
+    counted(len(right))
+    assert set(tiles.locator(".vq-mark").all_inner_texts()) == {"right"}
+    page.get_by_label("under 50 %").check()
+    page.get_by_text("No answer passes these filters.").wait_for()
+    page.get_by_label("Wrong", exact=True).check()
+    counted(len(records) - len(right))
+    page.get_by_label("All", exact=True).check()
+    page.get_by_label("any", exact=True).check()
+    counted(len(records))
+    page.locator("#browse-kind input").click()
+    page.get_by_role("option", name=kind, exact=True).click()
+    counted(number)
+
+
+def test_compare(page: Any, server: Server, photo: Path) -> None:
+    page.get_by_role("tab", name="Compare").click()
+    drop(page, "compare", photo)
+    page.fill("#compare-questions textarea", "What is it?")
+    page.click("#compare-button")
+    columns = page.locator("#compare-answers section")
+    columns.nth(1).locator(".vq-card").wait_for()
+    assert columns.locator("h2").all_inner_texts() == [str(server.run), str(server.other)]
+    for number, which in enumerate(("first", "second")):
+        told = columns.nth(number).locator(".vq-answer").evaluate("one => one.firstChild.textContent")
+        assert told == (server.answers(which, photo, "What is it?")[0] or "(no word)")
+    assert fits(page)
+
+
+def test_on_a_phone(page: Any, photo: Path) -> None:
+    page.set_viewport_size(PHONE)
+    for tab in ("Browse", "Compare", "Ask"):
+        page.get_by_role("tab", name=tab).click()
+        page.get_by_role("tabpanel").filter(visible=True).wait_for()
+        assert fits(page), tab
+    drop(page, "ask", photo)
+    page.fill("#ask-questions textarea", "What color is it?\n" + "x" * 200)
+    page.click("#ask-button")
+    page.locator("#ask-answers figure img").nth(1).wait_for()
+    assert fits(page)
+    card, figure = (page.locator(f"#ask-answers {one}").first.bounding_box() for one in (".vq-card", "figure"))
+    assert figure["width"] > 0.8 * card["width"]  # below the words, not beside them
+
+
+# --- what does not start -------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = (f"checkpoint={run}", f"run.dir={tmp_path}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be listened on" in sentence(call("serve", *given, f"port={port}"))
+    assert "there is no token" in sentence(call("serve", *given, "host=0.0.0.0"))
+    assert "nowhere has no predictions.jsonl; score" in sentence(call("serve", *given, "browse=nowhere"))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "pip install 'vlmvqa[demo]'" in sentence(call("serve", *given))

@@ -1,0 +1,157 @@
+"""Whatever is sent: an answer or a sentence, never a 5xx, no file and no program opened, and not much memory taken."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+from starlette.testclient import TestClient
+
+from bench.clock import PeakMemory
+from tests.conftest import ROOT
+from tests.pretrained import picture
+from tests.serving import client, encoded, own
+
+# Where Python's own files are: a module may be imported at its first use.
+OWN = (sys.prefix, sys.base_prefix, str(ROOT / "src"), "/proc/self")
+MOST = 200e6  # bytes
+PICTURES = [encoded(picture(n), kind) for n, kind in enumerate(("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))]
+_opened: list[str] = []
+_watching = False
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    """What Python tells of all that is opened and started."""
+    if not _watching:
+        return
+    if event == "open" and not isinstance(arguments[0], int):
+        path, mode = str(arguments[0]), arguments[1]
+        if (mode is not None and set(mode) & set("wax+")) or not path.startswith(OWN):
+            _opened.append(f"{path} ({mode})")
+    elif event in ("subprocess.Popen", "os.system", "os.posix_spawn", "socket.connect", "os.remove", "os.rename"):
+        _opened.append(f"{event} {arguments}")
+
+
+sys.addaudithook(_watch)
+
+
+@contextmanager
+def nothing_opened() -> Iterator[None]:
+    global _watching
+    _opened.clear()
+    _watching = True
+    try:
+        yield
+    finally:
+        _watching = False
+    assert not _opened
+
+
+@pytest.fixture(scope="module")
+def asking() -> Iterator[TestClient]:
+    with client(own(), megabytes=0.2, megapixels=1, questions=4, characters=60) as (found, _):
+        with PeakMemory(torch.device("cpu")) as memory:
+            yield found
+        assert memory.bytes is None or memory.bytes < MOST
+
+
+def check(answer: Any) -> None:
+    """An answer, or a refusal in one sentence."""
+    assert answer.status_code < 500, answer.text
+    if answer.status_code == 200:
+        assert answer.json()["answers"]
+    else:
+        told = answer.json()["error"]
+        assert isinstance(told, str) and told and "Traceback" not in told and len(told) < 400
+
+
+def form(parts: list[tuple[bytes, bytes]], boundary: bytes = b"x") -> bytes:
+    return b"".join(b"--" + boundary + b"\r\n" + head + b"\r\n\r\n" + body + b"\r\n" for head, body in parts) + (
+        b"--" + boundary + b"--\r\n"
+    )
+
+
+@some.composite
+def damaged(draw: some.DrawFn) -> bytes:
+    """A picture of which some bytes are others, some are missing, some are twice there."""
+    content = bytearray(draw(some.sampled_from(PICTURES)))
+    for _ in range(draw(some.integers(0, 6))):
+        place = draw(some.integers(0, max(len(content) - 1, 0)))
+        length = draw(some.integers(0, 40))
+        content[place : place + length] = draw(some.one_of(some.binary(max_size=40), some.just(content[:length])))
+    return bytes(content)
+
+
+PATHS = ["/etc/passwd", "../../etc/passwd", "a.png\x00.exe", "C:\\a", "file:///etc/passwd", "http://x.example/a.png"]
+NAMES = some.one_of(some.sampled_from(PATHS), some.text(max_size=300))
+CONTENTS = some.one_of(damaged(), some.binary(max_size=2000), some.sampled_from(PICTURES))
+
+
+def header(name: bytes, file: bytes | None = None, more: bytes = b"") -> bytes:
+    named = b"" if file is None else b'; filename="' + file + b'"'
+    return b'Content-Disposition: form-data; name="' + name + b'"' + named + more
+
+
+@settings(max_examples=80, deadline=None)
+@given(content=CONTENTS, name=NAMES, questions=some.lists(some.text(max_size=80), max_size=6))
+def test_uploads(asking: TestClient, content: bytes, name: str, questions: list[str]) -> None:
+    named = name.encode("utf-8", "surrogatepass").replace(b"\r", b"").replace(b"\n", b"")
+    asked = [(header(b"question"), one.encode("utf-8", "surrogatepass")) for one in questions]
+    body = form([(header(b"image", named), content), *asked])
+    with nothing_opened():
+        check(asking.post("/answer", content=body, headers={"content-type": "multipart/form-data; boundary=x"}))
+        kept = asking.post("/picture", content=content)
+    assert kept.status_code < 500
+
+
+FIELDS = [b"image", b"question", b"alternatives", b"look", b"", b"path", b"\xff", b'a"; filename="b']
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    parts=some.lists(
+        some.tuples(
+            some.sampled_from(FIELDS),
+            some.one_of(some.none(), some.binary(max_size=30)),
+            some.one_of(CONTENTS, some.sampled_from([b"what is it", b"2", b"attention", b"-1", b"\xed\xa0\x80"])),
+        ),
+        max_size=8,
+    ),
+    boundary=some.sampled_from([b"x", b"-", b"a" * 300]),
+    kind=some.sampled_from(["multipart/form-data; boundary=", "text/plain; boundary="]),
+    charset=some.sampled_from(["", "utf-7", "raw_unicode_escape", "nonsense", "utf-16"]).map("; charset={}".format),
+    cut=some.integers(0, 60),
+)
+def test_forms(asking: TestClient, parts: list[Any], boundary: bytes, kind: str, charset: str, cut: int) -> None:
+    body = form([(header(name, file), content) for name, file, content in parts], boundary)
+    body = body[: len(body) - cut] if cut > 30 else body
+    with nothing_opened():
+        check(asking.post("/answer", content=body, headers={"content-type": kind + boundary.decode() + charset}))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    method=some.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"]),
+    path=some.one_of(
+        some.sampled_from(["answer", "picture", "picture/", "docs", "health", "sign-in", "gradio_api/upload"]),
+        some.text(some.characters(codec="ascii", exclude_characters="?#"), max_size=60),
+        some.sampled_from(PATHS).map(lambda path: f"gradio_api/file={path}"),
+    ),
+    body=some.binary(max_size=300),
+    headers=some.dictionaries(
+        some.sampled_from(["content-type", "authorization", "cookie", "accept", "range", "content-length", "expect"]),
+        some.text(some.characters(min_codepoint=32, max_codepoint=255), max_size=60),
+    ),
+)
+def test_requests(asking: TestClient, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
+    told = {name: value.encode("latin-1") for name, value in headers.items()}
+    url = "/" + "".join(f"%{ord(one):02x}" for one in path)
+    with nothing_opened():
+        answer = asking.request(method, url, content=body, headers=told)
+    assert answer.status_code < 500
