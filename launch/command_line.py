@@ -79,10 +79,10 @@ def run(main: Callable[[DictConfig], None], config_name: str, repeatable: Sequen
     several = ranks.world_size() > 1
     job()
     if several:
-        _leave()
+        leave()
 
 
-def _leave() -> None:
+def leave() -> None:
     """End a run of several ranks that has done all, without taking the interpreter apart.
 
     Threads of process groups that some library still holds can abort Python there, and the launcher would then stop

@@ -6,6 +6,8 @@ python launch/serve.py checkpoint=runs/demo compare=runs/other examples=photos p
 
 from __future__ import annotations
 
+import usage  # noqa: F401 - first: it answers -h without PyTorch
+
 import json
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import from_config
-from command_line import _leave, group, run
+from command_line import group, leave, run
 from data_from_config import data_settings, read_examples
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource
@@ -108,4 +110,4 @@ def _read(given: str | Iterable[str]) -> list[bytes]:
 
 if __name__ == "__main__":
     run(main, "serve")
-    _leave()  # taking PyTorch and gradio apart takes longer than a user waits after Ctrl-C
+    leave()  # taking PyTorch and gradio apart takes longer than a user waits after Ctrl-C

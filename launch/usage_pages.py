@@ -53,6 +53,17 @@ Most used, each as key=value:
 
 More: docs/architecture.md (rows, and who sees whom in them)."""
 
+SERVE = """\
+Most used, each as key=value:
+  checkpoint=runs/demo                 a run's folder, its model/ folder, or a hub id
+  compare=runs/other                   another, to see both answer side by side
+  browse=runs/demo                     the scored run whose answers are browsed (the checkpoint's own)
+  examples=photos                      pictures to pick from: a file, a folder, a list of them
+  port=7860 host=127.0.0.1             0.0.0.0: other machines may ask, with token=... (or open=true: without)
+  limits.megabytes=10 limits.queue=64 limits.max_batch=16 limits.timeout_s=60
+
+More: docs/serving.md (the API, what is bounded)."""
+
 MERGE = """\
 Most used, each as key=value:
   what           models=[runs/a,runs/b] base=runs/base     the tuned models, and what they were tuned from
@@ -157,6 +168,7 @@ PAGES = {
     "eval": EVAL,
     "predict": PREDICT,
     "show": SHOW,
+    "serve": SERVE,
     "merge": MERGE,
     "plan": PLAN,
     "helm": HELM,
