@@ -16,7 +16,7 @@ test: $(READY) lint
 	$(BIN)/python -m pytest -m "not slow and not long" -n 2 --dist loadfile --cov --cov-report=term
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-header
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --no-header
 
 lint: $(READY)
 	$(BIN)/ruff check .
