@@ -35,6 +35,7 @@ from vlmvqa.training import parallel
 
 
 def main(config: DictConfig) -> None:
+    from_config.refuse_counts(config)
     given = [name for name in ("checkpoint", "predictions", "compare") if config[name] is not None]
     if len(given) != 1:
         raise InputError(

@@ -45,6 +45,14 @@ from vlmvqa.training.preflight import Asked, optimizer_for
 from vlmvqa.training.trainer import PARTS
 
 
+def refuse_counts(config: DictConfig) -> None:
+    """Stop at numbers of shown answers that are none, before anything is computed."""
+    for key in ("samples", "looks"):
+        count = config.get(key, 0)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise InputError(f"{key}={count} is no number of answers; use 0 for none, or more")
+
+
 def take_saved_model(config: DictConfig) -> None:
     """Under `start_from` the model's settings are those it was saved with; `model=` has chosen the trainer's.
 

@@ -23,8 +23,8 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import Predictor, load
-from vlmvqa.serving import browse
-from vlmvqa.serving.limits import Limits
+from vlmvqa.serving import browse, uploads
+from vlmvqa.serving.limits import Limits, Refused
 from vlmvqa.serving.server import Address, Served, listen, refuse_missing, serve
 from vlmvqa.settings import build_settings
 
@@ -37,7 +37,7 @@ def main(config: DictConfig) -> None:
     token = None if config.token is None else str(config.token)
     address = Address(str(config.host), config.port, token, config.open)
     opened, pictures = _browsed(config)
-    examples = _read(config.examples) or pictures
+    examples = _shown(_read(config.examples) or pictures, limits)
     with listen(address) as taken:  # before a model is loaded, which may take minutes
         served = Served(_models(config), opened, examples)
         serve(served, address, limits, from_config.run_folder(config), taken)
@@ -83,6 +83,8 @@ def _examples(folder: Path) -> list[Example]:
     data = data_settings(settings)
     if whole != folder:
         data = data.tasks[folder.name]
+    if data.hub is None and data.packed is None and not Path(data.root or "").expanduser().is_dir():
+        raise InputError(f"{data.root} is not there")  # and what is drawn at first use is not drawn for this
     return read_examples(data, metrics["split"], metrics["max_samples"], BadRecords("skip"))
 
 
@@ -106,6 +108,19 @@ def _read(given: str | Iterable[str]) -> list[bytes]:
         except OSError as error:
             raise InputError(f"examples={path} cannot be read ({error.strerror}); correct the path") from None
     return found
+
+
+def _shown(contents: Iterable[bytes], limits: Limits) -> list[bytes]:
+    """Those that a client might send too: the page asks about its examples as it does about what is dropped on it."""
+    kept = []
+    for content in contents:
+        try:
+            uploads.decode(content, limits)
+        except Refused as error:
+            print(f"an example is left out: {error.sentence}")
+        else:
+            kept.append(content)
+    return kept
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from vlmvqa.training.trainer import VqaTrainer
 
 
 def main(config: DictConfig) -> None:
+    from_config.refuse_counts(config)
     from_config.take_saved_model(config)
     dist = from_config.dist_settings(config)
     preflight.refuse(from_config.asked(config, dist))
@@ -104,7 +105,11 @@ def main(config: DictConfig) -> None:
     ]
     if ranks.is_first():
         tracking.finish(
-            {f"{one['data']}_{name}": of["overall"] for one in metrics for name, of in one["metrics"].items()}
+            {
+                f"{task.name or one['data']}_{name}": of["overall"]
+                for task, one in zip(tasks, metrics, strict=True)
+                for name, of in one["metrics"].items()
+            }
         )
         write_card(folder / "model", config.hub_id or config.run.dir, metrics, OmegaConf.to_yaml(config, resolve=True))
         print(f"model:  {folder / 'model'}")

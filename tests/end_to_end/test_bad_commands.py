@@ -99,6 +99,8 @@ MISSPELT: dict[str, tuple[str, ...]] = {
     "data.train_split=trian": ("'trian'", "did you mean 'train'?"),
     "trainable.vision=most": ("trainable.vision=most is unknown",),
     "resume=yes": ("resume=", "is unknown; use resume=auto"),
+    "samples=-1": ("samples=-1 is no number of answers; use 0 for none, or more",),
+    "looks=many": ("looks=many is no number of answers",),
     "data.prompt={question} in {language}": ("data.prompt='{question} in {language}'", PROMPT_RULE),
     "data.prompt={question} {question}": ("data.prompt='{question} {question}'", PROMPT_RULE),
 }

@@ -23,6 +23,7 @@ from typing import Any
 
 import httpx
 import pytest
+import serve as serve_script
 from PIL import Image
 
 from bench import clock, serving
@@ -31,7 +32,9 @@ from tests.end_to_end.scripts import SMALL, call, command, done, predictions, se
 from tests.pretrained import picture
 from tests.serving import encoded, own, sent
 from vlmvqa.data import shapes
+from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import Predictor, load
+from vlmvqa.serving.limits import Limits
 
 BROWSER = shutil.which("chromium") or "/usr/bin/chromium"
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
@@ -348,3 +351,20 @@ def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkey
     assert "nowhere has no predictions.jsonl; score" in sentence(call("serve", *given, "browse=nowhere"))
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'vlmvqa[demo]'" in sentence(call("serve", *given))
+
+
+def test_examples_are_what_a_client_might_send(capsys: pytest.CaptureFixture[str]) -> None:
+    good = sent(1)
+    assert serve_script._shown([encoded(picture(0), "TIFF"), good, good[:200]], Limits()) == [good]
+    printed = capsys.readouterr().out
+    assert printed.count("an example is left out: ") == 2
+
+
+def test_a_run_whose_drawn_pictures_are_elsewhere_is_browsed_without(tmp_path: Path, run: Path) -> None:
+    """They are not drawn anew for it."""
+    moved = Path(shutil.copytree(run, tmp_path / "run"))
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(str(run.parent / "data"), str(tmp_path / "nowhere")))
+    with pytest.raises(InputError, match="nowhere is not there"):
+        serve_script._examples(moved)
+    assert not (tmp_path / "nowhere").exists()

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import termios
@@ -56,6 +57,7 @@ def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
 def take_terminal() -> None:
     """Make standard input the terminal that interrupts this process."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it starts in the background ignore it
 
 
 def read(terminal: int) -> str:

@@ -299,6 +299,8 @@ def test_alternatives_are_the_best_beams(loaded: Loaded) -> None:
         assert beams[0].text == alone.text
         assert beams[0].log_probability == pytest.approx(alone.log_probability, abs=1e-4)
         assert len({one.text for one in beams}) == len(beams)
+        (greedy,) = model.alternatives(picture, question, most=1)
+        assert greedy.text == model.answer(picture, question).text
 
 
 def test_parts_are_the_whole(loaded: Loaded) -> None:

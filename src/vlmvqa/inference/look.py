@@ -108,21 +108,23 @@ def _attention(model: Model, batch: dict[str, Tensor]) -> Tensor:
         )
     reads = (batch["labels"][0] != IGNORE).nonzero()[:, 0]
     reads = reads[: max(len(reads) - 1, 1)]  # what predicts the answer's words, not their end
-    means = [layer[0][:, reads][..., places].float().mean((0, 1)) for layer in _weights(model, batch)]
+    means = _weights(model, batch, reads, places)
     return torch.stack(means).mean(0)[-rows * columns :].view(rows, columns)
 
 
-def _weights(model: Model, batch: dict[str, Tensor]) -> list[Tensor]:
-    """Who attends to whom, `float[1, heads, T, T]` of each layer: by transformers' eager attention, which says so and
-    keeps the softcap."""
+def _weights(model: Model, batch: dict[str, Tensor], reads: Tensor, places: Tensor) -> list[Tensor]:
+    """How much these tokens attend to those places, `float32[places]` of each layer, the mean over heads and tokens.
+
+    By transformers' eager attention, which tells its weights and keeps the softcap; a layer's are gone before the next
+    makes its own.
+    """
     decoder = model.language if isinstance(model, PretrainedVLM) else model.language.decoder
-    told: list[Tensor] = []
-    hooks = [
-        decoder.register_forward_pre_hook(
-            lambda _, given, named: (given, {**named, "output_attentions": True}), with_kwargs=True
-        ),
-        decoder.register_forward_hook(lambda _, __, output: told.extend(output.attentions)),
-    ]
+    means: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        means.append(output[1][0][:, reads][..., places].float().mean((0, 1)))  # of float[1, heads, T, T]
+
+    hooks = [layer.self_attn.register_forward_hook(keep) for layer in decoder.layers]
     before = model.attention
     if isinstance(model, VLM):
         model.language.set_attention("dense")  # its masks are what eager attention takes
@@ -136,7 +138,7 @@ def _weights(model: Model, batch: dict[str, Tensor]) -> list[Tensor]:
             model.language.set_attention(before)
         else:
             decoder.set_attn_implementation(before)
-    return told
+    return means
 
 
 def _gradient(model: Model, batch: dict[str, Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from PIL.Image import Image
 
 from vlmvqa.data import images
@@ -40,4 +41,6 @@ def looked_at(
             drawn.append((record, draw(picture, seen)))
     except InputError as error:
         return str(error).rstrip(".")
+    except torch.OutOfMemoryError:  # the answers are there, and must not be lost for a picture
+        return "the memory of the GPU is too small for its attention"
     return drawn

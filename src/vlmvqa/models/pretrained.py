@@ -190,6 +190,8 @@ class PretrainedVLM(nn.Module):
     @torch.no_grad()
     def alternatives(self, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[list[Generated]]:
         """Every row's finished beams, `decoding.beams` of them, the best first; as `generation.alternatives`."""
+        if decoding.beams == 1:
+            return [[one] for one in self.generate(batch, eos, decoding)]
         read = batch["input_ids"].shape[1]
         found = self._generated(batch, eos, decoding)
         beams = []

@@ -24,7 +24,7 @@ class Limits:
         max_batch: rows that are answered at a time.
         queue: requests that wait for that, or are being read.
         waiting_megapixels: of all their pictures together, decoded: 3 MB each.
-        timeout_s: seconds from a request's first byte to its answer.
+        timeout_s: seconds in which a request must have come, and then those in which it is answered.
         clients: open connections.
     """
 

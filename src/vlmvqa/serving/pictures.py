@@ -27,6 +27,8 @@ class Pictures:
             self._size += len(content)
             while self._size > self.most and len(self._kept) > 1:
                 self._size -= len(self._kept.popitem(last=False)[1])
+        elif name in self._kept:
+            self._kept.move_to_end(name)
         return name
 
     def keep_always(self, content: bytes) -> str:

@@ -42,6 +42,8 @@ class Address:
     def __post_init__(self) -> None:
         if not isinstance(self.port, int) or not 0 <= self.port < 2**16:
             raise InputError(f"port={self.port} is none; use a number below 65536, 0 for any that is free")
+        if not isinstance(self.open, bool):
+            raise InputError(f"open={self.open} is unknown; use open=true or open=false")
         if self.token is not None and (len(self.token) < 8 or not self.token.isascii()):
             raise InputError("token is shorter than 8 characters or holds others than ASCII has; take another")
         if not self.local and self.token is None and not self.open:

@@ -46,6 +46,9 @@ def decode(content: bytes, limits: Limits, settings: ImageSettings | None = None
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > limits.pixels:
                 raise _too_many_pixels(image, limits)
+            if image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle":
+                # Pillow fills what such a file leaves out: 1 kB of it may ask for 500 bytes a pixel.
+                raise Refused(415, "the picture is a run-length coded BMP, which is not read; save it as a PNG")
             if settings is not None and settings.reduced:
                 image.draft(None, (settings.size, settings.size))
             return images.decode(image, NAME)

@@ -72,7 +72,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # From this step on, what is there already no longer counts.
-        self.writer = SummaryWriter(str(run.folder / "runs"), purge_step=run.step + 1 if run.step else None)
+        self.writer = SummaryWriter(str(run.folder / "runs"), purge_step=run.step + 1)
         self.writer.add_text("config", _as_code(run.config_yaml), run.step)
         self.writer.add_text("code", run.code, run.step)
         self.writer.flush()
