@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import re
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "show": lambda: command_line.run(show_script.main, "show"),
     "helm": lambda: command_line.run(helm_script.main, "helm"),
 }
+RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 MODEL = (
     "model.vision.overrides.depth=1",
     "model.vision.overrides.embed_dim=32",
@@ -93,7 +95,7 @@ def command(script: str, *arguments: str) -> list[str]:
 
 def call(script: str, *arguments: str) -> Ended:
     """The script's job in this process; a SystemExit ends as it ends a script."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out, err, status, before = io.StringIO(), io.StringIO(), 0, os.environ.keys() & RANKS
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{script}.py", *arguments])
         try:
@@ -101,6 +103,9 @@ def call(script: str, *arguments: str) -> Ended:
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else 1
             print(stop.code, file=sys.stderr)
+        finally:
+            for name in os.environ.keys() & RANKS - before:  # of a group of one, which is no more
+                del os.environ[name]
     return Ended(status, out.getvalue(), err.getvalue())
 
 
