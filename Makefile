@@ -31,6 +31,7 @@ docs: $(READY)
 $(READY): setup.cfg pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("vlmvqa needs Python 3.11 or newer; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): some 6 GB, about five minutes"
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint requirements.lock torch torchvision
 	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[all]'

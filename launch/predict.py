@@ -37,8 +37,9 @@ def main(config: DictConfig) -> None:
         for image in bar(images, doing="asking", unit="images", shown=len(images) > 1):
             tqdm.write(str(image))
             for question, answer in zip(questions, predictor.answer(image, questions), strict=True):
-                tqdm.write(f"  {question}  {answer.text}  ({math.exp(answer.log_probability):.2f})")
-                record = {"image": str(image), "question": question, "answer": answer.text}
+                cut = ", cut at decoding.max_new_tokens" if answer.cut else ""
+                tqdm.write(f"  {question}  {answer.text}  ({math.exp(answer.log_probability):.2f}{cut})")
+                record = {"image": str(image), "question": question, "answer": answer.text, "cut": answer.cut}
                 file.write(json.dumps({**record, "log_probability": answer.log_probability}) + "\n")
     unfinished.replace(folder / "predictions.jsonl")
 

@@ -76,7 +76,9 @@ def going_on(folder: Path, config: DictConfig) -> bool:
 
 def refuse_run(folder: Path, config: DictConfig) -> None:
     """Stop where the folder holds a run that is neither to go on nor to be replaced."""
-    if not going_on(folder, config) and (folder / "log.jsonl").exists() and not config.run.overwrite:
+    log = folder / "log.jsonl"  # empty where the run failed before it had anything to tell
+    holds = (log.exists() and log.stat().st_size > 0) or any(folder.glob("checkpoint-*"))
+    if not going_on(folder, config) and holds and not config.run.overwrite:
         raise InputError(
             f"{folder} already holds a run; go on with resume=auto, choose another run.name, "
             "or replace it with run.overwrite=true"
@@ -112,6 +114,8 @@ def open_run(folder: Path, config: DictConfig, global_batch: int, world: int) ->
             _refuse_other_batch(checkpoint, global_batch, world, config)
         point(folder / LATEST, checkpoint)
         said += [*complaints, f"going on from {checkpoint}"]
+    elif resumed and not complaints and (folder / "config.yaml").exists():
+        said.append(f"{folder} holds no checkpoint yet, so it starts from its beginning")
     elif complaints:
         raise InputError(f"{folder}: no checkpoint is whole ({complaints[0]}); start anew with run.overwrite=true")
     OmegaConf.save(config, folder / "config.yaml", resolve=True)

@@ -50,6 +50,21 @@ def test_a_folder_that_holds_a_run_is_not_touched(tmp_path: Path, whole: Path, t
     assert content(trained) == before
 
 
+def test_a_run_that_failed_before_its_first_step_does_not_keep_its_name(tmp_path: Path, root: Path) -> None:
+    """The same command works once its picture is mended; resume=auto says that there is nothing to go on from."""
+    given = ("data=vqav2", f"data.root={root}", f"run.dir={tmp_path / 'run'}", *SMALL)
+    whole = (root / TRAIN_IMAGE).read_bytes()
+    truncate(root / TRAIN_IMAGE)
+    sentence(call("train", *given))
+    (root / TRAIN_IMAGE).write_bytes(whole)
+    for more in ((), ("run.overwrite=true",)):
+        done(call("train", *given, *more))
+    (tmp_path / "empty").mkdir()
+    shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "empty")
+    again = done(call("train", *given[:2], f"run.dir={tmp_path / 'empty'}", *SMALL, "resume=auto"))
+    assert "empty holds no checkpoint yet, so it starts from its beginning" in again.out
+
+
 @pytest.mark.parametrize("how", ["run.overwrite=true", "resume=auto"])
 @pytest.mark.parametrize(
     "wrong",
