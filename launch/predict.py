@@ -9,7 +9,6 @@ from __future__ import annotations
 import usage  # noqa: F401 - first: it answers -h without PyTorch
 
 import json
-import math
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -38,7 +37,7 @@ def main(config: DictConfig) -> None:
             tqdm.write(str(image))
             for question, answer in zip(questions, predictor.answer(image, questions), strict=True):
                 cut = ", cut at decoding.max_new_tokens" if answer.cut else ""
-                tqdm.write(f"  {question}  {answer.text}  ({math.exp(answer.log_probability):.2f}{cut})")
+                tqdm.write(f"  {question}  {answer.text}  ({answer.probability:.2f}{cut})")
                 record = {"image": str(image), "question": question, "answer": answer.text, "cut": answer.cut}
                 file.write(json.dumps({**record, "log_probability": answer.log_probability}) + "\n")
     unfinished.replace(folder / "predictions.jsonl")

@@ -18,11 +18,10 @@ from typing import NoReturn
 import yaml
 
 from usage_pages import PAGES
+from vlmvqa.places import CALLED_AS
 
 HERE = Path(__file__).resolve().parent
 CONF = HERE.parent / "conf"
-# Set by `vlmvqa train` (src/vlmvqa/__main__.py), to its own name.
-CALLED_AS = "VLMVQA_CALLED_AS"
 # Where a config's name is not its script's.
 OTHERS = {"run": "helm"}
 WIDTH = 120

@@ -12,10 +12,7 @@ import sys
 
 from vlmvqa import __version__
 from vlmvqa.errors import suggest
-from vlmvqa.places import LAUNCH, commands
-
-# How launch/usage.py learns that its commands are called by this name.
-CALLED_AS = "VLMVQA_CALLED_AS"
+from vlmvqa.places import CALLED_AS, LAUNCH, commands
 
 
 def main() -> None:

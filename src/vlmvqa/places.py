@@ -8,6 +8,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 LAUNCH = _HERE / "launch" if (_HERE / "launch").is_dir() else _HERE.parents[1] / "launch"
+CALLED_AS = "VLMVQA_CALLED_AS"  # in the environment of a script that was started as `vlmvqa <script>`
 
 
 def commands() -> dict[str, str]:

@@ -40,18 +40,23 @@ class Calibration:
     error: float
 
 
+def confidence(log_probability: float | None) -> float:
+    """The probability of a whole answer; 0 where none is known, of an answer that another program wrote."""
+    return 0.0 if log_probability is None else math.exp(min(log_probability, 0.0))  # above 0 by rounding alone
+
+
 def calibrate(records: Iterable[Mapping[str, Any]], name: str, bins: int = BINS) -> Calibration | None:
     """Of records of `predictions.jsonl`, by the score `name` (0 to 100); None if none has a score and a probability."""
     known = [
-        (min(math.exp(record["log_probability"]), 1.0), record[name] / 100)
+        (confidence(record["log_probability"]), record[name] / 100)
         for record in records
         if record["log_probability"] is not None and record[name] is not None
     ]
     if not known:
         return None
     held: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
-    for confidence, accuracy in known:
-        held[max(math.ceil(confidence * bins) - 1, 0)].append((confidence, accuracy))
+    for sure, accuracy in known:
+        held[max(math.ceil(sure * bins) - 1, 0)].append((sure, accuracy))
     found = tuple(_bin(number / bins, (number + 1) / bins, one) for number, one in enumerate(held))
     apart = sum(abs(sum(a for _, a in one) - sum(c for c, _ in one)) for one in held)
     return Calibration(found, len(known), apart / len(known))

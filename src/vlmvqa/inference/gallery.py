@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from vlmvqa.inference.calibration import confidence
 from vlmvqa.inference.scores import metric
 
 Record = Mapping[str, Any]
@@ -38,7 +38,7 @@ def choose_gallery(
     wrong = [record for record in scored if record[name] < limit]
     draw = random.Random(seed)
     right, wrong = (draw.sample(records, min(most, len(records))) for records in (right, wrong))
-    return sorted(right, key=probability, reverse=True), sorted(wrong, key=probability, reverse=True)
+    return sorted(right, key=sureness, reverse=True), sorted(wrong, key=sureness, reverse=True)
 
 
 def words(limit: float | None, right: bool) -> tuple[str, str]:
@@ -61,17 +61,17 @@ def card(record: Record, images: Mapping[Any, Image], metric: str) -> dict[str, 
     return {
         **record,
         "score": record[metric],
-        "probability": None if record["log_probability"] is None else probability(record),
+        "probability": None if record["log_probability"] is None else sureness(record),
         "picture": None if image is None else data_uri(image),
         "counted": Counter(record["answers"]).most_common(),
     }
 
 
-def over_training(samples: Sequence[Record], images: Mapping[Any, Image], limit: float | None) -> list[dict[str, Any]]:
+def over_training(samples: Sequence[Record], images: Mapping[Any, Image], name: str) -> list[dict[str, Any]]:
     """Each sampled question with the answers it got at the evaluations of a training, records of `samples.jsonl`.
 
     Args:
-        limit: the score from which an answer is right; None: there is none.
+        name: the metric.
     """
     by_question: dict[Any, dict[int, Record]] = {}
     for sample in samples:  # a step made again after a resume counts as it was last
@@ -81,7 +81,7 @@ def over_training(samples: Sequence[Record], images: Mapping[Any, Image], limit:
     for found in by_question.values():
         last = next(reversed(found.values()))
         image = images.get(last["image_id"])
-        answers = [_at_a_step(found[step], limit) for step in steps if step in found]
+        answers = [_at_a_step(found[step], name) for step in steps if step in found]
         references: list[str] = last["answers"]
         counted = Counter(references).most_common()
         picture = None if image is None else data_uri(image)
@@ -89,9 +89,8 @@ def over_training(samples: Sequence[Record], images: Mapping[Any, Image], limit:
     return shown
 
 
-def _at_a_step(sample: Record, limit: float | None) -> dict[str, Any]:
-    judged = limit is not None and sample["score"] is not None
-    return {**sample, "probability": probability(sample), "right": sample["score"] >= limit if judged else None}
+def _at_a_step(sample: Record, name: str) -> dict[str, Any]:
+    return {**sample, "probability": sureness(sample), "right": metric(name).right(sample["score"])}
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
@@ -101,10 +100,9 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
-def probability(record: Record) -> float:
-    """0 where it is not known: answers that another program wrote."""
-    known = record["log_probability"]
-    return 0.0 if known is None else math.exp(known)
+def sureness(record: Record) -> float:
+    """How sure the model was of a record's answer."""
+    return confidence(record["log_probability"])
 
 
 def data_uri(image: Image) -> str:

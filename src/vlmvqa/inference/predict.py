@@ -22,6 +22,7 @@ from vlmvqa.data.packing import split
 from vlmvqa.data.pretrained import PretrainedProcessor
 from vlmvqa.data.texts import TokenTable
 from vlmvqa.errors import InputError
+from vlmvqa.inference.calibration import confidence
 from vlmvqa.inference.journal import Journal, batch_key
 from vlmvqa.models import checkpoint
 from vlmvqa.models.generation import Decoding, Generated
@@ -40,6 +41,11 @@ class Answer:
     text: str
     log_probability: float
     cut: bool = False
+
+    @property
+    def probability(self) -> float:
+        """That of the whole answer, from 0 to 1."""
+        return confidence(self.log_probability)
 
     def __str__(self) -> str:
         return self.text

@@ -137,7 +137,7 @@ def _answers(
             kind: (*gallery.words(limit, right), [gallery.card(record, images, name) for record in records])
             for kind, right, records in galleries
         },
-        "over_training": gallery.over_training(samples, images, limit),
+        "over_training": gallery.over_training(samples, images, name),
         "looks": [] if isinstance(looks, str) else [_look(*look, images, name) for look in looks],
         "no_looks": looks if isinstance(looks, str) else "",
         **_reliability(name, predictions),
@@ -146,8 +146,7 @@ def _answers(
 
 
 def _look(record: Record, drawn: Image, images: Mapping[Any, Image], name: str) -> dict[str, Any]:
-    limit = metric(name).right_from
-    right = None if limit is None else record[name] >= limit
+    right = metric(name).right(record[name])
     return {**gallery.card(record, images, name), "drawn": gallery.data_uri(drawn), "right": right}
 
 

@@ -69,6 +69,10 @@ class Metric:
     right_from: float | None = 50.0
     pictures: bool = False
 
+    def right(self, score: float | None) -> bool | None:
+        """Whether an answer of this score is shown as right; None: it has none, or no score says so."""
+        return None if self.right_from is None or score is None else score >= self.right_from
+
 
 def _vqa(questions: Sequence[Question], answers: Answers, **options: Any) -> Score:
     kinds = {

@@ -16,6 +16,7 @@ from typing import Any
 from vlmvqa.data import images
 from vlmvqa.data.example import ImageSource
 from vlmvqa.errors import InputError
+from vlmvqa.inference.gallery import sureness
 from vlmvqa.inference.scores import metric
 from vlmvqa.serving.cards import note, percent
 
@@ -58,13 +59,12 @@ class Run:
             for record in self.records
             if (which not in ("right", "wrong") or self.right(record) == (which == "right"))
             and (kind not in types or _type(record) == kind)
-            and low <= _probability(record) < high
+            and low <= sureness(record) < high
         ]
 
     def right(self, record: Mapping[str, Any]) -> bool | None:
         """None: it has no score, or its metric knows no right and wrong."""
-        limit, score = metric(self.metric).right_from, record.get(self.metric)
-        return None if limit is None or score is None else score >= limit
+        return metric(self.metric).right(record.get(self.metric))
 
 
 def read(folder: Path) -> Run:
@@ -124,7 +124,7 @@ def _tile(run: Run, record: Mapping[str, Any]) -> str:
     mark = "" if right is None else f'<span class="vq-mark vq-{word}">{word}</span>'
     counted = Counter(map(str, record["answers"])).most_common(4)
     wanted = ", ".join(escape(text) + (f" x {count}" if count > 1 else "") for text, count in counted)
-    sure = "" if record["log_probability"] is None else f"{percent(_probability(record))} sure"
+    sure = "" if record["log_probability"] is None else f"{percent(sureness(record))} sure"
     small = ", ".join(filter(None, [sure, escape(_type(record)), f"image {escape(str(record['image_id']))}"]))
     return (
         '<article class="vq-tile">'
@@ -136,9 +136,3 @@ def _tile(run: Run, record: Mapping[str, Any]) -> str:
 
 def _type(record: Mapping[str, Any]) -> str:
     return str(record.get("question_type") or record.get("answer_type") or "")
-
-
-def _probability(record: Mapping[str, Any]) -> float:
-    """0 where it is not known: answers that another program wrote."""
-    known = record["log_probability"]
-    return 0.0 if known is None else min(1.0, math.exp(known))

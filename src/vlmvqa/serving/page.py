@@ -15,7 +15,6 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from vlmvqa.errors import InputError
 from vlmvqa.serving import browse, cards, uploads
 from vlmvqa.serving.limits import Refused
 from vlmvqa.serving.pictures import Pictures
@@ -40,9 +39,6 @@ def mount(app: FastAPI, service: Service, run: browse.Run | None, examples: Sequ
         run: whose answers can be browsed.
         examples: pictures' files to pick from.
         temporary: a folder for what gradio believes it must write.
-
-    Raises:
-        InputError: gradio is not installed.
     """
     # Before it is imported: it counts its users and asks for its newest version, unless told not to.
     os.environ |= {
@@ -50,10 +46,7 @@ def mount(app: FastAPI, service: Service, run: browse.Run | None, examples: Sequ
         "GRADIO_TEMP_DIR": str(temporary),
         "GRADIO_RUN_HISTORY": "False",
     }
-    try:
-        import gradio as gr
-    except ModuleNotFoundError as error:
-        raise InputError(f"the page needs gradio ({error}); pip install 'vlmvqa[demo]'") from None
+    import gradio as gr
 
     pictures = app.state.pictures
     blocks = _Page(gr, service, pictures, run, examples).build()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from vlmvqa.inference.look import METHODS
-from vlmvqa.inference.predict import Answer, Predictor
+from vlmvqa.inference.predict import Predictor
 from vlmvqa.serving import overlay, uploads
 from vlmvqa.serving.batcher import Answered, Asked, Batcher
 from vlmvqa.serving.limits import Limits, Refused, busy
@@ -106,9 +105,9 @@ class Service:
             Told(
                 question,
                 one.answer.text,
-                _probability(one.answer),
+                one.answer.probability,
                 one.answer.cut,
-                [(other.text, _probability(other)) for other in one.alternatives],
+                [(other.text, other.probability) for other in one.alternatives],
                 png,
             )
             for question, one, png in zip(questions, answered, drawn, strict=True)
@@ -122,10 +121,6 @@ class Service:
 
 def _draw(picture: Image.Image, answered: Sequence[Answered]) -> list[bytes | None]:
     return [None if one.look is None else overlay.png(picture, one.look) for one in answered]
-
-
-def _probability(answer: Answer) -> float:
-    return min(1.0, math.exp(answer.log_probability))
 
 
 def _marks(predictor: Predictor) -> frozenset[str]:

@@ -6,7 +6,6 @@ decoded once.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ from PIL.Image import Image
 from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
+from vlmvqa.inference.calibration import confidence
 from vlmvqa.training.log import append
 
 FILE = "samples.jsonl"  # in a run's folder
@@ -49,7 +49,7 @@ class Sample:
 
     @property
     def probability(self) -> float:
-        return math.exp(self.log_probability)
+        return confidence(self.log_probability)
 
     def text(self) -> str:
         """What is asked, answered and expected, a line each."""
