@@ -19,6 +19,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -77,10 +78,29 @@ def main(config: DictConfig) -> None:
         by = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by
         ranks.say(f"stopped by {by}, saved in {folder / 'latest'}; go on with resume=auto")
         return
+    metrics = score_tasks(config, folder, arguments, tasks, bad_records)
+    if ranks.is_first():
+        tracking.finish(
+            {
+                f"{task.name or one['data']}_{name}": of["overall"]
+                for task, one in zip(tasks, metrics, strict=True)
+                for name, of in one["metrics"].items()
+            }
+        )
+        write_card(folder / "model", config.hub_id or config.run.dir, metrics, OmegaConf.to_yaml(config, resolve=True))
+        print(f"model:  {folder / 'model'}")
+        if config.hub_id:
+            print(f"hub:    {upload(folder / 'model', config.hub_id)}")
+
+
+def score_tasks(
+    config: DictConfig, folder: Path, arguments: TrainingArguments, tasks: list[Task], bad_records: BadRecords
+) -> list[dict[str, Any]]:
+    """Score the saved model on each task, and report; `metrics.json`'s content of each."""
     gc.collect()  # what trained makes room for what is scored: the model that was saved
     torch.cuda.empty_cache()
     predictor = load(folder / "model", str(arguments.device))
-    metrics = [
+    return [
         score_and_report(
             config,
             folder,
@@ -103,18 +123,6 @@ def main(config: DictConfig) -> None:
         )
         for task in tasks
     ]
-    if ranks.is_first():
-        tracking.finish(
-            {
-                f"{task.name or one['data']}_{name}": of["overall"]
-                for task, one in zip(tasks, metrics, strict=True)
-                for name, of in one["metrics"].items()
-            }
-        )
-        write_card(folder / "model", config.hub_id or config.run.dir, metrics, OmegaConf.to_yaml(config, resolve=True))
-        print(f"model:  {folder / 'model'}")
-        if config.hub_id:
-            print(f"hub:    {upload(folder / 'model', config.hub_id)}")
 
 
 def train(
