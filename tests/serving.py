@@ -94,3 +94,16 @@ class Held:
 def own() -> Predictor:
     """A tiny model of ours."""
     return predictor()
+
+
+def ask(asking: TestClient, content: bytes, *questions: str, **fields: str) -> Any:
+    listed = [("question", (None, text)) for text in questions or ["what is it"]]
+    listed += [(name, (None, value)) for name, value in fields.items()]
+    return asking.post("/answer", files=[("image", ("x.png", content)), *listed])
+
+
+def sentence(answer: Any, status: int) -> str:
+    """The one sentence of a refusal."""
+    assert answer.status_code == status, answer.text
+    assert answer.json().keys() == {"error"} and "Traceback" not in answer.text
+    return str(answer.json()["error"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import re
 import threading
 import zlib
 from collections.abc import Iterator
@@ -20,14 +19,10 @@ from starlette.testclient import TestClient
 
 from bench.clock import PeakMemory
 from tests.pretrained import picture
-from tests.serving import Held, chunk, client, encoded, own, paligemma, png_of, sent
-from vlmvqa.errors import InputError
+from tests.serving import Held, ask, chunk, client, encoded, own, paligemma, png_of, sent, sentence
 from vlmvqa.inference.predict import Predictor
 from vlmvqa.serving.batcher import Asked
-from vlmvqa.serving.guard import Guard
 from vlmvqa.serving.limits import Limits, Refused
-from vlmvqa.serving.pictures import Pictures
-from vlmvqa.serving.server import Address, listen
 from vlmvqa.serving.service import Service
 
 QUESTIONS = ["what color is it", "what is the big dog left of", "is it"]
@@ -48,19 +43,6 @@ def ours() -> Predictor:
 def asking(ours: Predictor) -> Iterator[TestClient]:
     with client(ours, megabytes=0.3, megapixels=1, questions=5) as (found, _):
         yield found
-
-
-def ask(asking: TestClient, content: bytes, *questions: str, **fields: str) -> Any:
-    listed = [("question", (None, text)) for text in questions or ["what is it"]]
-    listed += [(name, (None, value)) for name, value in fields.items()]
-    return asking.post("/answer", files=[("image", ("x.png", content)), *listed])
-
-
-def sentence(answer: Any, status: int) -> str:
-    """The one sentence of a refusal."""
-    assert answer.status_code == status, answer.text
-    assert answer.json().keys() == {"error"} and "Traceback" not in answer.text
-    return str(answer.json()["error"])
 
 
 # --- answers -------------------------------------------------------------------------------------------------------
@@ -406,145 +388,3 @@ def test_a_body_that_does_not_come_is_not_waited_for(ours: Predictor) -> None:
         status, body = call(asking.app, "/answer", receive, form_of(b"", "")[0])
         assert status == 408 and b"did not come within 0.1 seconds" in body
         assert service._inside == 0
-
-
-# --- who may ask ---------------------------------------------------------------------------------------------------
-
-
-def test_a_token_guards_everything_but_health(ours: Predictor) -> None:
-    with client(ours, token="a long secret") as (asking, _):
-        assert asking.get("/health").status_code == 200
-        for path in ("/", "/docs", "/openapi.json", "/picture/x", "/config", "/gradio_api/queue/data"):
-            assert "asks for a token" in sentence(asking.get(path), 401)
-        assert "token" in sentence(ask(asking, sent(0)), 401)
-        assert "token" in sentence(asking.post("/picture", content=sent(0)), 401)
-        assert asking.get("/docs", headers={"authorization": "Bearer wrong"}).status_code == 401
-        assert asking.get("/docs", headers={"authorization": "Bearer a long secret"}).status_code == 200
-        assert asking.get("/docs", headers={"authorization": "Bearer a long secr\xe9t".encode()}).status_code == 401
-
-
-def test_the_page_asks_for_the_token_once(ours: Predictor) -> None:
-    html = {"accept": "text/html"}
-    with client(ours, token="a long secret") as (asking, _):
-        page = asking.get("/docs", headers=html)
-        assert page.status_code == 401 and 'type="password"' in page.text
-        wrong = asking.post("/sign-in", data={"token": "a wrong one"})
-        assert wrong.status_code == 401 and "That is not the token" in wrong.text and not asking.cookies
-        right = asking.post("/sign-in", data={"token": "a long secret"}, follow_redirects=False)
-        assert right.status_code == 303 and right.headers["location"] == "/"
-        kept = right.headers["set-cookie"]
-        assert "HttpOnly" in kept and "SameSite=strict" in kept and "a long secret" not in kept
-        assert asking.get("/docs").status_code == 200
-        asking.cookies.clear()
-        for cookie in ("vlmvqa=another", "vlmvqa=", "=;\x01=", "vlmvqa=\u00e9"):
-            assert asking.get("/docs", headers={"cookie": cookie.encode()}).status_code == 401
-
-
-def test_without_a_token_only_this_machine_is_answered(ours: Predictor) -> None:
-    """A page of elsewhere whose name leads here could read the answers otherwise."""
-    with client(ours) as (asking, _):
-        for host in ("localhost:7860", "127.0.0.1", "[::1]:7860"):
-            assert asking.get("/health", headers={"host": host}).status_code == 200
-        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", ""):
-            assert "only as localhost" in sentence(asking.get("/health", headers={"host": host}), 421)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.4", "::", "gpu-box"])
-def test_other_machines_may_ask_with_a_token_or_in_so_many_words(host: str) -> None:
-    with pytest.raises(InputError, match=r"there is no token; give token=\.\.\., or open=true"):
-        Address(host)
-    assert Address(host, open=True) and Address(host, token="a long secret")
-    with pytest.raises(InputError, match="open=no is unknown; use open=true or open=false"):
-        Address(host, open="no")  # type: ignore[arg-type] # what Hydra makes of it
-    for token in ("short", "a long secr\u00e9t"):
-        with pytest.raises(InputError, match="shorter than 8 characters or holds others than ASCII"):
-            Address(host, token=token)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "localhost", "::1"])
-def test_this_machine_may_ask(host: str) -> None:
-    assert Address(host).local
-
-
-def test_a_port_that_is_taken_is_one_sentence() -> None:
-    with listen(Address(port=0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"127.0.0.1:{port} cannot be listened on .*; end what does, or take"):
-            listen(Address(port=port))
-    for port in (99_999_999, -1, "ssh"):
-        with pytest.raises(InputError, match=f"port={port} is none; use a number below 65536"):
-            Address(port=port)
-
-
-@pytest.mark.parametrize(("name", "value"), [("queue", 0), ("timeout_s", -1), ("megapixels", 200), ("clients", "many")])
-def test_limits_that_are_none(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=f"limits.{name} is {value}"):
-        Limits(**{name: value})
-
-
-# --- pages ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_api_is_described_without_anything_from_elsewhere(asking: TestClient) -> None:
-    page = asking.get("/docs")
-    assert page.status_code == 200 and "POST /answer" in page.text and "GET /health" in page.text
-    assert all(name in page.text for name in ("image", "question", "alternatives", "look", "answers[].probability"))
-    assert "//" not in re.sub(r"/\*.*?\*/", "", page.text) and "<script" not in page.text
-    assert "default-src 'self'" in page.headers["content-security-policy"]
-    schema = asking.get("/openapi.json").json()
-    assert schema["paths"].keys() == {"/answer", "/health"}
-    assert {"200", "413", "415", "503"} <= schema["paths"]["/answer"]["post"]["responses"].keys()
-
-
-def test_a_picture_is_kept_for_the_page(asking: TestClient) -> None:
-    content = sent(5)
-    kept = asking.post("/picture", content=content).json()
-    assert (kept["width"], kept["height"]) == picture(5).size
-    found = asking.get(f"/picture/{kept['name']}")
-    assert found.content == content and found.headers["content-type"] == "image/png"
-    assert found.headers["x-content-type-options"] == "nosniff"
-    assert "no picture" in sentence(asking.post("/picture", content=b"<svg/>"), 415)
-    for name in ("0" * 32, "..%2f..%2fetc%2fpasswd", "x" * 3000):
-        assert asking.get(f"/picture/{name}").status_code == 404
-
-
-def test_the_pictures_that_were_used_longest_ago_give_way() -> None:
-    pictures = Pictures(most=100)
-    example = pictures.keep_always(b"e" * 90)
-    first, second = pictures.keep(b"a" * 40), pictures.keep(b"b" * 40)
-    assert pictures.keep(b"a" * 40) == first  # sent again
-    third = pictures.keep(b"c" * 40)
-    assert pictures.find(second) is None
-    assert all(pictures.find(name) for name in (first, third, example))
-
-
-def test_events_of_the_page_name_no_files_and_other_routes_of_gradio_are_none(ours: Predictor) -> None:
-    async def gradio(scope: Any, receive: Any, send: Any) -> None:
-        body = (await receive()).get("body", b"")
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"gradio: " + body})
-
-    asking = TestClient(Guard(gradio, Limits(), local=True), base_url="http://localhost")
-    event = {"data": ["a question", 3], "fn_index": 0}
-    assert asking.post("/gradio_api/queue/join", json=event).text.startswith('gradio: {"data"')
-    for hidden in ({"path": "/etc/passwd"}, [{"a": {"path": "http://elsewhere.example", "meta": {}}}]):
-        refused = asking.post("/gradio_api/queue/join", json={**event, "data": [hidden]})
-        assert "names no files" in sentence(refused, 400)
-    for broken in (b"{", b"[" * 100_000, b"\xff"):
-        assert "is JSON" in sentence(asking.post("/gradio_api/queue/join", content=broken), 400)
-    for path in (
-        *("file=/etc/passwd", "file/etc/passwd", "upload", "proxy=http://elsewhere.example", "stream/x", "vibe-edit"),
-        *(
-            "run/ask",
-            "call/ask",
-            "call/v2/ask",
-            "api/ask",
-            "deep_link",
-            "custom_component/a/b/c/d",
-            "queue/x",
-        ),
-    ):
-        assert asking.get(f"/gradio_api/{path}").status_code == 404
-        assert asking.post(f"/gradio_api/{path}", json=event).status_code == 404
-    for path in ("/", "/config", "/assets/index.js", "/theme.css", "/gradio_api/heartbeat/abc"):
-        assert asking.get(path).status_code == 200
