@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PATIENCE = 20  # seconds: a folder on a network may be slow, but must not hold a run up
@@ -30,8 +31,9 @@ class CodeState:
         return self.commit + (", with changes that are not committed" if self.changed else "")
 
 
+@cache
 def code_state(package: Path = Path(__file__).parent) -> CodeState:
-    """The state of the tree that `package` is a tracked part of.
+    """The state of the tree that `package` is a tracked part of, when it is first asked: what runs was loaded then.
 
     An installed copy may lie inside somebody else's repository (a `.venv` in it): that one's commit says nothing.
     """

@@ -13,6 +13,7 @@ from tests.pretrained import picture
 from tests.serving import ask, client, own, sent, sentence
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import Predictor
+from vlmvqa.serving import browse
 from vlmvqa.serving.guard import Guard
 from vlmvqa.serving.limits import Limits
 from vlmvqa.serving.pictures import Pictures
@@ -170,3 +171,10 @@ def test_events_of_the_page_name_no_files_and_other_routes_of_gradio_are_none(ou
         assert asking.post(f"/gradio_api/{path}", json=event).status_code == 404
     for path in ("/", "/config", "/assets/index.js", "/theme.css", "/gradio_api/heartbeat/abc"):
         assert asking.get(path).status_code == 200
+
+
+def test_an_answer_without_a_word_is_shown_as_one() -> None:
+    asked = {"image_id": 1, "question": "what is it?", "answers": ["a <dog>"], "log_probability": None}
+    run = browse.Run("run", [{**asked, "answer": "", "vqa_accuracy": 0.0}], "vqa_accuracy")
+    html, _, _ = browse.page(run, "wrong", "any", "any", 0)
+    assert "(no word)" in html and "wanted: a &lt;dog&gt;" in html

@@ -18,7 +18,7 @@ from vlmvqa.data.example import ImageSource
 from vlmvqa.errors import InputError
 from vlmvqa.inference.gallery import sureness
 from vlmvqa.inference.scores import metric
-from vlmvqa.serving.cards import note, percent
+from vlmvqa.serving.cards import note, percent, words
 
 PAGE = 12  # answers at a time
 THUMBNAIL = (360, 300)  # pixels
@@ -129,7 +129,7 @@ def _tile(run: Run, record: Mapping[str, Any]) -> str:
     return (
         '<article class="vq-tile">'
         + (f'<img src="{uri}" alt="image {escape(str(record["image_id"]))}">' if uri else "")
-        + f'<div><p>{escape(str(record["question"]))}</p><p class="vq-given">{escape(str(record["answer"]))} {mark}</p>'
+        + f'<div><p>{escape(str(record["question"]))}</p><p class="vq-given">{words(str(record["answer"]))} {mark}</p>'
         f'<p class="vq-small">wanted: {wanted or "not known"}</p><p class="vq-small">{small}</p></div></article>'
     )
 

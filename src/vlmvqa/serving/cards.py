@@ -37,7 +37,7 @@ def _card(told: Told, look: str | None) -> str:
         bars = "".join(_bar(text, probability, number == 0) for number, (text, probability) in enumerate(listed))
     cut = " (cut at the limit of tokens)" if told.cut else ""
     text = (
-        f'<p class="vq-asked">{escape(told.question)}</p><p class="vq-answer">{_words(told.text)}'
+        f'<p class="vq-asked">{escape(told.question)}</p><p class="vq-answer">{words(told.text)}'
         f"<small>{percent(told.probability)}{cut}</small></p>{bars}"
     )
     return f'<article class="vq-card"><div>{text}</div>{_figure(told, look)}</article>'
@@ -45,7 +45,7 @@ def _card(told: Told, look: str | None) -> str:
 
 def _bar(text: str, probability: float, best: bool) -> str:
     return (
-        f'<div class="vq-bar{" vq-best" if best else ""}"><span>{_words(text)}</span>'
+        f'<div class="vq-bar{" vq-best" if best else ""}"><span>{words(text)}</span>'
         f'<i style="--part:{100 * probability:.1f}%"></i><span>{percent(probability)}</span></div>'
     )
 
@@ -61,7 +61,8 @@ def _figure(told: Told, look: str | None) -> str:
     )
 
 
-def _words(text: str) -> str:
+def words(text: str) -> str:
+    """An answer, which may have none; HTML."""
     return escape(text) or "(no word)"
 
 
