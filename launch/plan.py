@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 import from_config
+import model_from_config
 from command_line import group, run
 from data_from_config import DataSettings, one_task
 from vlmvqa.errors import InputError
@@ -84,7 +85,7 @@ def build_planner(config: DictConfig) -> Planner:
 
 def planned_model(config: DictConfig) -> Settings:
     """The `model` group, refused where its sizes cannot be told without the hub."""
-    settings, _ = from_config.model_settings(config)
+    settings, _ = model_from_config.model_settings(config)
     if isinstance(settings, ModelSettings):
         return known_architecture(settings)
     known_config(settings)

@@ -32,6 +32,7 @@ from omegaconf import DictConfig, open_dict
 from transformers import set_seed
 
 import from_config
+import model_from_config
 from command_line import group, run
 from data_from_config import DataSettings, one_task, packing_key, read_examples
 from vlmvqa import ranks
@@ -113,7 +114,7 @@ def build_encoder(
         parameter.data = parameter.data.to(DTYPES[model["dtype"]])
     with open_dict(config), torch.device("meta"):  # the language model is not needed: no weights of it are read
         config.model.vision.weights = config.model.language.weights = "random"
-        processor = from_config.build_predictor(config, data, examples).processor
+        processor = model_from_config.build_predictor(config, data, examples).processor
     return vision.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments, set_seed
 
 import from_config
+import model_from_config
 from command_line import group, run
 from data_from_config import Task, data_settings, read_tasks
 from results import score_and_report
@@ -54,7 +55,7 @@ from vlmvqa.training.trainer import VqaTrainer
 
 def main(config: DictConfig) -> None:
     from_config.refuse_counts(config)
-    from_config.take_saved_model(config)
+    model_from_config.take_saved_model(config)
     dist = from_config.dist_settings(config)
     preflight.refuse(from_config.asked(config, dist))
     folder = from_config.run_folder(config)
@@ -139,8 +140,8 @@ def train(
     kept = folder / BASE  # of adapters that this run has begun with
     before = kept if going_on(folder, config) and whole_checkpoints(folder) and (kept / CONFIG).is_file() else None
     examples = [example for task in tasks for example in task.train]
-    predictor = from_config.build_predictor(config, data, examples, before)
-    base = from_config.attach_adapters(config, predictor, arguments.device)
+    predictor = model_from_config.build_predictor(config, data, examples, before)
+    base = model_from_config.attach_adapters(config, predictor, arguments.device)
     # Before weights are sharded, which cached features are of.
     training_set = from_config.training_set(config, data, predictor, tasks, bad_records)
     if dist.strategy == "fsdp":

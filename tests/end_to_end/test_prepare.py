@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-import from_config
+import model_from_config
 from command_line import check_overrides
 from data_from_config import data_settings, read_examples
 from tests.end_to_end import scripts
@@ -49,7 +49,7 @@ def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
     set_seed(config.seed)
     data = data_settings(config)
     examples = read_examples(data, data.train_split, data.max_train_samples, BadRecords())
-    return from_config.build_predictor(config, data, examples), examples
+    return model_from_config.build_predictor(config, data, examples), examples
 
 
 def test_features_are_found_by_the_run_that_trains(root: Path, tmp_path: Path) -> None:

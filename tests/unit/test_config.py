@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import from_config
 from command_line import CONF, check_overrides, collect, group
 from data_from_config import DataSettings, data_settings
-from from_config import dist_settings, model_settings, training_arguments
+from from_config import dist_settings, training_arguments
+from model_from_config import model_settings
 from tests.conftest import ROOT
 from vlmvqa.errors import InputError
 from vlmvqa.models.adapters import ATTENTION, FEED_FORWARD, AdapterSettings

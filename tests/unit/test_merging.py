@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import from_config
+import model_from_config
 from command_line import CONF
 from data_from_config import data_settings
 from tests.unit.test_predict import examples, predictor
@@ -461,7 +462,7 @@ def asked_to_start_from(folder: Path, monkeypatch: pytest.MonkeyPatch, *given: s
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("train", [f"start_from={folder}", *given], return_hydra_config=True)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
-    from_config.take_saved_model(config)
+    model_from_config.take_saved_model(config)
     return config
 
 
@@ -476,8 +477,8 @@ def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
         preflight.refuse(from_config.asked(config, DistSettings()))
     config = asked_to_start_from(merged_in_halves, monkeypatch, f"model.dtype={dtype}")
     preflight.refuse(from_config.asked(config, DistSettings()))
-    found = from_config.build_predictor(config, data_settings(config), [])
-    assert from_config.attach_adapters(config, found, torch.device("cpu")) is None
+    found = model_from_config.build_predictor(config, data_settings(config), [])
+    assert model_from_config.attach_adapters(config, found, torch.device("cpu")) is None
     assert found.settings.dtype == config.model.dtype == dtype
     for name, value in load(merged_in_halves).model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], value.to(DTYPES[dtype]))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import from_config
+import model_from_config
 from command_line import check_overrides
 from data_from_config import SHARED, data_settings, one_task, read_tasks
 from tests.end_to_end.scripts import call, sentence
@@ -86,7 +87,7 @@ def test_an_epoch_sees_each_part_as_often_as_its_weight_says(tmp_path: Path) -> 
     config = compose("train", *weights, *given, "run.name=x")
     data = data_settings(config)
     tasks = read_tasks(data, BadRecords())
-    predictor = from_config.build_predictor(config, data, [example for task in tasks for example in task.train])
+    predictor = model_from_config.build_predictor(config, data, [example for task in tasks for example in task.train])
     assert predictor.prompts == {"vqav2": "answer en {question}\n", "gqa": "answer en {question}\n"}
     rows = from_config.training_set(config, data, predictor, tasks, BadRecords())
     drawn = []
