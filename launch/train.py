@@ -16,6 +16,8 @@ import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports woul
 # isort: split
 import gc
 import shutil
+import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +80,8 @@ def main(config: DictConfig) -> None:
         tracking.finish()
         by = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by
         ranks.say(f"stopped by {by}, saved in {folder / 'latest'}; go on with resume=auto")
+        if stopped_by == "SIGINT" and not ranks.together():  # else the launcher would take it for a rank that failed
+            sys.exit(128 + signal.SIGINT)  # what a shell expects: `train && eval` goes no further
         return
     metrics = score_tasks(config, folder, arguments, tasks, bad_records)
     if ranks.is_first():

@@ -16,7 +16,7 @@ from PIL import Image
 from data_from_config import data_settings, read_examples
 from tests.unit.test_config import compose
 from tests.unit.test_vqav2 import ids
-from vlmvqa.data import hub
+from vlmvqa.data import hub, tables
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Question
 from vlmvqa.data.hub import Columns
@@ -280,7 +280,7 @@ def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         table = datasets.Dataset.from_list(row).cast_column("image", datasets.Image())
         table.to_parquet(folder / "data" / f"{name}.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder.parent / "cache")
-    monkeypatch.setattr(hub, "_folder", lambda name: None)
+    monkeypatch.setattr(tables, "_folder", lambda name: None)
 
     def load(split: str, **options: Any) -> Any:
         return read(folder, split, **options)
@@ -329,7 +329,7 @@ def test_a_loading_script_is_refused_with_its_parquet_form(
 
 def test_datasets_refuses_loading_scripts_in_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
-    monkeypatch.setattr(hub, "_folder", lambda name: None)
+    monkeypatch.setattr(tables, "_folder", lambda name: None)
     (tmp_path / "mine").mkdir()
     script = "import datasets\n\nclass Mine(datasets.GeneratorBasedBuilder):\n    pass\n"
     (tmp_path / "mine" / "mine.py").write_text(script)
@@ -357,9 +357,9 @@ def test_a_row_without_answers_among_others_is_a_bad_record(tmp_path: Path) -> N
 
 
 def test_no_more_is_read_than_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(tables, "ROWS_AT_A_TIME", 2)
     write(tmp_path / "validation.parquet", [{**ROWS[0], "question_id": number} for number in range(20)])
-    table = hub.ParquetTable([tmp_path / "validation.parquet"], "validation")
+    table = tables.ParquetTable([tmp_path / "validation.parquet"], "validation")
     read: list[int] = []
     iter_batches = table.files[0].iter_batches
 
