@@ -30,9 +30,8 @@ from vlmvqa.models.checkpoint import Adapter, read_settings
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.pretrained import PretrainedSettings, build_pretrained, mode_of, pretrained_config
 from vlmvqa.models.processors import ADDED_TOKENS, load_processor, random_processor
-from vlmvqa.models.vlm import DTYPES, ModelSettings, build, cast_parameters
+from vlmvqa.models.vlm import DTYPES, PARTS, ModelSettings, build, cast_parameters
 from vlmvqa.settings import build_settings
-from vlmvqa.training.trainer import PARTS
 
 
 def take_saved_model(config: DictConfig) -> None:

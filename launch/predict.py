@@ -64,4 +64,4 @@ def _read_questions(path: str | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main, "predict", repeatable=("image", "question"))
+    run(main, "predict")

@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, open_dict
-from transformers import set_seed
 
 import from_config
 import model_from_config
@@ -106,7 +105,7 @@ def build_encoder(
 ) -> tuple[VisionEncoder, Processor]:
     """The encoder with the weights that `launch/train.py` will give it, and the processor that makes its input."""
     model = group(config, "model")
-    set_seed(config.seed)
+    torch.manual_seed(config.seed)
     vision = VisionEncoder(build_settings(VisionSettings, model["vision"], "model.vision"))  # what a run draws first
     if model["dtype"] not in DTYPES:
         raise InputError(f"model.dtype={model['dtype']} is unknown; use one of {', '.join(DTYPES)}")

@@ -29,6 +29,7 @@ from transformers import TrainingArguments, set_seed
 
 import from_config
 import model_from_config
+import training_from_config
 from command_line import group, run
 from data_from_config import Task, data_settings, read_tasks
 from results import score_and_report
@@ -58,8 +59,8 @@ from vlmvqa.training.trainer import VqaTrainer
 def main(config: DictConfig) -> None:
     from_config.refuse_counts(config)
     model_from_config.take_saved_model(config)
-    dist = from_config.dist_settings(config)
-    preflight.refuse(from_config.asked(config, dist))
+    dist = training_from_config.dist_settings(config)
+    preflight.refuse(training_from_config.asked(config, dist))
     folder = from_config.run_folder(config)
     parallel.start(dist, bool(config.trainer.get("use_cpu")))
     ranks.share(lambda: refuse_run(folder, config))
@@ -70,7 +71,7 @@ def main(config: DictConfig) -> None:
     bad_records = BadRecords(data.on_bad_record)
     with ranks.first_here_first():  # shapes are drawn at first use
         tasks = read_tasks(data, bad_records)
-    arguments = from_config.training_arguments(config, dist)
+    arguments = training_from_config.training_arguments(config, dist)
     if not any(task.answered for task in tasks):
         arguments.metric_for_best_model = None
 
@@ -147,7 +148,7 @@ def train(
     predictor = model_from_config.build_predictor(config, data, examples, before)
     base = model_from_config.attach_adapters(config, predictor, arguments.device)
     # Before weights are sharded, which cached features are of.
-    training_set = from_config.training_set(config, data, predictor, tasks, bad_records)
+    training_set = training_from_config.training_set(config, data, predictor, tasks, bad_records)
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
         parallel.shard(predictor.model, arguments.device, computed_in, dist.offload)

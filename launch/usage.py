@@ -1,6 +1,6 @@
-"""What a script answers before it imports PyTorch: -h, and a shell that completes its keys.
+"""What a script answers before it imports PyTorch: -h, a shell that completes its keys, a mistake in its command line.
 
-Each script imports this first. Where the command line asks for one of the two, the import answers and ends the process.
+Each script imports this first. Where the command line is one of the three, the import answers and ends the process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WIDTH = 120
 
 
 def answer(script: Path, arguments: list[str]) -> None:
-    """End the process with what the arguments ask for; return where they ask for neither."""
+    """End the process with what the arguments ask for, or with what is wrong with them; else return."""
     name = OTHERS.get(script.stem, script.stem)
     if {"-sc", "--shell-completion", "--shell_completion"} & set(arguments):
         _complete(name)
@@ -36,6 +36,8 @@ def answer(script: Path, arguments: list[str]) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `-h | head` ends as other programs do
         print(page(script, arguments[0]))
         sys.exit()
+    if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:  # of several, one says it: `command_line.run`
+        _refuse(name, arguments)
 
 
 def page(script: Path, word: str = "") -> str:
@@ -93,6 +95,18 @@ def _complete(name: str) -> NoReturn:
         os.environ["COMP_LINE"] = re.sub(r"(prepare\.py|vlmvqa) +\w+ ", r"\1 ", os.environ["COMP_LINE"])
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda config: None)()
     sys.exit()
+
+
+def _refuse(name: str, arguments: list[str]) -> None:
+    """End with a sentence where a key or a choice does not exist."""
+    from overrides import check_overrides, collect
+    from vlmvqa.errors import InputError
+
+    word = name == "prepare" and arguments[:1] and "=" not in arguments[0]
+    try:
+        check_overrides(collect(arguments[1:] if word else arguments, name), name)
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 _script = Path(sys.argv[0]).resolve()

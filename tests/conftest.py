@@ -26,6 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["VLMVQA_CACHE"] = tempfile.mkdtemp(prefix="vlmvqa-cache-")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: begun last, it would run alone."""
+    items.sort(key=lambda item: item.path.name != "test_demo.py")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Each training collects garbage: it need not look through all that was imported."""
     gc.freeze()

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import BIN, losses, start, torchrun, train
+from tests.distributed.harness import losses, start, torchrun, train
 from tests.distributed.test_launchers import data, done, follow, ranks_of, whole
+from tests.end_to_end.scripts import call, sentence
+from tests.end_to_end.scripts import done as ended
 from vlmvqa.training.checkpoints import whole_checkpoints
 from vlmvqa.training.log import read_log
 
@@ -31,7 +33,11 @@ def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path: Path, data: str
 
 
 def test_a_mistake_is_said_once(tmp_path: Path, data: str) -> None:
-    printed = done(start([*torchrun(2), *train(tmp_path / "run", data, "dist=fsdp", "trainer.optim=lion")]), code=1)
+    """By the first rank, however late it is: the launcher ends all at the first exit."""
+    late = 'import os, time\nif os.environ.get("LOCAL_RANK") == "0":\n    time.sleep(8)\n'
+    (tmp_path / "sitecustomize.py").write_text(late)
+    given = train(tmp_path / "run", data, "dist=fsdp", "trainer.optim=lion")
+    printed = done(start([*torchrun(2), *given], PYTHONPATH=str(tmp_path)), code=1)
     assert printed.count("trainer.optim=lion") == 1
 
 
@@ -80,7 +86,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, data: 
     newest = folder / "checkpoint-12" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     again = train(folder, data, "resume=auto", "trainer.per_device_train_batch_size=8")
-    printed = done(start([str(BIN / "python"), *again]))
+    printed = ended(call("train", *again[1:])).out
     assert "checkpoint-12 is damaged (optimizer.safetensors is not as it was written)" in printed
     assert f"going on from {folder}/checkpoint-9" in printed
     assert losses(folder) == losses(whole)
@@ -91,19 +97,22 @@ def test_a_changed_run_does_not_go_on(tmp_path: Path, data: str, whole: Path) ->
     """Refused with the keys' names; and what was there is still there."""
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", whole, folder], check=True)
-    python = str(BIN / "python")
+
+    def refused(*more: str) -> str:
+        return sentence(call("train", *train(folder, data, *more)[1:]))
+
     batch = "trainer.per_device_train_batch_size=8"
     changed = ("resume=auto", batch, "trainer.learning_rate=1e-4", "trainable.vision=none")
-    printed = done(start([python, *train(folder, data, *changed)]), code=1)
-    assert "trainable.vision was all and is now none; trainer.learning_rate was 0.001 and is now 0.0001" in printed
-    printed = done(start([python, *train(folder, data, "resume=auto")]), code=1)
-    assert "was trained with 8 rows a step, now it would be 4: set trainer.gradient_accumulation_steps=2" in printed
+    said = refused(*changed)
+    assert "trainable.vision was all and is now none; trainer.learning_rate was 0.001 and is now 0.0001" in said
+    said = refused("resume=auto")
+    assert "was trained with 8 rows a step, now it would be 4: set trainer.gradient_accumulation_steps=2" in said
     assert losses(folder) == losses(whole)
     (folder / "config.yaml").unlink()
-    printed = done(start([python, *train(folder, data, "resume=auto", batch)]), code=1)
-    assert "config.yaml is missing" in printed and "resume_force=true" in printed
-    printed = done(start([python, *train(folder, data, *changed, "resume_force=true", "trainer.max_steps=14")]))
-    assert "going on from" in printed and max(losses(folder)) == 14
+    said = refused("resume=auto", batch)
+    assert "config.yaml is missing" in said and "resume_force=true" in said
+    forced = train(folder, data, *changed, "resume_force=true", "trainer.max_steps=14")
+    assert "going on from" in ended(call("train", *forced[1:])).out and max(losses(folder)) == 14
     rates = {record["step"]: record["learning_rate"] for record in read_log(folder / "log.jsonl") if "loss" in record}
     assert rates[1] == 0 < rates[14] < rates[13] < 1e-4  # where it stood in the schedule, of the rate given now
 

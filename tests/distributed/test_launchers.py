@@ -15,7 +15,8 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.distributed.harness import BIN, losses, start, torchrun, train
-from tests.end_to_end.scripts import SHAPES
+from tests.end_to_end.scripts import SHAPES, call
+from tests.end_to_end.scripts import done as ended
 
 
 def done(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -33,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def whole(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     """The run that is never stopped, of one process with the batch of two ranks."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    done(start([str(BIN / "python"), *train(folder, data, "trainer.per_device_train_batch_size=8")]))
+    ended(call("train", *train(folder, data, "trainer.per_device_train_batch_size=8")[1:]))
     return folder
 
 
@@ -66,9 +67,8 @@ def test_accelerate_launch_fsdp(tmp_path: Path, data: str, whole: Path) -> None:
     assert "strategy      fsdp, 2 ranks on cpu" in printed and "of which" in printed
     assert printed.count("VQA accuracy (%)") == 1 and printed.count("strategy ") == 1  # only rank 0 prints
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
-    scored = done(start(["python", "launch/eval.py", f"checkpoint={tmp_path}/run", "data=shapes", data, *SHAPES,
-                         "split=val", f"run.dir={tmp_path}/scored"]))  # fmt: skip
-    assert "VQA accuracy (%)" in scored
+    asked = [f"checkpoint={tmp_path}/run", "data=shapes", data, *SHAPES, "split=val", f"run.dir={tmp_path}/scored"]
+    assert "VQA accuracy (%)" in ended(call("eval", *asked)).out
     ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("scored", "run"))
     assert ours["metrics"] == theirs["metrics"] and ours["controls"] == theirs["controls"]
 
@@ -178,7 +178,7 @@ def test_a_preempted_run_saves_and_ends_well(tmp_path: Path, data: str, whole: P
     stopped = max(losses(folder))
     assert stopped < 12 and (folder / "latest").resolve().name == f"checkpoint-{stopped}"
     assert not (folder / "metrics.json").exists() and (folder / "latest").exists()
-    done(start([str(BIN / "python"), *train(folder, data, "resume=auto", "trainer.per_device_train_batch_size=8")]))
+    ended(call("train", *train(folder, data, "resume=auto", "trainer.per_device_train_batch_size=8")[1:]))
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
 
 

@@ -32,7 +32,7 @@ from vlmvqa.training.log import read_log
 JOBS: dict[str, Callable[[], None]] = {
     "train": lambda: command_line.run(train_script.main, "train"),
     "eval": lambda: command_line.run(eval_script.main, "eval"),
-    "predict": lambda: command_line.run(predict_script.main, "predict", repeatable=("image", "question")),
+    "predict": lambda: command_line.run(predict_script.main, "predict"),
     "serve": lambda: command_line.run(serve_script.main, "serve"),
     "show": lambda: command_line.run(show_script.main, "show"),
     "helm": lambda: command_line.run(helm_script.main, "helm"),

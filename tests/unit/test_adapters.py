@@ -24,9 +24,8 @@ from vlmvqa.errors import InputError
 from vlmvqa.models import adapters, checkpoint
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.pretrained import OURS, PretrainedSettings, PretrainedVLM
-from vlmvqa.models.vlm import DTYPES, VLM, build, cast_parameters, set_trainable
+from vlmvqa.models.vlm import DTYPES, PARTS, VLM, build, cast_parameters, set_trainable
 from vlmvqa.training.banner import banner
-from vlmvqa.training.trainer import PARTS
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")

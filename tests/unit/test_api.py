@@ -18,7 +18,8 @@ from tests.unit.test_predict import predictor
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^### `(\w+)(?:\((.*?)\))?(?: -> .*)?`$", PAGE, re.MULTILINE)
 HEAVY = ("torch", "transformers", "timm", "deepspeed", "helm", "gradio", "peft", "bitsandbytes", "wandb", "mlflow")
-OPTIONAL = ("deepspeed", "helm", "gradio", "mlflow")  # timm imports wandb itself, where it is installed
+TRAINS = ("transformers.trainer", "peft", "bitsandbytes")
+OPTIONAL = ("deepspeed", "helm", "gradio", "mlflow", *TRAINS)  # timm imports wandb itself, where it is installed
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,8 @@ def test_importing_is_cheap() -> None:
 import sys
 import vlmvqa, vlmvqa.metrics
 print(*(name for name in {HEAVY} if name in sys.modules))
-import vlmvqa.inference.predict
+sys.path.insert(0, "{ROOT / "launch"}")
+import vlmvqa.inference.predict, predict, eval, serve, show, prepare
 print(*(name for name in {OPTIONAL} if name in sys.modules))
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

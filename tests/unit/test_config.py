@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import configparser
+import dataclasses
 from pathlib import Path
 
 import hydra
 import pytest
 from omegaconf import DictConfig, OmegaConf, open_dict
+from transformers import TrainingArguments
 
-import from_config
-from command_line import CONF, check_overrides, collect, group
+import training_from_config
+from command_line import group
 from data_from_config import DataSettings, data_settings
-from from_config import dist_settings, training_arguments
 from model_from_config import model_settings
+from overrides import CONF, check_overrides, collect, trainer_keys
 from tests.conftest import ROOT
+from training_from_config import dist_settings, training_arguments
 from vlmvqa.errors import InputError
 from vlmvqa.models.adapters import ATTENTION, FEED_FORWARD, AdapterSettings
 from vlmvqa.models.generation import Decoding
@@ -230,14 +233,14 @@ def test_what_a_launcher_implies(
 
 
 def test_a_launcher_that_contradicts_the_command_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(from_config, "LAUNCHER", ("fsdp", "accelerate's config file"))
+    monkeypatch.setattr(training_from_config, "LAUNCHER", ("fsdp", "accelerate's config file"))
     with pytest.raises(InputError, match="accelerate's config file asks for fsdp, the command for zero2"):
         dist_settings(compose("train", "dist=zero2"))
     assert dist_settings(compose("train")).strategy == "fsdp"
-    monkeypatch.setattr(from_config, "LAUNCHER", ("zero2", "the deepspeed launcher"))
+    monkeypatch.setattr(training_from_config, "LAUNCHER", ("zero2", "the deepspeed launcher"))
     assert dist_settings(compose("train")).strategy == "zero2"
     assert dist_settings(compose("train", "dist=fsdp")).strategy == "fsdp"  # deepspeed starts anything
-    monkeypatch.setattr(from_config, "LAUNCHER", ("zero1_offload", "accelerate's config file"))
+    monkeypatch.setattr(training_from_config, "LAUNCHER", ("zero1_offload", "accelerate's config file"))
     with pytest.raises(InputError, match="zero1_offload, which is not in conf/dist"):
         dist_settings(compose("train"))
 
@@ -245,7 +248,7 @@ def test_a_launcher_that_contradicts_the_command_is_refused(monkeypatch: pytest.
 def test_accelerates_precision_must_be_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(InputError, match="accelerate's config file asks for bf16, the run for no"):
-        from_config.asked(compose("train"), DistSettings())
+        training_from_config.asked(compose("train"), DistSettings())
 
 
 def test_deepspeeds_own_keys_go_under_options() -> None:
@@ -305,7 +308,7 @@ def test_slices_need_no_quotes() -> None:
 
 def test_repeated_questions_become_a_list() -> None:
     given = ["question=What's it, a 'cat'?", "checkpoint=x", "question=how many\\few?"]
-    kept = collect(given, ["question", "image"])
+    kept = collect(given, "predict")
     assert kept[0] == "checkpoint=x"
     config = compose("predict", *kept)
     assert OmegaConf.to_container(config.question) == ["What's it, a 'cat'?", "how many\\few?"]
@@ -329,3 +332,7 @@ def test_a_new_line_in_a_prompt_may_be_written_as_in_yaml(written: str) -> None:
     with open_dict(config):
         config.data.prompt = written
     assert data_settings(config).prompt == "so: {question}\n"
+
+
+def test_the_trainers_keys_are_read_without_importing_it() -> None:
+    assert trainer_keys() == [field.name for field in dataclasses.fields(TrainingArguments)]

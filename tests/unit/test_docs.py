@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from command_line import check_overrides, collect
+from overrides import check_overrides, collect
 from tests.conftest import ROOT
 from tests.end_to_end.test_docs import BY_OTHERS, is_run_here
 from tests.pages import LANGUAGES, PAGES, SCRIPT, STAND_INS, Block, blocks, commands, script
@@ -83,7 +83,7 @@ def test_every_command_is_understood(page: Path, command: str) -> None:
     added = {"model=tiny_conv", "experiment=normed", "experiment=f1", "data=textvqa", "data.metric=word_f1"}
     if page.stem == "extending" and added & set(given):
         return  # its own choices are not in conf/: tests/end_to_end/test_docs_extending.py runs them
-    check_overrides(collect(given, ["image", "question"] if config == "predict" else []), config)
+    check_overrides(collect(given, config), config)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

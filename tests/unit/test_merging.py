@@ -21,10 +21,10 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import from_config
 import model_from_config
-from command_line import CONF
+import training_from_config
 from data_from_config import data_settings
+from overrides import CONF
 from tests.unit.test_predict import examples, predictor
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import load
@@ -474,9 +474,9 @@ def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
     config = asked_to_start_from(merged_in_halves, monkeypatch)
     assert config.model.dtype == "float16"
     with pytest.raises(InputError, match=r"set model\.dtype=float32"):
-        preflight.refuse(from_config.asked(config, DistSettings()))
+        preflight.refuse(training_from_config.asked(config, DistSettings()))
     config = asked_to_start_from(merged_in_halves, monkeypatch, f"model.dtype={dtype}")
-    preflight.refuse(from_config.asked(config, DistSettings()))
+    preflight.refuse(training_from_config.asked(config, DistSettings()))
     found = model_from_config.build_predictor(config, data_settings(config), [])
     assert model_from_config.attach_adapters(config, found, torch.device("cpu")) is None
     assert found.settings.dtype == config.model.dtype == dtype

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import from_config
 import model_from_config
-from command_line import check_overrides
+import training_from_config
 from data_from_config import SHARED, data_settings, one_task, read_tasks
+from overrides import check_overrides
 from tests.end_to_end.scripts import call, sentence
 from tests.unit.test_config import compose
 from vlmvqa.data import shapes, shapes_gqa
@@ -89,7 +89,7 @@ def test_an_epoch_sees_each_part_as_often_as_its_weight_says(tmp_path: Path) -> 
     tasks = read_tasks(data, BadRecords())
     predictor = model_from_config.build_predictor(config, data, [example for task in tasks for example in task.train])
     assert predictor.prompts == {"vqav2": "answer en {question}\n", "gqa": "answer en {question}\n"}
-    rows = from_config.training_set(config, data, predictor, tasks, BadRecords())
+    rows = training_from_config.training_set(config, data, predictor, tasks, BadRecords())
     drawn = []
     for epoch in (0, 1):
         rows.set_epoch(epoch)

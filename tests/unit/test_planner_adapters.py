@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from command_line import CONF
+from overrides import CONF
 from tests import tiny
 from vlmvqa.errors import InputError
 from vlmvqa.models import adapters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from omegaconf import OmegaConf
 
-from command_line import CONF
+from overrides import CONF
 from vlmvqa.models.vlm import ModelSettings, build
 from vlmvqa.settings import build_settings
 

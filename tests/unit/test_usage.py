@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import command_line
+from overrides import check_overrides, collect
 from tests.conftest import ROOT
 from usage_pages import PAGES
 from vlmvqa.places import commands
@@ -63,7 +64,7 @@ def test_every_key_of_a_page_is_one_that_hydra_knows(name: str) -> None:
     needed = {"data": "shapes"} if script in ("eval", "merge") else {}
     arguments = [f"{key}={value}" for key, value in {**needed, **given}.items()]
     assert given
-    command_line.check_overrides(command_line.collect(arguments, ["image", "question"]), script)
+    check_overrides(collect(arguments, script), script)
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "helm"])
@@ -87,6 +88,24 @@ def test_a_shell_completes_keys_and_choices_without_pytorch(light: dict[str, str
     assert ask(light, script, "-sc", "query=bash", COMP_LINE=line).split() == ["trainer.learning_rate="]
     found = ask(light, "launch/prepare.py", "-sc", "query=bash", COMP_LINE="python launch/prepare.py pack model=tiny_")
     assert found.split() == ["model=tiny_idefics2", "model=tiny_paligemma"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train", "modle=tiny"], "there is no key 'modle'; did you mean 'model'?"),
+        (["train", "trainer.lerning_rate=1"], "did you mean 'trainer.learning_rate'?"),
+        (["prepare", "check", "data=jsnl"], "data=jsnl: there is no conf/data/jsnl.yaml; did you mean 'jsonl'?"),
+    ],
+)
+def test_a_mistake_is_said_before_pytorch_is_imported(command: list[str], said: str) -> None:
+    script, *given = command
+    ended = subprocess.run(
+        [*PYTHON, "-X", "importtime", str(SCRIPTS[script]), *given], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1 and ended.stderr.splitlines()[-1].startswith("error: ") and said in ended.stderr
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if "import time" in line}
+    assert "hydra" in imported and not imported & {"torch", "transformers"}
 
 
 def test_bash_completes_the_installed_command(light: dict[str, str], tmp_path: Path) -> None:

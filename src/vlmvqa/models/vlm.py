@@ -29,6 +29,7 @@ from vlmvqa.sequence.rows import IGNORE, NO_IMAGE
 
 Batch = Mapping[str, Tensor]
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
+PARTS = ("vision", "projector", "language")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

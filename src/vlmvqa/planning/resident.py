@@ -21,11 +21,11 @@ from math import ceil, prod
 
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.vlm import PARTS
 from vlmvqa.planning.four_bits import FourBit
 from vlmvqa.training.parallel import DistSettings
 from vlmvqa.training.preflight import CLASSES
 
-PARTS = ("vision", "projector", "language")
 BLOCK = 256  # elements that share a scale in 8-bit states, in bitsandbytes and torchao
 SMALLEST_8BIT = 4096  # smaller tensors keep fp32 states, in both
 # DeepSpeed's defaults, in elements.

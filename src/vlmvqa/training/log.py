@@ -6,32 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from vlmvqa import ranks
-
-
-class LogFile(TrainerCallback):
-    """Every logged record as a line of `log.jsonl`; a resumed run cuts what came after its checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if ranks.is_first():
-            cut(self.path, state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if ranks.is_first() and self.path.parent.exists():
-            append(self.path, [{"step": state.global_step, **(logs or {})}])
-
 
 def append(path: Path, records: list[dict[str, Any]]) -> None:
     """Add a line a record, all of them at once."""

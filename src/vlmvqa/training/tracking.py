@@ -21,7 +21,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from vlmvqa import ranks
 from vlmvqa.errors import suggest
+from vlmvqa.training import log
 from vlmvqa.training.loggers import LOGGERS, MLFLOW_RUN, WANDB_RUN, Logger, Run
 from vlmvqa.training.samples import Sample
 
@@ -54,6 +56,28 @@ def named(record: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float) and key != "step":
             found[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"] = float(value)
     return found
+
+
+class LogFile(TrainerCallback):
+    """Every logged record as a line of `log.jsonl`; a resumed run cuts what came after its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if ranks.is_first():
+            log.cut(self.path, state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if ranks.is_first() and self.path.parent.exists():
+            log.append(self.path, [{"step": state.global_step, **(logs or {})}])
 
 
 class Tracking(TrainerCallback):

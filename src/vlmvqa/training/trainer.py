@@ -39,16 +39,14 @@ from vlmvqa.errors import InputError
 from vlmvqa.models import adapters, checkpoint
 from vlmvqa.models.adapters import AdapterSettings
 from vlmvqa.models.checkpoint import Model, Settings
-from vlmvqa.models.vlm import cast_parameters
+from vlmvqa.models.vlm import PARTS, cast_parameters
 from vlmvqa.training import checkpoints, preflight, state
 from vlmvqa.training.clipping import Clipping
-from vlmvqa.training.log import LogFile
 from vlmvqa.training.parallel import DistSettings
 from vlmvqa.training.speed import SpeedMeter, show_speed
 from vlmvqa.training.stopping import PATIENT, Watch, held_back
+from vlmvqa.training.tracking import LogFile
 from vlmvqa.training.whole import Whole, WholeZero
-
-PARTS = ("vision", "projector", "language")
 
 
 class VqaTrainer(Trainer):
