@@ -324,6 +324,15 @@ def test_compare(page: Any, server: Server, photo: Path) -> None:
     assert fits(page)
 
 
+def test_the_page_is_as_wide_on_every_tab(page: Any) -> None:
+    widths = []
+    for tab in ("Ask", "Browse", "Compare"):
+        page.get_by_role("tab", name=tab).click()
+        page.get_by_role("tabpanel").filter(visible=True).wait_for()
+        widths.append(page.locator(".gradio-container").first.bounding_box()["width"])
+    assert widths == [1140] * 3
+
+
 def test_on_a_phone(page: Any, photo: Path) -> None:
     page.set_viewport_size(PHONE)
     for tab in ("Browse", "Compare", "Ask"):

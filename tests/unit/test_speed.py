@@ -344,7 +344,10 @@ def test_every_log_line_tells_the_speed(tmp_path: Path, compiled: bool, capsys: 
         assert line["peak_memory_gib"] > 0.05 and line["mfu"] > 0
         assert all(line[f"time_{phase}"] > 0 for phase in expected if phase != "other")
     assert run.speed.clock.phase is None and run.speed.hooks == []
-    assert ", time data " in capsys.readouterr().out
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(printed) == 3 and all(" questions/s, padding " in line for line in printed)
+    assert ", learning_rate " in printed[0] and " supervised tokens/s, data " in printed[0]
+    assert "_per_second" not in printed[0] and len(printed[0]) < 260
 
 
 def test_the_bar_carries_the_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,8 @@ SIGN_IN = plain(
 
 # Over gradio's own variables, so that light and dark come from its theme.
 CSS = """
-.gradio-container { max-width: 1140px !important; margin: 0 auto !important; padding: 0 0 48px !important; }
+.gradio-container { width: 100% !important; max-width: 1140px !important; margin: 0 auto !important;
+  padding: 0 0 48px !important; }
 .gradio-container .html-container { padding: 0; }
 .gradio-container .form, .gradio-container .block { border-radius: 12px; }
 .vq-head { display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: baseline; padding: 20px 2px 4px; }
@@ -100,6 +101,7 @@ CSS = """
 
 @media (max-width: 640px) {
   .vq-card { grid-template-columns: 1fr; } .vq-card figure { width: 100%; } .vq-two { grid-template-columns: 1fr; }
+  #ask-look .wrap { gap: 6px; } #ask-look label { padding: 6px 9px; }
   .vq-head a { margin-left: 0; } .vq-grid { grid-template-columns: 1fr 1fr; } .vq-drop { min-height: 180px; }
 }
 """

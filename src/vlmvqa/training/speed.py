@@ -51,6 +51,11 @@ from vlmvqa.models.vlm import VLM, Batch
 
 PHASES = ("data", "encoder", "language_model", "loss", "optimizer", "other")
 COMPILED_PHASES = ("data", "model", "optimizer", "other")
+# What a report holds beside the split of the time.
+MEASURED = (
+    *("questions_per_second", "tokens_per_second", "supervised_tokens_per_second", "padding"),
+    *("peak_memory_gib", "peak_rss_gib", "mfu", "time"),
+)
 GIB = 2**30
 
 
@@ -264,9 +269,11 @@ def in_short(logs: Mapping[str, Any]) -> str:
 
 
 def in_words(logs: Mapping[str, Any]) -> str:
-    """All of a log record in a line."""
-    shown = readable(logs).items()
-    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown)
+    """A log record in a line; of a step's speed what the bar says too (`log.jsonl` has all)."""
+    timed = "questions_per_second" in logs
+    shown = {name: value for name, value in readable(logs).items() if not timed or name not in MEASURED}
+    parts = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
+    return ", ".join([*parts, *([in_short(logs)] if timed else [])])
 
 
 class Bar(ProgressCallback):
