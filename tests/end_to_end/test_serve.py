@@ -27,6 +27,7 @@ import serve as serve_script
 from PIL import Image
 
 from bench import clock, serving
+from tests.browser import chromium
 from tests.conftest import ROOT
 from tests.end_to_end.scripts import SMALL, call, command, done, predictions, sentence
 from tests.pretrained import picture
@@ -36,7 +37,8 @@ from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import Predictor, load
 from vlmvqa.serving.limits import Limits
 
-BROWSER = shutil.which("chromium") or "/usr/bin/chromium"
+__all__ = ["chromium"]  # a fixture
+
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 DECODING = "decoding.max_new_tokens=3"
 SURE = {True: 0.95, False: 0.3}  # what the answers below are given for a probability
@@ -182,19 +184,6 @@ def test_no_path_of_a_client_is_opened(server: Server) -> None:
 
 
 # --- the page ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not Path(BROWSER).exists():
-        pytest.skip(f"there is no {BROWSER}, a browser to look at the page with")
-    quiet = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
-    arguments = [f"--{one}" for one in ("no-sandbox", "disable-gpu", "disable-quic", *quiet)]
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=BROWSER, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

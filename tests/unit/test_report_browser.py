@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.browser import chromium
 from tests.unit.test_report import HOSTILE, METRICS, PRIOR, SHUFFLED, record, sample, scores, write
 
-CHROMIUM = Path(shutil.which("chromium") or "/usr/bin/chromium")
-api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'vlmvqa[dev]'")
-pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no browser at {CHROMIUM}")
+__all__ = ["chromium"]  # a fixture
 
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 LONG = "pneumonoultramicroscopicsilicovolcanoconiosis" * 6  # a word that no line can hold
 WIDER = """() => [...document.querySelectorAll("body *")]
     .filter(one => !one.closest(".scroll, pre") && one.getBoundingClientRect().right > innerWidth + 1)
     .map(one => one.tagName + " " + one.className)"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=str(CHROMIUM), args=[*QUIET, "--disable-component-update", "--disable-sync"]
-        )
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +69,10 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("report", ["full", "bare"])
 def test_a_page_fits_and_needs_nothing(
-    browser: Any, request: pytest.FixtureRequest, report: str, width: int, colors: str
+    chromium: Any, request: pytest.FixtureRequest, report: str, width: int, colors: str
 ) -> None:
     path: Path = request.getfixturevalue(report)
-    with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=colors) as context:
+    with chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=colors) as context:
         page = context.new_page()
         said: list[str] = []
         asked: list[str] = []
