@@ -14,6 +14,7 @@ from tests.unit.test_report import HOSTILE, METRICS, PRIOR, SHUFFLED, record, sa
 
 __all__ = ["chromium"]  # a fixture
 
+CUT = "() => [...document.querySelectorAll('.types td.number')].filter(one => one.scrollWidth > one.clientWidth).length"
 LONG = "pneumonoultramicroscopicsilicovolcanoconiosis" * 6  # a word that no line can hold
 WIDER = """() => [...document.querySelectorAll("body *")]
     .filter(one => !one.closest(".scroll, pre") && one.getBoundingClientRect().right > innerWidth + 1)
@@ -26,6 +27,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     kinds = {f"{LONG} {n}": float(n) for n in range(30)}
     model = scores(71.2, {"yes/no": 88.1, LONG: 61.0}, kinds)
+    model |= {"interval_per_answer_type": {"yes/no": [100.0, 100.0], LONG: [0.0, 9.9]}}
     metrics = METRICS | {
         "metrics": {"vqa_accuracy": model, "helm_bleu_1": {"overall": 50.0}, LONG: {"overall": None, "reason": LONG}},
         "controls": {"prior": PRIOR, "shuffled_images": SHUFFLED, "blank_images": SHUFFLED},
@@ -82,7 +84,7 @@ def test_a_page_fits_and_needs_nothing(
         page.goto(path.as_uri())
         page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth") == width
-        assert page.evaluate(WIDER) == []
+        assert page.evaluate(WIDER) == [] and page.evaluate(CUT) == 0
         assert said == []
         assert [url for url in asked if not url.startswith("data:image/jpeg")] == [path.as_uri()]
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
