@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,31 +75,37 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture(scope="module")
-def server(run: Path) -> Iterator[Server]:
-    """Started as a user does, on a port of its own, with a queue that sixteen clients fill; Ctrl-C ends it."""
-    other, folder = run.parent / "other", run.parent / "serve"
-    own().save(other)
-    assert "python launch/serve.py checkpoint=runs/demo\n" in (ROOT / "README.md").read_text()
-    given = (f"checkpoint={run}", f"compare={other}", f"run.dir={folder}", "port=0", DECODING)
-    small = ("limits.queue=6", "limits.max_batch=6")
+@contextmanager
+def started(*given: str, **environment: str) -> Iterator[str]:
+    """The address of a server as a user starts it, on a port of its own; Ctrl-C ends it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(
-        command("serve", *given, *small), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        command("serve", *given, "port=0", DECODING), text=True, env=os.environ | environment, **pipes
     )
-    assert process.stdout and process.stderr
-    first = process.stdout.readline()
-    found = re.search(r"http://127\.0\.0\.1:\d+", first)
+    assert process.stdout
+    found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
     assert found, process.communicate()[1][-3000:]
-    models = {"first": load(run, "cpu"), "second": load(other, "cpu")}
-    for model in models.values():
-        model.decoding = type(model.decoding)(max_new_tokens=3)
     with httpx.stream("GET", f"{found[0]}/gradio_api/heartbeat/open") as listening:  # as an open page does
-        yield Server(found[0], run, other, folder, models)
+        yield found[0]
         process.send_signal(signal.SIGINT)
         assert list(listening.iter_lines()) is not None
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err[-3000:]
     assert out.endswith("ended\n") and err == ""
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[Server]:
+    """With a queue that sixteen clients fill."""
+    other, folder = run.parent / "other", run.parent / "serve"
+    own().save(other)
+    assert "python launch/serve.py checkpoint=runs/demo\n" in (ROOT / "README.md").read_text()
+    models = {"first": load(run, "cpu"), "second": load(other, "cpu")}
+    for model in models.values():
+        model.decoding = type(model.decoding)(max_new_tokens=3)
+    given = (f"checkpoint={run}", f"compare={other}", f"run.dir={folder}")
+    with started(*given, "limits.queue=6", "limits.max_batch=6") as url:
+        yield Server(url, run, other, folder, models)
     assert list(folder.iterdir()) == []
 
 
@@ -335,6 +341,23 @@ def test_on_a_phone(page: Any, photo: Path) -> None:
     assert fits(page)
     card, figure = (page.locator(f"#ask-answers {one}").first.bounding_box() for one in (".vq-card", "figure"))
     assert figure["width"] > 0.8 * card["width"]  # below the words, not beside them
+
+
+def test_a_page_with_a_token_is_signed_in_to(chromium: Any, run: Path, tmp_path: Path, photo: Path) -> None:
+    given = (f"checkpoint={run}", f"run.dir={tmp_path}")
+    with started(*given, VLMVQA_TOKEN="a long secret") as url, chromium.new_context(viewport=PHONE) as context:
+        page = context.new_page()
+        page.goto(url)
+        page.get_by_label("Token").fill("a wrong one")
+        page.get_by_role("button", name="Go on").click()
+        page.get_by_text("That is not the token.").wait_for()
+        assert fits(page)
+        page.get_by_label("Token").fill("a long secret")
+        page.get_by_role("button", name="Go on").click()
+        drop(page, "ask", photo)
+        page.fill("#ask-questions textarea", "What is it?")
+        page.click("#ask-button")
+        page.locator("#ask-answers .vq-card").wait_for()
 
 
 # --- what does not start -------------------------------------------------------------------------------------------
