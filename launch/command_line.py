@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from overrides import CONF, check_overrides, collect
+from override_check import CONF, check_overrides, collect
 from vlmvqa import ranks
 from vlmvqa.errors import InputError
 from vlmvqa.training.launchers import launcher_choice, slurm_task
@@ -30,7 +31,7 @@ PEER_GONE = (
     "ncclRemoteError",
     "NCCL communicator was aborted",
 )
-PATIENCE = 60.0  # seconds
+PATIENCE = 60.0  # seconds for the first rank of a machine to speak
 # What a launcher implies for `dist`, and its name: read once, before its arguments are taken out.
 LAUNCHER = launcher_choice(os.environ, sys.argv[1:])
 os.environ |= slurm_task(os.environ)
@@ -40,6 +41,9 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     """Run `main` as a Hydra job over `conf/<config_name>.yaml`, with this process's command line."""
     # `deepspeed` puts --local_rank=0 before the overrides, where Hydra would take it for one.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank", "--local-rank"))]
+    if {"-m", "--multirun"} & set(arguments):
+        # A launcher's jobs (submitit's) are other processes, which look for the scripts' modules.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CONF.parent / "launch"), os.environ.get("PYTHONPATH", "")])
     try:
         sys.argv[1:] = check_overrides(collect(arguments, config_name), config_name)
     except InputError as error:
@@ -104,8 +108,8 @@ def _stop(sentence: str) -> NoReturn:
     for bar in list(tqdm._instances):
         bar.close()
     if ranks.local_rank() > 0 and not torch.distributed.is_initialized():
-        time.sleep(PATIENCE)  # the launcher ends all at the first exit, and the one that speaks may still be importing
-        sys.exit(1)
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(PATIENCE)  # the launcher ends all at the first exit, and the first may still be importing
     if ranks.claim_failure(sentence) is not None:
         sys.exit(1)
     sys.exit(sentence if ranks.is_first() else f"rank {ranks.rank()}: {sentence}")

@@ -23,7 +23,7 @@ from command_line import LAUNCHER, group
 from data_from_config import MIXTURE, DataSettings, Task, data_settings
 from from_config import run_folder
 from model_from_config import adapter_settings, model_settings
-from overrides import CONF
+from override_check import CONF
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example

@@ -99,12 +99,11 @@ def _complete(name: str) -> NoReturn:
 
 def _refuse(name: str, arguments: list[str]) -> None:
     """End with a sentence where a key or a choice does not exist."""
-    from overrides import check_overrides, collect
+    from override_check import check_overrides, collect
     from vlmvqa.errors import InputError
 
-    word = name == "prepare" and arguments[:1] and "=" not in arguments[0]
     try:
-        check_overrides(collect(arguments[1:] if word else arguments, name), name)
+        check_overrides(collect(arguments, name), name)
     except InputError as error:
         sys.exit(f"error: {error}")
 

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 import model_from_config
 from data_from_config import data_settings, read_examples
-from overrides import check_overrides
+from override_check import check_overrides
 from tests.end_to_end import scripts
 from tests.end_to_end.scripts import JOBS, Ended, done, launch, sentence
 from tests.unit.test_config import compose

@@ -83,13 +83,16 @@ def started(*given: str, **environment: str) -> Iterator[str]:
         command("serve", *given, "port=0", DECODING), text=True, env=os.environ | environment, **pipes
     )
     assert process.stdout
-    found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-    assert found, process.communicate()[1][-3000:]
-    with httpx.stream("GET", f"{found[0]}/gradio_api/heartbeat/open") as listening:  # as an open page does
-        yield found[0]
-        process.send_signal(signal.SIGINT)
-        assert list(listening.iter_lines()) is not None
-    out, err = process.communicate(timeout=60)
+    try:
+        found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
+        assert found, process.communicate()[1][-3000:]
+        with httpx.stream("GET", f"{found[0]}/gradio_api/heartbeat/open") as listening:  # as an open page does
+            yield found[0]
+            process.send_signal(signal.SIGINT)
+            assert list(listening.iter_lines()) is not None
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0, err[-3000:]
     assert out.endswith("ended\n") and err == ""
 

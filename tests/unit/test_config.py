@@ -15,7 +15,7 @@ import training_from_config
 from command_line import group
 from data_from_config import DataSettings, data_settings
 from model_from_config import model_settings
-from overrides import CONF, check_overrides, collect, trainer_keys
+from override_check import CONF, check_overrides, collect, trainer_keys
 from tests.conftest import ROOT
 from training_from_config import dist_settings, training_arguments
 from vlmvqa.errors import InputError

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from overrides import check_overrides, collect
+from override_check import check_overrides, collect
 from tests.conftest import ROOT
 from tests.end_to_end.test_docs import BY_OTHERS, is_run_here
 from tests.pages import LANGUAGES, PAGES, SCRIPT, STAND_INS, Block, blocks, commands, script

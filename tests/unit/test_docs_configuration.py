@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from overrides import CONF
+from override_check import CONF
 from tests.conftest import ROOT
 from tests.unit.test_config import compose
 

@@ -24,7 +24,7 @@ from torch import Tensor
 import model_from_config
 import training_from_config
 from data_from_config import data_settings
-from overrides import CONF
+from override_check import CONF
 from tests.unit.test_predict import examples, predictor
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import load

@@ -9,7 +9,7 @@ import pytest
 import model_from_config
 import training_from_config
 from data_from_config import SHARED, data_settings, one_task, read_tasks
-from overrides import check_overrides
+from override_check import check_overrides
 from tests.end_to_end.scripts import call, sentence
 from tests.unit.test_config import compose
 from vlmvqa.data import shapes, shapes_gqa

@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from overrides import CONF
+from override_check import CONF
 from tests import tiny
 from tests.conftest import ROOT
 from vlmvqa.errors import InputError

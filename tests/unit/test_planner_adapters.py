@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from overrides import CONF
+from override_check import CONF
 from tests import tiny
 from vlmvqa.errors import InputError
 from vlmvqa.models import adapters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from omegaconf import OmegaConf
 
-from overrides import CONF
+from override_check import CONF
 from vlmvqa.models.vlm import ModelSettings, build
 from vlmvqa.settings import build_settings
 

@@ -51,7 +51,7 @@ from vlmvqa.models.vlm import VLM, Batch
 
 PHASES = ("data", "encoder", "language_model", "loss", "optimizer", "other")
 COMPILED_PHASES = ("data", "model", "optimizer", "other")
-# What a report holds beside the split of the time.
+# What `in_short` says in its own words, or leaves to log.jsonl.
 MEASURED = (
     *("questions_per_second", "tokens_per_second", "supervised_tokens_per_second", "padding"),
     *("peak_memory_gib", "peak_rss_gib", "mfu", "time"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -67,8 +66,6 @@ def check_overrides(arguments: Sequence[str], config_name: str) -> list[str]:
         InputError: an override names a key or a group's choice that does not exist; the nearest is suggested.
     """
     if {"-m", "--multirun"} & set(arguments):  # a sweep: Hydra composes its jobs, and says what is wrong with them
-        # A launcher's jobs (submitit's) are other processes, which look for the scripts' modules.
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(CONF.parent / "launch"), os.environ.get("PYTHONPATH", "")])
         return list(arguments)
     arguments = [_quoted_if_needed(argument) for argument in arguments]
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}
