@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports would say
-
-# isort: split
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace

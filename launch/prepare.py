@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import usage  # noqa: F401 - first: it answers -h without PyTorch
 
-import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports would say
-
-# isort: split
 import os
 import sys
 from collections.abc import Callable, Sequence

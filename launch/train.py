@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import usage  # noqa: F401 - first: it answers -h without PyTorch
 
-import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports would say
-
-# isort: split
 import gc
 import shutil
 import signal

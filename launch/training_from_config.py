@@ -5,9 +5,6 @@ Apart from `from_config`, which scripts that do not train start sooner with: the
 
 from __future__ import annotations
 
-import vlmvqa  # noqa: F401 - first: it quietens what transformers' imports would say
-
-# isort: split
 import os
 import sys
 from collections.abc import Sequence

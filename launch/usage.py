@@ -18,7 +18,7 @@ from typing import NoReturn
 import yaml
 
 from usage_pages import PAGES
-from vlmvqa.places import CALLED_AS
+from vlmvqa.places import CALLED_AS  # and with it `vlmvqa`, which quietens what transformers' imports would say
 
 HERE = Path(__file__).resolve().parent
 CONF = HERE.parent / "conf"

@@ -8,6 +8,7 @@ final/...   the scores that the run ends with: final/vqav2_vqa_accuracy
 
 which are transformers' names, where it has any. Its own callbacks are not used for these four: each would name, resume
 and place things in its own way. Any other service that transformers knows (`logger=comet_ml`) is left to it.
+`log.jsonl` is written whatever is chosen.
 """
 
 from __future__ import annotations
@@ -68,14 +69,7 @@ class LogFile(TrainerCallback):
         if ranks.is_first():
             log.cut(self.path, state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if ranks.is_first() and self.path.parent.exists():
             log.append(self.path, [{"step": state.global_step, **(logs or {})}])
 
@@ -99,14 +93,7 @@ class Tracking(TrainerCallback):
         for name in self.names:
             self.open.append(LOGGERS[name](run))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         self.step = state.global_step
         for logger in self.open:
             logger.numbers(named(logs or {}), self.step)
