@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import usage
+
 import atexit
 import contextlib
 import os
@@ -39,6 +41,7 @@ os.environ |= slurm_task(os.environ)
 
 def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     """Run `main` as a Hydra job over `conf/<config_name>.yaml`, with this process's command line."""
+    usage.IMPORTS.close()
     # `deepspeed` puts --local_rank=0 before the overrides, where Hydra would take it for one.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank", "--local-rank"))]
     if {"-m", "--multirun"} & set(arguments):

@@ -6,6 +6,7 @@ Each script imports this first. Where the command line is one of the three, the 
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from typing import NoReturn
 import yaml
 
 from usage_pages import PAGES
+from vlmvqa import startup
 from vlmvqa.places import CALLED_AS  # and with it `vlmvqa`, which quietens what transformers' imports would say
 
 HERE = Path(__file__).resolve().parent
@@ -109,5 +111,8 @@ def _refuse(name: str, arguments: list[str]) -> None:
 
 
 _script = Path(sys.argv[0]).resolve()
+IMPORTS = contextlib.ExitStack()  # closed by `command_line.run`
 if _script.parent == HERE or _script.parts[-3:] == ("evaluation", "helm", "run.py"):
     answer(_script, sys.argv[1:])
+    startup.prepare()
+    IMPORTS.enter_context(startup.fewer_imports())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
@@ -10,20 +11,36 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
+
+from tests import forks
+from vlmvqa import startup
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "launch"))
 
-# Before any module of ours or of a test is imported: the hub's library reads it when it is.
+# Before any module of ours or of a test is imported: PyTorch and the hub's library read it then. One thread, because
+# two that wait for each other are slower on tiny operations.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-torch.set_num_threads(1)  # tiny operations: two threads that wait for each other are slower than one
+startup.prepare()
+IMPORTS = contextlib.ExitStack()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """For all processes that tests start, so set before test modules copy the environment: what tests read is cached
     apart from what users read; as above, nothing is asked of the hub, and each has one thread."""
     os.environ["VLMVQA_CACHE"] = tempfile.mkdtemp(prefix="vlmvqa-cache-")
+    if not is_worker(config):
+        os.environ[forks.FOLDER] = tempfile.mkdtemp(prefix="vlmvqa-forks-")
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this is one of pytest-xdist's workers, and not the process that the user started."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    if "torch" not in sys.modules and (is_worker(session.config) or not session.config.getoption("numprocesses", None)):
+        IMPORTS.enter_context(startup.fewer_imports())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,9 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Each training collects garbage: it need not look through all that was imported."""
+    IMPORTS.close()
     gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     gc.unfreeze()
     shutil.rmtree(os.environ["VLMVQA_CACHE"], ignore_errors=True)
+    if not is_worker(config):
+        forks.stop()
+        shutil.rmtree(os.environ[forks.FOLDER], ignore_errors=True)
