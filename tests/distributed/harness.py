@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests import forks
 from tests.conftest import ROOT
 from tests.distributed.worker import Case
 from tests.end_to_end.scripts import LONGER, losses
@@ -53,8 +54,8 @@ def work(folder: Path, cases: Sequence[Case], ranks: int) -> dict[str, Any]:
     """Run cases of `worker.py` one after the other in one process group; their results by name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    process = start([*torchrun(ranks), "-m", "tests.distributed.worker", str(folder), str(folder / "cases.json")])
-    printed, _ = process.communicate()
+    process = forks.ranks(ranks, ["-m", "tests.distributed.worker", str(folder), str(folder / "cases.json")])
+    printed, _ = process.communicate(timeout=900)
     assert process.returncode == 0, printed[-3000:]
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     for name, result in results.items():

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.harness import start, torchrun
+from tests import forks
 from tests.unit.test_predict import examples, predictor
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
@@ -73,8 +73,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folders = {}
     for count in (1, 2):
         folders[count] = tmp_path_factory.mktemp(f"ranks{count}")
-        process = start([*torchrun(count), "-m", "tests.distributed.test_answers", str(folders[count])])
-        printed, _ = process.communicate(timeout=240)
+        process = forks.ranks(count, ["-m", "tests.distributed.test_answers", str(folders[count])])
+        printed, _ = process.communicate()
         assert process.returncode == 0, printed[-3000:]
     return folders
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -10,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import losses, start, torchrun, train
-from tests.distributed.test_launchers import data, done, follow, ranks_of, whole
+from tests import forks
+from tests.distributed.harness import losses, train
+from tests.distributed.test_launchers import data, done, follow, whole
 from tests.end_to_end.scripts import call, sentence
 from tests.end_to_end.scripts import done as ended
 from vlmvqa.training.checkpoints import whole_checkpoints
@@ -20,13 +20,24 @@ from vlmvqa.training.log import read_log
 __all__ = ["data", "whole"]  # fixtures
 
 
+# Runs the script in its arguments, on rank 0 a little later.
+LATE = """\
+import os, runpy, sys, time
+if os.environ["LOCAL_RANK"] == "0":
+    time.sleep(2)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "launch")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path: Path, data: str, whole: Path) -> None:
     """A picture that only one rank reads is cut in half: one sentence, from the rank that met it."""
     root = tmp_path / "shapes"
     subprocess.run(["cp", "-r", data.removeprefix("data.root="), root], check=True)
     for picture in sorted((root / "train2014").iterdir())[:1]:
         picture.write_bytes(picture.read_bytes()[:200])
-    printed = done(start([*torchrun(2), *train(tmp_path / "run", f"data.root={root}", "dist=zero3")]), code=1)
+    printed = done(forks.ranks(2, train(tmp_path / "run", f"data.root={root}", "dist=zero3")), code=1)
     said = [line for line in printed.splitlines() if "error: " in line and "elastic" not in line]
     assert len(said) == 1 and ".jpg" in said[0] and "data.on_bad_record=skip" in said[0], printed
     assert "InputError" not in printed  # no traceback but torchrun's own
@@ -34,10 +45,10 @@ def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path: Path, data: str
 
 def test_a_mistake_is_said_once(tmp_path: Path, data: str) -> None:
     """By the first rank, however late it is: the launcher ends all at the first exit."""
-    late = 'import os, time\nif os.environ.get("LOCAL_RANK") == "0":\n    time.sleep(8)\n'
-    (tmp_path / "sitecustomize.py").write_text(late)
+    late = tmp_path / "late.py"
+    late.write_text(LATE)
     given = train(tmp_path / "run", data, "dist=fsdp", "trainer.optim=lion")
-    printed = done(start([*torchrun(2), *given], PYTHONPATH=str(tmp_path)), code=1)
+    printed = done(forks.ranks(2, [str(late), *given]), code=1)
     assert printed.count("trainer.optim=lion") == 1
 
 
@@ -46,17 +57,10 @@ def test_a_mistake_is_said_once(tmp_path: Path, data: str) -> None:
 def test_a_rank_that_hangs_is_named(tmp_path: Path, data: str, whole: Path, which: int) -> None:
     """A stopped process neither answers nor dies; the others do not wait for it for ever."""
     folder = tmp_path / "run"
-    process = start([*torchrun(2), *train(folder, data, "dist=fsdp", "dist.timeout_minutes=0.3")])
+    process = forks.ranks(2, train(folder, data, "dist=fsdp", "dist.timeout_minutes=0.3"))
     follow(process, folder, 4)
-    stopped = ranks_of(folder, which)
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        printed = done(process, code=1)
-    finally:
-        for pid in stopped:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    os.kill(process.pids[which], signal.SIGSTOP)
+    printed = done(process, code=1)
     assert f"error: rank {which} has not answered for 0.3 minutes" in printed
 
 
@@ -65,17 +69,14 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, data: str, whole: Path, whic
 def test_a_rank_killed_while_it_saves(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
     """What was being written is never resumed from."""
     folder = tmp_path / "run"
-    process = start([*torchrun(2), *train(folder, data, f"dist={strategy}", "trainer.save_steps=1")])
+    process = forks.ranks(2, train(folder, data, f"dist={strategy}", "trainer.save_steps=1"))
     follow(process, folder, 3)
     while process.poll() is None and not list(folder.glob("*.partial/model.safetensors")):
         pass
-    for pid in ranks_of(folder, 0):
-        os.kill(pid, signal.SIGKILL)
+    os.kill(process.pids[0], signal.SIGKILL)
     done(process, code=1)
     assert whole_checkpoints(folder)
-    printed = done(
-        start([*torchrun(2), *train(folder, data, f"dist={strategy}", "resume=auto", "trainer.save_steps=1")])
-    )
+    printed = done(forks.ranks(2, train(folder, data, f"dist={strategy}", "resume=auto", "trainer.save_steps=1")))
     assert "going on from" in printed
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
 
@@ -130,11 +131,11 @@ def test_a_full_disk_while_two_ranks_save(tmp_path: Path, data: str, whole: Path
         pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.decode().strip()}")
     try:
         folder = disk / "run"
-        printed = done(start([*torchrun(2), *train(folder, data, "dist=fsdp")]), code=1)
+        printed = done(forks.ranks(2, train(folder, data, "dist=fsdp")), code=1)
         assert "is full: checkpoint 6 was not kept" in printed and "checkpoint-3 is whole" in printed
         assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-3"]
         subprocess.run(["mount", "-o", f"remount,size={20 * size}", disk], check=True)
-        done(start([*torchrun(2), *train(folder, data, "dist=fsdp", "resume=auto")]))
+        done(forks.ranks(2, train(folder, data, "dist=fsdp", "resume=auto")))
         assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forks
 from tests.conftest import ROOT
-from tests.distributed.harness import BIN, losses, start, torchrun, train
+from tests.distributed.harness import BIN, losses, start, train
 from tests.end_to_end.scripts import SHAPES, call
 from tests.end_to_end.scripts import done as ended
 
 
-def done(process: subprocess.Popen[str], code: int = 0) -> str:
+def done(process: subprocess.Popen[str] | forks.Ranks, code: int = 0) -> str:
     printed, _ = process.communicate(timeout=280)
     assert process.returncode == code, printed[-4000:]
     return printed
@@ -38,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     return folder
 
 
-def follow(process: subprocess.Popen[str], folder: Path, step: int) -> None:
+def follow(process: subprocess.Popen[str] | forks.Ranks, folder: Path, step: int) -> None:
     """Wait until the run has logged this step."""
     while process.poll() is None and max(losses(folder), default=0) < step:
         time.sleep(0.01)
@@ -86,7 +87,7 @@ def test_deepspeed_picks_zero2(tmp_path: Path, data: str, whole: Path) -> None:
 
 def test_eval_shares_the_questions(tmp_path: Path, data: str, whole: Path) -> None:
     asked = [f"checkpoint={whole}", "data=shapes", data, *SHAPES, "split=val", f"run.dir={tmp_path}/scored"]
-    done(start([*torchrun(2), "launch/eval.py", *asked]))
+    done(forks.ranks(2, ["launch/eval.py", *asked]))
     ours, theirs = tmp_path / "scored", whole
     assert (ours / "submission.json").read_text() == (theirs / "submission.json").read_text()
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (ours, theirs)]
@@ -123,14 +124,13 @@ def test_accelerates_config_file_is_obeyed(
 def test_killed_and_resumed_is_never_stopped(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
     """Promise 5: kill -9 of one rank ends all; resumed, the run's losses are those it would have had."""
     folder = tmp_path / "run"
-    process = start([*torchrun(2), *train(folder, data, f"dist={strategy}", "dist.timeout_minutes=2")])
+    process = forks.ranks(2, train(folder, data, f"dist={strategy}", "dist.timeout_minutes=2"))
     follow(process, folder, 7)
-    for pid in ranks_of(folder, 1):
-        os.kill(pid, signal.SIGKILL)
+    os.kill(process.pids[1], signal.SIGKILL)
     printed = done(process, code=1)
     assert max(losses(folder)) < 12
-    assert "error: another rank was killed" in printed or "Signal 9" in printed
-    printed = done(start([*torchrun(2), *train(folder, data, f"dist={strategy}", "resume=auto")]))
+    assert "error: another rank was killed" in printed
+    printed = done(forks.ranks(2, train(folder, data, f"dist={strategy}", "resume=auto")))
     assert ("going on from" in printed and "checkpoint-6" in printed) or "checkpoint-9" in printed
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
 
@@ -140,7 +140,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, data: str, whole: P
 def test_one_process_under(tmp_path: Path, data: str, whole: Path, dist: str) -> None:
     """`python launch/train.py dist=...`: the real strategy with a world of one; under ddp it just trains."""
     batch = "trainer.per_device_train_batch_size=8"
-    printed = done(start([str(BIN / "python"), *train(tmp_path / "run", data, f"+dist={dist}", batch)]))
+    printed = done(forks.script(train(tmp_path / "run", data, f"+dist={dist}", batch)))
     name = dist.removesuffix("_offload")
     said = "one process" if dist == "ddp" else name + (", offloaded to host memory" if name != dist else "")
     assert f"strategy      {said}, 1 rank on cpu" in printed
@@ -168,11 +168,9 @@ def test_a_preempted_run_saves_and_ends_well(tmp_path: Path, data: str, whole: P
     """SLURM's notice: one rank hears it, all stop after the same step, and the run goes on as if never stopped."""
     folder = tmp_path / "run"
     more = ("dist=fsdp", "trainer.dataloader_num_workers=1", "trainer.save_total_limit=1")
-    process = start([*torchrun(2), *train(folder, data, *more)])
+    process = forks.ranks(2, train(folder, data, *more))
     follow(process, folder, 4)
-    # The rank that is its group's leader, and with it the workers that read for it: as SLURM and torchrun do it.
-    leader = next(pid for pid in ranks_of(folder, 1) if os.getpgid(pid) == pid)
-    os.killpg(leader, number)
+    os.killpg(process.pids[1], number)  # and with it the workers that read for it: as SLURM and torchrun do it
     printed = done(process)
     assert f"stopped by {number.name}, saved in {folder}/latest" in printed
     stopped = max(losses(folder))

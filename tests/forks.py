@@ -1,0 +1,270 @@
+"""Real processes without their imports: children of a process that has imported PyTorch, transformers and DeepSpeed.
+
+Imports take a rank 15 CPU seconds, its training two. `ranks` and `script` start processes as torchrun and `python` do:
+each has its own session, environment, working directory, output, signals and exit status, and when one rank fails, the
+others are ended. Real launchers are tested in tests/distributed/test_launchers.py.
+
+python -m tests.forks SOCKET    the parent; the first test that needs it starts it, and it ends with the test session
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = "VLMVQA_TEST_FORKS"  # in the environment: the folder of the socket, made by conftest.py
+STORE = "TORCHELASTIC_USE_AGENT_STORE"  # by which torchrun tells its ranks that it holds the store they meet in
+IDLE = 900.0  # seconds after which a parent that nobody asks ends, in case its session was killed
+# What the scripts and the workers of tests/distributed import, or what they import on the way.
+IMPORTED = (
+    *("torch", "transformers", "transformers.models.gemma2.modeling_gemma2", "vlmvqa.training.trainer"),
+    *("torch.distributed.fsdp", "torch.utils.tensorboard", "deepspeed", "matplotlib.figure", "hydra"),
+    *("vlmvqa.inference.evaluate", "vlmvqa.inference.report", "tests.unit.test_predict", "tests.unit.test_trainer"),
+)
+PATIENCE = 10.0  # seconds for the other ranks to end after SIGTERM
+
+
+class Ranks:
+    """Processes that run together, with the methods of `subprocess.Popen` that the tests use.
+
+    Attributes:
+        pids: of each process, by rank.
+        returncode: of one process as `subprocess` gives it; of several as torchrun does, 1 where one of them failed.
+    """
+
+    def __init__(self, arguments: Sequence[str], environments: Sequence[dict[str, str]], cwd: Path) -> None:
+        self.output: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.returncode: int | None = None
+        self.connection = _connect()
+        request = json.dumps({"arguments": list(arguments), "environments": list(environments), "cwd": str(cwd)})
+        sent = request.encode()
+        socket.send_fds(self.connection, [len(sent).to_bytes(8, "big")], [self.output.fileno()])
+        self.connection.sendall(sent)
+        self.lines = self.connection.makefile("r")
+        self.pids: list[int] = json.loads(self.lines.readline())
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self._end(0.0)
+        return self.returncode
+
+    def wait(self, timeout: float = 280) -> int:
+        if self.returncode is None and not self._end(timeout):
+            self.kill()
+            raise subprocess.TimeoutExpired("ranks", timeout, self.printed())
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float = 280) -> tuple[str, None]:
+        self.wait(timeout)
+        return self.printed(), None
+
+    def printed(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def kill(self) -> None:
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _end(self, timeout: float) -> bool:
+        if not select.select([self.connection], [], [], timeout)[0]:
+            return False
+        status = int(json.loads(self.lines.readline()))
+        self.returncode = status if len(self.pids) == 1 else int(status != 0)
+        self.connection.close()
+        return True
+
+
+def ranks(count: int, arguments: Sequence[str], **more: str) -> Ranks:
+    """What `torchrun --nproc_per_node=count arguments...` starts; `more` is added to the environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        STORE: "True",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    given = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | more for rank in range(count)]
+    return Ranks(arguments, given, ROOT)
+
+
+def script(arguments: Sequence[str], cwd: Path = ROOT, **more: str) -> Ranks:
+    """What `python arguments...` starts."""
+    return Ranks(arguments, [os.environ | more], cwd)
+
+
+def _connect() -> socket.socket:
+    """A connection to the parent, which the first to ask for it starts."""
+    folder = Path(os.environ[FOLDER])
+    path = folder / "socket"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with (folder / "log").open("w") as log:
+                command = [sys.executable, "-m", "tests.forks", str(path)]
+                parent = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            while not path.exists():
+                assert parent.poll() is None, (folder / "log").read_text()
+                time.sleep(0.05)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(str(path))
+    return connection
+
+
+def stop() -> None:
+    """End the parent, if there is one; for the end of the test session."""
+    path = Path(os.environ[FOLDER]) / "socket"
+    if path.exists():
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(path))
+            socket.send_fds(connection, [(0).to_bytes(8, "big")], [])
+
+
+# --- the parent's side
+
+
+def serve(path: str) -> None:
+    _import()
+    gc.collect()
+    gc.freeze()  # children do not look through what was imported, and share its pages
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who starts ranks waits for them, below
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path + ".new")
+    server.listen(16)
+    server.settimeout(IDLE)
+    os.rename(path + ".new", path)
+    while True:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            return
+        connection.settimeout(None)
+        size, fds, _, _ = socket.recv_fds(connection, 8, 1)
+        length = int.from_bytes(size, "big")
+        if not length:
+            return
+        request = json.loads(connection.makefile("rb").read(length))
+        if os.fork() == 0:
+            server.close()
+            _supervise(connection, request, fds[0])
+        for fd in fds:
+            os.close(fd)
+        connection.close()
+
+
+def _import() -> None:
+    """As the scripts do, with fewer imports."""
+    from vlmvqa import startup
+
+    startup.prepare()
+    with startup.fewer_imports():
+        for name in IMPORTED:
+            importlib.import_module(name)
+
+
+def _supervise(connection: socket.socket, request: dict[str, Any], output: int) -> None:
+    """Start the processes, tell their ids, wait for them as torchrun does, tell how they ended."""
+    from torch.distributed import TCPStore
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pids = []
+    for environment in request["environments"]:
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            _run(request["arguments"], environment, request["cwd"], output)
+        pids.append(pid)
+    first_environment = request["environments"][0]
+    if STORE in first_environment:  # as torchrun's agent does: it outlives a rank that fails
+        port = int(first_environment["MASTER_PORT"])
+        store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        assert store.port == port
+    connection.sendall((json.dumps(pids) + "\n").encode())
+    first, running, deadline = 0, set(pids), None
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            if deadline is not None and time.monotonic() > deadline:
+                _signal(running, signal.SIGKILL)
+            time.sleep(0.02)
+            continue
+        running.discard(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not first:
+            first, deadline = code, time.monotonic() + PATIENCE
+            _signal(running, signal.SIGTERM)
+    connection.sendall((json.dumps(first) + "\n").encode())
+    os._exit(0)
+
+
+def _signal(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _run(arguments: list[str], environment: dict[str, str], cwd: str, output: int) -> None:
+    """Become `python arguments...`; never returns."""
+    os.setsid()
+    os.environ.clear()
+    os.environ |= environment
+    os.chdir(cwd)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for ours, theirs in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(ours, theirs)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+    status = 0
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = list(arguments)
+            sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as ended:
+        status = _status(ended.code)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _status(code: object) -> int:
+    if code is None or isinstance(code, int):
+        return code or 0
+    print(code, file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
