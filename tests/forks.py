@@ -15,6 +15,7 @@ import fcntl
 import gc
 import importlib
 import json
+import multiprocessing.util
 import os
 import runpy
 import select
@@ -23,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 import traceback
@@ -49,15 +51,26 @@ class Ranks:
     Attributes:
         pids: of each process, by rank.
         returncode: of one process as `subprocess` gives it; of several as torchrun does, 1 where one of them failed.
+        statuses: each one's exit status or negative signal, by rank, once all have ended.
     """
 
-    def __init__(self, arguments: Sequence[str], environments: Sequence[dict[str, str]], cwd: Path) -> None:
-        self.output: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environments: Sequence[dict[str, str]],
+        cwd: Path = ROOT,
+        errors_apart: bool = False,
+        terminal: int | None = None,
+        patience: float = 0.0,
+    ) -> None:
+        self.output = _file()
+        self.errors = _file() if errors_apart else self.output
         self.returncode: int | None = None
         self.connection = _connect()
-        request = json.dumps({"arguments": list(arguments), "environments": list(environments), "cwd": str(cwd)})
-        sent = request.encode()
-        socket.send_fds(self.connection, [len(sent).to_bytes(8, "big")], [self.output.fileno()])
+        request = {"arguments": list(arguments), "environments": list(environments), "cwd": str(cwd)}
+        sent = json.dumps({**request, "terminal": terminal is not None, "patience": patience}).encode()
+        files = [self.output.fileno(), self.errors.fileno()] if terminal is None else [terminal, terminal]
+        socket.send_fds(self.connection, [len(sent).to_bytes(8, "big")], files)
         self.connection.sendall(sent)
         self.lines = self.connection.makefile("r")
         self.pids: list[int] = json.loads(self.lines.readline())
@@ -74,30 +87,38 @@ class Ranks:
         assert self.returncode is not None
         return self.returncode
 
-    def communicate(self, timeout: float = 280) -> tuple[str, None]:
+    def communicate(self, timeout: float = 280) -> tuple[str, str]:
+        """What was printed on stdout and stderr; all on stdout unless errors are kept apart."""
         self.wait(timeout)
-        return self.printed(), None
+        return self.printed(), "" if self.errors is self.output else _read(self.errors)
 
     def printed(self) -> str:
-        self.output.seek(0)
-        return self.output.read()
+        return _read(self.output)
 
-    def kill(self) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
     def _end(self, timeout: float) -> bool:
         if not select.select([self.connection], [], [], timeout)[0]:
             return False
-        status = int(json.loads(self.lines.readline()))
-        self.returncode = status if len(self.pids) == 1 else int(status != 0)
+        self.statuses: list[int] = json.loads(self.lines.readline())
+        self.returncode = self.statuses[0] if len(self.pids) == 1 else int(any(self.statuses))
         self.connection.close()
         return True
 
 
-def ranks(count: int, arguments: Sequence[str], **more: str) -> Ranks:
-    """What `torchrun --nproc_per_node=count arguments...` starts; `more` is added to the environment."""
+def ranks(count: int, arguments: Sequence[str], patience: float = 0.0, **more: str) -> Ranks:
+    """What `torchrun --nproc_per_node=count arguments...` starts.
+
+    Args:
+        patience: seconds that the others have to end by themselves when one has failed; torchrun gives them none.
+        more: added to the environment.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -109,12 +130,25 @@ def ranks(count: int, arguments: Sequence[str], **more: str) -> Ranks:
         "LOCAL_WORLD_SIZE": str(count),
     }
     given = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | more for rank in range(count)]
-    return Ranks(arguments, given, ROOT)
+    return Ranks(arguments, given, patience=patience)
 
 
-def script(arguments: Sequence[str], cwd: Path = ROOT, **more: str) -> Ranks:
-    """What `python arguments...` starts."""
-    return Ranks(arguments, [os.environ | more], cwd)
+def script(arguments: Sequence[str], cwd: Path = ROOT, terminal: int | None = None, **more: str) -> Ranks:
+    """What `python arguments...` starts.
+
+    Args:
+        terminal: standard input, output and error, and the terminal whose Ctrl-C interrupts it.
+    """
+    return Ranks(arguments, [os.environ | more], cwd, errors_apart=True, terminal=terminal)
+
+
+def _file() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace", newline="")
+
+
+def _read(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def _connect() -> socket.socket:
@@ -163,14 +197,14 @@ def serve(path: str) -> None:
         except TimeoutError:
             return
         connection.settimeout(None)
-        size, fds, _, _ = socket.recv_fds(connection, 8, 1)
+        size, fds, _, _ = socket.recv_fds(connection, 8, 2)
         length = int.from_bytes(size, "big")
         if not length:
             return
         request = json.loads(connection.makefile("rb").read(length))
         if os.fork() == 0:
             server.close()
-            _supervise(connection, request, fds[0])
+            _supervise(connection, request, fds)
         for fd in fds:
             os.close(fd)
         connection.close()
@@ -186,7 +220,7 @@ def _import() -> None:
             importlib.import_module(name)
 
 
-def _supervise(connection: socket.socket, request: dict[str, Any], output: int) -> None:
+def _supervise(connection: socket.socket, request: dict[str, Any], files: list[int]) -> None:
     """Start the processes, tell their ids, wait for them as torchrun does, tell how they ended."""
     from torch.distributed import TCPStore
 
@@ -196,7 +230,7 @@ def _supervise(connection: socket.socket, request: dict[str, Any], output: int) 
         pid = os.fork()
         if pid == 0:
             connection.close()
-            _run(request["arguments"], environment, request["cwd"], output)
+            _run(request, environment, files)
         pids.append(pid)
     first_environment = request["environments"][0]
     if STORE in first_environment:  # as torchrun's agent does: it outlives a rank that fails
@@ -204,38 +238,41 @@ def _supervise(connection: socket.socket, request: dict[str, Any], output: int) 
         store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         assert store.port == port
     connection.sendall((json.dumps(pids) + "\n").encode())
-    first, running, deadline = 0, set(pids), None
-    while running:
+    ended: dict[int, int] = {}
+    signals: list[tuple[float, signal.Signals]] = []  # to send to those that still run, and when
+    while len(ended) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid == 0:
-            if deadline is not None and time.monotonic() > deadline:
-                _signal(running, signal.SIGKILL)
-            time.sleep(0.02)
-            continue
-        running.discard(pid)
-        code = os.waitstatus_to_exitcode(status)
-        if code and not first:
-            first, deadline = code, time.monotonic() + PATIENCE
-            _signal(running, signal.SIGTERM)
-    connection.sendall((json.dumps(first) + "\n").encode())
+        now = time.monotonic()
+        if pid:
+            ended[pid] = os.waitstatus_to_exitcode(status)
+            if ended[pid] and not signals:
+                term = now + request["patience"]
+                signals = [(term, signal.SIGTERM), (term + PATIENCE, signal.SIGKILL)]
+        while signals and signals[0][0] <= now:
+            number = signals.pop(0)[1]
+            for running in set(pids) - ended.keys():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(running, number)
+        time.sleep(0.02)
+    connection.sendall((json.dumps([ended[pid] for pid in pids]) + "\n").encode())
     os._exit(0)
 
 
-def _signal(pids: set[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def _run(arguments: list[str], environment: dict[str, str], cwd: str, output: int) -> None:
+def _run(request: dict[str, Any], environment: dict[str, str], files: list[int]) -> None:
     """Become `python arguments...`; never returns."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
+    for finalizer in multiprocessing.util._finalizer_registry.values():  # type: ignore[attr-defined]
+        finalizer._pid = os.getpid()  # what was registered at import is run at this process's exit
     os.environ.clear()
     os.environ |= environment
-    os.chdir(cwd)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for ours, theirs in ((nothing, 0), (output, 1), (output, 2)):
-        os.dup2(ours, theirs)
+    os.chdir(request["cwd"])
+    arguments = request["arguments"]
+    if request["terminal"]:
+        fcntl.ioctl(files[0], termios.TIOCSCTTY, 0)
+    read = files[0] if request["terminal"] else os.open(os.devnull, os.O_RDONLY)
+    for number, file in enumerate((read, *files)):
+        os.dup2(file, number)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
     status = 0
     try:

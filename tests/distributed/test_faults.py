@@ -52,8 +52,7 @@ def test_a_mistake_is_said_once(tmp_path: Path, data: str) -> None:
     assert printed.count("trainer.optim=lion") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_hangs_is_named(tmp_path: Path, data: str, whole: Path, which: int) -> None:
     """A stopped process neither answers nor dies; the others do not wait for it for ever."""
     folder = tmp_path / "run"
@@ -64,8 +63,13 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, data: str, whole: Path, whic
     assert f"error: rank {which} has not answered for 0.3 minutes" in printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero3")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp", "zero2")),
+    ],
+)
 def test_a_rank_killed_while_it_saves(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
     """What was being written is never resumed from."""
     folder = tmp_path / "run"

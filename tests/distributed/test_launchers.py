@@ -61,6 +61,7 @@ def ranks_of(folder: Path, rank: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_accelerate_launch_fsdp(tmp_path: Path, data: str, whole: Path) -> None:
     """`accelerate launch launch/train.py +dist=fsdp`, with two ranks instead of four GPUs."""
     command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
@@ -94,13 +95,18 @@ def test_eval_shares_the_questions(tmp_path: Path, data: str, whole: Path) -> No
     assert metrics[0]["metrics"] == metrics[1]["metrics"] and metrics[0]["controls"] == metrics[1]["controls"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("written", "expected"),
     [
-        ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": False}}, "fsdp"),
-        ({"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}, "zero3"),
-        ({"distributed_type": "MULTI_GPU"}, "ddp"),
+        pytest.param(
+            {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_offload_params": False}},
+            "fsdp",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}, "zero3", marks=pytest.mark.slow
+        ),
+        pytest.param({"distributed_type": "MULTI_GPU"}, "ddp", marks=pytest.mark.long),
     ],
 )
 def test_accelerates_config_file_is_obeyed(
@@ -119,7 +125,9 @@ def test_accelerates_config_file_is_obeyed(
 
 
 @pytest.mark.parametrize("strategy", [
-    "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2", "zero3"))
+    "fsdp",
+    pytest.param("zero3", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp", "zero1", "zero2")),
 ])  # fmt: skip
 def test_killed_and_resumed_is_never_stopped(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
     """Promise 5: kill -9 of one rank ends all; resumed, the run's losses are those it would have had."""

@@ -69,6 +69,22 @@ def adapter_cases() -> list[Case]:
     return found
 
 
+def sampled_cases() -> list[Case]:
+    """24 cells of the tables: each strategy with each kind of training, and every pair of two settings."""
+    kinds, adapters = list(KINDS.items()), list(ADAPTERS.items())
+    found = []
+    for (number, row), (column, trained) in product(enumerate(ROWS), enumerate((*TRAINED, "lora", "qlora"))):
+        bf16, eight_bits = (number + column) % 2, (number // 2 + column) % 2
+        if trained in TRAINED:
+            kind, turned = kinds[2 * bf16 + eight_bits]
+            found += three(row, f"{named(row)}, {trained}, {kind}", ELSEWHERE[row], trained=trained, **turned)
+        elif trained == "lora" or row[0] not in ("fsdp", "zero3"):  # these refuse 4-bit weights
+            kind, turned = adapters[2 * (trained == "qlora") + bf16]
+            elsewhere = ("zero2", False) if row == ("ddp", False) else ("ddp", False)
+            found += three(row, f"{named(row)}, {kind}", elsewhere, **turned)
+    return found
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return work(tmp_path_factory.mktemp("matrix"), cases(), 2)
@@ -115,12 +131,22 @@ def adapter_table(results: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_sample_of_the_matrices_saves_resumes_and_loads_elsewhere(tmp_path: Path) -> None:
+    sample = sampled_cases()
+    results = work(tmp_path, sample, 2)
+    cells = [case.name for case in sample if case.resume is None]
+    assert len(cells) == 24
+    assert {cell(results, name) for name in cells} == {"save, resume, elsewhere"}
+
+
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_the_matrix_is_the_documented_one(results: dict[str, Any]) -> None:
     compare(table(results), BEGIN, END)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_adapters_matrix_is_the_documented_one(adapted: dict[str, Any]) -> None:
     compare(adapter_table(adapted), BEGIN.replace("matrix", "adapters"), END.replace("matrix", "adapters"))
@@ -136,7 +162,7 @@ def compare(found: str, begin: str, end: str) -> None:
         assert written == found, "docs/scaling.md: write the table anew with VLMVQA_WRITE_DOCS=1"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_attention_mode_under_every_strategy(tmp_path: Path) -> None:
     """prefix_lm with one question an image, the others with several."""
     named_cases = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import start, torchrun
+from tests import forks
 from tests.end_to_end.scripts import metrics
 from vlmvqa.training.log import read_log
 
@@ -15,11 +15,16 @@ QUIET = ("trainer.report_to=none", "trainer.use_cpu=true", "trainer.save_strateg
 STEPS = ("trainer.max_steps=20", "trainer.eval_steps=20", "trainer.per_device_train_batch_size=8")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dist", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "dist",
+    [
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp", "zero2")),
+        pytest.param("zero3", marks=pytest.mark.slow),
+    ],
+)
 def test_the_score_meanwhile_is_the_saved_models(dist: str, tmp_path: Path) -> None:
     given = ("model=tiny_paligemma", f"dist={dist}", f"data.root={tmp_path / 'shapes'}", *DATA, *QUIET, *STEPS)
-    process = start([*torchrun(2, "launch/train.py", *given, f"run.dir={tmp_path / 'run'}")])
+    process = forks.ranks(2, ["launch/train.py", *given, f"run.dir={tmp_path / 'run'}"])
     printed, _ = process.communicate()
     assert process.returncode == 0, printed[-3000:]
     (meanwhile,) = [record for record in read_log(tmp_path / "run" / "log.jsonl") if "eval_vqa_accuracy" in record]

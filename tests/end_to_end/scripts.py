@@ -26,6 +26,7 @@ import train as train_script
 
 import command_line
 from evaluation.helm import run as helm_script
+from tests import forks
 from tests.conftest import ROOT
 from vlmvqa.training.log import read_log
 
@@ -84,9 +85,18 @@ class Ended:
 
 
 def launch(script: str, *arguments: str, before: tuple[str, ...] = ()) -> Ended:
-    """The script as a user starts it."""
-    done = subprocess.run([*before, *command(script, *arguments)], capture_output=True, text=True, check=False)
-    return Ended(done.returncode, done.stdout, done.stderr)
+    """The script in a process of its own, with all its imports after `before`, a command that starts another."""
+    if before:
+        done = subprocess.run([*before, *command(script, *arguments)], capture_output=True, text=True, check=False)
+        return Ended(done.returncode, done.stdout, done.stderr)
+    process = start(script, *arguments)
+    out, err = process.communicate()
+    assert process.returncode is not None
+    return Ended(process.returncode, out, err)
+
+
+def start(script: str, *arguments: str) -> forks.Ranks:
+    return forks.script(command(script, *arguments)[1:])
 
 
 def command(script: str, *arguments: str) -> list[str]:

@@ -19,7 +19,6 @@ from tests.end_to_end.scripts import call, done, metrics
 EPOCHS = {"paligemma": 1, "idefics2": 5}  # of the base: Idefics2 sees through a resampler, which takes long to learn
 KINDS = ("lora", "qlora")
 STEPS = {"vqav2": 300, "docvqa": 450, "gqa": 300, "coco_captions": 300}
-OFTEN = ("paligemma", "qlora", "docvqa")
 DRAWN = ("data.synthetic=true", "data.options.train_images=3000", "data.options.val_images=160")
 QUIET = ("trainer.eval_strategy=no", "trainer.save_strategy=no", "trainer.report_to=none", "+trainer.use_cpu=true")
 # Both towers, as the base knows shapes and nothing of pages or captions.
@@ -49,14 +48,9 @@ def train(family: str, task: str, root: Path, folder: Path, epochs: int, *more: 
     return folder
 
 
-def cases() -> list[object]:
-    slow, long = pytest.mark.slow, pytest.mark.long
-    every = product(EPOCHS, KINDS, STEPS)
-    return [pytest.param(*case, marks=[long, slow] if case == OFTEN else long) for case in every]
-
-
+@pytest.mark.long
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("family", "kind", "task"), cases())
+@pytest.mark.parametrize(("family", "kind", "task"), product(EPOCHS, KINDS, STEPS))
 def test_a_task_is_learned(
     base: Callable[[str], Path], family: str, kind: str, task: str, root: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 import train as train_script
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.harness import start, torchrun
+from tests import forks
 from tests.end_to_end.scripts import call, done, losses, metrics, sentence
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
@@ -61,7 +61,9 @@ def forget_the_end(run: Path) -> None:
     (run / "log.jsonl").write_text("".join(line for line in log if json.loads(line).get("step", 0) <= 3))
 
 
-@pytest.mark.parametrize(("family", "kind"), [("paligemma", "lora"), ("idefics2", "qlora")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("paligemma", "lora"), pytest.param("idefics2", "qlora", marks=pytest.mark.slow)]
+)
 def test_adapters_resume_exactly(bases: dict[str, Path], shapes: str, family: str, kind: str, tmp_path: Path) -> None:
     """Six steps, and three steps and three: the same losses and answers. Checkpoints hold the adapters alone."""
     base, through, in_two = bases[family], tmp_path / "through", tmp_path / "two"
@@ -78,7 +80,9 @@ def test_adapters_resume_exactly(bases: dict[str, Path], shapes: str, family: st
         assert sum(file.stat().st_size for file in folder.glob("*model.safetensors")) < 0.1 * whole
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["another folder's", "the run's own"])
+@pytest.mark.parametrize(
+    "own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["another folder's", "the run's own"]
+)
 def test_a_changed_base_stops_a_resumed_run(bases: dict[str, Path], shapes: str, own: bool, tmp_path: Path) -> None:
     """It would go on over other weights, and name these as its base when it is saved."""
     run, base = tmp_path / "run", tmp_path / "base"
@@ -96,6 +100,7 @@ def test_a_changed_base_stops_a_resumed_run(bases: dict[str, Path], shapes: str,
     assert "checkpoint-3 was trained over other weights than" in said and not (run / "model").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["alone", "projector"])
 def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, whole: bool, tmp_path: Path) -> None:
     """Beside it a projector that trains whole is kept in float32, over a base in bfloat16."""
@@ -128,6 +133,7 @@ def test_a_base_of_the_hub_is_named_by_its_id(
     done(call("eval", where, "data=shapes", shapes, *DATA[1:], "split=val", f"run.dir={tmp_path / 'eval'}"))
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_at_its_start_leaves_no_base(
     shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +159,7 @@ def test_a_run_that_failed_at_its_start_leaves_no_base(
         assert (run / ".wandb_run").exists() == bool(more)
 
 
+@pytest.mark.slow
 def test_a_random_base_is_kept_beside_its_adapters(shapes: str, tmp_path: Path) -> None:
     """Nothing else could bring it back; nor a model made of parts."""
     for model in ("tiny_paligemma", "tiny"):
@@ -196,6 +203,7 @@ def test_what_cannot_work_is_one_sentence(
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_neftune_and_8_bit_optimizers(base: Path, shapes: str, tmp_path: Path) -> None:
     plain, noisy = tmp_path / "plain", tmp_path / "noisy"
     done(call("train", *adapt(base, shapes, plain, "lora", "trainer.optim=adamw_bnb_8bit")))
@@ -204,10 +212,13 @@ def test_neftune_and_8_bit_optimizers(base: Path, shapes: str, tmp_path: Path) -
     assert losses(plain)[1] != losses(noisy)[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind", "dist"),
-    [("paligemma", "lora", "fsdp"), ("paligemma", "qlora", "ddp"), ("idefics2", "qlora", "zero2")],
+    [
+        pytest.param("paligemma", "lora", "fsdp", marks=pytest.mark.slow),
+        pytest.param("paligemma", "qlora", "ddp", marks=pytest.mark.long),
+        pytest.param("idefics2", "qlora", "zero2", marks=pytest.mark.long),
+    ],
 )
 def test_two_ranks_resume_exactly(
     bases: dict[str, Path], shapes: str, family: str, kind: str, dist: str, tmp_path: Path
@@ -216,7 +227,7 @@ def test_two_ranks_resume_exactly(
         given = adapt(
             bases[family], shapes, folder, kind, f"dist={dist}", "trainer.per_device_train_batch_size=2", *more
         )
-        process = start([*torchrun(2, "launch/train.py", *given)])
+        process = forks.ranks(2, ["launch/train.py", *given])
         printed, _ = process.communicate()
         assert process.returncode == 0, printed[-3000:]
 

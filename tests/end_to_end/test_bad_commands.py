@@ -165,6 +165,7 @@ def test_a_loss_that_is_not_a_number_stops_training_at_the_last_good_checkpoint(
     assert [record["step"] for record in read_log(folder / "log.jsonl") if "loss" in record] == list(range(1, step + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_at", ["model.safetensors", "optimizer.pt"])
 def test_a_full_disk_costs_one_sentence_and_no_good_checkpoint(tmp_path: Path, whole: Path, full_at: str) -> None:
     """On a small tmpfs in a mount namespace of its own, which has room for one checkpoint and a part of the next."""

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_make_demo_keeps_its_promise() -> None:
     """At least 95 % on pictures never seen, at most 55 % with the pictures shuffled."""

@@ -160,7 +160,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     return Home(tmp_path_factory.mktemp("home"))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if run_here(page)], ids=lambda page: page.stem)
+def tier(page: Path) -> list[pytest.MarkDecorator]:
+    return [] if page.stem in ("README", "evaluation") else [pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=tier(page), id=page.stem) for page in PAGES if run_here(page)]
+)
 def test_what_a_page_says_works(
     page: Path, home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,6 +59,9 @@ def draw_textvqa(root: Path) -> None:
         (root / f"TextVQA_0.5.1_{split}.json").write_text(json.dumps({"dataset_name": "textvqa", "data": records}))
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with all that the page adds, after the page's commands."""

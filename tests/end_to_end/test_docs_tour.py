@@ -18,6 +18,9 @@ NOTEBOOK = ROOT / "docs" / "tour.ipynb"
 SIZE = "PICTURES, EPOCHS = 600, 10"
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """The notebook with its outputs, and the folder that it was run in."""

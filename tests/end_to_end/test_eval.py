@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.scripts import SHAPES, SMALL, call, command, done, metrics, sentence
+from tests.end_to_end.scripts import SHAPES, SMALL, call, done, metrics, sentence, start
 
 DATA = ("data=vqav2", "data.synthetic=true", *SHAPES)
 
@@ -40,10 +39,11 @@ def test_what_a_result_says_of_itself(trained: Path) -> None:
 def test_a_killed_evaluation_ends_with_the_same_file(tmp_path: Path, trained: Path, root: str) -> None:
     folder = tmp_path / "killed"
     arguments = [f"checkpoint={trained}", *DATA, root, f"run.dir={folder}", "batch_size=1"]
-    with subprocess.Popen(command("eval", *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not any(path.stat().st_size for path in folder.glob("answers-*")):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    process = start("eval", *arguments)
+    while process.poll() is None and not any(path.stat().st_size for path in folder.glob("answers-*")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
     kept = [line for path in folder.glob("answers-*") for line in path.read_text().splitlines() if line]
     assert process.returncode == -signal.SIGKILL and kept and not (folder / "metrics.json").exists()
     done(call("eval", *arguments))

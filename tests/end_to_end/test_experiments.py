@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import vlmvqa
-from tests.distributed.harness import start
+from tests import forks
 from tests.end_to_end.scripts import call, content, done, losses, metrics, predictions, sentence
 from tests.unit.test_clip import folder as clip  # noqa: F401
 from vlmvqa.training import preflight
@@ -32,6 +30,11 @@ BESIDE = {"idefics2_qlora_docvqa": {"cider", "bleu_1", "bleu_4", "rouge_l", "cli
 SMALL = ("data.options.val_images=4", "decoding.max_new_tokens=4", "trainer.use_cpu=true")
 
 
+def tier(recipe: str) -> pytest.MarkDecorator:
+    """One recipe more of each kind in CI."""
+    return pytest.mark.slow if recipe in ("idefics2_qlora_docvqa", "paligemma_transfer") else pytest.mark.long
+
+
 def arguments(recipe: str, home: Path, clip: Path) -> list[str]:  # noqa: F811
     given = [f"experiment={recipe}", f"smoke={RECIPES[recipe]}", f"data.root={home / 'data'}", *SMALL]
     if recipe in BESIDE:
@@ -41,7 +44,7 @@ def arguments(recipe: str, home: Path, clip: Path) -> list[str]:  # noqa: F811
 
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(name, marks=[] if name == "paligemma_qlora_docvqa" else pytest.mark.slow) for name in RECIPES],
+    [pytest.param(name, marks=() if name == "paligemma_qlora_docvqa" else tier(name)) for name in RECIPES],
 )
 def test_a_recipe_runs(recipe: str, tmp_path: Path, clip: Path) -> None:  # noqa: F811
     """Trained, published, and the published folder alone scores what the run scored."""
@@ -74,8 +77,13 @@ def test_a_recipe_runs(recipe: str, tmp_path: Path, clip: Path) -> None:  # noqa
     assert content(published) == before and (published / "README.md").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", FAMILIES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param("paligemma_qlora_docvqa", marks=pytest.mark.slow),
+        pytest.param("idefics2_qlora_docvqa", marks=pytest.mark.long),
+    ],
+)
 def test_killed_and_resumed_is_never_stopped(recipe: str, tmp_path: Path, clip: Path) -> None:  # noqa: F811
     """A run as a kill leaves it after its first checkpoint; the rest of it is the same to the last digit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -92,6 +100,7 @@ def test_killed_and_resumed_is_never_stopped(recipe: str, tmp_path: Path, clip: 
     assert predictions(parts) == predictions(whole)
 
 
+@pytest.mark.slow
 def test_weights_and_biases_has_the_run(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Offline, as without a network: name, folder and configuration are the run's, resumed or not."""
     wandb = pytest.importorskip("wandb", reason="wandb is an extra: pip install 'vlmvqa[wandb]'")
@@ -123,20 +132,12 @@ def test_all_ranks_hear_that_weights_and_biases_refuses(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is an extra: pip install 'vlmvqa[wandb]'")
     small = ("adapt=lora", "model.dtype=float32", "trainer.use_cpu=true", "dist=ddp", "logger=wandb")
     data = ("data.options={train_images:40,val_images:4}", f"data.root={tmp_path / 'shapes'}")
-    command = [sys.executable, "launch/train.py", *small, *data, f"run.dir={tmp_path / 'run'}"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "HOME": str(tmp_path)}
-    alone = {"WANDB_API_KEY": "too short", "WANDB_MODE": "online"}
-    ranks = [start(command, **shared, **alone, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
-    try:
-        printed = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [1, 1]
-    assert "Weights & Biases opens no run" in "".join(printed) and "Traceback" not in "".join(printed)
+    command = ["launch/train.py", *small, *data, f"run.dir={tmp_path / 'run'}"]
+    alone = {"WANDB_API_KEY": "too short", "WANDB_MODE": "online", "HOME": str(tmp_path)}
+    process = forks.ranks(2, command, patience=120, **alone)
+    printed, _ = process.communicate()
+    assert process.statuses == [1, 1], printed[-3000:]
+    assert "Weights & Biases opens no run" in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "base").exists()
 
 

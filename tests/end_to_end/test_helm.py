@@ -265,7 +265,7 @@ def test_helms_vqa_accuracy_is_that_of_our_evaluation(scored: tuple[Path, Ended]
     assert len(set(answers(home).values())) > 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_answers_of_our_evaluation_get_the_same_table(
     scored: tuple[Path, Ended], evaluated: Path, data: str, tmp_path: Path
 ) -> None:
@@ -277,7 +277,7 @@ def test_answers_of_our_evaluation_get_the_same_table(
     assert found["scores"]["real"] == summary(home)["scores"]["real"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_thread_gets_the_same_answers(scored: tuple[Path, Ended], learned: Path, data: str, tmp_path: Path) -> None:
     """And nothing out of the other run's cache."""
     done(helm(f"checkpoint={learned}", data, "max_instances=60", f"run.dir={tmp_path}", "batch_size=1"))
@@ -314,7 +314,7 @@ def fetch(address: str) -> bytes:
     raise AssertionError(f"{address} did not answer")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_helms_pages_show_the_runs_and_their_pictures(scored: tuple[Path, Ended]) -> None:
     home, _ = scored
     with served(home) as address:
@@ -348,7 +348,7 @@ def home(tmp_path: Path, trained: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_command_of_the_readme_and_of_the_page(home: Path) -> None:
     """In order, with fewer questions; and nothing of nltk's is there."""
     pages = (

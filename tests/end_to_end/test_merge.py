@@ -135,6 +135,7 @@ def test_adapters_become_one_model_scored_on_both_tasks(lora: Path) -> None:
     assert set(config["prompts"]) == {"shapes", "gqa", "docvqa"} and "adapter" not in config
 
 
+@pytest.mark.slow
 def test_an_adapter_becomes_a_whole_model(lora: Path, tmp_path: Path) -> None:
     """Compared on what its run evaluated on, or on what is named, or not at all."""
     for number, (kind, into) in enumerate((("lora", "full"), ("qlora", "dequantized"))):

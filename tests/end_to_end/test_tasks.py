@@ -19,8 +19,9 @@ TASKS = {
 QUIET = ("trainer.eval_strategy=no", "trainer.save_strategy=no", "trainer.report_to=none", "trainer.use_cpu=true")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(name, marks=pytest.mark.slow if name == "gqa" else pytest.mark.long) for name in TASKS]
+)
 def test_a_task_is_learned(task: str, tmp_path: Path) -> None:
     size, margin = TASKS[task]
     data = (f"data={task}", "data.synthetic=true", f"data.root={tmp_path / 'data'}", *size)
@@ -33,7 +34,7 @@ def test_a_task_is_learned(task: str, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "run" / "submission.json").read_text())) == found["n"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mixture_is_learned(tmp_path: Path) -> None:
     parts = {"vqav2": "train_images=2000,val_images=100", "gqa": "train_images=2000,val_images=100"}
     data = [

@@ -8,11 +8,10 @@ import pty
 import re
 import signal
 import struct
-import subprocess
 import termios
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests import forks
 from tests.end_to_end.scripts import LONGER, command, losses
 from vlmvqa.training.checkpoints import step_of, whole_checkpoints
 
@@ -25,15 +24,8 @@ def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # rows, columns
-    process = subprocess.Popen(
-        command("train", f"run.dir={folder}", f"data.root={tmp_path / 'shapes'}", *GIVEN, *WORKERS),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        cwd=ROOT,
-        start_new_session=True,
-        preexec_fn=take_terminal,
-    )
+    given = (f"run.dir={folder}", f"data.root={tmp_path / 'shapes'}", *GIVEN, *WORKERS)
+    process = forks.script(command("train", *given)[1:], terminal=theirs)
     os.close(theirs)
     printed, pressed = "", False
     try:
@@ -52,12 +44,6 @@ def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
     assert f"stopped by Ctrl-C, saved in {folder / 'latest'}; go on with resume=auto" in printed
     (checkpoint,) = whole_checkpoints(folder)
     assert step_of(checkpoint) == max(losses(folder)) < 800
-
-
-def take_terminal() -> None:
-    """Make standard input the terminal that interrupts this process."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it starts in the background ignore it
 
 
 def read(terminal: int) -> str:

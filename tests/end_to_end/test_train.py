@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
+import time
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vlmvqa
-from tests.end_to_end.scripts import LONGER, SHAPES, call, command, complaints, done, launch, losses
+from tests.end_to_end.scripts import LONGER, SHAPES, call, complaints, done, launch, losses, start
 from vlmvqa.data import vqav2
 from vlmvqa.inference.scores import score
 from vlmvqa.training.checkpoints import whole_checkpoints
@@ -75,14 +75,11 @@ def test_the_scores_are_the_metrics_of_the_predictions(trained: tuple[Path, str]
 def test_killed_and_resumed_is_never_stopped(tmp_path: Path, trained: tuple[Path, str], data: str) -> None:
     """Promise 5 by kill -9: the same losses at every step, the same predictions, and the log without a gap."""
     folder = tmp_path / "killed"
-    arguments = command("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=12")
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        assert process.stdout is not None
-        while process.stdout.readline():  # it writes a line a step
-            if max(losses(folder), default=0) >= 7:
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
+    process = start("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=12")
+    while process.poll() is None and max(losses(folder), default=0) < 7:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     # What the kill may leave: a checkpoint that was being written.
     half = folder / "checkpoint-9.partial"
     half.mkdir(exist_ok=True)

@@ -18,7 +18,6 @@ from tests.conftest import ROOT
 from tests.end_to_end.scripts import MODEL
 from vlmvqa import __version__
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NEEDED = ("src", "launch", "conf", "evaluation", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 LEFT = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
 SMALL = (
@@ -27,6 +26,9 @@ SMALL = (
     *("trainer.eval_strategy=no", "decoding.max_new_tokens=4"),
     *("data.options.train_images=8", "data.options.val_images=3", "data.options.questions_per_image=2"),
 )
+
+
+pytestmark = pytest.mark.long
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -65,6 +65,7 @@ def test_a_folder_of_the_users_home_is_found(home: Path, monkeypatch: pytest.Mon
     assert vlmvqa.load("~/runs/demo").prompt == "{question}\n"
 
 
+@pytest.mark.slow
 def test_importing_is_cheap() -> None:
     """The package imports nothing heavy; what answers questions, nothing that answering does not need."""
     program = f"""

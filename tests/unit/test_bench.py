@@ -253,6 +253,7 @@ def test_the_vocabulary_shrinks_to_the_memory_that_is_free() -> None:
         assert loss.fitting(2**40, 10, "cpu") < 2**40
 
 
+@pytest.mark.slow
 def test_scaling_prints_and_writes_its_series(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(scaling.main, tmp_path / "scaling.json")
     printed = capsys.readouterr().out
@@ -268,6 +269,7 @@ def test_scaling_prints_and_writes_its_series(tmp_path: Path, capsys: pytest.Cap
     assert by_series["images"][-1]["expected_growth"] == pytest.approx(8)
 
 
+@pytest.mark.slow
 def test_measurements_need_no_other_package(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from bench import loss, scaling, train; "

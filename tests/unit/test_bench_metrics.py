@@ -25,6 +25,7 @@ def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
 
 
+@pytest.mark.slow
 def test_prints_and_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "metrics.json"
     assert metrics.main([*SMALL, "--out", str(out)]) == 0

@@ -98,6 +98,7 @@ def test_peers_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         peers.require_trainer()
 
 
+@pytest.mark.slow
 def test_data_counts_the_workers_that_never_starve_the_model(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "WORKERS", (0, 1))
     rows = run(data, "--images", "8", "--repeats", "1", "--need", "1000")["rows"]

@@ -196,9 +196,9 @@ def test_javas_tokenizer(name: str) -> None:
     assert result.corpus == pytest.approx(official, abs=1e-6)
 
 
+@pytest.mark.long
 @needs_golden
 @needs_java
-@pytest.mark.slow
 def test_meteor() -> None:
     official = read("fakecap126_official_per_image.json")
     images = official["images"]

@@ -34,6 +34,9 @@ print(json.dumps(found))
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each module computes, in a process of its own that keeps nothing and reaches nothing."""

@@ -167,7 +167,7 @@ print(int(memory.split()[1]) * 1024 / 1e9)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_thousand_of_vqav2s_full_size(tmp_path: Path) -> None:
     """Of 214,354 questions about 40,504 images, 1,000 under 2 GB; only the images that are needed are there."""
     from tests.unit.test_million import generate

@@ -124,7 +124,7 @@ def start(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_second_start_takes_seconds_and_finds_the_same(folder: Path) -> None:
     root = generate(folder / "root")

@@ -205,6 +205,7 @@ def test_the_worst_moment_is_that_of_a_real_run(optimizer: str, accumulation: in
     assert planned.peak == pytest.approx(beside + planned.parameters, rel=0.05)
 
 
+@pytest.mark.slow
 def test_fsdps_worst_moment_is_that_of_pytorchs_own_tracker() -> None:
     """A real FSDP2 model, one of four ranks; the process group sends nothing."""
     four = planner(settings=wide(vocab_size=4096), training=Training("bf16", "sgd", 2))
@@ -275,7 +276,7 @@ def deepspeed_peaks(rank: int, file: str, port: int, buckets: dict[str, Any]) ->
         Path(file).write_text(json.dumps(peaks))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_zeros_worst_moment_is_that_of_deepspeed(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -299,6 +300,7 @@ def on_a_gpu_of(memory: float) -> Planner:
     return small
 
 
+@pytest.mark.slow
 @given(
     name=strategies.sampled_from(sorted(STRATEGIES)),
     optimizer=strategies.sampled_from(OPTIMIZERS),
@@ -346,6 +348,7 @@ def test_a_packed_row_is_full() -> None:
     assert given["labels"].shape == (2, 100) and len(given["pixel_values"]) == 4
 
 
+@pytest.mark.slow
 def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
     recipe = plan.build_planner(compose("experiment=vlm_vqa_4xa10g"))
     assert (recipe.gpu.name, recipe.gpus, recipe.rows.rows, recipe.shape.tokens) == ("A10G (24 GB)", 4, 6, 320)
@@ -427,6 +430,7 @@ def test_a_weight_larger_than_a_bucket_is_sent_alone() -> None:
     assert kept.reduction == 2 * 2 * 600_000_000
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_the_plan(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch" / "plan.py"), f"run.dir={tmp_path}", "dist=zero2", "plan.gpu=L4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -197,6 +197,7 @@ def test_the_worst_moment_is_that_of_a_real_run(checkpointing: bool) -> None:
 # ---- plans
 
 
+@pytest.mark.slow
 def test_lora_fits_sixteen_gigabytes_and_full_tuning_does_not() -> None:
     """PaliGemma 3B at 224 pixels, with activation checkpointing."""
     name, card = "google/paligemma-3b-pt-224", GPUS["a4000"]

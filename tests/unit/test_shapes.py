@@ -262,6 +262,7 @@ def write_at_once(folder: Path, *seeds: int) -> list[str]:
     return [process.communicate("go on\n")[1].strip().rpartition("\n")[2] for process in started]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("empty_folder", [False, True])
 def test_two_processes_that_draw_at_once_leave_one_data_set(tmp_path: Path, empty_folder: bool) -> None:
     folder = tmp_path / "shapes"
@@ -273,6 +274,7 @@ def test_two_processes_that_draw_at_once_leave_one_data_set(tmp_path: Path, empt
     assert files(folder) == files(alone)
 
 
+@pytest.mark.slow
 def test_of_two_settings_drawn_at_once_the_later_is_refused(tmp_path: Path) -> None:
     first, second = write_at_once(tmp_path / "shapes", 0, 1)
     assert first == "" and "was written with other settings (seed 0, now 1)" in second

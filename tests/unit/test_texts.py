@@ -145,6 +145,7 @@ assert [list(row) for row in DataLoader(Rows(), batch_size=None, num_workers=2)]
 """
 
 
+@pytest.mark.slow
 def test_workers_forked_after_the_table_tokenise_without_a_word(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
