@@ -13,9 +13,10 @@ from vlmvqa.planning.planner import CONTEXT, FRAGMENTATION, Plan, Planner
 SIZES = ("parameters", "gradients", "optimizer", "buffers", "activations", "logits", "temporary")
 HEADINGS = ("strategy", "needed", "fits", "host", "questions/s", "most rows", "with checkpointing", "worst moment")
 LEGEND = f"""\
-GiB on each GPU. needed: the worst moment, with {FRAGMENTATION:.0%} (fragments) and {CONTEXT / GIB:.1f} GiB (CUDA) more. host:
-GiB of host memory, all GPUs together. most rows: that fit a GPU, without and with activation
-checkpointing. worst moment: backward pass, last reduction of gradients, or optimizer's step.
+GiB on each GPU. needed: the worst moment, with {FRAGMENTATION:.0%} (fragments) and {CONTEXT / GIB:.1f} GiB (CUDA)
+more. host: GiB of host memory, all GPUs together. questions/s: an estimate from what is assumed
+above. most rows: that fit a GPU, without and with activation checkpointing. worst moment: backward
+pass, last reduction of gradients, or optimizer's step.
 optimizer: its states, and under ZeRO the fp32 weights. buffers: for communication, and weights
 gathered from shards. activations: alive when the decoder has returned, under ddp with autocast's
 copies of the weights. logits: what the loss adds, with the output matrix's gradient. temporary: the
@@ -41,7 +42,7 @@ training   {training.precision}, {training.optimizer}, activation checkpointing 
 batch      {batch}
 rows       {shape.tokens} tokens: {images} of images, {questions} of questions; {shape.supervised} are supervised
 GPUs       {planner.gpus} x {gpu.name}, {gpu.memory} GiB each for PyTorch
-assumed    {speed}, {counted(rows.questions, "question")} an image (so questions/s is an estimate)"""
+assumed    {speed}, {counted(rows.questions, "question")} an image"""
 
 
 def table(plans: Sequence[Plan], chosen: str) -> str:
