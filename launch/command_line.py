@@ -63,7 +63,7 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
             # From a DataLoader's worker the message is a traceback that ends with "...InputError: sentence".
             _stop("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])
         except KeyboardInterrupt:
-            _stop("stopped by the keyboard")
+            _stop("stopped by Ctrl-C")
         except Exception as error:
             sentence = _known(error)
             if sentence is None and ranks.claim_failure(type(error).__name__) is None:
@@ -95,11 +95,11 @@ def _known(error: Exception) -> str | None:
     """A sentence for what is no mistake of ours, however the library that met it wraps it."""
     said = str(error)
     if "No space left on device" in said:
-        return f"the disk is full ({error}); free space, and go on with resume=auto where a run trained"
+        return f"the disk is full ({error}); free space, and resume a training run with resume=auto"
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full; launch/plan.py with the same arguments says what fits"
     if ranks.together() and any(mark in said for mark in PEER_GONE):
-        return f"another rank was killed or cannot be reached ({said.splitlines()[0]}); go on with resume=auto"
+        return f"another rank was killed or cannot be reached ({said.splitlines()[0]}); resume with resume=auto"
     return None
 
 

@@ -19,7 +19,7 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import read_once
 from vlmvqa.data.example import Example, all_answered, count_questions
 from vlmvqa.data.hub import Columns
-from vlmvqa.errors import InputError, suggest
+from vlmvqa.errors import InputError, counted, suggest
 from vlmvqa.inference.scores import check_options, refuse_unscorable
 from vlmvqa.settings import build_settings
 
@@ -244,7 +244,8 @@ class Task:
     def __str__(self) -> str:
         trained, evaluated = self.train, self.evaluated
         return (
-            f"{self.name + ': ' if self.name else ''}{count_questions(trained):,} questions on {len(trained):,} images "
+            f"{self.name + ': ' if self.name else ''}{counted(count_questions(trained), 'question')} on "
+            f"{counted(len(trained), 'image')} "
             f"to train on{f' (weight {self.weight:g})' if self.weight != 1 else ''}, "
             f"{count_questions(evaluated):,} on {len(evaluated):,} to evaluate on"
         )

@@ -39,7 +39,7 @@ from vlmvqa.data.check import Published, check, table
 from vlmvqa.data.download import Archive, prepare
 from vlmvqa.data.example import Example
 from vlmvqa.data.features import FeatureKey, check_dtype
-from vlmvqa.errors import InputError, suggest
+from vlmvqa.errors import InputError, counted, suggest
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.models.vlm import DTYPES
 from vlmvqa.settings import build_settings
@@ -89,12 +89,12 @@ def features(config: DictConfig) -> None:
         )
     except torch.OutOfMemoryError as error:
         raise InputError(f"the GPU's memory is full at batch_size={config.batch_size}; make it smaller") from error
-    print(f"{len(store):,} images; train on them with data.features={folder} trainable.vision=none")
+    print(f"{counted(len(store), 'image')}; train on them with data.features={folder} trainable.vision=none")
     listing = folder / "skipped.jsonl"
     listing.unlink(missing_ok=True)  # what an earlier command left out is counted again by this one
     bad_records.list_in(listing)
     if bad_records.seen:
-        print(f"{len(bad_records.seen):,} bad records left out, listed in {listing}")
+        print(f"{counted(len(bad_records.seen), 'bad record')} left out, listed in {listing}")
 
 
 def build_encoder(
@@ -132,7 +132,7 @@ def check_data(config: DictConfig) -> None:
         folder = Path(config.check.dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "problems.txt").write_text("\n".join(problems) + "\n", encoding="utf-8")
-        print(f"{len(problems):,} problems, the first: {problems[0]}\nall of them: {folder / 'problems.txt'}")
+        print(f"{counted(len(problems), 'problem')}, the first: {problems[0]}\nall of them: {folder / 'problems.txt'}")
     if not all(one.whole for one in found):
         sys.exit(1)
 
@@ -147,9 +147,9 @@ def pack(config: DictConfig) -> None:
     most = data.max_eval_samples if config.split == data.eval_split else data.max_train_samples
     examples = read_examples(data, config.split, most, bad_records)
     written = packed.write(folder, packing_key(data, config.split, most), examples, bad_records, progress=True)
-    print(f"{written:,} images with all their questions; train on them with data.packed={folder}")
+    print(f"{counted(written, 'image')} with all questions; train on them with data.packed={folder}")
     if bad_records.seen:
-        print(f"{len(bad_records.seen):,} bad records left out, the first: {bad_records.seen[0]}")
+        print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")
 
 
 def download(config: DictConfig) -> None:

@@ -19,7 +19,7 @@ from vlmvqa import fingerprint, ranks
 from vlmvqa.code_state import code_state
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.errors import InputError
+from vlmvqa.errors import InputError, counted
 from vlmvqa.inference.evaluate import Asked, evaluate, table, write_results
 from vlmvqa.inference.gallery import Record
 from vlmvqa.inference.journal import Journal
@@ -72,7 +72,9 @@ def score_and_report(
     answers = answer(asked.examples)
     missing = [question.id for question in asked.questions if question.id not in answers]
     if missing and bad_records.policy == "error":
-        raise InputError(f"{len(missing)} questions have no answer (the first is {missing[0]}); start the same again")
+        raise InputError(
+            f"{counted(len(missing), 'question')} without an answer (the first is {missing[0]}); start the same again"
+        )
     found, predictions = evaluate(asked, answers, answer)
     facts = {**made_by, "split": split, "prompt": data.prompt}
     looks: Sequence[tuple[Record, Image]] | str = ()

@@ -1,8 +1,9 @@
-"""The folder of a training run: whether it may be used, and from which checkpoint its run goes on."""
+"""The folder of a training run: whether it may be used, and from which checkpoint its run resumes."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -20,12 +21,12 @@ from results import versions
 from vlmvqa import ranks
 from vlmvqa.code_state import code_state
 from vlmvqa.data.submissions import replace_file
-from vlmvqa.errors import InputError
+from vlmvqa.errors import InputError, counted
 from vlmvqa.models.checkpoint import Adapter
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
 from vlmvqa.training.launchers import LAUNCH
 from vlmvqa.training.samples import FILE as SAMPLES
-from vlmvqa.training.state import progress
+from vlmvqa.training.state import progress, total_steps
 from vlmvqa.training.tracking import run_ids
 
 RUN = "run.json"  # when, how, on what and from which code it was started, each time
@@ -60,10 +61,12 @@ FREE = (
     "trainer.report_to",
     "trainer.disable_tqdm",
 )
+# ...and for its length, which may grow.
+EPOCHS, STEPS = "trainer.num_train_epochs", "trainer.max_steps"
 
 
 def going_on(folder: Path, config: DictConfig) -> bool:
-    """Whether the run goes on where it stood: as it was told, or because torchrun started it again after a failure.
+    """Whether the run resumes where it stopped: as it was told, or because torchrun started it again after a failure.
 
     Started again is what finds the name of its own launch in the folder: torchrun's count of restarts differs between
     machines, and does not say whether the attempt before had begun.
@@ -75,12 +78,12 @@ def going_on(folder: Path, config: DictConfig) -> bool:
 
 
 def refuse_run(folder: Path, config: DictConfig) -> None:
-    """Stop where the folder holds a run that is neither to go on nor to be replaced."""
+    """Stop where the folder holds a run that is neither resumed nor replaced."""
     log = folder / "log.jsonl"  # empty where the run failed before it had anything to tell
     holds = (log.exists() and log.stat().st_size > 0) or any(folder.glob("checkpoint-*"))
     if not going_on(folder, config) and holds and not config.run.overwrite:
         raise InputError(
-            f"{folder} already holds a run; go on with resume=auto, choose another run.name, "
+            f"{folder} already holds a run; resume it with resume=auto, choose another run.name, "
             "or replace it with run.overwrite=true"
         )
 
@@ -93,7 +96,7 @@ def open_run(folder: Path, config: DictConfig, global_batch: int, world: int) ->
         world: how many ranks share them.
 
     Returns:
-        the checkpoint to go on from, if any; and what there is to tell.
+        the checkpoint to resume from, if any; and what there is to tell.
     """
     resumed = going_on(folder, config)
     if not resumed and (folder / "log.jsonl").exists():
@@ -105,15 +108,16 @@ def open_run(folder: Path, config: DictConfig, global_batch: int, world: int) ->
         for left in (folder / "skipped.jsonl", folder / SAMPLES, folder / RUN, *run_ids(folder)):
             left.unlink(missing_ok=True)  # by a run that ended before its first step
     said = [
-        f"{unfinished} was cut short while it was written and is removed" for unfinished in remove_unfinished(folder)
+        f"{unfinished} is incomplete (writing it was interrupted) and was removed"
+        for unfinished in remove_unfinished(folder)
     ]
     checkpoint, complaints = newest_sound(folder) if resumed else (None, [])
     if checkpoint is not None:
         if not config.resume_force:
-            _refuse_changes(folder, config)
+            _refuse_changes(folder, config, checkpoint)
             _refuse_other_batch(checkpoint, global_batch, world, config)
         point(folder / LATEST, checkpoint)
-        said += [*complaints, f"going on from {checkpoint}"]
+        said += [*complaints, f"resuming from {checkpoint}"]
     elif resumed and not complaints and (folder / "config.yaml").exists():
         said.append(f"{folder} holds no checkpoint yet, so it starts from its beginning")
     elif complaints:
@@ -126,7 +130,7 @@ def record_start(folder: Path, step: int) -> None:
     """Add this start to `run.json`.
 
     Args:
-        step: of the checkpoint that it goes on from (0: it begins).
+        step: of the checkpoint that it resumes from (0: it begins).
     """
     path = folder / RUN
     before = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
@@ -144,26 +148,38 @@ def record_start(folder: Path, step: int) -> None:
     replace_file(path, json.dumps({"starts": [*before, start]}, indent=2) + "\n")
 
 
-def _refuse_changes(folder: Path, config: DictConfig) -> None:
-    """Stop a resumed run that is configured otherwise than the one it goes on with."""
+def _refuse_changes(folder: Path, config: DictConfig, checkpoint: Path) -> None:
+    """Stop a resumed run whose settings have changed, unless it is only made longer."""
     before = folder / "config.yaml"
     if not before.exists():
         raise InputError(
-            f"{before} is missing, so what this run was trained with is not known; or set resume_force=true"
+            f"{before} is missing, so this run's settings cannot be compared; resume anyway with resume_force=true"
         )
-    values = [_flat(OmegaConf.to_container(c, resolve=True)) for c in (OmegaConf.load(before), config)]
+    old, new = (_flat(OmegaConf.to_container(c, resolve=True)) for c in (OmegaConf.load(before), config))
     changed = [
-        f"{key} was {values[0].get(key)} and is now {values[1].get(key)}"
-        for key in sorted(values[0] | values[1])
+        key
+        for key in sorted(old | new)
         if key.split(".")[0] in DECIDES
         and not re.sub(r"^data\.parts\.[^.]+\.", "data.", key).startswith(FREE)
-        and values[0].get(key) != values[1].get(key)
+        and old.get(key) != new.get(key)
+        and not _extends(key, old, new, checkpoint)
     ]
     if changed:
+        listed = "; ".join(f"{key} was {old.get(key)} and is now {new.get(key)}" for key in changed)
+        hint = ""
+        if set(changed) & {EPOCHS, STEPS}:
+            hint = f" (a run can be extended, not shortened: raise {STEPS} where it is set, else {EPOCHS})"
         raise InputError(
-            f"{folder} cannot go on as it was trained: {'; '.join(changed)}; give what it had, "
-            "choose another run.name, or go on all the same with resume_force=true"
+            f"{folder} cannot be resumed with changed settings: {listed}{hint}; give the previous values, "
+            "choose another run.name, or resume anyway with resume_force=true"
         )
+
+
+def _extends(key: str, old: dict[str, Any], new: dict[str, Any], checkpoint: Path) -> bool:
+    """Whether a changed setting makes the run longer: more epochs, or more steps than the run was to make."""
+    if key == STEPS:
+        return bool(new.get(key, -1) > total_steps(checkpoint))
+    return key == EPOCHS and new.get(STEPS, -1) <= 0 and new.get(key, 0) > old.get(key, math.inf)
 
 
 def _refuse_other_batch(checkpoint: Path, global_batch: int, world: int, config: DictConfig) -> None:
@@ -176,8 +192,8 @@ def _refuse_other_batch(checkpoint: Path, global_batch: int, world: int, config:
     if accumulated and not rest:
         remedy = f"set trainer.gradient_accumulation_steps={accumulated}"
     raise InputError(
-        f"{checkpoint} was trained with {before} rows a step, now it would be {global_batch}: {remedy}, "
-        "or go on all the same with resume_force=true"
+        f"{checkpoint} was trained with {counted(before, 'row')} a step, now it would be {global_batch}: {remedy}, "
+        "or resume anyway with resume_force=true"
     )
 
 

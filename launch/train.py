@@ -4,7 +4,7 @@ python launch/train.py                                             the tiny mode
 python launch/train.py model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2
 accelerate launch launch/train.py +dist=fsdp                       on all GPUs of the machine
 deepspeed launch/train.py                                          the same under ZeRO-2
-python launch/train.py resume=auto                                 go on where the run stood
+python launch/train.py resume=auto                                 resume a stopped run
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(config: DictConfig) -> None:
     if stopped_by:
         tracking.finish()
         by = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by
-        ranks.say(f"stopped by {by}, saved in {folder / 'latest'}; go on with resume=auto")
+        ranks.say(f"stopped by {by}, saved in {folder / 'latest'}; resume with resume=auto")
         if stopped_by == "SIGINT" and not ranks.together():  # else the launcher would take it for a rank that failed
             sys.exit(128 + signal.SIGINT)  # what a shell expects: `train && eval` goes no further
         return

@@ -8,7 +8,7 @@ Most used, each as key=value:
                  experiment=... adapt=lora                 a whole recipe; adapters in place of all weights
                  start_from=runs/base                      train a saved model on
   where          run.name=vqa run.dir=... hub_id=me/vqa    what the run leaves, and where it is published
-                 resume=auto run.overwrite=true            go on; start anew
+                 resume=auto run.overwrite=true            resume; start over
   how long       trainer.num_train_epochs=1 trainer.max_steps=1000 trainer.eval_steps=500
   how            trainer.learning_rate=1e-5 trainer.per_device_train_batch_size=6
                  trainer.gradient_accumulation_steps=10 trainer.bf16=true

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmvqa.data.example import Example
-from vlmvqa.errors import InputError
+from vlmvqa.errors import InputError, counted
 from vlmvqa.inference import intervals
 from vlmvqa.metrics import helm_bleu_1
 
@@ -151,7 +151,9 @@ def table(found: Mapping[str, Any]) -> str:
     for mode, difference in found["real_minus"].items():
         if difference:
             lines.append(f"{'real - ' + mode:<18}{_shown(difference):>24}")
-    lines.append(f"{found['n']} questions about {found['images']} images; in brackets 95 % over images")
+    lines.append(
+        f"{counted(found['n'], 'question')} about {counted(found['images'], 'image')}; in brackets 95 % over images"
+    )
     cut = found["cut_at_their_first_line"]["real"]
     return "\n".join([*lines, *([f"answers that went on after their first line, cut there: {cut}"] if cut else [])])
 

@@ -81,7 +81,7 @@ def test_a_rank_killed_while_it_saves(tmp_path: Path, data: str, whole: Path, st
     done(process, code=1)
     assert whole_checkpoints(folder)
     printed = done(forks.ranks(2, train(folder, data, f"dist={strategy}", "resume=auto", "trainer.save_steps=1")))
-    assert "going on from" in printed
+    assert "resuming from" in printed
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
 
 
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, data: 
     again = train(folder, data, "resume=auto", "trainer.per_device_train_batch_size=8")
     printed = ended(call("train", *again[1:])).out
     assert "checkpoint-12 is damaged (optimizer.safetensors is not as it was written)" in printed
-    assert f"going on from {folder}/checkpoint-9" in printed
+    assert f"resuming from {folder}/checkpoint-9" in printed
     assert losses(folder) == losses(whole)
     assert (folder / "latest").resolve().name == "checkpoint-12"
 
@@ -117,7 +117,7 @@ def test_a_changed_run_does_not_go_on(tmp_path: Path, data: str, whole: Path) ->
     said = refused("resume=auto", batch)
     assert "config.yaml is missing" in said and "resume_force=true" in said
     forced = train(folder, data, *changed, "resume_force=true", "trainer.max_steps=14")
-    assert "going on from" in ended(call("train", *forced[1:])).out and max(losses(folder)) == 14
+    assert "resuming from" in ended(call("train", *forced[1:])).out and max(losses(folder)) == 14
     rates = {record["step"]: record["learning_rate"] for record in read_log(folder / "log.jsonl") if "loss" in record}
     assert rates[1] == 0 < rates[14] < rates[13] < 1e-4  # where it stood in the schedule, of the rate given now
 

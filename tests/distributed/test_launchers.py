@@ -139,7 +139,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, data: str, whole: P
     assert max(losses(folder)) < 12
     assert "error: another rank was killed" in printed
     printed = done(forks.ranks(2, train(folder, data, f"dist={strategy}", "resume=auto")))
-    assert ("going on from" in printed and "checkpoint-6" in printed) or "checkpoint-9" in printed
+    assert ("resuming from" in printed and "checkpoint-6" in printed) or "checkpoint-9" in printed
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
 
 
@@ -166,7 +166,7 @@ def test_two_machines_and_a_worker_that_comes_back(tmp_path: Path, data: str, wh
     for pid in ranks_of(folder, 1):
         os.kill(pid, signal.SIGKILL)
     printed = [done(agent) for agent in agents]
-    assert any("going on from" in text for text in printed)
+    assert any("resuming from" in text for text in printed)
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
     assert (folder / "model" / "config.json").exists()
 

@@ -35,7 +35,7 @@ COMPILING = [strategy for strategy in STRATEGIES if strategy != "zero3"]
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Each strategy on 2 ranks, as it is, going on from another's checkpoint, and with packed rows."""
+    """Each strategy on 2 ranks, as it is, resuming from another's checkpoint, and with packed rows."""
     cases = [Case(strategy, strategy, steps=STEPS) for strategy in STRATEGIES]
     cases += [Case(f"{NEXT[s]}-on-{s}", NEXT[s], steps=STEPS, resume=(s, 4)) for s in STRATEGIES]
     cases += [Case(f"{strategy}-packed", strategy, **PACKED) for strategy in STRATEGIES]

@@ -71,7 +71,7 @@ def test_adapters_resume_exactly(bases: dict[str, Path], shapes: str, family: st
     shutil.copytree(through, in_two, symlinks=True)
     forget_the_end(in_two)
     again = done(call("train", *adapt(base, shapes, in_two, kind, "resume=auto")))
-    assert f"going on from {in_two / 'checkpoint-3'}" in again.out
+    assert f"resuming from {in_two / 'checkpoint-3'}" in again.out
     rest = {step: loss for step, loss in losses(through).items() if step > 3}
     assert {step: loss for step, loss in losses(in_two).items() if step > 3} == rest and len(rest) == 3
     assert (in_two / "predictions.jsonl").read_text() == (through / "predictions.jsonl").read_text()

@@ -86,7 +86,7 @@ def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
     said = sentence(call(*arguments))
     assert bad.name in said and "data.on_bad_record=skip" in said
     skipped = done(call(*arguments, "data.on_bad_record=skip"))
-    assert "29 images; " in skipped.out and "1 bad records left out" in skipped.out
+    assert "29 images; " in skipped.out and "1 bad record left out" in skipped.out
     (record,) = (folder / "skipped.jsonl").read_text().splitlines()
     assert bad.name in json.loads(record)["record"]
 

@@ -1,4 +1,4 @@
-"""A training at a terminal: a bar with an estimate, and Ctrl-C, which saves and says how to go on."""
+"""A training at a terminal: a bar with the time left, and Ctrl-C, which saves and says how to resume."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORKERS = ("trainer.dataloader_num_workers=1",)
 def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))  # rows, columns
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))  # rows, columns
     given = (f"run.dir={folder}", f"data.root={tmp_path / 'shapes'}", *GIVEN, *WORKERS)
     process = forks.script(command("train", *given)[1:], terminal=theirs)
     os.close(theirs)
@@ -38,10 +38,10 @@ def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
     finally:
         process.kill()
         os.close(ours)
-    assert re.search(r"/800 \[\S+<\S+, +\S+(it/s|s/it)", printed), printed[-3000:]  # where it is, and how much longer
+    assert re.search(r"/800, \d+:\d\d left, loss \S+, lr \S+, \S+ questions/s", printed), printed[-3000:]
     assert "Traceback" not in printed
-    assert printed.count("Ctrl-C: this step ends, is saved, and the run stops; again: it stops at once") == 1
-    assert f"stopped by Ctrl-C, saved in {folder / 'latest'}; go on with resume=auto" in printed
+    assert printed.count("Ctrl-C: finishing this step and saving, then stopping; press it again to stop at once") == 1
+    assert f"stopped by Ctrl-C, saved in {folder / 'latest'}; resume with resume=auto" in printed
     (checkpoint,) = whole_checkpoints(folder)
     assert step_of(checkpoint) == max(losses(folder)) < 800
 

@@ -100,17 +100,13 @@ def test_a_finished_run_trains_no_further(tmp_path: Path, trained: tuple[Path, s
     assert (folder / "predictions.jsonl").read_text() == (trained[0] / "predictions.jsonl").read_text()
 
 
-# A longer run has other learning rates, unless they are constant: it goes on only when told to.
-FORCED = ("resume=auto", "resume_force=true")
-
-
 @pytest.mark.slow
 def test_sampled_targets_go_on_after_a_resume(tmp_path: Path, data: str) -> None:
     """Targets drawn anew each epoch are the same whether an epoch was begun before or after the resume."""
     small = (*LONGER, data, "data.target=sampled", "trainer.lr_scheduler_type=constant", "trainer.eval_strategy=no")
     run("train", f"run.dir={tmp_path / 'whole'}", *small, "trainer.max_steps=8")
     run("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=6")
-    run("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=8", *FORCED)
+    run("train", f"run.dir={tmp_path / 'parts'}", *small, "trainer.max_steps=8", "resume=auto")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 

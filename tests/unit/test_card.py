@@ -114,6 +114,7 @@ def test_the_card_holds_scores_config_and_licences(tmp_path: Path) -> None:
     )
     assert "| vqav2 val | VQA accuracy (%) | 12 | 61.50 | 24.00 | - |" in text and config in text
     assert "A vision encoder, a projector and a language model" in text and "library_name: vlmvqa\n" in text
+    assert "\n- Metric and prompt of vqav2: official script; `'answer en {question}\\n'`.\n" in text
     for given, licence in (
         (("vit_dinov2", "random", "gemma2", "random"), "apache-2.0"),
         (("vit_dinov2", "hub", "gemma2", "random"), "apache-2.0"),

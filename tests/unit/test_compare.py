@@ -67,7 +67,7 @@ def test_the_same_run_twice(tmp_path: Path) -> None:
     [
         ({"split": "test"}, "split is val in one and test in the other"),
         ({"metric_version": "2"}, "metric_version is 1 in one and 2 in the other"),
-        ({"n": 36}, "4 questions are in one alone"),
+        ({"n": 36}, "they differ by 4 questions"),
     ],
 )
 def test_what_is_not_comparable_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -391,8 +391,11 @@ def test_a_recommendation_names_what_to_set() -> None:
     assert said.startswith("ddp does not fit") and "Set instead" in said
     none = on_a_gpu_of(0.8)
     assert "No strategy fits a single row" in report.recommend(none, none.compare(False), "ddp")
-    table = report.table(plans, "ddp")
-    assert len(table.splitlines()) == 1 + len(STRATEGIES) and "ddp *" in table
+    for one in (COUNTED, heavy):
+        table = report.table(one.compare(False), "zero3_offload")
+        assert len(table.splitlines()) == 2 * (1 + len(STRATEGIES)) + 1 and "zero3_offload *" in table
+        text = [*table.splitlines(), *report.headline(one, True).splitlines(), *report.LEGEND.splitlines()]
+        assert max(map(len, text)) <= 100
 
 
 def test_what_cannot_run_is_refused() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+import torch
+from accelerate import PartialState
+from omegaconf import DictConfig, OmegaConf
 
-from run_folder import STARTED, going_on
+from run_folder import STARTED, going_on, open_run
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
 from vlmvqa.errors import InputError
+from vlmvqa.training import checkpoints, parallel
 from vlmvqa.training.launchers import LAUNCH, slurm_task
 from vlmvqa.training.parallel import DistSettings
 from vlmvqa.training.preflight import OURS, Asked, check, optimizer_for, refuse
@@ -71,7 +75,7 @@ def test_what_works_is_not(given: Asked) -> None:
 
 
 def test_started_again_is_told_by_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A restart by torchrun goes on with the run that this launch began, and with no other."""
+    """A restart by torchrun resumes the run that this launch began, and with no other."""
     config = OmegaConf.create({"resume": None})
     assert not going_on(tmp_path, config)
     monkeypatch.setenv(LAUNCH, "this")
@@ -80,6 +84,63 @@ def test_started_again_is_told_by_the_launch(tmp_path: Path, monkeypatch: pytest
     assert not going_on(tmp_path, config)
     (tmp_path / STARTED).write_text("this")
     assert going_on(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "refused"),
+    [
+        ({}, {"num_train_epochs": 8}, None),
+        ({}, {"max_steps": 30}, None),  # 4 epochs are 20 steps
+        ({"max_steps": 20}, {"max_steps": 21}, None),
+        (
+            {},
+            {"num_train_epochs": 3},
+            "trainer.num_train_epochs was 4 and is now 3 (a run can be extended, not shortened",
+        ),
+        ({}, {"max_steps": 20}, "trainer.max_steps was -1 and is now 20 (a run can"),
+        ({"max_steps": 20}, {"max_steps": -1}, "trainer.max_steps was 20 and is now -1 (a run can"),
+        ({"max_steps": 20}, {"max_steps": 20, "num_train_epochs": 8}, "raise trainer.max_steps where it is set"),
+        ({}, {"num_train_epochs": 8, "optim": "sgd"}, "changed settings: trainer.optim was adamw and is now sgd; give"),
+    ],
+)
+def test_a_resumed_run_may_only_be_extended(
+    tmp_path: Path, was: dict[str, Any], now: dict[str, Any], refused: str | None
+) -> None:
+    def config(trainer: dict[str, Any]) -> DictConfig:
+        given = {"num_train_epochs": 4, "max_steps": -1, "optim": "adamw", **trainer}
+        return OmegaConf.create({"resume": "auto", "resume_force": False, "trainer": given})
+
+    with checkpoints.writing(tmp_path, 20) as folder:
+        (folder / "progress.json").write_text(json.dumps({"global_batch": 8}))
+        (folder / "trainer_state.json").write_text(json.dumps({"max_steps": 20}))
+    OmegaConf.save(config(was), tmp_path / "config.yaml")
+    if refused:
+        with pytest.raises(InputError) as error:
+            open_run(tmp_path, config(now), 8, 1)
+        assert refused in str(error.value)
+    else:
+        checkpoint, told = open_run(tmp_path, config(now), 8, 1)
+        assert checkpoint == tmp_path / "checkpoint-20" and told == [f"resuming from {checkpoint}"]
+
+
+def test_one_process_under_fsdp_starts_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Nobody has to set OMP_NUM_THREADS, of which accelerate warns."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    for name in group:
+        monkeypatch.setenv(name, "")  # so that what is set here is unset afterwards
+        monkeypatch.delenv(name)
+    threads = torch.get_num_threads()
+    PartialState._reset_state()
+    parallel.start(DistSettings("fsdp"), cpu=True)
+    try:
+        PartialState(cpu=True)
+        assert [str(warning.message) for warning in recwarn] == []
+    finally:
+        torch.distributed.destroy_process_group()
+        PartialState._reset_state()
+        torch.set_num_threads(threads)
 
 
 def test_what_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +184,7 @@ def test_the_table_of_one_process(tmp_path: Path) -> None:
     lines = check(given).splitlines()
     assert lines[0].split(maxsplit=1)[1] == "one process, 1 rank on cpu"
     assert "adamw_bnb_8bit, 8-bit moments in blocks of 256, fp32 below 4,096 elements, norm clipped to 1" in lines[4]
-    assert lines[6].endswith("2 rows (2 a rank x 1 accumulated x 1 ranks)")
+    assert lines[6].endswith("2 rows (2 a rank x 1 accumulated x 1 rank)")
 
 
 def test_a_task_of_slurm_knows_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,8 +207,13 @@ def test_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
 
 
 def test_curves_are_drawn_and_each_drawing_has_its_own_ids(tmp_path: Path) -> None:
-    _, page = write(tmp_path)
-    assert page.tags.count("figure") == 5
+    """But for one that is constant, like the peak memory of a process on a CPU."""
+    varying = [
+        {"grad_norm": 1 + 1 / step, "learning_rate": 1 / step, "questions_per_second": step} for step in (1, 2, 3)
+    ]
+    log = [{"step": 1 + n, "loss": 1.0, "peak_memory_gib": 1 + n / 1000, **one} for n, one in enumerate(varying)]
+    _, page = write(tmp_path, log=log)
+    assert page.tags.count("figure") == 5 and "Gradient norm" in page.text and "Peak memory" not in page.text
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
 

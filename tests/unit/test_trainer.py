@@ -149,6 +149,25 @@ def test_the_log_holds_a_line_a_step(tmp_path: Path) -> None:
     assert read_log(tmp_path / "log.jsonl")[-1]["step"] == 4
 
 
+def test_an_extended_run_follows_the_schedule_of_its_new_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says how the learning rate changes; resumed as it was, nothing changes."""
+    cosine = {"lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, model(), **cosine).train()
+    before = read_log(tmp_path / "log.jsonl")
+    for steps, checkpoint in ((4, "checkpoint-2"), (8, "checkpoint-4")):
+        capsys.readouterr()
+        given = trainer(tmp_path, model(), max_steps=steps, **cosine)
+        given.train(resume_from_checkpoint=str(tmp_path / checkpoint))
+        said = "learning rate after step 4: 0 before, 0.0005 now (the cosine schedule spans 8 steps)"
+        printed = capsys.readouterr().out
+        assert (said in printed) == (steps == 8) and ("learning rate after" in printed) == (steps == 8)
+    rates = {record["step"]: record["learning_rate"] for record in read_log(tmp_path / "log.jsonl")}
+    assert [rates[record["step"]] for record in before] == [record["learning_rate"] for record in before]
+    assert rates[5] == pytest.approx(0.0005) and rates[8] < rates[7] < rates[6] < rates[5]
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> None:
     vlm = model()
     with torch.no_grad():

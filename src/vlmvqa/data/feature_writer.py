@@ -38,7 +38,7 @@ from vlmvqa.data.features import (
     samples,
     shard_path,
 )
-from vlmvqa.errors import InputError
+from vlmvqa.errors import InputError, counted
 from vlmvqa.progress import bar
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class Forecast:
         each = size(bytes_an_image(self.shape, STORED[self.dtype][0]))
         there = f", {size(self.present)} of them there already" if self.present else ""
         return (
-            f"{self.images:,} images of {self.shape[0]} tokens x {self.shape[1]} numbers in {self.dtype}, {each} each: "
-            f"{size(self.bytes)} of features in {self.folder}{there}; {size(self.free)} are free"
+            f"{counted(self.images, 'image')} of {self.shape[0]} tokens x {self.shape[1]} numbers in {self.dtype}, "
+            f"{each} each: {size(self.bytes)} of features in {self.folder}{there}; {size(self.free)} are free"
         )
 
     def refuse(self) -> None:

@@ -22,7 +22,7 @@ from vlmvqa.data.batch import Encoded, Processor
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.packing import Packing, Plan, split
 from vlmvqa.data.texts import TokenTable
-from vlmvqa.errors import InputError, suggest
+from vlmvqa.errors import InputError, counted, suggest
 
 if TYPE_CHECKING:
     from vlmvqa.data.features import FeatureStore
@@ -72,8 +72,9 @@ class TrainingSet(Dataset[list[Encoded]]):
             raise InputError("the training split holds no examples; check data.train_split and data.max_train_samples")
         unanswered = [question.id for example in examples for question in example.questions if question.target is None]
         if unanswered:
+            missing = counted(len(unanswered), "question")
             raise InputError(
-                f"the training split has no answers to {len(unanswered)} questions (the first is {unanswered[0]}); "
+                f"the training split has no answers to {missing} (the first is {unanswered[0]}); "
                 "set data.train_split to a split with answers"
             )
         self.processor, self.target, self.seed = processor, target, seed

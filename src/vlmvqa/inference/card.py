@@ -76,8 +76,9 @@ print(vlmvqa.load("{name}").answer("photo.jpg", "what is this?").text)
 | task | metric | questions | model | prior | shuffled images |
 |---|---|---|---|---|---|
 {"".join(_row(one) for one in metrics)}
-Prior: the most frequent training answer of each question type. {" ".join(_measured(one) for one in metrics)}
-
+- Prior: the majority baseline per question type (the most frequent training answer).
+- Shuffled images: the same questions, each with the image of another.
+{"".join(_measured(one) for one in metrics)}
 ## Licences
 
 {"".join(f"- {sentence}." + chr(10) for sentence in terms)}
@@ -139,4 +140,4 @@ def _row(metrics: Mapping[str, Any]) -> str:
 
 
 def _measured(metrics: Mapping[str, Any]) -> str:
-    return f"{metrics['data']}: {metrics['metric_version']}, prompt `{metrics['prompt']!r}`."
+    return f"- Metric and prompt of {metrics['data']}: {metrics['metric_version']}; `{metrics['prompt']!r}`.\n"

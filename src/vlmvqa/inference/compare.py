@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlmvqa.errors import InputError
+from vlmvqa.errors import InputError, counted
 from vlmvqa.inference import intervals
 from vlmvqa.inference.scores import metric
 
@@ -36,8 +36,8 @@ def compare_runs(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
     if before.keys() != after.keys():
         apart = sorted(before.keys() ^ after.keys(), key=repr)
         raise InputError(
-            f"{first} and {second} cannot be compared: {len(apart)} questions are in one alone ({apart[0]}...); "
-            "score both on the same split and slice"
+            f"{first} and {second} cannot be compared: they differ by {counted(len(apart), 'question')} "
+            f"({apart[0]}...); score both on the same split and slice"
         )
     for question, record in before.items():
         if any(record[key] != after[question][key] for key in ("image_id", "question", "answers")):
@@ -85,7 +85,9 @@ def table(found: Mapping[str, Any]) -> str:
         lines.append(line)
     flipped = found["flipped"]
     better = sum(flip["difference"] > 0 for flip in flipped)
-    lines.append(f"{len(flipped):,} answers are scored otherwise: {better:,} better, {len(flipped) - better:,} worse")
+    lines.append(
+        f"{counted(len(flipped), 'answer')} scored otherwise: {better:,} better, {len(flipped) - better:,} worse"
+    )
     half = MOST_SHOWN // 2
     for flip in flipped if len(flipped) <= MOST_SHOWN else [*flipped[:half], *flipped[-half:]]:
         lines.append(f"  {flip['difference']:+7.1f}  {flip['question']}  {flip['first']!r} -> {flip['second']!r}")

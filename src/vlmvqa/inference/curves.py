@@ -29,6 +29,12 @@ def points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, floa
     return [(_mean([step for step, _ in part]), _mean([value for _, value in part])) for part in bins]
 
 
+def varies(curve: Points) -> bool:
+    """Whether a curve shows more than a single number: its values differ by more than one percent of the largest."""
+    values = [value for _, value in curve]
+    return bool(values) and max(values) - min(values) > 0.01 * max(map(abs, values))
+
+
 def draw_curve(name: str, curve: Points) -> Markup:
     """One curve over the steps."""
     with _figure(name, (2.7, 1.6)) as (figure, drawn):

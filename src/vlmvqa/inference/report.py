@@ -118,7 +118,9 @@ def _training(name: str, log: Sequence[Record]) -> dict[str, Any]:
     return {
         "loss_curve": curves.draw_loss(loss, scores) if loss or scores else None,
         "drawn": {"loss": bool(loss), "scores": bool(scores)},
-        "curves": {title: curves.draw_curve(title, points) for title, points in beside.items() if points},
+        "curves": {
+            title: curves.draw_curve(title, points) for title, points in beside.items() if curves.varies(points)
+        },
     }
 
 

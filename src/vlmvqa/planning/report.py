@@ -1,4 +1,4 @@
-"""What a plan says: a table of all strategies, what to set and why, and the same for machines."""
+"""A plan as text: tables of all strategies, what to set and why; the same as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from vlmvqa.errors import counted
 from vlmvqa.planning.gpus import GIB
 from vlmvqa.planning.planner import CONTEXT, FRAGMENTATION, Plan, Planner
 
 SIZES = ("parameters", "gradients", "optimizer", "buffers", "activations", "logits", "temporary")
-HEADINGS = ("strategy", *SIZES, "at", "needed", "fits", "host", "most", "most ckpt", "questions/s")
+HEADINGS = ("strategy", "needed", "fits", "host", "questions/s", "most rows", "with checkpointing", "worst moment")
 LEGEND = f"""\
-GiB on each GPU. optimizer: its states, and under ZeRO the fp32 weights. buffers: for communication, and weights
-gathered from shards. activations: alive when the decoder has returned, under ddp with autocast's copies of the weights.
-logits: what the loss adds, the output matrix's gradient among it. temporary: the rest of the worst moment, named under
-"at" (the backward pass, the last reduction of gradients, the optimizer's step). needed: the worst moment, whose parts
-are not always all of the columns, with {FRAGMENTATION:.0%} (fragments) and {CONTEXT / GIB:.1f} GiB (CUDA) on top.
-host: GiB of host memory, all GPUs together. most, most ckpt: the most rows a GPU, without and with activation
-checkpointing. Counted on the real model without weights and from the strategies' code, not measured: verify=true
+GiB on each GPU. needed: the worst moment, with {FRAGMENTATION:.0%} (fragments) and {CONTEXT / GIB:.1f} GiB (CUDA)
+more. host: GiB of host memory, all GPUs together. questions/s: an estimate from what is assumed
+above. most rows: that fit a GPU, without and with activation checkpointing. worst moment: backward
+pass, last reduction of gradients, or optimizer's step.
+optimizer: its states, and under ZeRO the fp32 weights. buffers: for communication, and weights
+gathered from shards. activations: alive when the decoder has returned, under ddp with autocast's
+copies of the weights. logits: what the loss adds, with the output matrix's gradient. temporary: the
+rest of the worst moment, whose parts are not always all of these columns.
+Counted on the real model without weights and from the strategies' code, not measured: verify=true
 measures one process on a GPU. Neither torch_compile nor what evaluation needs is planned."""
 
 
@@ -28,7 +31,7 @@ def headline(planner: Planner, checkpointing: bool) -> str:
     count = sum(weight.numel for weight in planner.weights)
     learnt = sum(weight.numel for weight in planner.weights if weight.trained)
     rate = gpu.half if training.mixed else gpu.single
-    micro_batches = f"{rows.rows} rows a GPU, {training.accumulation} micro-batches a step"
+    batch = f"{counted(rows.rows, 'row')} a GPU x {training.accumulation} accumulated"
     images = f"{planner.images_per_row} x {planner.image_tokens}"
     questions = f"{rows.most_questions} x {rows.text_tokens}"
     speed = f"{planner.utilisation:.0%} of {rate:g} TFLOP/s, {gpu.link:g} GB/s between GPUs"
@@ -36,27 +39,33 @@ def headline(planner: Planner, checkpointing: bool) -> str:
     return f"""\
 model      {count:,} parameters, {learnt:,} of them trained{f", {packed:,} in 4 bits" if packed else ""}
 training   {training.precision}, {training.optimizer}, activation checkpointing {"on" if checkpointing else "off"}
-batch      {micro_batches}
+batch      {batch}
 rows       {shape.tokens} tokens: {images} of images, {questions} of questions; {shape.supervised} are supervised
 GPUs       {planner.gpus} x {gpu.name}, {gpu.memory} GiB each for PyTorch
-assumed    {speed}, {rows.questions:g} questions an image: questions/s is an estimate, not measured"""
+assumed    {speed}, {counted(rows.questions, "question")} an image"""
 
 
 def table(plans: Sequence[Plan], chosen: str) -> str:
-    """A row a strategy; the chosen one has a star."""
-    rows = [HEADINGS, *(_cells(plan, plan.strategy == chosen) for plan in plans)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in enumerate(line))
-        for line in (list(zip(row, widths, strict=True)) for row in rows)
-    )
+    """Two tables with a row a strategy: what is needed and how fast it is, and the parts; the chosen one has a star."""
+    return "\n\n".join("\n".join(_aligned(rows)) for rows in _tables(plans, chosen))
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (list(zip(row, widths, strict=True)) for row in rows)
+    return [
+        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(line))
+        for line in lines
+    ]
 
 
 def markdown(planner: Planner, plans: Sequence[Plan], chosen: str, checkpointing: bool) -> str:
     """The whole plan as a page."""
-    rows = [HEADINGS, ["---"] * len(HEADINGS), *(_cells(plan, plan.strategy == chosen) for plan in plans)]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    said = (headline(planner, checkpointing), "\n".join(lines), recommend(planner, plans, chosen), LEGEND)
+    tables = []
+    for rows in _tables(plans, chosen):
+        head, *body = (f"| {' | '.join(row)} |" for row in rows)
+        tables.append("\n".join([head, "|" + " --- |" * len(rows[0]), *body]))
+    said = (headline(planner, checkpointing), *tables, recommend(planner, plans, chosen), LEGEND)
     return "# Plan\n\n" + "\n\n".join(said) + "\n"
 
 
@@ -75,17 +84,21 @@ def record(planner: Planner, plans: Sequence[Plan], chosen: str) -> dict[str, An
     }
 
 
-def _cells(plan: Plan, chosen: bool) -> list[str]:
-    speed = "-" if plan.questions_per_second is None else f"{plan.questions_per_second:.1f}"
+def _tables(plans: Sequence[Plan], chosen: str) -> tuple[list[list[str]], list[list[str]]]:
+    names = [plan.strategy + (" *" if plan.strategy == chosen else "") for plan in plans]
+    summary = [[name, *_summary(plan)] for name, plan in zip(names, plans, strict=True)]
+    parts = [[name, *(_gib(getattr(plan, size)) for size in SIZES)] for name, plan in zip(names, plans, strict=True)]
+    return [list(HEADINGS), *summary], [["strategy", *SIZES], *parts]
+
+
+def _summary(plan: Plan) -> list[str]:
     return [
-        plan.strategy + (" *" if chosen else ""),
-        *(_gib(getattr(plan, name)) for name in SIZES),
-        plan.moment,
         _gib(plan.needed),
         "yes" if plan.fits else "no",
         _gib(plan.host) if plan.host else "-",
+        "-" if plan.questions_per_second is None else f"{plan.questions_per_second:.1f}",
         *(str(rows) for rows in plan.largest),
-        speed,
+        plan.moment,
     ]
 
 
@@ -99,7 +112,7 @@ def overrides(name: str, rows: int, checkpointing: bool, accumulation: int) -> s
 
 
 def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
-    """What to set and why, in plain words."""
+    """What to set and why, a line a reason."""
     plan = next(plan for plan in plans if plan.strategy == chosen)
     run = (chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
     if plan.fits:
@@ -116,14 +129,14 @@ def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
         start = "Faster by the estimate" if plan.fits else "Set instead"
         needed, speed = planner.memory(*best[:3]).needed, planner.questions_per_second(*best)
         said.append(f"{start}, with as many rows a step: {overrides(*best)}.")
-        said.append(f"That needs {_gib(needed)} GiB and makes about {speed:.0f} questions a second.")
+        said.append(f"That needs {_gib(needed)} GiB and makes about {counted(round(speed), 'question')} a second.")
     beaten = [other for other in plans if not other.fits and other.strategy != chosen]
     if beaten:
         names = ", ".join(f"{other.strategy} ({_gib(other.needed)} GiB)" for other in beaten)
         said.append(f"At this batch these do not fit: {names}.")
         if plan.fits:
             said.append(_largest_parts(beaten[0]))
-    return " ".join(said)
+    return "\n".join(said)
 
 
 def _checkpointing(planner: Planner, plan: Plan, run: tuple[str, int, bool, int]) -> list[str]:

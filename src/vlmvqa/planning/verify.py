@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vlmvqa.errors import InputError
+from vlmvqa.errors import InputError, counted
 from vlmvqa.models import adapters
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.pretrained import PretrainedVLM
@@ -58,7 +58,7 @@ def verify(planner: Planner, checkpointing: bool) -> str:
     measured = torch.cuda.max_memory_allocated(device)
     return (
         f"planned {plan.peak / GIB:.2f} GiB (at the {plan.moment}), measured {measured / GIB:.2f} GiB "
-        f"({plan.peak / measured - 1:+.1%}): {STEPS} steps of {planner.rows.rows} rows on one {here.name}"
+        f"({plan.peak / measured - 1:+.1%}): {STEPS} steps of {counted(planner.rows.rows, 'row')} on one {here.name}"
     )
 
 

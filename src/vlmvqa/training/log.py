@@ -1,4 +1,4 @@
-"""`log.jsonl`, one line a logging step; and what of such a file counts when a run goes on from a checkpoint."""
+"""`log.jsonl`, one line a logging step; and what of such a file counts when a run resumes from a checkpoint."""
 
 from __future__ import annotations
 

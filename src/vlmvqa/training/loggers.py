@@ -1,6 +1,6 @@
 """The loggers: TensorBoard, Weights & Biases, MLflow, a CSV table. All write below the run's folder, unless told.
 
-A run that goes on after a stop goes on in the same place with each of them. TensorBoard and the table lose what came
+A resumed run continues in the same place with each of them. TensorBoard and the table lose what came
 after the checkpoint; Weights & Biases and MLflow cannot take a point back, and hold it twice.
 """
 
@@ -36,7 +36,7 @@ class Run:
         config: resolved.
         config_yaml: the same as text.
         code: its git state.
-        step: of the checkpoint that it goes on from (0: it begins).
+        step: of the checkpoint that it resumes from (0: it begins).
     """
 
     folder: Path

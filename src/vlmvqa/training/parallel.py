@@ -16,6 +16,7 @@ import os
 import socket
 import time
 import uuid
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -28,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from vlmvqa.errors import InputError, suggest
+from vlmvqa.errors import InputError, counted, suggest
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.training.launchers import ACCELERATES, LAUNCH
 
@@ -86,7 +87,7 @@ def start(settings: DistSettings, cpu: bool) -> None:
         local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", local + 1)))
         if started > here:
-            raise InputError(f"{started} processes were started on a machine with {here} GPUs; start {here}")
+            raise InputError(f"{started} processes were started on a machine with {counted(here, 'GPU')}; start {here}")
         torch.cuda.set_device(local)
     timeout = timedelta(minutes=settings.timeout_minutes + 2)  # after the watch, which names who is missing
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
@@ -96,6 +97,8 @@ def start(settings: DistSettings, cpu: bool) -> None:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
+    # accelerate shares the cores among this machine's ranks, and warns of it.
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
     for name in [name for name in os.environ if name.startswith(ACCELERATES)]:
         del os.environ[name]  # read above; accelerate would wrap the model a second time
     if settings.is_zero:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
-from vlmvqa.errors import InputError, suggest
+from vlmvqa.errors import InputError, counted, suggest
 from vlmvqa.models.adapters import AdapterSettings, elements
 from vlmvqa.models.attention import SOFTCAP
 from vlmvqa.models.checkpoint import Settings
@@ -49,7 +49,7 @@ OURS = {  # of TrainingArguments, what is set elsewhere or would run something e
     "gradient_checkpointing": "its name is trainer.activation_checkpointing",
     "activation_checkpointing_kwargs": "leave it out, they are recomputed one way",
     "auto_find_batch_size": "launch/plan.py says which batch fits",
-    "save_only_model": "a run could not go on from it",
+    "save_only_model": "a run could not be resumed from it",
     "push_to_hub": "set hub_id=... to upload the finished model",
     "resume_from_checkpoint": "add resume=auto",
     "output_dir": "set run.dir",
@@ -243,7 +243,7 @@ def _strategy(trainer: VqaTrainer) -> str:
     _same("ranks that train together", world, trainer.accelerator.num_processes)
     offload = ", offloaded to host memory" if dist.offload else ""
     name = dist.strategy if world > 1 or dist.strategy != "ddp" else "one process"
-    return f"{name}{offload}, {world} rank{'s' if world > 1 else ''} on {trainer.args.device.type}"
+    return f"{name}{offload}, {counted(world, 'rank')} on {trainer.args.device.type}"
 
 
 def _held(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) -> str:
@@ -342,7 +342,7 @@ def _trained(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) 
 def _batch(trainer: VqaTrainer) -> str:
     args = trainer.args
     parts = f"{args.per_device_train_batch_size} a rank x {args.gradient_accumulation_steps} accumulated"
-    return f"{trainer.global_batch} rows ({parts} x {ranks.world_size()} ranks)"
+    return f"{counted(trainer.global_batch, 'row')} ({parts} x {counted(ranks.world_size(), 'rank')})"
 
 
 def _same(what: str, asked: Any, found: Any) -> None:

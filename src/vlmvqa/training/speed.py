@@ -1,4 +1,4 @@
-"""How fast a run is, where its time goes, and how much of the device's arithmetic it uses: a part of every log line.
+"""Throughput, where the time goes, memory and MFU: a part of every record of `log.jsonl` and of the loggers.
 
 questions_per_second, tokens_per_second, supervised_tokens_per_second   over all ranks
 padding          percent of the token positions that hold none
@@ -25,9 +25,10 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import textwrap
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,11 +52,15 @@ from vlmvqa.models.vlm import VLM, Batch
 
 PHASES = ("data", "encoder", "language_model", "loss", "optimizer", "other")
 COMPILED_PHASES = ("data", "model", "optimizer", "other")
-# What `in_short` says in its own words, or leaves to log.jsonl.
-MEASURED = (
-    *("questions_per_second", "tokens_per_second", "supervised_tokens_per_second", "padding"),
-    *("peak_memory_gib", "peak_rss_gib", "mfu", "time"),
-)
+# What is printed of a training step, and with how many digits; `log.jsonl` and the loggers have all of it.
+PRINTED = {
+    "loss": ("loss {}", 4),
+    "learning_rate": ("lr {}", 3),
+    "grad_norm": ("grad norm {}", 3),
+    "questions_per_second": ("{} questions/s", 3),
+}
+WIDTH = 99  # columns of a printed line
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 GIB = 2**30
 
 
@@ -246,49 +251,54 @@ def rounded(value: float) -> float:
     return round(value) if abs(value) >= 1000 else float(f"{value:.4g}")
 
 
-def readable(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """A log record for the eye: the split of the time as one entry."""
-    split = {name.removeprefix("time_"): value for name, value in logs.items() if name.startswith("time_")}
-    rest = {name: value for name, value in logs.items() if not name.startswith("time_")}
-    if split:
-        rest["time"] = ", ".join(f"{name} {value:.0f} %" for name, value in split.items())
-    return rest
+def short(value: Any, digits: int = 4) -> str:
+    """A number with so many significant digits, without an exponent up to a million."""
+    if not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.0f}" if 10**digits - 0.5 <= abs(value) < 1e6 else f"{value:.{digits}g}"
 
 
-def in_short(logs: Mapping[str, Any]) -> str:
-    """The speed in a line, what matters most first: a narrow terminal cuts it."""
-    parts = [
-        f"{logs['questions_per_second']:.4g} questions/s",
-        f"padding {logs['padding']:.0f} %",
-        *([f"mfu {logs['mfu']:.0f} %"] if "mfu" in logs else []),
-        f"{logs['peak_memory_gib']:.3g} GiB",
-        f"{logs['supervised_tokens_per_second']:.4g} supervised tokens/s",
-        readable(logs)["time"],
-    ]
-    return ", ".join(parts)
+def in_words(logs: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Those of a log record's values that it has, as they are printed."""
+    found = [(name, *PRINTED.get(name, (f"{name} {{}}", 4))) for name in names if name in logs]
+    return ", ".join(text.format(short(logs[name], digits)) for name, text, digits in found)
 
 
-def in_words(logs: Mapping[str, Any]) -> str:
-    """A log record in a line; of a step's speed what the bar says too (`log.jsonl` has all)."""
-    timed = "questions_per_second" in logs
-    shown = {name: value for name, value in readable(logs).items() if not timed or name not in MEASURED}
-    parts = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
-    return ", ".join([*parts, *([in_short(logs)] if timed else [])])
+def log_line(logs: Mapping[str, Any], state: TrainerState, left: str = "") -> str:
+    """A log record as it is printed: of a training step what `PRINTED` names, of an evaluation all.
+
+    Args:
+        left: how long the run takes from here on, where no bar shows it.
+    """
+    names = PRINTED if "loss" in logs else [name for name in logs if name != "epoch"]
+    left = f", {left} left" if left else ""
+    line = f"step {state.global_step:,}/{state.max_steps:,}{left}: {in_words(logs, names)}"
+    return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 class Bar(ProgressCallback):
-    """The Trainer's progress bar, with the speed behind it and a line above it a logging step."""
+    """The Trainer's progress bar, with the last logged loss, learning rate and speed behind it.
+
+    It starts at the step that a run resumes from, so that the time left is that of the steps made now.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=BAR_FORMAT
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
         if self.training_bar is None or not logs:
             return
-        self.training_bar.write(f"step {state.global_step:,}: {in_words(logs)}")
-        if "questions_per_second" in logs:
-            self.training_bar.set_postfix_str(in_short(logs))
+        self.training_bar.write(log_line(logs, state))
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(in_words(logs, ("loss", "learning_rate", "questions_per_second")))
 
 
 class Printer(PrinterCallback):
-    """The same lines where there is no bar, with what it would say: how far it is, and how long it takes."""
+    """The same lines where there is no bar, with the time left."""
 
     def __init__(self) -> None:
         self.began, self.first = 0.0, 0
@@ -300,8 +310,8 @@ class Printer(PrinterCallback):
         if not state.is_world_process_zero or not logs:
             return
         made, missing = state.global_step - self.first, state.max_steps - state.global_step
-        left = f", {tqdm.format_interval((time.monotonic() - self.began) / made * missing)} left" if made else ""
-        print(f"step {state.global_step:,} of {state.max_steps:,}{left}: {in_words(logs)}", flush=True)
+        left = tqdm.format_interval((time.monotonic() - self.began) / made * missing) if made else ""
+        print(log_line(logs, state, left), flush=True)
 
 
 def show_speed(trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint hold: the same under every strategy and number of ranks, so that any goes on from any.
+"""What the files of a checkpoint hold: the same under every strategy and number of ranks, so that any resumes from any.
 
 model.safetensors       every weight, whole, in the model's own type; of a model with adapters, what trains
 optimizer.safetensors   AdamW's moments by parameter name, whole, in fp32; how many steps they have seen
@@ -12,6 +12,7 @@ trainer_state.json      transformers' own: step, epoch, best score
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def put_weights(trainer: VqaTrainer, path: Path) -> None:
 
 
 def write(trainer: VqaTrainer, folder: Path) -> None:
-    """Write all that a run needs to go on; all ranks together."""
+    """Write all that a run needs to resume; all ranks together."""
     write_weights(trainer, folder / WEIGHTS)
     moments = {name: moment.float().cpu() for name, moment in trainer.whole.moments() if ranks.is_first()}
     trainer._save_rng_state(str(folder))
@@ -92,15 +93,33 @@ def progress(folder: Path) -> dict[str, Any]:
     return found
 
 
+def total_steps(folder: Path) -> int:
+    """How many optimizer steps the run that wrote a checkpoint was to make."""
+    found: int = json.loads((folder / TRAINER_STATE_NAME).read_text())["max_steps"]
+    return found
+
+
 def _load_schedule(trainer: VqaTrainer, folder: Path) -> None:
+    """Take the place in the schedule from the checkpoint, length and rates from this run, and print what that changes.
+
+    Both are the checkpoint's own, unless the run is extended or resumed by resume_force.
+    """
     schedule: Any = trainer.lr_scheduler
     saved = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+    before, place = [float(rate) for rate in saved["_last_lr"]], saved["last_epoch"]
+    pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [float(base) * scale(place) for base, scale in pairs]
     if [float(rate) for rate in saved["base_lrs"]] == [float(rate) for rate in schedule.base_lrs]:
         schedule.load_state_dict(saved)
+    schedule.last_epoch = place
+    if len(before) == len(rates) and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(before, rates, strict=True)):
         rates = schedule.get_last_lr()
-    else:  # other rates or parts, by resume_force: the place in the schedule is kept, the rates are those given now
-        schedule.last_epoch = saved["last_epoch"]
-        pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-        rates = schedule._last_lr = [float(base) * scale(schedule.last_epoch) for base, scale in pairs]
+    else:
+        schedule._last_lr = rates
+        kind = str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type))
+        ranks.say(
+            f"learning rate after step {trainer.state.global_step:,}: {max(before):.3g} before, {max(rates):.3g} now "
+            f"(the {kind} schedule spans {trainer.state.max_steps:,} steps)"
+        )
     for group, rate in zip(trainer.plain_optimizer().param_groups, rates, strict=True):
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else float(rate)

@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
         if number == signal.SIGINT and (self.waits or self.signal == "SIGINT"):
             raise KeyboardInterrupt
         if number == signal.SIGINT and ranks.is_first():  # not by print, which may be what was interrupted
-            os.write(2, b"\nCtrl-C: this step ends, is saved, and the run stops; again: it stops at once\n")
+            os.write(2, b"\nCtrl-C: finishing this step and saving, then stopping; press it again to stop at once\n")
         self.signal = signal.Signals(number).name
 
     def _watch(self) -> None:
@@ -164,7 +164,7 @@ class Watch(TrainerCallback):
         first = ranks.claim_failure(sentence)
         if first is None or "minutes" not in first:
             print(
-                f"\nerror: {sentence}; look at what that rank was doing, and go on with resume=auto "
+                f"\nerror: {sentence}; look at what that rank was doing, and resume with resume=auto "
                 "(dist.timeout_minutes sets the wait)",
                 file=sys.stderr,
                 flush=True,

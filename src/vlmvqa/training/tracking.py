@@ -83,7 +83,7 @@ class Tracking(TrainerCallback):
         self.step = 0
 
     def start(self, run: Run) -> None:
-        """Open all, or go on with what the run's folder names. For rank 0 alone.
+        """Open all, or resume those that the run's folder names. For rank 0 alone.
 
         Raises:
             InputError: one of them cannot be had.

@@ -113,7 +113,7 @@ class VqaTrainer(Trainer):
     # ---- before the first step
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """Everything in place, loaded where a run goes on, and checked to be what was asked for."""
+        """Everything in place, loaded where a run resumes, and checked to be what was asked for."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         for group in self.plain_optimizer().param_groups:
             # torchao's rate is a tensor, which accelerate moves away from offloaded shards.
@@ -322,7 +322,7 @@ class VqaTrainer(Trainer):
             kept = checkpoints.whole_checkpoints(self.folder)
             raise InputError(
                 f"the disk of {self.folder} is full: checkpoint {self.state.global_step} was not kept"
-                f"{f', {kept[-1]} is whole' if kept else ''}; free space and go on with resume=auto"
+                f"{f', {kept[-1]} is whole' if kept else ''}; free space and resume with resume=auto"
             ) from error
         if ranks.is_first():
             best = self.state.best_model_checkpoint
@@ -345,7 +345,7 @@ class VqaTrainer(Trainer):
     def _init_training_state(
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, resume: str | None, trial: Any
     ) -> tuple[int, int]:
-        """Where in the data to go on: after as many examples as the run has seen, whatever its batch was then."""
+        """Where in the data to resume: after as many examples as the run has seen, whatever its batch was then."""
         epoch, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
         )
