@@ -330,9 +330,7 @@ def test_every_package_is_installed() -> None:
 def test_the_evaluation_folder_has_one_name() -> None:
     """Under a second one, HELM's client would load the weights again."""
     assert Path(importlib.import_module("vlmvqa.evaluation").__file__ or "") == ROOT / "evaluation" / "__init__.py"
-    with pytest.raises(
-        ImportError, match=r"import vlmvqa.evaluation, not evaluation; HELM is started with"
-    ):
+    with pytest.raises(ImportError, match=r"import vlmvqa.evaluation, not evaluation; HELM is started with"):
         importlib.import_module("evaluation")
 
 

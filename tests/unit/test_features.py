@@ -401,7 +401,7 @@ def test_an_old_format_is_refused(tmp_path: Path, encoder: VisionEncoder, files:
     made(tmp_path / "f", encoder, files)
     index = tmp_path / "f" / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "format": 0}))
-    with pytest.raises(InputError, match=r"index.json is not of format 1; delete \S+ and make"):
+    with pytest.raises(InputError, match=r"index.json is not of format 1; delete \S+ and rebuild"):
         FeatureStore.open(tmp_path / "f", FeatureKey.of(encoder, SETTINGS, "float32"))
 
 

@@ -243,9 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error}); delete {path.parent} and rebuild the features"
-        ) from error
+        raise InputError(f"{path} cannot be read ({error}); delete {path.parent} and rebuild the features") from error
     if found.pop("format", None) != FORMAT:
         raise InputError(f"{path} is not of format {FORMAT}; delete {path.parent} and rebuild the features")
     return found
