@@ -65,6 +65,7 @@ class DataSettings:
     eval_split: str = "val"
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    min_steps: int = 0
     prompt: str = "answer en {question}\n"
     metric: str = "vqa_accuracy"
     scoring: Mapping[str, Any] = field(default_factory=dict)
@@ -173,6 +174,8 @@ def _checked(settings: DataSettings, where: str) -> DataSettings:
     settings = replace(settings, prompt=new_lines(settings.prompt))
     if settings.root is None and settings.hub is None and settings.packed is None:
         raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
+    if isinstance(settings.min_steps, bool) or not isinstance(settings.min_steps, int) or settings.min_steps < 0:
+        raise InputError(f"{where}.min_steps={settings.min_steps} should be a whole number, at least 0")
     check_options(settings.metric, settings.scoring)
     for name, options in settings.beside.items():
         if name == settings.metric or not isinstance(options, Mapping):

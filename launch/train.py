@@ -185,7 +185,8 @@ def train(
     if ranks.is_first():
         bad_records.list_in(folder / "skipped.jsonl")
     bad_records.listing = folder / "skipped.jsonl"
-    ranks.say("\n".join([*told, banner(predictor.model, groups)]))
+    repeated = training_from_config.repeat_small_data(trainer, tasks)
+    ranks.say("\n".join([*told, *([repeated] if repeated else []), banner(predictor.model, groups)]))
     ranks.say("\n".join(map(str, tasks)) + f"; results in {folder}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.watch.stopped_by:

@@ -5,18 +5,19 @@ Apart from `from_config`, which scripts that do not train start sooner with: the
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import TrainingArguments
 
-from command_line import LAUNCHER, group
+from command_line import LAUNCHER, given_keys, group
 from data_from_config import MIXTURE, DataSettings, Task, data_settings
 from from_config import run_folder
 from model_from_config import adapter_settings, model_settings
@@ -32,6 +33,9 @@ from vlmvqa.settings import build_settings
 from vlmvqa.training import tracking
 from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_config
 from vlmvqa.training.preflight import Asked, optimizer_for
+
+if TYPE_CHECKING:
+    from vlmvqa.training.trainer import VqaTrainer
 
 
 def training_set(
@@ -76,6 +80,20 @@ def _cached_features(data: DataSettings, predictor: Predictor, examples: Sequenc
         image, why = next(iter(store.left_out.items()))
         raise InputError(f"image {image} has no features in {folder}: {why.rstrip('.')}; set data.on_bad_record=skip")
     return store
+
+
+def repeat_small_data(trainer: VqaTrainer, tasks: Sequence[Task]) -> str | None:
+    """Raise the epochs of a small data set until they make `data.min_steps`; return the line that says so.
+
+    The command's own `trainer.num_train_epochs` or `trainer.max_steps` stays as it is.
+    """
+    arguments, least = trainer.args, max(task.data.min_steps for task in tasks)
+    epochs = math.ceil(least / (len(trainer.training_set) // trainer.global_batch))
+    chosen = arguments.max_steps > 0 or "trainer.num_train_epochs" in given_keys()
+    if chosen or epochs <= arguments.num_train_epochs:
+        return None
+    configured, arguments.num_train_epochs = arguments.num_train_epochs, float(epochs)
+    return f"{epochs} epochs instead of {configured:g}, since a small data set makes few steps (data.min_steps={least})"
 
 
 def dist_settings(config: DictConfig) -> DistSettings:

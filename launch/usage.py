@@ -52,7 +52,7 @@ def page(script: Path, word: str = "") -> str:
     documented = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     shown = PAGES[f"{name} {word}"] if f"{name} {word}" in PAGES else f"{documented}\n\n{PAGES.get(name, '')}"
     choices = "\n".join(_choices(name))
-    every = f"python -m evaluation.helm.{script.stem}" if name == "helm" else f"python launch/{script.name}"
+    every = "vlmvqa helm" if name == "helm" else f"python launch/{script.name}"
     more = f"Everything that can be set, and what it is now: {every} --cfg job"
     text = "\n\n".join([shown.strip(), f"Groups, as group=choice:\n{choices}", more])
     return as_called(text) if CALLED_AS in os.environ else text

@@ -25,10 +25,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 LANGUAGES = ("bash", "python", "json", "yaml", "diff", "text")
 # What the tests put something small in the place of.
 STAND_INS = (
-    *("Gemma 2's weights", "VQAv2", "DocVQA", "GQA", "COCO captions", "TextVQA", "your own pictures"),
+    *("Gemma 2's weights", "VQAv2", "DocVQA", "GQA", "COCO captions", "TextVQA", "your own images"),
     *("a GPU of 80 GB", "a GPU of 24 GB"),  # for the size of the weights alone
 )
-SCRIPT = re.compile(r"launch/(\w+)\.(?:py|slurm)|-m (evaluation\.helm\.run)")
+SCRIPT = re.compile(r"launch/(\w+)\.(?:py|slurm)|^vlmvqa (helm) ")
 
 
 @dataclass(frozen=True)
@@ -103,4 +103,4 @@ def script(command: str) -> str:
     """The name of a command's script: train, eval, helm..."""
     found = SCRIPT.search(command)
     assert found, command
-    return "helm" if found[2] else found[1]
+    return found[1] or found[2]

@@ -1,4 +1,4 @@
-"""crfm-helm's benchmark of any model that `vlmvqa.load` reads: `python -m evaluation.helm.run checkpoint=...`.
+"""crfm-helm's benchmark of any model that `vlmvqa.load` reads: `vlmvqa helm checkpoint=...`.
 
     run.py         the command: plan.py (what is asked for), checks.py (what HELM would stumble over), HELM, one table
     run_specs.py   HELM's run entries, vlmvqa_vqav2 and vlmvqa_gqa (found by helm-run as a plug-in)
@@ -8,5 +8,5 @@
     runner.py      HELM's own, with its threads for the model alone
     results.py     what HELM measured, checked and with intervals
 
-Keep `evaluation/__init__.py`: without it this folder would be found as `helm`, in place of crfm-helm.
+Never put `evaluation/` on `sys.path`: this folder would be imported as `helm`, in place of crfm-helm.
 """

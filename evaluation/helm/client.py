@@ -18,9 +18,10 @@ from helm.common.media_object import MultimediaObject
 from helm.common.request import ErrorFlags, GeneratedOutput, Request, RequestResult, Token, wrap_request_time
 from helm.proxy.retry import NonRetriableException
 
-from evaluation.helm.model import Model, digest, load
 from vlmvqa.data.example import Question
 from vlmvqa.errors import InputError
+
+from .model import Model, digest, load
 
 PROMPT = "answer en {question}\n"  # of a model that was trained without questions
 # What a failed request does: nothing that would succeed the next time, and no score without it.

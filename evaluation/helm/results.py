@@ -155,7 +155,7 @@ def table(found: Mapping[str, Any]) -> str:
         f"{counted(found['n'], 'question')} about {counted(found['images'], 'image')}; in brackets 95 % over images"
     )
     cut = found["cut_at_their_first_line"]["real"]
-    return "\n".join([*lines, *([f"answers that went on after their first line, cut there: {cut}"] if cut else [])])
+    return "\n".join([*lines, *([f"answers truncated after their first line: {cut}"] if cut else [])])
 
 
 def _shown(one: Mapping[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""HELM's score of a model, from one command; offline, once the data is there.
+"""HELM's score of a model; offline, once the data is there.
 
-python -m evaluation.helm.run checkpoint=runs/vqa data.root=/data/vqav2 controls=true
-python -m evaluation.helm.run checkpoint=runs/vqa data=gqa data.root=/data/gqa max_instances=500
-python -m evaluation.helm.run predictions=runs/eval-vqav2/predictions.jsonl data.root=/data/vqav2
+vlmvqa helm checkpoint=runs/vqa data.root=/data/vqav2 controls=true
+vlmvqa helm checkpoint=runs/vqa data=gqa data.root=/data/gqa max_instances=500
+vlmvqa helm predictions=runs/eval-vqav2/predictions.jsonl data.root=/data/vqav2
 
-What can be wrong is looked for before the model is loaded. A run that was killed goes on with the same command: HELM
-keeps the answers that it has.
+What can be wrong is looked for before the model is loaded. A run that was killed resumes with the same command: HELM
+caches the answers.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from vlmvqa.places import LAUNCH
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(LAUNCH), str(ROOT)]  # the same command line as the scripts there; `evaluation` for HELM
+sys.path.append(str(LAUNCH))  # the same command line as the scripts there
 
 import usage  # noqa: F401 - first: it answers -h without PyTorch
 
 # isort: split
 from command_line import run
-from evaluation.helm import checks, results
-from evaluation.helm.plan import Plan, make_plan
 from vlmvqa import __version__, fingerprint
 from vlmvqa.data.example import Example
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
 
+from . import checks, results
+from .plan import Plan, make_plan
+
 SCHEMA = Path(__file__).parent / "schema_vqav2_bleu.yaml"
+CLIENTS = "vlmvqa.evaluation.helm.client"  # HELM imports them by name
 PACKAGES = ("crfm-helm", "nltk", "rouge_score", "torch", "transformers", "timm", "tokenizers", "pillow")
 
 
@@ -73,7 +74,7 @@ def score(plan: Plan, config: DictConfig) -> None:
     if plan.predictions is not None:
         answers = _saved_answers(plan, plan.predictions)
     else:
-        from evaluation.helm.client import load_for  # PyTorch and transformers
+        from .client import load_for  # PyTorch and transformers
 
         load_for(**plan.client)
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -97,9 +98,9 @@ def describe_model(plan: Plan, answers: list[dict[str, Any]] | None) -> None:
     if answers is not None:
         path = plan.folder / "answers.json"
         replace_file(path, json.dumps(answers, ensure_ascii=False))
-        spec = {"class_name": "evaluation.helm.client.SavedAnswersClient", "args": {"answers": str(path.resolve())}}
+        spec = {"class_name": f"{CLIENTS}.SavedAnswersClient", "args": {"answers": str(path.resolve())}}
     else:
-        spec = {"class_name": "evaluation.helm.client.VLMClient", "args": dict(plan.client)}
+        spec = {"class_name": f"{CLIENTS}.VLMClient", "args": dict(plan.client)}
     # No tokenizer and no lengths: HELM would fetch the one, and cut prompts to the other.
     deployment = {"name": plan.model, "model_name": plan.model, "client_spec": spec}
     metadata = {
@@ -163,8 +164,8 @@ def run_helm(plan: Plan, log: Path) -> None:
         **both,
         "--max-eval-instances": plan.scenario["max_instances"],
         "--num-threads": plan.threads,
-        "--plugins": "evaluation.helm.run_specs",
-        "--runner-class-name": "evaluation.helm.runner.AnsweringRunner",
+        "--plugins": "vlmvqa.evaluation.helm.run_specs",
+        "--runner-class-name": "vlmvqa.evaluation.helm.runner.AnsweringRunner",
     }
     schema = plan.home / f"schema_{plan.source}.yaml"
     replace_file(schema, yaml.safe_dump(_groups_of(plan.source), sort_keys=False, allow_unicode=True))
@@ -206,7 +207,7 @@ def summarize(plan: Plan, config: DictConfig) -> dict[str, Any]:
         results.refuse_other(scored[mode], plan.examples, folder)
     limits = results.adapter(folders["real"])
     if plan.predictions is None:
-        from evaluation.helm.client import effective_settings  # it has the model
+        from .client import effective_settings  # it has the model
 
         by = effective_settings(limits, **plan.client)
     else:

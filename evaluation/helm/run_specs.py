@@ -3,7 +3,7 @@
     vlmvqa_vqav2:root=/data/vqav2,max_instances=1000,image_mode=real,model=vlmvqa/my_model
     vlmvqa_gqa:root=/data/gqa,...
 
-`helm-run` finds this file by the entry point in setup.cfg, or with `--plugins evaluation.helm.run_specs`.
+`helm-run` finds this file by the entry point in setup.cfg, or with `--plugins vlmvqa.evaluation.helm.run_specs`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def _drawn(built_in: RunSpec, name: str, scenario: str, accuracy: str, given: di
     return replace(
         built_in,
         name=f"{built_in.name}:image_mode={mode},max_instances={given['max_instances']}",
-        scenario_spec=ScenarioSpec(f"evaluation.helm.scenario.{scenario}", given),
+        scenario_spec=ScenarioSpec(f"vlmvqa.evaluation.helm.scenario.{scenario}", given),
         metric_specs=[
             *built_in.metric_specs,
-            MetricSpec("evaluation.helm.metrics.OfficialAccuracy", {"name": accuracy}),
+            MetricSpec("vlmvqa.evaluation.helm.metrics.OfficialAccuracy", {"name": accuracy}),
         ],
         groups=[group],
     )

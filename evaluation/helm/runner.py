@@ -33,7 +33,7 @@ class AnsweringExecutor(Executor):
 
 
 class AnsweringRunner(Runner):
-    """What `helm-run --runner-class-name evaluation.helm.runner.AnsweringRunner` runs."""
+    """What `helm-run --runner-class-name vlmvqa.evaluation.helm.runner.AnsweringRunner` runs."""
 
     def __init__(self, execution_spec: ExecutionSpec, *arguments: Any, **named: Any) -> None:
         super().__init__(execution_spec, *arguments, **named)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from vlmvqa.inference.predict import Predictor as Predictor
     from vlmvqa.inference.predict import load as load
     from vlmvqa.models.generation import Decoding as Decoding
+
+# `vlmvqa.evaluation` is a folder beside src/ in a checkout; a wheel holds it inside the package.
+if not Path(__file__).with_name("evaluation").is_dir():
+    __path__.append(str(Path(__file__).resolve().parents[2]))
 
 # What optional packages say when others find them installed, and no user can change: torchao, that it registers types
 # with PyTorch in a way that newer ones do not need; bitsandbytes, that it has no faster kernels for a CPU.

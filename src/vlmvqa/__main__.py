@@ -12,7 +12,7 @@ import sys
 
 from vlmvqa import __version__
 from vlmvqa.errors import suggest
-from vlmvqa.places import CALLED_AS, LAUNCH, commands
+from vlmvqa.places import CALLED_AS, HELM_MODULE, LAUNCH, commands
 
 
 def main() -> None:
@@ -46,16 +46,15 @@ vlmvqa {__version__}: train, change and measure vision-language models for visua
   vlmvqa train -h                             what one takes, with examples
   vlmvqa train run.name=first                 the same as python launch/train.py run.name=first in a checkout
   accelerate launch -m vlmvqa train +dist=fsdp
-  python -m evaluation.helm.run -h            HELM's score of a model
   eval "$(vlmvqa -sc install=bash)"           let bash complete commands, keys and choices"""
 
 
 def start(name: str, arguments: list[str]) -> None:
     """Become the script."""
-    script = str(LAUNCH / f"{name}.py")
+    script = ["-m", HELM_MODULE] if name == "helm" else [str(LAUNCH / f"{name}.py")]
     os.environ[CALLED_AS] = "vlmvqa"
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, script, *arguments])
+    os.execv(sys.executable, [sys.executable, *script, *arguments])
 
 
 def complete(arguments: list[str], known: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Where the scripts of `launch/` lie: beside `src/` in a checkout, inside the package where it is installed."""
+"""Paths of the scripts, in `launch/` and `evaluation/`: beside `src/` in a checkout, inside the package in a wheel."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import re
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
-LAUNCH = _HERE / "launch" if (_HERE / "launch").is_dir() else _HERE.parents[1] / "launch"
+_ROOT = _HERE if (_HERE / "launch").is_dir() else _HERE.parents[1]
+LAUNCH = _ROOT / "launch"
+# Run as a module, since it has relative imports. In launch/, it would be imported in place of crfm-helm's `helm`.
+HELM, HELM_MODULE = _ROOT / "evaluation" / "helm" / "run.py", "vlmvqa.evaluation.helm.run"
 CALLED_AS = "VLMVQA_CALLED_AS"  # in the environment of a script that was started as `vlmvqa <script>`
 
 
+def scripts() -> dict[str, Path]:
+    """Each script that can be started, by its name."""
+    found = {path.stem: path for path in LAUNCH.glob("*.py") if '\nif __name__ == "__main__":' in _text(path)}
+    return dict(sorted({**found, "helm": HELM}.items()))
+
+
 def commands() -> dict[str, str]:
-    """Each script that can be started, by its name, with how its docstring begins."""
-    found = {}
-    for path in sorted(LAUNCH.glob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if '\nif __name__ == "__main__":' in text:
-            documented = ast.get_docstring(ast.parse(text)) or ""
-            found[path.stem] = re.split(r"[.:;]", documented.replace("\n", " "))[0]
-    return found
+    """The beginning of each script's docstring, by the script's name."""
+    documented = {name: ast.get_docstring(ast.parse(_text(path))) or "" for name, path in scripts().items()}
+    return {name: re.split(r"[.:;]", text.replace("\n", " "))[0] for name, text in documented.items()}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")

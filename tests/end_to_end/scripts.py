@@ -25,9 +25,9 @@ import show as show_script
 import train as train_script
 
 import command_line
-from evaluation.helm import run as helm_script
 from tests import forks
 from tests.conftest import ROOT
+from vlmvqa.evaluation.helm import run as helm_script
 from vlmvqa.training.log import read_log
 
 JOBS: dict[str, Callable[[], None]] = {

@@ -1,4 +1,4 @@
-"""`python -m evaluation.helm.run`: refused in a sentence before anything is asked, or scored by crfm-helm itself."""
+"""`vlmvqa helm`: refused in a sentence before anything is asked, or scored by crfm-helm itself."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ TRAINED = ("trainer.max_steps=60", "trainer.eval_strategy=no", "trainer.use_cpu=
 
 def helm(*arguments: str) -> Ended:
     """In a process of its own: HELM keeps much in its modules."""
-    command = [sys.executable, "-m", "evaluation.helm.run", *arguments, "punkt=stand_in"]
+    command = [sys.executable, "-m", "vlmvqa", "helm", *arguments, "punkt=stand_in"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
@@ -357,14 +357,14 @@ def test_every_command_of_the_readme_and_of_the_page(home: Path) -> None:
         ROOT / "docs" / "quickstart.md",
         ROOT / "docs" / "training.md",
     )
-    asked = commands(pages[0]) + [one for page in pages[1:] for one in commands(page) if "evaluation.helm" in one]
+    asked = commands(pages[0]) + [one for page in pages[1:] for one in commands(page) if one.startswith("vlmvqa helm ")]
     for command in dict.fromkeys(asked):
         words = shlex.split(re.sub(r"/data/(\w+)", rf"{home}/\1", command.replace("random:1000", "random:6")))
-        more = ["max_instances=6", "punkt=stand_in"] if "evaluation.helm.run" in words else []
-        if words[1] == "launch/eval.py":
-            words[1] = str(ROOT / "launch" / "eval.py")
+        more = ["max_instances=6", "punkt=stand_in"] if words[0] == "vlmvqa" else []
+        # `vlmvqa helm`, `python launch/eval.py`
+        start = ["-m", "vlmvqa", "helm"] if words[0] == "vlmvqa" else [str(ROOT / words[1])]
         ended = subprocess.run(
-            [sys.executable, *words[1:], *more], cwd=home, capture_output=True, text=True, check=False
+            [sys.executable, *start, *words[2:], *more], cwd=home, capture_output=True, text=True, check=False
         )
         assert ended.returncode == 0, f"{command}: {ended.stderr[-2000:]}"
     done = [json.loads(path.read_text()) for path in home.glob("runs/helm/*/summary.json")]

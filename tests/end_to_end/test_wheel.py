@@ -84,7 +84,12 @@ def test_the_source_distribution_builds_the_same_wheel_and_holds_all(built: Path
     for folder in ("conf", "launch"):
         there = {f"vlmvqa/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.*") if path.suffix != ".pyc"}
         assert there <= names
-    assert {"vlmvqa/py.typed", "vlmvqa/inference/report.html.j2", "evaluation/helm/schema_vqav2_bleu.yaml"} <= names
+    assert {name.partition("/")[0] for name in names} == {"vlmvqa", f"vlmvqa-{__version__}.dist-info"}
+    assert {
+        "vlmvqa/py.typed",
+        "vlmvqa/inference/report.html.j2",
+        "vlmvqa/evaluation/helm/schema_vqav2_bleu.yaml",
+    } <= names
     (archive,) = (built / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as file:
         assert all(name.startswith(f"vlmvqa-{__version__}/") for name in file.getnames() if "/" in name)
@@ -115,4 +120,4 @@ def test_it_trains_and_answers_in_an_empty_folder(installed: Path, tmp_path: Pat
     )
     where, kind = run(installed / "python", "-c", program, cwd=tmp_path).splitlines()
     assert Path(where).is_relative_to(installed.parent) and kind == "Answer"
-    assert "HELM's score" in run(installed / "python", "-m", "evaluation.helm.run", "-h", cwd=tmp_path)
+    assert "HELM's score" in run(command, "helm", "-h", cwd=tmp_path)

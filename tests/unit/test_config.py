@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import dataclasses
+import importlib
 from pathlib import Path
 
 import hydra
@@ -318,11 +319,19 @@ def test_every_package_is_installed() -> None:
     """They are listed, because they lie below two folders."""
     listed = configparser.ConfigParser()
     listed.read(ROOT / "setup.cfg")
-    ours = [(path, ROOT / "src") for path in (ROOT / "src").rglob("__init__.py")]
-    ours += [(path, ROOT) for path in (ROOT / "evaluation").rglob("__init__.py")]
-    names = {".".join(path.parent.relative_to(root).parts) for path, root in ours}
-    names |= {"vlmvqa.launch", "vlmvqa.conf"}  # folders of the checkout: a wheel has them inside the package
+    names = {".".join(path.parent.relative_to(ROOT / "src").parts) for path in (ROOT / "src").rglob("__init__.py")}
+    # Folders of the checkout that a wheel holds inside the package.
+    for path in (ROOT / "evaluation").rglob("__init__.py"):
+        names.add(".".join(["vlmvqa", *path.parent.relative_to(ROOT).parts]))
+    names |= {"vlmvqa.launch", "vlmvqa.conf"}
     assert names == set(listed["options"]["packages"].split())
+
+
+def test_the_evaluation_folder_has_one_name() -> None:
+    """Under a second one, HELM's client would load the weights again."""
+    assert Path(importlib.import_module("vlmvqa.evaluation").__file__ or "") == ROOT / "evaluation" / "__init__.py"
+    with pytest.raises(ImportError, match=r"import vlmvqa.evaluation, not evaluation; HELM is started with"):
+        importlib.import_module("evaluation")
 
 
 @pytest.mark.parametrize("written", [r"so: {question}\n", "so: {question}\n"])

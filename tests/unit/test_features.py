@@ -257,7 +257,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, encoder: VisionEncoder, files
         FeatureStore.open(tmp_path / "f", key)
     assert torch.equal(made(tmp_path / "f", encoder, files[:9])[7], store[7])  # that shard alone is made again
     (tmp_path / "f" / "index.json").write_text('{"key":')
-    with pytest.raises(InputError, match=r"index.json cannot be read .*make the features anew"):
+    with pytest.raises(InputError, match=r"index.json cannot be read .*rebuild the features"):
         FeatureStore.open(tmp_path / "f", key)
     with pytest.raises(InputError, match=r"features.dtype=bfloat61 is unknown.*did you mean 'bfloat16'"):
         FeatureKey.of(encoder, SETTINGS, "bfloat61")
@@ -385,7 +385,7 @@ def test_a_disk_that_fills_up_is_said_and_gone_on_from(
 
     with monkeypatch.context() as patch:
         patch.setattr(feature_writer.os, "fsync", full)
-        with pytest.raises(InputError, match=r"the disk of \S+ is full; .* the same command .* goes on at shard 2"):
+        with pytest.raises(InputError, match=r"the disk of \S+ is full; .* the same command .* resumes at shard 2"):
             made(tmp_path / "f", encoder, files)
     assert not list((tmp_path / "f").glob("*.partial"))
     assert len(made(tmp_path / "f", encoder, files)) == IMAGES
@@ -401,7 +401,7 @@ def test_an_old_format_is_refused(tmp_path: Path, encoder: VisionEncoder, files:
     made(tmp_path / "f", encoder, files)
     index = tmp_path / "f" / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "format": 0}))
-    with pytest.raises(InputError, match=r"index.json is not of format 1; delete \S+ and make"):
+    with pytest.raises(InputError, match=r"index.json is not of format 1; delete \S+ and rebuild"):
         FeatureStore.open(tmp_path / "f", FeatureKey.of(encoder, SETTINGS, "float32"))
 
 

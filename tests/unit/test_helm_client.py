@@ -24,12 +24,12 @@ from helm.common.request import Request, RequestResult
 from helm.proxy.retry import NonRetriableException
 
 import vlmvqa
-from evaluation.helm import model as helm_model
-from evaluation.helm.client import Asked, SavedAnswersClient, VLMClient
-from evaluation.helm.metrics import ACCURACIES
 from tests.unit.test_predict import examples, predictor
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
+from vlmvqa.evaluation.helm import model as helm_model
+from vlmvqa.evaluation.helm.client import Asked, SavedAnswersClient, VLMClient
+from vlmvqa.evaluation.helm.metrics import ACCURACIES
 from vlmvqa.inference.predict import Predictor
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import PROMPT

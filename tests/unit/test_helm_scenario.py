@@ -24,13 +24,13 @@ from helm.benchmark.scenarios.scenario import EVAL_SPLITS, Instance, with_instan
 from helm.benchmark.scenarios.vision_language.gqa_scenario import GQAScenario
 from helm.benchmark.scenarios.vision_language.vqa_scenario import VQAScenario
 
-from evaluation.helm.client import Asked
-from evaluation.helm.run_specs import gqa as gqa_entry
-from evaluation.helm.run_specs import vqav2 as vqav2_entry
-from evaluation.helm.scenario import GQADrawn, VQAv2Drawn
 from tests.conftest import ROOT
 from vlmvqa.data import shapes, shapes_gqa, vqav2
 from vlmvqa.errors import InputError
+from vlmvqa.evaluation.helm.client import Asked
+from vlmvqa.evaluation.helm.run_specs import gqa as gqa_entry
+from vlmvqa.evaluation.helm.run_specs import vqav2 as vqav2_entry
+from vlmvqa.evaluation.helm.scenario import GQADrawn, VQAv2Drawn
 from vlmvqa.inference.baselines import shuffle_images
 
 
@@ -160,7 +160,7 @@ def test_helms_prompt_is_taken_apart(source: str, request: pytest.FixtureRequest
 FULL = """
 import sys
 from pathlib import Path
-from evaluation.helm.scenario import VQAv2Drawn
+from vlmvqa.evaluation.helm.scenario import VQAv2Drawn
 print(len(VQAv2Drawn(sys.argv[1]).get_instances(sys.argv[2])))
 memory = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(int(memory.split()[1]) * 1024 / 1e9)

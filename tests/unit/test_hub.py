@@ -253,9 +253,9 @@ def test_a_bad_row_stops_the_run_or_is_left_out(folder: Path, case: str) -> None
 
 
 def test_a_column_of_another_type_is_named(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"row 0: its image_id should be text, not '7'; mend it or data.columns"):
+    with pytest.raises(InputError, match=r"row 0: its image_id should be text, not '7'; fix it or data.columns"):
         read(folder, columns=replace(VQAV2, question="image_id"))
-    with pytest.raises(InputError, match=r"row 0: its image_id should be texts, not '7'; mend it or data.columns"):
+    with pytest.raises(InputError, match=r"row 0: its image_id should be texts, not '7'; fix it or data.columns"):
         read(folder, columns=replace(VQAV2, answers="image_id"))
 
 

@@ -125,14 +125,14 @@ def test_missing_files_are_named(root: Path) -> None:
 
 BAD_LINES: dict[str, tuple[Any, str]] = {
     "no object": ([1], "line 2: a JSON object was expected, not [1]"),
-    "no image": ({"question": "?", "answers": ["a"]}, "question 2: it has no 'image'"),
-    "image of wrong type": ({**LINES[1], "image": 3}, "question mine: its 'image' should be text, not 3"),
+    "no image": ({"question": "?", "answers": ["a"]}, "line 2: it has no 'image'"),
+    "image of wrong type": ({**LINES[1], "image": 3}, "line 2: its 'image' should be text, not 3"),
     "missing image": ({**LINES[1], "image": "images/x.jpg"}, "images/x.jpg is missing (1 of the 2 images are)"),
     "missing folder": ({**LINES[1], "image": "x/x.jpg"}, "x/x.jpg is missing (1 of the 2 images are)"),
-    "empty question": ({**LINES[1], "question": ""}, "question mine: the question is empty"),
-    "no answers": ({"image": "images/b.jpg", "question": "?"}, "question 2: it has no 'answers'"),
-    "empty list": ({**LINES[1], "answers": []}, "question mine: its list of answers is empty"),
-    "empty answer": ({**LINES[1], "answers": [""]}, "question mine: its answer is empty"),
+    "empty question": ({**LINES[1], "question": ""}, "line 2: the question is empty"),
+    "no answers": ({"image": "images/b.jpg", "question": "?"}, "line 2: it has no 'answers'"),
+    "empty list": ({**LINES[1], "answers": []}, "line 2: its list of answers is empty"),
+    "empty answer": ({**LINES[1], "answers": [""]}, "line 2: its answer is empty"),
     "answers of wrong type": ({**LINES[1], "answers": 3}, "its 'answers' should be a list, not 3"),
     "id of wrong type": ({**LINES[1], "id": 1.5}, "line 2: its 'id' should be a whole number or text, not 1.5"),
     "id used twice": ({**LINES[1], "id": 1}, "line 2: the id 1 is used twice"),
@@ -146,17 +146,54 @@ def test_a_bad_line_stops_the_run_or_is_left_out(root: Path, case: str) -> None:
     with pytest.raises(InputError) as caught:
         jsonl.read(root, "train")
     sentence = str(caught.value)
-    assert sentence.startswith(f"{root}/train.jsonl, ") and problem in sentence and "\n" not in sentence
+    assert sentence.startswith(f"{root}/train.jsonl, line 2: ") and problem in sentence and "\n" not in sentence
     assert "data.on_bad_record=skip" in sentence
     bad_records = BadRecords("skip")
     assert ids(jsonl.read(root, "train", bad_records=bad_records)) == [1, 77]
     assert len(bad_records.seen) == 1
 
 
+def test_lines_are_counted_where_ids_and_empty_lines_are_others(root: Path) -> None:
+    lines = [LINES[0], {**LINES[1], "image": "images/x.jpg"}, {**LINES[2], "answers": []}]
+    (root / "train.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    bad_records = BadRecords("skip")
+    assert ids(jsonl.read(root, "train", bad_records=bad_records)) == [1]
+    assert [said.partition(":")[0] for said in bad_records.seen] == [f"{root}/train.jsonl, line {n}" for n in (5, 3)]
+
+
+LLAVA = {"id": "1", "image": "images/a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}]}
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "indented.json"])
+def test_llavas_format_is_recognised(tmp_path: Path, name: str, policy: str) -> None:
+    """As lines, as a list, as a list over several lines; named as a file or found in its folder."""
+    lines, path = name.endswith("jsonl"), tmp_path / name
+    path.write_text(json.dumps(LLAVA if lines else [LLAVA], indent=2 if name == "indented.json" else None))
+    place = f"{path}, line 1" if lines else str(path)
+    said = f"{place} is in LLaVA's format ('conversations'), which is not supported yet; write a file of JSON lines, "
+    for root, split in ((tmp_path, "train"), (path, "all")):
+        with pytest.raises(InputError) as caught:
+            jsonl.read(root, split, bad_records=BadRecords(policy))
+        assert str(caught.value) == f"{said}a line for each question: {jsonl.LINE}"
+
+
+def test_the_line_that_errors_show_can_be_read(root: Path) -> None:
+    (root / "images" / "1.jpg").touch()
+    (root / "train.jsonl").write_text(jsonl.LINE)
+    assert ids(jsonl.read(root, "train")) == [1]
+
+
+def test_a_list_is_not_lines(root: Path) -> None:
+    (root / "train.jsonl").write_text(json.dumps(LINES, indent=1))
+    with pytest.raises(InputError, match=r"train.jsonl is a JSON list; write a file of JSON lines"):
+        jsonl.read(root, "train")
+
+
 def test_a_broken_line_is_located_by_line_and_column(root: Path) -> None:
     with (root / "train.jsonl").open("ab") as file:
         file.write(b'{"image": "images/a.png",}\n\xff\n')
-    with pytest.raises(InputError, match=r"train.jsonl, line 4, column 2\d: broken JSON \(.*\); mend it, or set"):
+    with pytest.raises(InputError, match=r"train.jsonl, line 4, column 2\d: broken JSON \(.*\); fix it, or set"):
         jsonl.read(root, "train")
     bad_records = BadRecords("skip")
     assert len(ids(jsonl.read(root, "train", bad_records=bad_records))) == 3

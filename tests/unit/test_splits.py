@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,16 @@ def test_a_draw_is_helms_own() -> None:
 def test_what_cannot_be_read_is_explained(split: str, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         parse_split(split, KNOWN, "It")
+
+
+@pytest.mark.parametrize(("known", "part"), [(["train"], "train"), (["test", "train"], "train"), (["mine"], "mine")])
+def test_without_a_split_to_evaluate_on_a_part_of_the_other_is_proposed(known: list[str], part: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_split("val", known, "It")
+    found = re.search(r"data.train_split=(\S+) data.eval_split=(\S+)$", str(caught.value))
+    assert found and str(caught.value).startswith(f"It has no split 'val', only {', '.join(known)}; ")
+    first, rest = (parse_split(split, known, "It").chosen(10, "file") for split in found.groups())
+    assert (first, rest) == (range(9), range(9, 10)) and found[1].startswith(f"{part}[")
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import command_line
 from override_check import check_overrides, collect
 from tests.conftest import ROOT
 from usage_pages import PAGES
-from vlmvqa.places import commands
+from vlmvqa.places import HELM_MODULE, commands, scripts
 
-SCRIPTS = {name: ROOT / "launch" / f"{name}.py" for name in commands()}
+SCRIPTS = scripts()
 PYTHON = [sys.executable]
 
 
@@ -41,13 +41,13 @@ def ask(environment: dict[str, str], *command: str, **more: str) -> str:
     return ended.stdout
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "helm"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_help_is_two_screens_at_most_and_needs_no_pytorch(name: str, light: dict[str, str]) -> None:
-    command = ["-m", "evaluation.helm.run"] if name == "helm" else [str(SCRIPTS[name])]
+    command = ["-m", HELM_MODULE] if name == "helm" else [str(SCRIPTS[name])]
     said = ask(light, *command, "-h")
     lines = said.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 120
-    assert sum(bool(re.match(r"(python|accelerate|deepspeed) ", line)) for line in lines) >= 2  # examples
+    assert sum(bool(re.match(r"(python|accelerate|deepspeed|vlmvqa) ", line)) for line in lines) >= 2  # examples
     for part in ("Groups, as group=choice:", "--cfg job", "decoding    greedy" if name != "merge" else "ties_dare"[:4]):
         assert part in said
 
@@ -67,12 +67,12 @@ def test_every_key_of_a_page_is_one_that_hydra_knows(name: str) -> None:
     check_overrides(collect(arguments, script), script)
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "helm"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_cfg_job_prints_the_whole_config(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--cfg", "job"])
-    script = importlib.import_module("evaluation.helm.run" if name == "helm" else name)
+    script = importlib.import_module(HELM_MODULE if name == "helm" else name)
     if name == "prepare":
         script.start()
     else:
@@ -139,6 +139,7 @@ def test_vlmvqa_lists_its_commands_and_starts_them(light: dict[str, str]) -> Non
     assert listed == ask(light, "-m", "vlmvqa", "-h")
     for name, about in commands().items():
         assert re.search(rf"^  {name} +{re.escape(about)}$", listed, re.MULTILINE)
+    assert "\nvlmvqa helm checkpoint=" in ask(light, "-m", "vlmvqa", "helm", "-h")
     shown = ask(light, "-m", "vlmvqa", "train", "-h")
     assert shown == ask(light, "-m", "vlmvqa", "--local_rank=0", "train", "-h")  # as `deepspeed --module` starts it
     assert "launch/train.py" not in shown

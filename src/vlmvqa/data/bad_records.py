@@ -29,7 +29,7 @@ class BadRecords:
         if self.policy not in POLICIES:
             raise InputError(f"data.on_bad_record={self.policy} is unknown; use one of {', '.join(POLICIES)}.")
 
-    def add(self, where: str, problem: str, remedy: str = "mend it") -> None:
+    def add(self, where: str, problem: str, remedy: str = "fix it") -> None:
         """Report a record: `where` names file and record, `problem` what is wrong with it.
 
         Raises:

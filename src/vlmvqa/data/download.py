@@ -1,7 +1,7 @@
 """Fetch a benchmark's official archives: what was fetched before is kept, and a broken-off fetch goes on.
 
 root/archives/train2014.zip          whole, its checksum right where one is published
-root/archives/train2014.zip.part     being fetched; the next try goes on at its end
+root/archives/train2014.zip.part     being fetched; the next try resumes at its end
 root/archives/train2014.zip.done     unpacked into root
 """
 
@@ -60,8 +60,8 @@ def prepare(archive: Archive, root: Path, progress: bool = True) -> bool:
         done.touch()
     except OSError as error:
         raise InputError(
-            f"{root} cannot be written ({error.strerror or error}); free space or choose another data.root, and go on "
-            "with the same command"
+            f"{root} cannot be written ({error.strerror or error}); free space or choose another data.root, and "
+            "resume with the same command"
         ) from error
     return True
 
@@ -90,15 +90,15 @@ def fetch(archive: Archive, folder: Path, progress: bool = True) -> Path:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # nothing is missing
             raise InputError(
                 f"{archive.url} answers {error.code} ({error.reason}); look for its new place on the benchmark's site, "
-                f"put the file into {folder}, and go on with the same command"
+                f"put the file into {folder}, and resume with the same command"
             ) from error
         total = start
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", None) or error
-        raise InputError(f"{archive.url} cannot be reached ({reason}); go on with the same command later") from error
+        raise InputError(f"{archive.url} cannot be reached ({reason}); resume with the same command later") from error
     size = part.stat().st_size
     if total is not None and size < total:
-        raise InputError(f"{archive.url} broke off at {size:,} of {total:,} bytes; go on with the same command")
+        raise InputError(f"{archive.url} broke off at {size:,} of {total:,} bytes; resume with the same command")
     if archive.md5 is not None and (found := _md5(part)) != archive.md5:
         part.unlink()
         raise InputError(f"{archive.url}: its checksum is {found}, published is {archive.md5}; fetch it again")

@@ -106,7 +106,7 @@ def unique_images(examples: Iterable[Example]) -> dict[ImageId, Example]:
     for example in examples:
         first = found.setdefault(example.image_id, example)
         if isinstance(first.image, Path) and first.image != example.image:
-            raise InputError(f"image id {example.image_id} names both {first.name} and {example.name}; mend the data")
+            raise InputError(f"image id {example.image_id} names both {first.name} and {example.name}; fix the data")
     return found
 
 
@@ -181,7 +181,7 @@ def _claim(
         if found["images"] != digest or changed:
             differences.append("they are of other images")
         if not differences:
-            _replace(folder / KEY, {**found, "samples": compared})  # of those not encoded yet, some may be mended
+            _replace(folder / KEY, {**found, "samples": compared})  # of those not encoded yet, some may be fixed by now
             return int(found["shard_images"])
         if not overwrite:
             raise InputError(
@@ -204,7 +204,7 @@ def _kept(path: Path, ids: Sequence[ImageId], each: int, bad_records: BadRecords
         return None
     record = read_json(path.with_suffix(".json"))
     if record["left_out"] and bad_records.policy == "error":
-        return None  # mended since, perhaps; and if not, it is an error now
+        return None  # fixed since, perhaps; and if not, it is an error now
     if file_size(path) != each * len(record["ids"]) or len(record["ids"]) + len(record["left_out"]) != len(ids):
         return None
     for _, why in record["left_out"]:
@@ -302,7 +302,7 @@ def _write_shard(folder: Path, number: int, batches: Iterable[tuple[bytes, Recor
             raise
         partial.unlink(missing_ok=True)
         raise InputError(
-            f"the disk of {folder} is full; free space and run the same command again, which goes on at shard {number}"
+            f"the disk of {folder} is full; free space and run the same command again, which resumes at shard {number}"
         ) from error
     return record
 

@@ -122,7 +122,7 @@ class FeatureStore:
         differences = key.differences(FeatureKey(**index["key"]))
         if differences:
             raise InputError(
-                f"the features in {folder} are stale: {'; '.join(differences)}; make them anew with this run's model, "
+                f"the features in {folder} are stale: {'; '.join(differences)}; rebuild them with this run's model, "
                 f"data and seed: {COMMAND} features.dir={folder} features.dtype={key.dtype} features.overwrite=true"
             )
         return cls(folder, index)
@@ -164,7 +164,7 @@ class FeatureStore:
             if there is not None and _checksum(example) not in (there, None):
                 raise InputError(
                     f"the features in {self.folder} are of other pictures: {example.name} is not the file they were "
-                    f"made of; make them anew: {COMMAND} features.dir={self.folder} features.overwrite=true"
+                    f"made of; rebuild them: {COMMAND} features.dir={self.folder} features.overwrite=true"
                 )
 
     def _map(self, number: int) -> Any:
@@ -243,9 +243,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete {path.parent} and make the features anew") from error
+        raise InputError(f"{path} cannot be read ({error}); delete {path.parent} and rebuild the features") from error
     if found.pop("format", None) != FORMAT:
-        raise InputError(f"{path} is not of format {FORMAT}; delete {path.parent} and make the features anew")
+        raise InputError(f"{path} is not of format {FORMAT}; delete {path.parent} and rebuild the features")
     return found
 
 

@@ -81,7 +81,7 @@ def write(
         for first_id, split, images in ((1, "train", train_images), (2, "val", val_images), (3, "test", val_images)):
             rng = random.Random(f"{seed} forms {split}")
             records: list[dict[str, Any]] = []
-            for number in bar(range(images), doing=f"drawing {split}", unit="pages", shown=progress):
+            for number in bar(range(images), doing=f"generating {split}", unit="pages", shown=progress):
                 page = draw_page(rng)
                 document = first_id * 1_000_000 + number
                 name = f"documents/form{document}_1.png"

@@ -160,14 +160,14 @@ def _question(
 ) -> Question:
     key = number if columns.id is None else _at(row, columns.id)
     if not isinstance(key, int | str) or isinstance(key, bool):
-        raise InputError(f"{where}: its {columns.id} should be a whole number or text, not {str(key)[:40]!r}; mend it")
+        raise InputError(f"{where}: its {columns.id} should be a whole number or text, not {str(key)[:40]!r}; fix it")
     text = _text(row, columns.question, where)
     if columns.question and not (text or "").strip():
-        raise InputError(f"{where}: its {columns.question} is empty; mend it")
+        raise InputError(f"{where}: its {columns.question} is empty; fix it")
     answers = _answers(row, columns.answers, where)
     target = _text(row, columns.target, where) if columns.target else (most_common(answers) if answers else None)
     if answers and not (target or "").strip():
-        raise InputError(f"{where}: its answer is empty; mend it")
+        raise InputError(f"{where}: its answer is empty; fix it")
     return Question(
         key,
         text or "",
@@ -198,14 +198,14 @@ def _text(row: Mapping[str, Any], name: str | None, where: str) -> str | None:
         value = value[0] if value else None
     if value is None or isinstance(value, str):
         return value
-    raise InputError(f"{where}: its {name} should be text, not {str(value)[:40]!r}; mend it or data.columns")
+    raise InputError(f"{where}: its {name} should be text, not {str(value)[:40]!r}; fix it or data.columns")
 
 
 def _answers(row: Mapping[str, Any], name: str | None, where: str) -> tuple[str, ...]:
     value = None if name is None else _at(row, name)
     listed = [value] if isinstance(value, str) else value or []
     if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
-        raise InputError(f"{where}: its {name} should be texts, not {str(value)[:40]!r}; mend it or data.columns")
+        raise InputError(f"{where}: its {name} should be texts, not {str(value)[:40]!r}; fix it or data.columns")
     return tuple(listed)
 
 
@@ -214,7 +214,7 @@ def _image_id(row: Mapping[str, Any], columns: Columns, picture: bytes | None, w
         return blake2b(picture or b"", digest_size=10).hexdigest()
     value = _at(row, columns.image_id)
     if not isinstance(value, int | str):
-        raise InputError(f"{where}: its {columns.image_id} should be a whole number or text; mend it or data.columns")
+        raise InputError(f"{where}: its {columns.image_id} should be a whole number or text; fix it or data.columns")
     return value
 
 
@@ -231,7 +231,7 @@ def _bytes(value: Any, hub: str, where: str) -> bytes:
             return (Path(hub) / path).read_bytes()
         except OSError as error:
             raise InputError(f"{where}: its picture {path} cannot be read ({error.strerror}); fetch it") from None
-    raise InputError(f"{where}: it holds no picture; mend it, or data.columns.image")
+    raise InputError(f"{where}: it holds no picture; fix it, or data.columns.image")
 
 
 def _joined(table: Table, columns: Columns, wanted: Iterable[int | str], hub: str) -> dict[int | str, bytes]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from vlmvqa.data import submissions
 from vlmvqa.data.bad_records import BadRecords
@@ -31,6 +31,15 @@ from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import InputError
 
 WHOLE = "all"  # the split of a single file
+LINE = '{"image": "images/1.jpg", "question": "What is it?", "answers": ["a cat"]}'
+
+
+class Record(NamedTuple):
+    """A line's number, its question's id, its content."""
+
+    line: int
+    id: int | str
+    content: Any
 
 
 def read(
@@ -64,9 +73,12 @@ def read(
     if not records:
         raise InputError(f"{path} holds no usable line; write one JSON object a line, with image, question and answers")
     chosen = selected.chosen(len(records), path, "lines")
-    answered = any(record.get("answers") is not None for _, record in records)
+    answered = any(record.content.get("answers") is not None for record in records)
     questions = _questions([records[number] for number in chosen], path, answered, prompts, bad_records)
-    return group_by_image(questions, lambda image: path.parent / image, path, split, bad_records)
+    lines = {record.id: record.line for record in records}
+    return group_by_image(
+        questions, lambda image: path.parent / image, path, split, bad_records, lambda key: f"line {lines[key]}"
+    )
 
 
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
@@ -78,6 +90,7 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
 def _find(root: Path, split: str, max_samples: int | None) -> tuple[Path, Slice]:
     """The file of a split."""
     if root.is_file():
+        _refuse_list(root)
         # Not "train" and "val": both would be the whole file, and the score that of the training questions.
         if split.partition("[")[0] != WHOLE:
             raise InputError(
@@ -89,14 +102,34 @@ def _find(root: Path, split: str, max_samples: int | None) -> tuple[Path, Slice]
         raise InputError(f"{root} does not exist; let data.root name a folder with train.jsonl, or a .jsonl file.")
     known = sorted(path.stem for path in root.glob("*.jsonl"))
     if not known:
+        for path in sorted(root.glob("*.json")):
+            _refuse_list(path)
         raise InputError(f"{root} holds no .jsonl file; put train.jsonl there, or set data.root.")
     selected = parse_split(split, known, str(root), max_samples)
     return root / f"{selected.name}.jsonl", selected
 
 
-def _load(path: Path, bad_records: BadRecords) -> list[tuple[int | str, Any]]:
-    """Id and record of each line in file order, each id once; an empty line is none."""
-    found: list[tuple[int | str, Any]] = []
+def _refuse_list(path: Path) -> None:
+    """Stop at a file that is one JSON list, as LLaVA's are."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if start.startswith(b"["):
+        _refuse_format(path, llava=b'"conversations"' in start)
+
+
+def _refuse_format(where: Path | str, llava: bool) -> NoReturn:
+    """Show the form that is read."""
+    format = "in LLaVA's format ('conversations'), which is not supported yet" if llava else "a JSON list"
+    raise InputError(f"{where} is {format}; write a file of JSON lines, a line for each question: {LINE}")
+
+
+def _load(path: Path, bad_records: BadRecords) -> list[Record]:
+    """The lines in file order, each id once; an empty line is none."""
+    _refuse_list(path)
+    found: list[Record] = []
     seen: set[int | str] = set()
     try:
         lines = path.read_bytes().split(b"\n")
@@ -113,6 +146,8 @@ def _load(path: Path, bad_records: BadRecords) -> list[tuple[int | str, Any]]:
         except UnicodeDecodeError as error:
             bad_records.add(f"{path}, line {number}", f"byte {error.start} is not UTF-8 text")
             continue
+        if isinstance(record, dict) and "conversations" in record and "question" not in record:
+            _refuse_format(f"{path}, line {number}", llava=True)
         problem = find_problem(record, {"id": (int, str)} if isinstance(record, dict) and "id" in record else {})
         key = number if problem else record.get("id", number)
         if not problem and key in seen:
@@ -121,15 +156,15 @@ def _load(path: Path, bad_records: BadRecords) -> list[tuple[int | str, Any]]:
             bad_records.add(f"{path}, line {number}", problem)
         else:
             seen.add(key)
-            found.append((key, record))
+            found.append(Record(number, key, record))
     return found
 
 
 def _questions(
-    records: list[tuple[int | str, Any]], path: Path, answered: bool, prompts: Prompts, bad_records: BadRecords
+    records: list[Record], path: Path, answered: bool, prompts: Prompts, bad_records: BadRecords
 ) -> Iterator[tuple[str, Question]]:
     """Image and question, for each usable record."""
-    for key, record in records:
+    for line, key, record in records:
         if isinstance(record, dict) and isinstance(record.get("answers"), str):
             record = {**record, "answers": [record["answers"]]}
         typed = {"question_type": str} if isinstance(record, dict) and "question_type" in record else {}
@@ -137,7 +172,7 @@ def _questions(
         if not problem and answered:
             problem = find_answers_problem(record)
         if problem:
-            bad_records.add(f"{path}, question {key}", problem)
+            bad_records.add(f"{path}, line {line}", problem)
             continue
         text, answers = record["question"], tuple(record.get("answers") or ())
         target = most_common(answers) if answers else None

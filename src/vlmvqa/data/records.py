@@ -66,7 +66,7 @@ def load_json(path: Path, **hooks: Any) -> Any:
 
 def unreadable(path: Path, error: OSError) -> InputError:
     """The sentence for a file that the system does not give."""
-    return InputError(f"{path} cannot be read ({error.strerror}); mend the file or its permissions.")
+    return InputError(f"{path} cannot be read ({error.strerror}); fix the file or its permissions.")
 
 
 def list_under(content: Any, key: str, path: Path, description: str) -> list[Any]:
@@ -152,6 +152,7 @@ def group_by_image(
     where: Path,
     split: str,
     bad_records: BadRecords,
+    place_of: Callable[[int | str], str] = "question {}".format,
 ) -> list[Example]:
     """Examples in order of each image's first question.
 
@@ -159,6 +160,7 @@ def group_by_image(
         questions: each with the id of its image.
         path_of: where the image with this id is.
         where: the file of the questions, for errors; `split` too.
+        place_of: where in the file the question with this id is, for errors.
 
     Raises:
         InputError: an image is missing (as `bad_records` has it), or nothing is left.
@@ -176,7 +178,7 @@ def group_by_image(
             examples.append(Example(paths[image_id], image_id, tuple(asked)))
         else:
             bad_records.add(
-                f"{where}, question {asked[0].id}",
+                f"{where}, {place_of(asked[0].id)}",
                 f"its image {paths[image_id]} is missing ({len(missing)} of the {len(by_image)} images are)",
                 "download it",
             )

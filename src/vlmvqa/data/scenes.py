@@ -1,6 +1,6 @@
 """A scene of coloured shapes: what it holds, its picture, and the questions asked of it.
 
-A question alone must not give its answer away (the flaw of VQAv1 that VQAv2 was made to mend), so the
+A question alone must not give its answer away (the flaw of VQAv1 that VQAv2 was made to fix), so the
 answers to each question text are handed out evenly:
 
     draw    1 to 5 shapes, few more often than many, never overlapping

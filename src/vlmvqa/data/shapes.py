@@ -104,7 +104,7 @@ def _write_split(root: Path, split: str, image_ids: range, settings: dict[str, i
     questions: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     (root / split).mkdir()
-    for image_id in bar(image_ids, doing=f"drawing {split}", unit="images", shown=progress):
+    for image_id in bar(image_ids, doing=f"generating {split}", unit="images", shown=progress):
         scene, asked = asker.scene(settings["questions_per_image"])
         image = scenes.paint(rng, scene, settings["image_size"])
         image.save(root / split / f"COCO_{split}_{image_id:012d}.jpg", quality=95, subsampling=0)

@@ -54,7 +54,7 @@ def write(
             images, annotations = [], []
             (folder / split).mkdir()
             ids = range(first_id, first_id + count)
-            for image_id in bar(ids, doing=f"drawing {split}", unit="images", shown=progress):
+            for image_id in bar(ids, doing=f"generating {split}", unit="images", shown=progress):
                 scene = scenes.draw_scene(rng)
                 name, captions = f"COCO_{split}_{image_id:012d}.jpg", describe(scene)
                 picture = scenes.paint(rng, scene, image_size)

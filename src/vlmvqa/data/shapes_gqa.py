@@ -95,7 +95,7 @@ def write(
             questions: dict[str, dict[str, Any]] = {}
             rng = random.Random(f"{seed} gqa {split}")
             asker = scenes.Asker(rng, askable, {kind: share for kind, (share, _, _) in KINDS.items()})
-            for number in bar(range(images), doing=f"drawing {split}", unit="images", shown=progress):
+            for number in bar(range(images), doing=f"generating {split}", unit="images", shown=progress):
                 scene, asked = asker.scene(questions_per_image)
                 image_id = f"{first_id}{number:06d}"
                 picture = scenes.paint(rng, scene, image_size)

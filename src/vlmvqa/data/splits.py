@@ -89,7 +89,8 @@ def parse_split(split: str, known: Iterable[str], benchmark: str, max_samples: i
     match = SPLIT.fullmatch(split)
     name = split.partition("[")[0]
     if name not in known:
-        raise InputError(f"{benchmark} has no split '{name}', only {', '.join(known)}{suggest(name, known) or '.'}")
+        remedy = suggest(name, known) or _parts_of(known)
+        raise InputError(f"{benchmark} has no split '{name}', only {', '.join(known)}{remedy or '.'}")
     if match is None:
         like = f"{name}[:10%], {name}[100:200] or {name}[random:1000]"
         raise InputError(f"the slice in '{split}' is malformed; write it like {like}.")
@@ -97,3 +98,11 @@ def parse_split(split: str, known: Iterable[str], benchmark: str, max_samples: i
         raise InputError(f"max_samples={max_samples} selects nothing; use 1 or more, or null for all questions.")
     drawn = match["drawn"]
     return Slice(split, name, match["start"], match["stop"], max_samples, None if drawn is None else int(drawn))
+
+
+def _parts_of(known: list[str]) -> str:
+    """The advice to evaluate on a part of the training split, if there is no split to evaluate on."""
+    if len(known) > 1 and ("train" not in known or "val" in known):
+        return ""
+    split = known[0] if len(known) == 1 else "train"
+    return f"; train and evaluate on parts of {split}: data.train_split={split}[:90%] data.eval_split={split}[90%:]"
