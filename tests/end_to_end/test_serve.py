@@ -249,7 +249,7 @@ def test_ask(page: Any, server: Server, photo: Path) -> None:
     page.get_by_label("Gradient").check()
     changed = "before => ![before, undefined].includes(document.querySelector('#ask-answers figure img')?.src)"
     page.wait_for_function(changed, arg=before)
-    assert "gradients" in cards.first.locator("figcaption").inner_text()
+    assert "Gradient map" in cards.first.locator("figcaption").inner_text()
     page.get_by_label("Off").check()
     page.locator("#ask-answers figure").first.wait_for(state="detached")
     assert cards.count() == 2
@@ -370,7 +370,7 @@ def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkey
     given = (f"checkpoint={run}", f"run.dir={tmp_path}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port} cannot be listened on" in sentence(call("serve", *given, f"port={port}"))
+        assert f"port {port} of 127.0.0.1 is already in use" in sentence(call("serve", *given, f"port={port}"))
     assert "there is no token" in sentence(call("serve", *given, "host=0.0.0.0"))
     assert "nowhere has no predictions.jsonl; score" in sentence(call("serve", *given, "browse=nowhere"))
     monkeypatch.setitem(sys.modules, "gradio", None)
