@@ -117,7 +117,7 @@ class _Page:
                 look = gr.Radio(LOOKS, value="attention", label="Attention map", elem_id="ask-look")
                 button = gr.Button("Ask", variant="primary", elem_id="ask-button")
                 shown = gr.HTML(cards.note("Answers appear here."), elem_id="ask-answers")
-        asked = {"fn": self._ask, "inputs": [picture, questions, look], "outputs": shown, "show_progress": "full"}
+        asked = {"fn": self._ask, "inputs": [picture, questions, look], "outputs": shown, "show_progress": "minimal"}
         button.click(**asked)
         look.input(**asked)
 
@@ -133,7 +133,7 @@ class _Page:
                 questions = self._questions("compare")
                 button = gr.Button("Ask both", variant="primary", elem_id="compare-button")
                 shown = gr.HTML(cards.note("Both models' answers appear here."), elem_id="compare-answers")
-        button.click(self._compare, [picture, questions], shown, show_progress="full")
+        button.click(self._compare, [picture, questions], shown, show_progress="minimal")
 
     def _browse_tab(self) -> None:
         gr, run = self.gr, self.run

@@ -83,6 +83,12 @@ CSS = """
 .vq-card figcaption b { font-weight: 600; }
 .vq-legend { display: flex; gap: 8px; align-items: center; margin-bottom: 2px; }
 .vq-legend i { flex: 1; height: 9px; border-radius: 3px; border: 1px solid var(--border-color-primary); }
+/* Gradio has no spinner for HTML that is pending. */
+#ask-answers, #compare-answers { position: relative; }
+#ask-answers:has(.pending)::after, #compare-answers:has(.pending)::after { content: ""; position: absolute; top: 24px;
+  left: calc(50% - 16px); width: 32px; height: 32px; border-radius: 50%; animation: vq-turn .8s linear infinite;
+  border: 3px solid var(--border-color-primary); border-top-color: var(--color-accent); box-sizing: border-box; }
+@keyframes vq-turn { to { transform: rotate(1turn); } }
 .vq-note { color: var(--body-text-color-subdued); padding: 28px 16px; text-align: center; margin: 0;
   border: 1px dashed var(--border-color-primary); border-radius: 12px; overflow-wrap: anywhere; }
 .vq-error { border-style: solid; color: var(--error-text-color, #b42318); } .dark .vq-error { color: #ffb4a8; }
