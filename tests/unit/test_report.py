@@ -325,7 +325,7 @@ def test_where_it_looked_is_shown_or_why_not(tmp_path: Path) -> None:
     maps = page.text[page.text.rindex("Attention maps") :]
     assert (
         "from low (the picture unchanged) to high (yellow)" in maps
-        and f'low<i class="heat" style="background: {gallery.HEAT}"' in html
+        and f'low<i class="heat" style="background-image: {gallery.HEAT}"' in html
     )
     assert "What color is the bus? Answer: red Confidence: 0.90 Score: 30" in maps
     _, page = write(tmp_path, looks="no model was loaded, only its answers")

@@ -211,5 +211,5 @@ def test_a_truncated_answer_and_the_colours_of_its_map_are_explained() -> None:
     told = Told("what is it?", "a do", 0.5, cut=True, alternatives=[("b", 0.2), ("c", 0.3)], look=b"png")
     html = cards.answers([told], "gradient")
     assert "(truncated at max_new_tokens)" in html
-    assert f'low<i style="background:{HEAT}"></i>high' in html and "Gradient map" in html
+    assert f'low<i style="background-image:{HEAT}"></i>high' in html and "Gradient map" in html
     assert html.index("50.0 %") < html.index("20.0 %") < html.index("30.0 %")  # in the given order

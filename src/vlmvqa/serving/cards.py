@@ -58,7 +58,7 @@ def _figure(told: Told, look: str | None) -> str:
     name, meaning = LEGENDS[look]
     return (
         f'<figure><img src="data:image/png;base64,{picture}" alt="{escape(f"{name} of: {told.question}")}">'
-        f'<figcaption><span class="vq-legend">low<i style="background:{HEAT}"></i>high</span>'
+        f'<figcaption><span class="vq-legend">low<i style="background-image:{HEAT}"></i>high</span>'
         f"<b>{name}</b>: {meaning}; where it is low, the picture is unchanged</figcaption></figure>"
     )
 

@@ -82,7 +82,8 @@ CSS = """
 .vq-card figcaption { font-size: .8rem; color: var(--body-text-color-subdued); margin-top: 6px; }
 .vq-card figcaption b { font-weight: 600; }
 .vq-legend { display: flex; gap: 8px; align-items: center; margin-bottom: 2px; }
-.vq-legend i { flex: 1; height: 9px; border-radius: 3px; border: 1px solid var(--border-color-primary); }
+.vq-legend i { flex: 1; height: 9px; border-radius: 3px; border: 1px solid var(--border-color-primary);
+  background-color: #fff; }
 /* Gradio has no spinner for HTML that is pending. */
 #ask-answers, #compare-answers { position: relative; }
 #ask-answers:has(.pending)::after, #compare-answers:has(.pending)::after { content: ""; position: absolute; top: 24px;
@@ -110,6 +111,7 @@ CSS = """
 .dark .vq-right { background: #173b26; color: #a7e3bb; } .dark .vq-wrong { background: #4a1d17; color: #ffc2b8; }
 
 @media (min-width: 641px) { .vq-side { position: sticky; top: 16px; align-self: flex-start; } }
+@media (max-width: 1100px) { .vq-card figure { width: 150px; } }
 @media (max-width: 640px) {
   .vq-card { grid-template-columns: 1fr; } .vq-card figure { width: 100%; } .vq-two { grid-template-columns: 1fr; }
   #ask-look .wrap { gap: 6px; } #ask-look label { padding: 6px 9px; }
