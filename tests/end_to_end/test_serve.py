@@ -234,22 +234,30 @@ def test_ask(page: Any, server: Server, photo: Path) -> None:
     questions = ["What color is it?", "How many <b>{{dogs}}</b> ${1 + 1} `are` there?"]
     drop(page, "ask", photo)
     page.fill("#ask-questions textarea", "\n".join(questions))
+    held: list[Any] = []
+    page.route("**/gradio_api/queue/join*", lambda route: held.append(route), times=1)
     page.click("#ask-button")
+    page.wait_for_function(
+        "getComputedStyle(document.querySelector('#ask-answers'), '::after').animationName != 'none'"
+    )
+    held[0].continue_()
     cards = page.locator("#ask-answers .vq-card")
     cards.nth(1).wait_for()
     assert [cards.nth(n).locator(".vq-asked").inner_text() for n in range(2)] == questions
     told = [cards.nth(n).locator(".vq-answer").evaluate("one => one.firstChild.textContent") for n in range(2)]
     assert told == [text or "(no word)" for text in server.answers("first", photo, *questions)]
+    assert page.locator("h1").inner_text() == "vlmvqa" and str(server.run) in page.locator(".vq-head").inner_text()
     assert "%" in cards.first.locator(".vq-answer small").inner_text()
     assert cards.first.locator(".vq-bar").count() >= 2
     drawn = cards.first.locator("figure img")
     assert drawn.evaluate("one => one.decode().then(() => one.naturalWidth)") == 512
+    assert cards.first.locator(".vq-legend").inner_text().split() == ["low", "high"]
     assert fits(page)
     before = drawn.get_attribute("src")
     page.get_by_label("Gradient").check()
     changed = "before => ![before, undefined].includes(document.querySelector('#ask-answers figure img')?.src)"
     page.wait_for_function(changed, arg=before)
-    assert "gradients" in cards.first.locator("figcaption").inner_text()
+    assert "Gradient map" in cards.first.locator("figcaption").inner_text()
     page.get_by_label("Off").check()
     page.locator("#ask-answers figure").first.wait_for(state="detached")
     assert cards.count() == 2
@@ -290,7 +298,7 @@ def test_browse(page: Any, server: Server) -> None:
     assert fits(page)
     page.click("#browse-on")
     page.get_by_text(f"13 to 24 of {len(records)} answers").wait_for()
-    assert tiles.first.locator("p").first.inner_text() == records[12]["question"]
+    assert tiles.first.locator("p").first.inner_text() == f"Question: {records[12]['question']}"
     page.click("#browse-back")
     page.get_by_text(f"1 to 12 of {len(records)} answers").wait_for()
     page.get_by_label("Right", exact=True).check()
@@ -370,7 +378,7 @@ def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkey
     given = (f"checkpoint={run}", f"run.dir={tmp_path}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port} cannot be listened on" in sentence(call("serve", *given, f"port={port}"))
+        assert f"port {port} of 127.0.0.1 is already in use" in sentence(call("serve", *given, f"port={port}"))
     assert "there is no token" in sentence(call("serve", *given, "host=0.0.0.0"))
     assert "nowhere has no predictions.jsonl; score" in sentence(call("serve", *given, "browse=nowhere"))
     monkeypatch.setitem(sys.modules, "gradio", None)

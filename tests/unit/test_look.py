@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 from tests import pretrained
 from tests.unit.test_predict import predictor
 from vlmvqa.errors import InputError
+from vlmvqa.inference.gallery import HEAT
 from vlmvqa.inference.look import Look, draw, look
 from vlmvqa.inference.predict import Predictor, load
 
@@ -132,3 +134,13 @@ def test_the_hottest_place_is_drawn_over_the_picture() -> None:
     changed = np.abs(drawn - np.asarray(picture)).sum(-1)
     assert changed.shape == (40, 100) and changed[5, 55] > 200
     assert not changed[:, :20].any() and not changed[:, 60:].any() and changed[35, 25] == 0
+
+
+def test_the_legend_has_the_colours_of_the_map() -> None:
+    stops = [list(map(int, stop)) for stop in re.findall(r"rgb\((\d+) (\d+) (\d+) / (\d+)%\)", HEAT)]
+    drawn = draw(
+        Image.new("RGB", (len(stops), 1), "white"), Look(np.linspace(0, 1, len(stops))[None], (0, 0, len(stops), 1))
+    )
+    for place, (*colour, opaque) in enumerate(stops):
+        expected = [255 + (one - 255) * opaque / 100 for one in colour]
+        assert drawn.getpixel((place, 0)) == pytest.approx(expected, abs=3)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmvqa.inference import gallery
 from vlmvqa.inference.gallery import choose_gallery
 from vlmvqa.inference.report import write_report
 
@@ -115,8 +116,8 @@ def test_numbers_stand_beside_their_controls(tmp_path: Path) -> None:
     _, page = write(tmp_path)
     assert "71.24 % VQA accuracy on 30 questions 95 % interval 70.24 to 72.24, over images" in page.text
     assert "This model 71.24 Shuffled images 45.07" in page.text
-    assert "Prior 38.51" in page.text
-    assert "n model shuffled prior other 20 61.07 31.41 20.30 yes/no 10 88.12 63.40 62.02" in page.text
+    assert "Majority baseline 38.51" in page.text
+    assert "n model shuffled majority other 20 61.07 31.41 20.30 yes/no 10 88.12 63.40 62.02" in page.text
     assert "what color is the 20 64.31 33.33 \u2013 is the 10 87.50 60.12 61.99" in page.text
 
 
@@ -130,7 +131,7 @@ def test_says_what_the_numbers_were_measured_with(tmp_path: Path) -> None:
 def test_a_control_without_a_number_gives_its_reason(tmp_path: Path) -> None:
     controls = {"prior": {"overall": None, "reason": "the training split has no answers"}, "shuffled_images": None}
     _, page = write(tmp_path, metrics=METRICS | {"controls": controls})
-    assert "Shuffled images none: not measured Prior none: the training split has no answers" in page.text
+    assert "Shuffled images none: not measured Majority baseline none: the training split has no answers" in page.text
     assert "n model other 20 61.07 yes/no 10 88.12" in page.text
 
 
@@ -161,7 +162,7 @@ def test_another_metric_brings_its_own_name_tables_and_numbers(tmp_path: Path) -
 
 def test_answers_of_unknown_probability(tmp_path: Path) -> None:
     _, page = write(tmp_path, predictions=[record(1, log_probability=None)])
-    assert "red scored 100" in page.text
+    assert "Answer: red Score: 100 References:" in page.text and "Confidence:" not in page.text
 
 
 def test_a_long_list_of_skipped_records_is_cut_short(tmp_path: Path) -> None:
@@ -239,7 +240,20 @@ def test_nothing_wrong_and_no_pictures(tmp_path: Path) -> None:
 
 def test_a_card_shows_question_answer_probability_score_and_counted_references(tmp_path: Path) -> None:
     _, page = write(tmp_path, predictions=[record(1, accuracy=60.0)])
-    assert "What color is the bus? red p 0.90, scored 60 red \u00d77, dark red \u00d73" in page.text
+    answer = "Question: What color is the bus? Answer: red Confidence: 0.90 Score: 60"
+    assert f"{answer} References: red \u00d77, dark red \u00d73" in page.text
+
+
+def test_most_cards_of_a_gallery_are_collapsed(tmp_path: Path) -> None:
+    html, page = write(
+        tmp_path,
+        predictions=[record(number, 100.0 * (number % 2)) for number in range(200)],
+        samples=[sample(1, question_id=number) for number in range(8)],
+        looks=[(record(number), Image.new("RGB", (8, 8))) for number in range(8)],
+    )
+    shown = re.sub("<details>.*?</details>", "", html, flags=re.DOTALL)
+    assert (html.count("<article"), shown.count("<article")) == (24 + 24 + 8 + 8, 4 + 4 + 2 + 2)
+    assert page.text.count("20 more") == 2 and "script" not in page.tags
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16"])
@@ -304,19 +318,24 @@ def test_answers_are_followed_through_the_training(tmp_path: Path) -> None:
     samples += [sample(2000, answer="yes", score=100.0, log_probability=-0.01)]
     html, page = write(tmp_path, samples=samples)
     followed = page.text[page.text.index("Is it open?") :]
-    assert followed.startswith("Is it open? yes \u00d710 100 at 100 0.61 500 at 500 0.61")
+    columns = "Step Answer Confidence 100 at 100 0.61 500 at 500 0.61"
+    assert followed.startswith(f"Is it open? References: yes \u00d710 {columns}")
     assert "2,000 yes 0.99" in followed and "at 2000" not in page.text and "at 200 " not in page.text
     assert html.count('class="wrong-ink">at') == 5 and 'class="right-ink">yes' in html
 
 
 def test_where_it_looked_is_shown_or_why_not(tmp_path: Path) -> None:
     one = record(1, 30.0)
-    _, page = write(tmp_path, looks=[(one, Image.new("RGB", (40, 30)))], images={0: Image.new("RGB", (40, 30))})
-    looked = page.text[page.text.rindex("Where it looked") :]
-    assert "What color is the bus? red p 0.90, scored 30" in looked
+    html, page = write(tmp_path, looks=[(one, Image.new("RGB", (40, 30)))], images={0: Image.new("RGB", (40, 30))})
+    maps = page.text[page.text.rindex("Attention maps") :]
+    assert (
+        "from low (the picture unchanged) to high (yellow)" in maps
+        and f'low<i class="heat" style="background-image: {gallery.HEAT}"' in html
+    )
+    assert "What color is the bus? Answer: red Confidence: 0.90 Score: 30" in maps
     _, page = write(tmp_path, looks="no model was loaded, only its answers")
-    assert "Where it looked Not drawn: no model was loaded, only its answers." in page.text
-    assert "Where it looked" not in write(tmp_path)[1].text
+    assert "Attention maps Not drawn: no model was loaded, only its answers." in page.text
+    assert "Attention maps" not in write(tmp_path)[1].text
 
 
 def test_answers_without_probabilities_have_no_calibration_and_say_so(tmp_path: Path) -> None:
@@ -331,5 +350,5 @@ def test_captions_have_no_right_answers_to_count(tmp_path: Path) -> None:
     _, page = write(tmp_path, predictions=captions, metrics=metrics, samples=[sample(1, question="", score=40.0)])
     assert "112.50 CIDEr (x 100) on 30 images" in page.text and "BLEU-4 31.00" in page.text
     assert "The better half" in page.text and "Answers while it trained" in page.text
-    for absent in ("Confidence", "Confusions", "Answered right", "By type"):
+    for absent in ("calibration error", "Confusions", "Answered right", "By type"):
         assert absent not in page.text

@@ -16,6 +16,11 @@ __all__ = ["chromium"]  # a fixture
 
 CUT = "() => [...document.querySelectorAll('.types td.number')].filter(one => one.scrollWidth > one.clientWidth).length"
 LONG = "pneumonoultramicroscopicsilicovolcanoconiosis" * 6  # a word that no line can hold
+SCROLLED = (
+    "() => [...document.querySelectorAll('.scroll, pre')].filter(one => one.scrollWidth > one.clientWidth).length"
+)
+LINES = """() => [...document.querySelectorAll(".matrix thead span")]
+    .map(one => one.getBoundingClientRect().width / parseFloat(getComputedStyle(one).lineHeight))"""
 WIDER = """() => [...document.querySelectorAll("body *")]
     .filter(one => !one.closest(".scroll, pre") && one.getBoundingClientRect().right > innerWidth + 1)
     .map(one => one.tagName + " " + one.className)"""
@@ -95,3 +100,26 @@ def test_a_page_fits_and_needs_nothing(
             assert len(targets) == 9 and all(page.locator(target).count() == 1 for target in targets)
             sizes = page.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth)")
             assert len(sizes) >= 48 and min(sizes) > 0
+
+
+def test_a_phone_shows_a_short_page_in_which_nothing_scrolls_sideways(chromium: Any, tmp_path: Path) -> None:
+    kinds = [*("yes", "no", "bottom right", "triangle", "rectangle", "yellow", "purple", "grey"), *"1234"]
+    predictions = [record(n, answer=kinds[n % 12], target=kinds[n % 12 if n % 9 else n % 5]) for n in range(1800)]
+    predictions += [record(n, 0.0) for n in range(1800, 1900)]
+    picture = Image.new("RGB", (64, 48))
+    write(
+        tmp_path,
+        predictions=predictions,
+        images=dict.fromkeys(range(950), picture),
+        samples=[sample(step, question_id=n) for step in range(100, 900, 100) for n in range(8)],
+        looks=[(one, picture) for one in predictions[:8]],
+    )
+    with chromium.new_context(viewport={"width": 390, "height": 844}) as context:
+        page = context.new_page()
+        page.goto((tmp_path / "runs" / "report.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollHeight") < 8500
+        page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+        assert page.evaluate("document.documentElement.scrollHeight") > 12_000
+        assert page.evaluate(SCROLLED) == 0
+        broken = page.evaluate(LINES)
+        assert len(broken) == 13 and max(broken) < 1.5  # lines of a rotated header: no word is broken

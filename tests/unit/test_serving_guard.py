@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,15 @@ from starlette.testclient import TestClient
 from tests.pretrained import picture
 from tests.serving import ask, client, own, sent, sentence
 from vlmvqa.errors import InputError
+from vlmvqa.inference.gallery import HEAT
 from vlmvqa.inference.predict import Predictor
-from vlmvqa.serving import browse
+from vlmvqa.serving import browse, cards, page
+from vlmvqa.serving.api import build
 from vlmvqa.serving.guard import Guard
 from vlmvqa.serving.limits import Limits
 from vlmvqa.serving.pictures import Pictures
 from vlmvqa.serving.server import Address, listen
+from vlmvqa.serving.service import Service, Told
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +96,10 @@ def test_this_machine_may_ask(host: str) -> None:
 def test_a_port_that_is_taken_is_one_sentence() -> None:
     with listen(Address(port=0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"127.0.0.1:{port} cannot be listened on .*; end what does, or take"):
+        with pytest.raises(InputError, match=f"port {port} of 127.0.0.1 is already in use; .* as in port={port + 1} "):
             listen(Address(port=port))
+    with pytest.raises(InputError, match=r"cannot listen on 192\.0\.2\.1:0 \(.+\); correct host="):
+        listen(Address("192.0.2.1", 0, open=True))
     for port in (99_999_999, -1, "ssh"):
         with pytest.raises(InputError, match=f"port={port} is none; use a number below 65536"):
             Address(port=port)
@@ -173,8 +179,37 @@ def test_events_of_the_page_name_no_files_and_other_routes_of_gradio_are_none(ou
         assert asking.get(path).status_code == 200
 
 
+def test_wrong_methods_and_unknown_paths_are_one_sentence(ours: Predictor, tmp_path: Path) -> None:
+    """With the page at /, which takes all that the API's routes don't match."""
+    service = Service({"model": ours}, Limits())
+    app = build(service)
+    page.mount(app, service, None, [], tmp_path)
+    asking = TestClient(Guard(app, Limits(), local=True), base_url="http://localhost")
+    wrong = {"/answer": "GET PUT DELETE PATCH OPTIONS", "/picture": "GET", "/picture/x": "POST", "/health": "POST"}
+    try:
+        for path, methods in (
+            wrong | {"/docs": "POST", "/openapi.json": "PUT", "/": "POST", "/config": "POST"}
+        ).items():
+            for method in methods.split():
+                refused = asking.request(method, path)
+                assert f"{method} {path} is not allowed; use " in sentence(refused, 405)
+                assert refused.headers["allow"] in refused.json()["error"]
+        for path in ("/answers", "/answer/", "/v1/answer", "/gradio_api/upload"):
+            assert f"there is no {path}; /docs lists the routes" in sentence(asking.get(path), 404)
+    finally:
+        service.close()
+
+
 def test_an_answer_without_a_word_is_shown_as_one() -> None:
     asked = {"image_id": 1, "question": "what is it?", "answers": ["a <dog>"], "log_probability": None}
     run = browse.Run("run", [{**asked, "answer": "", "vqa_accuracy": 0.0}], "vqa_accuracy")
     html, _, _ = browse.page(run, "wrong", "any", "any", 0)
-    assert "(no word)" in html and "wanted: a &lt;dog&gt;" in html
+    assert "(no word)" in html and "References: a &lt;dog&gt;" in html
+
+
+def test_a_truncated_answer_and_the_colours_of_its_map_are_explained() -> None:
+    told = Told("what is it?", "a do", 0.5, cut=True, alternatives=[("b", 0.2), ("c", 0.3)], look=b"png")
+    html = cards.answers([told], "gradient")
+    assert "(truncated at max_new_tokens)" in html
+    assert f'low<i style="background-image:{HEAT}"></i>high' in html and "Gradient map" in html
+    assert html.index("50.0 %") < html.index("20.0 %") < html.index("30.0 %")  # in the given order

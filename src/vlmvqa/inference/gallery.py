@@ -20,13 +20,18 @@ Record = Mapping[str, Any]
 # Longest side and JPEG quality: the first that makes a picture small enough, so that a page of noise stays small too.
 FORMATS = ((320, 80), (320, 60), (240, 50))
 ENOUGH = 32_000  # bytes
+# The colours of `look.draw` from low to high: a legend in CSS.
+HEAT = (
+    "linear-gradient(to right, rgb(0 0 4 / 0%), rgb(87 16 110 / 19%), rgb(188 55 84 / 38%), rgb(249 142 9 / 56%), "
+    "rgb(252 255 164 / 75%))"
+)
 MOST_STEPS = 6  # evaluations of a sample that are shown: the first, the last, and some between
 
 
 def choose_gallery(
     predictions: Sequence[Record], name: str, most: int = 24, seed: int = 0
 ) -> tuple[list[Record], list[Record]]:
-    """The answers to show, right and wrong: at most so many of each, drawn at random, the surest first.
+    """The answers to show, right and wrong: a random sample of at most so many of each, by confidence.
 
     Where no score means right, the better and the worse half.
     """
@@ -43,7 +48,6 @@ def choose_gallery(
 
 def words(limit: float | None, right: bool) -> tuple[str, str]:
     """A gallery's heading, and which answers it shows."""
-    drawn = "Drawn at random, the surest first"
     if limit is None:
         heading, which = (
             ("The better half", "the median or more") if right else ("The worse half", "less than the median")
@@ -51,8 +55,7 @@ def words(limit: float | None, right: bool) -> tuple[str, str]:
     else:
         heading = "Answered right" if right else "Answered wrong"
         which = f"{limit:.0f} or more" if right else f"less than {limit:.0f}"
-    legend = ": the question, the model's answer with its probability p and its score, and the reference answers"
-    return heading, f"Scored {which}. {drawn}{legend if right else ''}."
+    return heading, f"Scored {which}. A random sample, sorted by confidence."
 
 
 def card(record: Record, images: Mapping[Any, Image], metric: str) -> dict[str, Any]:
@@ -101,7 +104,7 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def sureness(record: Record) -> float:
-    """How sure the model was of a record's answer."""
+    """The model's confidence in a record's answer."""
     return confidence(record["log_probability"])
 
 

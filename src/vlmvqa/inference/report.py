@@ -25,6 +25,7 @@ from vlmvqa.inference.scores import metric
 UNFOLDED_ROWS, MOST_ROWS = 12, 80  # VQAv2 has 65 question types
 
 NAMES = {**{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}, "rouge_l": "ROUGE-L", "meteor": "METEOR", "spice": "SPICE"}
+CONTROL_NAMES = {"prior": "Majority baseline", "shuffled_images": "Shuffled images", "blank_images": "Blank images"}
 SHOWN_ABOVE = ("unit", "metric", "metrics", "controls", "variants")
 CURVES = {  # beside that of the loss
     "learning_rate": "Learning rate",
@@ -56,8 +57,8 @@ def write_report(
         images: picture by "image_id" for the records that are shown (`shown_images`).
         config_yaml: the resolved config.
         samples: records of `samples.jsonl`.
-        looks: records of `predictions`, each with its picture on which is drawn where the model looked; or the reason
-            why there are none.
+        looks: records of `predictions`, each with its attention map drawn over its picture; or the reason why there are
+            none.
     """
     environment = Environment(
         autoescape=True,
@@ -71,6 +72,7 @@ def write_report(
         config_yaml=config_yaml,
         measured={key: _plain(value) for key, value in metrics.items() if key not in SHOWN_ABOVE},
         most_points=curves.MOST_POINTS,
+        heat=gallery.HEAT,
         unfolded_rows=UNFOLDED_ROWS,
         most_rows=MOST_ROWS,
         **_scores(metrics),
@@ -172,13 +174,15 @@ def _controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _measured_controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The controls that have figures, by the name of their column."""
-    return {key.partition("_")[0]: of for key, of in _controls(metrics).items() if of["overall"] is not None}
+    return {
+        CONTROL_NAMES[key].split()[0].lower(): of for key, of in _controls(metrics).items() if of["overall"] is not None
+    }
 
 
 def _bars(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The model and its controls, as the page compares them: percent, or the reason why there is none."""
     compared = [("This model", "", metrics["metrics"][metrics["metric"]])]
-    compared += [(key.replace("_", " ").capitalize(), CONTROLS[key], of) for key, of in _controls(metrics).items()]
+    compared += [(CONTROL_NAMES[key], CONTROLS[key], of) for key, of in _controls(metrics).items()]
     return [
         {
             "name": name,

@@ -7,6 +7,6 @@ What a client sent goes one way, and each step is one file:
     uploads.py   bytes to a picture, text to questions, or one sentence why not
     service.py   a picture and its questions to answers, for the API and for the page
     batcher.py   the one thread that asks the models
-    overlay.py   where a model looked, as a PNG
+    overlay.py   an attention map, as a PNG
     server.py    a port, and how it ends
 """

@@ -38,9 +38,9 @@ class OneAnswer(BaseModel):
     question: str
     text: str
     probability: float = Field(description="of the whole answer, its end included")
-    cut: bool = Field(description="the answer has as many tokens as one may have, and may go on")
+    cut: bool = Field(description="the answer was truncated at max_new_tokens")
     alternatives: list[Alternative] = Field(description="what else it might have said, the likeliest first")
-    look: str | None = Field(description="where the model looked, drawn over the picture: a PNG in base64")
+    look: str | None = Field(description="the attention map, drawn over the picture: a PNG in base64")
 
 
 class Answers(BaseModel):

@@ -32,7 +32,7 @@ class Asked:
 
     Attributes:
         alternatives: how many answers to search beside the best; 0: none.
-        look: by which method to find where the model looked; None: not at all.
+        look: the method of the attention map; None: no map.
     """
 
     model: str
@@ -44,7 +44,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answered:
-    """An answer, what else might have been said (the best beams), where the model looked."""
+    """An answer, what else might have been said (the best beams), its attention map."""
 
     answer: Answer
     alternatives: Sequence[Answer] = ()

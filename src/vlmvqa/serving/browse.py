@@ -1,4 +1,4 @@
-"""A run's predictions with their pictures: what is right and wrong, by type and by how sure the model was."""
+"""A run's predictions with their pictures: what is right and wrong, by type and by the model's confidence."""
 
 from __future__ import annotations
 
@@ -123,14 +123,19 @@ def _tile(run: Run, record: Mapping[str, Any]) -> str:
     word = "right" if right else "wrong"
     mark = "" if right is None else f'<span class="vq-mark vq-{word}">{word}</span>'
     counted = Counter(map(str, record["answers"])).most_common(4)
-    wanted = ", ".join(escape(text) + (f" x {count}" if count > 1 else "") for text, count in counted)
-    sure = "" if record["log_probability"] is None else f"{percent(sureness(record))} sure"
-    small = ", ".join(filter(None, [sure, escape(_type(record)), f"image {escape(str(record['image_id']))}"]))
+    references = ", ".join(escape(text) + (f" x {count}" if count > 1 else "") for text, count in counted)
+    lines = {
+        "References": references or "not known",
+        "Confidence": "" if record["log_probability"] is None else percent(sureness(record)),
+        "Type": escape(_type(record)),
+        "Image": escape(str(record["image_id"])),
+    }
+    small = "".join(f'<p class="vq-small">{name}: {line}</p>' for name, line in lines.items() if line)
     return (
         '<article class="vq-tile">'
         + (f'<img src="{uri}" alt="image {escape(str(record["image_id"]))}">' if uri else "")
-        + f'<div><p>{escape(str(record["question"]))}</p><p class="vq-given">{words(str(record["answer"]))} {mark}</p>'
-        f'<p class="vq-small">wanted: {wanted or "not known"}</p><p class="vq-small">{small}</p></div></article>'
+        + f"<div><p><small>Question:</small> {escape(str(record['question']))}</p>"
+        f"<p><small>Answer:</small> <b>{words(str(record['answer']))}</b> {mark}</p>{small}</div></article>"
     )
 
 

@@ -6,11 +6,12 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+from vlmvqa.inference.gallery import HEAT
 from vlmvqa.serving.service import Told
 
 LEGENDS = {
-    "attention": "what it read: its attention",
-    "gradient": "what spoke for the answer: gradients",
+    "attention": ("Attention map", "how much the answer attends to each place"),
+    "gradient": ("Gradient map", "how much each place supports the answer, by gradients"),
 }
 
 
@@ -35,7 +36,7 @@ def _card(told: Told, look: str | None) -> str:
     if told.alternatives:
         listed = [(told.text, told.probability), *told.alternatives]
         bars = "".join(_bar(text, probability, number == 0) for number, (text, probability) in enumerate(listed))
-    cut = " (cut at the limit of tokens)" if told.cut else ""
+    cut = " (truncated at max_new_tokens)" if told.cut else ""
     text = (
         f'<p class="vq-asked">{escape(told.question)}</p><p class="vq-answer">{words(told.text)}'
         f"<small>{percent(told.probability)}{cut}</small></p>{bars}"
@@ -54,10 +55,11 @@ def _figure(told: Told, look: str | None) -> str:
     if told.look is None or look is None:
         return ""
     picture = base64.b64encode(told.look).decode("ascii")
-    about = f"where the model looked to answer: {told.question}"
+    name, meaning = LEGENDS[look]
     return (
-        f'<figure><img src="data:image/png;base64,{picture}" alt="{escape(about)}">'
-        f"<figcaption>{LEGENDS[look]}</figcaption></figure>"
+        f'<figure><img src="data:image/png;base64,{picture}" alt="{escape(f"{name} of: {told.question}")}">'
+        f'<figcaption><span class="vq-legend">low<i style="background-image:{HEAT}"></i>high</span>'
+        f"<b>{name}</b>: {meaning}; where it is low, the picture is unchanged</figcaption></figure>"
     )
 
 

@@ -47,7 +47,7 @@ def body(limits: Limits) -> dict[str, Any]:
         "look": {
             "type": "string",
             "enum": list(METHODS),
-            "description": "draw where the model looked; leave it out for no drawing",
+            "description": "draw an attention map over the picture, by attention or by gradient; leave it out for none",
         },
     }
     schema = {"type": "object", "required": ["image", "question"], "properties": fields}

@@ -1,4 +1,4 @@
-"""What stands before all routes: who may ask, how much may be sent, and which of gradio's own routes there are.
+"""What stands before all routes: who may ask, how much may be sent, which routes and methods there are.
 
 Gradio has routes for files, uploads, proxies and other things that this page does not use, and its events may name
 files. None of that is let through, so that nothing here opens what a client names.
@@ -25,12 +25,14 @@ from vlmvqa.serving.style import SIGN_IN
 
 COOKIE = "vlmvqa"
 OPEN = ("/health",)
-OURS = ("/answer", "/picture", "/docs", "/openapi.json", "/health")
+# The method of each route of the API. Others are refused here: FastAPI would pass them on to gradio, mounted at /.
+OURS = {"/answer": "POST", "/picture": "POST", "/docs": "GET", "/openapi.json": "GET", "/health": "GET"}
 # What gradio's page asks of its server, for what this page is made of.
 GRADIOS = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static)/.+"
     r"|gradio_api/(info|startup-events|queue/(join|data)|heartbeat/\w+|reset|cancel))?/?"
 )
+POSTED = re.compile(r"/gradio_api/(queue/join|reset|cancel)/?")
 EVENT = 200_000  # bytes of an event: a few questions
 PAGE = (
     "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; "
@@ -101,8 +103,12 @@ class Guard:
                 return await self._sign_in(request)
             if not self._known(request):
                 return _unknown(request)
-        if not (path in OURS or path.startswith("/picture/") or GRADIOS.fullmatch(path)):
-            return _error(404, "there is nothing here; /docs says what there is")
+        method = _method(path)
+        if method is None:
+            return _error(404, f"there is no {_short(path)}; /docs lists the routes")
+        if request.method not in (method, "HEAD"):  # an answer to HEAD has no body
+            wrong = f"{_short(request.method)} {_short(path)} is not allowed; use {method} (/docs lists the routes)"
+            return _error(405, wrong, {"allow": method})
         return None
 
     def _known(self, request: Request) -> bool:
@@ -127,6 +133,19 @@ class Guard:
         found = RedirectResponse("/", 303)
         found.set_cookie(COOKIE, self.session, httponly=True, samesite="strict")
         return found
+
+
+def _method(path: str) -> str | None:
+    """The method of a route; None: there is no such route."""
+    if path in OURS:
+        return OURS[path]
+    if GRADIOS.fullmatch(path):
+        return "POST" if POSTED.fullmatch(path) else "GET"
+    return "GET" if path.startswith("/picture/") else None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _unknown(request: Request) -> Response:

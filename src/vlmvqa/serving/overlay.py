@@ -1,4 +1,4 @@
-"""Where a model looked, drawn over the picture: a small PNG, whatever the picture's size."""
+"""An attention map, drawn over the picture: a small PNG, whatever the picture's size."""
 
 from __future__ import annotations
 

@@ -95,10 +95,9 @@ class _Page:
     def build(self) -> Any:
         gr = self.gr
         with gr.Blocks(title="vlmvqa", analytics_enabled=False) as blocks:
-            name = escape(self.service.names[0])
-            gr.HTML(
-                f'<header class="vq-head"><h1>Ask about a picture</h1><p>{name}</p><a href="docs">HTTP API</a></header>'
-            )
+            models = "Model: " if len(self.service.names) == 1 else "Models: "
+            models += ", ".join(f"<b>{escape(name)}</b>" for name in self.service.names)
+            gr.HTML(f'<header class="vq-head"><h1>vlmvqa</h1><p>{models}</p><a href="docs">HTTP API</a></header>')
             with gr.Tabs():
                 with gr.Tab("Ask"):
                     self._ask_tab()
@@ -111,11 +110,12 @@ class _Page:
     def _ask_tab(self) -> None:
         gr = self.gr
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                picture, questions = self._inputs("ask")
-                look = gr.Radio(LOOKS, value="attention", label="Where it looked", elem_id="ask-look")
-                button = gr.Button("Ask", variant="primary", elem_id="ask-button")
+            with gr.Column(scale=2, min_width=300, elem_classes="vq-side"):
+                picture = self._picture("ask")
             with gr.Column(scale=3, min_width=300):
+                questions = self._questions("ask")
+                look = gr.Radio(LOOKS, value="attention", label="Attention map", elem_id="ask-look")
+                button = gr.Button("Ask", variant="primary", elem_id="ask-button")
                 shown = gr.HTML(cards.note("Answers appear here."), elem_id="ask-answers")
         asked = {"fn": self._ask, "inputs": [picture, questions, look], "outputs": shown, "show_progress": "minimal"}
         button.click(**asked)
@@ -127,10 +127,11 @@ class _Page:
             gr.HTML(cards.note(ONE_MODEL))
             return
         with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                picture, questions = self._inputs("compare")
-                button = gr.Button("Ask both", variant="primary", elem_id="compare-button")
+            with gr.Column(scale=2, min_width=300, elem_classes="vq-side"):
+                picture = self._picture("compare")
             with gr.Column(scale=3, min_width=300):
+                questions = self._questions("compare")
+                button = gr.Button("Ask both", variant="primary", elem_id="compare-button")
                 shown = gr.HTML(cards.note("Both models' answers appear here."), elem_id="compare-answers")
         button.click(self._compare, [picture, questions], shown, show_progress="minimal")
 
@@ -145,7 +146,7 @@ class _Page:
             kinds = [browse.EVERY, *run.types]
             kind = gr.Dropdown(kinds, value=browse.EVERY, label="Question type", elem_id="browse-kind")
             surest = list(browse.CONFIDENCE)
-            sure = gr.Radio(surest, value=surest[0], label="How sure the model was", elem_id="browse-sure")
+            sure = gr.Radio(surest, value=surest[0], label="Confidence", elem_id="browse-sure")
         shown = gr.HTML(browse.page(run, "all", browse.EVERY, "", 0)[0], elem_id="browse-answers")
         with gr.Row():
             back = gr.Button("Previous", interactive=False, elem_id="browse-back")
@@ -158,9 +159,9 @@ class _Page:
             turn = partial(self._turn, step=step)
             button.click(turn, [*filters, place], outputs, show_progress="hidden")
 
-    def _inputs(self, name: str) -> tuple[Any, Any]:
+    def _picture(self, name: str) -> Any:
         limits = self.service.limits
-        picture = self.gr.HTML(
+        return self.gr.HTML(
             "",
             html_template=DROP,
             js_on_load=DROPPED,
@@ -171,14 +172,15 @@ class _Page:
             most=limits.bytes,
             too_large=uploads.too_many_bytes(limits).sentence.capitalize() + ".",
         )
-        questions = self.gr.Textbox(
+
+    def _questions(self, name: str) -> Any:
+        return self.gr.Textbox(
             label="Questions, one a line",
             lines=3,
             max_lines=8,
             placeholder="What color is it?",
             elem_id=f"{name}-questions",
         )
-        return picture, questions
 
     async def _ask(self, name: str, text: str, look: str) -> str:
         method = None if look == "off" else look

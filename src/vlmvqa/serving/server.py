@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import signal
@@ -95,7 +96,7 @@ def listen(address: Address) -> socket.socket:
     """The address, taken.
 
     Raises:
-        InputError: it is taken already, or is none of this machine.
+        InputError: the port is already in use, or this machine has no such address.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     taken = socket.socket(family, socket.SOCK_STREAM)
@@ -105,8 +106,13 @@ def listen(address: Address) -> socket.socket:
         taken.listen(128)
     except OSError as error:
         taken.close()
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(
+                f"port {address.port} of {address.host} is already in use; stop the program that uses it, or choose "
+                f"another port, as in port={address.port + 1} (port=0: any free one)"
+            ) from None
         raise InputError(
-            f"{address.host}:{address.port} cannot be listened on ({error}); end what does, or take another port=..."
+            f"cannot listen on {address.host}:{address.port} ({error.strerror or error}); correct host=... or port=..."
         ) from None
     return taken
 

@@ -25,9 +25,9 @@ class Told:
 
     Attributes:
         probability: of the whole answer, its end included.
-        cut: it has as many tokens as an answer may have, and may not be at its end.
+        cut: it was truncated at max_new_tokens.
         alternatives: text and probability.
-        look: PNG of where the model looked.
+        look: PNG of the attention map.
     """
 
     question: str

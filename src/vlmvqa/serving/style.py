@@ -42,6 +42,7 @@ CSS = """
 .gradio-container .form, .gradio-container .block { border-radius: 12px; }
 .vq-head { display: flex; flex-wrap: wrap; gap: 4px 16px; align-items: baseline; padding: 20px 2px 4px; }
 .vq-head h1 { font-size: 1.35rem; margin: 0; letter-spacing: -.01em; }
+.vq-head b { font-weight: 600; }
 .vq-head p { margin: 0; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 .vq-head a { margin-left: auto; color: var(--link-text-color); }
 
@@ -78,7 +79,17 @@ CSS = """
 .vq-bar span:last-child { min-width: 3.6rem; text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; color: var(--body-text-color-subdued); }
 .vq-card figure { margin: 0; width: 200px; } .vq-card figure img { width: 100%; border-radius: 8px; display: block; }
-.vq-card figcaption { font-size: .8rem; color: var(--body-text-color-subdued); margin-top: 4px; }
+.vq-card figcaption { font-size: .8rem; color: var(--body-text-color-subdued); margin-top: 6px; }
+.vq-card figcaption b { font-weight: 600; }
+.vq-legend { display: flex; gap: 8px; align-items: center; margin-bottom: 2px; }
+.vq-legend i { flex: 1; height: 9px; border-radius: 3px; border: 1px solid var(--border-color-primary);
+  background-color: #fff; }
+/* Gradio has no spinner for HTML that is pending. */
+#ask-answers, #compare-answers { position: relative; }
+#ask-answers:has(.pending)::after, #compare-answers:has(.pending)::after { content: ""; position: absolute; top: 24px;
+  left: calc(50% - 16px); width: 32px; height: 32px; border-radius: 50%; animation: vq-turn .8s linear infinite;
+  border: 3px solid var(--border-color-primary); border-top-color: var(--color-accent); box-sizing: border-box; }
+@keyframes vq-turn { to { transform: rotate(1turn); } }
 .vq-note { color: var(--body-text-color-subdued); padding: 28px 16px; text-align: center; margin: 0;
   border: 1px dashed var(--border-color-primary); border-radius: 12px; overflow-wrap: anywhere; }
 .vq-error { border-style: solid; color: var(--error-text-color, #b42318); } .dark .vq-error { color: #ffb4a8; }
@@ -93,12 +104,14 @@ CSS = """
 .vq-tile > img { width: 100%; height: 150px; object-fit: contain; display: block;
   background: var(--background-fill-secondary); }
 .vq-tile > div { padding: 10px 12px 12px; } .vq-tile p { margin: 0; }
-.vq-tile .vq-given { font-weight: 600; margin-top: 4px; }
-.vq-tile .vq-small { color: var(--body-text-color-subdued); font-size: .84rem; margin-top: 4px; }
+.vq-tile p + p { margin-top: 4px; } .vq-tile b { font-weight: 600; }
+.vq-tile small, .vq-tile .vq-small { color: var(--body-text-color-subdued); font-size: .84rem; }
 .vq-mark { display: inline-block; padding: 0 7px; border-radius: 9px; font-size: .78rem; font-weight: 600; }
 .vq-right { background: #d9f0df; color: #14532d; } .vq-wrong { background: #fbe0dc; color: #7a1f14; }
 .dark .vq-right { background: #173b26; color: #a7e3bb; } .dark .vq-wrong { background: #4a1d17; color: #ffc2b8; }
 
+@media (min-width: 641px) { .vq-side { position: sticky; top: 16px; align-self: flex-start; } }
+@media (max-width: 1100px) { .vq-card figure { width: 150px; } }
 @media (max-width: 640px) {
   .vq-card { grid-template-columns: 1fr; } .vq-card figure { width: 100%; } .vq-two { grid-template-columns: 1fr; }
   #ask-look .wrap { gap: 6px; } #ask-look label { padding: 6px 9px; }

@@ -55,7 +55,7 @@ def decode(content: bytes, limits: Limits, settings: ImageSettings | None = None
     except UnidentifiedImageError:
         raise Refused(415, f"this is no picture that can be read; send {', '.join(FORMATS[:-1])} or BMP") from None
     except InputError as error:
-        raise Refused(400, str(error).rstrip(".").replace("fetch it again", "save it again")) from None
+        raise Refused(400, str(error).rstrip(".").replace("fetch it again", "replace the file")) from None
     except Image.DecompressionBombError:
         raise Refused(413, f"the picture has over {limits.megapixels:g} megapixels; scale it down") from None
     except (*DAMAGED, MemoryError, OverflowError) as error:
