@@ -46,7 +46,7 @@ def draw_curve(name: str, curve: Points) -> Markup:
 
 def draw_loss(loss: Points, scores: Points) -> Markup:
     """The training loss, and the evaluations' scores over the same steps on an axis of their own."""
-    with _figure("loss and score", (4.6, 2.8)) as (figure, drawn):
+    with _figure("loss and score", (4.6, 2.8), right=0.4) as (figure, drawn):
         axes = _axes(figure)
         if loss:
             _plot(axes, loss, LINE)
@@ -105,15 +105,22 @@ def _style(axes: Any) -> None:
 
 
 @contextmanager
-def _figure(name: str, inches: tuple[float, float]) -> Iterator[tuple[Any, list[Markup]]]:
-    """A figure to draw into; its SVG is the list's item afterwards."""
+def _figure(name: str, inches: tuple[float, float], right: float = 0.1) -> Iterator[tuple[Any, list[Markup]]]:
+    """A figure to draw into; its SVG is the list's item afterwards.
+
+    Args:
+        right: the margin on the right, in inches. Fixed margins take a third of the time of a layout engine, which
+            draws everything twice.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # without pyplot nothing looks for a display
 
     drawn: list[Markup] = []
     # Text stays text and takes the page's font; the salt keeps the ids of one drawing out of the next.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5}):
-        figure = Figure(figsize=inches, layout="constrained")
+        figure = Figure(figsize=inches)
+        width, height = inches
+        figure.subplots_adjust(left=0.6 / width, right=1 - right / width, bottom=0.42 / height, top=1 - 0.12 / height)
         yield figure, drawn
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True)
