@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from command_line import group, refuse_overrides
+from early_checks import refuse_no_root
 from vlmvqa.data import hub, packed
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import read_once
@@ -171,8 +172,7 @@ def new_lines(prompt: str) -> str:
 
 def _checked(settings: DataSettings, where: str) -> DataSettings:
     settings = replace(settings, prompt=new_lines(settings.prompt))
-    if settings.root is None and settings.hub is None and settings.packed is None:
-        raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
+    refuse_no_root(where, settings.root, settings.hub, settings.packed)
     check_options(settings.metric, settings.scoring)
     for name, options in settings.beside.items():
         if name == settings.metric or not isinstance(options, Mapping):
