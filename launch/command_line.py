@@ -6,20 +6,24 @@ import usage
 
 import atexit
 import contextlib
+import copy
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import hydra
 import torch
 import torch.distributed
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from override_check import CONF, check_overrides, collect
+from early_checks import refuse_mistakes
+from override_check import CONF, collect, compose, is_sweep
+from sweep_jobs import Sweep
 from vlmvqa import ranks
 from vlmvqa.errors import InputError
 from vlmvqa.training.launchers import launcher_choice, slurm_task
@@ -44,39 +48,74 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     usage.IMPORTS.close()
     # `deepspeed` puts --local_rank=0 before the overrides, where Hydra would take it for one.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank", "--local-rank"))]
-    if {"-m", "--multirun"} & set(arguments):
-        # A launcher's jobs (submitit's) are other processes, which look for the scripts' modules.
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(CONF.parent / "launch"), os.environ.get("PYTHONPATH", "")])
     try:
-        sys.argv[1:] = check_overrides(collect(arguments, config_name), config_name)
+        sys.argv[1:], configs = compose(collect(arguments, config_name), config_name)
     except InputError as error:
         _stop(f"error: {error}")
+    start = partial(_guarded, main, config_name)
+    several = ranks.world_size() > 1
+    if any(argument.startswith("-") for argument in arguments):  # Hydra's own: --cfg job, -m
+        _run_by_hydra(start, config_name, configs)
+    else:
+        HydraConfig.instance().set_config(configs[0])
+        config = copy.deepcopy(configs[0])
+        with open_dict(config):
+            del config["hydra"]
+        start(config)
+    if several:
+        leave()
+
+
+def _run_by_hydra(start: Callable[[DictConfig], None], config_name: str, configs: Sequence[DictConfig]) -> None:
+    """Let Hydra compose the config once more and run the job, a sweep's jobs one after the other, or print it."""
+    sweep = _sweep(configs, config_name) if is_sweep(sys.argv) else None
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def job(config: DictConfig) -> None:
-        try:
-            missing = [key for key in OmegaConf.missing_keys(config) if not key.startswith("hydra")]
-            if missing:
-                raise InputError(f"{missing[0]} must be given; add {missing[0]}=... to the command")
-            main(config)
-        except InputError as error:
-            # From a DataLoader's worker the message is a traceback that ends with "...InputError: sentence".
-            _stop("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])
-        except KeyboardInterrupt:
-            _stop("stopped by Ctrl-C")
-        except Exception as error:
-            sentence = _known(error)
-            if sentence is None and ranks.claim_failure(type(error).__name__) is None:
-                raise
-            _stop(f"error: {sentence}")
-        finally:
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+        if sweep is None:
+            start(config)
+        else:
+            sweep.run(config, start)
 
-    several = ranks.world_size() > 1
-    job()
-    if several:
-        leave()
+    done = True
+    try:
+        job()
+    finally:
+        if sweep is not None and ranks.is_first():
+            done = sweep.finish()
+    if not done:
+        sys.exit(1)
+
+
+def _sweep(configs: Sequence[DictConfig], config_name: str) -> Sweep:
+    """The sweep of this process's command line, and what its jobs need."""
+    sweep = Sweep.of(sys.argv[1:], configs, config_name)
+    first = next((place for place, argument in enumerate(sys.argv) if place and "=" in argument), len(sys.argv))
+    sys.argv[first:first] = sweep.overrides  # beside the others: argparse takes only one group of them
+    # A launcher's jobs (submitit's) are other processes, which look for the scripts' modules.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(CONF.parent / "launch"), os.environ.get("PYTHONPATH", "")])
+    sweep.begin()
+    return sweep
+
+
+def _guarded(main: Callable[[DictConfig], None], config_name: str, config: DictConfig) -> None:
+    """Run `main`; what the user can correct ends the process with one sentence."""
+    try:
+        refuse_mistakes(config, config_name)
+        main(config)
+    except InputError as error:
+        # From a DataLoader's worker the message is a traceback that ends with "...InputError: sentence".
+        _stop("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])
+    except KeyboardInterrupt:
+        _stop("stopped by Ctrl-C")
+    except Exception as error:
+        sentence = _known(error)
+        if sentence is None and ranks.claim_failure(type(error).__name__) is None:
+            raise
+        _stop(f"error: {sentence}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def leave() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from command_line import group, refuse_overrides
+from early_checks import refuse_no_root
 from vlmvqa.data import hub, packed
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import read_once
@@ -172,8 +173,7 @@ def new_lines(prompt: str) -> str:
 
 def _checked(settings: DataSettings, where: str) -> DataSettings:
     settings = replace(settings, prompt=new_lines(settings.prompt))
-    if settings.root is None and settings.hub is None and settings.packed is None:
-        raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
+    refuse_no_root(where, settings.root, settings.hub, settings.packed)
     if isinstance(settings.min_steps, bool) or not isinstance(settings.min_steps, int) or settings.min_steps < 0:
         raise InputError(f"{where}.min_steps={settings.min_steps} should be a whole number, at least 0")
     check_options(settings.metric, settings.scoring)

@@ -35,21 +35,12 @@ from vlmvqa.training import parallel
 
 
 def main(config: DictConfig) -> None:
-    from_config.refuse_counts(config)
-    given = [name for name in ("checkpoint", "predictions", "compare") if config[name] is not None]
-    if len(given) != 1:
-        raise InputError(
-            "say what to score: checkpoint=... (a trained model), predictions=... (a file of answers), or "
-            f"compare=[...,...] (two results); {' and '.join(given) + ' are given' if given else 'none is given'}"
-        )
-    if given == ["compare"]:
+    if config.compare is not None:
         compare_two(config)
         return
-    if config.get("data") is None:
-        raise InputError("data=... must be given, the name of a file in conf/data: data=shapes, data=vqav2...")
     parallel.start(parallel.DistSettings(), cpu=False)
     ranks.share(lambda: _refuse_results(config))
-    if given == ["predictions"]:
+    if config.predictions is not None:
         score_predictions(config)
     else:
         score_checkpoint(config)
@@ -101,8 +92,6 @@ def compare_two(config: DictConfig) -> None:
     """Two results on the same questions."""
     if ranks.world_size() > 1:
         raise InputError("two results are compared by one process; start it with python, without a launcher")
-    if len(config.compare) != 2:
-        raise InputError(f"compare={list(config.compare)} should name two folders of results: compare=[runs/a,runs/b]")
     found = compare.compare_runs(*(Path(folder).expanduser() for folder in config.compare), seed=config.seed)
     folder = from_config.run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)

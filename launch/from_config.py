@@ -9,17 +9,8 @@ from omegaconf import DictConfig
 
 from command_line import given_keys, group
 from data_from_config import DataSettings
-from vlmvqa.errors import InputError
 from vlmvqa.models.generation import Decoding
 from vlmvqa.sequence.masks import SHAREABLE
-
-
-def refuse_counts(config: DictConfig) -> None:
-    """Stop at numbers of shown answers that are none, before anything is computed."""
-    for key in ("samples", "looks"):
-        count = config.get(key, 0)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise InputError(f"{key}={count} is no number of answers; use 0 for none, or more")
 
 
 def most_questions(data: DataSettings, mode: str) -> int | None:

@@ -91,8 +91,6 @@ def _merge(config: DictConfig) -> Merge:
     """What is to be merged, found to fit together."""
     values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
-    if not isinstance(values["models"], list):
-        raise InputError(f"models={values['models']} should be a list: models=[runs/a,runs/b]")
     if isinstance(values["layers"], str):  # a pattern is seldom in Hydra's grammar, which then leaves it as text
         values["layers"] = yaml.safe_load(values["layers"])
     keys = [field.name for field in fields(MergeSettings)]

@@ -15,13 +15,12 @@ The first word says what is made; with -h after it, what that is and what can be
 
 from __future__ import annotations
 
-import usage  # noqa: F401 - first: it answers -h without PyTorch
+import usage  # first: it answers -h without PyTorch
 
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ import from_config
 import model_from_config
 from command_line import group, run
 from data_from_config import DataSettings, one_task, packing_key, read_examples
+from early_checks import prepare_job
 from vlmvqa import ranks
 from vlmvqa.data import feature_writer, packed
 from vlmvqa.data.bad_records import BadRecords
@@ -39,7 +39,7 @@ from vlmvqa.data.check import Published, check, table
 from vlmvqa.data.download import Archive, prepare
 from vlmvqa.data.example import Example
 from vlmvqa.data.features import FeatureKey, check_dtype
-from vlmvqa.errors import InputError, counted, suggest
+from vlmvqa.errors import InputError, counted
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.models.vlm import DTYPES
 from vlmvqa.settings import build_settings
@@ -178,35 +178,16 @@ JOBS: dict[str, Callable[[DictConfig], None]] = {
     "pack": pack,
     "features": features,
 }
-# Of what Hydra is asked without a word of ours: what can be set is the same for all.
-ASKING = ("--cfg", "-c", "--info", "-i")
-
-
-def chosen(arguments: Sequence[str]) -> str:
-    """The first word of the command line, which names a job.
-
-    Raises:
-        InputError: it names none, or another word follows.
-    """
-    known, word = ", ".join(JOBS), arguments[0] if arguments else ""
-    if word not in JOBS:
-        said = f"'{word}' is nothing it makes" if word and "=" not in word else "it is not said what to make"
-        near = suggest(word, JOBS) or "."
-        raise InputError(f"prepare.py: {said}; its first word is one of {known}{near}")
-    for before, after in pairwise(arguments):
-        if "=" not in after and not after.startswith("-") and not before.startswith("-"):
-            raise InputError(f"prepare.py {word}: '{after}' is no setting; give settings as key=value")
-    return word
 
 
 def start() -> None:
     """Take the job's word off the command line, which is Hydra's from there on."""
     arguments = sys.argv[1:]
-    if arguments and arguments[0].startswith(ASKING):
+    if arguments and arguments[0].startswith(usage.ASKING):  # what can be set is the same for all jobs
         run(features, "prepare")
         return
     try:
-        word = chosen(arguments)
+        word = prepare_job(arguments)
     except InputError as error:
         sys.exit(f"error: {error}")
     sys.argv[1:] = arguments[1:]

@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from results import versions
+from sweep_jobs import SWEEP
 from vlmvqa import ranks
 from vlmvqa.code_state import code_state
 from vlmvqa.data.submissions import replace_file
@@ -86,6 +87,8 @@ def refuse_run(folder: Path, config: DictConfig) -> None:
             f"{folder} already holds a run; resume it with resume=auto, choose another run.name, "
             "or replace it with run.overwrite=true"
         )
+    if holds and not going_on(folder, config) and (folder / SWEEP).exists():
+        raise InputError(f"{folder} also holds the runs of a sweep, which would be deleted; choose another run.name")
 
 
 def open_run(folder: Path, config: DictConfig, global_batch: int, world: int) -> tuple[Path | None, list[str]]:

@@ -5,6 +5,7 @@ python launch/train.py model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2
 accelerate launch launch/train.py +dist=fsdp                       on all GPUs of the machine
 deepspeed launch/train.py                                          the same under ZeRO-2
 python launch/train.py resume=auto                                 resume a stopped run
+python launch/train.py -m trainer.learning_rate=1e-3,1e-4          a run for each value, and a table of their scores
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ from vlmvqa.training.trainer import VqaTrainer
 
 
 def main(config: DictConfig) -> None:
-    from_config.refuse_counts(config)
     model_from_config.take_saved_model(config)
     dist = training_from_config.dist_settings(config)
     preflight.refuse(training_from_config.asked(config, dist))

@@ -9,9 +9,8 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -27,7 +26,7 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.features import FeatureKey, FeatureStore, stored_dtype
 from vlmvqa.data.training_set import TrainingSet
-from vlmvqa.errors import InputError, suggest
+from vlmvqa.errors import InputError
 from vlmvqa.inference.predict import Predictor
 from vlmvqa.settings import build_settings
 from vlmvqa.training import tracking
@@ -144,16 +143,6 @@ def asked(config: DictConfig, dist: DistSettings) -> Asked:
 def training_arguments(config: DictConfig, dist: DistSettings) -> TrainingArguments:
     """transformers' TrainingArguments; what a run is (its folder, seed and strategy) is set by us."""
     values = group(config, "trainer")
-    kinds = get_type_hints(TrainingArguments)
-    known = [field.name for field in fields(TrainingArguments)]
-    for key, value in values.items():
-        if key not in known:
-            raise InputError(f"trainer has no key '{key}'{suggest(key, known)}")
-        # TrainingArguments takes any text for a number or a yes, and stumbles over it later or never.
-        wanted = set(get_args(kinds[key]) or [kinds[key]]) - {type(None)}
-        if isinstance(value, str) and wanted <= {int, float, bool}:
-            names = " or ".join(sorted(kind.__name__ for kind in wanted))
-            raise InputError(f"trainer.{key}={value} should be of type {names}")
     values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
     values["report_to"] = tracking.chosen(values.get("report_to"))[1] or "none"  # ours are no business of its
     # Lines in a log file, which a bar would fill with thousands of itself.

@@ -1,6 +1,6 @@
-"""What a script answers before it imports PyTorch: -h, a shell that completes its keys, a mistake in its command line.
+"""What a script answers before it imports PyTorch: -h, --cfg job, a shell's completion, a mistake in its command line.
 
-Each script imports this first. Where the command line is one of the three, the import answers and ends the process.
+Each script imports this first. Where the command line is one of these, the import answers and ends the process.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ CONF = HERE.parent / "conf"
 # Where a config's name is not its script's.
 OTHERS = {"run": "helm"}
 WIDTH = 120
+# What is asked of Hydra, in place of a run.
+ASKING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version")
 
 
 def answer(script: Path, arguments: list[str]) -> None:
@@ -39,7 +41,10 @@ def answer(script: Path, arguments: list[str]) -> None:
         print(page(script, arguments[0]))
         sys.exit()
     if "RANK" not in os.environ and "SLURM_PROCID" not in os.environ:  # of several, one says it: `command_line.run`
-        _refuse(name, arguments)
+        given = _refuse(name, arguments)
+        if {argument.partition("=")[0] for argument in arguments} & set(ASKING):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            _ask_hydra(name, given)
 
 
 def page(script: Path, word: str = "") -> str:
@@ -90,24 +95,47 @@ def _groups(name: str) -> Iterator[str]:
 
 def _complete(name: str) -> NoReturn:
     """Hydra's shell completion of this config."""
-    import hydra
-
     sys.argv[0] = os.environ.get(CALLED_AS, sys.argv[0])  # what Hydra tells the shell to complete
     if name == "prepare" and "COMP_LINE" in os.environ:  # its first word is no override
         os.environ["COMP_LINE"] = re.sub(r"(prepare\.py|vlmvqa) +\w+ ", r"\1 ", os.environ["COMP_LINE"])
+    _ask_hydra(name, sys.argv[1:])
+
+
+def _ask_hydra(name: str, arguments: list[str]) -> NoReturn:
+    """Let Hydra answer about this config."""
+    import hydra
+
+    sys.argv[1:] = arguments
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda config: None)()
     sys.exit()
 
 
-def _refuse(name: str, arguments: list[str]) -> None:
-    """End with a sentence where a key or a choice does not exist."""
-    from override_check import check_overrides, collect
+def _refuse(name: str, arguments: list[str]) -> list[str]:
+    """End with a sentence where the command line cannot be meant; else return what Hydra takes of it."""
+    from key_names import refuse_flags
     from vlmvqa.errors import InputError
 
     try:
-        check_overrides(collect(arguments, name), name)
+        refuse_flags(arguments, name)  # before Hydra is imported
+        return _checked(name, arguments)
     except InputError as error:
         sys.exit(f"error: {error}")
+
+
+def _checked(name: str, arguments: list[str]) -> list[str]:
+    """What Hydra takes of the arguments, after the checks that need no PyTorch."""
+    from early_checks import prepare_job, refuse_mistakes
+    from override_check import collect, compose, resolving
+
+    asking = {argument.partition("=")[0] for argument in arguments} & set(ASKING)
+    script = name
+    if name == "prepare" and not (asking and arguments[0].startswith("-")):
+        script, arguments = f"{name} {prepare_job(arguments)}", arguments[1:]
+    given, configs = compose(collect(arguments, name), name)
+    for config in [] if asking else configs:
+        with resolving(config) as job:
+            refuse_mistakes(job, script)
+    return given
 
 
 _script = Path(sys.argv[0]).resolve()

@@ -120,9 +120,6 @@ def _refuse_what_cannot_be_meant(config: DictConfig) -> None:
         refuse_overrides("the model's, and none is loaded", "prompt", *(f"decoding.{key}" for key in config.decoding))
         if config.controls:
             raise InputError("controls=true asks the model about other images; give checkpoint=... for it")
-    for key, least in (("max_instances", 1), ("batch_size", 1), ("seed", 0)):
-        if type(config[key]) is not int or config[key] < least:
-            raise InputError(f"{key}={config[key]} should be a whole number, at least {least}")
 
 
 def _client(config: DictConfig) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def test_show_and_predict_name_the_image(tmp_path: Path, root: Path, trained: Pa
     page = tmp_path / "page.jpg"
     page.write_text("<html>404 Not Found</html>")
     ended = launch("predict", f"checkpoint={trained}", f"image={page}", "question=What is it?", folder)
-    assert sentence(ended).startswith(f"error: {page} is not a picture")
+    assert sentence(ended).startswith(f"error: {page} is not a picture") and str(page) not in ended.out
     for image, problem in ((tmp_path / "none.jpg", "does not exist"), (tmp_path / "vqav2", "holds no image files")):
         ended = call("predict", f"checkpoint={trained}", f"image={image}", "question=What is it?", folder)
         assert f"{image} {problem}" in sentence(ended)

@@ -91,7 +91,7 @@ def test_blank_images_are_a_third_control(tmp_path: Path, trained: Path, root: s
         ((), "none is given"),
         (("checkpoint=a", "predictions=b"), "checkpoint and predictions are given"),
         (("compare=[a]",), "should name two folders"),
-        (("compare=[a,b]",), "a has no metrics.json"),
+        (("compare=[a,b]",), "compare=a does not exist; the nearest existing path to"),
         (("predictions=nowhere.jsonl", *DATA, "data.root={tmp}/d"), "nowhere.jsonl does not exist"),
     ],
 )

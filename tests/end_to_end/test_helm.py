@@ -56,7 +56,7 @@ def refused(tmp_path: Path, *arguments: str) -> str:
     [
         ((), "say what to score: checkpoint=... (a model) or predictions=... (its answers); neither is given"),
         (("checkpoint=a", "predictions=b"), "both are given"),
-        (("checkpoint=runs/nowhere/at/all",), "runs/nowhere/at/all: no such folder"),
+        (("checkpoint=runs/nowhere/at/all",), "runs/nowhere/at/all; the nearest is "),
         (("predictions=nowhere.jsonl",), "nowhere.jsonl does not exist; correct the path"),
         (("predictions=nowhere.jsonl", "controls=true"), "controls=true asks the model about other images"),
         (("checkpoint=a", "data=docvqa"), "data=docvqa: HELM asks vqav2 or gqa here; choose one of them"),
@@ -68,18 +68,18 @@ def refused(tmp_path: Path, *arguments: str) -> str:
         (("checkpoint=a", "batch_size=0"), "batch_size=0 should be a whole number, at least 1"),
         (("checkpoint=a", "seed=null"), "seed=None should be a whole number, at least 0"),
         (("checkpoint=a", "decoding.temperature=1"), "decoding.temperature cannot be set here: it is HELM's own"),
-        (("checkpoint=a", "max_instance=5"), "there is no key 'max_instance'; did you mean 'max_instances'?"),
+        (("checkpoint=a", "max_instance=5"), "there is no key 'max_instance'; did you mean 'max_instances=5'?"),
     ],
 )
 def test_a_command_that_cannot_be_meant_is_refused(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
-    root = () if arguments[:1] == ("checkpoint=a",) and "data=docvqa" in arguments else ("data.root=/nowhere",)
-    assert expected in refused(tmp_path, *root, *arguments)
+    given = (argument.replace("checkpoint=a", "checkpoint=some/model") for argument in arguments)
+    assert expected in refused(tmp_path, f"data.root={tmp_path}", *given)
 
 
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        ("no root", "the VQAv2 folder"),
+        ("no root", "elsewhere does not exist"),
         ("too many", "'val[random:1000]' cannot be drawn from its 6 questions; choose another number"),
         ("missing image", "is missing (1 of the 4 images are); download it"),
         ("half an image", "COCO_val2014_000001000002.jpg cannot be read"),

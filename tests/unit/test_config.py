@@ -16,7 +16,7 @@ import training_from_config
 from command_line import group
 from data_from_config import DataSettings, data_settings
 from model_from_config import model_settings
-from override_check import CONF, check_overrides, collect, trainer_keys
+from override_check import CONF, check_overrides, collect
 from tests.conftest import ROOT
 from training_from_config import dist_settings, training_arguments
 from vlmvqa.errors import InputError
@@ -25,6 +25,7 @@ from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.serving.limits import Limits
 from vlmvqa.settings import build_settings
+from vlmvqa.trainer_arguments import annotations
 from vlmvqa.training.launchers import launcher_choice
 from vlmvqa.training.parallel import DistSettings, deepspeed_config
 
@@ -282,13 +283,32 @@ def test_a_key_that_only_a_yaml_has_is_an_error_too() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("trainer.learning_rte=1", "did you mean 'trainer.learning_rate'"),
-        ("data.rooot=x", "did you mean 'data.root'"),
+        ("trainer.learning_rte=1", "did you mean 'trainer.learning_rate=1'"),
+        ("lerning_rate=1", "did you mean 'trainer.learning_rate=1'"),
+        ("data.rooot=x", "did you mean 'data.root=x'"),
         ("model=tinny", "did you mean 'tiny'"),
-        ("modle=tiny", "did you mean 'model'"),
+        ("modle=tiny", "did you mean 'model=tiny'"),
         ("+trainer.foo=1", "no key 'trainer.foo'"),
-        ("run.dri=x", "did you mean 'run.dir'"),
-        ("sede=1", "did you mean 'seed'"),
+        ("run.dri=x", "did you mean 'run.dir=x'"),
+        ("sede=1", "did you mean 'seed=1'"),
+        ("lr=1e-4", "did you mean 'trainer.learning_rate=1e-4'"),
+        ("trainer.lr=1e-4", "did you mean 'trainer.learning_rate=1e-4'"),
+        ("learning_rate=1e-4", "did you mean 'trainer.learning_rate=1e-4'"),
+        ("batch_size=8", "did you mean 'trainer.per_device_train_batch_size=8'"),
+        ("bs=8", "did you mean 'trainer.per_device_train_batch_size=8'"),
+        ("epochs=3", "did you mean 'trainer.num_train_epochs=3'"),
+        ("trainer.num_epochs=3", "did you mean 'trainer.num_train_epochs=3'"),
+        ("wd=0.1", "did you mean 'trainer.weight_decay=0.1'"),
+        ("max_steps=9", "did you mean 'trainer.max_steps=9'"),
+        ("warmup=9", "did you mean 'trainer.warmup_steps=9'"),
+        ("grad_accum=2", "did you mean 'trainer.gradient_accumulation_steps=2'"),
+        ("output_dir=out", "did you mean 'run.dir=out'"),
+        ("model_name=x/y", "did you mean 'model.language.name=x/y'"),
+        ("fp16=true", "did you mean 'trainer.fp16=true'"),
+        ("image_size=64", r"did you mean 'data.options.image_size=64' or 'model.vision.image_size=64'"),
+        ("model.name=x", r"did you mean 'model.language.name=x' or 'model.vision.name=x'"),
+        ("resume_from_checkpoint=a", "did you mean 'resume=auto'"),
+        ("tiny", "'tiny' is no setting; give settings as key=value"),
     ],
 )
 def test_misspelt_overrides_suggest(override: str, expected: str) -> None:
@@ -344,4 +364,4 @@ def test_a_new_line_in_a_prompt_may_be_written_as_in_yaml(written: str) -> None:
 
 
 def test_the_trainers_keys_are_read_without_importing_it() -> None:
-    assert trainer_keys() == [field.name for field in dataclasses.fields(TrainingArguments)]
+    assert list(annotations()) == [field.name for field in dataclasses.fields(TrainingArguments)]

@@ -15,10 +15,11 @@ from run_folder import STARTED, going_on, open_run
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
 from vlmvqa.errors import InputError
+from vlmvqa.trainer_arguments import OURS
 from vlmvqa.training import checkpoints, parallel
 from vlmvqa.training.launchers import LAUNCH, slurm_task
 from vlmvqa.training.parallel import DistSettings
-from vlmvqa.training.preflight import OURS, Asked, check, optimizer_for, refuse
+from vlmvqa.training.preflight import Asked, check, optimizer_for, refuse
 
 
 def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "dense", **more: Any) -> Asked:

@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
 import command_line
+from key_names import ALIASES, HYDRA_OPTIONS, default_keys, refuse_flags
 from override_check import check_overrides, collect
 from tests.conftest import ROOT
 from usage_pages import PAGES
+from vlmvqa.errors import InputError
 from vlmvqa.places import HELM_MODULE, commands, scripts
 
 SCRIPTS = scripts()
@@ -81,6 +84,47 @@ def test_cfg_job_prints_the_whole_config(
     assert "\nrun:\n" in said and said.count("\n") > 10
 
 
+def test_cfg_job_needs_no_pytorch(light: dict[str, str]) -> None:
+    assert "learning_rate: 0.5" in ask(light, "launch/train.py", "trainer.learning_rate=0.5", "--cfg", "job")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--learning_rate", "1e-4"], "--learning_rate 1e-4: settings are given as key=value, without dashes; write "),
+        (["--learning_rate", "1e-4"], "; write trainer.learning_rate=1e-4"),
+        (["--learning-rate=1e-4"], "; write trainer.learning_rate=1e-4"),
+        (["--trainer.learning_rate", "1e-4"], "; write trainer.learning_rate=1e-4"),
+        (["--lerning_rate", "1e-4", "seed=1"], "; write trainer.learning_rate=1e-4"),
+        (["-lr", "1e-4"], "; write trainer.learning_rate=1e-4"),
+        (["--batch-size", "8"], "; write trainer.per_device_train_batch_size=8"),
+        (["--max_steps", "-1"], "; write trainer.max_steps=-1"),
+        (["--bf16", "--seed", "1"], "--bf16: settings are given as key=value, without dashes; write trainer.bf16=true"),
+        (["--seed", "1"], "; write seed=1"),
+        (["--output_dir", "out"], "; write run.dir=out"),
+        (["--data.prompt", "what is it?"], "; write 'data.prompt=what is it?'"),
+        (["--config", "file.yaml"], "--config file.yaml: settings are given as key=value"),
+        (["model=pretrained", "--model_name_or_path", "x/y"], "; write model.pretrained=x/y"),
+    ],
+)
+def test_a_flag_is_answered_with_the_setting(given: list[str], said: str) -> None:
+    with pytest.raises(InputError) as error:
+        refuse_flags(given, "train")
+    assert said in str(error.value)
+
+
+def test_options_of_hydra_and_of_launchers_are_no_settings() -> None:
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    assert known == set(HYDRA_OPTIONS)
+    refuse_flags([*HYDRA_OPTIONS, "--local_rank=0", "--multi", "--cfg=job", "seed=-1", "~logger"], "train")
+
+
+def test_every_alias_is_of_a_key() -> None:
+    keys = {name for script in (*SCRIPTS, "helm") for name in default_keys(script, ["adapt=lora", "model=pretrained"])}
+    keys |= default_keys("train")
+    assert {name.partition("=")[0] for names in ALIASES.values() for name in names} <= keys
+
+
 def test_a_shell_completes_keys_and_choices_without_pytorch(light: dict[str, str]) -> None:
     script = "launch/train.py"
     assert "hydra_bash_completion python" in ask(light, script, "-sc", "install=bash")
@@ -93,8 +137,9 @@ def test_a_shell_completes_keys_and_choices_without_pytorch(light: dict[str, str
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (["train", "modle=tiny"], "there is no key 'modle'; did you mean 'model'?"),
-        (["train", "trainer.lerning_rate=1"], "did you mean 'trainer.learning_rate'?"),
+        (["train", "modle=tiny"], "there is no key 'modle'; did you mean 'model=tiny'?"),
+        (["train", "-m", "trainer.lerning_rate=1,2"], "did you mean 'trainer.learning_rate=1,2'?"),
+        (["eval", "checkpoint=no/such/run", "data=shapes"], "no model at "),
         (["prepare", "check", "data=jsnl"], "data=jsnl: there is no conf/data/jsnl.yaml; did you mean 'jsonl'?"),
     ],
 )

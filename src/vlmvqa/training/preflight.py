@@ -24,6 +24,7 @@ from vlmvqa.models.checkpoint import Settings
 from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.trainer_arguments import problems
 from vlmvqa.training import tracking
 from vlmvqa.training.moments import OPTIMIZERS
 from vlmvqa.training.parallel import DistSettings
@@ -40,21 +41,6 @@ CLASSES = {
     "paged_adamw_32bit": ("bitsandbytes", "AdamW", "8bit"),
     "paged_adamw_8bit": ("bitsandbytes", "AdamW", "8bit"),
     "sgd": ("torch.optim", "SGD", None),
-}
-OURS = {  # of TrainingArguments, what is set elsewhere or would run something else than the run says
-    "fsdp": "add dist=fsdp",
-    "fsdp_config": "add dist=fsdp",
-    "deepspeed": "add dist=zero2; further keys of DeepSpeed's go under dist.options",
-    "parallelism_config": "choose a strategy by dist=...",
-    "gradient_checkpointing": "its name is trainer.activation_checkpointing",
-    "activation_checkpointing_kwargs": "leave it out, they are recomputed one way",
-    "auto_find_batch_size": "launch/plan.py says which batch fits",
-    "save_only_model": "a run could not be resumed from it",
-    "push_to_hub": "set hub_id=... to upload the finished model",
-    "resume_from_checkpoint": "add resume=auto",
-    "output_dir": "set run.dir",
-    "seed": "set seed=...",
-    "train_sampling_strategy": "the order is drawn from the seed (data/packing.py)",
 }
 
 
@@ -101,12 +87,7 @@ def refuse(asked: Asked) -> None:
 
 def _problems(asked: Asked) -> Iterator[str]:
     trainer, dist, model = asked.trainer, asked.dist, asked.model
-    for key, instead in OURS.items():
-        if trainer.get(key):
-            yield f"trainer.{key} cannot be set: {instead}"
-    for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if trainer.get(key) is not None and trainer[key] < 1:
-            yield f"trainer.{key}={trainer[key]} must be at least 1"
+    yield from problems(trainer)
     optim = optimizer_for(trainer.get("optim", "adamw_torch"), dist)
     if optim not in CLASSES:
         yield (

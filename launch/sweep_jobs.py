@@ -1,0 +1,149 @@
+"""Sweeps (`-m a=1,2`): a folder for each job, named after its overrides, and a table of all jobs at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from override_check import quoted, resolving, swept_values
+from vlmvqa import ranks
+from vlmvqa.paths import RUNS
+
+# What each script writes to, of those that name it themselves. The others find a place for each job, or can't be swept.
+OUTPUTS = {"merge": "output", **dict.fromkeys(("train", "eval", "predict", "show", "plan"), "run.dir")}
+JOBS = ".jobs"  # a file for each job of the sweep, which may run on another machine
+SWEEP = "multirun.yaml"  # Hydra's record of a sweep, in the sweep's folder
+LONGEST = 200  # bytes of a folder's name
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's folder, and how its jobs are told apart.
+
+    Attributes:
+        folder: where Hydra writes, and above the jobs' folders where these are named here.
+        keys: what is swept over.
+        output: the setting that names a job's folder, where the command gives all jobs the same; else None.
+    """
+
+    folder: Path
+    keys: tuple[str, ...]
+    output: str | None
+
+    @classmethod
+    def of(cls, arguments: Sequence[str], configs: Sequence[DictConfig], config_name: str) -> Sweep:
+        """The sweep of a command line.
+
+        Args:
+            arguments, configs: what `override_check.compose` returns.
+        """
+        given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+        keys = tuple(_key(one) for one in given if len(swept_values(one)) > 1)
+        output = OUTPUTS.get(config_name)
+        folders = [_selected(config, output) for config in configs]
+        if folders[0] is not None and folders[0] in folders[1:]:
+            return cls(Path(folders[0]).expanduser(), keys, output)
+        digest = hashlib.sha256("\n".join(given).encode()).hexdigest()
+        return cls(Path(RUNS, "sweeps", f"{config_name}-{digest[:8]}"), keys, None)
+
+    @property
+    def overrides(self) -> list[str]:
+        """What Hydra is told of it."""
+        return [f"hydra.sweep.dir={quoted(str(self.folder))}"]
+
+    def begin(self) -> None:
+        """Forget the jobs of an earlier sweep in the same folder."""
+        if ranks.is_first():
+            shutil.rmtree(self.folder / JOBS, ignore_errors=True)
+
+    def run(self, config: DictConfig, start: Callable[[DictConfig], None]) -> None:
+        """Run a job in its own folder. A refused job is recorded, and the others still run."""
+        overrides = [one.lstrip("+") for one in HydraConfig.get().overrides.task if _key(one) in self.keys]
+        ranks.say(f"\njob {HydraConfig.get().job.num}: {' '.join(overrides)}")
+        if self.output is not None:
+            _name(config, self.output, overrides)
+        error, before = None, set(os.environ)
+        try:
+            start(config)
+        except SystemExit as stop:
+            error = str(stop.code)
+            if ranks.world_size() > 1 or not error.startswith("error: "):
+                raise
+            print(error, file=sys.stderr)
+        finally:
+            for name in set(os.environ) - before:  # of a process group that has ended
+                del os.environ[name]
+        folder = OmegaConf.select(config, "output") or OmegaConf.select(config, "run.dir")  # of merge.py, of the others
+        self._record(overrides, str(folder), error)
+
+    def _record(self, overrides: list[str], folder: str, error: str | None) -> None:
+        if ranks.is_first():
+            path = self.folder / JOBS / f"{HydraConfig.get().job.num}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"overrides": overrides, "folder": folder, "error": error}), encoding="utf-8")
+
+    def finish(self) -> bool:
+        """Print the table of the jobs that ended; whether none of them was refused."""
+        paths = sorted((self.folder / JOBS).glob("*.json"), key=lambda path: int(path.stem))
+        jobs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        if jobs:
+            print(f"\n{table(jobs)}", flush=True)
+        return all(job["error"] is None for job in jobs)
+
+
+def table(jobs: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each job, or for each of its tasks: overrides, score with its 95 % interval, report."""
+    rows = [("job", "score [95 % interval]", "report")]
+    for job in jobs:
+        found = [("refused", job["error"])] if job["error"] else list(_scores(Path(job["folder"]).expanduser()))
+        rows += [(" ".join(job["overrides"]), *one) for one in found]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{job:<{widths[0]}}  {score:<{widths[1]}}  {report}" for job, score, report in rows)
+
+
+def _scores(folder: Path) -> Iterator[tuple[str, str]]:
+    """The score and the report of a run, or of each of its tasks."""
+    tasks = [folder] if (folder / "metrics.json").is_file() else [path.parent for path in folder.glob("*/metrics.json")]
+    for task in sorted(tasks):
+        ((name, score), *_) = json.loads((task / "metrics.json").read_text(encoding="utf-8"))["metrics"].items()
+        shown = "-" if score["overall"] is None else f"{score['overall']:.2f}"
+        if score.get("interval"):
+            shown += " [{:.2f}, {:.2f}]".format(*score["interval"])
+        yield f"{name} {shown}", str(task / "report.html")
+    if not tasks:
+        yield "-", str(folder)
+
+
+def _name(config: DictConfig, output: str, overrides: Sequence[str]) -> None:
+    """Give a job its own folder below the sweep's, and its run the name of the folder."""
+    part, folder = _folder_name(overrides), OmegaConf.select(config, output)
+    if config.run.get("name") is not None:
+        config.run.name = f"{config.run.name}/{part}"
+    OmegaConf.update(config, output, f"{folder}/{part}")
+
+
+def _folder_name(overrides: Sequence[str]) -> str:
+    """The overrides as a folder's name. With commas in it, Hydra would take `checkpoint=<folder>` for a sweep."""
+    name = "+".join(overrides).replace(os.sep, "_").replace(",", "_")
+    if len(name.encode()) > LONGEST:
+        name = f"{name[: LONGEST // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _selected(config: DictConfig, key: str | None) -> str | None:
+    with resolving(config) as job:
+        return OmegaConf.select(job, key) if key else None
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+").partition("=")[0]
