@@ -25,8 +25,8 @@ def test_a_wrong_checkpoint_is_named(tmp_path: Path, whole: Path, trained: Path)
     truncate(cut / "model.safetensors")
     truncate(broken / "config.json")
     wrong = {
-        str(tmp_path / "nowhere"): "no such folder",
-        str(tmp_path / "empty"): "is not a saved model",
+        str(tmp_path / "nowhere"): f"; the nearest is {tmp_path}; name a run's folder",
+        str(tmp_path / "empty"): "is not a saved model: it is an empty folder",
         "runs/nowhere": "neither a folder here nor readable from the hub",
         "runs/my first run": "my first run",
         str(cut): str(cut / "model.safetensors"),
@@ -37,7 +37,7 @@ def test_a_wrong_checkpoint_is_named(tmp_path: Path, whole: Path, trained: Path)
     for checkpoint, problem in wrong.items():
         for script, rest in (("eval", evaluated), ("predict", asked)):
             said = sentence(call(script, f"checkpoint={checkpoint}", *rest))
-            assert said.startswith(f"error: {checkpoint}") and problem in said
+            assert said.startswith((f"error: {checkpoint}", f"error: no model at {checkpoint}")) and problem in said
     assert not (tmp_path / "run").exists()
 
 

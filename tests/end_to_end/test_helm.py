@@ -56,7 +56,7 @@ def refused(tmp_path: Path, *arguments: str) -> str:
     [
         ((), "say what to score: checkpoint=... (a model) or predictions=... (its answers); neither is given"),
         (("checkpoint=a", "predictions=b"), "both are given"),
-        (("checkpoint=runs/nowhere/at/all",), "runs/nowhere/at/all: no such folder"),
+        (("checkpoint=runs/nowhere/at/all",), "runs/nowhere/at/all; the nearest is "),
         (("predictions=nowhere.jsonl",), "nowhere.jsonl does not exist; correct the path"),
         (("predictions=nowhere.jsonl", "controls=true"), "controls=true asks the model about other images"),
         (("checkpoint=a", "data=docvqa"), "data=docvqa: HELM asks vqav2 or gqa here; choose one of them"),

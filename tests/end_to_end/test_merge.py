@@ -52,7 +52,7 @@ def test_what_start_from_refuses(home: Path, tmp_path: Path) -> None:
     given = ("train", f"run.dir={tmp_path / 'run'}", f"data.root={home / 'shapes'}", *SHAPES, *ON)
     said = sentence(call(*given, f"start_from={home / 'base'}", "model.mode=causal"))
     assert "model.mode cannot be set here: the model of start_from is as it was saved" in said
-    assert "no such folder" in sentence(call(*given, f"start_from={home / 'no' / 'where'}"))
+    assert f"no model at {home / 'no' / 'where'}; the nearest is {home};" in sentence(call(*given, f"start_from={home / 'no' / 'where'}"))
 
 
 def test_two_tasks_become_one_model(home: Path) -> None:
@@ -81,7 +81,7 @@ def test_what_merging_refuses(home: Path, tmp_path: Path) -> None:
     assert "base=... must be given" in refused(both)
     assert f"was trained on from {home / 'base' / 'model'}, not from" in refused(f"base={home / 'gqa'}", both)
     assert "did you mean 'density'" in refused(f"base={home / 'base'}", both, "densty=0.3")
-    assert "no such folder" in refused(f"base={home / 'base'}", f"models=[{home / 'gqa'},{home}/no/where]")
+    assert "no model at" in refused(f"base={home / 'base'}", f"models=[{home / 'gqa'},{home}/no/where]")
     onto = f"output={home / 'gqa' / 'model'}"
     assert "is one of the models that are merged" in sentence(call("merge", f"base={home / 'base'}", both, onto))
     assert "models=a should be a list" in refused(f"base={home / 'base'}", "models=a")
