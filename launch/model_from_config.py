@@ -32,14 +32,19 @@ from vlmvqa.settings import build_settings
 
 
 def take_saved_model(config: DictConfig) -> None:
-    """Under `start_from` the model's settings are those it was saved with; `model=` has chosen the trainer's.
+    """Under `start_from`, take the settings that the model was saved with.
 
     Raises:
-        InputError: there is no such model, or the command sets a key of it other than model.dtype.
+        InputError: there is no such model, or the command chooses another or sets a key of it other than model.dtype.
     """
     if config.start_from is None:
         return
     for key in given_keys():
+        if key == "model":
+            raise InputError(
+                "model= cannot be set together with start_from=, whose model is as it was saved; leave it out, or "
+                "choose the trainer's settings of a model with trainer=<its name>"
+            )
         if key.startswith("model.") and key != "model.dtype":
             raise InputError(f"{key} cannot be set here: the model of start_from is as it was saved; leave it out")
     folder = saved.find(config.start_from).resolve()

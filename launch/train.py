@@ -170,6 +170,7 @@ def train(
         settings=predictor.settings,
         clip_percentile=config.clip_percentile,
         adapt=predictor.adapter.settings if predictor.adapter else None,
+        describe=predictor.describe,
     )
     groups = trainer.parameter_groups()
     # Only now, when all that the command says has been understood, is anything written or replaced.

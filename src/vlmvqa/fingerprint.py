@@ -48,6 +48,8 @@ def weights_in(folder: Path) -> str:
     """
     tensors: dict[str, bytes] = {}
     for path in sorted(folder.glob("*.safetensors")):
+        if path.name == "optimizer.safetensors":  # in a training checkpoint
+            continue
         with path.open("rb") as opened:
             begin = 8 + int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(begin - 8))

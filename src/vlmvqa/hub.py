@@ -14,6 +14,7 @@ from vlmvqa.errors import InputError
 OWN_CODE: Final[dict[str, Any]] = {"trust_remote_code": False}
 # For every one that reads weights; transformers would fall back on pytorch_model.bin.
 SAFE_WEIGHTS: Final[dict[str, Any]] = {**OWN_CODE, "use_safetensors": True}
+SECONDS = 5  # for the hub to answer a first request
 
 
 def unread(what: str, error: Exception) -> InputError:
@@ -30,11 +31,36 @@ def unread(what: str, error: Exception) -> InputError:
             f"{what} has no .safetensors, and pickled weights, which can run code, are never read here; save it again "
             "with transformers' save_pretrained, or name another"
         )
+    if "does not appear to have a file named" in said:
+        file = said.partition("a file named ")[2].split(" ")[0].rstrip(".")
+        return InputError(f"{what} is not a saved model: it holds no {file}; name a folder or hub id that has one")
+    if "Should have a `model_type` key" in said:
+        return InputError(f"{what} is not a model of transformers: its config.json has no model_type; name another")
+    if "does not recognize this architecture" in said:
+        return InputError(f"{what} is of a model_type that this version of transformers does not know; update it")
     return InputError(
         f"{what} cannot be read from the hub or disk{when_offline()}; check the name, the network, and for gated "
-        "weights accept the licence and set HF_TOKEN or run `huggingface-cli login` "
+        "weights accept the licence and set HF_TOKEN or run `hf auth login` "
         f"({(str(error).strip() or type(error).__name__).splitlines()[0]})"
     )
+
+
+def unreachable() -> str:
+    """Return why the hub cannot be reached, as a clause; "": it answers, or HF_HUB_OFFLINE is set.
+
+    One request with a short timeout: huggingface_hub retries for up to a minute.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return ""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except (HTTPError, OSError) as error:
+        return f" ({constants.ENDPOINT} cannot be reached: {' '.join(str(error).split()) or type(error).__name__})"
+    return ""
 
 
 def when_offline() -> str:

@@ -6,7 +6,8 @@ steps stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -33,3 +34,18 @@ def bar(
     """
     hidden = None if shown and ranks.is_first() else True  # None: where stderr is no terminal
     return tqdm(items, desc=doing, unit=f" {unit}", total=total, disable=hidden, **{"leave": False, **more})
+
+
+@contextmanager
+def loading_bar() -> Iterator[None]:
+    """Show our bar in place of transformers' "Loading weights", and only if loading takes more than a second."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    def ours(_: Any, given: tuple[Any, ...], __: dict[str, Any]) -> tqdm[Any]:
+        return bar(*given, doing="loading weights", unit="tensors", delay=1.0)
+
+    before = set_tqdm_hook(ours)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)

@@ -44,7 +44,8 @@ def base(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 def train(family: str, task: str, root: Path, folder: Path, epochs: int, *more: str) -> Path:
     data = (f"data={task}", f"data.root={root / task}", *DRAWN, "data.max_eval_samples=600")
     batch = ("trainer.per_device_train_batch_size=32", f"trainer.num_train_epochs={epochs}")
-    done(call("train", f"model=tiny_{family}", *data, *batch, *QUIET, f"run.dir={folder}", *more))
+    group = "trainer" if any(word.startswith("start_from=") for word in more) else "model"
+    done(call("train", f"{group}=tiny_{family}", *data, *batch, *QUIET, f"run.dir={folder}", *more))
     return folder
 
 

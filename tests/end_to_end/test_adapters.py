@@ -12,6 +12,7 @@ import torch
 import train as train_script
 from safetensors.torch import load_file, save_file
 
+import vlmvqa
 from tests import forks
 from tests.end_to_end.scripts import call, done, losses, metrics, sentence
 from vlmvqa import fingerprint
@@ -48,7 +49,7 @@ def base(bases: dict[str, Path]) -> Path:
 
 def adapt(base: Path, shapes: str, folder: Path, kind: str, *more: str) -> tuple[str, ...]:
     """The arguments of a small training of adapters over a base."""
-    given = (f"start_from={base}", "model=tiny_paligemma", f"adapt={kind}", shapes, *DATA, *QUIET, *STEPS, *FLOAT)
+    given = (f"start_from={base}", "trainer=tiny_paligemma", f"adapt={kind}", shapes, *DATA, *QUIET, *STEPS, *FLOAT)
     return (*given, "adapt.rank=4", f"run.dir={folder}", *more)
 
 
@@ -75,6 +76,8 @@ def test_adapters_resume_exactly(bases: dict[str, Path], shapes: str, family: st
     rest = {step: loss for step, loss in losses(through).items() if step > 3}
     assert {step: loss for step, loss in losses(in_two).items() if step > 3} == rest and len(rest) == 3
     assert (in_two / "predictions.jsonl").read_text() == (through / "predictions.jsonl").read_text()
+    last, final = vlmvqa.load(through / "checkpoint-6", "cpu"), vlmvqa.load(through / "model", "cpu")
+    assert last.adapter == final.adapter and fingerprint.weights(last.model) == fingerprint.weights(final.model)
     whole = sum(file.stat().st_size for file in (base / "model").glob("*.safetensors"))
     for folder in (through / "checkpoint-6", through / "model"):
         assert sum(file.stat().st_size for file in folder.glob("*model.safetensors")) < 0.1 * whole
@@ -116,7 +119,7 @@ def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, who
     assert metrics(tmp_path / "eval")["metrics"] == metrics(tmp_path / "run")["metrics"]
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["adapter"]["base"] == str(base / "model")
-    on = ("train", f"start_from={tmp_path / 'run'}", "model=tiny_paligemma", shapes, *DATA, *QUIET)
+    on = ("train", f"start_from={tmp_path / 'run'}", "trainer=tiny_paligemma", shapes, *DATA, *QUIET)
     assert "is an adapter; merge it into its base first" in sentence(call(*on, f"run.dir={tmp_path / 'on'}"))
 
 

@@ -26,7 +26,7 @@ def test_a_wrong_checkpoint_is_named(tmp_path: Path, whole: Path, trained: Path)
     truncate(broken / "config.json")
     wrong = {
         str(tmp_path / "nowhere"): f"; the nearest is {tmp_path}; name a run's folder",
-        str(tmp_path / "empty"): "is not a saved model",
+        str(tmp_path / "empty"): "is not a saved model: it is an empty folder",
         "someone/nowhere": "neither a folder here nor readable from the hub",
         "runs/my first run": "my first run",
         str(cut): str(cut / "model.safetensors"),

@@ -492,3 +492,6 @@ def test_what_start_from_refuses(merged_in_halves: Path, monkeypatch: pytest.Mon
         asked_to_start_from(merged_in_halves, monkeypatch, "model.dtype=float61")
     with pytest.raises(InputError, match=r"model\.mode cannot be set here"):
         asked_to_start_from(merged_in_halves, monkeypatch, "model.mode=causal", "model.dtype=float32")
+    with pytest.raises(InputError, match=r"model= cannot be set together with start_from=.*with trainer=<its name>"):
+        asked_to_start_from(merged_in_halves, monkeypatch, "model=tiny_paligemma")
+    assert asked_to_start_from(merged_in_halves, monkeypatch, "trainer=paligemma_3b").trainer.learning_rate == 2e-5

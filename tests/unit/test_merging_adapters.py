@@ -144,6 +144,10 @@ def test_our_own_model_too(kind: str, bases: dict[str, Path], tmp_path: Path) ->
     assert theirs.keys() == after.keys()
     assert all(torch.allclose(theirs[name], after[name], atol=1e-5) for name in after)
     assert merging.counts["language"].record()["norms_of_deltas"][0] > 0
+    (tmp_path / "a" / adapters.WEIGHTS).unlink()  # in a training checkpoint names are the model's
+    save_file(pretrained.trained(trained.model), tmp_path / "a" / "model.safetensors")
+    Merge(None, [tmp_path / "a"], ADD).run(tmp_path / "again")
+    assert all(torch.equal(after[name], weight) for name, weight in tensors(tmp_path / "again").items())
 
 
 def test_peft_reads_what_we_save(bases: dict[str, Path], tmp_path: Path) -> None:

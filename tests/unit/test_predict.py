@@ -166,11 +166,16 @@ def test_one_picture() -> None:
         model.answer(picture, ["what", " "])
 
 
-def test_alternatives_are_the_best_beams() -> None:
-    model, picture, asked = predictor(), examples()[0].image, ["what color is it", "what"]
+@pytest.mark.parametrize("length_penalty", [1.0, 5.0])
+def test_alternatives_are_the_best_beams(length_penalty: float) -> None:
+    """The length penalty decides which beams are kept, but they are sorted by the probability that is shown."""
+    model, picture, asked = predictor(length_penalty=length_penalty), examples()[0].image, ["what color is it", "what"]
     told = model.alternatives(picture, asked, most=4)
     best = replace(model, decoding=replace(model.decoding, beams=4)).answer(picture, asked)
-    assert [beams[0] for beams in told] == best
+    assert all(one in beams for one, beams in zip(best, told, strict=True))
+    assert all(beams == sorted(beams, key=lambda one: -one.probability) for beams in told)
+    if length_penalty > 1:
+        assert [beams[0] for beams in told] != best  # else sorting would be untested
     for question, beams in zip(asked, told, strict=True):
         assert len({one.text for one in beams}) == len(beams)
         alone = model.alternatives(picture, question, most=4)

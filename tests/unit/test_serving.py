@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import re
 import threading
 import zlib
 from collections.abc import Iterator
@@ -21,9 +22,10 @@ from bench.clock import PeakMemory
 from tests.pretrained import picture
 from tests.serving import Held, ask, chunk, client, encoded, own, paligemma, png_of, sent, sentence
 from vlmvqa.inference.predict import Predictor
+from vlmvqa.serving import cards
 from vlmvqa.serving.batcher import Asked
 from vlmvqa.serving.limits import Limits, Refused
-from vlmvqa.serving.service import Service
+from vlmvqa.serving.service import Service, Told
 
 QUESTIONS = ["what color is it", "what is the big dog left of", "is it"]
 PLAIN = [("question", (None, "what is it"))]
@@ -60,9 +62,18 @@ def test_the_answers_are_the_models_own(model: Predictor) -> None:
         assert 0 <= told["probability"] <= 1
         listed = [one["text"] for one in told["alternatives"]]
         assert listed == [other.text for other in others if other.text != answer.text][:3] and listed
+        shown = [one["probability"] for one in told["alternatives"]]
+        assert shown == sorted(shown, reverse=True)
         with Image.open(io.BytesIO(base64.b64decode(told["look"]))) as drawn:
             assert drawn.format == "PNG" and max(drawn.size) == 512
             assert drawn.width / drawn.height == pytest.approx(image.width / image.height, rel=0.02)
+
+
+def test_the_page_sorts_bars_by_the_probability_it_shows() -> None:
+    """The greedy answer is marked, wherever it is."""
+    told = Told("what is it", "dog", 0.2, alternatives=[("cat", 0.5), ("cow", 0.1)])
+    bars = re.findall(r'"vq-bar( vq-best)?"><span>(\w+)', cards.answers([told]))
+    assert bars == [("", "cat"), (" vq-best", "dog"), ("", "cow")]
 
 
 def test_nothing_is_computed_that_was_not_asked_for(asking: TestClient) -> None:

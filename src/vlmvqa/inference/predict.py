@@ -109,9 +109,9 @@ class Predictor:
     def alternatives(
         self, image: ImageSource | str, question: str | Sequence[str], most: int = 5
     ) -> list[Answer] | list[list[Answer]]:
-        """The best answers to a question, or to each of several: those of a search with so many beams, the best first.
+        """The answers that a search with `most` beams finds, most probable first; for several questions a list each.
 
-        Which is best, `decoding.length_penalty` has a say in; beams that read alike are told once.
+        Duplicate texts are merged: the most probable one is kept.
 
         Raises:
             InputError: as `answer`.
@@ -125,7 +125,7 @@ class Predictor:
             beams = self.model.alternatives(batch, self.processor.ends, decoding)
             for asked, written in zip(row.questions, beams, strict=True):
                 told: dict[str, Answer] = {}
-                for answer in self._written(written, decoding):
+                for answer in sorted(self._written(written, decoding), key=lambda answer: -answer.log_probability):
                     told.setdefault(answer.text, answer)
                 found[asked.id] = list(told.values())
         listed = [found[one.id] for one in example.questions]
@@ -279,7 +279,7 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     """A trained model, ready to answer: `vlmvqa.load("runs/demo").answer("photo.jpg", "what is this?")`.
 
     Args:
-        path_or_hub_id: a run's folder, its `model/` folder, or a hub id.
+        path_or_hub_id: a run's folder, its `model/` folder, one of its checkpoints, or a hub id.
         device: default: the GPU where there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -45,7 +45,7 @@ def refuse_upload(target: str) -> None:
     except (HTTPError, LocalTokenNotFoundError, OSError) as error:
         raise InputError(
             f"hub_id={target}: nobody is logged in to the hub, or it cannot be reached{when_offline()}; set HF_TOKEN "
-            f"or run `huggingface-cli login` ({str(error).splitlines()[0]})"
+            f"or run `hf auth login` ({str(error).splitlines()[0]})"
         ) from error
 
 

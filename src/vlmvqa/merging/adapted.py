@@ -30,8 +30,11 @@ class Adapted:
 
     def __init__(self, folder: Path, base: Weights, settings: AdapterSettings) -> None:
         self.folder, self.settings = folder, settings
-        self.file = folder / adapters.WEIGHTS
-        shapes = {key.removeprefix(adapters.PEFT_PREFIX): shape for key, shape, _ in contents(self.file)}
+        self.file = adapters.weights_file(folder)
+        self.keys, shapes = {}, {}
+        for key, shape, _ in contents(self.file):
+            name = adapters.peft_name(key).removeprefix(adapters.PEFT_PREFIX)
+            self.keys[name], shapes[name] = key, shape
         self.adapted = {key.removesuffix(DOWN) + ".weight" for key in shapes if key.endswith(DOWN)}
         self.whole = {key for key in shapes if ".lora_" not in key}
         for name in self.adapted:
@@ -64,7 +67,7 @@ class Adapted:
         return added.flatten()
 
     def _read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        return read_rows(self.file, adapters.PEFT_PREFIX + name, rows)
+        return read_rows(self.file, self.keys[name], rows)
 
     def _refuse_other(self, base: Weights, name: str, shape: list[int]) -> None:
         entry = base.entries.get(name)

@@ -78,8 +78,11 @@ class _Clip:
     def __init__(self, name: str, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPProcessor
 
+        from vlmvqa.progress import loading_bar
+
         try:
-            model: Any = CLIPModel.from_pretrained(name, **SAFE_WEIGHTS)
+            with loading_bar():
+                model: Any = CLIPModel.from_pretrained(name, **SAFE_WEIGHTS)
             self.processor: Any = CLIPProcessor.from_pretrained(name, **OWN_CODE)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.pretrained import PREFIX, PretrainedVLM
+from vlmvqa.models.saved import WEIGHTS as MODEL_WEIGHTS
 from vlmvqa.models.vlm import VLM, set_trainable
 
 METHODS = ("lora", "dora")
@@ -277,7 +278,7 @@ def save(folder: Path, model: VLM | PretrainedVLM, base: str, weights: Mapping[s
         base: the base's hub id or folder.
         weights: all that trains, whole, by their names in the model.
     """
-    save_file({_saved_name(name): weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
+    save_file({peft_name(name): weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
     host = _host(model)
     config = host.peft_config[NAME].to_dict()  # type: ignore[index, union-attr]
     whole = {name.removeprefix(PREFIX).rpartition(".")[0] for name in weights if "lora_" not in name}
@@ -298,17 +299,18 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
     Raises:
         InputError: the file is missing or broken, or holds other weights than these.
     """
+    path = weights_file(folder)
     try:
-        saved = load_file(folder / WEIGHTS)
+        saved = {peft_name(name): weight for name, weight in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS} cannot be read ({error}); copy or save the adapter again") from error
+        raise InputError(f"{path} cannot be read ({error}); copy or save the adapter again") from error
     here = dict(model.named_parameters())
-    expected = {_saved_name(name): name for name in here if "lora_" in name}
-    named = {_saved_name(name): name for name in here}
+    expected = {peft_name(name): name for name in here if "lora_" in name}
+    named = {peft_name(name): name for name in here}
     missing, odd = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - named.keys())
     if missing or odd:
         raise InputError(
-            f"{folder / WEIGHTS} is of another model: "
+            f"{path} is of another model: "
             + (f"it holds nothing for {missing[0]}" if missing else f"there is no {odd[0]} here")
         )
     keep_float32(model, {model.part_of(named[name]) for name in saved if "lora_" not in name})
@@ -317,8 +319,7 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
             parameter = here[named[name]]
             if parameter.shape != weight.shape:
                 raise InputError(
-                    f"{folder / WEIGHTS} is of another model: {name} has shape {tuple(weight.shape)}, "
-                    f"here {tuple(parameter.shape)}"
+                    f"{path} is of another model: {name} has shape {tuple(weight.shape)}, here {tuple(parameter.shape)}"
                 )
             parameter.data = weight.to(parameter.device, parameter.dtype)
 
@@ -366,8 +367,16 @@ def _host(model: VLM | PretrainedVLM) -> nn.Module:
     return model.net if isinstance(model, PretrainedVLM) else model
 
 
-def _saved_name(name: str) -> str:
-    """A parameter's name in peft's file."""
+def weights_file(folder: Path) -> Path:
+    """Return the file of a saved adapter's weights: a training checkpoint has one name for all models."""
+    checkpoint = folder / MODEL_WEIGHTS
+    return checkpoint if checkpoint.is_file() else folder / WEIGHTS
+
+
+def peft_name(name: str) -> str:
+    """Return a parameter's name in peft's file, of its name in the model, in a checkpoint or in that file."""
+    if name.startswith(PEFT_PREFIX):
+        return name
     return PEFT_PREFIX + name.removeprefix(PREFIX).replace(f".{NAME}.", ".").replace(
         "lora_magnitude_vector.weight", "lora_magnitude_vector"
     )

@@ -44,7 +44,7 @@ from vlmvqa.models.pretrained import (
     pretrained_config,
 )
 from vlmvqa.models.processors import load_processor
-from vlmvqa.models.saved import CONFIG, TOKENIZER, WEIGHTS, find, kept_base
+from vlmvqa.models.saved import CONFIG, EXPECTED, TOKENIZER, WEIGHTS, find, kept_base
 from vlmvqa.models.vision import VisionEncoder
 from vlmvqa.models.vlm import DTYPES, VLM, ModelSettings, assemble, cast_parameters
 from vlmvqa.settings import build_settings
@@ -150,7 +150,10 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Settings]:
             settings, pretrained=str(folder), weights="hub", overrides={}, image_splitting=None
         )
     if config.get("format") != FORMAT:
-        raise InputError(f"{folder / CONFIG}: not a config of vlmvqa, format {FORMAT}; name the model/ folder of a run")
+        raise InputError(
+            f"{folder / CONFIG} is neither of vlmvqa (format {FORMAT}) nor of a model of transformers (no model_type); "
+            f"{EXPECTED}"
+        )
     where = f"{folder / CONFIG}: model"
     if "pretrained" in config["model"]:
         return config, build_settings(PretrainedSettings, config["model"], where)

@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, unread
 from vlmvqa.models.attention import SOFTCAP
+from vlmvqa.progress import loading_bar
 from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask, spans
 
 BACKENDS = ("dense", "flex")
@@ -255,7 +256,10 @@ def build_language_model(settings: LanguageSettings, dtype: torch.dtype = torch.
         )
     else:
         try:
-            causal_lm = AutoModelForCausalLM.from_pretrained(settings.name, config=config, dtype=dtype, **SAFE_WEIGHTS)
+            with loading_bar():
+                causal_lm = AutoModelForCausalLM.from_pretrained(
+                    settings.name, config=config, dtype=dtype, **SAFE_WEIGHTS
+                )
         except (OSError, ValueError, SafetensorError) as error:
             raise unread(f"model.language.name={settings.name}", error) from error
     return LanguageModel(causal_lm, settings.attention, settings.loss)

@@ -25,12 +25,14 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, unread
 from vlmvqa.models.generation import Decoding, Generated, pick, streams_of
 from vlmvqa.models.language import final_logits, recompute_activations, refuse_unknown_head
 from vlmvqa.models.vlm import DTYPES, Batch, Part
+from vlmvqa.progress import loading_bar
 from vlmvqa.sequence.loss import divided, supervised_loss
 from vlmvqa.sequence.rows import FILL, IGNORE
 
@@ -266,18 +268,24 @@ def pretrained_config(settings: PretrainedSettings) -> PreTrainedConfig:
     """The model's config: from the hub or a folder, or an architecture's defaults with overrides.
 
     Raises:
-        InputError: unknown name or key, unreachable or gated.
+        InputError: unknown name or key, unreachable or gated, or not a vision-language model.
     """
     if settings.pretrained in CONFIG_MAPPING_NAMES:
         known = AutoConfig.for_model(settings.pretrained).to_dict()
         for key in settings.overrides:
             if key not in known:
                 raise InputError(f"model.overrides has no '{key}' for {settings.pretrained}{suggest(key, known)}")
-        return AutoConfig.for_model(settings.pretrained, **settings.overrides)
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(settings.pretrained, **OWN_CODE)
-    except (OSError, ValueError) as error:
-        raise unread(f"model.pretrained={settings.pretrained}", error) from error
+        config: PreTrainedConfig = AutoConfig.for_model(settings.pretrained, **settings.overrides)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(settings.pretrained, **OWN_CODE)
+        except (OSError, ValueError) as error:
+            raise unread(f"model.pretrained={settings.pretrained}", error) from error
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise InputError(
+            f"{settings.pretrained} is not a vision-language model of transformers but of model_type "
+            f"{config.model_type}; name one that takes an image and text, such as PaliGemma or Idefics2"
+        )
     return config
 
 
@@ -299,9 +307,10 @@ def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, bla
             made.net.tie_weights()  # transformers does so where it draws weights, not where they are left blank
             _tell_latents_apart(made)
             return made
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **more, **SAFE_WEIGHTS
-        )
+        with loading_bar():
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **more, **SAFE_WEIGHTS
+            )
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise unread(f"model.pretrained={settings.pretrained}", error) from error
     net, about = loaded

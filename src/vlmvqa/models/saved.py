@@ -1,11 +1,13 @@
-"""Where a trained model lies: its folder and the files in it. `checkpoint.py` reads and writes them."""
+"""Find a saved model's folder, and name the files in it. `checkpoint.py` reads and writes them."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from vlmvqa.errors import InputError
-from vlmvqa.hub import when_offline
+from vlmvqa.hub import unreachable, when_offline
+from vlmvqa.paths import EXPECTED, is_hub_id, missing_model
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 BASE = "base"  # a folder of a run's: what its adapters lie over, where that lies nowhere else
@@ -18,35 +20,60 @@ def kept_base(folder: Path, base: str) -> Path | None:
     return (folder / base).resolve() if base.startswith(".") else None
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is no folder here may be one of the hub's: `owner/name`."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 def find(path_or_hub_id: str | Path) -> Path:
-    """The folder of a trained model: a run's, its `model/`, or a hub id's, which is fetched.
+    """Return the folder of a saved model: a run's `model/` (or newest checkpoint), the folder itself, or a download.
 
     Raises:
         InputError: there is none.
     """
     folder = Path(path_or_hub_id).expanduser()
-    if (folder / "model" / CONFIG).is_file():  # a run's folder
-        return folder / "model"
-    if (folder / CONFIG).is_file():
-        return folder
+    for found in (folder / "model", folder):
+        if (found / CONFIG).is_file():
+            return found
     if folder.exists():
-        raise InputError(
-            f"{folder} is not a saved model: it holds no {CONFIG}; name a run's folder or its model/ folder"
-        )
-    if not is_hub_id(str(path_or_hub_id)):
-        raise InputError(f"{path_or_hub_id}: no such folder; name a run's folder, its model/ folder, or a hub id")
+        return _newest_checkpoint(folder)
+    if is_hub_id(str(path_or_hub_id)):
+        return _download(str(path_or_hub_id))
+    raise InputError(f"{missing_model(folder.absolute())}; {EXPECTED}")
+
+
+def _newest_checkpoint(folder: Path) -> Path:
+    """Return the newest undamaged checkpoint of a run that has no `model/` yet, and print which one it is."""
+    from vlmvqa import ranks
+    from vlmvqa.training.checkpoints import newest_sound
+
+    checkpoint, complaints = newest_sound(folder)
+    if checkpoint is None or not (checkpoint / CONFIG).is_file():
+        reason = f"no checkpoint is whole ({complaints[0]})" if complaints else _why_not(checkpoint or folder)
+        raise InputError(f"{checkpoint or folder} is not a saved model: {reason}; {EXPECTED}")
+    if ranks.is_first():
+        print(*complaints, f"{folder} has no model/ yet: loading {checkpoint}", sep="\n", file=sys.stderr)
+    return checkpoint
+
+
+def _why_not(path: Path) -> str:
+    """Say what an existing path without `config.json` is."""
+    if path.is_file():
+        return "it is a file"
+    if not any(path.iterdir()):
+        return "it is an empty folder"
+    if (path / "files.json").is_file():
+        return f"it is a checkpoint without {CONFIG}, of an older version; resume its run with resume=auto"
+    if (path / "run.json").is_file():
+        return "it is a run without model/ and without a checkpoint; resume it with resume=auto"
+    return f"it holds no {CONFIG}"
+
+
+def _download(hub_id: str) -> Path:
+    """Return the local snapshot of a hub id; where the hub cannot be reached, the one in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    offline = unreachable()
     try:
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=FILES, local_files_only=bool(offline)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{path_or_hub_id} is neither a folder here nor readable from the hub{when_offline()}; check the path "
-            "or the id, the network, and HF_TOKEN for gated weights"
+            f"{hub_id} is neither a folder here nor readable from the hub{offline or when_offline()}; check the path "
+            f"or the id, the network, and HF_TOKEN for gated weights ({missing(hub_id)})"
         ) from error

@@ -33,9 +33,9 @@ def note(text: str, *, error: bool = False) -> str:
 
 def _card(told: Told, look: str | None) -> str:
     bars = ""
-    if told.alternatives:
-        listed = [(told.text, told.probability), *told.alternatives]
-        bars = "".join(_bar(text, probability, number == 0) for number, (text, probability) in enumerate(listed))
+    if told.alternatives:  # beam search may find a more probable answer than the greedy one, which is marked
+        listed = sorted([(told.text, told.probability), *told.alternatives], key=lambda one: -one[1])
+        bars = "".join(_bar(text, probability, text == told.text) for text, probability in listed)
     cut = " (truncated at max_new_tokens)" if told.cut else ""
     text = (
         f'<p class="vq-asked">{escape(told.question)}</p><p class="vq-answer">{words(told.text)}'

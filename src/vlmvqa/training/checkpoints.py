@@ -33,7 +33,8 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
     yield partial
     ranks.barrier()
     if ranks.is_first():
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        paths = sorted(path for path in partial.rglob("*") if path.is_file())
+        files = {path.relative_to(partial).as_posix(): _fingerprint(path) for path in paths}
         (partial / FILES).write_text(json.dumps(files, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)  # a damaged one, or of a step that is made again
         partial.replace(final)

@@ -7,6 +7,7 @@ scaler.pt               fp16's loss scale, under ddp (DeepSpeed finds its own ag
 rng_state*.pth          each rank's random state
 progress.json           ranks, global batch, the last gradient norms, the fingerprint of what adapters lie over
 trainer_state.json      transformers' own: step, epoch, best score
+config.json, tokenizer  as in `model/` (models/checkpoint.py), so that a checkpoint loads like a saved model
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def write(trainer: VqaTrainer, folder: Path) -> None:
     exported: Any = trainer.state.stateful_callbacks
     exported["TrainerControl"] = trainer.control.state()
     trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+    if trainer.describe is not None:
+        trainer.describe(folder)
 
 
 def load(trainer: VqaTrainer, folder: Path) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -60,6 +59,7 @@ class VqaTrainer(Trainer):
         learning_rates: of each part, where it differs from `args.learning_rate` (None: it does not).
         clip_percentile: see `clipping.py`.
         adapt: what adapters the model has, if any.
+        describe: writes what a checkpoint needs besides its weights to be loaded as a saved model (None: nothing).
     """
 
     def __init__(
@@ -74,13 +74,14 @@ class VqaTrainer(Trainer):
         settings: Settings | None = None,
         clip_percentile: int | None = None,
         adapt: AdapterSettings | None = None,
+        describe: Callable[[Path], None] | None = None,
     ) -> None:
         self.vlm, self.folder = model, Path(str(args.output_dir))
         self.dist, self.settings, self.adapt = dist or DistSettings(), settings, adapt
         self.base: str | None = None  # the fingerprint of what adapters lie over, once it lies somewhere
         self.dtype = next(model.parameters()).dtype
         self.learning_rates = dict(learning_rates or {})
-        self.score = score
+        self.score, self.describe = score, describe
         self.clipping = Clipping(args.max_grad_norm, clip_percentile)
         self.watch = Watch(self.dist.timeout_minutes)
         self.speed = SpeedMeter(model)
@@ -314,7 +315,7 @@ class VqaTrainer(Trainer):
             step = self.state.global_step
             with self.watch.paused(), self.speed.paused(), checkpoints.writing(self.folder, step) as folder:
                 state.write(self, folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # tokenizers raises no more specific type than this one
             free = shutil.disk_usage(self.folder).free  # before the unfinished checkpoint's part is given back
             if "No space left on device" not in str(error) and free > 2**20:
                 raise  # torch.save says only that its writer failed
