@@ -10,7 +10,7 @@ import yaml
 
 from vlmvqa.inference.scores import metric
 from vlmvqa.models.checkpoint import OURS, read_config
-from vlmvqa.models.saved import is_hub_id
+from vlmvqa.paths import is_hub_id
 
 # Weights that are known by their names, and under which terms they are given: the hub's word, and a sentence.
 LICENCES = {

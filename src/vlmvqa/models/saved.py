@@ -75,5 +75,5 @@ def _download(hub_id: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"{hub_id} is neither a folder here nor readable from the hub{offline or when_offline()}; check the path "
-            f"or the id, the network, and HF_TOKEN for gated weights ({missing(hub_id)})"
+            f"or the id, the network, and HF_TOKEN for gated weights ({missing_model(Path(hub_id).absolute())})"
         ) from error
