@@ -1,0 +1,63 @@
+"""Defaults of a script's process, and the imports that it is spared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import transformers.utils
+from transformers.utils import import_utils
+
+from tests.conftest import ROOT
+from vlmvqa import startup
+
+# Prints which of the given modules a training script has imported, its own imports done.
+IMPORTS = """\
+import json, runpy, sys
+sys.path.insert(0, "launch")
+sys.argv = ["launch/train.py"]
+import usage
+import train
+print(json.dumps(sorted(set(sys.modules) & set({names!r}))))
+"""
+
+
+def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    startup.prepare()
+    assert startup.os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    startup.prepare()
+    assert startup.os.environ["GOMP_SPINCOUNT"] == "10000"
+
+
+def test_packages_are_hidden_within_the_block_alone() -> None:
+    """Whoever took a function within keeps one that says no, but for packages that are looked up later."""
+    before = import_utils.is_peft_available
+    with startup.fewer_imports():
+        peft, torchao = transformers.utils.is_peft_available, import_utils.is_torchao_available
+        assert not peft() and not torchao()
+    assert import_utils.is_peft_available is transformers.utils.is_peft_available is before
+    assert not peft() and torchao() == import_utils.is_torchao_available()
+
+
+def test_a_package_that_is_imported_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", startup)
+    with startup.fewer_imports():
+        assert sys.modules["wandb"] is startup
+    assert sys.modules["wandb"] is startup
+    monkeypatch.delitem(sys.modules, "wandb")
+    with startup.fewer_imports(), pytest.raises(ImportError):
+        import wandb  # noqa: F401
+    assert "wandb" not in sys.modules
+
+
+@pytest.mark.slow
+def test_a_training_imports_no_optional_package() -> None:
+    names = ("torch", "transformers.trainer", "peft", "datasets", "scipy", "bitsandbytes", "torchao", "wandb", "pandas")
+    program = IMPORTS.format(names=names)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout.splitlines()[-1]) == ["torch", "transformers.trainer"]
