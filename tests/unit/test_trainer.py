@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from data_from_config import DataSettings, Task
 from tests import tiny
-from training_from_config import repeat_small_data
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.batch import Processor
 from vlmvqa.data.example import Example, Question
@@ -62,21 +60,6 @@ def trainer(folder: Path, vlm: VLM, rates: Mapping[str, float | None] | None = N
 
 def model() -> VLM:
     return tiny.model(vocab_size=300, initializer_range=0.02)
-
-
-def test_a_small_data_set_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight rows at two a step; never where the command says how long."""
-    task, vlm = Task("", DataSettings("jsonl", "mine", min_steps=10), [], []), model()
-    longer = trainer(tmp_path, vlm, max_steps=-1, num_train_epochs=1)
-    assert repeat_small_data(longer, [task]) == (
-        "3 epochs instead of 1, since a small data set makes few steps (data.min_steps=10)"
-    )
-    longer.train()
-    assert longer.state.global_step == 12
-    assert repeat_small_data(longer, [task]) is None  # long enough
-    assert repeat_small_data(trainer(tmp_path, vlm, max_steps=4), [task]) is None
-    monkeypatch.setattr("training_from_config.given_keys", lambda: ["trainer.num_train_epochs"])
-    assert repeat_small_data(trainer(tmp_path, vlm, max_steps=-1, num_train_epochs=1), [task]) is None
 
 
 def test_parts_have_their_own_learning_rates_and_norms_do_not_decay(tmp_path: Path) -> None:
