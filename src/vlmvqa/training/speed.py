@@ -282,6 +282,8 @@ class Bar(ProgressCallback):
     It starts at the step that a run resumes from, so that the time left is that of the steps made now.
     """
 
+    training_bar: Any
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         self.current_step = state.global_step
         if state.is_world_process_zero:
