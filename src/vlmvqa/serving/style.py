@@ -84,8 +84,8 @@ CSS = """
 .vq-legend { display: flex; gap: 8px; align-items: center; margin-bottom: 2px; }
 .vq-legend i { flex: 1; height: 9px; border-radius: 3px; border: 1px solid var(--border-color-primary);
   background-color: #fff; }
-/* Gradio has no spinner for HTML that is pending. It copies rules by their cssText, which loses a `border` with a variable
-   that another property changes. */
+/* Gradio has no spinner for HTML that is pending. It copies rules by their cssText, which loses a `border` with a
+   variable that another property changes. */
 #ask-answers, #compare-answers { position: relative; }
 #ask-answers:has(.pending)::after, #compare-answers:has(.pending)::after { content: ""; position: absolute; top: 24px;
   left: calc(50% - 16px); width: 32px; height: 32px; border-radius: 50%; animation: vq-turn .8s linear infinite;
