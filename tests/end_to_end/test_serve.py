@@ -41,6 +41,8 @@ __all__ = ["chromium"]  # a fixture
 
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 DECODING = "decoding.max_new_tokens=3"
+SPINS = """() => (({ animationName, borderTopWidth }) => animationName != "none" && borderTopWidth == "3px")(
+    getComputedStyle(document.querySelector("#ask-answers"), "::after"))"""
 SURE = {True: 0.95, False: 0.3}  # what the answers below are given for a probability
 
 
@@ -237,9 +239,7 @@ def test_ask(page: Any, server: Server, photo: Path) -> None:
     held: list[Any] = []
     page.route("**/gradio_api/queue/join*", lambda route: held.append(route), times=1)
     page.click("#ask-button")
-    page.wait_for_function(
-        "getComputedStyle(document.querySelector('#ask-answers'), '::after').animationName != 'none'"
-    )
+    page.wait_for_function(SPINS)
     held[0].continue_()
     cards = page.locator("#ask-answers .vq-card")
     cards.nth(1).wait_for()

@@ -84,11 +84,13 @@ CSS = """
 .vq-legend { display: flex; gap: 8px; align-items: center; margin-bottom: 2px; }
 .vq-legend i { flex: 1; height: 9px; border-radius: 3px; border: 1px solid var(--border-color-primary);
   background-color: #fff; }
-/* Gradio has no spinner for HTML that is pending. */
+/* Gradio has no spinner for HTML that is pending. It copies rules by their cssText, which loses a `border` with a
+   variable that another property changes. */
 #ask-answers, #compare-answers { position: relative; }
 #ask-answers:has(.pending)::after, #compare-answers:has(.pending)::after { content: ""; position: absolute; top: 24px;
   left: calc(50% - 16px); width: 32px; height: 32px; border-radius: 50%; animation: vq-turn .8s linear infinite;
-  border: 3px solid var(--border-color-primary); border-top-color: var(--color-accent); box-sizing: border-box; }
+  border-style: solid; border-width: 3px; box-sizing: border-box;
+  border-color: var(--color-accent) var(--border-color-primary) var(--border-color-primary); }
 @keyframes vq-turn { to { transform: rotate(1turn); } }
 .vq-note { color: var(--body-text-color-subdued); padding: 28px 16px; text-align: center; margin: 0;
   border: 1px dashed var(--border-color-primary); border-radius: 12px; overflow-wrap: anywhere; }
