@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vlmvqa.data.cache import Cache, pack, unpack
+from vlmvqa.data.cache import Cache, code, pack, unpack
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 from vlmvqa.hub import OWN_CODE, unread
@@ -30,7 +30,8 @@ def train_tokenizer(
             f"a byte-level tokenizer needs at least {len(SPECIAL) + len(alphabet)} tokens, not {vocabulary}"
         )
     cache, counts = cache or Cache(), Counter(_texts(examples))
-    key = {"texts": list(counts.items()), "vocabulary": vocabulary, "tokenizers": tokenizers.__version__}
+    versions = {"tokenizers": tokenizers.__version__, "code": code()}
+    key = {"texts": list(counts.items()), "vocabulary": vocabulary, **versions}
     known = cache.load("tokenizer", key)
     if known is None:
         tokenizer = _train(counts, vocabulary, alphabet)

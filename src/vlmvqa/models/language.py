@@ -188,7 +188,7 @@ class LanguageModel(nn.Module):
         if self.decoder.config._attn_implementation == "sdpa":
             return mask
         # Added to the scores.
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
 
 
 def _readable(column: Tensor) -> bool:
