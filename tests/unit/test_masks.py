@@ -73,12 +73,15 @@ def test_spans_reach_exactly_as_far_as_any_row_sees(mode: str, monkeypatch: pyte
     rows = pad_rows([build_row(given, 4, mode), build_row(given[:1], 4, mode)], multiple=64)
     found = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], mode)
     seen = visible(found.map(lambda t: t[:, :, None]), found.map(lambda t: t[:, None, :]))
-    start, length = 0, seen.shape[1]
-    for end, keys in masks.spans(found):
-        part = seen[:, start:end]
-        assert not part[..., keys:].any() and (keys == 1 or part[..., keys - 1].any())
-        start = end
-    assert start == length
+    spans = masks.spans(found)
+    places = torch.arange(seen.shape[1])
+    assert torch.equal(torch.cat([places[queries] for queries, _ in spans]), places)
+    for queries, keys in spans:
+        part = seen[:, queries].any(0).any(0)  # of any row and any query
+        hidden = torch.ones_like(part).index_fill(0, places[keys], False)
+        assert not part[hidden].any() and len(places[keys]) >= 1
+        assert len(places[keys]) == 1 or (part[keys.start] and part[keys.stop - 1])
+    assert any(keys.start > 0 for _, keys in spans)  # of the second document
 
 
 def test_padding_is_seen_by_nobody_and_gives_no_nan() -> None:

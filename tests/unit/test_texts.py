@@ -12,6 +12,7 @@ import pytest
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from vlmvqa.data import texts as texts_module
+from vlmvqa.data import tokenizer as tokenizer_module
 from vlmvqa.data.cache import Cache
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.texts import TokenTable, fingerprint
@@ -154,3 +155,15 @@ def test_workers_forked_after_the_table_tokenise_without_a_word(
     done = subprocess.run([sys.executable, "-c", WORKERS, str(tmp_path)], capture_output=True, text=True, timeout=120)
     said = [line for line in done.stderr.splitlines() if "tokenising" not in line]  # a slow machine shows its bar
     assert (done.returncode, said) == (0, [])
+
+
+def test_a_tokenizer_is_trained_once_for_the_same_texts(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [Example(b"", 1, tuple(Question(1, text, text, text, ("rouge",)) for text in TEXTS if text))]
+    trained = train_tokenizer(examples, 300, cache)
+    monkeypatch.setattr(tokenizer_module, "_train", lambda *_: pytest.fail("trained again"))
+    known = train_tokenizer(iter(examples), 300, cache)
+    assert known.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+    assert (known.pad_token_id, known.eos_token_id, known.bos_token_id) == (0, 1, 2)
+    for other, vocabulary in ((examples * 2, 300), (examples, 301)):  # counts decide what is merged
+        with pytest.raises(pytest.fail.Exception, match="trained again"):
+            train_tokenizer(other, vocabulary, cache)

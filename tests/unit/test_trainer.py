@@ -118,6 +118,21 @@ def test_accumulated_steps_are_one_big_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(pieces[name], weight, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_the_fused_optimizer_takes_the_same_steps(tmp_path: Path) -> None:
+    """The tiny model's `adamw_torch_fused`: all tensors of a group in one operation."""
+    losses, weights = [], []
+    for optim in ("adamw_torch", "adamw_torch_fused"):
+        vlm = model()
+        run = trainer(tmp_path / optim, vlm, optim=optim, weight_decay=0.1)
+        run.train()
+        assert bool(run.plain_optimizer().defaults["fused"]) == optim.endswith("fused")
+        losses.append([record["loss"] for record in read_log(run.folder / "log.jsonl")])
+        weights.append({name: p.detach() for name, p in vlm.named_parameters()})
+    assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize(
     ("rows", "before", "now", "step", "place"),
     [

@@ -145,7 +145,7 @@ def read_once(
     stamps = _stamps(files)
     if stamps is None:  # the reader says what is missing
         return read()
-    whole_key = {**key, "files": stamps, "root": str(root.absolute()), "code": _code()}
+    whole_key = {**key, "files": stamps, "root": str(root.absolute()), "code": code()}
     known = cache.load("examples", whole_key)
     if known is not None:
         return _examples(known, root)
@@ -172,8 +172,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @once
-def _code() -> str:
-    """A fingerprint of the readers: whoever changes one need not think of the cache."""
+def code() -> str:
+    """A fingerprint of this folder's modules: whoever changes one need not think of the cache."""
     digest = blake2b(digest_size=20)
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

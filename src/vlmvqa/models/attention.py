@@ -2,7 +2,7 @@
 
 The same numbers as transformers' eager attention in four passes over the T x K scores instead of seven: both factors
 before the cap are in the queries, the factor after it and the mask are one operation. Keys are not repeated for the
-heads that share them, and no scores are computed of keys that come after all that a span of queries may see.
+heads that share them, and no scores are computed of keys before or after all that a span of queries may see.
 
 Legend: B rows, T queries, K keys, H heads, G heads of keys and values, D head width.
 """
@@ -31,7 +31,7 @@ def softcap_attention(
     scaling: float,
     softcap: float | None = None,
     dropout: float = 0.0,
-    spans: Sequence[tuple[int, int]] | None = None,
+    spans: Sequence[tuple[slice, slice]] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls an attention function.
@@ -40,7 +40,7 @@ def softcap_attention(
         query: float[B, H, T, D].
         key, value: float[B, G, K, D].
         attention_mask: float[B, 1, T, K], added to the scores.
-        spans: where each span of queries ends, and the keys that it may see (`sequence/masks.py`); None: one of all.
+        spans: each span of queries with the keys that it may see (`sequence/masks.py`); None: one of all.
 
     Returns:
         float[B, T, H, D], and no weights.
@@ -54,11 +54,10 @@ def softcap_attention(
             "attn_logit_softcapping; choose another model"
         )
     # Both factors before the cap. Then a span at a time: fewer scores, and the rest of them are hidden anyway.
-    query, found, start = query * (scaling / softcap), [], 0
-    for end, seen in spans or [(query.shape[2], key.shape[2])]:
-        part = query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], attention_mask[:, :, start:end, :seen]
+    query, found = query * (scaling / softcap), []
+    for queries, keys in spans or [(slice(None), slice(None))]:
+        part = query[:, :, queries], key[:, :, keys], value[:, :, keys], attention_mask[:, :, queries, keys]
         found.append(_attend(*part, softcap, dropout if module.training else 0.0))
-        start = end
     return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
 
 

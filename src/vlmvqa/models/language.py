@@ -166,7 +166,7 @@ class LanguageModel(nn.Module):
     def _masks(self, tokens: Tokens, keys: Tokens, dtype: torch.dtype) -> Any:
         """The mask of each kind of layer, in the form this decoder takes: a dict by layer kind, or one mask."""
         window = getattr(self.config, "sliding_window", None)
-        if window is not None and keys.document.shape[1] <= window:
+        if window is not None and _farthest(keys) < window:
             window = None  # no position is that far back: the local mask is the global one
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types is None:  # Llama; Mistral, whose layers are all local
@@ -179,10 +179,8 @@ class LanguageModel(nn.Module):
         """For our dense attention on a CPU, which parts of the scores are hidden; where tokens attend to themselves."""
         if tokens is None or self.decoder.config._attn_implementation != SOFTCAP:
             return {}
-        # On a GPU FlexAttention does it without being asked; a tracer's tensors hold no numbers.
-        column = tokens.document
-        traced = type(column) is not Tensor or torch.compiler.is_compiling()
-        return {} if traced or column.device.type != "cpu" else {"spans": spans(tokens)}
+        # On a GPU FlexAttention does it without being asked.
+        return {"spans": spans(tokens)} if _readable(tokens.document) else {}
 
     def _mask(self, tokens: Tokens, keys: Tokens, window: int | None, dtype: torch.dtype) -> Any:
         if self.attention == "flex":
@@ -191,7 +189,17 @@ class LanguageModel(nn.Module):
         if self.decoder.config._attn_implementation == "sdpa":
             return mask
         # Added to the scores.
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
+
+
+def _readable(column: Tensor) -> bool:
+    """Whether numbers can be read at once: a GPU would be waited for, a tracer's tensors hold none."""
+    return type(column) is Tensor and column.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _farthest(tokens: Tokens) -> int:
+    """How many positions back a token can see at most; not fewer."""
+    return int(tokens.position.max()) if _readable(tokens.position) else tokens.position.shape[1] - 1
 
 
 def final_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:

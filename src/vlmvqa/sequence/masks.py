@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from vlmvqa.sequence.rows import PADDING
 
 NONE = -1
-SPAN = 128  # queries
+SPAN = 64  # queries
 # Attention mode -> the bidirectional block of an image, a prompt and an answer token (NONE: plain causal).
 # Tokens of one block (and one branch, or the image) see each other both ways.
 MODES = {
@@ -74,17 +74,23 @@ def dense_mask(query: Tokens, key: Tokens, window: int | None = None) -> Tensor:
     return (mask | ~mask.any(-1, keepdim=True))[:, None]
 
 
-def spans(tokens: Tokens) -> list[tuple[int, int]]:
-    """Where each span of queries ends, and up to which key (exclusive) they see, of all rows the farthest.
+def spans(tokens: Tokens) -> list[tuple[slice, slice]]:
+    """Spans of queries, each with the keys from the first to the last that they see in any row.
 
-    For tokens `[B, T]` that attend to themselves, padding left out. Text lies behind all that an image sees, and later
-    text behind earlier: dense attention need not compute what no row may see. The numbers are asked for here, for which
-    a GPU would be waited for.
+    For tokens `[B, T]` that attend to themselves, padding left out. Text follows all that an image sees, later text
+    follows earlier text, and a document sees no other: dense attention need not compute what no row may see. This reads
+    numbers, for which a GPU would have to be waited for.
     """
     seen = visible(tokens.map(lambda t: t[:, :, None]), tokens.map(lambda t: t[:, None, :])).any(0)
-    last = (seen * torch.arange(1, len(seen) + 1)).amax(1).clamp(min=1)  # padding in all rows sees nothing
-    ends = range(SPAN, len(last) + SPAN, SPAN)
-    return [(min(end, len(last)), int(part.max())) for end, part in zip(ends, last.split(SPAN), strict=True)]
+    length = len(seen)
+    place = torch.arange(length)
+    firsts = torch.where(seen, place, length).amin(1).split(SPAN)
+    ends = torch.where(seen, place + 1, 1).amax(1).split(SPAN)  # padding in all rows sees nothing
+    keys = [(int(first.min()), int(end.max())) for first, end in zip(firsts, ends, strict=True)]
+    return [
+        (slice(SPAN * number, min(SPAN * (number + 1), length)), slice(min(first, end - 1), end))
+        for number, (first, end) in enumerate(keys)
+    ]
 
 
 def block_mask(tokens: Tokens, window: int | None = None) -> BlockMask:
