@@ -52,7 +52,9 @@ def test_what_start_from_refuses(home: Path, tmp_path: Path) -> None:
     given = ("train", f"run.dir={tmp_path / 'run'}", f"data.root={home / 'shapes'}", *SHAPES, *ON)
     said = sentence(call(*given, f"start_from={home / 'base'}", "model.mode=causal"))
     assert "model.mode cannot be set here: the model of start_from is as it was saved" in said
-    assert f"no model at {home / 'no' / 'where'}; the nearest is {home};" in sentence(call(*given, f"start_from={home / 'no' / 'where'}"))
+    assert f"no model at {home / 'no' / 'where'}; the nearest is {home};" in sentence(
+        call(*given, f"start_from={home / 'no' / 'where'}")
+    )
 
 
 def test_two_tasks_become_one_model(home: Path) -> None:

@@ -319,8 +319,7 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
             parameter = here[named[name]]
             if parameter.shape != weight.shape:
                 raise InputError(
-                    f"{path} is of another model: {name} has shape {tuple(weight.shape)}, "
-                    f"here {tuple(parameter.shape)}"
+                    f"{path} is of another model: {name} has shape {tuple(weight.shape)}, here {tuple(parameter.shape)}"
                 )
             parameter.data = weight.to(parameter.device, parameter.dtype)
 
