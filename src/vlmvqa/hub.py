@@ -31,11 +31,8 @@ def unread(what: str, error: Exception) -> InputError:
             f"{what} has no .safetensors, and pickled weights, which can run code, are never read here; save it again "
             "with transformers' save_pretrained, or name another"
         )
-    if "does not appear to have a file named" in said:
-        file = said.partition("a file named ")[2].split(" ")[0].rstrip(".")
-        return InputError(f"{what} is not a saved model: it holds no {file}; name a folder or hub id that has one")
     if "Should have a `model_type` key" in said:
-        return InputError(f"{what} is not a model of transformers: its config.json has no model_type; name another")
+        return InputError(f"{what} is no model of transformers: it has no config.json with a model_type; name another")
     if "does not recognize this architecture" in said:
         return InputError(f"{what} is of a model_type that this version of transformers does not know; update it")
     return InputError(

@@ -69,10 +69,10 @@ def test_a_model_of_another_kind_is_told_apart(tmp_path: Path, config: dict[str,
 
 
 def test_a_folder_without_config_is_not_called_unreachable(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is not a saved model: it holds no config\.json; name a folder"):
+    with pytest.raises(InputError, match=r"it has no config\.json with a model_type"):
         pretrained_config(PretrainedSettings(str(tmp_path)))
     (tmp_path / "config.json").write_text('{"architecture": "vit"}')
-    with pytest.raises(InputError, match=r"its config.json has no model_type"):
+    with pytest.raises(InputError, match=r"it has no config\.json with a model_type"):
         pretrained_config(PretrainedSettings(str(tmp_path)))
 
 

@@ -109,7 +109,7 @@ class Predictor:
     def alternatives(
         self, image: ImageSource | str, question: str | Sequence[str], most: int = 5
     ) -> list[Answer] | list[list[Answer]]:
-        """The answers that a search with `most` beams finds, most probable first; for several questions a list each.
+        """The answers that a search with `most` beams finds, the most probable first; a list for each question.
 
         Duplicate texts are merged: the most probable one is kept.
 
