@@ -100,6 +100,14 @@ def test_a_new_adapter_changes_nothing(model: VLM | PretrainedVLM, folder: Path)
         assert torch.allclose(logits(other, batch), before, atol=1e-5)
 
 
+def test_the_scale_and_the_dropout_are_those_asked_for() -> None:
+    model = tiny.model()
+    adapters.attach(model, replace(LORA, rank=4, alpha=8, dropout=0.25, targets=("language.*.q_proj",)))
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
+    assert len(layers) == 4
+    assert all(layer.scaling["default"] == 2 and layer.lora_dropout["default"].p == 0.25 for layer in layers)
+
+
 def test_towers_by_option(folder: Path) -> None:
     model, _ = pretrained.load(folder)
     paths = adapters.attach(model, replace(LORA, targets=("vision.*.q_proj", "projector.*")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.unit.test_predict import predictor
 from vlmvqa.data import gqa, shapes_gqa
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
+from vlmvqa.inference import intervals
 from vlmvqa.inference.evaluate import Asked, evaluate, read_answers, table
 from vlmvqa.inference.journal import Journal
 from vlmvqa.inference.predict import Answer
@@ -78,6 +80,27 @@ def test_a_model_that_sees_beats_its_controls() -> None:
         "images",
     ]
     assert "95 % interval" in printed and "consensus=min3" in printed
+
+
+def test_the_prior_is_of_the_training_split() -> None:
+    other = [replace(one, questions=tuple(replace(q, target="two") for q in one.questions)) for one in examples()]
+    found, _ = evaluate(asked(train=other), knowing(examples()), knowing)
+    assert found["controls"]["prior"]["overall"] == 0
+
+
+def test_the_interval_is_over_images() -> None:
+    """Both questions of every second image are answered wrong."""
+    given = asked()
+    answers = {
+        name: replace(one, text="what") if name // 10 % 2 else one for name, one in knowing(given.examples).items()
+    }
+    found, records = evaluate(given, answers, "no model")
+    expected = intervals.bootstrap(
+        {one["question_id"]: one["vqa_accuracy"] for one in records},
+        {one["question_id"]: one["image_id"] for one in records},
+    )
+    assert expected is not None and expected.low < expected.high
+    assert found["metrics"]["vqa_accuracy"]["interval"] == [expected.low, expected.high]
 
 
 def test_controls_are_none_with_a_reason_never_0() -> None:

@@ -53,6 +53,27 @@ def test_transformers_writes_the_same(beams: int, seed: int) -> None:
         assert ours.log_probability / length == pytest.approx(expected.sequences_scores.item(), abs=1e-3)
 
 
+@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 3.0])
+def test_the_length_penalty_is_transformers_own(length_penalty: float) -> None:
+    vlm, causal_lm = both(0)
+    ends = list(range(1, tiny.VOCABULARY, 6))  # beams of many lengths
+    rows = tiny.batch(vlm, [tiny.without_answers(tiny.documents([1]))], tiny.images(1), multiple=1)
+    (ours,) = alternatives(vlm, rows, ends, Decoding(8, beams=4, length_penalty=length_penalty))
+    with torch.no_grad():
+        expected = causal_lm.generate(
+            inputs_embeds=vlm.embed(rows),
+            max_new_tokens=8,
+            num_beams=4,
+            num_return_sequences=4,
+            length_penalty=length_penalty,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+    ended = {0, *ends}
+    assert [beam.tokens for beam in ours] == [[t for t in beam if t not in ended] for beam in expected.tolist()]
+
+
 def prepared() -> tuple[VLM, dict[str, torch.Tensor]]:
     vlm = tiny.model()
     return vlm, tiny.batch(vlm, [tiny.without_answers(tiny.documents([2, 3]))], tiny.images(2))
@@ -73,13 +94,15 @@ def test_the_log_probability_is_the_models() -> None:
     """Scored again as a training row, the answer's tokens have the loss that generation reported."""
     vlm, rows = prepared()
     documents = tiny.documents([2, 3])
-    answers = iter(generate(vlm, rows, {tiny.EOS}, Decoding(30)))
+    stop = generate(vlm, rows, set(), Decoding(4))[0].tokens[3]  # the first answer ends there
+    found = generate(vlm, rows, {stop}, Decoding(30))
+    assert len(found[0].tokens) <= 3
+    answers = iter(found)
     for document in documents:
         for question in document.questions:
             answer = next(answers)
-            if len(answer.tokens) == 30:
-                continue  # cut off: EOS was not written
-            asked = TokenizedQuestion(question.prompt, [*answer.tokens, tiny.EOS])
+            ending = [stop] if len(answer.tokens) < 30 else []  # none where the limit came first
+            asked = TokenizedQuestion(question.prompt, [*answer.tokens, *ending])
             row = tiny.batch(vlm, [[Document(0, [asked])]], tiny.images(2)[document.image][None])
             loss = vlm(**row, num_items_in_batch=1)["loss"]
             assert answer.log_probability == pytest.approx(-loss.item(), abs=2e-3)
@@ -97,9 +120,10 @@ def test_sampling_follows_its_seed_and_its_temperature() -> None:
 
 def test_generating_leaves_the_model_as_it_was() -> None:
     vlm, rows = prepared()
-    vlm.train()
-    generate(vlm, rows, {tiny.EOS}, Decoding(2))
-    assert vlm.training and vlm.language.attention == "dense"
+    for training in (True, False):
+        vlm.train(training)
+        generate(vlm, rows, {tiny.EOS}, Decoding(2))
+        assert vlm.training == training and vlm.language.attention == "dense"
 
 
 def test_decodings_that_make_no_sense() -> None:

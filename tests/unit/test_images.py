@@ -311,12 +311,14 @@ def test_squash_keeps_the_whole_picture_and_center_crop_the_middle_square() -> N
     assert cropped.eq(1).all()
 
 
-def test_center_crop_is_resizing_the_shorter_side_and_then_cropping() -> None:
-    image = picture(90, 30)
+@pytest.mark.parametrize(("size", "box"), [((90, 30), (20, 0, 40, 20)), ((30, 90), (0, 20, 20, 40))])
+def test_center_crop_is_resizing_the_shorter_side_and_then_cropping(
+    size: tuple[int, int], box: tuple[int, int, int, int]
+) -> None:
+    image = picture(*size)
     tensor = to_tensor(image, ImageSettings(20, HALF, HALF, resize="center_crop"))
-    whole = to_tensor(
-        image.resize((60, 20), Image.Resampling.BICUBIC).crop((20, 0, 40, 20)), ImageSettings(20, HALF, HALF)
-    )
+    smaller = image.resize((size[0] * 2 // 3, size[1] * 2 // 3), Image.Resampling.BICUBIC)
+    whole = to_tensor(smaller.crop(box), ImageSettings(20, HALF, HALF))
     torch.testing.assert_close(tensor, whole, atol=2 / 127.5, rtol=0)  # one grey level of each of two roundings
 
 

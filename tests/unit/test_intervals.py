@@ -32,6 +32,29 @@ def test_with_a_question_an_image_it_is_scipys_bootstrap() -> None:
     assert found.low == pytest.approx(expected.low, abs=0.01) and found.high == pytest.approx(expected.high, abs=0.01)
 
 
+def test_it_is_as_wide_as_95_percent_of_a_normal() -> None:
+    """Of a mean of many images: 1.96 standard errors to both sides; likewise of a group and of a difference."""
+    scores, about = run(400, 1, seed=7)
+    values = np.array(list(scores.values()))
+    expected = 2 * 1.96 * values.std() / len(values) ** 0.5
+    alone = intervals.bootstrap(scores, about)
+    group = intervals.bootstrap_groups(scores, about, dict.fromkeys(scores, "all"))["all"]
+    compared = intervals.compare(dict.fromkeys(scores, 0.0), scores, about)
+    assert compared is not None
+    for found in (alone, group, compared.difference):
+        assert found is not None and found.high - found.low == pytest.approx(expected, rel=0.08)
+
+
+def test_an_image_with_more_questions_counts_more() -> None:
+    """40 images with nine questions that are right, 40 with one that is wrong: 90 % of the questions, not half."""
+    about = {(image, number): image for image in range(80) for number in range(9 if image < 40 else 1)}
+    scores = {question: float(image < 40) for question, image in about.items()}
+    alone = intervals.bootstrap(scores, about)
+    group = intervals.bootstrap_groups(scores, about, dict.fromkeys(about, "all"))["all"]
+    for found in (alone, group):
+        assert found is not None and found.mean == pytest.approx(0.9) and 0.85 < found.low < 0.9 < found.high < 0.95
+
+
 def test_questions_of_one_image_are_not_independent() -> None:
     """The interval over images is wider than the one that takes each question for a draw of its own."""
     scores, about = run(100, 10, seed=1)
@@ -75,7 +98,7 @@ def test_a_clear_difference_is_found_and_its_sign() -> None:
     better, _ = run(200, 3, seed=5, mean=0.7)
     found = intervals.compare(worse, better, about)
     assert found is not None and 0.1 < found.difference.low < found.difference.mean < found.difference.high
-    assert found.p_bootstrap < 0.01 and found.p_permutation < 0.01
+    assert 0 < found.p_bootstrap < 0.01 and 0 < found.p_permutation < 0.01
     turned = intervals.compare(better, worse, about)
     assert turned is not None and turned.difference.mean == pytest.approx(-found.difference.mean)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from vlmvqa.errors import InputError
 from vlmvqa.models.language import LanguageModel, language_config
-from vlmvqa.sequence.loss import supervised_loss
+from vlmvqa.sequence.loss import divided, supervised_loss
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
@@ -50,6 +50,15 @@ def test_weights_weigh() -> None:
     each = F.cross_entropy(head(hidden[0]), labels[0], reduction="none")
     torch.testing.assert_close(total, 0.5 * each[0] + 2.0 * each[3])
     assert divisor == 2.5
+
+
+def test_a_batch_may_weigh_less_than_one() -> None:
+    """Only a divisor of 0 is replaced by 1, whether it is the batch's own weight or that of the global batch."""
+    loss = torch.tensor(3.0)
+    assert divided(loss, torch.tensor(0.25), None) == 12
+    assert divided(loss, torch.tensor(2.0), torch.tensor(0.5)) == 6
+    assert divided(loss, torch.tensor(2.0), 4) == 0.75
+    assert divided(torch.tensor(0.0), torch.tensor(0.0), None) == 0
 
 
 def test_the_fused_kernel_is_the_chunked_loss() -> None:

@@ -259,8 +259,43 @@ def test_the_percentile_of_the_last_hundred_norms() -> None:
     both = Clipping(max_norm=0.5, percentile=95)
     assert both.limit(2.0) == 0.5 and both.limit(0.2) == 0.5
     assert Clipping().limit(4.0) == float("inf")
+    both.limit(float("inf"))  # under fp16: the scaler skips that step
+    assert both.norms == [2.0, 0.2]
     with pytest.raises(InputError, match="clip_percentile=0 must lie between 1 and 100"):
         Clipping(percentile=0)
+
+
+def test_the_gradient_is_clipped_to_the_percentile(tmp_path: Path) -> None:
+    vlm = model()
+    start = {name: p.detach().clone() for name, p in vlm.named_parameters()}
+    constant: dict[str, Any] = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 1.0, "max_steps": 1}
+    run = trainer(tmp_path, vlm, **constant, max_grad_norm=1.0)
+    run.clipping.percentile, run.clipping.norms = 50, [0.125] * 100
+    run.train()
+    moved = torch.cat([(p.detach() - start[name]).flatten() for name, p in vlm.named_parameters()])
+    assert moved.norm().item() == pytest.approx(0.125, rel=1e-3)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit", "sgd"])
+def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(tmp_path: Path, optim: str) -> None:
+    """Into the next epoch, with dropout and the percentile of the norms: all that a step depends on is restored."""
+
+    def losses(name: str, resume: str | None = None) -> dict[int, float]:
+        vlm = model()
+        vlm.projector.dropout.p = 0.5
+        rate = 0.3 if optim == "sgd" else 3e-3
+        run = trainer(
+            tmp_path / name, vlm, optim=optim, learning_rate=rate, max_steps=6, save_strategy="steps", save_steps=2
+        )
+        run.clipping.percentile = 50
+        run.train(resume_from_checkpoint=resume)
+        log = read_log(tmp_path / name / "log.jsonl")
+        return {record["step"]: record["loss"] for record in log if "loss" in record}
+
+    expected = losses("whole")
+    found = losses("resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert found == pytest.approx({step: loss for step, loss in expected.items() if step > 2}, abs=1e-5)
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize("numbers", [2, 256, 1000])
