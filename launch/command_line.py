@@ -57,11 +57,15 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     if any(argument.startswith("-") for argument in arguments):  # Hydra's own: --cfg job, -m
         _run_by_hydra(start, config_name, configs)
     else:
-        HydraConfig.instance().set_config(configs[0])
+        current, before = HydraConfig.instance(), HydraConfig.instance().cfg
+        current.set_config(configs[0])
         config = copy.deepcopy(configs[0])
         with open_dict(config):
             del config["hydra"]
-        start(config)
+        try:
+            start(config)
+        finally:
+            current.cfg = before
     if several:
         leave()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import importlib
 import os
 import shutil
 import sys
@@ -22,7 +22,6 @@ sys.path.insert(0, str(ROOT / "launch"))
 # two that wait for each other are slower on tiny operations.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 startup.prepare()
-IMPORTS = contextlib.ExitStack()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,8 +38,10 @@ def is_worker(config: pytest.Config) -> bool:
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    if "torch" not in sys.modules and (is_worker(session.config) or not session.config.getoption("numprocesses", None)):
-        IMPORTS.enter_context(startup.fewer_imports())
+    """A worker runs most files, so it imports what most need, as the scripts do."""
+    if is_worker(session.config):
+        with startup.fewer_imports():
+            importlib.import_module("vlmvqa.training.trainer")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,7 +52,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Each training collects garbage: it need not look through all that was imported."""
-    IMPORTS.close()
     gc.freeze()
 
 

@@ -354,6 +354,7 @@ def test_on_a_phone(page: Any, photo: Path) -> None:
     assert figure["width"] > 0.8 * card["width"]  # below the words, not beside them
 
 
+@pytest.mark.slow
 def test_a_page_with_a_token_is_signed_in_to(chromium: Any, run: Path, tmp_path: Path, photo: Path) -> None:
     given = (f"checkpoint={run}", f"run.dir={tmp_path}")
     with started(*given, VLMVQA_TOKEN="a long secret") as url, chromium.new_context(viewport=PHONE) as context:
@@ -380,7 +381,7 @@ def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkey
         port = taken.getsockname()[1]
         assert f"port {port} of 127.0.0.1 is already in use" in sentence(call("serve", *given, f"port={port}"))
     assert "there is no token" in sentence(call("serve", *given, "host=0.0.0.0"))
-    assert "nowhere has no predictions.jsonl; score" in sentence(call("serve", *given, "browse=nowhere"))
+    assert "browse=nowhere does not exist" in sentence(call("serve", *given, "browse=nowhere"))
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'vlmvqa[demo]'" in sentence(call("serve", *given))
 

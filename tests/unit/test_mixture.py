@@ -31,7 +31,10 @@ def test_each_part_has_its_own_and_shares_the_rest() -> None:
     assert vqav2.max_text_tokens == gqa.max_text_tokens == 99
 
 
-def test_what_is_shared_is_not_set_for_a_part() -> None:
+def test_what_is_shared_is_not_set_for_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for root in "abc":
+        Path(root).mkdir()
     for key in SHARED:
         part = ("+data@data.parts.docvqa=docvqa", "data.parts.docvqa.root=c", f"data.parts.docvqa.{key}=1")
         ended = call("train", "data=mixture", *ROOTS, *part)

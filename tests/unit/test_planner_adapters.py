@@ -132,8 +132,8 @@ CASES = [
     ("paligemma", PROJECTOR, AdapterSettings(method="dora", targets=["language.*.q_proj", "vision.*.k_proj"])),
     ("paligemma", ALL, None),
     ("paligemma", {"vision": 1, "projector": "all", "language": 1}, None),
-    ("idefics2", NONE, AdapterSettings()),
-    ("idefics2", ALL, None),
+    pytest.param("idefics2", NONE, AdapterSettings(), marks=pytest.mark.slow),
+    pytest.param("idefics2", ALL, None, marks=pytest.mark.slow),
 ]
 
 

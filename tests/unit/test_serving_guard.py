@@ -212,4 +212,4 @@ def test_a_truncated_answer_and_the_colours_of_its_map_are_explained() -> None:
     html = cards.answers([told], "gradient")
     assert "(truncated at max_new_tokens)" in html
     assert f'low<i style="background-image:{HEAT}"></i>high' in html and "Gradient map" in html
-    assert html.index("50.0 %") < html.index("20.0 %") < html.index("30.0 %")  # in the given order
+    assert html.index("50.0 %") < html.index("30.0 %") < html.index("20.0 %")  # the most probable first
