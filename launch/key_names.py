@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import yaml
 
 from vlmvqa.errors import InputError
-from vlmvqa.trainer_arguments import annotations
+from vlmvqa.trainer_arguments import argument_types
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Hydra's own options. argparse takes abbreviations of the long ones, too.
@@ -196,7 +196,7 @@ def default_keys(config_name: str, arguments: Sequence[str] = ()) -> set[str]:
             choice = chosen.get(group, chosen.get("model", "tiny") if choice == "${model}" else choice)
             found |= {group, *_of_choice(group, str(choice))}
     if "trainer" in found:
-        found |= {f"trainer.{key}" for key in annotations()}
+        found |= {f"trainer.{key}" for key in argument_types()}
     return found | set(flatten(content))
 
 

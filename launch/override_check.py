@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from key_names import CONF, default_keys, flatten, refuse_flags, suggest_key
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.trainer_arguments import annotations
+from vlmvqa.trainer_arguments import argument_types
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
 OPEN = ("overrides", "options", "weights", "scoring", "also")
@@ -184,7 +184,7 @@ class Known:
                 node = node[part]
                 continue
             opened = depth > 0 and parts[depth - 1] in OPEN and isinstance(node, dict)
-            if opened or (parts[0] == "trainer" and part in annotations()):
+            if opened or (parts[0] == "trainer" and part in argument_types()):
                 return "++" + override.lstrip("+")
             names = {*flatten(self.content), *default_keys(self.config_name, self.arguments)}
             raise InputError(f"there is no key '{key}'{suggest_key(key, value, names)}")

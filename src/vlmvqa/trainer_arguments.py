@@ -32,7 +32,7 @@ NUMBERS = {"bool", "float", "int"}
 
 def problems(trainer: Mapping[str, Any]) -> Iterator[str]:
     """Yield a sentence for each key or value of the `trainer` group that no run takes."""
-    known = annotations()
+    known = argument_types()
     for key, value in trainer.items():
         if key not in known:
             yield f"trainer has no key '{key}'{suggest(key, known)}"
@@ -46,7 +46,7 @@ def problems(trainer: Mapping[str, Any]) -> Iterator[str]:
 
 
 @cache
-def annotations() -> dict[str, str]:
+def argument_types() -> dict[str, str]:
     """Return the fields of TrainingArguments with their types, read from the source."""
     package = importlib.util.find_spec("transformers")
     assert package and package.submodule_search_locations

@@ -25,7 +25,7 @@ from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.serving.limits import Limits
 from vlmvqa.settings import build_settings
-from vlmvqa.trainer_arguments import annotations
+from vlmvqa.trainer_arguments import argument_types
 from vlmvqa.training.launchers import launcher_choice
 from vlmvqa.training.parallel import DistSettings, deepspeed_config
 
@@ -364,4 +364,4 @@ def test_a_new_line_in_a_prompt_may_be_written_as_in_yaml(written: str) -> None:
 
 
 def test_the_trainers_keys_are_read_without_importing_it() -> None:
-    assert list(annotations()) == [field.name for field in dataclasses.fields(TrainingArguments)]
+    assert list(argument_types()) == [field.name for field in dataclasses.fields(TrainingArguments)]

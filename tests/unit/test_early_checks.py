@@ -13,7 +13,7 @@ from early_checks import prepare_job, refuse_mistakes
 from override_check import collect, compose, resolving
 from vlmvqa.errors import InputError
 from vlmvqa.paths import nearest, refuse_missing_model
-from vlmvqa.trainer_arguments import NUMBERS, _kinds, annotations, problems
+from vlmvqa.trainer_arguments import NUMBERS, _kinds, problems
 
 
 def refused(name: str, *given: str) -> str:
@@ -114,7 +114,7 @@ def test_prepare_names_its_jobs() -> None:
 def test_types_are_those_that_transformers_declares() -> None:
     """Read from the source, and as Python understands it."""
     hints = get_type_hints(TrainingArguments)
-    for name, annotation in annotations().items():
+    for name, annotation in argument_types().items():
         kinds = {kind.__name__ for kind in get_args(hints[name]) or [hints[name]] if hasattr(kind, "__name__")}
         assert (_kinds(annotation) <= NUMBERS) == (kinds - {"NoneType"} <= NUMBERS), name
 

@@ -44,9 +44,10 @@ from vlmvqa.models.pretrained import (
     pretrained_config,
 )
 from vlmvqa.models.processors import load_processor
-from vlmvqa.models.saved import CONFIG, EXPECTED, TOKENIZER, WEIGHTS, find, kept_base
+from vlmvqa.models.saved import CONFIG, TOKENIZER, WEIGHTS, find, kept_base
 from vlmvqa.models.vision import VisionEncoder
 from vlmvqa.models.vlm import DTYPES, VLM, ModelSettings, assemble, cast_parameters
+from vlmvqa.paths import EXPECTED
 from vlmvqa.settings import build_settings
 
 FORMAT = 1

@@ -146,7 +146,8 @@ class PretrainedVLM(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         """What the Trainer adds NEFTune's noise to."""
-        return self.net.get_input_embeddings()
+        embedding: nn.Module = self.net.get_input_embeddings()
+        return embedding
 
     # ---- the two methods
 
@@ -242,7 +243,7 @@ class PretrainedVLM(nn.Module):
         self.checkpoint_activations()
 
 
-class OneByOne(LogitsProcessor):
+class OneByOne(LogitsProcessor):  # type: ignore[misc] # transformers is not analysed
     """Chooses each row's next token as our own generation does, and adds up what the choices cost."""
 
     def __init__(self, decoding: Decoding, eos: list[int], keys: Sequence[int | str], device: torch.device) -> None:

@@ -218,7 +218,7 @@ def _strategy(trainer: VqaTrainer) -> str:
         blocks = [*trainer.vlm.blocks, trainer.vlm]
         _same("units that FSDP2 holds", len(blocks), sum(isinstance(block, FSDPModule) for block in blocks))
     elif world > 1:
-        wrapped = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
+        wrapped: Any = getattr(trainer.model_wrapped, "_orig_mod", trainer.model_wrapped)
         _same("a model that DDP wraps", True, isinstance(wrapped, DistributedDataParallel))
         _same("gradients that are views of DDP's buckets", True, wrapped.gradient_as_bucket_view)
     _same("ranks that train together", world, trainer.accelerator.num_processes)

@@ -62,6 +62,9 @@ class VqaTrainer(Trainer):
         describe: writes what a checkpoint needs besides its weights to be loaded as a saved model (None: nothing).
     """
 
+    optimizer: Any
+    control: Any
+
     def __init__(
         self,
         model: Model,
