@@ -13,7 +13,7 @@ from early_checks import prepare_job, refuse_mistakes
 from override_check import collect, compose, resolving
 from vlmvqa.errors import InputError
 from vlmvqa.paths import nearest, refuse_missing_model
-from vlmvqa.trainer_arguments import NUMBERS, _kinds, problems
+from vlmvqa.trainer_arguments import NUMBERS, _kinds, argument_types, problems
 
 
 def refused(name: str, *given: str) -> str:
