@@ -148,7 +148,7 @@ def test_the_folder_says_what_was_started_from_which_code(run: tuple[Path, str])
 def test_without_a_terminal_steps_are_lines_with_an_estimate(run: tuple[Path, str]) -> None:
     _, printed = run
     lines = [line for line in printed.splitlines() if line.startswith("step ")]
-    assert [line.split(",")[0] for line in lines if "loss" in line] == [f"step {n} of 4" for n in (1, 2, 3, 4)]
+    assert [line.split(",")[0] for line in lines if "loss" in line] == [f"step {n}/4" for n in (1, 2, 3, 4)]
     assert "left: loss " in lines[0] and "train_loss" not in printed and "train_runtime" not in printed
 
 
