@@ -116,13 +116,13 @@ def _load_schedule(trainer: VqaTrainer, folder: Path) -> None:
         schedule.load_state_dict(saved)
     schedule.last_epoch = place
     if len(before) == len(rates) and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(before, rates, strict=True)):
-        rates = schedule.get_last_lr()
+        rates = before  # to the last bit
     else:
-        schedule._last_lr = rates
         kind = str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type))
         ranks.say(
             f"learning rate after step {trainer.state.global_step:,}: {max(before):.3g} before, {max(rates):.3g} now "
             f"(the {kind} schedule spans {trainer.state.max_steps:,} steps)"
         )
+    schedule._last_lr = rates
     for group, rate in zip(trainer.plain_optimizer().param_groups, rates, strict=True):
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else float(rate)
