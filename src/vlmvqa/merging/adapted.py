@@ -31,7 +31,8 @@ class Adapted:
     def __init__(self, folder: Path, base: Weights, settings: AdapterSettings) -> None:
         self.folder, self.settings = folder, settings
         self.file = adapters.weights_file(folder)
-        self.keys, shapes = {}, {}
+        self.keys: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for key, shape, _ in contents(self.file):
             name = adapters.peft_name(key).removeprefix(adapters.PEFT_PREFIX)
             self.keys[name], shapes[name] = key, shape
