@@ -37,7 +37,8 @@ def test_a_wrong_checkpoint_is_named(tmp_path: Path, whole: Path, trained: Path)
     for checkpoint, problem in wrong.items():
         for script, rest in (("eval", evaluated), ("predict", asked)):
             said = sentence(call(script, f"checkpoint={checkpoint}", *rest))
-            assert said.startswith((f"error: {checkpoint}", f"error: no model at {checkpoint}")) and problem in said
+            missing = f"error: no model at {Path(checkpoint).absolute()}"
+            assert said.startswith((f"error: {checkpoint}", missing)) and problem in said
     assert not (tmp_path / "run").exists()
 
 

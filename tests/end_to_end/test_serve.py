@@ -372,7 +372,8 @@ def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkey
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port} cannot be listened on" in sentence(call("serve", *given, f"port={port}"))
     assert "there is no token" in sentence(call("serve", *given, "host=0.0.0.0"))
-    assert "nowhere has no predictions.jsonl; score" in sentence(call("serve", *given, "browse=nowhere"))
+    assert "browse=nowhere does not exist" in sentence(call("serve", *given, "browse=nowhere"))
+    assert f"{tmp_path} has no predictions.jsonl; score" in sentence(call("serve", *given, f"browse={tmp_path}"))
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'vlmvqa[demo]'" in sentence(call("serve", *given))
 
