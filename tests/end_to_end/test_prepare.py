@@ -102,7 +102,7 @@ def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
         ([], "it is not said what to make; its first word is one of download, check, pack, features"),
         (["data=shapes", "features"], "it is not said what to make"),
         (["features", "chek"], "'chek' is no setting; give settings as key=value"),
-        (["features", "features.dri=x"], "did you mean 'features.dir'"),
+        (["features", "features.dri=x"], "did you mean 'features.dir=x'"),
         (["features", "model=tinny"], "did you mean 'tiny'"),
         (["features", "features.dtype=bfloat61"], "did you mean 'bfloat16'"),
         (["features", "batch_size=0"], "batch_size=0"),
