@@ -382,6 +382,7 @@ def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkey
         assert f"port {port} of 127.0.0.1 is already in use" in sentence(call("serve", *given, f"port={port}"))
     assert "there is no token" in sentence(call("serve", *given, "host=0.0.0.0"))
     assert "browse=nowhere does not exist" in sentence(call("serve", *given, "browse=nowhere"))
+    assert f"{tmp_path} has no predictions.jsonl; score" in sentence(call("serve", *given, f"browse={tmp_path}"))
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'vlmvqa[demo]'" in sentence(call("serve", *given))
 
