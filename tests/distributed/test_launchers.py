@@ -104,7 +104,7 @@ def test_eval_shares_the_questions(tmp_path: Path, data: str, whole: Path) -> No
             marks=pytest.mark.long,
         ),
         pytest.param(
-            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}, "zero3", marks=pytest.mark.slow
+            {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3}}, "zero3", marks=pytest.mark.long
         ),
         pytest.param({"distributed_type": "MULTI_GPU"}, "ddp", marks=pytest.mark.long),
     ],
@@ -155,7 +155,7 @@ def test_one_process_under(tmp_path: Path, data: str, whole: Path, dist: str) ->
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_machines_and_a_worker_that_comes_back(tmp_path: Path, data: str, whole: Path) -> None:
     """Two torchrun agents of one process each, as on two machines; a worker killed with -9 is started again."""
     folder, port = tmp_path / "run", free_port()

@@ -348,7 +348,7 @@ def test_a_packed_row_is_full() -> None:
     assert given["labels"].shape == (2, 100) and len(given["pixel_values"]) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
     recipe = plan.build_planner(compose("experiment=vlm_vqa_4xa10g"))
     assert (recipe.gpu.name, recipe.gpus, recipe.rows.rows, recipe.shape.tokens) == ("A10G (24 GB)", 4, 6, 320)
@@ -367,7 +367,7 @@ def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
     assert alone.fits and alone.gradients == 4 * (768 * 2304 + 2304)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_documented_plan_is_the_recipes() -> None:
     """docs/scaling.md holds it; VLMVQA_WRITE_DOCS=1 writes it anew."""
     recipe = plan.build_planner(compose("experiment=vlm_vqa_4xa10g"))

@@ -20,7 +20,7 @@ sys.path.insert(0, "launch")
 sys.argv = ["launch/train.py"]
 import usage
 import train
-print(json.dumps(sorted(set(sys.modules) & set({names!r}))))
+print(json.dumps(sorted(name for name in {names!r} if sys.modules.get(name))))
 """
 
 
