@@ -123,6 +123,7 @@ def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, who
     assert "is an adapter; merge it into its base first" in sentence(call(*on, f"run.dir={tmp_path / 'on'}"))
 
 
+@pytest.mark.slow
 def test_a_base_of_the_hub_is_named_by_its_id(
     base: Path, shapes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

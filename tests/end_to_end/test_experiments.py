@@ -127,6 +127,7 @@ def test_weights_and_biases_has_the_run(tmp_path: Path, clip: Path, monkeypatch:
     assert seen[1]["id"] == (run / ".wandb_run").read_text()
 
 
+@pytest.mark.slow
 def test_all_ranks_hear_that_weights_and_biases_refuses(tmp_path: Path) -> None:
     """It is asked by the first, and before a base is written."""
     pytest.importorskip("wandb", reason="wandb is an extra: pip install 'vlmvqa[wandb]'")

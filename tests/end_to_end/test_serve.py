@@ -117,6 +117,7 @@ def server(run: Path) -> Iterator[Server]:
 # --- the API -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_hundred_requests_of_sixteen_clients(server: Server) -> None:
     """None is lost, none is answered as another; who finds the queue full is told so, and asks again."""
     numbers = range(200)

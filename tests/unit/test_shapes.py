@@ -172,6 +172,7 @@ def test_no_two_images_are_alike_so_validation_images_are_new(root: Path) -> Non
     assert not folders[0] & folders[1]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_bytes_in_another_process_and_another_seed_does_not(tmp_path: Path) -> None:
     shapes.write(tmp_path / "a", train_images=20, val_images=10, seed=3)
     shapes.write(tmp_path / "c", train_images=20, val_images=10, seed=4)

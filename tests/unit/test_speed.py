@@ -331,7 +331,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [record for record in read_log(folder / "log.jsonl") if "loss" in record]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_log_line_tells_the_speed(tmp_path: Path, compiled: bool, capsys: pytest.CaptureFixture[str]) -> None:
     more = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
     run = trainer(tmp_path, model(), gradient_accumulation_steps=2, max_steps=3, save_strategy="steps", **more)
