@@ -1,4 +1,4 @@
-"""Hydra's command line, made kind: one sentence for what the user can mend, a traceback only for our mistakes."""
+"""Run a script under Hydra; user errors print one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import usage
 
 import atexit
 import contextlib
-import copy
 import os
 import sys
 import time
@@ -18,11 +17,11 @@ import hydra
 import torch
 import torch.distributed
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from early_checks import refuse_mistakes
-from override_check import CONF, collect, compose, is_sweep
+from override_check import CONF, collect, compose, is_sweep, resolving
 from sweep_jobs import Sweep
 from vlmvqa import ranks
 from vlmvqa.errors import InputError
@@ -57,15 +56,8 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
     if any(argument.startswith("-") for argument in arguments):  # Hydra's own: --cfg job, -m
         _run_by_hydra(start, config_name, configs)
     else:
-        current, before = HydraConfig.instance(), HydraConfig.instance().cfg
-        current.set_config(configs[0])
-        config = copy.deepcopy(configs[0])
-        with open_dict(config):
-            del config["hydra"]
-        try:
+        with resolving(configs[0]) as config:
             start(config)
-        finally:
-            current.cfg = before
     if several:
         leave()
 

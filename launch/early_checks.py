@@ -1,4 +1,4 @@
-"""Mistakes in a script's settings that need no PyTorch to be found: missing settings and paths, counts, types.
+"""Check a script's settings without PyTorch: missing settings and paths, counts, types.
 
 `usage.py` calls this before PyTorch is imported, `command_line.py` again for every job.
 """
@@ -28,7 +28,7 @@ MODELS = {
     "helm": ("checkpoint",),
 }
 PATHS = {"eval": ("predictions", "compare"), "serve": ("browse", "examples")}
-# Scripts that read data.root, and the sources whose files must be there: others may write them first.
+# Scripts that read data.root, and the sources whose files must exist already (others are generated).
 READS_DATA = ("train", "eval", "show", "merge", "helm", *(f"prepare {job}" for job in PREPARE if job != "download"))
 FILES = ("coco_captions", "docvqa", "gqa", "jsonl", "vqav2")
 # The least value of a whole number.
@@ -37,7 +37,7 @@ NULLABLE = {"merge": ("samples",), "prepare": ("workers",)}
 
 
 def refuse_mistakes(config: DictConfig, name: str) -> None:
-    """Stop at the first mistake.
+    """Raise at the first mistake.
 
     Args:
         name: the script's; of prepare.py with its first word.
@@ -70,13 +70,13 @@ def refuse_mistakes(config: DictConfig, name: str) -> None:
 
 
 def refuse_no_root(where: str, root: str | None, hub: str | None, packed: str | None) -> None:
-    """Stop at a data set without any place to read it from."""
+    """Raise if a data set names no source to read it from."""
     if root is None and hub is None and packed is None:
         raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
 
 
 def read_questions(config: DictConfig) -> tuple[list[Path], list[str]]:
-    """The pictures and the questions that predict.py is given.
+    """Return the images and the questions of predict.py's command line.
 
     Raises:
         InputError: there are none, or a file does not exist or cannot be read.
@@ -91,14 +91,14 @@ def read_questions(config: DictConfig) -> tuple[list[Path], list[str]]:
 
 
 def prepare_job(words: Sequence[str]) -> str:
-    """The first word of prepare.py's command line, which names its job.
+    """Return the first word of prepare.py's command line, which names its job.
 
     Raises:
         InputError: it names none, or another word follows.
     """
     known, word = ", ".join(PREPARE), words[0] if words else ""
     if word not in PREPARE:
-        said = f"'{word}' is nothing it makes" if word and "=" not in word else "it is not said what to make"
+        said = f"unknown job '{word}'" if word and "=" not in word else "no job given"
         near = suggest(word, PREPARE) or "."
         raise InputError(f"prepare.py: {said}; its first word is one of {known}{near}")
     for before, after in pairwise(words):
@@ -130,7 +130,7 @@ def _refuse_counts(config: DictConfig, nullable: Sequence[str]) -> None:
 
 
 def _refuse_missing_data(data: dict[str, Any], where: str) -> None:
-    """Stop where a data set's files are to be read from a folder that does not exist."""
+    """Raise if a data set's files are read from a folder that does not exist."""
     for name, part in (data.get("parts") or {}).items():
         _refuse_missing_data(part, f"{where}.parts.{name}")
     if data.get("source") not in FILES:
@@ -142,7 +142,7 @@ def _refuse_missing_data(data: dict[str, Any], where: str) -> None:
 
 
 def _images(path: Path) -> list[Path]:
-    """A file itself, whatever it holds; of a folder its pictures."""
+    """Return the image files of a folder; a file is returned as it is."""
     if not path.is_dir():
         return [path]
     from PIL import Image
@@ -166,7 +166,7 @@ def _lines(path: str | None) -> Iterator[str]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """A setting that may be a list, as one; null as an empty one."""
+    """Return a setting as a list; null is an empty one."""
     if value is None:
         return []
     return list(value) if OmegaConf.is_list(value) else [value]

@@ -1,6 +1,6 @@
-"""Names of configuration keys: the right key for a wrong one, and `--flags` in place of `key=value`.
+"""Suggest the right configuration key for a wrong one, or for a `--flag`.
 
-Nothing here needs Hydra or PyTorch, so that a mistake is reported at once.
+Imports neither Hydra nor PyTorch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -24,94 +24,63 @@ HYDRA_OPTIONS = (
     *("-h", "-c", "-p", "-r", "-m", "-sc", "-cp", "-cn", "-cd", "-i"),
 )
 LAUNCHERS_OPTIONS = ("--local_rank", "--local-rank")  # added by `deepspeed`
-# Other projects' names of a setting, and the keys of it here: the first that the script has. `key=value` is complete.
+# Settings, and their names in other projects. Where several share a name, the first that the script has is suggested.
 ALIASES = {
-    "lr": ("trainer.learning_rate",),
-    "batch_size": ("trainer.per_device_train_batch_size",),
-    "bs": ("trainer.per_device_train_batch_size", "batch_size"),
-    "train_batch_size": ("trainer.per_device_train_batch_size",),
-    "micro_batch_size": ("trainer.per_device_train_batch_size",),
-    "eval_batch_size": ("trainer.per_device_eval_batch_size", "batch_size"),
-    "per_device_eval_batch_size": ("trainer.per_device_eval_batch_size", "batch_size"),
-    "epoch": ("trainer.num_train_epochs",),
-    "epochs": ("trainer.num_train_epochs",),
-    "num_epochs": ("trainer.num_train_epochs",),
-    "max_epochs": ("trainer.num_train_epochs",),
-    "steps": ("trainer.max_steps",),
-    "num_steps": ("trainer.max_steps",),
-    "max_train_steps": ("trainer.max_steps",),
-    "max_iters": ("trainer.max_steps",),
-    "wd": ("trainer.weight_decay",),
-    "warmup": ("trainer.warmup_steps",),
-    "warmup_ratio": ("trainer.warmup_steps",),
-    "num_warmup_steps": ("trainer.warmup_steps",),
-    "grad_accum": ("trainer.gradient_accumulation_steps",),
-    "grad_accum_steps": ("trainer.gradient_accumulation_steps",),
-    "grad_acc": ("trainer.gradient_accumulation_steps",),
-    "gradient_accumulation": ("trainer.gradient_accumulation_steps",),
-    "accumulate_grad_batches": ("trainer.gradient_accumulation_steps",),
-    "grad_clip": ("trainer.max_grad_norm",),
-    "clip": ("trainer.max_grad_norm",),
-    "optimizer": ("trainer.optim",),
-    "scheduler": ("trainer.lr_scheduler_type",),
-    "lr_scheduler": ("trainer.lr_scheduler_type",),
-    "gradient_checkpointing": ("trainer.activation_checkpointing",),
-    "num_workers": ("trainer.dataloader_num_workers", "workers"),
-    "workers": ("trainer.dataloader_num_workers",),
-    "output_dir": ("run.dir", "output"),
-    "out_dir": ("run.dir", "output"),
-    "save_dir": ("run.dir", "output"),
-    "output": ("run.dir",),
-    "name": ("run.name",),
-    "run_name": ("run.name",),
-    "overwrite_output_dir": ("run.overwrite=true",),
-    "overwrite": ("run.overwrite",),
-    "resume_from_checkpoint": ("resume=auto",),
-    "report_to": ("logger",),
-    "push_to_hub": ("hub_id",),
-    "hub_model_id": ("hub_id",),
-    "model_name": ("checkpoint", "model.pretrained", "model.language.name"),
-    "model_name_or_path": ("checkpoint", "model.pretrained", "model.language.name"),
-    "model_path": ("checkpoint", "start_from"),
-    "model": ("checkpoint",),
-    "ckpt": ("checkpoint", "start_from"),
-    "checkpoint": ("start_from",),
-    "dataset": ("data",),
-    "dataset_name": ("data",),
-    "data_dir": ("data.root",),
-    "data_path": ("data.root",),
-    "dtype": ("model.dtype",),
-    "fsdp": ("dist=fsdp",),
-    "deepspeed": ("dist=zero2",),
-    "lora": ("adapt=lora",),
-    "use_lora": ("adapt=lora",),
-    "use_peft": ("adapt=lora",),
-    "qlora": ("adapt=qlora",),
-    "lora_r": ("adapt.rank",),
-    "lora_rank": ("adapt.rank",),
-    "lora_alpha": ("adapt.alpha",),
-    "lora_dropout": ("adapt.dropout",),
-    "beams": ("decoding.beams",),
-    "num_beams": ("decoding.beams",),
-    "max_new_tokens": ("decoding.max_new_tokens",),
-    "img": ("image",),
-    "images": ("image",),
-    "image_path": ("image",),
-    "prompt": ("question",),
-    "text": ("question",),
+    "trainer.learning_rate": "lr",
+    "trainer.per_device_train_batch_size": "batch_size bs train_batch_size micro_batch_size",
+    "trainer.per_device_eval_batch_size": "eval_batch_size per_device_eval_batch_size",
+    "batch_size": "bs eval_batch_size per_device_eval_batch_size",
+    "trainer.num_train_epochs": "epoch epochs num_epochs max_epochs",
+    "trainer.max_steps": "steps num_steps max_train_steps max_iters",
+    "trainer.weight_decay": "wd",
+    "trainer.warmup_steps": "warmup warmup_ratio num_warmup_steps",
+    "trainer.gradient_accumulation_steps": "grad_accum grad_accum_steps grad_acc gradient_accumulation "
+    "accumulate_grad_batches",
+    "trainer.max_grad_norm": "grad_clip clip",
+    "trainer.optim": "optimizer",
+    "trainer.lr_scheduler_type": "scheduler lr_scheduler",
+    "trainer.activation_checkpointing": "gradient_checkpointing",
+    "trainer.dataloader_num_workers": "num_workers workers",
+    "workers": "num_workers",
+    "run.dir": "output_dir out_dir save_dir output",
+    "output": "output_dir out_dir save_dir",
+    "run.name": "name run_name",
+    "run.overwrite=true": "overwrite_output_dir",
+    "run.overwrite": "overwrite",
+    "resume=auto": "resume_from_checkpoint",
+    "logger": "report_to",
+    "hub_id": "push_to_hub hub_model_id",
+    "checkpoint": "model_name model_name_or_path model_path model ckpt",
+    "model.pretrained": "model_name model_name_or_path",
+    "model.language.name": "model_name model_name_or_path",
+    "start_from": "model_path ckpt checkpoint",
+    "data": "dataset dataset_name",
+    "data.root": "data_dir data_path",
+    "model.dtype": "dtype",
+    "dist=fsdp": "fsdp",
+    "dist=zero2": "deepspeed",
+    "adapt=lora": "lora use_lora use_peft",
+    "adapt=qlora": "qlora",
+    "adapt.rank": "lora_r lora_rank",
+    "adapt.alpha": "lora_alpha",
+    "adapt.dropout": "lora_dropout",
+    "decoding.beams": "beams num_beams",
+    "decoding.max_new_tokens": "max_new_tokens",
+    "image": "img images image_path",
+    "question": "prompt text",
 }
-ALIKE = 0.6  # from here on, of 1, names are taken for misspellings of each other
+ALIKE = 0.6  # least similarity, of 1, of a name and its misspelling
 MOST = 3  # suggestions
 
 
 def suggest_key(key: str, value: str, names: Collection[str]) -> str:
-    """`; did you mean 'x=value'?` for the keys that a wrong one may stand for, or the empty string."""
+    """Return `; did you mean 'x=value'?` with the likeliest keys, or the empty string."""
     found = " or ".join(f"'{setting}'" for setting in _settings(key, value, names))
     return f"; did you mean {found}?" if found else ""
 
 
 def refuse_flags(arguments: Sequence[str], config_name: str) -> None:
-    """Stop at an option that neither Hydra nor a launcher knows: settings are key=value.
+    """Raise at an option of neither Hydra nor a launcher: settings are written key=value.
 
     Raises:
         InputError: with the setting to write instead.
@@ -119,7 +88,7 @@ def refuse_flags(arguments: Sequence[str], config_name: str) -> None:
     for number, argument in enumerate(arguments):
         if not argument.startswith("-") or _is_option(argument):
             continue
-        if argument.startswith("--") or argument[1:].partition("=")[0] in ALIASES:
+        if argument.startswith("--") or argument[1:].partition("=")[0] in " ".join(ALIASES.values()).split():
             following = arguments[number + 1] if number + 1 < len(arguments) else "-"
             _refuse_flag(argument, following, default_keys(config_name, arguments))
 
@@ -143,22 +112,22 @@ def _is_option(argument: str) -> bool:
     return name in (*HYDRA_OPTIONS, *LAUNCHERS_OPTIONS) or (name.startswith("--") and len(abbreviates) == 1)
 
 
-# ---- which key is meant
+# ---- likely keys
 
 
 def _settings(key: str, value: str, names: Collection[str]) -> list[str]:
-    """`key=value` for each key that may be meant."""
+    """Return `key=value` for each likely key."""
     return [found if "=" in found else f"{found}={value}" for found in _nearest(key, names)[:MOST]]
 
 
 def _nearest(key: str, names: Collection[str]) -> list[str]:
-    """The key itself, one with the same last part in the same group, its alias, the same last part, a misspelling."""
+    """Return the likely keys: the key itself, else same group and last part, alias, same last part, misspelling."""
     if key in names:
         return [key]
     word, names = _leaf(key).lower(), sorted(names)
     same = [name for name in names if _leaf(name) == word]
     group = [name for name in same if "." in key and name.partition(".")[0] == key.partition(".")[0]]
-    alias = [name for name in ALIASES.get(word, ()) if name.partition("=")[0] in names]
+    alias = [found for found, words in ALIASES.items() if word in words.split() and found.partition("=")[0] in names]
     return group or alias[:1] or same or _misspelt(key, names)
 
 
@@ -172,7 +141,7 @@ def _misspelt(key: str, names: Collection[str]) -> list[str]:
 
 
 def _likeness(one: str, other: str) -> float:
-    """From 0 to 1; letters that changed places count little."""
+    """Return the similarity of two names, from 0 to 1; transposed letters count little."""
     return 0.95 if sorted(one) == sorted(other) else SequenceMatcher(None, one, other).ratio()
 
 
@@ -180,11 +149,11 @@ def _leaf(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-# ---- the keys there are
+# ---- known keys
 
 
 def default_keys(config_name: str, arguments: Sequence[str] = ()) -> set[str]:
-    """A script's keys and groups, with the groups' files that the arguments choose, read without Hydra."""
+    """Return a script's keys and groups, with those of the chosen group files, read without Hydra."""
     chosen = dict(argument.lstrip("+").split("=", 1) for argument in arguments if "=" in argument)
     found: set[str] = set()
     content = _read(CONF / f"{config_name}.yaml")
@@ -215,7 +184,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def flatten(node: Any, prefix: str = "") -> list[str]:
-    """The keys of a node and of the nodes below it, with dots."""
+    """Return the dotted keys of a node and of the nodes below it."""
     if not isinstance(node, dict):
         return []
     children = [name for key, value in node.items() for name in flatten(value, f"{prefix}{key}.")]

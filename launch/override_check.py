@@ -5,6 +5,7 @@ Nothing here needs PyTorch, so that a mistake is said at once.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from key_names import CONF, default_keys, flatten, refuse_flags, suggest_key
@@ -99,11 +100,14 @@ def _compose(arguments: tuple[str, ...], config_name: str) -> tuple[list[str], l
 
 @contextmanager
 def resolving(config: DictConfig) -> Iterator[DictConfig]:
-    """Let a composed config resolve `${hydra:...}`, as it does in Hydra's job; yields it without its `hydra` node."""
+    """Yield a copy of a composed config as Hydra's job has it: without the `hydra` node, which `${hydra:...}` reads."""
     current, before = HydraConfig.instance(), HydraConfig.instance().cfg
     current.set_config(config)
+    job = copy.deepcopy(config)
+    with open_dict(job):
+        del job["hydra"]
     try:
-        yield OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        yield job
     except OmegaConfBaseException as error:
         raise InputError(" ".join(str(error).split())) from error
     finally:

@@ -1,6 +1,6 @@
-"""Process-wide defaults of a script, set before PyTorch is imported: waiting threads, the allocator, fewer imports.
+"""Defaults of a script's process: waiting threads, memory allocation, fewer imports.
 
-The scripts of `launch/` and the tests call `prepare`; `import vlmvqa` alone changes nothing in a user's process.
+The scripts of `launch/` and the tests apply them before they import PyTorch. `import vlmvqa` applies none.
 """
 
 from __future__ import annotations
@@ -13,58 +13,57 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-# OpenMP threads that wait for work sleep after this many spins. By default they spin for as long as a core is wanted by
-# others: on a busy machine a training is then several times slower.
+# OpenMP threads that wait for work sleep after so many spins. The default is far higher, which makes a training several
+# times slower where other processes use the cores.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
-# glibc's mallopt parameters. Freed memory stays with the process: a training step allocates the same sizes again, and
-# pages that were returned to the kernel would fault in anew at every step.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT, LARGEST = 2**31 - 1, 2**30  # bytes
-# What transformers imports wherever it is installed, and no script uses through transformers: `Trainer` imports peft
-# (which imports bitsandbytes and so torch._inductor) and datasets, the object-detection losses import SciPy, the
-# quantizers torchao. Together they nearly double the start of a training. Our own adapters, optimizers and readers
-# import these packages themselves when a config asks for them.
+# Options of glibc's mallopt, in bytes. A training step allocates the same sizes again and again: freed memory below
+# these sizes stays with the process, since pages returned to the kernel fault when they are used again.
+MALLOPT = {-3: 32 * 2**20, -1: 256 * 2**20}  # M_MMAP_THRESHOLD (32 MiB is the most it takes), M_TRIM_THRESHOLD
+# Packages that transformers imports wherever they are installed, and no script uses through transformers: `Trainer`
+# imports peft (and so bitsandbytes and torch._inductor) and datasets, the object-detection losses import SciPy, the
+# quantizers torchao. Our own adapters, optimizers and readers import them when a config asks for them.
 UNUSED_BY_TRANSFORMERS = ("peft", "datasets", "scipy", "torchao")
-STILL_FOUND_LATER = ("torchao",)  # its optimizers are looked up when one is built
+NEEDED_LATER = ("torchao",)  # transformers looks for its optimizers when one is built
 UNUSED_BY_TIMM = "wandb"
 
 
 def prepare() -> None:
-    """Set the defaults; what the user has set in the environment is kept. Must run before `import torch`."""
+    """Set the defaults of threads and memory; environment variables that the user has set are kept."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent in musl
-        if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, LARGEST)
-            mallopt(M_TRIM_THRESHOLD, KEPT)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # None under musl
+    for option, size in MALLOPT.items() if mallopt else ():
+        mallopt(option, size)
 
 
 @contextmanager
 def fewer_imports() -> Iterator[None]:
-    """Let transformers and timm, imported within, believe that the packages above are not installed."""
+    """In the block, import transformers and timm as if the packages above were not installed."""
     if UNUSED_BY_TIMM not in sys.modules:
-        sys.modules[UNUSED_BY_TIMM] = None  # type: ignore[assignment] # Python's own way to make an import fail
+        sys.modules[UNUSED_BY_TIMM] = None  # type: ignore[assignment] # makes its import fail
     import transformers.utils
     from transformers.utils import import_utils
 
-    asked: list[tuple[ModuleType, str, Any]] = []
-    within = [True]
+    replaced: list[tuple[ModuleType, str, Any]] = []
+    inside = [True]
     for package in UNUSED_BY_TRANSFORMERS:
         name = f"is_{package}_available"
         for module in (import_utils, transformers.utils):
-            asked.append((module, name, getattr(module, name)))
-            setattr(module, name, _hidden(getattr(module, name), within, package in STILL_FOUND_LATER))
+            replaced.append((module, name, getattr(module, name)))
+            setattr(module, name, _hidden(getattr(module, name), inside, package in NEEDED_LATER))
     try:
         yield
     finally:
-        within.clear()
-        for module, name, function in asked:
+        inside.clear()
+        for module, name, function in replaced:
             setattr(module, name, function)
-        if sys.modules.get(UNUSED_BY_TIMM, within) is None:
+        if sys.modules.get(UNUSED_BY_TIMM, inside) is None:
             del sys.modules[UNUSED_BY_TIMM]
 
 
-def _hidden(available: Callable[..., bool], within: list[bool], later: bool) -> Callable[..., bool]:
-    """False in place of `available`: in modules imported within for ever, or until the end of the block."""
-    return lambda *given, **named: bool(later and not within and available(*given, **named))
+def _hidden(available: Callable[..., bool], inside: list[bool], later: bool) -> Callable[..., bool]:
+    """Return a stand-in for `available` that is False inside the block, and with `later` the real answer after it.
+
+    A module that is imported inside the block keeps the stand-in, so that it never uses a package it has not imported.
+    """
+    return lambda *given, **named: bool(later and not inside and available(*given, **named))

@@ -96,11 +96,10 @@ def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
     [
         (
             ["featurs"],
-            "'featurs' is nothing it makes; its first word is one of download, check, pack, features; did you mean "
-            "'features'?",
+            "unknown job 'featurs'; its first word is one of download, check, pack, features; did you mean 'features'?",
         ),
-        ([], "it is not said what to make; its first word is one of download, check, pack, features"),
-        (["data=shapes", "features"], "it is not said what to make"),
+        ([], "no job given; its first word is one of download, check, pack, features"),
+        (["data=shapes", "features"], "no job given"),
         (["features", "chek"], "'chek' is no setting; give settings as key=value"),
         (["features", "features.dri=x"], "did you mean 'features.dir=x'"),
         (["features", "model=tinny"], "did you mean 'tiny'"),

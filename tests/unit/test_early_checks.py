@@ -105,7 +105,7 @@ def test_the_nearest_path_has_similar_names(home: Path) -> None:
 
 def test_prepare_names_its_jobs() -> None:
     assert prepare_job(["check", "data=gqa"]) == "check"
-    wrong = (([], "it is not said what to make"), (["chek"], "did you mean 'check'"), (["pack", "x"], "'x' is"))
+    wrong = (([], "no job given"), (["chek"], "did you mean 'check'"), (["pack", "x"], "'x' is"))
     for words, said in wrong:
         with pytest.raises(InputError, match=said):
             prepare_job(words)

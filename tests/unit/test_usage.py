@@ -122,7 +122,7 @@ def test_options_of_hydra_and_of_launchers_are_no_settings() -> None:
 def test_every_alias_is_of_a_key() -> None:
     keys = {name for script in (*SCRIPTS, "helm") for name in default_keys(script, ["adapt=lora", "model=pretrained"])}
     keys |= default_keys("train")
-    assert {name.partition("=")[0] for names in ALIASES.values() for name in names} <= keys
+    assert {name.partition("=")[0] for name in ALIASES} <= keys
 
 
 def test_a_shell_completes_keys_and_choices_without_pytorch(light: dict[str, str]) -> None:
