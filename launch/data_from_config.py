@@ -365,7 +365,9 @@ def _draw(settings: DataSettings, root: Path) -> dict[str, Any]:
     """Draw the source's small data set into `root` unless it is there; the options that are left for its reader."""
     if settings.source not in GENERATORS:
         known = ", ".join(GENERATORS)
-        raise InputError(f"data.synthetic: nothing draws data for {settings.source}, only for {known}; leave it out")
+        raise InputError(
+            f"data.synthetic: there is no synthetic data for {settings.source}, only for {known}; leave it out"
+        )
     write = _generator(settings.source)
     own = set(inspect.signature(write).parameters)
     write(root, **{name: value for name, value in settings.options.items() if name in own}, progress=True)

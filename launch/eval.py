@@ -5,7 +5,7 @@ python launch/eval.py checkpoint=runs/vqa data=vqav2 data.root=/data/vqav2 split
 python launch/eval.py predictions=answers.jsonl data=gqa data.root=/data/gqa split=testdev
 python launch/eval.py compare=[runs/eval-one,runs/eval-two]
 
-A run that was killed goes on where it stood with the same command.
+The same command resumes a run that was killed.
 """
 
 from __future__ import annotations

@@ -122,8 +122,8 @@ It does not  in a single epoch, which encodes every image once anyway; where the
              epoch; where the language model takes nearly all of a step's time.
 It cannot    where the encoder trains: its features change with every step.
 
-The features are of these weights, transform, image size and dtype alone; training with others is refused. A run that
-was killed goes on where it stood with the same command.
+The features are of these weights, transform, image size and dtype alone; training with others is refused. The same
+command resumes a run that was killed.
 
   model=... data=... data.root=/folder split=train         which encoder, which pictures
   features.dir=/fast/features features.overwrite=true      where they go; in place of those of another encoder
@@ -147,7 +147,7 @@ download: fetch the benchmark's official archives into data.root/archives and un
 
     python launch/prepare.py download data=gqa data.root=/data/gqa
 
-What was fetched is kept, and a fetch that broke off goes on with the same command. Checksums are compared where they
+The same command resumes an interrupted download. Checksums are compared where they
 are published. VQAv2 takes 20 GB, COCO captions 19 GB, GQA 22 GB; DocVQA's publisher asks for a registration.
 """
 

@@ -6,6 +6,10 @@ with HF_HUB_OFFLINE=1 nothing is asked.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final
 
 from vlmvqa.errors import InputError
@@ -15,6 +19,9 @@ OWN_CODE: Final[dict[str, Any]] = {"trust_remote_code": False}
 # For every one that reads weights; transformers would fall back on pytorch_model.bin.
 SAFE_WEIGHTS: Final[dict[str, Any]] = {**OWN_CODE, "use_safetensors": True}
 SECONDS = 5  # for the hub to answer a first request
+REMEMBERED = 60  # seconds for which its silence is taken to last
+
+_silent: tuple[float, str] | None = None  # when the hub did not answer, and why
 
 
 def unread(what: str, error: Exception) -> InputError:
@@ -45,23 +52,48 @@ def unread(what: str, error: Exception) -> InputError:
 def unreachable() -> str:
     """Return why the hub cannot be reached, as a clause; "": it answers, or HF_HUB_OFFLINE is set.
 
-    One request with a short timeout: huggingface_hub retries for up to a minute.
+    One request with a short timeout, whose failure is remembered for a minute: huggingface_hub retries for as long.
     """
+    global _silent
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE:
         return ""
+    if _silent is None or time.monotonic() - _silent[0] > REMEMBERED:
+        _silent = None
+        try:
+            get_session().head(constants.ENDPOINT, timeout=SECONDS)
+        except (HTTPError, OSError) as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            _silent = (time.monotonic(), f" ({constants.ENDPOINT} cannot be reached: {said})")
+    return _silent[1] if _silent else ""
+
+
+@contextmanager
+def hub_or_cache(name: str | None = None) -> Iterator[None]:
+    """In the block, read from the cache alone if the hub does not answer.
+
+    Args:
+        name: what is read; a local folder asks the hub nothing.
+    """
+    from huggingface_hub import constants
+
+    if (name is not None and Path(name).is_dir()) or not unreachable():
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
     try:
-        get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except (HTTPError, OSError) as error:
-        return f" ({constants.ENDPOINT} cannot be reached: {' '.join(str(error).split()) or type(error).__name__})"
-    return ""
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
 
 
 def when_offline() -> str:
-    """What explains a failure where the user has cut the network off; else nothing."""
+    """Return the clause that explains a failure by the network: cut off by the user, or not answering; else ""."""
     from huggingface_hub import constants
 
-    return " (HF_HUB_OFFLINE is set, so that nothing is fetched)" if constants.HF_HUB_OFFLINE else ""
+    if constants.HF_HUB_OFFLINE:
+        return " (HF_HUB_OFFLINE is set, so that nothing is fetched)"
+    return _silent[1] if _silent and time.monotonic() - _silent[0] <= REMEMBERED else ""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 import vlmvqa
+import vlmvqa.hub
 from tests.end_to_end.scripts import SMALL, call, done, sentence
 from vlmvqa.data import hub
 from vlmvqa.data.tokenizer import load_tokenizer
@@ -70,6 +74,25 @@ def test_what_is_not_cached_ends_in_a_sentence_that_says_why(place: str) -> None
         pytest.importorskip("datasets")
     with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set, so that nothing is fetched"):
         PLACES[place]()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_silent_hub_is_asked_once(place: str, asked: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request of five seconds at most; huggingface_hub and transformers would retry for a minute."""
+    if place == "data":
+        pytest.importorskip("datasets")
+    heads = []
+
+    def head(url: str, timeout: int) -> None:
+        heads.append((url, timeout))
+        raise HTTPError("timed out")
+
+    monkeypatch.setattr(vlmvqa.hub, "_silent", None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=head))
+    with pytest.raises(InputError, match=f"{constants.ENDPOINT} cannot be reached: timed out"):
+        PLACES[place]()
+    assert heads == [(constants.ENDPOINT, vlmvqa.hub.SECONDS)] and not constants.HF_HUB_OFFLINE
 
 
 def test_a_command_ends_in_the_same_sentence(tmp_path: Path, whole: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fetch a benchmark's official archives: what was fetched before is kept, and a broken-off fetch goes on.
+"""Fetch a benchmark's official archives: files that exist are kept, and an interrupted download is resumed.
 
 root/archives/train2014.zip          whole, its checksum right where one is published
 root/archives/train2014.zip.part     being fetched; the next try resumes at its end

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.hub import when_offline
+from vlmvqa.hub import hub_or_cache, when_offline
 
 # Loading scripts, which `datasets` no longer runs, and where the same data are in parquet.
 PARQUET_FORM = {"HuggingFaceM4/VQAv2": "lmms-lab/VQAv2", "HuggingFaceM4/COCO": "lmms-lab/COCO-Caption"}
@@ -162,7 +162,8 @@ class HubTable:
         self.hub, self.where = hub, f"{hub} {split}"
         self.failures = (*FAILURES, self.datasets.exceptions.DatasetsError)
         try:
-            self.data = self.datasets.load_dataset(hub, config, split=split, streaming=streaming)
+            with hub_or_cache(hub):
+                self.data = self.datasets.load_dataset(hub, config, split=split, streaming=streaming)
         except self.failures as error:
             raise _unavailable(hub, error) from error
         self.streaming = streaming
@@ -192,7 +193,8 @@ def _hub_splits(hub: str, config: str | None) -> dict[str, list[Path]]:
     """The names of a data set's splits (their files are `datasets`' business)."""
     datasets = _datasets()
     try:
-        return {name: [] for name in datasets.get_dataset_split_names(hub, config)}
+        with hub_or_cache(hub):
+            return {name: [] for name in datasets.get_dataset_split_names(hub, config)}
     except FAILURES as error:
         raise _unavailable(hub, error) from error
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from vlmvqa.data.cache import Cache, code, pack, unpack
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
-from vlmvqa.hub import OWN_CODE, unread
+from vlmvqa.hub import OWN_CODE, hub_or_cache, unread
 
 SPECIAL = ["<pad>", "<eos>", "<bos>"]
 
@@ -71,7 +71,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         InputError: it cannot be read, or has no EOS token to end answers with.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
+        with hub_or_cache(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
     except (OSError, ValueError) as error:
         raise unread(f"the tokenizer of {name}", error) from error
     if tokenizer.eos_token_id is None:

@@ -145,7 +145,7 @@ def read_answers(
             raise InputError(f"{path}, record {number}: question {name} is answered twice; keep one answer")
         known = record.get("log_probability")
         if known is not None and not isinstance(known, int | float):
-            raise InputError(f"{path}, record {number}: its log_probability is no number; mend it or leave it out")
+            raise InputError(f"{path}, record {number}: its log_probability is no number; fix it or leave it out")
         found[ids[str(name)]] = Answer(answer, float("nan") if known is None else known)
     missing = [question.id for question in questions if question.id not in found]
     if missing:

@@ -1,9 +1,9 @@
-"""Answers kept as they come, so that an evaluation that was killed goes on where it stood and ends with the same file.
+"""Answers saved as they come: an evaluation that was killed resumes from them and ends with the same file.
 
     folder/answers-<key>-<rank>.jsonl    {"batch": "<what was asked together>", "answers": [[id, text, log-p, cut]]}
 
 What is kept is whole batches: an answer is the same to the bit only beside the same others. Every rank writes its own
-file and reads all of them, so that a run may go on with another number of ranks. A line that the kill has cut is asked
+file and reads all of them, so that a run may resume with another number of ranks. A line that the kill has cut is asked
 again.
 """
 

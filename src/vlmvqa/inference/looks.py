@@ -1,4 +1,4 @@
-"""Where the model looked, drawn on the pictures of a few right and wrong answers, for the report."""
+"""Attention maps over the images of a few right and wrong answers, for the report."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError
-from vlmvqa.hub import when_offline
+from vlmvqa.hub import hub_or_cache, when_offline
 from vlmvqa.models.adapters import PEFT_CONFIG
 from vlmvqa.models.saved import BASE, CONFIG, kept_base
 
@@ -41,7 +41,8 @@ def refuse_upload(target: str) -> None:
     if target.count("/") != 1:
         raise InputError(f"hub_id={target} should be <user or organisation>/<name>, or a folder: ./{target}")
     try:
-        HfApi().whoami()
+        with hub_or_cache():
+            HfApi().whoami()
     except (HTTPError, LocalTokenNotFoundError, OSError) as error:
         raise InputError(
             f"hub_id={target}: nobody is logged in to the hub, or it cannot be reached{when_offline()}; set HF_TOKEN "

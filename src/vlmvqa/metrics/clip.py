@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vlmvqa.errors import InputError
-from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, when_offline
+from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, when_offline
 from vlmvqa.metrics.checks import Id, check_ids, check_text
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: only when a picture is scored
@@ -81,9 +81,9 @@ class _Clip:
         from vlmvqa.progress import loading_bar
 
         try:
-            with loading_bar():
+            with hub_or_cache(name), loading_bar():
                 model: Any = CLIPModel.from_pretrained(name, **SAFE_WEIGHTS)
-            self.processor: Any = CLIPProcessor.from_pretrained(name, **OWN_CODE)
+                self.processor: Any = CLIPProcessor.from_pretrained(name, **OWN_CODE)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(

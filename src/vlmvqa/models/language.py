@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, unread
+from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, unread
 from vlmvqa.models.attention import SOFTCAP
 from vlmvqa.progress import loading_bar
 from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask, spans
@@ -225,7 +225,8 @@ def language_config(settings: LanguageSettings) -> PreTrainedConfig:
         if settings.name in CONFIG_MAPPING_NAMES:
             config = AutoConfig.for_model(settings.name)
         else:
-            config = AutoConfig.from_pretrained(settings.name, **OWN_CODE)
+            with hub_or_cache(settings.name):
+                config = AutoConfig.from_pretrained(settings.name, **OWN_CODE)
     except (OSError, ValueError) as error:
         raise unread(f"model.language.name={settings.name}", error) from error
     known = config.to_dict()
@@ -235,7 +236,8 @@ def language_config(settings: LanguageSettings) -> PreTrainedConfig:
     if settings.name in CONFIG_MAPPING_NAMES:
         made: PreTrainedConfig = type(config)(**settings.overrides)
     else:
-        made = AutoConfig.from_pretrained(settings.name, **settings.overrides, **OWN_CODE)
+        with hub_or_cache(settings.name):
+            made = AutoConfig.from_pretrained(settings.name, **settings.overrides, **OWN_CODE)
     return made
 
 
@@ -264,7 +266,7 @@ def build_language_model(settings: LanguageSettings, dtype: torch.dtype = torch.
         )
     else:
         try:
-            with loading_bar():
+            with hub_or_cache(settings.name), loading_bar():
                 causal_lm = AutoModelForCausalLM.from_pretrained(
                     settings.name, config=config, dtype=dtype, **SAFE_WEIGHTS
                 )

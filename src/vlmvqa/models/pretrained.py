@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, unread
+from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, unread
 from vlmvqa.models.generation import Decoding, Generated, pick, streams_of
 from vlmvqa.models.language import final_logits, recompute_activations, refuse_unknown_head
 from vlmvqa.models.vlm import DTYPES, Batch, Part
@@ -279,7 +279,8 @@ def pretrained_config(settings: PretrainedSettings) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.for_model(settings.pretrained, **settings.overrides)
     else:
         try:
-            config = AutoConfig.from_pretrained(settings.pretrained, **OWN_CODE)
+            with hub_or_cache(settings.pretrained):
+                config = AutoConfig.from_pretrained(settings.pretrained, **OWN_CODE)
         except (OSError, ValueError) as error:
             raise unread(f"model.pretrained={settings.pretrained}", error) from error
     if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -308,7 +309,7 @@ def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, bla
             made.net.tie_weights()  # transformers does so where it draws weights, not where they are left blank
             _tell_latents_apart(made)
             return made
-        with loading_bar():
+        with hub_or_cache(settings.pretrained), loading_bar():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **more, **SAFE_WEIGHTS
             )

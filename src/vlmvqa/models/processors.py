@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from vlmvqa.errors import InputError
-from vlmvqa.hub import OWN_CODE, unread
+from vlmvqa.hub import OWN_CODE, hub_or_cache, unread
 
 ADDED_TOKENS = 1160  # at most so many of its own does a processor add: PaliGemma's places and segments
 
@@ -28,7 +28,8 @@ def load_processor(name: str, image_splitting: bool | None = None) -> ProcessorM
         InputError: it cannot be read, or has no pieces to split an image into.
     """
     try:
-        library: ProcessorMixin = AutoProcessor.from_pretrained(name, **OWN_CODE)
+        with hub_or_cache(name):
+            library: ProcessorMixin = AutoProcessor.from_pretrained(name, **OWN_CODE)
     except (OSError, ValueError, ImportError) as error:
         raise unread(f"the processor of {name}", error) from error
     if not hasattr(library, "image_processor") or not hasattr(library, "tokenizer"):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from vlmvqa.errors import InputError
-from vlmvqa.hub import unreachable, when_offline
+from vlmvqa.hub import hub_or_cache, when_offline
 from vlmvqa.paths import EXPECTED, is_hub_id, missing_model
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
@@ -69,11 +69,11 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    offline = unreachable()
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=FILES, local_files_only=bool(offline)))
+        with hub_or_cache():
+            return Path(snapshot_download(hub_id, allow_patterns=FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{hub_id} is neither a folder here nor readable from the hub{offline or when_offline()}; check the path "
+            f"{hub_id} is neither a folder here nor readable from the hub{when_offline()}; check the path "
             f"or the id, the network, and HF_TOKEN for gated weights ({missing_model(Path(hub_id).absolute())})"
         ) from error

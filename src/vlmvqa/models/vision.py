@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.hub import unread
+from vlmvqa.hub import hub_or_cache, unread
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def _create(settings: VisionSettings) -> Any:
             )
         arguments |= {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
     try:
-        encoder = timm.create_model(name, **arguments)
+        with hub_or_cache() if settings.weights == "hub" else nullcontext():
+            encoder = timm.create_model(name, **arguments)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         near = suggest(unknown[1], inspect.signature(VisionTransformer).parameters) if unknown else ""
