@@ -171,7 +171,8 @@ def test_two_machines_and_a_worker_that_comes_back(tmp_path: Path, data: str, wh
     assert (folder / "model" / "config.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_preempted_run_saves_and_ends_well(tmp_path: Path, data: str, whole: Path, number: signal.Signals) -> None:
     """SLURM's notice: one rank hears it, all stop after the same step, and the run goes on as if never stopped."""
     folder = tmp_path / "run"

@@ -161,7 +161,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
 
 
 def tier(page: Path) -> list[pytest.MarkDecorator]:
-    return [] if page.stem in ("README", "evaluation") else [pytest.mark.slow]
+    return [] if page.stem == "README" else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(

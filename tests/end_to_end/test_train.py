@@ -196,10 +196,15 @@ def test_load_answers_and_saves(tmp_path: Path, trained: tuple[Path, str]) -> No
     "changed",
     [
         ("model.mode=prefix_lm",),
-        ("model.mode=causal", "data.row_tokens=160", "data.questions_per_row=2"),
-        ("model.mode=image_prefix", "model.projector.kind=mlp", "model.projector.dropout=0.1"),
+        *(
+            pytest.param(changed, marks=pytest.mark.slow)
+            for changed in (
+                ("model.mode=causal", "data.row_tokens=160", "data.questions_per_row=2"),
+                ("model.mode=image_prefix", "model.projector.kind=mlp", "model.projector.dropout=0.1"),
+                ("trainer.activation_checkpointing=true", "trainer.bf16=true", "trainer.gradient_accumulation_steps=2"),
+            )
+        ),
         ("trainable.vision=1", "trainable.language=none", "learning_rates.vision=1e-5"),
-        ("trainer.activation_checkpointing=true", "trainer.bf16=true", "trainer.gradient_accumulation_steps=2"),
     ],
     ids=lambda changed: changed[0],
 )

@@ -183,8 +183,17 @@ def test_a_merged_model_is_of_the_type_of_its_files(
         assert {weight.dtype for weight in merged.model.parameters()} == {DTYPES[stored]}
 
 
-@pytest.mark.parametrize("given", [{}, {"trim": "model"}, {"method": "dare_ties"}, {"method": "linear"}], ids=str)
-@pytest.mark.parametrize("family", ["ours", "paligemma"])
+METHODS = ({}, {"trim": "model"}, {"method": "dare_ties"}, {"method": "linear"})
+
+
+@pytest.mark.parametrize(
+    "family,given",
+    [
+        *(("ours", given) for given in METHODS),
+        *(pytest.param("paligemma", given, marks=pytest.mark.slow if given else ()) for given in METHODS),
+    ],
+    ids=str,
+)
 def test_adapters_merge_as_the_full_models_do(
     family: str, given: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
