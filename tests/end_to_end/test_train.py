@@ -133,7 +133,7 @@ def test_the_best_checkpoint_is_known_and_may_be_the_model(tmp_path: Path, data:
     assert all(torch.equal(weights[name], weight) for name, weight in model.items())
     assert json.loads((folder / "metrics.json").read_text())["metrics"]["vqa_accuracy"]["overall"] == scores[best]
     card = (folder / "model" / "README.md").read_text()
-    assert "| model | prior | shuffled images |" in card and f'vlmvqa.load("{folder}")' in card
+    assert "| model | majority baseline | shuffled images |" in card and f'vlmvqa.load("{folder}")' in card
 
 
 def test_eval_gives_what_training_gave(tmp_path: Path, trained: tuple[Path, str], data: str) -> None:

@@ -68,17 +68,8 @@ def test_a_model_that_sees_beats_its_controls() -> None:
     assert set(found["variants"]) == {"normalize=always", "normalize=never", "consensus=min3"}
     assert [record["vqa_accuracy"] for record in records] == [100.0] * 12
     printed = table(found)
-    assert printed.splitlines()[0].split() == [
-        "VQA",
-        "accuracy",
-        "(%)",
-        "model",
-        "prior",
-        "shuffled",
-        "images",
-        "blank",
-        "images",
-    ]
+    header = "VQA accuracy (%) model majority baseline shuffled images blank images"
+    assert " ".join(printed.splitlines()[0].split()) == header
     assert "95 % interval" in printed and "consensus=min3" in printed
 
 
@@ -108,7 +99,7 @@ def test_controls_are_none_with_a_reason_never_0() -> None:
     found, _ = evaluate(given, knowing(given.examples), "no model was loaded")
     assert found["controls"]["prior"] == {"overall": None, "interval": None, "reason": "there is no training split"}
     assert found["controls"]["shuffled_images"]["reason"] == "no model was loaded"
-    assert "prior: there is no training split" in table(found)
+    assert "majority baseline: there is no training split" in table(found)
 
 
 def test_a_split_without_answers_is_not_scored() -> None:
@@ -300,7 +291,7 @@ def test_answers_that_the_limit_cut_are_counted() -> None:
     given = asked()
     answers = {name: Answer(one.text, -1.0, cut=name == 0) for name, one in knowing(given.examples).items()}
     found, _ = evaluate(given, answers, "no model")
-    assert found["cut_short"] == 1 and "cut short by decoding.max_new_tokens: 1 of the answers" in table(found)
+    assert found["cut_short"] == 1 and "truncated at decoding.max_new_tokens: 1 of the answers" in table(found)
     model = predictor(max_new_tokens=1)
     assert all(answer.cut for answer in model.answer_examples(examples(2)).values())
 

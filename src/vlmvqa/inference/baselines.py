@@ -13,7 +13,12 @@ from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 
 BLANK = 64  # pixels a side
-# A control's key in metrics.json (its name, with underscores), and what it is.
+# The controls' keys in metrics.json, their names in tables, and what they are.
+CONTROL_NAMES = {
+    "prior": "majority baseline",
+    "shuffled_images": "shuffled images",
+    "blank_images": "blank images",
+}
 CONTROLS = {
     "prior": "the most frequent training answer of each question type",
     "shuffled_images": "the same questions, each about another image",

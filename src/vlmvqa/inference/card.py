@@ -73,10 +73,10 @@ print(vlmvqa.load("{name}").answer("photo.jpg", "what is this?").text)
 
 ## Scores
 
-| task | metric | questions | model | prior | shuffled images |
+| task | metric | questions | model | majority baseline | shuffled images |
 |---|---|---|---|---|---|
 {"".join(_row(one) for one in metrics)}
-- Prior: the majority baseline per question type (the most frequent training answer).
+- Majority baseline: the most frequent training answer of each question type.
 - Shuffled images: the same questions, each with the image of another.
 {"".join(_measured(one) for one in metrics)}
 ## Licences

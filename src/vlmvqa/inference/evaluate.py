@@ -17,7 +17,7 @@ from vlmvqa.data.example import Example, Question, all_answered
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
 from vlmvqa.inference import intervals
-from vlmvqa.inference.baselines import CONTROLS, blank_images, prior_answers, shuffle_images
+from vlmvqa.inference.baselines import CONTROL_NAMES, CONTROLS, blank_images, prior_answers, shuffle_images
 from vlmvqa.inference.gallery import Record
 from vlmvqa.inference.predict import Answer
 from vlmvqa.inference.report import shown_images, write_report
@@ -276,24 +276,24 @@ def table(metrics: Mapping[str, Any]) -> str:
     """The scores as text: the metric and its kinds beside the controls, and the numbers that have none beside them."""
     name = metrics["metric"]
     columns = {"model": metrics["metrics"][name]}
-    columns |= {control.replace("_", " "): of for control, of in metrics["controls"].items()}
+    columns |= {CONTROL_NAMES[control]: of for control, of in metrics["controls"].items()}
     kinds = sorted(columns["model"].get("per_answer_type", {}))
-    lines = [f"{metric(name).title:<20}" + "".join(f"{column:>17}" for column in columns)]
+    lines = [f"{metric(name).title:<20}" + "".join(f"{column:>19}" for column in columns)]
     for kind in ["overall", *kinds]:
         values = [
             of["overall"] if kind == "overall" else of.get("per_answer_type", {}).get(kind) for of in columns.values()
         ]
-        lines.append(f"{kind:<20}" + "".join(f"{_printed(value):>17}" for value in values))
+        lines.append(f"{kind:<20}" + "".join(f"{_printed(value):>19}" for value in values))
         if kind == "overall" and columns["model"].get("interval"):
             low, high = columns["model"]["interval"]
-            lines.append(f"{'95 % interval':<20}" + f"{f'{low:.2f} - {high:.2f}':>17}")
+            lines.append(f"{'95 % interval':<20}" + f"{f'{low:.2f} - {high:.2f}':>19}")
     others = {other: of["overall"] for other, of in metrics["metrics"].items() if other != name}
     others |= metrics["variants"]
-    lines += [f"{other:<20}{_printed(value):>17}" for other, value in others.items()]
+    lines += [f"{other:<20}{_printed(value):>19}" for other, value in others.items()]
     named = {**columns, **{other: of for other, of in metrics["metrics"].items() if other != name}}
     reasons = [f"{column}: {of['reason']}" for column, of in named.items() if of.get("reason")]
     if metrics.get("cut_short"):
-        reasons.append(f"cut short by decoding.max_new_tokens: {metrics['cut_short']} of the answers")
+        reasons.append(f"truncated at decoding.max_new_tokens: {metrics['cut_short']} of the answers")
     return "\n".join([*lines, f"{metrics['n']} {metrics['unit']}s", *reasons])
 
 

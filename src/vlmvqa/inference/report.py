@@ -16,7 +16,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from PIL.Image import Image
 
 from vlmvqa.inference import curves, gallery
-from vlmvqa.inference.baselines import CONTROLS
+from vlmvqa.inference.baselines import CONTROL_NAMES, CONTROLS
 from vlmvqa.inference.calibration import calibrate
 from vlmvqa.inference.confusion import confuse
 from vlmvqa.inference.gallery import Record
@@ -25,7 +25,6 @@ from vlmvqa.inference.scores import metric
 UNFOLDED_ROWS, MOST_ROWS = 12, 80  # VQAv2 has 65 question types
 
 NAMES = {**{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}, "rouge_l": "ROUGE-L", "meteor": "METEOR", "spice": "SPICE"}
-CONTROL_NAMES = {"prior": "Majority baseline", "shuffled_images": "Shuffled images", "blank_images": "Blank images"}
 SHOWN_ABOVE = ("unit", "metric", "metrics", "controls", "variants")
 CURVES = {  # beside that of the loss
     "learning_rate": "Learning rate",
@@ -174,15 +173,13 @@ def _controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _measured_controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The controls that have figures, by the name of their column."""
-    return {
-        CONTROL_NAMES[key].split()[0].lower(): of for key, of in _controls(metrics).items() if of["overall"] is not None
-    }
+    return {CONTROL_NAMES[key].split()[0]: of for key, of in _controls(metrics).items() if of["overall"] is not None}
 
 
 def _bars(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The model and its controls, as the page compares them: percent, or the reason why there is none."""
     compared = [("This model", "", metrics["metrics"][metrics["metric"]])]
-    compared += [(CONTROL_NAMES[key], CONTROLS[key], of) for key, of in _controls(metrics).items()]
+    compared += [(CONTROL_NAMES[key].capitalize(), CONTROLS[key], of) for key, of in _controls(metrics).items()]
     return [
         {
             "name": name,
