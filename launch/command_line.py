@@ -42,7 +42,7 @@ LAUNCHER = launcher_choice(os.environ, sys.argv[1:])
 os.environ |= slurm_task(os.environ)
 
 
-def run(main: Callable[[DictConfig], None], config_name: str) -> None:
+def run(main: Callable[[DictConfig], bool | None], config_name: str) -> None:
     """Run `main` as a Hydra job over `conf/<config_name>.yaml`, with this process's command line."""
     usage.IMPORTS.close()
     # `deepspeed` puts --local_rank=0 before the overrides, where Hydra would take it for one.
@@ -62,7 +62,7 @@ def run(main: Callable[[DictConfig], None], config_name: str) -> None:
         leave()
 
 
-def _run_by_hydra(start: Callable[[DictConfig], None], config_name: str, configs: Sequence[DictConfig]) -> None:
+def _run_by_hydra(start: Callable[[DictConfig], bool | None], config_name: str, configs: Sequence[DictConfig]) -> None:
     """Let Hydra compose the config once more and run the job, a sweep's jobs one after the other, or print it."""
     sweep = _sweep(configs, config_name) if is_sweep(sys.argv) else None
 
@@ -94,11 +94,11 @@ def _sweep(configs: Sequence[DictConfig], config_name: str) -> Sweep:
     return sweep
 
 
-def _guarded(main: Callable[[DictConfig], None], config_name: str, config: DictConfig) -> None:
+def _guarded(main: Callable[[DictConfig], bool | None], config_name: str, config: DictConfig) -> bool | None:
     """Run `main`; what the user can correct ends the process with one sentence."""
     try:
         refuse_mistakes(config, config_name)
-        main(config)
+        return main(config)
     except InputError as error:
         # From a DataLoader's worker the message is a traceback that ends with "...InputError: sentence".
         _stop("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])

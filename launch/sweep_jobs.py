@@ -66,15 +66,19 @@ class Sweep:
         if ranks.is_first():
             shutil.rmtree(self.folder / JOBS, ignore_errors=True)
 
-    def run(self, config: DictConfig, start: Callable[[DictConfig], None]) -> None:
-        """Run a job in its own folder. A refused job is recorded, and the others still run."""
+    def run(self, config: DictConfig, start: Callable[[DictConfig], bool | None]) -> None:
+        """Run a job in its own folder. A refused job is recorded, and the others still run.
+
+        Args:
+            start: runs the job; returns True if a signal stopped it, which ends the sweep.
+        """
         overrides = [one.lstrip("+") for one in HydraConfig.get().overrides.task if _key(one) in self.keys]
         ranks.say(f"\njob {HydraConfig.get().job.num}: {' '.join(overrides)}")
         if self.output is not None:
             _name(config, self.output, overrides)
-        error, before = None, set(os.environ)
+        error, stopped, before = None, None, set(os.environ)
         try:
-            start(config)
+            stopped = start(config)
         except SystemExit as stop:
             error = str(stop.code)
             if ranks.world_size() > 1 or not error.startswith("error: "):
@@ -84,6 +88,8 @@ class Sweep:
             for name in set(os.environ) - before:  # of a process group that has ended
                 del os.environ[name]
         folder = OmegaConf.select(config, "output") or OmegaConf.select(config, "run.dir")  # of merge.py, of the others
+        if stopped and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # else it is this process's only
+            sys.exit(0)
         self._record(overrides, str(folder), error)
 
     def _record(self, overrides: list[str], folder: str, error: str | None) -> None:

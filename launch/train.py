@@ -54,7 +54,8 @@ from vlmvqa.training.tracking import Tracking, chosen
 from vlmvqa.training.trainer import VqaTrainer
 
 
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> bool:
+    """Train, save and score; return whether a signal stopped the training before its end."""
     model_from_config.take_saved_model(config)
     dist = training_from_config.dist_settings(config)
     preflight.refuse(training_from_config.asked(config, dist))
@@ -80,7 +81,7 @@ def main(config: DictConfig) -> None:
         ranks.say(f"stopped by {by}, saved in {folder / 'latest'}; resume with resume=auto")
         if stopped_by == "SIGINT" and not ranks.together():  # else the launcher would take it for a rank that failed
             sys.exit(128 + signal.SIGINT)  # what a shell expects: `train && eval` goes no further
-        return
+        return True
     metrics = score_tasks(config, folder, arguments, tasks, bad_records)
     if ranks.is_first():
         tracking.finish(
@@ -94,6 +95,7 @@ def main(config: DictConfig) -> None:
         print(f"model:  {folder / 'model'}")
         if config.hub_id:
             print(f"hub:    {upload(folder / 'model', config.hub_id)}")
+    return False
 
 
 def score_tasks(

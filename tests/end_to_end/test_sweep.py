@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from omegaconf import OmegaConf
 
 from override_check import compose
 from sweep_jobs import Sweep
-from tests.end_to_end.scripts import SMALL, call, content, metrics, sentence
+from tests.end_to_end.scripts import SMALL, call, content, done, losses, metrics, sentence, start
 
 RATES = "trainer.learning_rate=1e-3,1e-4"
 
@@ -43,6 +45,31 @@ def test_each_job_has_its_own_run(home: Path, whole: Path) -> None:
     again = call("train", "-m", "run.name=s", "model.mode=causal,prefix_lm", "data.questions_per_row=1", *data)
     assert again.status == 1 and again.out.count("already holds a run") == 2
     assert content(home / "runs" / "s" / names[0]) == before
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_sweep(home: Path, whole: Path) -> None:
+    """What a scheduler sends before it takes the machine: the job at work saves, and no other starts."""
+    given = ("data=vqav2", f"data.root={whole}", *SMALL, "looks=0", "samples=0", "trainer.max_steps=2000")
+    process = start("train", "-m", f"run.dir={home / 's'}", RATES, *given)
+    first, second = (home / "s" / f"trainer.learning_rate={rate}" for rate in ("0.001", "0.0001"))
+    while process.poll() is None and not losses(first):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate()
+    assert process.returncode == 0 and "Traceback" not in printed + errors
+    assert f"stopped by SIGTERM, saved in {first}/latest" in printed
+    assert (first / "latest").exists() and not second.exists()
+
+
+@pytest.mark.long
+def test_jobs_of_a_launcher_are_in_the_table(home: Path, whole: Path) -> None:
+    """Submitit's local executor: each job in a process of its own."""
+    given = ("data=vqav2", f"data.root={whole}", *SMALL, "looks=0", "samples=0")
+    ended = done(call("train", "-m", "hydra/launcher=submitit_local", "run.name=s", "seed=0,1", *given))
+    rows = ended.out.splitlines()[-2:]
+    assert [row.split()[0] for row in rows] == ["seed=0", "seed=1"]
+    assert all((home / "runs" / "s" / f"seed={seed}" / "metrics.json").is_file() for seed in range(2))
 
 
 def test_a_misspelt_key_is_named(home: Path) -> None:
