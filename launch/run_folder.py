@@ -73,7 +73,7 @@ def going_on(folder: Path, config: DictConfig) -> bool:
     machines, and does not say whether the attempt before had begun.
     """
     if config.resume not in (None, "auto"):
-        raise InputError(f"resume={config.resume} is unknown; use resume=auto, or leave it out to start anew")
+        raise InputError(f"resume={config.resume} is unknown; use resume=auto, or leave it out to start over")
     launch, named = os.environ.get(LAUNCH), folder / STARTED
     return config.resume == "auto" or (launch is not None and named.exists() and named.read_text() == launch)
 
@@ -124,7 +124,7 @@ def open_run(folder: Path, config: DictConfig, global_batch: int, world: int) ->
     elif resumed and not complaints and (folder / "config.yaml").exists():
         said.append(f"{folder} holds no checkpoint yet, so it starts from its beginning")
     elif complaints:
-        raise InputError(f"{folder}: no checkpoint is whole ({complaints[0]}); start anew with run.overwrite=true")
+        raise InputError(f"{folder}: no checkpoint is whole ({complaints[0]}); start over with run.overwrite=true")
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     return checkpoint, said
 
@@ -205,7 +205,7 @@ def refuse_other_base(checkpoint: Path | None, adapter: Adapter) -> None:
     if checkpoint is not None and progress(checkpoint).get("base") != adapter.fingerprint:
         raise InputError(
             f"{checkpoint} was trained over other weights than {adapter.base} holds now; put back the base it was "
-            "trained on, or start anew with run.overwrite=true"
+            "trained on, or start over with run.overwrite=true"
         )
 
 

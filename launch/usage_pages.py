@@ -6,7 +6,7 @@ TRAIN = """\
 Most used, each as key=value:
   what           model=... data=... data.root=/folder      the model; the data set and where its files are
                  experiment=... adapt=lora                 a whole recipe; adapters in place of all weights
-                 start_from=runs/base                      train a saved model on
+                 start_from=runs/base                      continue training a saved model
   where          run.name=vqa run.dir=... hub_id=me/vqa    what the run leaves, and where it is published
                  resume=auto run.overwrite=true            resume; start over
   how long       trainer.num_train_epochs=1 trainer.max_steps=1000 trainer.eval_steps=500

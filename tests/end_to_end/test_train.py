@@ -52,7 +52,7 @@ def test_a_run_leaves_what_the_design_lists(trained: tuple[Path, str]) -> None:
     assert 0 <= metrics["metrics"]["vqa_accuracy"]["overall"] <= 100
     assert 0 < metrics["controls"]["prior"]["overall"] <= 100
     assert 0 <= metrics["controls"]["shuffled_images"]["overall"] <= 100
-    assert metrics["prompt"] == "answer en {question}\n" and metrics["split"] == "val"
+    assert metrics["prompt"] == "{question}\n" and metrics["split"] == "val"
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_steps"] == 12
     assert sorted(losses(folder)) == list(range(1, 13))
     assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-9", "checkpoint-12"]
@@ -171,7 +171,7 @@ def test_predict_asks_every_question_about_every_picture(tmp_path: Path, trained
 @pytest.mark.parametrize("mode", ["blockwise_prefix", "prefix_lm"])
 def test_show_draws_a_row(tmp_path: Path, data: str, mode: str) -> None:
     printed = run("show", data, *SHAPES, "sample=1", f"model.mode={mode}", f"run.dir={tmp_path}")
-    assert "image x 10" in printed and "<eos>" in printed and "10 image tokens, then '<bos>answer en" in printed
+    assert "image x 10" in printed and "<eos>" in printed and "10 image tokens, then '<bos>" in printed
     with Image.open(tmp_path / "row.png") as picture:
         assert min(picture.size) > 300
 

@@ -171,7 +171,7 @@ def _refuse_other(found: Mapping[str, Any], key: Mapping[str, Any], folder: Path
     if different:
         raise InputError(
             f"data.packed={folder} was packed of others ({', '.join(different)}); ask for what was packed, or pack "
-            f"anew: {_command(folder, key)}"
+            f"again: {_command(folder, key)}"
         )
 
 

@@ -94,7 +94,7 @@ def refuse_other_bases(base: Path, models: Sequence[Path]) -> None:
     own = fingerprint.weights_in(base)
     for folder, one in started.items():
         if one and one["weights"] != own:
-            raise InputError(f"{folder} was trained on from {one['model']}, not from {base}; give that as base")
+            raise InputError(f"{folder} continues {one['model']}, not {base}; give that as base")
 
 
 def refuse_quantised(model: Weights) -> None:
