@@ -32,8 +32,9 @@ def prepare() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # None under musl
-    for option, size in MALLOPT.items() if mallopt else ():
-        mallopt(option, size)
+    if mallopt is not None:
+        for option, size in MALLOPT.items():
+            mallopt(option, size)
 
 
 @contextmanager
