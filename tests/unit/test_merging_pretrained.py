@@ -96,7 +96,7 @@ def test_what_does_not_fit(saved: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"are not of one base|are of one base|differ in"):
         Merge(saved["base"], [saved["a"], other], MergeSettings())
     elsewhere = tuned(saved["base"], tmp_path / "c", 3, started_from={"model": "x/y", "weights": "0"})
-    with pytest.raises(InputError, match=r"c continues x/y, not from .*/base; give that as base"):
+    with pytest.raises(InputError, match=r"c continues x/y, not .*/base; give that as base"):
         Merge(saved["base"], [saved["a"], elsewhere], MergeSettings())
     asked = tuned(saved["base"], tmp_path / "d", 3, prompts={"task1": "other {question}\n"})
     with pytest.raises(InputError, match=r"which?"):
