@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 import shutil
@@ -13,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +27,7 @@ import serve as serve_script
 from PIL import Image
 
 from bench import clock, serving
+from tests import forks
 from tests.browser import chromium
 from tests.conftest import ROOT
 from tests.end_to_end.scripts import SMALL, call, command, done, predictions, sentence
@@ -80,14 +81,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def started(*given: str, **environment: str) -> Iterator[str]:
     """The address of a server as a user starts it, on a port of its own; Ctrl-C ends it."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(
-        command("serve", *given, "port=0", DECODING), text=True, env=os.environ | environment, **pipes
-    )
-    assert process.stdout
+    process = forks.script(command("serve", *given, "port=0", DECODING)[1:], **environment)
     try:
-        found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-        assert found, process.communicate()[1][-3000:]
+        while not (found := re.search(r"http://127\.0\.0\.1:\d+", process.printed())):
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            time.sleep(0.05)
         with httpx.stream("GET", f"{found[0]}/gradio_api/heartbeat/open") as listening:  # as an open page does
             yield found[0]
             process.send_signal(signal.SIGINT)
