@@ -31,6 +31,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path: Path, data: str, whole: Path) -> None:
     """A picture that only one rank reads is cut in half: one sentence, from the rank that met it."""
     root = tmp_path / "shapes"
