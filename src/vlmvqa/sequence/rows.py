@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,10 +133,4 @@ def pad_rows(rows: Sequence[Row], multiple: int = 1, left: bool = False) -> dict
         padding = [fill] * (length - len(column))
         return padding + column if left else column + padding
 
-    # By way of NumPy, which reads nested lists six times as fast as torch.tensor.
-    return {
-        name: torch.from_numpy(
-            np.array([padded(row.columns[name], fill) for row in rows], np.float32 if name == "weights" else np.int64)
-        )
-        for name, fill in FILL.items()
-    }
+    return {name: torch.tensor([padded(row.columns[name], fill) for row in rows]) for name, fill in FILL.items()}
