@@ -165,11 +165,10 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
     )
 
 
-# torchao compiles its step; the C++ that inductor makes of it on a CPU takes minutes to build: trace it, and run it.
-torch.compile = functools.partial(torch.compile, backend="eager")
-
-
 def main(root: Path, cases: list[Case]) -> None:
+    # torchao compiles its optimizer step; building inductor's C++ for it takes minutes on a CPU, so trace it only.
+    # This is set here, not on import: tests that import this module compile for real.
+    torch.compile = functools.partial(torch.compile, backend="eager")
     transformers_logging.set_verbosity_error()
     gc.freeze()  # each training collects garbage: it need not look through all that was imported
     needs_group = any(case.strategy != "ddp" for case in cases)

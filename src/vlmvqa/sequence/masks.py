@@ -94,7 +94,11 @@ def spans(tokens: Tokens) -> list[tuple[slice, slice]]:
 
 
 def block_mask(tokens: Tokens, window: int | None = None) -> BlockMask:
-    """FlexAttention's `BlockMask` over tokens `[B, T]` that attend to themselves."""
+    """FlexAttention's `BlockMask` over tokens `[B, T]` that attend to themselves.
+
+    T must be a multiple of 128, the block size; training pads its rows accordingly. For other lengths, PyTorch 2.15's
+    compiled CPU kernel computes wrong values (cf. pytorch#159247).
+    """
 
     def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(tokens.map(lambda t: t[row, query]), tokens.map(lambda t: t[row, key]), window)
