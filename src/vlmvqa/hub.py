@@ -19,9 +19,9 @@ OWN_CODE: Final[dict[str, Any]] = {"trust_remote_code": False}
 # For every one that reads weights; transformers would fall back on pytorch_model.bin.
 SAFE_WEIGHTS: Final[dict[str, Any]] = {**OWN_CODE, "use_safetensors": True}
 SECONDS = 5  # for the hub to answer a first request
-REMEMBERED = 60  # seconds for which its silence is taken to last
+REMEMBERED = 60  # seconds for which a hub that did not answer is not asked again
 
-_silent: tuple[float, str] | None = None  # when the hub did not answer, and why
+_unreached = (float("-inf"), "")  # when the hub did not answer, and why
 
 
 def unread(what: str, error: Exception) -> InputError:
@@ -50,33 +50,32 @@ def unread(what: str, error: Exception) -> InputError:
 
 
 def unreachable() -> str:
-    """Return why the hub cannot be reached, as a clause; "": it answers, or HF_HUB_OFFLINE is set.
+    """Return why the hub cannot be reached, as a clause; "" if it answers, or HF_HUB_OFFLINE is set.
 
-    One request with a short timeout, whose failure is remembered for a minute: huggingface_hub retries for as long.
+    Sends one request with a short timeout and remembers a failure for a minute. huggingface_hub retries for as long.
     """
-    global _silent
+    global _unreached
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE:
         return ""
-    if _silent is None or time.monotonic() - _silent[0] > REMEMBERED:
-        _silent = None
+    if not _remembered():
         try:
             get_session().head(constants.ENDPOINT, timeout=SECONDS)
         except (HTTPError, OSError) as error:
             said = " ".join(str(error).split()) or type(error).__name__
-            _silent = (time.monotonic(), f" ({constants.ENDPOINT} cannot be reached: {said})")
-    return _silent[1] if _silent else ""
+            _unreached = (time.monotonic(), f" ({constants.ENDPOINT} cannot be reached: {said})")
+    return _remembered()
 
 
 @contextmanager
 def hub_or_cache(name: str | None = None) -> Iterator[None]:
-    """In the block, read from the cache alone if the hub does not answer.
+    """In the block, read only from the local cache if the hub does not answer.
 
     Args:
-        name: what is read; a local folder asks the hub nothing.
+        name: the hub id or folder to be read; for a folder the hub is not asked.
     """
     from huggingface_hub import constants
 
@@ -91,9 +90,15 @@ def hub_or_cache(name: str | None = None) -> Iterator[None]:
 
 
 def when_offline() -> str:
-    """Return the clause that explains a failure by the network: cut off by the user, or not answering; else ""."""
+    """Return the clause that explains a failure by the network: switched off by the user or unreachable; else ""."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return " (HF_HUB_OFFLINE is set, so that nothing is fetched)"
-    return _silent[1] if _silent and time.monotonic() - _silent[0] <= REMEMBERED else ""
+    return _remembered()
+
+
+def _remembered() -> str:
+    """Return why the hub could not be reached in the last minute, or ""."""
+    when, reason = _unreached
+    return reason if time.monotonic() - when <= REMEMBERED else ""

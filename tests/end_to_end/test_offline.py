@@ -87,7 +87,7 @@ def test_a_silent_hub_is_asked_once(place: str, asked: list[object], monkeypatch
         heads.append((url, timeout))
         raise HTTPError("timed out")
 
-    monkeypatch.setattr(vlmvqa.hub, "_silent", None)
+    monkeypatch.setattr(vlmvqa.hub, "_unreached", (float("-inf"), ""))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=head))
     with pytest.raises(InputError, match=f"{constants.ENDPOINT} cannot be reached: timed out"):

@@ -119,7 +119,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append((url, options))
         raise HTTPError("Name or service not known")
 
-    monkeypatch.setattr(hub, "_silent", None)
+    monkeypatch.setattr(hub, "_unreached", (float("-inf"), ""))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=head))
     return made

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -13,16 +14,25 @@ from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 
 BLANK = 64  # pixels a side
-# The controls' keys in metrics.json, their names in tables, and what they are.
-CONTROL_NAMES = {
-    "prior": "majority baseline",
-    "shuffled_images": "shuffled images",
-    "blank_images": "blank images",
-}
+
+
+class Control(NamedTuple):
+    """A baseline that the model's score is compared with.
+
+    Attributes:
+        name: in tables and reports.
+        about: how its answers are made.
+    """
+
+    name: str
+    about: str
+
+
+# By their keys in metrics.json.
 CONTROLS = {
-    "prior": "the most frequent training answer of each question type",
-    "shuffled_images": "the same questions, each about another image",
-    "blank_images": "the same questions, each about an image of one grey",  # by request
+    "prior": Control("majority baseline", "the most frequent training answer of each question type"),
+    "shuffled_images": Control("shuffled images", "the same questions, each about another image"),
+    "blank_images": Control("blank images", "the same questions, each about an image of one grey"),  # on request
 }
 
 

@@ -17,7 +17,7 @@ from vlmvqa.data.example import Example, Question, all_answered
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
 from vlmvqa.inference import intervals
-from vlmvqa.inference.baselines import CONTROL_NAMES, CONTROLS, blank_images, prior_answers, shuffle_images
+from vlmvqa.inference.baselines import CONTROLS, blank_images, prior_answers, shuffle_images
 from vlmvqa.inference.gallery import Record
 from vlmvqa.inference.predict import Answer
 from vlmvqa.inference.report import shown_images, write_report
@@ -276,7 +276,7 @@ def table(metrics: Mapping[str, Any]) -> str:
     """The scores as text: the metric and its kinds beside the controls, and the numbers that have none beside them."""
     name = metrics["metric"]
     columns = {"model": metrics["metrics"][name]}
-    columns |= {CONTROL_NAMES[control]: of for control, of in metrics["controls"].items()}
+    columns |= {CONTROLS[control].name: of for control, of in metrics["controls"].items()}
     kinds = sorted(columns["model"].get("per_answer_type", {}))
     lines = [f"{metric(name).title:<20}" + "".join(f"{column:>19}" for column in columns)]
     for kind in ["overall", *kinds]:

@@ -16,7 +16,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from PIL.Image import Image
 
 from vlmvqa.inference import curves, gallery
-from vlmvqa.inference.baselines import CONTROL_NAMES, CONTROLS
+from vlmvqa.inference.baselines import CONTROLS
 from vlmvqa.inference.calibration import calibrate
 from vlmvqa.inference.confusion import confuse
 from vlmvqa.inference.gallery import Record
@@ -173,13 +173,13 @@ def _controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _measured_controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The controls that have figures, by the name of their column."""
-    return {CONTROL_NAMES[key].split()[0]: of for key, of in _controls(metrics).items() if of["overall"] is not None}
+    return {CONTROLS[key].name.split()[0]: of for key, of in _controls(metrics).items() if of["overall"] is not None}
 
 
 def _bars(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The model and its controls, as the page compares them: percent, or the reason why there is none."""
     compared = [("This model", "", metrics["metrics"][metrics["metric"]])]
-    compared += [(CONTROL_NAMES[key].capitalize(), CONTROLS[key], of) for key, of in _controls(metrics).items()]
+    compared += [(CONTROLS[key].name.capitalize(), CONTROLS[key].about, of) for key, of in _controls(metrics).items()]
     return [
         {
             "name": name,
