@@ -15,23 +15,18 @@ from omegaconf import DictConfig
 
 from command_line import group, refuse_overrides
 from early_checks import refuse_no_root
-from vlmvqa.data import hub, packed
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import read_once
 from vlmvqa.data.example import Example, all_answered, count_questions
-from vlmvqa.data.hub import Columns
 from vlmvqa.errors import InputError, counted, suggest
-from vlmvqa.inference.scores import check_options, refuse_unscorable
+from vlmvqa.extras.hub import dataset
+from vlmvqa.extras.hub.dataset import Columns
+from vlmvqa.extras.shards import shards
+from vlmvqa.metrics.registry import check_options, refuse_unscorable
 from vlmvqa.settings import build_settings
 
 # What draws a small data set in a source's own files, for data.synthetic=true.
-GENERATORS = {
-    "vqav2": "shapes",
-    "docvqa": "forms",
-    "gqa": "shapes_gqa",
-    "coco_captions": "shapes_captions",
-    "jsonl": "shapes_jsonl",
-}
+GENERATORS = ("vqav2", "docvqa", "gqa", "coco_captions", "jsonl")
 READ_ARGUMENTS = ("prompt", "max_samples", "bad_records")  # of every source's `read`
 MIXTURE = "mixture"
 # What all tasks of a mixture have in common, because they share the model's input and its rows.
@@ -182,7 +177,9 @@ def _checked(settings: DataSettings, where: str) -> DataSettings:
             raise InputError(f"{where}.also.{name} should name another metric than {settings.metric}, as {name}: {{}}")
         check_options(name, options, f"{where}.also.{name}")
     if not hasattr(source_module(settings.source), "write_submission"):
-        raise InputError(f"src/vlmvqa/data/{settings.source}.py has no write_submission; a source needs one, with read")
+        raise InputError(
+            f"src/vlmvqa/data/datasets/{settings.source}.py has no write_submission; a source needs one, with read"
+        )
     if settings.hub is not None and settings.columns.question is None and "{question}" in settings.prompt:
         raise InputError(f"{where}.columns.question is null, so {where}.prompt={settings.prompt!r} has nothing to hold")
     rest = settings.prompt.split("{question}")
@@ -197,9 +194,9 @@ def _checked(settings: DataSettings, where: str) -> DataSettings:
 def source_module(name: str) -> ModuleType:
     """The file of `vlmvqa.data` that reads a benchmark."""
     try:
-        return importlib.import_module(f"vlmvqa.data.{name}")
+        return importlib.import_module(f"vlmvqa.data.datasets.{name}")
     except ModuleNotFoundError as error:
-        raise InputError(f"data.source={name}: there is no src/vlmvqa/data/{name}.py") from error
+        raise InputError(f"data.source={name}: there is no src/vlmvqa/data/datasets/{name}.py") from error
 
 
 def submission_name(source: str) -> Callable[[int | str], int | str]:
@@ -301,7 +298,7 @@ def read_examples(
     if settings.packed is not None:
         folder = Path(settings.packed).expanduser()
         key = packing_key(settings, split, max_samples)
-        return packed.read(folder, key, settings.prompt, asks=settings.asks)
+        return shards.read(folder, key, settings.prompt, asks=settings.asks)
     if settings.hub is not None:
         return _read_hub(settings, source, split, max_samples, bad_records)
     root = Path(settings.root or ".").expanduser()
@@ -326,7 +323,7 @@ def packing_key(settings: DataSettings, split: str, max_samples: int | None) -> 
 
 
 def _generator(source: str) -> Callable[..., Path]:
-    write: Callable[..., Path] = importlib.import_module(f"vlmvqa.data.{GENERATORS[source]}").write
+    write: Callable[..., Path] = importlib.import_module(f"vlmvqa.extras.synthetic.{source}").write
     return write
 
 
@@ -345,7 +342,7 @@ def _read_hub(
 ) -> list[Example]:
     """The same out of parquet, in the form that the source gives its own files (`arrange`)."""
     assert settings.hub is not None
-    examples = hub.read(
+    examples = dataset.read(
         settings.hub,
         split,
         columns=settings.columns,

@@ -27,18 +27,18 @@ from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered
 from vlmvqa.errors import InputError
-from vlmvqa.inference import compare
+from vlmvqa.extras.report import compare
 from vlmvqa.inference.evaluate import Asked, evaluate, read_answers
-from vlmvqa.inference.predict import load
-from vlmvqa.inference.scores import refuse_unscorable
-from vlmvqa.training import parallel
+from vlmvqa.inference.predictor import load
+from vlmvqa.metrics.registry import refuse_unscorable
+from vlmvqa.training import distributed
 
 
 def main(config: DictConfig) -> None:
     if config.compare is not None:
         compare_two(config)
         return
-    parallel.start(parallel.DistSettings(), cpu=False)
+    distributed.start(distributed.DistSettings(), cpu=False)
     ranks.share(lambda: _refuse_results(config))
     if config.predictions is not None:
         score_predictions(config)

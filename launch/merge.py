@@ -27,12 +27,12 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered, count_questions
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import load
-from vlmvqa.inference.scores import metric, refuse_unscorable, score
-from vlmvqa.merging.drift import answers_logits, drift, one_question_each
-from vlmvqa.merging.fit import adapter_settings, ours
-from vlmvqa.merging.merge import Merge, MergeSettings
-from vlmvqa.models import saved
+from vlmvqa.extras.merging.logit_diff import answers_logits, drift, one_question_each
+from vlmvqa.extras.merging.merge import Merge, MergeSettings
+from vlmvqa.extras.merging.validation import adapter_settings, ours
+from vlmvqa.inference.predictor import load
+from vlmvqa.metrics.registry import metric, refuse_unscorable, score
+from vlmvqa.models import model_folder
 from vlmvqa.settings import build_settings
 
 COMPARED = 16  # questions that an adapter over its base and the merged model are compared on
@@ -94,12 +94,12 @@ def _merge(config: DictConfig) -> Merge:
     if isinstance(values["layers"], str):  # a pattern is seldom in Hydra's grammar, which then leaves it as text
         values["layers"] = yaml.safe_load(values["layers"])
     keys = [field.name for field in fields(MergeSettings)]
-    base = None if config.base is None else saved.find(config.base)
+    base = None if config.base is None else model_folder.find(config.base)
     if config.adapter is None:
         settings = build_settings(MergeSettings, {key: values[key] for key in keys}, "merge")
-        return Merge(base, [saved.find(folder) for folder in config.models], settings, config.into)
+        return Merge(base, [model_folder.find(folder) for folder in config.models], settings, config.into)
     refuse_overrides("of several models, and adapter= is one; give models=[...] for it", "models", *keys)
-    adapter = saved.find(config.adapter)
+    adapter = model_folder.find(config.adapter)
     if adapter_settings(adapter) is None:
         raise InputError(
             f"adapter={config.adapter} is a whole model, not an adapter; name the run of an adapter, or give "

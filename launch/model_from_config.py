@@ -14,19 +14,20 @@ from transformers import PreTrainedConfig
 from command_line import given_keys, group
 from data_from_config import DataSettings, prompts
 from vlmvqa import fingerprint, ranks
-from vlmvqa.data.batch import Processor
 from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
-from vlmvqa.data.pretrained import PretrainedProcessor
+from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import Predictor, load
-from vlmvqa.models import adapters, saved
-from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
+from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, mode_of, pretrained_config
+from vlmvqa.extras.pretrained.processor import PretrainedProcessor
+from vlmvqa.inference.predictor import Predictor, load
+from vlmvqa.models import model_folder
 from vlmvqa.models.checkpoint import Adapter, read_settings
 from vlmvqa.models.generation import Decoding
-from vlmvqa.models.pretrained import PretrainedSettings, build_pretrained, mode_of, pretrained_config
-from vlmvqa.models.processors import ADDED_TOKENS, load_processor, random_processor
 from vlmvqa.models.vlm import DTYPES, PARTS, ModelSettings, build, cast_parameters
 from vlmvqa.settings import build_settings
 
@@ -47,11 +48,11 @@ def take_saved_model(config: DictConfig) -> None:
             )
         if key.startswith("model.") and key != "model.dtype":
             raise InputError(f"{key} cannot be set here: the model of start_from is as it was saved; leave it out")
-    folder = saved.find(config.start_from).resolve()
+    folder = model_folder.find(config.start_from).resolve()
     _, settings = read_settings(folder)
     known = asdict(settings)
     if isinstance(settings, ModelSettings):
-        known["language"]["tokenizer"] = str(folder / saved.TOKENIZER)
+        known["language"]["tokenizer"] = str(folder / model_folder.TOKENIZER)
     if config.get("adapt") is not None or "model.dtype" in given_keys():  # frozen weights may be kept in fewer bytes
         known["dtype"] = config.model.dtype
     if known["dtype"] not in DTYPES:
@@ -74,7 +75,7 @@ def build_predictor(
     if base is not None:
         return replace(load(base, "cpu"), settings=model_settings(config)[0])
     if config.get("start_from") is not None:
-        folder = saved.find(config.start_from)
+        folder = model_folder.find(config.start_from)
         found = load(folder, "cpu")
         processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
         if not isinstance(found.settings, PretrainedSettings):
@@ -133,7 +134,7 @@ def _pretrained(
     processor, known = pretrained_processor(settings, tokenizer_name, data, train_examples)
     started_from = None
     if settings.weights == "hub":
-        folder = saved.find(settings.pretrained)
+        folder = model_folder.find(settings.pretrained)
         started_from = {"model": _named(settings.pretrained), "weights": fingerprint.weights_in(folder)}
         model = build_pretrained(replace(settings, pretrained=str(folder)), known)
     else:
@@ -184,18 +185,18 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
             f"adapter={config.start_from} output=..."
         )
     if settings is None:
-        adapters.prepare(predictor.model, config.trainable, None)
+        peft_adapters.prepare(predictor.model, config.trainable, None)
         return None
     _refuse_trained_beside(config, settings)
     unwritten = None
     if predictor.started_from is not None:
         base, known = predictor.started_from["model"], predictor.started_from["weights"]
     else:  # of parts, or random: it lies nowhere as a whole
-        base, known = f"../{saved.BASE}", ""
+        base, known = f"../{model_folder.BASE}", ""
         unwritten = Base(predictor)
     predictor.adapter = Adapter(settings, base, known)
-    paths = adapters.prepare(predictor.model, config.trainable, settings, device)
-    ranks.say(adapters.describe(predictor.model, settings, paths))
+    paths = peft_adapters.prepare(predictor.model, config.trainable, settings, device)
+    ranks.say(peft_adapters.describe(predictor.model, settings, paths))
     return unwritten
 
 

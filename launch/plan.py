@@ -20,15 +20,15 @@ import model_from_config
 from command_line import group, run
 from data_from_config import DataSettings, one_task
 from vlmvqa.errors import InputError
-from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.extras.planning import report, verify
+from vlmvqa.extras.planning.gpus import gpu
+from vlmvqa.extras.planning.memory import Settings
+from vlmvqa.extras.planning.planner import Planner, Rows, Training, known_architecture
+from vlmvqa.extras.planning.published_sizes import known_config
 from vlmvqa.models.vlm import ModelSettings
-from vlmvqa.planning import report, verify
-from vlmvqa.planning.gpus import gpu
-from vlmvqa.planning.memory import Settings
-from vlmvqa.planning.planner import Planner, Rows, Training, known_architecture
-from vlmvqa.planning.pretrained import known_config
 from vlmvqa.settings import build_settings
-from vlmvqa.training.parallel import DistSettings
+from vlmvqa.training.distributed import DistSettings
 
 # Questions an image: the data sets' published counts.
 QUESTIONS = {"vqav2": 5.36, "gqa": 13.1, "coco_captions": 5.0, "docvqa": 3.9}

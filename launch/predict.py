@@ -16,7 +16,7 @@ from tqdm import tqdm
 import from_config
 from command_line import run
 from early_checks import read_questions
-from vlmvqa.inference.predict import load
+from vlmvqa.inference.predictor import load
 from vlmvqa.progress import bar
 
 

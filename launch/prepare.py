@@ -32,14 +32,15 @@ from command_line import group, run
 from data_from_config import DataSettings, one_task, packing_key, read_examples
 from early_checks import prepare_job
 from vlmvqa import ranks
-from vlmvqa.data import feature_writer, packed
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor
-from vlmvqa.data.check import Published, check, table
-from vlmvqa.data.download import Archive, prepare
 from vlmvqa.data.example import Example
-from vlmvqa.data.features import FeatureKey, check_dtype
+from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError, counted
+from vlmvqa.extras.dataset_tools.check import Published, check, table
+from vlmvqa.extras.dataset_tools.download import Archive, prepare
+from vlmvqa.extras.feature_cache import writer
+from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
+from vlmvqa.extras.shards import shards
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.models.vlm import DTYPES
 from vlmvqa.settings import build_settings
@@ -70,12 +71,12 @@ def features(config: DictConfig) -> None:
     examples = read_examples(data, config.split, most, bad_records)
     vision, processor = build_encoder(config, data, examples)
     key = FeatureKey.of(vision, processor.images, settings.dtype)
-    images = len(feature_writer.unique_images(examples))
-    forecast = feature_writer.forecast(folder, images, (vision.tokens, vision.width), settings.dtype)
+    images = len(writer.unique_images(examples))
+    forecast = writer.forecast(folder, images, (vision.tokens, vision.width), settings.dtype)
     print(forecast, flush=True)
     forecast.refuse()
     try:
-        store = feature_writer.write(
+        store = writer.write(
             folder,
             key,
             vision,
@@ -146,7 +147,7 @@ def pack(config: DictConfig) -> None:
     folder, bad_records = Path(config.pack.dir).expanduser(), BadRecords(data.on_bad_record)
     most = data.max_eval_samples if config.split == data.eval_split else data.max_train_samples
     examples = read_examples(data, config.split, most, bad_records)
-    written = packed.write(folder, packing_key(data, config.split, most), examples, bad_records, progress=True)
+    written = shards.write(folder, packing_key(data, config.split, most), examples, bad_records, progress=True)
     print(f"{counted(written, 'image')} with all questions; train on them with data.packed={folder}")
     if bad_records.seen:
         print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")

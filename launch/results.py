@@ -20,11 +20,11 @@ from vlmvqa.code_state import code_state
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError, counted
+from vlmvqa.extras.report.attributions import looked_at
+from vlmvqa.extras.report.gallery import Record
+from vlmvqa.inference.answer_log import Journal
 from vlmvqa.inference.evaluate import Asked, evaluate, table, write_results
-from vlmvqa.inference.gallery import Record
-from vlmvqa.inference.journal import Journal
-from vlmvqa.inference.looks import looked_at
-from vlmvqa.inference.predict import Answer, Predictor
+from vlmvqa.inference.predictor import Answer, Predictor
 from vlmvqa.training.log import read_log
 from vlmvqa.training.samples import FILE as SAMPLES
 

@@ -24,11 +24,11 @@ from vlmvqa.code_state import code_state
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError, counted
 from vlmvqa.models.checkpoint import Adapter
+from vlmvqa.training.callbacks import run_ids
+from vlmvqa.training.checkpoint_state import progress, total_steps
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
 from vlmvqa.training.launchers import LAUNCH
 from vlmvqa.training.samples import FILE as SAMPLES
-from vlmvqa.training.state import progress, total_steps
-from vlmvqa.training.tracking import run_ids
 
 RUN = "run.json"  # when, how, on what and from which code it was started, each time
 STARTED = ".launch"  # by which of torchrun's launches this run was started

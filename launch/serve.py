@@ -22,10 +22,10 @@ from data_from_config import data_settings, read_examples
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import Predictor, load
-from vlmvqa.serving import browse, uploads
-from vlmvqa.serving.limits import Limits, Refused
-from vlmvqa.serving.server import Address, Served, listen, refuse_missing, serve
+from vlmvqa.extras.serving import browse, uploads
+from vlmvqa.extras.serving.limits import Limits, Refused
+from vlmvqa.extras.serving.server import Address, Served, listen, refuse_missing, serve
+from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.settings import build_settings
 
 EXAMPLES = 6  # of a run's pictures, where none are given

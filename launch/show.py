@@ -17,12 +17,12 @@ import model_from_config
 from command_line import run
 from data_from_config import DataSettings, one_task, read_examples
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor
 from vlmvqa.data.example import Example
 from vlmvqa.data.packing import split
+from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
-from vlmvqa.inference.show import describe, draw
-from vlmvqa.models.pretrained import PretrainedSettings
+from vlmvqa.extras.pretrained.model import PretrainedSettings
+from vlmvqa.extras.report.row_drawing import describe, draw
 
 
 def main(config: DictConfig) -> None:

@@ -35,22 +35,22 @@ from run_folder import going_on, open_run, record_start, refuse_other_base, refu
 from vlmvqa import ranks
 from vlmvqa.code_state import code_state
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.inference.card import write_card
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.hub.upload import refuse_upload, upload
+from vlmvqa.extras.loggers.loggers import Run
+from vlmvqa.extras.report.model_card import write_card
 from vlmvqa.inference.evaluate import Asked
-from vlmvqa.inference.predict import Predictor, load
-from vlmvqa.inference.publish import refuse_upload, upload
-from vlmvqa.inference.scores import score
-from vlmvqa.models import adapters
+from vlmvqa.inference.predictor import Predictor, load
+from vlmvqa.metrics.registry import score
 from vlmvqa.models.checkpoint import Model
-from vlmvqa.models.saved import BASE, CONFIG
-from vlmvqa.training import parallel, preflight, samples
+from vlmvqa.models.model_folder import BASE, CONFIG
+from vlmvqa.training import distributed, runtime_checks, samples
 from vlmvqa.training.banner import banner
+from vlmvqa.training.callbacks import Tracking, chosen
+from vlmvqa.training.checkpoint_state import WEIGHTS, whole_weights, write_weights
 from vlmvqa.training.checkpoints import step_of, whole_checkpoints
 from vlmvqa.training.log import cut
-from vlmvqa.training.loggers import Run
-from vlmvqa.training.speed import rounded
-from vlmvqa.training.state import WEIGHTS, whole_weights, write_weights
-from vlmvqa.training.tracking import Tracking, chosen
+from vlmvqa.training.throughput import rounded
 from vlmvqa.training.trainer import VqaTrainer
 
 
@@ -58,9 +58,9 @@ def main(config: DictConfig) -> bool:
     """Train, save and score; return whether a signal stopped the training before its end."""
     model_from_config.take_saved_model(config)
     dist = training_from_config.dist_settings(config)
-    preflight.refuse(training_from_config.asked(config, dist))
+    runtime_checks.refuse(training_from_config.asked(config, dist))
     folder = from_config.run_folder(config)
-    parallel.start(dist, bool(config.trainer.get("use_cpu")))
+    distributed.start(dist, bool(config.trainer.get("use_cpu")))
     ranks.share(lambda: refuse_run(folder, config))
     if config.hub_id:
         ranks.share(lambda: refuse_upload(config.hub_id))
@@ -132,7 +132,7 @@ def score_tasks(
 
 def train(
     config: DictConfig,
-    dist: parallel.DistSettings,
+    dist: distributed.DistSettings,
     folder: Path,
     arguments: TrainingArguments,
     tasks: list[Task],
@@ -150,7 +150,7 @@ def train(
     training_set = training_from_config.training_set(config, data, predictor, tasks, bad_records)
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
-        parallel.shard(predictor.model, arguments.device, computed_in, dist.offload)
+        distributed.shard(predictor.model, arguments.device, computed_in, dist.offload)
     shown = [samples.Shown.of(task.evaluated, config.samples, config.seed, task.name) for task in tasks]
 
     def evaluate(model: Model) -> dict[str, float]:
@@ -261,7 +261,7 @@ def _write_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> Non
     else:
         weights, adapter = whole_weights(trainer), predictor.adapter
         if ranks.is_first():
-            adapters.save(folder, predictor.model, adapter.base, weights)
+            peft_adapters.save(folder, predictor.model, adapter.base, weights)
     if ranks.is_first():
         predictor.describe(folder)
     ranks.barrier()

@@ -24,14 +24,14 @@ from override_check import CONF
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.data.features import FeatureKey, FeatureStore, stored_dtype
-from vlmvqa.data.training_set import TrainingSet
+from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import Predictor
+from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore, stored_dtype
+from vlmvqa.inference.predictor import Predictor
 from vlmvqa.settings import build_settings
-from vlmvqa.training import tracking
-from vlmvqa.training.parallel import DistSettings, correct_deepspeed, deepspeed_config
-from vlmvqa.training.preflight import Asked, optimizer_for
+from vlmvqa.training import callbacks
+from vlmvqa.training.distributed import DistSettings, correct_deepspeed, deepspeed_config
+from vlmvqa.training.runtime_checks import Asked, optimizer_for
 
 if TYPE_CHECKING:
     from vlmvqa.training.trainer import VqaTrainer
@@ -144,7 +144,7 @@ def training_arguments(config: DictConfig, dist: DistSettings) -> TrainingArgume
     """transformers' TrainingArguments; what a run is (its folder, seed and strategy) is set by us."""
     values = group(config, "trainer")
     values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
-    values["report_to"] = tracking.chosen(values.get("report_to"))[1] or "none"  # ours are no business of its
+    values["report_to"] = callbacks.chosen(values.get("report_to"))[1] or "none"  # ours are no business of its
     # Lines in a log file, which a bar would fill with thousands of itself.
     values["disable_tqdm"] = bool(values.get("disable_tqdm")) or not sys.stderr.isatty()
     defaults = {

@@ -40,7 +40,12 @@ IDLE = 900.0  # seconds after which a parent that nobody asks ends, in case its 
 IMPORTED = (
     *("torch", "transformers", "transformers.models.gemma2.modeling_gemma2", "vlmvqa.training.trainer"),
     *("torch.distributed.fsdp", "torch.utils.tensorboard", "deepspeed", "matplotlib.figure", "hydra"),
-    *("vlmvqa.inference.evaluate", "vlmvqa.inference.report", "tests.unit.test_predict", "tests.unit.test_trainer"),
+    *(
+        "vlmvqa.inference.evaluate",
+        "vlmvqa.extras.report.report",
+        "tests.unit.test_predictor",
+        "tests.unit.test_trainer",
+    ),
 )
 PATIENCE = 10.0  # seconds for the other ranks to end after SIGTERM
 

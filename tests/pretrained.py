@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
 
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.pretrained import PretrainedProcessor
 from vlmvqa.data.tokenizer import train_tokenizer
-from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
-from vlmvqa.models.processors import ADDED_TOKENS, load_processor, random_processor
+from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
+from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
+from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
 WORDS = {**SIZES, "num_hidden_layers": 2, "num_key_value_heads": 1, "vocab_size": 400 + ADDED_TOKENS}

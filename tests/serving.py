@@ -17,15 +17,15 @@ from starlette.testclient import TestClient
 
 from tests import pretrained
 from tests.pretrained import picture
-from tests.unit.test_predict import predictor
+from tests.unit.test_predictor import predictor
 from vlmvqa.data.example import Example
-from vlmvqa.inference.predict import Answer, Predictor
+from vlmvqa.extras.pretrained.model import PretrainedSettings
+from vlmvqa.extras.serving.access import Guard
+from vlmvqa.extras.serving.api import build
+from vlmvqa.extras.serving.limits import Limits
+from vlmvqa.extras.serving.service import Service
+from vlmvqa.inference.predictor import Answer, Predictor
 from vlmvqa.models.generation import Decoding
-from vlmvqa.models.pretrained import PretrainedSettings
-from vlmvqa.serving.api import build
-from vlmvqa.serving.guard import Guard
-from vlmvqa.serving.limits import Limits
-from vlmvqa.serving.service import Service
 
 
 def paligemma(folder: Path) -> Predictor:

@@ -21,7 +21,7 @@ from vlmvqa import fingerprint
 from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import Answer, Predictor
+from vlmvqa.inference.predictor import Answer, Predictor
 from vlmvqa.models.generation import Decoding
 
 # Seconds that a batch waits to become as large as the one before: those threads are on their way back.

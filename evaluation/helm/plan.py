@@ -16,7 +16,7 @@ from vlmvqa import fingerprint, ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered
 from vlmvqa.errors import InputError
-from vlmvqa.models import saved
+from vlmvqa.models import model_folder
 
 ENTRIES = ("vqav2", "gqa")  # run_specs.py has a run entry for each
 OBEYED = ("data.source", "data.root", "data.synthetic", "data.options")
@@ -124,9 +124,9 @@ def _refuse_what_cannot_be_meant(config: DictConfig) -> None:
 
 def _client(config: DictConfig) -> dict[str, Any]:
     """The arguments of `VLMClient`; of the decoding only what the command line says, the rest is the model's own."""
-    folder = saved.find(config.checkpoint).resolve()
-    if not (folder / saved.WEIGHTS).is_file():
-        raise InputError(f"{folder} holds no {saved.WEIGHTS}; copy or save the model again")
+    folder = model_folder.find(config.checkpoint).resolve()
+    if not (folder / model_folder.WEIGHTS).is_file():
+        raise InputError(f"{folder} holds no {model_folder.WEIGHTS}; copy or save the model again")
     prompt = config.prompt
     if prompt is not None:
         prompt = new_lines(str(prompt))

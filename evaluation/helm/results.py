@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError, counted
-from vlmvqa.inference import intervals
+from vlmvqa.inference import bootstrap
 from vlmvqa.metrics import helm_bleu_1
 
 HEADLINE = "bleu_1"
@@ -127,7 +127,7 @@ def summary(scored: Mapping[str, Scored], examples: Sequence[Example], seed: int
 
 
 def _mean(values: Mapping[str, float], about: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    found = intervals.bootstrap(values, about, seed)
+    found = bootstrap.bootstrap(values, about, seed)
     mean = sum(values.values()) / len(values)
     return {"mean": mean, "interval": [found.low, found.high] if found else None}
 
@@ -135,7 +135,7 @@ def _mean(values: Mapping[str, float], about: Mapping[str, Any], seed: int) -> d
 def _difference(
     control: Mapping[str, float], real: Mapping[str, float], about: Mapping[str, Any], seed: int
 ) -> dict[str, Any] | None:
-    found = intervals.compare(control, real, about, seed)
+    found = bootstrap.compare(control, real, about, seed)
     if found is None:
         return None
     one = found.difference

@@ -15,7 +15,7 @@ from helm.benchmark.scenarios.vision_language.gqa_scenario import GQAScenario
 from helm.benchmark.scenarios.vision_language.vqa_scenario import VQAScenario
 from helm.common.media_object import MediaObject, MultimediaObject
 
-from vlmvqa.data import gqa, vqav2
+from vlmvqa.data.datasets import gqa, vqav2
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import load_json
 from vlmvqa.errors import InputError

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from vlmvqa.data.example import Example as Example
     from vlmvqa.data.example import Question as Question
     from vlmvqa.errors import InputError as InputError
-    from vlmvqa.inference.look import Look as Look
-    from vlmvqa.inference.look import draw as draw
-    from vlmvqa.inference.look import look as look
-    from vlmvqa.inference.predict import Answer as Answer
-    from vlmvqa.inference.predict import Predictor as Predictor
-    from vlmvqa.inference.predict import load as load
+    from vlmvqa.extras.report.attribution import Look as Look
+    from vlmvqa.extras.report.attribution import draw as draw
+    from vlmvqa.extras.report.attribution import look as look
+    from vlmvqa.inference.predictor import Answer as Answer
+    from vlmvqa.inference.predictor import Predictor as Predictor
+    from vlmvqa.inference.predictor import load as load
     from vlmvqa.models.generation import Decoding as Decoding
 
 # `vlmvqa.evaluation` is a folder beside src/ in a checkout; a wheel holds it inside the package.
@@ -36,16 +36,16 @@ __all__ = ["Answer", "Decoding", "Example", "InputError", "Look", "Predictor", "
 
 # Where each is. torch and transformers take seconds to import: not for `import vlmvqa`, nor for `vlmvqa.metrics`.
 _PLACES = {
-    "Answer": "inference.predict",
+    "Answer": "inference.predictor",
     "Decoding": "models.generation",
     "Example": "data.example",
     "InputError": "errors",
-    "Look": "inference.look",
-    "Predictor": "inference.predict",
+    "Look": "extras.report.attribution",
+    "Predictor": "inference.predictor",
     "Question": "data.example",
-    "draw": "inference.look",
-    "load": "inference.predict",
-    "look": "inference.look",
+    "draw": "extras.report.attribution",
+    "load": "inference.predictor",
+    "look": "extras.report.attribution",
 }
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from tests import forks
-from tests.unit.test_predict import examples, predictor
+from tests.unit.test_predictor import examples, predictor
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.training import parallel
-from vlmvqa.training.parallel import DistSettings
+from vlmvqa.training import distributed
+from vlmvqa.training.distributed import DistSettings
 
 # Questions of each image, and how they are answered.
 CASES: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ def answer(
 
 
 def work(root: Path) -> None:
-    parallel.start(DistSettings("ddp"), cpu=True)
+    distributed.start(DistSettings("ddp"), cpu=True)
     for number, (name, case) in enumerate(CASES.items()):
         found = ranks.gather(answer(root / str(number), **case))
         assert all(one == found[0] for one in found), f"{name}: the ranks hold different answers"

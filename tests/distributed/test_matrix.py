@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.distributed.harness import work
 from tests.distributed.worker import Case, model
 from vlmvqa.sequence.masks import MODES
-from vlmvqa.training.parallel import STRATEGIES
+from vlmvqa.training.distributed import STRATEGIES
 
 DOCS, BEGIN, END = ROOT / "docs" / "scaling.md", "<!-- matrix -->\n", "<!-- end of matrix -->"
 ROWS = [*((strategy, False) for strategy in STRATEGIES), ("fsdp", True), ("zero3", True)]

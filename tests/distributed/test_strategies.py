@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.harness import work
 from tests.distributed.worker import Case, model
-from vlmvqa.training.parallel import STRATEGIES
+from vlmvqa.training.distributed import STRATEGIES
 
 STEPS = 8
 # The one of the next row resumes what this one saved.

@@ -26,18 +26,18 @@ from tests import tiny
 from tests.unit.test_trainer import examples
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor
 from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenizer import train_tokenizer
-from vlmvqa.data.training_set import TrainingSet
+from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
-from vlmvqa.models import adapters
-from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.models.vlm import VLM, build, set_trainable
-from vlmvqa.training import parallel, preflight
+from vlmvqa.training import distributed, runtime_checks
+from vlmvqa.training.checkpoint_state import WEIGHTS
+from vlmvqa.training.distributed import DistSettings
 from vlmvqa.training.log import read_log
-from vlmvqa.training.parallel import DistSettings
-from vlmvqa.training.state import WEIGHTS
 from vlmvqa.training.trainer import VqaTrainer
 
 
@@ -90,7 +90,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
     log = [record for record in read_log(root / case.name / "log.jsonl") if "loss" in record]
     losses = {record["step"]: record["loss"] for record in log}
     if not case.saves:
-        return {"losses": losses, "table": preflight.check(trainer)}
+        return {"losses": losses, "table": runtime_checks.check(trainer)}
     weights = root / case.name / f"checkpoint-{case.steps}" / WEIGHTS
     with trainer._whole_model() as whole:
         saved = load_file(weights)
@@ -101,7 +101,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
         "losses": losses,
         "norms": {record["step"]: record["grad_norm"] for record in log},
         "limits": trainer.clipping.norms,
-        "table": preflight.check(trainer),
+        "table": runtime_checks.check(trainer),
         "weights": str(weights),
         "whole_model_is_the_checkpoint": same,
         "types_of_the_batch": {name: str(column.dtype) for name, column in batch.items()},
@@ -113,15 +113,15 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     vlm = model(case.mode)
     adapt = ADAPTED.get(case.trained)
     if adapt is not None:
-        adapters.attach(vlm, adapt)
+        peft_adapters.attach(vlm, adapt)
     if case.trained == "projector":
         set_trainable(vlm.part("vision"), "none", "vision")
         set_trainable(vlm.part("language"), "none", "language")
     arguments = make_arguments(case, dist, folder)
     if dist.is_zero:
-        parallel.correct_deepspeed()
+        distributed.correct_deepspeed()
     if case.strategy == "fsdp":
-        parallel.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
+        distributed.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
     given = examples(32)
     tokenizer = train_tokenizer(given, 300)
     processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
@@ -145,13 +145,13 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         "max_steps": case.steps,
         "learning_rate": 1e-3,
         "save_steps": 2,
-        "optim": preflight.optimizer_for(case.optim, dist),
+        "optim": runtime_checks.optimizer_for(case.optim, dist),
         "bf16": case.bf16,
         **({} if case.saves else {"save_strategy": "no"}),
         **(case.trainer or {}),
     }
     adapt = ADAPTED.get(case.trained)
-    preflight.refuse(preflight.Asked(dist, values, tiny.settings(case.mode), adapt=adapt))
+    runtime_checks.refuse(runtime_checks.Asked(dist, values, tiny.settings(case.mode), adapt=adapt))
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
@@ -160,7 +160,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         report_to="none",
         logging_steps=1,
         ddp_find_unused_parameters=False,
-        deepspeed=parallel.deepspeed_config(dist) if dist.is_zero else None,
+        deepspeed=distributed.deepspeed_config(dist) if dist.is_zero else None,
         **values,
     )
 
@@ -172,7 +172,7 @@ def main(root: Path, cases: list[Case]) -> None:
     transformers_logging.set_verbosity_error()
     gc.freeze()  # each training collects garbage: it need not look through all that was imported
     needs_group = any(case.strategy != "ddp" for case in cases)
-    parallel.start(DistSettings("zero2" if needs_group else "ddp"), cpu=True)
+    distributed.start(DistSettings("zero2" if needs_group else "ddp"), cpu=True)
     results: dict[str, Any] = {}
     for case in cases:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which a training before has left

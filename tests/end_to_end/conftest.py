@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.scripts import SMALL, call, done
-from vlmvqa.data import shapes
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set in VQAv2's files; nothing is wrong with it."""
     root = tmp_path_factory.mktemp("whole") / "vqav2"
-    return shapes.write(root, train_images=6, val_images=4, questions_per_image=2)
+    return synthetic_vqav2.write(root, train_images=6, val_images=4, questions_per_image=2)
 
 
 @pytest.fixture

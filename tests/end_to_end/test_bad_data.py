@@ -31,7 +31,7 @@ from tests.end_to_end.scripts import (
     sentence,
     truncate,
 )
-from vlmvqa.data import shapes
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 
 # --- VQAv2's files ------------------------------------------------------------------------------------
 
@@ -193,7 +193,7 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def test_odd_pictures_long_questions_and_other_scripts_are_trained_and_scored(tmp_path: Path) -> None:
-    root = shapes.write(tmp_path / "vqav2", train_images=8, val_images=7, questions_per_image=2)
+    root = synthetic_vqav2.write(tmp_path / "vqav2", train_images=8, val_images=7, questions_per_image=2)
     texts = ["word " * 5000 + "?", "Какого цвета 猫? 🐈"]
     for split in ("train2014", "val2014"):
         for path, picture in zip(sorted((root / split).iterdir()), odd_pictures().values(), strict=False):

@@ -22,7 +22,10 @@ from tests.conftest import ROOT
 from tests.end_to_end import scripts
 from tests.end_to_end.scripts import LONGER, SHAPES, call, done, predictions
 from tests.pages import PAGES, Block, blocks, script
-from vlmvqa.data import forms, shapes, shapes_captions, shapes_gqa
+from vlmvqa.extras.synthetic import coco_captions as synthetic_coco_captions
+from vlmvqa.extras.synthetic import docvqa as synthetic_docvqa
+from vlmvqa.extras.synthetic import gqa as synthetic_gqa
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 
 scripts.JOBS["prepare"] = prepare_script.start
 scripts.JOBS["merge"] = lambda: command_line.run(merge_script.main, "merge")
@@ -40,7 +43,7 @@ BY_OTHERS = {
 }
 # In a copy of the project: test_docs_extending.py; its examples one after the other: tests/unit/test_api.py.
 ELSEWHERE = ("extending", "api", "serving")  # the last: test_serve.py
-DRAWN = {"vqav2": shapes, "docvqa": forms, "gqa": shapes_gqa, "coco": shapes_captions}
+DRAWN = {"vqav2": synthetic_vqav2, "docvqa": synthetic_docvqa, "gqa": synthetic_gqa, "coco": synthetic_coco_captions}
 FEW = {"train_images": 8, "val_images": 6}
 LANGUAGE = {
     "vocab_size": 400,

@@ -28,7 +28,9 @@ from tests.conftest import ROOT
 from tests.end_to_end.scripts import Ended, call, change, done, metrics, sentence, truncate
 from tests.pages import commands
 from vlmvqa import fingerprint
-from vlmvqa.data import shapes, shapes_gqa, vqav2
+from vlmvqa.data.datasets import vqav2
+from vlmvqa.extras.synthetic import gqa as synthetic_gqa
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 from vlmvqa.metrics import helm_bleu_1
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -342,8 +344,8 @@ def home(tmp_path: Path, trained: Path) -> Path:
     """A folder with what README and docs/helm.md name: two models, and drawn files for what they call /data/..."""
     for name in ("demo", "vqa"):
         shutil.copytree(trained, tmp_path / "runs" / name)
-    shapes.write(tmp_path / "data" / "shapes", train_images=6, val_images=6, questions_per_image=4)
-    shapes_gqa.write(tmp_path / "gqa", train_images=8, val_images=8)
+    synthetic_vqav2.write(tmp_path / "data" / "shapes", train_images=6, val_images=6, questions_per_image=4)
+    synthetic_gqa.write(tmp_path / "gqa", train_images=8, val_images=8)
     (tmp_path / "vqav2").symlink_to(tmp_path / "data" / "shapes")
     return tmp_path
 

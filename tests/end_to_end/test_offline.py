@@ -16,14 +16,14 @@ from PIL import Image
 import vlmvqa
 import vlmvqa.hub
 from tests.end_to_end.scripts import SMALL, call, done, sentence
-from vlmvqa.data import hub
 from vlmvqa.data.tokenizer import load_tokenizer
 from vlmvqa.errors import InputError
-from vlmvqa.inference.publish import refuse_upload
+from vlmvqa.extras.hub import dataset
+from vlmvqa.extras.hub.upload import refuse_upload
+from vlmvqa.extras.pretrained.hf_processor import load_processor
+from vlmvqa.extras.pretrained.model import PretrainedSettings, pretrained_config
 from vlmvqa.metrics import clip_similarity
 from vlmvqa.models.language import LanguageSettings, language_config
-from vlmvqa.models.pretrained import PretrainedSettings, pretrained_config
-from vlmvqa.models.processors import load_processor
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 
 
@@ -63,7 +63,7 @@ PLACES: dict[str, Callable[[], object]] = {
     "tokenizer": lambda: load_tokenizer("no/where"),
     "encoder": lambda: VisionEncoder(VisionSettings("vit_tiny_patch16_224.augreg_in21k", weights="hub")),
     "clip": lambda: clip_similarity({1: "a dog"}, {1: Image.new("RGB", (8, 8))}, model="no/where"),
-    "data": lambda: hub.read("no/where", "train", columns=hub.Columns(), prompt="{question}"),
+    "data": lambda: dataset.read("no/where", "train", columns=dataset.Columns(), prompt="{question}"),
     "publish": lambda: refuse_upload("no/where"),
 }
 

@@ -17,11 +17,11 @@ from override_check import check_overrides
 from tests.end_to_end import scripts
 from tests.end_to_end.scripts import JOBS, Ended, done, launch, sentence
 from tests.unit.test_config import compose
-from vlmvqa.data import shapes
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.data.features import FeatureKey, FeatureStore
-from vlmvqa.inference.predict import Predictor
+from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
+from vlmvqa.inference.predictor import Predictor
 
 JOBS["prepare"] = prepare_script.start
 SMALL = (
@@ -35,7 +35,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    return shapes.write(folder, train_images=30, val_images=6, questions_per_image=3)
+    return synthetic_vqav2.write(folder, train_images=30, val_images=6, questions_per_image=3)
 
 
 def call(*arguments: str) -> Ended:

@@ -33,10 +33,10 @@ from tests.conftest import ROOT
 from tests.end_to_end.scripts import SMALL, call, command, done, predictions, sentence
 from tests.pretrained import picture
 from tests.serving import encoded, own, sent
-from vlmvqa.data import shapes
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import Predictor, load
-from vlmvqa.serving.limits import Limits
+from vlmvqa.extras.serving.limits import Limits
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
+from vlmvqa.inference.predictor import Predictor, load
 
 __all__ = ["chromium"]  # a fixture
 
@@ -66,7 +66,7 @@ class Server:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scored run, its answers made those of a better model: every third is right."""
     folder = tmp_path_factory.mktemp("served")
-    data = shapes.write(folder / "data", train_images=6, val_images=8, questions_per_image=4)
+    data = synthetic_vqav2.write(folder / "data", train_images=6, val_images=8, questions_per_image=4)
     done(call("train", "data=vqav2", f"data.root={data}", f"run.dir={folder / 'run'}", DECODING, *SMALL))
     records = predictions(folder / "run")
     for number, record in enumerate(records):

@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.end_to_end.scripts import LONGER, call, done
 from vlmvqa.code_state import code_state
+from vlmvqa.extras.loggers.loggers import Run, TensorBoard
 from vlmvqa.training.log import read_log
-from vlmvqa.training.loggers import Run, TensorBoard
 
 wandb = pytest.importorskip("wandb", reason="wandb is an extra: pip install 'vlmvqa[wandb]'")
 pytest.importorskip("mlflow", reason="mlflow is an extra: pip install 'vlmvqa[mlflow]'")

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 import vlmvqa
 from tests.end_to_end.scripts import LONGER, SHAPES, call, complaints, done, launch, losses, start
-from vlmvqa.data import vqav2
-from vlmvqa.inference.scores import score
+from vlmvqa.data.datasets import vqav2
+from vlmvqa.metrics.registry import score
 from vlmvqa.training.checkpoints import whole_checkpoints
 from vlmvqa.training.log import read_log
 

@@ -21,9 +21,10 @@ from tests import pretrained, tiny
 from tests.unit.test_pretrained import predictor, training_batch
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
-from vlmvqa.models import adapters, checkpoint
-from vlmvqa.models.adapters import AdapterSettings
-from vlmvqa.models.pretrained import OURS, PretrainedSettings, PretrainedVLM
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.extras.pretrained.model import OURS, PretrainedSettings, PretrainedVLM
+from vlmvqa.models import checkpoint
 from vlmvqa.models.vlm import DTYPES, PARTS, VLM, build, cast_parameters, set_trainable
 from vlmvqa.training.banner import banner
 
@@ -74,9 +75,9 @@ def learn(model: nn.Module) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_was_named_gets_adapters_and_trains(model: VLM | PretrainedVLM, kind: str, folder: Path) -> None:
     layers = len([block for block in model.blocks if hasattr(block, "mlp") and hasattr(block.mlp, "gate_proj")])
-    paths = adapters.attach(model, KINDS[kind])
+    paths = peft_adapters.attach(model, KINDS[kind])
     assert len(paths) == LINEAR * layers and all(path.startswith("language.") for path in paths)
-    assert {path.rpartition(".")[2] for path in paths} == {*adapters.ATTENTION, *adapters.FEED_FORWARD}
+    assert {path.rpartition(".")[2] for path in paths} == {*peft_adapters.ATTENTION, *peft_adapters.FEED_FORWARD}
     trained = pretrained.trained(model)
     each = 3 if "dora" in kind else 2
     assert len(trained) == each * len(paths) and all("lora_" in name for name in trained)
@@ -96,13 +97,13 @@ def test_a_new_adapter_changes_nothing(model: VLM | PretrainedVLM, folder: Path)
     before = logits(model, batch)
     for settings in (LORA, DORA):
         other = copy.deepcopy(model)
-        adapters.attach(other, settings)
+        peft_adapters.attach(other, settings)
         assert torch.allclose(logits(other, batch), before, atol=1e-5)
 
 
 def test_the_scale_and_the_dropout_are_those_asked_for() -> None:
     model = tiny.model()
-    adapters.attach(model, replace(LORA, rank=4, alpha=8, dropout=0.25, targets=("language.*.q_proj",)))
+    peft_adapters.attach(model, replace(LORA, rank=4, alpha=8, dropout=0.25, targets=("language.*.q_proj",)))
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     assert len(layers) == 4
     assert all(layer.scaling["default"] == 2 and layer.lora_dropout["default"].p == 0.25 for layer in layers)
@@ -110,11 +111,11 @@ def test_the_scale_and_the_dropout_are_those_asked_for() -> None:
 
 def test_towers_by_option(folder: Path) -> None:
     model, _ = pretrained.load(folder)
-    paths = adapters.attach(model, replace(LORA, targets=("vision.*.q_proj", "projector.*")))
+    paths = peft_adapters.attach(model, replace(LORA, targets=("vision.*.q_proj", "projector.*")))
     assert {path.split(".")[0] for path in paths} == {"vision", "projector"}
     assert "projector.linear" in paths and len(paths) == 3
     own = tiny.model()
-    assert len(adapters.attach(own, replace(LORA, targets=("vision.*.attn.qkv",)))) == 2
+    assert len(peft_adapters.attach(own, replace(LORA, targets=("vision.*.attn.qkv",)))) == 2
 
 
 @pytest.mark.parametrize(
@@ -130,22 +131,22 @@ def test_towers_by_option(folder: Path) -> None:
 def test_a_pattern_that_matches_nothing_is_said(folder: Path, targets: list[str], sentence: str) -> None:
     model, _ = pretrained.load(folder)
     with pytest.raises(InputError, match=sentence):
-        adapters.attach(model, replace(LORA, targets=targets))
+        peft_adapters.attach(model, replace(LORA, targets=targets))
     assert all(p.requires_grad for p in model.parameters())
 
 
 def test_a_head_that_is_the_embedding_gets_no_adapter(folder: Path) -> None:
     """What it learnt could not be merged; a head of its own may learn."""
     model, _ = pretrained.load(folder)
-    paths = adapters.attach(model, replace(LORA, targets=("language.*",)))
+    paths = peft_adapters.attach(model, replace(LORA, targets=("language.*",)))
     assert paths and "language.lm_head" not in paths
     adapted = {id(module.base_layer) for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)}
     assert id(model.net.get_output_embeddings()) not in adapted
     tied, _ = pretrained.load(folder)
     with pytest.raises(InputError, match=r"language\.lm_head matches no linear layer"):
-        adapters.attach(tied, replace(LORA, targets=("language.lm_head",)))
+        peft_adapters.attach(tied, replace(LORA, targets=("language.lm_head",)))
     own = tiny.model(tie_word_embeddings=False)
-    assert adapters.attach(own, replace(LORA, targets=("language.head",))) == ["language.head"]
+    assert peft_adapters.attach(own, replace(LORA, targets=("language.head",))) == ["language.head"]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(InputError, match=rf"needs {missing}; install it with: pip install 'vlmvqa\[adapters\]'"):
-        adapters.attach(tiny.model(), settings)
+        peft_adapters.attach(tiny.model(), settings)
 
 
 # ---- 4 bits
@@ -184,7 +185,7 @@ def test_four_bits_are_four_bits(model: VLM | PretrainedVLM, folder: Path) -> No
         id(linear.weight) for block in model.blocks for linear in block.modules() if isinstance(linear, nn.Linear)
     }
     chosen = {name for name, p in model.named_parameters() if id(p) in inside}
-    adapters.quantize(model, QLORA)
+    peft_adapters.quantize(model, QLORA)
     packed = {name: p for name, p in model.named_parameters() if p.dtype == torch.uint8}
     assert packed.keys() <= chosen
     assert packed
@@ -192,7 +193,7 @@ def test_four_bits_are_four_bits(model: VLM | PretrainedVLM, folder: Path) -> No
         assert whole[name].shape[1] % 64
     for name, weight in packed.items():
         assert weight.numel() == whole[name].numel() / 2
-        error = (adapters.dequantize(weight) - whole[name]).norm() / whole[name].norm()
+        error = (peft_adapters.dequantize(weight) - whole[name]).norm() / whole[name].norm()
         assert 0.03 < error < 0.12  # NF4 of normal weights: about a tenth
     after = logits(model, batch)
     assert 0 < (after - before).norm() / before.norm() < 0.6
@@ -206,7 +207,7 @@ def test_recomputed_activations_reach_the_adapters(kind: str, folder: Path) -> N
     """Although nothing before them needs a gradient, the embedding is frozen."""
     model, _ = pretrained.load(folder)
     batch = batch_of(model, folder)
-    adapters.attach(model, KINDS[kind])
+    peft_adapters.attach(model, KINDS[kind])
     learn(model)
 
     def gradients(of: PretrainedVLM) -> dict[str, Tensor]:
@@ -224,7 +225,7 @@ def test_recomputed_activations_reach_the_adapters(kind: str, folder: Path) -> N
 
 def test_recomputing_leaves_a_frozen_encoder_alone(model: VLM | PretrainedVLM, folder: Path) -> None:
     """Nothing there trains, so no backward pass goes through it."""
-    adapters.attach(model, LORA)
+    peft_adapters.attach(model, LORA)
     model.checkpoint_activations()
     seen = []
     model.projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].requires_grad))
@@ -239,10 +240,10 @@ def saved(folder: Path, kind: str, to: Path) -> tuple[PretrainedVLM, dict[str, A
     """A learnt adapter over the base of a folder, written as a run leaves it."""
     model, processor = pretrained.load(folder)
     settings = KINDS[kind]
-    adapters.attach(model, settings)
+    peft_adapters.attach(model, settings)
     learn(model)
     to.mkdir()
-    adapters.save(to, model, str(folder), {name: p.detach() for name, p in pretrained.trained(model).items()})
+    peft_adapters.save(to, model, str(folder), {name: p.detach() for name, p in pretrained.trained(model).items()})
     one = predictor(model, processor)
     one.adapter = checkpoint.Adapter(settings, str(folder), fingerprint.weights_in(folder))
     one.describe(to)
@@ -257,7 +258,7 @@ def test_saved_alone_and_loaded_over_the_base(folder: Path, kind: str, tmp_path:
     again = vlmvqa.load(tmp_path / "adapter", "cpu")
     assert torch.equal(logits(again.model, batch), logits(model, batch))
     assert again.prompt == "answer en {question}\n"
-    (tmp_path / "adapter" / adapters.WEIGHTS).unlink()  # in a training checkpoint names are the model's
+    (tmp_path / "adapter" / peft_adapters.WEIGHTS).unlink()  # in a training checkpoint names are the model's
     named = {checkpoint.saved_name(name): weight for name, weight in pretrained.trained(model).items()}
     save_file(named, tmp_path / "adapter" / "model.safetensors")
     assert torch.equal(logits(vlmvqa.load(tmp_path / "adapter", "cpu").model, batch), logits(model, batch))
@@ -278,15 +279,15 @@ def with_a_part_whole(family: str, dtype: str, folder: Path, part: str = "projec
     base = pretrained.save(family, folder / "base")
     model, processor = pretrained.load(base)
     cast_parameters(model, DTYPES[dtype])
-    adapters.attach(model, LORA)
+    peft_adapters.attach(model, LORA)
     learn(model)
     set_trainable(model.part(part), "all", part)
-    adapters.keep_float32(model, [part])
+    peft_adapters.keep_float32(model, [part])
     with torch.no_grad():
         for parameter in model.part(part).parameters:
             parameter.add_(1e-3 * torch.randn(parameter.shape))
     (folder / "adapter").mkdir()
-    adapters.save(folder / "adapter", model, str(base), pretrained.trained(model))
+    peft_adapters.save(folder / "adapter", model, str(base), pretrained.trained(model))
     one = predictor(model, processor)
     one.settings = PretrainedSettings("somewhere", dtype=dtype)
     one.adapter = checkpoint.Adapter(LORA, str(base), fingerprint.weights_in(base))
@@ -331,9 +332,9 @@ def test_a_part_that_trains_whole_is_float32_over_any_base(family: str, part: st
 def test_small_steps_move_a_part_that_trains_whole(model: VLM | PretrainedVLM, part: str, folder: Path) -> None:
     """In the base's bfloat16 all but a few would be rounded away."""
     model = cast_parameters(model, torch.bfloat16).train()
-    adapters.attach(model, LORA)
+    peft_adapters.attach(model, LORA)
     set_trainable(model.part(part), "all", part)
-    adapters.keep_float32(model, [part])
+    peft_adapters.keep_float32(model, [part])
     parameters = [p for p in model.part(part).parameters if p.ndim > 1]
     before = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5, weight_decay=0)
@@ -363,7 +364,7 @@ def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_weights_of_another_model_are_refused(folder: Path, tmp_path: Path) -> None:
     saved(folder, "lora", tmp_path / "adapter")
-    file = tmp_path / "adapter" / adapters.WEIGHTS
+    file = tmp_path / "adapter" / peft_adapters.WEIGHTS
     weights = load_file(file)
     first = sorted(weights)[0]
     for change, sentence in (
@@ -404,18 +405,18 @@ def test_a_folder_without_weights_has_no_fingerprint(folder: Path, tmp_path: Pat
 
 def test_a_layer_that_cannot_be_read_back_stays_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As SigLIP's of width 4,304 on some CPUs; and it is said."""
-    monkeypatch.setattr(adapters, "_reads_back", lambda packed: packed.quant_state.shape[-1] == 128)
+    monkeypatch.setattr(peft_adapters, "_reads_back", lambda packed: packed.quant_state.shape[-1] == 128)
     model, _ = pretrained.load(folder)
-    paths = adapters.attach(model, QLORA)
+    paths = peft_adapters.attach(model, QLORA)
     packed = [name for name, p in model.named_parameters() if p.dtype == torch.uint8]
     assert packed and all("fc2" in name or "down_proj" in name for name in packed)
-    assert "layers of width 32, 64 stay whole" in adapters.describe(model, QLORA, paths)
+    assert "layers of width 32, 64 stay whole" in peft_adapters.describe(model, QLORA, paths)
 
 
 def test_adapters_are_float32_over_any_base(folder: Path) -> None:
     """In the base's bfloat16 small steps would be rounded away."""
     model = pretrained.load(folder)[0].to(torch.bfloat16)
-    adapters.attach(model, LORA)
+    peft_adapters.attach(model, LORA)
     assert {parameter.dtype for parameter in pretrained.trained(model).values()} == {torch.float32}
 
 
@@ -424,6 +425,6 @@ def test_weights_in_four_bits_count_whole(folder: Path) -> None:
     totals = []
     for settings in (LORA, QLORA):
         model, _ = pretrained.load(folder)
-        adapters.attach(model, settings)
+        peft_adapters.attach(model, settings)
         totals.append(banner(model, []).splitlines()[-1].split()[1:3])
     assert totals[0] == totals[1]

@@ -13,7 +13,7 @@ from PIL import Image
 
 import vlmvqa
 from tests.conftest import ROOT
-from tests.unit.test_predict import predictor
+from tests.unit.test_predictor import predictor
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^### `(\w+)(?:\((.*?)\))?(?: -> .*)?`$", PAGE, re.MULTILINE)
@@ -73,7 +73,7 @@ import sys
 import vlmvqa, vlmvqa.metrics
 print(*(name for name in {HEAVY} if name in sys.modules))
 sys.path.insert(0, "{ROOT / "launch"}")
-import vlmvqa.inference.predict, predict, eval, serve, show, prepare
+import vlmvqa.inference.predictor, predict, eval, serve, show, prepare
 print(*(name for name in {OPTIONAL} if name in sys.modules))
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -21,9 +21,9 @@ import pytest
 from data_from_config import DataSettings, read_examples
 from tests.unit.test_vqav2 import ANNOTATIONS, ASKED, QUESTIONS, annotation, change, save
 from vlmvqa.data import cache as cache_module
-from vlmvqa.data import vqav2
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import Cache, read_once
+from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
 
@@ -367,14 +367,14 @@ def test_the_shapes_are_drawn_and_then_read_once(tmp_path: Path, monkeypatch: py
 
 
 def test_a_source_that_does_not_name_its_files_is_read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    source, calls = ModuleType("vlmvqa.data.mine"), []
+    source, calls = ModuleType("vlmvqa.data.datasets.mine"), []
 
     def read_mine(root: Path, split: str, *, bad_records: BadRecords, **arguments: Any) -> Iterator[Example]:
         calls.append(arguments)
         yield Example(root / "1.jpg", 1, ())
 
     vars(source)["read"] = read_mine
-    monkeypatch.setitem(sys.modules, "vlmvqa.data.mine", source)
+    monkeypatch.setitem(sys.modules, "vlmvqa.data.datasets.mine", source)
     settings = DataSettings("mine", "somewhere", {"colour": "red"}, prompt="{question}")
     for _ in range(2):
         assert read_examples(settings, "val", 7, BadRecords()) == [Example(Path("somewhere/1.jpg"), 1, ())]

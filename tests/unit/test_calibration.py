@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vlmvqa.inference.calibration import calibrate
-from vlmvqa.inference.confusion import confuse, expected
+from vlmvqa.extras.report.calibration import calibrate
+from vlmvqa.extras.report.confusion import confuse, expected
 
 
 def answered(probability: float | None, score: float | None) -> dict[str, Any]:

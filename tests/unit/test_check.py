@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from vlmvqa.data import shapes, vqav2
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.check import Published, check, table
+from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Example
+from vlmvqa.extras.dataset_tools.check import Published, check, table
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return shapes.write(tmp_path / "vqav2", train_images=6, val_images=4, questions_per_image=2)
+    return synthetic_vqav2.write(tmp_path / "vqav2", train_images=6, val_images=4, questions_per_image=2)
 
 
 def walk(root: Path, pictures: bool, **published: Published) -> list[str]:

@@ -13,10 +13,12 @@ from PIL import Image
 from data_from_config import DataSettings, data_settings, read_examples
 from tests.unit.test_config import compose
 from tests.unit.test_vqav2 import change, ids, save
-from vlmvqa.data import coco_captions, scenes, shapes_captions
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.datasets import coco_captions
 from vlmvqa.data.example import Question
 from vlmvqa.errors import InputError
+from vlmvqa.extras.synthetic import coco_captions as synthetic_coco_captions
+from vlmvqa.extras.synthetic import scene as scenes
 
 VAL = "captions_val2017.json"
 CAPTIONS = {9: ["A cat. ", "a  cat\non a mat", "Cats"], 7: ["A dog.", "Dog"], 8: ["Ein Bär"]}
@@ -229,14 +231,14 @@ def test_the_results_file_has_image_ids_and_raw_captions(tmp_path: Path) -> None
 def test_captions_count_what_a_scene_holds() -> None:
     looks = [("circle", "red"), ("square", "blue"), ("square", "blue"), ("star", "black")]
     scene = [scenes.Shape(form, color, "small", 0.2) for form, color in looks]
-    assert shapes_captions.describe(scene) == [
+    assert synthetic_coco_captions.describe(scene) == [
         "a red circle, two blue squares and a black star",
         "there are a red circle, two blue squares and a black star",
         "a picture of a red circle, two blue squares and a black star",
         "a red circle, two blue squares and a black star on a light background",
         "a black star, two blue squares and a red circle in a picture",
     ]
-    assert shapes_captions.describe(scene[:1])[1] == "there is a red circle"
+    assert synthetic_coco_captions.describe(scene[:1])[1] == "there is a red circle"
 
 
 def test_drawn_captions_are_read_by_the_official_reader(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vlmvqa.errors import InputError
-from vlmvqa.inference.compare import compare_runs, table
+from vlmvqa.extras.report.compare import compare_runs, table
 
 
 def leave(folder: Path, right: set[int], n: int = 40, **changes: Any) -> Path:

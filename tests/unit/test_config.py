@@ -20,14 +20,14 @@ from override_check import CONF, check_overrides, collect
 from tests.conftest import ROOT
 from training_from_config import dist_settings, training_arguments
 from vlmvqa.errors import InputError
-from vlmvqa.models.adapters import ATTENTION, FEED_FORWARD, AdapterSettings
+from vlmvqa.extras.adapters.peft_adapters import ATTENTION, FEED_FORWARD, AdapterSettings
+from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
-from vlmvqa.serving.limits import Limits
 from vlmvqa.settings import build_settings
 from vlmvqa.trainer_arguments import argument_types
+from vlmvqa.training.distributed import DistSettings, deepspeed_config
 from vlmvqa.training.launchers import launcher_choice
-from vlmvqa.training.parallel import DistSettings, deepspeed_config
 
 CHECKED = {"data": DataSettings, "decoding": Decoding, "dist": DistSettings, "adapt": AdapterSettings}
 GIVEN = {

@@ -13,10 +13,11 @@ from PIL import Image
 
 from data_from_config import DataSettings, read_examples
 from tests.unit.test_vqav2 import change, ids, save
-from vlmvqa.data import docvqa, forms
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.datasets import docvqa
 from vlmvqa.data.example import Question, count_questions
 from vlmvqa.errors import InputError
+from vlmvqa.extras.synthetic import docvqa as synthetic_docvqa
 
 VAL = "val_v1.0_withQT.json"
 
@@ -183,7 +184,7 @@ def test_the_results_file_reads_as_the_official_one(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return forms.write(tmp_path_factory.mktemp("data") / "forms", train_images=60, val_images=20)
+    return synthetic_docvqa.write(tmp_path_factory.mktemp("data") / "forms", train_images=60, val_images=20)
 
 
 def test_drawn_pages_are_read_by_the_official_reader(drawn: Path) -> None:
@@ -196,7 +197,7 @@ def test_drawn_pages_are_read_by_the_official_reader(drawn: Path) -> None:
         *fields, layout = example.questions
         assert layout.question_type == "layout" and {field.question_type for field in fields} == {"form"}
         assert f"what is the {(layout.target or '').lower()}?" in [field.text for field in fields]
-        assert all(field.target in forms.FIELDS[field.text[12:-1].upper()] for field in fields)
+        assert all(field.target in synthetic_docvqa.FIELDS[field.text[12:-1].upper()] for field in fields)
 
 
 def test_the_letters_are_printed_on_their_lines_inside_the_page(drawn: Path) -> None:
@@ -205,22 +206,22 @@ def test_the_letters_are_printed_on_their_lines_inside_the_page(drawn: Path) -> 
         with Image.open(example.image) as image:
             assert image.size == (48, 48)
             dark = np.asarray(image.convert("L")) < 128
-        printed = [line for line in range(forms.LINES) if dark[16 * line : 16 * line + 16].any()]
+        printed = [line for line in range(synthetic_docvqa.LINES) if dark[16 * line : 16 * line + 16].any()]
         *fields, layout = example.questions
         assert len(printed) == len(fields)
-        assert any(f"what is printed {forms.PLACES[line]}?" == layout.text for line in printed)
+        assert any(f"what is printed {synthetic_docvqa.PLACES[line]}?" == layout.text for line in printed)
         for line in printed:
             assert dark[16 * line : 16 * line + 16, :32].sum() > 40 and dark[16 * line : 16 * line + 16, 32:].sum() > 8
         assert not dark[:, -1].any() and not dark[[0, -1]].any()
 
 
 def test_equal_settings_draw_equal_files_and_others_are_refused(drawn: Path, tmp_path: Path) -> None:
-    again = forms.write(tmp_path / "again", train_images=3, val_images=20)
+    again = synthetic_docvqa.write(tmp_path / "again", train_images=3, val_images=20)
     assert (again / VAL).read_bytes() == (drawn / VAL).read_bytes()
     with pytest.raises(InputError, match=r"other settings \(train_images 3, now 4\)"):
-        forms.write(again, train_images=4, val_images=20)
+        synthetic_docvqa.write(again, train_images=4, val_images=20)
     with pytest.raises(InputError, match="forms data set needs image_size of at least 48, not 32"):
-        forms.write(tmp_path / "small", image_size=32)
+        synthetic_docvqa.write(tmp_path / "small", image_size=32)
 
 
 def test_the_config_draws_them_at_first_use(tmp_path: Path) -> None:

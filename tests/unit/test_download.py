@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from vlmvqa.data.download import Archive, fetch, prepare
 from vlmvqa.errors import InputError
+from vlmvqa.extras.dataset_tools.download import Archive, fetch, prepare
 
 
 def zipped(**files: bytes) -> bytes:

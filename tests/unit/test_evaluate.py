@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.unit.test_predict import predictor
-from vlmvqa.data import gqa, shapes_gqa
+from tests.unit.test_predictor import predictor
+from vlmvqa.data.datasets import gqa
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
-from vlmvqa.inference import intervals
+from vlmvqa.extras.synthetic import gqa as synthetic_gqa
+from vlmvqa.inference import bootstrap
+from vlmvqa.inference.answer_log import Journal
 from vlmvqa.inference.evaluate import Asked, evaluate, read_answers, table
-from vlmvqa.inference.journal import Journal
-from vlmvqa.inference.predict import Answer
-from vlmvqa.inference.scores import METRICS, check_options, metric, refuse_unscorable, score
+from vlmvqa.inference.predictor import Answer
+from vlmvqa.metrics.registry import METRICS, check_options, metric, refuse_unscorable, score
 
 COLORS = ("red", "green", "blue", "grey")
 
@@ -86,7 +87,7 @@ def test_the_interval_is_over_images() -> None:
         name: replace(one, text="what") if name // 10 % 2 else one for name, one in knowing(given.examples).items()
     }
     found, records = evaluate(given, answers, "no model")
-    expected = intervals.bootstrap(
+    expected = bootstrap.bootstrap(
         {one["question_id"]: one["vqa_accuracy"] for one in records},
         {one["question_id"]: one["image_id"] for one in records},
     )
@@ -297,7 +298,7 @@ def test_answers_that_the_limit_cut_are_counted() -> None:
 
 
 def test_gqa_counts_its_balanced_questions_and_refuses_where_there_are_none(tmp_path: Path) -> None:
-    root = shapes_gqa.write(tmp_path / "gqa", train_images=2, val_images=6)
+    root = synthetic_gqa.write(tmp_path / "gqa", train_images=2, val_images=6)
     everything = gqa.read(root, "val_all")
     questions = [question for example in everything for question in example.questions]
     balanced = sum(question.details["isBalanced"] for question in questions if question.details)

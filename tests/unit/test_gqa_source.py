@@ -13,10 +13,11 @@ from PIL import Image
 
 from data_from_config import DataSettings, read_examples
 from tests.unit.test_vqav2 import change, ids, save
-from vlmvqa.data import gqa, shapes_gqa
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.datasets import gqa
 from vlmvqa.data.example import Question
 from vlmvqa.errors import InputError
+from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 
 VAL = "val_balanced_questions.json"
 TRAIN_ALL = "train_all_questions"
@@ -218,7 +219,7 @@ def test_the_results_file_has_ids_as_text_and_raw_answers(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shapes_gqa.write(tmp_path_factory.mktemp("data") / "gqa", train_images=300, val_images=60)
+    return synthetic_gqa.write(tmp_path_factory.mktemp("data") / "gqa", train_images=300, val_images=60)
 
 
 def test_drawn_questions_are_read_by_the_official_reader(drawn: Path) -> None:

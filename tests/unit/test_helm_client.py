@@ -24,13 +24,13 @@ from helm.common.request import Request, RequestResult
 from helm.proxy.retry import NonRetriableException
 
 import vlmvqa
-from tests.unit.test_predict import examples, predictor
+from tests.unit.test_predictor import examples, predictor
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 from vlmvqa.evaluation.helm import model as helm_model
 from vlmvqa.evaluation.helm.client import Asked, SavedAnswersClient, VLMClient
 from vlmvqa.evaluation.helm.metrics import ACCURACIES
-from vlmvqa.inference.predict import Predictor
+from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import PROMPT
 

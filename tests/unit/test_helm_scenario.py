@@ -25,23 +25,27 @@ from helm.benchmark.scenarios.vision_language.gqa_scenario import GQAScenario
 from helm.benchmark.scenarios.vision_language.vqa_scenario import VQAScenario
 
 from tests.conftest import ROOT
-from vlmvqa.data import shapes, shapes_gqa, vqav2
+from vlmvqa.data.datasets import vqav2
 from vlmvqa.errors import InputError
 from vlmvqa.evaluation.helm.client import Asked
 from vlmvqa.evaluation.helm.run_specs import gqa as gqa_entry
 from vlmvqa.evaluation.helm.run_specs import vqav2 as vqav2_entry
 from vlmvqa.evaluation.helm.scenario import GQADrawn, VQAv2Drawn
+from vlmvqa.extras.synthetic import gqa as synthetic_gqa
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 from vlmvqa.inference.baselines import shuffle_images
 
 
 @pytest.fixture(scope="module")
 def vqa_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shapes.write(tmp_path_factory.mktemp("vqa") / "vqa", train_images=3, val_images=20, questions_per_image=5)
+    return synthetic_vqav2.write(
+        tmp_path_factory.mktemp("vqa") / "vqa", train_images=3, val_images=20, questions_per_image=5
+    )
 
 
 @pytest.fixture(scope="module")
 def gqa_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shapes_gqa.write(tmp_path_factory.mktemp("gqa") / "gqa", train_images=20, val_images=20)
+    return synthetic_gqa.write(tmp_path_factory.mktemp("gqa") / "gqa", train_images=20, val_images=20)
 
 
 @pytest.fixture

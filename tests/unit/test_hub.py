@@ -16,12 +16,12 @@ from PIL import Image
 from data_from_config import data_settings, read_examples
 from tests.unit.test_config import compose
 from tests.unit.test_vqav2 import ids
-from vlmvqa.data import hub, tables
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Question
-from vlmvqa.data.hub import Columns
 from vlmvqa.data.images import decode
 from vlmvqa.errors import InputError
+from vlmvqa.extras.hub import dataset, parquet
+from vlmvqa.extras.hub.dataset import Columns
 
 # The columns of lmms-lab/VQAv2, as conf/data/vqav2.yaml has them.
 VQAV2 = data_settings(compose("train", "data=vqav2", "data.root=x")).columns
@@ -59,7 +59,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read(folder: Path, split: str = "validation", columns: Columns = VQAV2, **options: Any) -> Any:
-    return hub.read(str(folder), split, columns=columns, prompt=TEMPLATE, **options)
+    return dataset.read(str(folder), split, columns=columns, prompt=TEMPLATE, **options)
 
 
 @pytest.fixture
@@ -204,14 +204,14 @@ def test_unknown_splits_folders_and_columns_are_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"empty holds no .parquet file"):
         read(folder / "empty")
     with pytest.raises(InputError, match=r"has no \{question\}"):
-        hub.read(str(folder), "validation", columns=VQAV2, prompt="answer")
+        dataset.read(str(folder), "validation", columns=VQAV2, prompt="answer")
     with pytest.raises(InputError, match=r"data.hub_images needs data.columns.image_id"):
         read(folder, columns=Columns(), images="pictures")
 
 
 def test_a_folder_that_is_not_there_is_no_question_of_the_network(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such folder; correct the path"):
-        hub.read(str(tmp_path / "nothing"), "validation", columns=VQAV2, prompt=TEMPLATE)
+        dataset.read(str(tmp_path / "nothing"), "validation", columns=VQAV2, prompt=TEMPLATE)
 
 
 def test_a_split_in_two_folders_is_not_guessed(folder: Path) -> None:
@@ -266,7 +266,7 @@ def test_without_the_packages_a_sentence_names_them(tmp_path: Path, monkeypatch:
         read(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"needs the package datasets; install it: pip install 'vlmvqa\[hub\]'"):
-        hub.read("lmms-lab/VQAv2", "validation", columns=VQAV2, prompt=TEMPLATE)
+        dataset.read("lmms-lab/VQAv2", "validation", columns=VQAV2, prompt=TEMPLATE)
 
 
 # --- as `datasets` loads it -----------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         table = datasets.Dataset.from_list(row).cast_column("image", datasets.Image())
         table.to_parquet(folder / "data" / f"{name}.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder.parent / "cache")
-    monkeypatch.setattr(tables, "_folder", lambda name: None)
+    monkeypatch.setattr(parquet, "_folder", lambda name: None)
 
     def load(split: str, **options: Any) -> Any:
         return read(folder, split, **options)
@@ -323,13 +323,13 @@ def test_a_loading_script_is_refused_with_its_parquet_form(
     package = SimpleNamespace(get_dataset_split_names=refuse, config=SimpleNamespace())
     monkeypatch.setitem(sys.modules, "datasets", package)
     with pytest.raises(InputError) as caught:
-        hub.read(name, "train", columns=VQAV2, prompt=TEMPLATE)
+        dataset.read(name, "train", columns=VQAV2, prompt=TEMPLATE)
     assert str(caught.value) == f"{name} is a loading script, {sentence}"
 
 
 def test_datasets_refuses_loading_scripts_in_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
-    monkeypatch.setattr(tables, "_folder", lambda name: None)
+    monkeypatch.setattr(parquet, "_folder", lambda name: None)
     (tmp_path / "mine").mkdir()
     script = "import datasets\n\nclass Mine(datasets.GeneratorBasedBuilder):\n    pass\n"
     (tmp_path / "mine" / "mine.py").write_text(script)
@@ -341,7 +341,7 @@ def test_what_is_not_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"the data set no/where cannot be read from the hub \(.*\); check data.hub"):
-        hub.read("no/where", "train", columns=VQAV2, prompt=TEMPLATE)
+        dataset.read("no/where", "train", columns=VQAV2, prompt=TEMPLATE)
 
 
 def test_a_row_without_answers_among_others_is_a_bad_record(tmp_path: Path) -> None:
@@ -350,16 +350,16 @@ def test_a_row_without_answers_among_others_is_a_bad_record(tmp_path: Path) -> N
     write(tmp_path / "validation.parquet", rows)
     given: dict[str, Any] = {"columns": VQAV2, "prompt": TEMPLATE}
     with pytest.raises(InputError, match="question 40: it has no answers, as others have"):
-        hub.read(str(tmp_path), "validation", **given)
+        dataset.read(str(tmp_path), "validation", **given)
     bad_records = BadRecords("skip")
-    found = hub.read(str(tmp_path), "validation", bad_records=bad_records, **given)
+    found = dataset.read(str(tmp_path), "validation", bad_records=bad_records, **given)
     assert [example.image_id for example in found] == [7, 9] and len(bad_records.seen) == 1
 
 
 def test_no_more_is_read_than_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(parquet, "ROWS_AT_A_TIME", 2)
     write(tmp_path / "validation.parquet", [{**ROWS[0], "question_id": number} for number in range(20)])
-    table = tables.ParquetTable([tmp_path / "validation.parquet"], "validation")
+    table = parquet.ParquetTable([tmp_path / "validation.parquet"], "validation")
     read: list[int] = []
     iter_batches = table.files[0].iter_batches
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from data_from_config import DataSettings, read_examples
 from tests.unit.test_vqav2 import ids
-from vlmvqa.data import jsonl
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.datasets import jsonl
 from vlmvqa.data.example import Question
 from vlmvqa.errors import InputError
 

@@ -25,15 +25,15 @@ import model_from_config
 import training_from_config
 from data_from_config import data_settings
 from override_check import CONF
-from tests.unit.test_predict import examples, predictor
+from tests.unit.test_predictor import examples, predictor
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import load
-from vlmvqa.merging import files, methods
-from vlmvqa.merging.files import Weights
-from vlmvqa.merging.merge import Merge, MergeSettings
+from vlmvqa.extras.merging import files, methods
+from vlmvqa.extras.merging.files import Weights
+from vlmvqa.extras.merging.merge import Merge, MergeSettings
+from vlmvqa.inference.predictor import load
 from vlmvqa.models.vlm import DTYPES, cast_parameters
-from vlmvqa.training import preflight
-from vlmvqa.training.parallel import DistSettings
+from vlmvqa.training import runtime_checks
+from vlmvqa.training.distributed import DistSettings
 
 ONES = torch.ones(2)
 
@@ -474,9 +474,9 @@ def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
     config = asked_to_start_from(merged_in_halves, monkeypatch)
     assert config.model.dtype == "float16"
     with pytest.raises(InputError, match=r"set model\.dtype=float32"):
-        preflight.refuse(training_from_config.asked(config, DistSettings()))
+        runtime_checks.refuse(training_from_config.asked(config, DistSettings()))
     config = asked_to_start_from(merged_in_halves, monkeypatch, f"model.dtype={dtype}")
-    preflight.refuse(training_from_config.asked(config, DistSettings()))
+    runtime_checks.refuse(training_from_config.asked(config, DistSettings()))
     found = model_from_config.build_predictor(config, data_settings(config), [])
     assert model_from_config.attach_adapters(config, found, torch.device("cpu")) is None
     assert found.settings.dtype == config.model.dtype == dtype

@@ -17,18 +17,19 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from tests import pretrained, tiny
-from tests.unit.test_predict import examples as own_examples
-from tests.unit.test_predict import predictor as own_predictor
+from tests.unit.test_predictor import examples as own_examples
+from tests.unit.test_predictor import predictor as own_predictor
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import Predictor, load
-from vlmvqa.merging import files, methods
-from vlmvqa.merging.drift import answers_logits, drift, one_question_each
-from vlmvqa.merging.merge import Merge, MergeSettings
-from vlmvqa.models import adapters, checkpoint
-from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.extras.merging import files, methods
+from vlmvqa.extras.merging.logit_diff import answers_logits, drift, one_question_each
+from vlmvqa.extras.merging.merge import Merge, MergeSettings
+from vlmvqa.inference.predictor import Predictor, load
+from vlmvqa.models import checkpoint
 from vlmvqa.models.checkpoint import saved_name
-from vlmvqa.models.saved import WEIGHTS
+from vlmvqa.models.model_folder import WEIGHTS
 from vlmvqa.models.vlm import DTYPES, build, cast_parameters
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
@@ -69,7 +70,7 @@ def over(
     predictor = load(base)
     predictor.settings = replace(predictor.settings, dtype=kept)
     cast_parameters(predictor.model, DTYPES[kept])
-    adapters.attach(predictor.model, settings)
+    peft_adapters.attach(predictor.model, settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in predictor.model.named_parameters():
@@ -81,7 +82,7 @@ def over(
     predictor.adapter = checkpoint.Adapter(settings, str(base), fingerprint.weights_in(base))
     predictor.prompts = {f"task{seed}": f"{seed} {{question}}\n"}
     folder.mkdir(parents=True)
-    adapters.save(folder, predictor.model, str(base), pretrained.trained(predictor.model))
+    peft_adapters.save(folder, predictor.model, str(base), pretrained.trained(predictor.model))
     predictor.describe(folder)
     return predictor
 
@@ -121,7 +122,7 @@ def test_one_adapter_is_merged_as_peft_merges_it(
     moved = {
         name.rpartition(".")[0].rpartition(".")[2] for name in ours if not torch.equal(ours[name], untouched[name])
     }
-    assert moved == {*adapters.ATTENTION, *adapters.FEED_FORWARD}
+    assert moved == {*peft_adapters.ATTENTION, *peft_adapters.FEED_FORWARD}
     merged = load(tmp_path / "out")
     assert close(asked(trained), asked(merged), 1e-3)
     assert merged.prompts == {"task1": "1 {question}\n"} and merged.adapter is None
@@ -144,7 +145,7 @@ def test_our_own_model_too(kind: str, bases: dict[str, Path], tmp_path: Path) ->
     assert theirs.keys() == after.keys()
     assert all(torch.allclose(theirs[name], after[name], atol=1e-5) for name in after)
     assert merging.counts["language"].record()["norms_of_deltas"][0] > 0
-    (tmp_path / "a" / adapters.WEIGHTS).unlink()  # in a training checkpoint names are the model's
+    (tmp_path / "a" / peft_adapters.WEIGHTS).unlink()  # in a training checkpoint names are the model's
     save_file(pretrained.trained(trained.model), tmp_path / "a" / "model.safetensors")
     Merge(None, [tmp_path / "a"], ADD).run(tmp_path / "again")
     assert all(torch.equal(after[name], weight) for name, weight in tensors(tmp_path / "again").items())
@@ -309,7 +310,7 @@ def test_an_adapter_over_an_adapter_is_told_the_whole_command(bases: dict[str, P
 
 def test_a_broken_or_odd_file_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     over(bases["paligemma"], tmp_path / "a")
-    path = tmp_path / "a" / adapters.WEIGHTS
+    path = tmp_path / "a" / peft_adapters.WEIGHTS
     known = load_file(path)
     odd = {name.replace("layers.0", "layers.9"): weight.clone() for name, weight in known.items()}
     save_file(odd, path)

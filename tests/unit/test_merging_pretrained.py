@@ -16,8 +16,8 @@ from transformers import AutoModelForImageTextToText
 from tests import pretrained
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import load
-from vlmvqa.merging.merge import Merge, MergeSettings
+from vlmvqa.extras.merging.merge import Merge, MergeSettings
+from vlmvqa.inference.predictor import load
 
 FAMILIES = ("paligemma", "idefics2")
 

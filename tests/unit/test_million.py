@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vlmvqa.data import vqav2
+from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import count_questions
 from vlmvqa.data.tokenizer import train_tokenizer
 
@@ -37,9 +37,9 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from data_from_config import DataSettings, read_examples
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor
+from vlmvqa.data.processor import Processor
 from vlmvqa.data.images import ImageSettings
-from vlmvqa.data.training_set import TrainingSet
+from vlmvqa.data.train_dataset import TrainingSet
 
 root, tokenizer = sys.argv[1], AutoTokenizer.from_pretrained(sys.argv[2])
 processor = Processor(tokenizer, ImageSettings(224, (0.5,) * 3, (0.5,) * 3), 257, "blockwise_prefix", 64)

@@ -12,9 +12,10 @@ from data_from_config import SHARED, data_settings, one_task, read_tasks
 from override_check import check_overrides
 from tests.end_to_end.scripts import call, sentence
 from tests.unit.test_config import compose
-from vlmvqa.data import shapes, shapes_gqa
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.errors import InputError
+from vlmvqa.extras.synthetic import gqa as synthetic_gqa
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 
 ROOTS = ("data.parts.vqav2.root=a", "data.parts.gqa.root=b")
 
@@ -82,8 +83,8 @@ def test_where_one_data_set_is_wanted_a_mixture_is_refused() -> None:
 
 def test_an_epoch_sees_each_part_as_often_as_its_weight_says(tmp_path: Path) -> None:
     roots = [
-        shapes.write(tmp_path / "a", train_images=20, val_images=2, questions_per_image=3),
-        shapes_gqa.write(tmp_path / "b", train_images=10, val_images=2),
+        synthetic_vqav2.write(tmp_path / "a", train_images=20, val_images=2, questions_per_image=3),
+        synthetic_gqa.write(tmp_path / "b", train_images=10, val_images=2),
     ]
     given = [f"data.parts.vqav2.root={roots[0]}", f"data.parts.gqa.root={roots[1]}", "data.parts.gqa.eval_split=val"]
     weights = check_overrides(["data=mixture", "data.weights.vqav2=0.5", "data.weights.gqa=2"], "train")

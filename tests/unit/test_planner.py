@@ -28,14 +28,14 @@ from override_check import CONF
 from tests import tiny
 from tests.conftest import ROOT
 from vlmvqa.errors import InputError
+from vlmvqa.extras.planning import memory, report, verify
+from vlmvqa.extras.planning.gpus import GIB, GPUS, gpu
+from vlmvqa.extras.planning.memory import Arithmetic, measure, skeleton
+from vlmvqa.extras.planning.memory_tracker import Ledger
+from vlmvqa.extras.planning.planner import STRATEGIES, Planner, Rows, Training, known_architecture
+from vlmvqa.extras.planning.strategy_memory import OPTIMIZERS, Weight, resident, state_bytes, weights_of
 from vlmvqa.models.vlm import VLM, ModelSettings, build, set_trainable
-from vlmvqa.planning import memory, report, verify
-from vlmvqa.planning.gpus import GIB, GPUS, gpu
-from vlmvqa.planning.ledger import Ledger
-from vlmvqa.planning.memory import Arithmetic, measure, skeleton
-from vlmvqa.planning.planner import STRATEGIES, Planner, Rows, Training, known_architecture
-from vlmvqa.planning.resident import OPTIMIZERS, Weight, resident, state_bytes, weights_of
-from vlmvqa.training.parallel import DistSettings, shard
+from vlmvqa.training.distributed import DistSettings, shard
 
 ALL = {"vision": "all", "projector": "all", "language": "all"}
 # Wide enough that tensors reach the 8-bit optimizers' smallest size, and that masks are small beside activations.

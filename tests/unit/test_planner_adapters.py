@@ -15,17 +15,17 @@ from torch import Tensor, nn
 from override_check import CONF
 from tests import tiny
 from vlmvqa.errors import InputError
-from vlmvqa.models import adapters
-from vlmvqa.models.adapters import AdapterSettings
-from vlmvqa.models.pretrained import PretrainedSettings
-from vlmvqa.planning import four_bits, memory, verify
-from vlmvqa.planning.gpus import GIB, GPUS
-from vlmvqa.planning.ledger import Ledger
-from vlmvqa.planning.memory import Arithmetic, built, empty_batch, measure, skeleton
-from vlmvqa.planning.planner import STRATEGIES, Planner, Rows, Training
-from vlmvqa.planning.pretrained import PUBLISHED, image_tokens, known_config, row_tokens
-from vlmvqa.planning.resident import resident, weights_of
-from vlmvqa.training.parallel import DistSettings
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.extras.planning import memory, quantized_memory, verify
+from vlmvqa.extras.planning.gpus import GIB, GPUS
+from vlmvqa.extras.planning.memory import Arithmetic, built, empty_batch, measure, skeleton
+from vlmvqa.extras.planning.memory_tracker import Ledger
+from vlmvqa.extras.planning.planner import STRATEGIES, Planner, Rows, Training
+from vlmvqa.extras.planning.published_sizes import PUBLISHED, image_tokens, known_config, row_tokens
+from vlmvqa.extras.planning.strategy_memory import resident, weights_of
+from vlmvqa.extras.pretrained.model import PretrainedSettings
+from vlmvqa.training.distributed import DistSettings
 
 ALL = {"vision": "all", "projector": "all", "language": "all"}
 NONE = {"vision": "none", "projector": "none", "language": "none"}
@@ -91,7 +91,7 @@ def test_four_bits_are_bitsandbytes_bytes(wide: int, high: int, double: bool) ->
     tensors = [weight.data, state.absmax, state.code]
     if double:
         tensors += [state.offset, state.state2.absmax, state.state2.code]
-    assert four_bits.packed_bytes(wide * high, double) == sum(tensor.nbytes for tensor in tensors)
+    assert quantized_memory.packed_bytes(wide * high, double) == sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -101,7 +101,7 @@ def test_frozen_weights_keep_their_type_and_have_no_gradients(bits: int | None) 
     weights = weights_of(skeleton(settings, NONE, adapt))
     kept = resident(weights, DistSettings("ddp"), 1, Training("bf16", "adamw_torch"))
     model = built(settings)
-    adapters.prepare(model, NONE, adapt)
+    peft_adapters.prepare(model, NONE, adapt)
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert kept.gradients == 4 * learnt and kept.optimizer == 8 * learnt  # adapters are float32
     frozen = 0
@@ -146,7 +146,7 @@ def test_a_pass_without_data_holds_what_a_real_one_does(
     plans = planner(settings, adapt, trainable)
     footprint = measure(plans.model, plans.shape, Arithmetic(None, False), checkpointing, settings)
     model = built(settings).train()
-    adapters.prepare(model, trainable, adapt)
+    peft_adapters.prepare(model, trainable, adapt)
     if checkpointing:
         model.checkpoint_activations()
     for rows in (3, 8):
@@ -166,7 +166,7 @@ def test_weights_in_four_bits_are_whole_while_they_are_multiplied_with(family: s
     plans = planner(settings, adapt)
     planned = plans.footprint(STRATEGIES["ddp"], False).at(4)
     model = built(settings).train()
-    adapters.prepare(model, NONE, adapt)
+    peft_adapters.prepare(model, NONE, adapt)
     own = family == "own"
     batch = verify.batch(model, ROWS) if own else empty_batch(model, plans.shape, 4, settings)  # type: ignore[arg-type]
     real = memory.count(model, batch, plans.shape, autocast=False).at(4)
@@ -181,7 +181,7 @@ def test_the_worst_moment_is_that_of_a_real_run(checkpointing: bool) -> None:
     plans = planner(settings, adapt, training=Training("fp32", "adamw_torch", 2))
     planned = plans.memory("ddp", 4, checkpointing)
     model = built(settings).train()
-    adapters.prepare(model, NONE, adapt)
+    peft_adapters.prepare(model, NONE, adapt)
     if checkpointing:
         model.checkpoint_activations()
     batch: dict[str, Tensor] = empty_batch(model, plans.shape, 4, settings)
@@ -265,7 +265,7 @@ def test_every_way_to_adapt_is_planned(model: str, adapt: str) -> None:
 
 
 def test_a_layer_that_stands_in_has_the_shape_of_the_one_it_replaces() -> None:
-    layer = four_bits.FourBit(nn.Linear(6, 4), AdapterSettings(bits=4, compute_dtype="float32"))
+    layer = quantized_memory.FourBit(nn.Linear(6, 4), AdapterSettings(bits=4, compute_dtype="float32"))
     values = torch.ones(2, 6, requires_grad=True)
     out = layer(values)
     out.sum().backward()

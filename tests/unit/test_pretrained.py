@@ -14,13 +14,13 @@ from transformers import AutoModelForImageTextToText
 import vlmvqa
 from tests import pretrained
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.pretrained import PretrainedProcessor
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predict import Predictor
+from vlmvqa.extras.pretrained.hf_processor import load_processor
+from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
+from vlmvqa.extras.pretrained.processor import PretrainedProcessor
+from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import checkpoint
 from vlmvqa.models.generation import Decoding
-from vlmvqa.models.pretrained import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
-from vlmvqa.models.processors import load_processor
 from vlmvqa.models.vlm import set_trainable
 from vlmvqa.sequence.rows import IGNORE, IMAGE
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmvqa.inference import gallery
-from vlmvqa.inference.gallery import choose_gallery
-from vlmvqa.inference.report import write_report
+from vlmvqa.extras.report import gallery
+from vlmvqa.extras.report.gallery import choose_gallery
+from vlmvqa.extras.report.report import write_report
 
 HOSTILE = "<script>alert(\"1\")</script><img src=x onerror=alert(2)> & 'so on'"
 

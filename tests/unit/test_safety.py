@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 import vlmvqa
 from tests import pretrained, tiny
 from tests.conftest import ROOT
-from tests.unit.test_predict import predictor
+from tests.unit.test_predictor import predictor
 from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmvqa.errors import InputError
-from vlmvqa.models import adapters
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.pretrained.hf_processor import load_processor
+from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, pretrained_config
 from vlmvqa.models.language import LanguageSettings, build_language_model, language_config
-from vlmvqa.models.pretrained import PretrainedSettings, build_pretrained, pretrained_config
-from vlmvqa.models.processors import load_processor
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
-from vlmvqa.training import state
+from vlmvqa.training import checkpoint_state
 
 FILES = sorted(path for folder in ("src", "launch", "evaluation", "bench") for path in (ROOT / folder).rglob("*.py"))
 PICKLES = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
@@ -172,7 +172,7 @@ def test_pickled_adapters_are_not_read(tmp_path: Path, marker: Path) -> None:
     for name in ("adapter_model.bin", "adapter_model.safetensors"):
         plant(tmp_path / name, marker)
         with pytest.raises(InputError, match=r"adapter_model.safetensors cannot be read"):
-            adapters.load(tmp_path, tiny.model())
+            peft_adapters.load(tmp_path, tiny.model())
 
 
 def test_a_model_of_ours_is_not_read_from_a_pickle(tmp_path: Path, marker: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_checkpoint_to_go_on_from_runs_nothing(tmp_path: Path, marker: Path) -
     plant(tmp_path / "scheduler.pt", marker)
     trainer: Any = SimpleNamespace(lr_scheduler=None)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        state._load_schedule(trainer, tmp_path)
+        checkpoint_state._load_schedule(trainer, tmp_path)
 
 
 def own_code(folder: Path, file: str, entry: dict[str, str], marker: Path, **more: str) -> None:

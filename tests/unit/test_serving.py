@@ -21,11 +21,11 @@ from starlette.testclient import TestClient
 from bench.clock import PeakMemory
 from tests.pretrained import picture
 from tests.serving import Held, ask, chunk, client, encoded, own, paligemma, png_of, sent, sentence
-from vlmvqa.inference.predict import Predictor
-from vlmvqa.serving import cards
-from vlmvqa.serving.batcher import Asked
-from vlmvqa.serving.limits import Limits, Refused
-from vlmvqa.serving.service import Service, Told
+from vlmvqa.extras.serving import html
+from vlmvqa.extras.serving.batcher import Asked
+from vlmvqa.extras.serving.limits import Limits, Refused
+from vlmvqa.extras.serving.service import Service, Told
+from vlmvqa.inference.predictor import Predictor
 
 QUESTIONS = ["what color is it", "what is the big dog left of", "is it"]
 PLAIN = [("question", (None, "what is it"))]
@@ -72,7 +72,7 @@ def test_the_answers_are_the_models_own(model: Predictor) -> None:
 def test_the_page_sorts_bars_by_the_probability_it_shows() -> None:
     """The greedy answer is marked, wherever it is."""
     told = Told("what is it", "dog", 0.2, alternatives=[("cat", 0.5), ("cow", 0.1)])
-    bars = re.findall(r'"vq-bar( vq-best)?"><span>(\w+)', cards.answers([told]))
+    bars = re.findall(r'"vq-bar( vq-best)?"><span>(\w+)', html.answers([told]))
     assert bars == [("", "cat"), (" vq-best", "dog"), ("", "cow")]
 
 

@@ -13,14 +13,14 @@ from transformers import Trainer, TrainingArguments
 
 from tests import tiny
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.batch import Processor
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenizer import train_tokenizer
-from vlmvqa.data.training_set import TrainingSet
+from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import VLM, set_trainable
-from vlmvqa.training import checkpoints, moments
+from vlmvqa.training import checkpoints, optimizer_state
 from vlmvqa.training.banner import banner
 from vlmvqa.training.clipping import Clipping
 from vlmvqa.training.log import read_log
@@ -149,7 +149,7 @@ def test_another_global_batch_goes_on_from_the_same_row(
     given = trainer(tmp_path, model(), per_device_train_batch_size=now)
     monkeypatch.setattr(given.training_set, "packing", range(rows))
     monkeypatch.setattr(Trainer, "_init_training_state", lambda *_: (0, 0))
-    monkeypatch.setattr("vlmvqa.training.state.progress", lambda _: {"global_batch": before})
+    monkeypatch.setattr("vlmvqa.training.checkpoint_state.progress", lambda _: {"global_batch": before})
     given.state.global_step = step
     assert given._init_training_state(1000, -(-rows // now), 10, str(tmp_path), None) == place
 
@@ -309,7 +309,7 @@ def test_eight_bit_moments_come_back_as_they_were(numbers: int) -> None:
         values = values if signed else values.abs()
         values[0] = -9.0 if signed else 9.0  # the extreme is negative: its code stands for -0.993
         codes, state = quantize_blockwise(values, code=qmap.clone(), blocksize=256)
-        dense = moments.dequantize(codes.flatten(), qmap, state.absmax, 256)
-        again, absmax = moments.quantize(dense, qmap, 256)
+        dense = optimizer_state.dequantize(codes.flatten(), qmap, state.absmax, 256)
+        again, absmax = optimizer_state.quantize(dense, qmap, 256)
         torch.testing.assert_close(absmax, state.absmax.flatten(), rtol=1e-6, atol=0)
         assert torch.equal(again, codes.flatten())

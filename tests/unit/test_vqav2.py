@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmvqa.data import vqav2
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Example, Question, count_questions
 from vlmvqa.errors import InputError
 

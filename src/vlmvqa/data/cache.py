@@ -175,7 +175,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 def code() -> str:
     """A fingerprint of this folder's modules: whoever changes one need not think of the cache."""
     digest = blake2b(digest_size=20)
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -16,12 +16,12 @@ from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question, all_answered
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
-from vlmvqa.inference import intervals
+from vlmvqa.extras.report.gallery import Record
+from vlmvqa.extras.report.report import shown_images, write_report
+from vlmvqa.inference import bootstrap
 from vlmvqa.inference.baselines import CONTROLS, blank_images, prior_answers, shuffle_images
-from vlmvqa.inference.gallery import Record
-from vlmvqa.inference.predict import Answer
-from vlmvqa.inference.report import shown_images, write_report
-from vlmvqa.inference.scores import Id, Score, metric, score, variants, version
+from vlmvqa.inference.predictor import Answer
+from vlmvqa.metrics.registry import Id, Score, metric, score, variants, version
 
 
 @dataclass(frozen=True)
@@ -180,14 +180,14 @@ def figures(result: Score, asked: Asked) -> dict[str, Any]:
     """A score as `metrics.json` holds it: the metric with its interval and tables, and the numbers beside it."""
     (name, overall), *others = result.numbers.items()
     about = {question.id: example.image_id for example in asked.examples for question in example.questions}
-    found = intervals.bootstrap(result.per_question, about, asked.seed) if result.per_question else None
+    found = bootstrap.bootstrap(result.per_question, about, asked.seed) if result.per_question else None
     first: dict[str, Any] = {"overall": overall, "interval": [found.low, found.high] if found else None}
     for table, kinds in result.tables.items():
         first[f"per_{table}"] = {kind: value for kind, (value, _) in kinds.items()}
         first[f"n_per_{table}"] = {kind: n for kind, (_, n) in kinds.items()}
         if table in ("answer_type", "question_type"):
             groups = {q.id: getattr(q, table) or "unknown" for q in asked.questions if q.id in result.per_question}
-            sure = intervals.bootstrap_groups(result.per_question, about, groups, asked.seed)
+            sure = bootstrap.bootstrap_groups(result.per_question, about, groups, asked.seed)
             first[f"interval_per_{table}"] = {kind: [one.low, one.high] for kind, one in sure.items() if one}
     numbers = {name: first, **{other: {"overall": value} for other, value in others}}
     for other, reason in result.reasons.items():

@@ -32,19 +32,19 @@ from transformers.initialization import no_init_weights
 
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
-from vlmvqa.hub import OWN_CODE, unread
-from vlmvqa.models import adapters
-from vlmvqa.models.adapters import AdapterSettings
-from vlmvqa.models.language import LanguageModel
-from vlmvqa.models.pretrained import (
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.extras.pretrained.hf_processor import load_processor
+from vlmvqa.extras.pretrained.model import (
     PREFIX,
     PretrainedSettings,
     PretrainedVLM,
     build_pretrained,
     pretrained_config,
 )
-from vlmvqa.models.processors import load_processor
-from vlmvqa.models.saved import CONFIG, TOKENIZER, WEIGHTS, find, kept_base
+from vlmvqa.hub import OWN_CODE, unread
+from vlmvqa.models.language import LanguageModel
+from vlmvqa.models.model_folder import CONFIG, TOKENIZER, WEIGHTS, find, kept_base
 from vlmvqa.models.vision import VisionEncoder
 from vlmvqa.models.vlm import DTYPES, VLM, ModelSettings, assemble, cast_parameters
 from vlmvqa.paths import EXPECTED
@@ -242,8 +242,8 @@ def _with_adapters(folder: Path, config: Mapping[str, Any], device: str) -> tupl
         raise InputError(f"{folder} lies over {base}, which is an adapter itself; merge that into its base first")
     here = build_settings(AdapterSettings, config["adapter"]["settings"], f"{folder / CONFIG}: adapter.settings")
     model = cast_parameters(model, DTYPES[config["model"]["dtype"]])
-    adapters.attach(model, here, device)
-    adapters.load(folder, model)
+    peft_adapters.attach(model, here, device)
+    peft_adapters.load(folder, model)
     pretrained = isinstance(settings, PretrainedSettings)
     text = load_processor(str(folder)) if pretrained else _tokenizer(folder)
     return model.to(device).eval(), text

@@ -98,7 +98,7 @@ class VLM(nn.Module):
         Args:
             num_items_in_batch: what the sum is divided by (default: the weights of this batch's supervised tokens,
                 their number where all weigh the same). The trainer gives that of all accumulation steps and ranks.
-            batch: as `data/batch.py` makes it; `weights` may be left out.
+            batch: as `data/processor.py` makes it; `weights` may be left out.
 
         Returns:
             `loss` (scalar) and `supervised_tokens` (scalar).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmvqa.models.adapters import elements
+from vlmvqa.extras.adapters.peft_adapters import elements
 from vlmvqa.models.checkpoint import Model
 
 

@@ -18,7 +18,7 @@ from PIL.Image import Image
 from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
-from vlmvqa.inference.calibration import confidence
+from vlmvqa.extras.report.calibration import confidence
 from vlmvqa.training.log import append
 
 FILE = "samples.jsonl"  # in a run's folder

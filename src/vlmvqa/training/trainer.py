@@ -32,20 +32,21 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmvqa import ranks
-from vlmvqa.data.batch import Processor
-from vlmvqa.data.training_set import TrainingSet
+from vlmvqa.data.processor import Processor
+from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
-from vlmvqa.models import adapters, checkpoint
-from vlmvqa.models.adapters import AdapterSettings
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.models import checkpoint
 from vlmvqa.models.checkpoint import Model, Settings
 from vlmvqa.models.vlm import PARTS, cast_parameters
-from vlmvqa.training import checkpoints, preflight, state
+from vlmvqa.training import checkpoint_state, checkpoints, runtime_checks
+from vlmvqa.training.callbacks import LogFile
 from vlmvqa.training.clipping import Clipping
-from vlmvqa.training.parallel import DistSettings
-from vlmvqa.training.speed import SpeedMeter, show_speed
-from vlmvqa.training.stopping import PATIENT, Watch, held_back
-from vlmvqa.training.tracking import LogFile
-from vlmvqa.training.whole import Whole, WholeZero
+from vlmvqa.training.distributed import DistSettings
+from vlmvqa.training.full_state import Whole, WholeZero
+from vlmvqa.training.interrupt import PATIENT, Watch, held_back
+from vlmvqa.training.throughput import SpeedMeter, show_speed
 
 
 class VqaTrainer(Trainer):
@@ -130,8 +131,8 @@ class VqaTrainer(Trainer):
         else:
             self.whole = Whole(self.vlm, self.plain_optimizer())
         if resume_from_checkpoint is not None:
-            state.load(self, Path(resume_from_checkpoint))
-        ranks.say(preflight.check(self))
+            checkpoint_state.load(self, Path(resume_from_checkpoint))
+        ranks.say(runtime_checks.check(self))
         self.watch.start()
         if resume_from_checkpoint is None:
             torch.manual_seed(self.args.seed + ranks.rank())  # each rank drops out its own activations
@@ -291,7 +292,7 @@ class VqaTrainer(Trainer):
         assert self.settings is not None
         copy = checkpoint.blank_like(self.vlm, self.settings)
         if self.adapt is not None:
-            adapters.attach(copy, self.adapt)
+            peft_adapters.attach(copy, self.adapt)
         copy = cast_parameters(copy, torch.bfloat16 if self.args.bf16 else self.dtype).to(self.args.device)
         parameters = dict(copy.named_parameters())
         with torch.no_grad():
@@ -317,7 +318,7 @@ class VqaTrainer(Trainer):
             # At the pace of the disk, not of the step.
             step = self.state.global_step
             with self.watch.paused(), self.speed.paused(), checkpoints.writing(self.folder, step) as folder:
-                state.write(self, folder)
+                checkpoint_state.write(self, folder)
         except Exception as error:  # tokenizers raises no more specific type than this one
             free = shutil.disk_usage(self.folder).free  # before the unfinished checkpoint's part is given back
             if "No space left on device" not in str(error) and free > 2**20:
@@ -339,7 +340,7 @@ class VqaTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        state.put_weights(self, Path(self.state.best_model_checkpoint) / state.WEIGHTS)
+        checkpoint_state.put_weights(self, Path(self.state.best_model_checkpoint) / checkpoint_state.WEIGHTS)
 
     @property
     def global_batch(self) -> int:
@@ -355,7 +356,7 @@ class VqaTrainer(Trainer):
         )
         if self.state.global_step >= max_steps:
             return num_train_epochs, 0  # it had finished
-        before = state.progress(Path(resume))["global_batch"] if resume else self.global_batch
+        before = checkpoint_state.progress(Path(resume))["global_batch"] if resume else self.global_batch
         if before == self.global_batch:
             return epoch, batches
         rows = len(self.training_set.packing)  # those that fill up the last step of an epoch are not counted
@@ -368,7 +369,7 @@ class VqaTrainer(Trainer):
         """The rank's own random state; with another number of ranks a new one, drawn from seed, step and rank."""
         if checkpoint is None:
             return
-        if state.progress(Path(checkpoint))["world_size"] == ranks.world_size():
+        if checkpoint_state.progress(Path(checkpoint))["world_size"] == ranks.world_size():
             super()._load_rng_state(checkpoint)
         else:
             set_seed(random.Random(f"{self.args.seed}-{self.state.global_step}-{ranks.rank()}").randrange(2**32))

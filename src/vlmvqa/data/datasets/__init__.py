@@ -1,0 +1,1 @@
+"""Dataset readers: one module per benchmark, imported by name (`data.source`)."""

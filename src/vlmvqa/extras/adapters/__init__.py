@@ -1,0 +1,1 @@
+"""LoRA, DoRA and QLoRA adapters for both model families."""

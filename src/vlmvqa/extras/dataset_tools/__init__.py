@@ -1,0 +1,1 @@
+"""Download a benchmark's archives and check its splits."""

@@ -1,0 +1,1 @@
+"""Experiment loggers, chosen by `logger=`."""

@@ -1,0 +1,100 @@
+"""What tensors are called: in a model's files, in the model, and as paths that are the same for every model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from vlmvqa.errors import InputError
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
+from vlmvqa.models import checkpoint, model_folder
+from vlmvqa.models.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model without its weights, which knows what they are called; None: of another library, whose names stand.
+
+    Attributes:
+        folder: where it is saved.
+    """
+
+    folder: Path
+    model: PretrainedVLM | VLM | None
+
+    @classmethod
+    def of(cls, folder: Path) -> Layout:
+        """That of a saved model."""
+        path = folder / model_folder.CONFIG
+        if (
+            path.exists()
+            and checkpoint.read_config(folder).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        ):
+            _, settings = checkpoint.read_settings(folder)
+            assert isinstance(settings, PretrainedSettings)
+            settings = replace(settings, attention=None)
+            with torch.device("meta"), no_init_weights():
+                return cls(folder, build_pretrained(settings, pretrained_config(settings), blank=True))
+        return cls(folder, None)
+
+    def name(self, key: str) -> str | None:
+        """A tensor's name in the model, of that in a file; None: it is another's twin (a tied output head), or none.
+
+        What transformers publishes may bear the names of older versions, which its loading renames; so do we.
+
+        Raises:
+            InputError: loading would also take the tensor apart, or join it with others.
+        """
+        if not isinstance(self.model, PretrainedVLM):
+            return key
+        renamings = [one for one in self._transforms if isinstance(one, WeightRenaming)]
+        converters = [one for one in self._transforms if isinstance(one, WeightConverter)]
+        known = self._parameters
+        name, converted = rename_source_key(key, renamings, converters, self.model.net.base_model_prefix, known)
+        if name not in known and key in known:
+            name, converted = key, None
+        if converted is not None:
+            raise InputError(
+                f"{self.folder} holds {key} in another form than the model does; train or save it once, and merge that"
+            )
+        return name if name in known else None
+
+    @cached_property
+    def _transforms(self) -> list[Any]:
+        assert isinstance(self.model, PretrainedVLM)
+        return list(get_model_conversion_mapping(self.model.net))
+
+    @cached_property
+    def _parameters(self) -> dict[str, Tensor]:
+        """Each once: of those that are tied, the first."""
+        assert isinstance(self.model, PretrainedVLM)
+        return dict(self.model.net.named_parameters())
+
+    def path(self, name: str) -> str:
+        """A tensor's path: its part (vision, projector, language) and its place there, as in `adapt.targets`."""
+        return name if self.model is None else peft_adapters.path_of(self.model, name)
+
+    def in_four_bits(self) -> set[str]:
+        """The weights that are kept in 4 bits where any are."""
+        model = self.model
+        if model is None:  # our own, which is built only for this
+            config, settings = checkpoint.read_settings(self.folder)
+            assert not isinstance(settings, PretrainedSettings)
+            known = dict(config["language_config"])
+            vision = replace(settings.vision, weights="random")
+            with torch.device("meta"):
+                model = checkpoint.blank(
+                    replace(settings, vision=vision), AutoConfig.for_model(known.pop("model_type"), **known)
+                )
+        return {f"{name}.weight" for name in peft_adapters.packable(model)}

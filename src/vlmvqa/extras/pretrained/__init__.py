@@ -1,0 +1,1 @@
+"""Pretrained vision-language models of transformers, behind the methods of `VLM`."""

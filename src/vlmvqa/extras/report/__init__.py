@@ -1,0 +1,1 @@
+"""The HTML report of a run: answers, curves, calibration, attributions."""

@@ -1,0 +1,1 @@
+"""A split packed into parquet files with one row per image."""

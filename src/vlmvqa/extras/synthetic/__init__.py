@@ -1,0 +1,1 @@
+"""Synthetic datasets in the file formats of the benchmarks."""

@@ -1,0 +1,325 @@
+"""Answers from a model and its processor: for one picture, or for a whole split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vlmvqa import ranks
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.example import Example, ImageSource, Question, count_questions
+from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.packing import split
+from vlmvqa.data.processor import Encoded, Processor, QuestionSet
+from vlmvqa.data.tokenization import TokenTable
+from vlmvqa.errors import InputError
+from vlmvqa.extras.pretrained.model import PretrainedVLM
+from vlmvqa.extras.pretrained.processor import PretrainedProcessor
+from vlmvqa.extras.report.calibration import confidence
+from vlmvqa.inference.answer_log import Journal, batch_key
+from vlmvqa.models import checkpoint
+from vlmvqa.models.generation import Decoding, Generated
+from vlmvqa.progress import bar
+from vlmvqa.settings import build_settings
+
+ROW_TEXT_TOKENS = 512
+BARE = "{question}"  # the prompt of a model of which none is known
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A written answer, its log-probability under the model (EOS included), and whether the limit of tokens cut it."""
+
+    text: str
+    log_probability: float
+    cut: bool = False
+
+    @property
+    def probability(self) -> float:
+        """That of the whole answer, from 0 to 1."""
+        return confidence(self.log_probability)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Predictor:
+    """A model with all it needs to answer: what `vlmvqa.load` returns.
+
+    Attributes:
+        prompt: the template that questions are put into, `{question}` in it.
+        prompts: that of each source it was trained on.
+        adapter: where it has adapters, what they lie over.
+        started_from: the saved model that training went on from: its name, and the fingerprint of its file of weights.
+    """
+
+    model: checkpoint.Model
+    processor: Processor
+    prompt: str
+    settings: checkpoint.Settings
+    decoding: Decoding = field(default_factory=Decoding)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    started_from: Mapping[str, str] | None = None
+    adapter: checkpoint.Adapter | None = None
+
+    def prompt_for(self, source: str, otherwise: str) -> str:
+        """The template that a source's questions are put into: that of its training, or the only one there was.
+
+        Args:
+            otherwise: the source's own, for a model whose template has no place for a question, or the reverse.
+        """
+        if self.prompt == BARE and not self.prompts:  # never trained here
+            return otherwise
+        fitting = ("{question}" in self.prompt) == ("{question}" in otherwise)
+        return self.prompts.get(source, self.prompt if fitting else otherwise)
+
+    @overload  # a string is a sequence of strings too, and asks once
+    def answer(self, image: ImageSource | str, question: str) -> Answer: ...  # type: ignore[overload-overlap]
+    @overload
+    def answer(self, image: ImageSource | str, question: Sequence[str]) -> list[Answer]: ...
+    def answer(self, image: ImageSource | str, question: str | Sequence[str]) -> Answer | list[Answer]:
+        """Answer a question about an image, or several in one pass over the image.
+
+        Args:
+            image: a path, the bytes of an image file, or a PIL image.
+
+        Raises:
+            InputError: the image cannot be read, or a question is empty.
+        """
+        example = self.asked(image, question)
+        answers = self.answer_examples([example])
+        listed = [answers[one.id] for one in example.questions]
+        return listed[0] if isinstance(question, str) else listed
+
+    @overload
+    def alternatives(  # type: ignore[overload-overlap]
+        self, image: ImageSource | str, question: str, most: int = 5
+    ) -> list[Answer]: ...
+    @overload
+    def alternatives(self, image: ImageSource | str, question: Sequence[str], most: int = 5) -> list[list[Answer]]: ...
+    def alternatives(
+        self, image: ImageSource | str, question: str | Sequence[str], most: int = 5
+    ) -> list[Answer] | list[list[Answer]]:
+        """The answers that a search with `most` beams finds, the most probable first; a list for each question.
+
+        Duplicate texts are merged: the most probable one is kept.
+
+        Raises:
+            InputError: as `answer`.
+        """
+        example = self.asked(image, question)
+        decoding = replace(self.decoding, beams=most, temperature=0.0)
+        found: dict[int | str, list[Answer]] = {}
+        for row in self._rows([example], self.processor, ROW_TEXT_TOKENS):
+            encoded = self.processor.encode(row, [None] * len(row.questions))
+            batch = self.batch([encoded])
+            beams = self.model.alternatives(batch, self.processor.ends, decoding)
+            for asked, written in zip(row.questions, beams, strict=True):
+                told: dict[str, Answer] = {}
+                for answer in sorted(self._written(written, decoding), key=lambda answer: -answer.log_probability):
+                    told.setdefault(answer.text, answer)
+                found[asked.id] = list(told.values())
+        listed = [found[one.id] for one in example.questions]
+        return listed[0] if isinstance(question, str) else listed
+
+    def asked(self, image: ImageSource | str, question: str | Sequence[str]) -> Example:
+        """An image with a question or several, numbered from 0, in the model's prompt.
+
+        Raises:
+            InputError: a question is empty, or there is none.
+        """
+        texts = [question] if isinstance(question, str) else list(question)
+        if not texts or not all(text.strip() for text in texts):
+            raise InputError("no question is given, or one is empty; ask something")
+        questions = tuple(
+            Question(number, text, self.prompt.replace("{question}", text)) for number, text in enumerate(texts)
+        )
+        return Example(Path(image) if isinstance(image, str) else image, "given", questions)
+
+    def batch(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Encoded examples, a row each, as the model takes them, on its device."""
+        return self._on_device(self.processor.collate([[one] for one in encoded]))
+
+    def answer_examples(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int = 16,
+        row_text_tokens: int = ROW_TEXT_TOKENS,
+        workers: int = 0,
+        bad_records: BadRecords | None = None,
+        progress: bool = False,
+        journal: Journal | None = None,
+    ) -> dict[int | str, Answer]:
+        """Answer every question of every example, by question id, in the examples' order.
+
+        An image and its questions are a row. Rows go from long to short: a batch is hardly padded, and memory that is
+        too small is so at once. They are cut into batches before these are dealt out to the ranks: however many there
+        are, a question is computed together with the same others, and (on equal devices, with as many threads) its
+        answer is the same to the bit.
+
+        Args:
+            batch_size: rows at a time.
+            row_text_tokens: an image with more tokens of questions than these is given several rows.
+            workers: processes that decode images.
+            bad_records: what happens to an unreadable image (default: an error); one left out has no answers here.
+            journal: where answers are kept as they come, and taken from where they are there.
+
+        Raises:
+            InputError: two questions have one id, or an image cannot be read.
+        """
+        _refuse_equal_ids(examples)
+        with ranks.first_here_first():  # texts are tokenised at first use
+            table = TokenTable.build((question.prompt for question in _questions(examples)), self.processor.tokenizer)
+        processor = replace(self.processor, table=table)
+        rows = self._rows(examples, processor, row_text_tokens)
+        numbers = range(len(rows))
+        batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
+        answers: dict[int | str, Answer] = {}
+        if journal:
+            # One rank reads, before any writes: each deals out the same batches, whatever its own disk holds.
+            kept = ranks.share(journal.read)
+            keys = [batch_key([rows[number] for number in batch]) for batch in batches]
+            answers = {question: Answer(*answer) for key in keys for question, *answer in kept.get(key, ())}
+            batches = [batch for batch, key in zip(batches, keys, strict=True) if key not in kept]
+        mine = batches[ranks.rank() :: ranks.world_size()] if ranks.together() else batches
+        loader = DataLoader(
+            QuestionSet(rows, processor, bad_records or BadRecords(advice="")),
+            batch_sampler=mine,
+            collate_fn=partial(_collated, processor),
+            num_workers=workers,
+            generator=torch.Generator(),  # its own, so that evaluating does not move the training's random state
+        )
+        asked = count_questions(rows[number] for batch in mine for number in batch)
+        name = "answering, the first rank's share" if ranks.together() else "answering"
+        with bar(doing=name, unit="questions", total=asked, shown=progress) as done:
+            for batch, (readable, columns) in zip(mine, loader, strict=True):
+                group = [rows[number] for number in batch]
+                found = self._answer_batch(group, readable, columns)
+                if journal and len(found) == count_questions(group):  # a bad image is met, and listed, again
+                    journal.add(batch_key(group), [[name, *dataclasses.astuple(one)] for name, one in found.items()])
+                answers |= found
+                done.update(count_questions(group))
+        every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
+        return {question.id: every[question.id] for question in _questions(examples) if question.id in every}
+
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write model, tokenizer, image settings and prompt into one folder that `vlmvqa.load` reads.
+
+        Args:
+            weights: these in place of the model's, by the same names.
+        """
+        if self.adapter is not None:
+            raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
+        checkpoint.save(Path(folder), self.model, self.settings, self._text(), self._extra(), weights)
+
+    def describe(self, folder: Path) -> None:
+        """The same but for the weights, which are in the folder already."""
+        checkpoint.describe(folder, self.model, self.settings, self._text(), self._extra(), self.adapter)
+
+    def _text(self) -> checkpoint.Text:
+        """What is saved with the model to read its words."""
+        processor = self.processor
+        return processor.library if isinstance(processor, PretrainedProcessor) else processor.tokenizer
+
+    def _extra(self) -> dict[str, Any]:
+        return {
+            "images": dataclasses.asdict(self.processor.images),
+            "prompt": self.prompt,
+            "prompts": dict(self.prompts),
+            "started_from": self.started_from,
+            "max_text_tokens": self.processor.max_text_tokens,
+            "decoding": dataclasses.asdict(self.decoding),
+        }
+
+    def _rows(self, examples: Sequence[Example], processor: Processor, room: int) -> list[Example]:
+        """A row each, of at most so many text tokens (or one question), from the longest to the shortest."""
+        most = None if self.model.shares_images else 1
+        rows: list[tuple[int, Example]] = []
+        for example in examples:
+            lengths = [_text_tokens(question, processor) for question in example.questions]
+            for first, end in split(lengths, room, most):
+                rows.append((sum(lengths[first:end]), example.part(first, end)))
+        return [example for _, example in sorted(rows, key=lambda row: -row[0])]
+
+    def _answer_batch(
+        self, rows: Sequence[Example], readable: Sequence[bool], columns: Mapping[str, Tensor]
+    ) -> dict[int | str, Answer]:
+        """The answers by id; none where the image was left out."""
+        if not columns:
+            return {}
+        ids = [question.id for question in _questions(row for row, one in zip(rows, readable, strict=True) if one)]
+        written = self.model.generate(self._on_device(columns), self.processor.ends, self.decoding, ids)
+        return dict(zip(ids, self._written(written, self.decoding), strict=True))
+
+    def _written(self, written: Sequence[Generated], decoding: Decoding) -> list[Answer]:
+        """Token ids as text."""
+        texts = self.processor.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
+        most = decoding.max_new_tokens  # EOS counts
+        return [
+            Answer(text.strip(), one.log_probability, len(one.tokens) >= most)
+            for text, one in zip(texts, written, strict=True)
+        ]
+
+    def _on_device(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = next(self.model.parameters()).device
+        return {name: column.to(device) for name, column in columns.items()}
+
+
+def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
+    """A trained model, ready to answer: `vlmvqa.load("runs/demo").answer("photo.jpg", "what is this?")`.
+
+    Args:
+        path_or_hub_id: a run's folder, its `model/` folder, one of its checkpoints, or a hub id.
+        device: default: the GPU where there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, settings, text, config = checkpoint.load(path_or_hub_id, device)
+    decoding = build_settings(Decoding, config.get("decoding", {}), "config.json: decoding")
+    more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
+    if isinstance(model, PretrainedVLM):
+        processor: Processor = PretrainedProcessor.of(text, model.mode, config.get("max_text_tokens"))
+    else:
+        images = build_settings(ImageSettings, config["images"], "config.json: images")
+        processor = Processor(text, images, model.vision.tokens, model.mode, config["max_text_tokens"])
+    if "adapter" in config:
+        more["adapter"] = build_settings(checkpoint.Adapter, config["adapter"], "config.json: adapter")
+    return Predictor(model, processor, config.get("prompt", BARE), settings, decoding, **more)
+
+
+def _collated(processor: Processor, encoded: Sequence[Encoded | None]) -> tuple[list[bool], dict[str, Tensor]]:
+    """Which images could be read, and the batch of them."""
+    rows = [[one] for one in encoded if one is not None]
+    return [one is not None for one in encoded], processor.collate(rows) if rows else {}
+
+
+def _text_tokens(question: Question, processor: Processor) -> int:
+    try:
+        return len(processor.tokenize(question, None).prompt)
+    except InputError:
+        return 0  # it is reported, as the policy says, when its turn comes
+
+
+def _questions(examples: Iterable[Example]) -> Iterator[Question]:
+    return (question for example in examples for question in example.questions)
+
+
+def _refuse_equal_ids(examples: Sequence[Example]) -> None:
+    seen: set[int | str] = set()
+    for example in examples:
+        for question in example.questions:
+            if question.id in seen:
+                raise InputError(
+                    f"question {question.id} (the last time of {example.name}) is asked twice, but answers are kept "
+                    "by question id; give each question its own"
+                )
+            seen.add(question.id)

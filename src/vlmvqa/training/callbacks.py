@@ -1,0 +1,127 @@
+"""What a run tells those who watch it: numbers, sample answers, its configuration and the code it ran.
+
+`logger=tensorboard`, `wandb`, `mlflow`, `csv` or several: each is told the same numbers by the same names,
+
+train/...   what a logging step says: train/loss, train/learning_rate, train/questions_per_second
+eval/...    an evaluation on the way: eval/vqa_accuracy
+final/...   the scores that the run ends with: final/vqav2_vqa_accuracy
+
+which are transformers' names, where it has any. Its own callbacks are not used for these four: each would name, resume
+and place things in its own way. Any other service that transformers knows (`logger=comet_ml`) is left to it.
+`log.jsonl` is written whatever is chosen.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from vlmvqa import ranks
+from vlmvqa.errors import suggest
+from vlmvqa.extras.loggers.loggers import LOGGERS, MLFLOW_RUN, WANDB_RUN, Logger, Run
+from vlmvqa.training import log
+from vlmvqa.training.samples import Sample
+
+EXTRAS = {"wandb": "wandb", "mlflow": "mlflow"}  # packages that are not installed with the project
+
+
+def chosen(loggers: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Ours among the loggers that a config names, and those that transformers has to bring."""
+    named = [loggers] if isinstance(loggers, str) else list(loggers or ())
+    ours = [name for name in LOGGERS if name in named]
+    return ours, [name for name in named if name not in (*LOGGERS, "none")]
+
+
+def problems(loggers: str | Sequence[str] | None) -> Iterator[str]:
+    """What to say of loggers that are unknown, or whose package is missing."""
+    ours, others = chosen(loggers)
+    for name in others:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = [*LOGGERS, "none"]
+            yield f"logger={name} is unknown{suggest(name, known)}; use one or several of {', '.join(known)}"
+    for name in ours:
+        if name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
+            yield f"logger={name} needs {EXTRAS[name]}; install it with: pip install 'vlmvqa[{name}]'"
+
+
+def named(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record of the Trainer by the names above."""
+    found = {}
+    for key, value in record.items():
+        if isinstance(value, int | float) and key != "step":
+            found[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"] = float(value)
+    return found
+
+
+class LogFile(TrainerCallback):
+    """Every logged record as a line of `log.jsonl`; a resumed run cuts what came after its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if ranks.is_first():
+            log.cut(self.path, state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if ranks.is_first() and self.path.parent.exists():
+            log.append(self.path, [{"step": state.global_step, **(logs or {})}])
+
+
+class Tracking(TrainerCallback):
+    """The loggers of a run, open on rank 0 from before the first step until the final scores."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.open: list[Logger] = []
+        self.step = 0
+
+    def start(self, run: Run) -> None:
+        """Open all, or resume those that the run's folder names. For rank 0 alone.
+
+        Raises:
+            InputError: one of them cannot be had.
+        """
+        self.step = run.step
+        atexit.register(self.finish)  # of what fails
+        for name in self.names:
+            self.open.append(LOGGERS[name](run))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        self.step = state.global_step
+        for logger in self.open:
+            logger.numbers(named(logs or {}), self.step)
+
+    @property
+    def shows_samples(self) -> bool:
+        """Whether any of the loggers has a place for pictures."""
+        return any(logger.shows_samples for logger in self.open)
+
+    def samples(self, samples: Sequence[Sample], step: int) -> None:
+        for logger in self.open:
+            if samples and logger.shows_samples:
+                logger.samples(samples, step)
+
+    def finish(self, scores: Mapping[str, float | None] | None = None) -> None:
+        """Close all.
+
+        Args:
+            scores: what the run ends with, by name; None: it was stopped, or failed.
+        """
+        final = {f"final/{name}": value for name, value in (scores or {}).items() if value is not None}
+        for logger in self.open:
+            if final:
+                logger.numbers(final, self.step)
+            logger.close(ended=scores is not None)
+        self.open = []
+
+
+def run_ids(folder: Path) -> list[Path]:
+    """Where the loggers keep what this folder's run is called with them, for a new run to forget."""
+    return [folder / WANDB_RUN, folder / MLFLOW_RUN]

@@ -1,0 +1,212 @@
+"""Combinations that cannot work are refused with the nearest one that does; and what runs is what was asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import PartialState
+from omegaconf import DictConfig, OmegaConf
+
+from run_folder import STARTED, going_on, open_run
+from tests import tiny
+from tests.unit.test_trainer import model, trainer
+from vlmvqa.errors import InputError
+from vlmvqa.trainer_arguments import OURS
+from vlmvqa.training import checkpoints, distributed
+from vlmvqa.training.distributed import DistSettings
+from vlmvqa.training.launchers import LAUNCH, slurm_task
+from vlmvqa.training.runtime_checks import Asked, check, optimizer_for, refuse
+
+
+def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "dense", **more: Any) -> Asked:
+    settings = tiny.settings(mode)
+    changes = {"attention": attention, "loss": more.pop("loss", "chunked")}
+    language = type(settings.language)(**{**vars(settings.language), **changes})
+    values = {key: more.pop(key) for key in list(more) if key in Asked.__dataclass_fields__}
+    changed = type(settings)(**{**vars(settings), "language": language, "dtype": more.pop("dtype", "float32")})
+    return Asked(DistSettings(dist), more, changed, **values)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (asked(optim="lion"), "trainer.optim=lion is not one whose states are saved under every strategy; use one of"),
+        (asked("zero2", optim="adamw_torch_8bit"), "use adamw_bnb_8bit"),
+        (asked(fp16=True), "trainer.fp16=true needs a GPU; use trainer.bf16=true"),
+        (asked("fsdp", fp16=True, gpu=True), "use trainer.bf16=true, or dist=zero2"),
+        (asked(bf16=True, gpu=True, bf16_works=False), "this card does not compute in bfloat16; use trainer.fp16=true"),
+        (asked("zero3", dtype="bfloat16"), "needs trainer.bf16=true"),
+        (asked(dtype="float16"), "weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)"),
+        (asked("zero3", torch_compile=True), "use dist=fsdp or zero2"),
+        (asked(attention="flex"), "no backward pass on the CPU; use model.language.attention=dense"),
+        (asked(mode="prefix_lm", questions_per_row=4), "set data.questions_per_row=1, or model.mode=blockwise_prefix"),
+        (asked(loss="fused"), "its kernel needs a GPU; use model.language.loss=chunked"),
+        (
+            asked(features=True, trained_vision="4"),
+            "trainable.vision=4: an encoder whose output is cached cannot train; set",
+        ),
+        (asked(average_tokens_across_devices=False), "would weigh ranks, not tokens, the same; leave it out"),
+        *((asked(**{key: True}), f"trainer.{key} cannot be set: ") for key in OURS),
+    ],
+)
+def test_what_cannot_work_is_refused(given: Asked, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        refuse(given)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        asked("fsdp", optim="adamw_bnb_8bit", bf16=True),
+        asked("zero3", optim="adamw_bnb_8bit", bf16=True, dtype="bfloat16"),
+        asked("zero2", fp16=True, gpu=True),
+        asked(attention="flex", gpu=True),
+        asked(mode="prefix_lm", questions_per_row=1),
+        asked(mode="causal", questions_per_row=4),
+        asked(features=True, trained_vision="none"),
+    ],
+)
+def test_what_works_is_not(given: Asked) -> None:
+    refuse(given)
+
+
+def test_started_again_is_told_by_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart by torchrun resumes the run that this launch began, and with no other."""
+    config = OmegaConf.create({"resume": None})
+    assert not going_on(tmp_path, config)
+    monkeypatch.setenv(LAUNCH, "this")
+    assert not going_on(tmp_path, config)  # nothing there yet, or another launch's run
+    (tmp_path / STARTED).write_text("that")
+    assert not going_on(tmp_path, config)
+    (tmp_path / STARTED).write_text("this")
+    assert going_on(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "refused"),
+    [
+        ({}, {"num_train_epochs": 8}, None),
+        ({}, {"max_steps": 30}, None),  # 4 epochs are 20 steps
+        ({"max_steps": 20}, {"max_steps": 21}, None),
+        (
+            {},
+            {"num_train_epochs": 3},
+            "trainer.num_train_epochs was 4 and is now 3 (a run can be extended, not shortened",
+        ),
+        ({}, {"max_steps": 20}, "trainer.max_steps was -1 and is now 20 (a run can"),
+        ({"max_steps": 20}, {"max_steps": -1}, "trainer.max_steps was 20 and is now -1 (a run can"),
+        ({"max_steps": 20}, {"max_steps": 20, "num_train_epochs": 8}, "raise trainer.max_steps where it is set"),
+        ({}, {"num_train_epochs": 8, "optim": "sgd"}, "changed settings: trainer.optim was adamw and is now sgd; give"),
+    ],
+)
+def test_a_resumed_run_may_only_be_extended(
+    tmp_path: Path, was: dict[str, Any], now: dict[str, Any], refused: str | None
+) -> None:
+    def config(trainer: dict[str, Any]) -> DictConfig:
+        given = {"num_train_epochs": 4, "max_steps": -1, "optim": "adamw", **trainer}
+        return OmegaConf.create({"resume": "auto", "resume_force": False, "trainer": given})
+
+    with checkpoints.writing(tmp_path, 20) as folder:
+        (folder / "progress.json").write_text(json.dumps({"global_batch": 8}))
+        (folder / "trainer_state.json").write_text(json.dumps({"max_steps": 20}))
+    OmegaConf.save(config(was), tmp_path / "config.yaml")
+    if refused:
+        with pytest.raises(InputError) as error:
+            open_run(tmp_path, config(now), 8, 1)
+        assert refused in str(error.value)
+    else:
+        checkpoint, told = open_run(tmp_path, config(now), 8, 1)
+        assert checkpoint == tmp_path / "checkpoint-20" and told == [f"resuming from {checkpoint}"]
+
+
+def test_one_process_under_fsdp_starts_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Nobody has to set OMP_NUM_THREADS, of which accelerate warns."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    for name in group:
+        monkeypatch.setenv(name, "")  # so that what is set here is unset afterwards
+        monkeypatch.delenv(name)
+    threads = torch.get_num_threads()
+    PartialState._reset_state()
+    distributed.start(DistSettings("fsdp"), cpu=True)
+    try:
+        PartialState(cpu=True)
+        assert [str(warning.message) for warning in recwarn] == []
+    finally:
+        torch.distributed.destroy_process_group()
+        PartialState._reset_state()
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs bitsandbytes; install it with: pip install 'vlmvqa\[8bit\]'"):
+        refuse(asked(optim="adamw_bnb_8bit"))
+    with pytest.raises(InputError, match=r"needs DeepSpeed; install it with: pip install 'vlmvqa\[deepspeed\]'"):
+        refuse(asked("zero2"))
+
+
+def test_torchao_steps_where_bitsandbytes_cannot() -> None:
+    assert optimizer_for("adamw_bnb_8bit", DistSettings("fsdp")) == "adamw_torch_8bit"
+    assert optimizer_for("adamw_bnb_8bit", DistSettings("zero2")) == "adamw_bnb_8bit"
+    assert optimizer_for("adamw_torch", DistSettings("fsdp")) == "adamw_torch"
+
+
+def test_a_difference_stops_before_the_first_step(tmp_path: Path) -> None:
+    """Promise 6: a model that nobody sharded, an optimizer that lost a parameter, another one than asked for."""
+    given = trainer(tmp_path / "a", model())
+    given.dist = DistSettings("fsdp")
+    with pytest.raises(InputError, match="units that FSDP2 holds: 7 was asked for, 0 would run"):
+        given.train()
+    given = trainer(tmp_path / "b", model())
+    given.create_optimizer()
+    assert given.optimizer is not None
+    given.optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(InputError, match=r"parameters that the optimizer holds: .* was asked for"):
+        given.train()
+    given = trainer(tmp_path / "c", model(), optim="adamw_bnb_8bit")
+    given.args.optim = "adamw_torch"
+    given.create_optimizer()
+    given.args.optim = "adamw_bnb_8bit"
+    with pytest.raises(InputError, match=r"the optimizer: AdamW of bitsandbytes was asked for, AdamW of torch\.optim"):
+        given.train()
+    assert not list(tmp_path.glob("*/log.jsonl")) or not any(file.read_text() for file in tmp_path.glob("*/log.jsonl"))
+
+
+def test_the_table_of_one_process(tmp_path: Path) -> None:
+    given = trainer(tmp_path, model(), optim="adamw_bnb_8bit")
+    given.train()
+    lines = check(given).splitlines()
+    assert lines[0].split(maxsplit=1)[1] == "one process, 1 rank on cpu"
+    assert "adamw_bnb_8bit, 8-bit moments in blocks of 256, fp32 below 4,096 elements, norm clipped to 1" in lines[4]
+    assert lines[6].endswith("2 rows (2 a rank x 1 accumulated x 1 rank)")
+
+
+def test_a_task_of_slurm_knows_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\n[ \"$3\" = 'node[1-2]' ] && printf 'node1\\nnode2\\n'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    step = {
+        "SLURM_JOB_ID": "31234",
+        "SLURM_STEP_NODELIST": "node[1-2]",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+    }
+    assert slurm_task(step) == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "8",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "21234",
+    }
+    assert slurm_task(step | {"RANK": "0"}) == {}  # torchrun under srun
+    assert slurm_task(step | {"SLURM_STEP_NUM_TASKS": "1"}) == {} and slurm_task({}) == {}

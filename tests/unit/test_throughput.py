@@ -1,0 +1,434 @@
+"""The speed in every log record: exact counts, shares of the time that add up, operations as PyTorch counts them."""
+
+from __future__ import annotations
+
+import gc
+import re
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from tests import tiny
+from tests.unit.test_trainer import model, trainer
+from vlmvqa.models import flops
+from vlmvqa.models.flops import COUNTED, count, count_flops, matrix_rate
+from vlmvqa.models.vlm import VLM, set_trainable
+from vlmvqa.sequence.masks import MODES, Tokens, visible
+from vlmvqa.sequence.rows import Document, TokenizedQuestion
+from vlmvqa.training.log import read_log
+from vlmvqa.training.throughput import (
+    COMPILED_PHASES,
+    PHASES,
+    Bar,
+    Clock,
+    Printer,
+    SpeedMeter,
+    log_line,
+    rounded,
+    short,
+    show_speed,
+)
+
+KEYS = {"questions_per_second", "supervised_tokens_per_second", "padding", "peak_memory_gib", "mfu"}
+
+
+@pytest.fixture(autouse=True)
+def small_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device can do is measured once, in a test of its own."""
+    monkeypatch.setattr("vlmvqa.training.throughput.matrix_rate", lambda device, dtype: 1e12)
+
+
+def started(vlm: VLM, folder: Path, **arguments: Any) -> SpeedMeter:
+    meter = SpeedMeter(vlm)
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **arguments)
+    meter.on_train_begin(args, TrainerState(), TrainerControl())
+    return meter
+
+
+def step(meter: SpeedMeter, vlm: VLM, batch: dict[str, Tensor]) -> None:
+    """A micro-batch and an optimizer step, as the trainer makes them."""
+    meter.begin(batch)
+    loss = vlm(**batch)["loss"]
+    meter.backward(loss)
+    loss.backward()
+    meter.on_step_end(TrainingArguments(use_cpu=True), TrainerState(), TrainerControl())
+
+
+def shared(vlm: VLM) -> dict[str, Tensor]:
+    return tiny.batch(vlm, [tiny.documents([3, 1]), tiny.documents([2])], tiny.images(3))
+
+
+# ---- what is counted
+
+
+def test_counts_of_a_batch_by_hand(tmp_path: Path) -> None:
+    """Two rows: 17 image tokens with questions of 3 + 2 and 4 + 1 tokens, and 17 with one of 2 + 1."""
+    vlm = model()
+    rows = [
+        [Document(0, [TokenizedQuestion([5, 6, 7], [8, 9, 1]), TokenizedQuestion([5, 6, 7, 8], [9, 1])])],
+        [Document(1, [TokenizedQuestion([5, 6], [7, 1])])],
+    ]
+    batch = tiny.batch(vlm, rows, tiny.images(2), multiple=8)
+    found = dict(zip(COUNTED, count(batch, vlm.mode).tolist(), strict=True))
+    assert batch["labels"].shape == (2, 32)
+    assert found["questions"] == 3 and found["supervised_tokens"] == 3 + 2 + 2
+    assert found["tokens"] == (17 + 5 + 5) + (17 + 3)
+    images, prompts = 2 * 17**2, 3 * (17 + 3) + 4 * (17 + 4) + 2 * (17 + 2)
+    answers = (17 + 4) + (17 + 5) + (17 + 5) + (17 + 3)
+    assert found["pairs"] == images + prompts + answers
+
+    meter = started(vlm, tmp_path)
+    for _ in range(2):
+        step(meter, vlm, batch)
+    report = meter.report()
+    assert report["padding"] == rounded(100 * (1 - 47 / 64))
+    assert report["supervised_tokens_per_second"] / report["questions_per_second"] == pytest.approx(7 / 3, rel=1e-2)
+
+
+@pytest.mark.parametrize("window", [None, 6, 19])
+@pytest.mark.parametrize("mode", MODES)
+def test_pairs_are_those_that_the_mask_lets_through(mode: str, window: int | None) -> None:
+    vlm = tiny.model(mode)
+    each = [1, 1] if mode == "prefix_lm" else [3, 2]
+    documents = tiny.documents(each)
+    batch = tiny.batch(vlm, [documents, [documents[1]]], tiny.images(2))
+    tokens = Tokens.of(*(batch[name] for name in ("document", "branch", "role", "position")), mode)
+    for name, width in (("pairs", None), ("local_pairs", window)):
+        seen = visible(tokens.map(lambda t: t[:, :, None]), tokens.map(lambda t: t[:, None, :]), width)
+        found = dict(zip(COUNTED, count(batch, mode, window).tolist(), strict=True))
+        assert found[name] == int(seen.sum())
+
+
+# ---- operations
+
+
+def wide(**language: Any) -> VLM:
+    """Without a window, and with a vocabulary that shows in the sum."""
+    return tiny.model(family="llama", hidden_size=64, intermediate_size=160, **language)
+
+
+def as_pytorch_counts(vlm: VLM, batch: dict[str, Tensor]) -> int:
+    for block in vlm.vision.blocks:
+        block.attn.fused_attn = False  # a fused kernel's backward pass makes the scores again, and is counted for it
+    vlm.language.decoder.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        vlm(**batch)["loss"].backward()
+    return counter.get_total_flops()
+
+
+def ours(vlm: VLM, batch: dict[str, Tensor], meter: SpeedMeter, dense: bool) -> int:
+    counts = dict(zip(COUNTED, count(batch, vlm.mode).tolist(), strict=True))
+    if dense:  # eager attention multiplies all tokens with all, and drops what the mask hides
+        rows, length = batch["document"].shape
+        counts["pairs"] = counts["local_pairs"] = rows * length**2
+    counted = count_flops(vlm)
+    assert counted is not None and meter.shapes["images"] == len(batch["labels"])
+    return counted.of({**meter.shapes, **counts})
+
+
+FROZEN: dict[str, dict[str, str | int]] = {
+    "nothing": {},
+    "encoder": {"vision": "none"},
+    "language": {"language": "none"},
+    "all but the projector": {"vision": "none", "language": "none"},
+    "all but the last language layer": {"vision": "none", "projector": "none", "language": 1},
+    "all but the last encoder block": {"vision": 1, "projector": "none", "language": "none"},
+}
+
+
+# An encoder that trains has no features to keep.
+CASES = [(frozen, cached) for frozen, parts in FROZEN.items() for cached in {False, parts.get("vision") == "none"}]
+
+
+@pytest.mark.parametrize(("frozen", "cached"), CASES)
+def test_operations_are_those_that_pytorch_counts(tmp_path: Path, frozen: str, cached: bool) -> None:
+    """Where there is no padding and attention is counted dense, as eager attention multiplies it.
+
+    The numbers are equal, but for the rotary angles where transformers makes them by a matrix product.
+    """
+    vlm = wide(tie_word_embeddings=True)
+    for part, choice in FROZEN[frozen].items():
+        set_trainable(vlm.part(part), choice, part)
+    document = [Document(0, [tiny.question(6, 3), tiny.question(5, 2)])]
+    other = [Document(1, document[0].questions)]
+    batch = tiny.batch(vlm, [document, other], tiny.images(2), multiple=1)
+    assert (batch["document"] >= 0).all()
+    if cached:
+        batch["image_features"] = vlm.vision(batch.pop("pixel_values"))
+    meter = started(vlm, tmp_path)
+    meter.begin(batch)
+    expected = as_pytorch_counts(vlm, batch)
+    assert ours(vlm, batch, meter, dense=True) == pytest.approx(expected, rel=0.01)
+    assert ours(vlm, batch, meter, dense=False) < expected
+
+
+def test_an_output_head_of_its_own_counts_at_supervised_tokens_only() -> None:
+    tied, untied = count_flops(wide(tie_word_embeddings=True)), count_flops(wide(tie_word_embeddings=False))
+    assert tied is not None and tied == untied
+    assert tied.supervised == 3 * 2 * 64 * tiny.VOCABULARY
+
+
+def test_local_layers_are_counted_apart() -> None:
+    alternating, local = count_flops(tiny.model(family="gemma2")), count_flops(tiny.model(family="mistral"))
+    assert alternating is not None and alternating.pair == alternating.local_pair == 2 * 3 * 4 * 32
+    assert local is not None and local.pair == 0 and local.local_pair == 4 * 3 * 4 * 32
+
+
+def test_the_devices_rate_is_measured_once() -> None:
+    state = torch.get_rng_state()
+    rate = matrix_rate(torch.device("cpu"), torch.float32)
+    assert 1e8 < rate < 1e15 and matrix_rate(torch.device("cpu"), torch.float32) == rate
+    assert torch.equal(torch.get_rng_state(), state)  # the run draws the same numbers with it as without
+
+
+# ---- time
+
+
+def test_a_clock_is_in_one_phase_or_stands() -> None:
+    clock = Clock(torch.device("cpu"))
+    times = iter([0.0, 1.0, 3.0, 10.0, 11.0, 15.0])
+    clock._now = lambda: next(times)  # type: ignore[method-assign]
+    for phase in ("a", "b", None, "a", "b", "a"):
+        clock.switch(phase)
+    assert clock.read() == {"a": 1.0 + 1.0, "b": 2.0 + 4.0}
+    assert clock.read() == {} and len(clock.marks) == 1
+
+
+def phases(vlm: VLM, batch: dict[str, Tensor], folder: Path) -> list[str | None]:
+    """The phases that a step goes through, without repetitions."""
+    meter = started(vlm, folder)
+    passed: list[str | None] = []
+    switch = meter.clock.switch
+
+    def record(phase: str | None) -> None:
+        passed.extend([phase] if passed[-1:] != [phase] else [])
+        switch(phase)
+
+    meter.clock.switch = record  # type: ignore[method-assign]
+    step(meter, vlm, batch)
+    meter.detach()
+    return passed
+
+
+FORWARD, BACKWARD = ["language_model", "encoder", "language_model", "loss"], ["language_model", "encoder"]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_step_goes_through_the_model_and_back(tmp_path: Path, cached: bool, recomputed: bool) -> None:
+    """Activations that are made again in the backward pass belong to the part they are of."""
+    vlm = model().train()
+    batch = shared(vlm)
+    if cached:
+        set_trainable(vlm.part("vision"), "none", "vision")
+        batch["image_features"] = vlm.vision(batch.pop("pixel_values"))
+    if recomputed:
+        vlm.checkpoint_activations()
+    assert phases(vlm, batch, tmp_path) == [*FORWARD, *BACKWARD, "optimizer", "data"]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "backward"),
+    [
+        (["vision"], ["language_model", "encoder"]),  # the projector trains
+        (["language"], ["language_model", "encoder"]),
+        (["vision", "language"], ["language_model", "encoder"]),
+        (["vision", "projector"], ["language_model"]),
+    ],
+)
+def test_frozen_parts_have_the_time_that_they_take(tmp_path: Path, frozen: list[str], backward: list[str]) -> None:
+    vlm = model()
+    for part in frozen:
+        set_trainable(vlm.part(part), "none", part)
+    assert phases(vlm, shared(vlm), tmp_path) == [*FORWARD, *backward, "optimizer", "data"]
+
+
+def test_the_time_of_each_part_is_its_own(tmp_path: Path) -> None:
+    """By a clock that moves only where a part is made to take long: the decoder forward, the encoder backward."""
+    vlm = model()
+    meter = started(vlm, tmp_path)
+    now = [0.0]
+
+    def takes(seconds: float) -> None:
+        now[0] += seconds
+
+    meter.clock.marks.clear()
+    meter.clock._now = lambda: now[0]  # type: ignore[method-assign]
+    meter.clock.switch("data")
+    vlm.language.decoder.register_forward_hook(lambda *_: takes(2.0))
+    vlm.vision.encoder.register_forward_hook(
+        lambda _, __, features: features.register_hook(lambda _: takes(6.0)) and None
+    )
+    step(meter, vlm, shared(vlm))
+    report = meter.report()
+    assert {phase: report[f"time_{phase}"] for phase in PHASES} == {
+        **dict.fromkeys(PHASES, 0.0),
+        "encoder": 75.0,
+        "language_model": 25.0,
+    }
+    assert report["questions_per_second"] == 6 / 8
+
+
+def test_what_is_not_training_does_not_count(tmp_path: Path) -> None:
+    vlm = model()
+    meter = started(vlm, tmp_path)
+    step(meter, vlm, shared(vlm))
+    before = dict(meter.clock.seconds)
+    with meter.paused(), torch.no_grad():
+        paused = dict(meter.clock.seconds)
+        vlm(**shared(vlm))
+        assert meter.clock.seconds == paused
+    assert set(paused) == set(before) | {"data"} and meter.clock.phase == "data"
+    meter.on_train_end(TrainingArguments(use_cpu=True), TrainerState(), TrainerControl())
+    with meter.paused():
+        pass
+    assert meter.clock.phase is None
+
+
+def test_hooks_are_put_on_once_and_taken_off(tmp_path: Path) -> None:
+    vlm = model()
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in vlm.modules())
+
+    meter = started(vlm, tmp_path)
+    assert hooks() == 4
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    meter.on_train_begin(args, TrainerState(), TrainerControl())  # a training that was broken off, and another
+    assert hooks() == 4
+    meter.on_train_end(args, TrainerState(), TrainerControl())
+    assert hooks() == 0
+
+
+def test_no_tensor_outlives_its_step(tmp_path: Path) -> None:
+    """Without the garbage collector: on a GPU it would come too late."""
+    vlm = model()
+    meter = started(vlm, tmp_path)
+    alive: list[weakref.ref[Tensor]] = []
+    vlm.language.register_forward_hook(lambda _, __, hidden: alive.append(weakref.ref(hidden)))
+    vlm.projector.register_forward_hook(lambda _, __, images: alive.append(weakref.ref(images)))
+    gc.disable()
+    try:
+        for _ in range(3):
+            step(meter, vlm, shared(vlm))
+        assert len(alive) == 6 and all(tensor() is None for tensor in alive)
+    finally:
+        gc.enable()
+    assert len(meter.clock.marks) == 1
+
+
+# ---- a run
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [record for record in read_log(folder / "log.jsonl") if "loss" in record]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_log_line_tells_the_speed(tmp_path: Path, compiled: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+    run = trainer(tmp_path, model(), gradient_accumulation_steps=2, max_steps=3, save_strategy="steps", **more)
+    run.train()
+    expected = COMPILED_PHASES if compiled else PHASES
+    assert len(lines(tmp_path)) == 3
+    for line in lines(tmp_path):
+        assert KEYS | {f"time_{phase}" for phase in expected} <= line.keys()
+        assert {key for key in line if key.startswith("time_")} == {f"time_{phase}" for phase in expected}
+        assert sum(line[f"time_{phase}"] for phase in expected) == pytest.approx(100, abs=0.1)
+        assert line["questions_per_second"] > 0 and 0 <= line["padding"] < 100
+        assert line["peak_memory_gib"] > 0.05 and line["mfu"] > 0
+        assert all(line[f"time_{phase}"] > 0 for phase in expected if phase != "other")
+    assert run.speed.clock.phase is None and run.speed.hooks == []
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(printed) == 3 and all(len(line) < 100 for line in printed)
+    assert re.fullmatch(r"step 2/3, [\d:]+ left: loss \S+, lr \S+, grad norm \S+, \S+ questions/s", printed[1])
+
+
+@pytest.mark.parametrize("columns", [100, 80])
+def test_the_bar_fits_the_terminal(
+    tmp_path: Path, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))  # what tqdm asks where there is no terminal
+    monkeypatch.setenv("LINES", "40")
+    run = trainer(tmp_path, model())
+    assert isinstance(run.pop_callback(PrinterCallback), Printer)  # which stands where no bar is wanted
+    run.add_callback(ProgressCallback)
+    show_speed(run)
+    assert [type(callback) for callback in run.callback_handler.callbacks].count(Bar) == 1
+    run.train()
+    out, err = capsys.readouterr()
+    drawn = [piece for piece in re.split(r"[\r\n]", err) if "%|" in piece]
+    assert drawn and all(len(piece) < columns for piece in drawn)
+    assert all(len(piece.split("|")[1]) >= 8 for piece in drawn)
+    assert re.search(r"\| 4/4, [\d:]+ left, loss \S+, lr \S+, \S+ questions/s$", drawn[-1])
+    assert re.search(r"^step 4/4: loss \S+, lr \S+, grad norm \S+, \S+ questions/s$", out, re.MULTILINE)
+
+
+def test_the_bar_of_a_resumed_run_starts_where_it_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else all steps before count as made in a moment, and the time left is far too short."""
+    bar, state = Bar(), TrainerState(global_step=900, max_steps=1000)
+    args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), TrainerControl()
+    bar.on_train_begin(args, state, control)
+    state.global_step = 901
+    bar.on_step_end(args, state, control)
+    assert bar.training_bar is not None
+    assert (bar.training_bar.initial, bar.training_bar.n) == (900, 901)
+    bar.on_train_end(args, state, control)
+    assert " 900/1000, " in capsys.readouterr().err
+
+
+def test_a_line_stays_below_a_hundred_columns() -> None:
+    state = TrainerState(global_step=123_456, max_steps=250_000)
+    step = {"loss": 12.3456, "grad_norm": 123.456, "learning_rate": 9.87654e-4, "questions_per_second": 12_345}
+    line = log_line({**step, "padding": 12.5, "time_data": 3.2, "mfu": 41.2, "epoch": 3.21}, state, "12:34:56")
+    assert line == ("step 123,456/250,000, 12:34:56 left: loss 12.35, lr 0.000988, grad norm 123, 12,345 questions/s")
+    assert len(line) < 100
+    scores = {f"eval_{task}_vqa_accuracy": 61.5 for task in ("vqav2", "gqa", "docvqa", "coco_captions")}
+    wrapped = log_line({**scores, "eval_mean": 61.5, "epoch": 1.0}, state).splitlines()
+    assert len(wrapped) == 2 and all(len(line) < 100 for line in wrapped) and "epoch" not in wrapped[1]
+    assert wrapped[0].startswith("step 123,456/250,000: eval_vqav2_vqa_accuracy 61.5, eval_gqa_vqa_accuracy 61.5")
+
+
+def test_numbers_are_short() -> None:
+    assert [rounded(value) for value in (0.0123456, 12.3456, 812.34, 12345.6)] == [0.01235, 12.35, 812.3, 12346]
+    assert [short(value, 3) for value in (1e-5, 0.0123456, 999.4, 999.6, 12345.6, 1e20)] == [
+        *("1e-05", "0.0123", "999", "1,000", "12,346", "1e+20")
+    ]
+    assert short(float("inf")) == "inf" and short("text") == "text"
+
+
+def test_experts_are_not_guessed(tmp_path: Path) -> None:
+    """Which of them a token meets is not known, so nothing is said of the operations."""
+    vlm = model()
+    vlm.language.decoder.layers[0].mlp.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    assert flops.count_flops(vlm) is None
+    meter = started(vlm, tmp_path)
+    step(meter, vlm, shared(vlm))
+    assert "mfu" not in meter.report()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_time_is_that_of_its_stream(tmp_path: Path) -> None:
+    vlm = model().cuda()
+    batch = {name: column.cuda() for name, column in shared(vlm).items()}
+    meter = SpeedMeter(vlm)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    meter.on_train_begin(args, TrainerState(), TrainerControl())
+    for _ in range(5):
+        step(meter, vlm, batch)
+    report = meter.report()
+    assert sum(report[f"time_{phase}"] for phase in PHASES) == pytest.approx(100, abs=0.1)
+    assert all(report[f"time_{phase}"] > 0 for phase in ("encoder", "language_model", "loss"))
+    events = len(meter.clock.spare)
+    for _ in range(50):
+        step(meter, vlm, batch)
+        meter.report()
+    assert len(meter.clock.spare) <= events + 20  # used again and again
+    assert matrix_rate(torch.device("cuda"), torch.bfloat16) > 1e12
