@@ -133,7 +133,7 @@ def _known(error: Exception) -> str | None:
         return f"the disk is full ({error}); free space, and resume a training run with resume=auto"
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full; launch/plan.py with the same arguments says what fits"
-    if ranks.together() and any(mark in said for mark in PEER_GONE):
+    if ranks.is_distributed() and any(mark in said for mark in PEER_GONE):
         return f"another rank was killed or cannot be reached ({said.splitlines()[0]}); resume with resume=auto"
     return None
 

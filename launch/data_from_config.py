@@ -38,7 +38,7 @@ SHARED = (
     "max_new_tokens",
     "questions_per_row",
     "row_tokens",
-    "features",
+    "feature_cache",
     "on_bad_record",
 )
 
@@ -56,7 +56,7 @@ class DataSettings:
     hub_images: str | None = None
     streaming: bool = False
     columns: Columns = field(default_factory=Columns)
-    packed: str | None = None
+    shards: str | None = None
     train_split: str = "train"
     eval_split: str = "val"
     max_train_samples: int | None = None
@@ -64,8 +64,8 @@ class DataSettings:
     min_steps: int = 0
     prompt: str = "answer en {question}\n"
     metric: str = "vqa_accuracy"
-    scoring: Mapping[str, Any] = field(default_factory=dict)
-    also: Mapping[str, Any] = field(default_factory=dict)
+    metric_options: Mapping[str, Any] = field(default_factory=dict)
+    extra_metrics: Mapping[str, Any] = field(default_factory=dict)
     target: str = "most_common"
     resize: str = "squash"
     reduced_decoding: bool = False
@@ -73,9 +73,9 @@ class DataSettings:
     max_new_tokens: int | None = None  # read by conf/decoding
     questions_per_row: int | None = None
     row_tokens: int | None = None
-    features: str | None = None
+    feature_cache: str | None = None
     on_bad_record: str = "error"
-    published: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    expected_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     archives: Sequence[Mapping[str, str]] = ()
     parts: Mapping[str, DataSettings] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -86,9 +86,9 @@ class DataSettings:
         return self.parts or {"": self}
 
     @property
-    def beside(self) -> dict[str, Mapping[str, Any]]:
+    def extra(self) -> dict[str, Mapping[str, Any]]:
         """The metrics that are printed beside the task's own, with their options."""
-        return {name: options for name, options in self.also.items() if options is not None}
+        return {name: options for name, options in self.extra_metrics.items() if options is not None}
 
     @property
     def asks(self) -> bool:
@@ -120,8 +120,8 @@ def data_settings(config: DictConfig) -> DataSettings:
         "the same for all parts of a mixture, as data.<key>",
         *(f"data.parts.{name}.{key}" for name in parts for key in SHARED),
     )
-    if mixture.features is not None:
-        raise InputError("data.features are of one data set's images; leave them out of a mixture")
+    if mixture.feature_cache is not None:
+        raise InputError("data.feature_cache holds one dataset's images, so a mixture cannot use it; leave it out")
     shared = {key: getattr(mixture, key) for key in SHARED}
     parts = {name: _checked(replace(part, **shared), f"data.parts.{name}") for name, part in parts.items()}
     if len(parts) < 2:
@@ -168,14 +168,16 @@ def new_lines(prompt: str) -> str:
 
 def _checked(settings: DataSettings, where: str) -> DataSettings:
     settings = replace(settings, prompt=new_lines(settings.prompt))
-    refuse_no_root(where, settings.root, settings.hub, settings.packed)
+    refuse_no_root(where, settings.root, settings.hub, settings.shards)
     if isinstance(settings.min_steps, bool) or not isinstance(settings.min_steps, int) or settings.min_steps < 0:
         raise InputError(f"{where}.min_steps={settings.min_steps} should be a whole number, at least 0")
-    check_options(settings.metric, settings.scoring)
-    for name, options in settings.beside.items():
+    check_options(settings.metric, settings.metric_options)
+    for name, options in settings.extra.items():
         if name == settings.metric or not isinstance(options, Mapping):
-            raise InputError(f"{where}.also.{name} should name another metric than {settings.metric}, as {name}: {{}}")
-        check_options(name, options, f"{where}.also.{name}")
+            raise InputError(
+                f"{where}.extra_metrics.{name} should name another metric than {settings.metric}, as {name}: {{}}"
+            )
+        check_options(name, options, f"{where}.extra_metrics.{name}")
     if not hasattr(source_module(settings.source), "write_submission"):
         raise InputError(
             f"src/vlmvqa/data/datasets/{settings.source}.py has no write_submission; a source needs one, with read"
@@ -271,17 +273,17 @@ def read_tasks(data: DataSettings, bad_records: BadRecords) -> list[Task]:
     for one in tasks:
         if one.answered:
             refuse_unscorable(one.data.metric, one.evaluated)
-            for name, options in one.data.beside.items():
+            for name, options in one.data.extra.items():
                 refuse_unscorable(name, one.evaluated, **options)
     return tasks
 
 
 def scoring(settings: DataSettings, split: str) -> dict[str, Any]:
-    """What the metric takes besides answers and questions: `data.scoring`, and of GQA's official files the choices."""
+    """Return the metric's options: `data.metric_options`, and the choices in GQA's official files."""
     own = settings.metric == "gqa_accuracy" and settings.root is not None and settings.hub is None
     find = vars(source_module(settings.source)).get("scoring") if own else None
     found = find(Path(str(settings.root)).expanduser(), split) if find else {}
-    return {**found, **settings.scoring}
+    return {**found, **settings.metric_options}
 
 
 # --- questions ----------------------------------------------------------------------------------------
@@ -295,8 +297,8 @@ def read_examples(
     A source that also names its `files` is read once, and taken from the cache while they stay as they are.
     """
     source = source_module(settings.source)
-    if settings.packed is not None:
-        folder = Path(settings.packed).expanduser()
+    if settings.shards is not None:
+        folder = Path(settings.shards).expanduser()
         key = packing_key(settings, split, max_samples)
         return shards.read(folder, key, settings.prompt, asks=settings.asks)
     if settings.hub is not None:

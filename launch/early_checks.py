@@ -20,7 +20,7 @@ from vlmvqa.trainer_arguments import problems
 PREPARE = ("download", "check", "pack", "features")
 # Settings of each script that name saved models, and other files and folders.
 MODELS = {
-    "train": ("start_from",),
+    "train": ("init_from",),
     "eval": ("checkpoint",),
     "predict": ("checkpoint",),
     "serve": ("checkpoint", "compare"),
@@ -32,7 +32,15 @@ PATHS = {"eval": ("predictions", "compare"), "serve": ("browse", "examples")}
 READS_DATA = ("train", "eval", "show", "merge", "helm", *(f"prepare {job}" for job in PREPARE if job != "download"))
 FILES = ("coco_captions", "docvqa", "gqa", "jsonl", "vqav2")
 # The least value of a whole number.
-LEAST = {"samples": 0, "looks": 0, "workers": 0, "batch_size": 1, "max_instances": 1, "seed": 0}
+LEAST = {
+    "samples": 0,
+    "log_samples": 0,
+    "attributions": 0,
+    "workers": 0,
+    "batch_size": 1,
+    "max_instances": 1,
+    "seed": 0,
+}
 NULLABLE = {"merge": ("samples",), "prepare": ("workers",)}
 
 
@@ -135,7 +143,7 @@ def _refuse_missing_data(data: dict[str, Any], where: str) -> None:
         _refuse_missing_data(part, f"{where}.parts.{name}")
     if data.get("source") not in FILES:
         return
-    root, hub, packed = (data.get(key) for key in ("root", "hub", "packed"))
+    root, hub, packed = (data.get(key) for key in ("root", "hub", "shards"))
     refuse_no_root(where, root, hub, packed)
     if root is not None and hub is None and packed is None and not data.get("synthetic"):
         refuse_missing(f"{where}.root", str(root))

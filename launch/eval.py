@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
         compare_two(config)
         return
     distributed.start(distributed.DistSettings(), cpu=False)
-    ranks.share(lambda: _refuse_results(config))
+    ranks.broadcast_from_rank0(lambda: _refuse_results(config))
     if config.predictions is not None:
         score_predictions(config)
     else:
@@ -85,7 +85,9 @@ def score_predictions(config: DictConfig) -> None:
     answers = read_answers(Path(config.predictions).expanduser(), asked.questions, submission_name(data.source))
     found, predictions = evaluate(asked, answers, none)
     facts = {"predictions": str(config.predictions), "split": config.split}
-    report(config, from_config.run_folder(config), asked, data, facts, found, predictions, bad_records, looks=none)
+    report(
+        config, from_config.run_folder(config), asked, data, facts, found, predictions, bad_records, attributions=none
+    )
 
 
 def compare_two(config: DictConfig) -> None:
@@ -104,17 +106,17 @@ def _asked(config: DictConfig, data: DataSettings, examples: list[Example]) -> A
     answered = all_answered(examples)
     if answered:
         refuse_unscorable(data.metric, examples)
-        for name, more in data.beside.items():
+        for name, more in data.extra.items():
             refuse_unscorable(name, examples, **more)
     train = training_answers(data) if answered else "the split has no answers"
     options = scoring(data, config.split)
-    return Asked(examples, train, data.metric, config.seed, config.blank_images, config.variants, options, data.beside)
+    return Asked(examples, train, data.metric, config.seed, config.blank_images, config.variants, options, data.extra)
 
 
 def _read(config: DictConfig, data: DataSettings) -> tuple[list[Example], BadRecords]:
     """The split; what is left out of it is listed in the run's folder."""
     folder, bad_records = from_config.run_folder(config), BadRecords(data.on_bad_record)
-    with ranks.first_here_first():  # shapes are drawn at first use
+    with ranks.local_main_first():  # shapes are drawn at first use
         examples = read_examples(data, config.split, data.max_eval_samples, bad_records)
     if ranks.is_first():
         folder.mkdir(parents=True, exist_ok=True)

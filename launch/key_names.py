@@ -53,7 +53,7 @@ ALIASES = {
     "checkpoint": "model_name model_name_or_path model_path model ckpt",
     "model.pretrained": "model_name model_name_or_path",
     "model.language.name": "model_name model_name_or_path",
-    "start_from": "model_path ckpt checkpoint",
+    "init_from": "model_path ckpt checkpoint",
     "data": "dataset dataset_name",
     "data.root": "data_dir data_path",
     "model.dtype": "dtype",

@@ -33,22 +33,22 @@ from vlmvqa.settings import build_settings
 
 
 def take_saved_model(config: DictConfig) -> None:
-    """Under `start_from`, take the settings that the model was saved with.
+    """Under `init_from`, take the settings that the model was saved with.
 
     Raises:
         InputError: there is no such model, or the command chooses another or sets a key of it other than model.dtype.
     """
-    if config.start_from is None:
+    if config.init_from is None:
         return
     for key in given_keys():
         if key == "model":
             raise InputError(
-                "model= cannot be set together with start_from=, whose model is as it was saved; leave it out, or "
+                "model= cannot be set together with init_from=, whose model is as it was saved; leave it out, or "
                 "choose the trainer's settings of a model with trainer=<its name>"
             )
         if key.startswith("model.") and key != "model.dtype":
-            raise InputError(f"{key} cannot be set here: the model of start_from is as it was saved; leave it out")
-    folder = model_folder.find(config.start_from).resolve()
+            raise InputError(f"{key} cannot be set here: the model of init_from is as it was saved; leave it out")
+    folder = model_folder.find(config.init_from).resolve()
     _, settings = read_settings(folder)
     known = asdict(settings)
     if isinstance(settings, ModelSettings):
@@ -59,14 +59,14 @@ def take_saved_model(config: DictConfig) -> None:
         raise InputError(f"model.dtype={known['dtype']} is unknown; use one of {', '.join(DTYPES)}")
     with open_dict(config):  # what trains, for the record and for all who ask the config
         config.model = known
-        if Path(config.start_from).exists():  # a hub id stays one: what is made of it can be loaded elsewhere
-            config.start_from = str(folder)
+        if Path(config.init_from).exists():  # a hub id stays one: what is made of it can be loaded elsewhere
+            config.init_from = str(folder)
 
 
 def build_predictor(
     config: DictConfig, data: DataSettings, train_examples: Sequence[Example], base: Path | None = None
 ) -> Predictor:
-    """The model with its tokenizer, image settings and prompt; the saved one under `start_from`.
+    """The model with its tokenizer, image settings and prompt; the saved one under `init_from`.
 
     Args:
         base: a folder that it was saved in before it got adapters, when the run began.
@@ -74,8 +74,8 @@ def build_predictor(
     decoding = build_settings(Decoding, group(config, "decoding"), "decoding")
     if base is not None:
         return replace(load(base, "cpu"), settings=model_settings(config)[0])
-    if config.get("start_from") is not None:
-        folder = model_folder.find(config.start_from)
+    if config.get("init_from") is not None:
+        folder = model_folder.find(config.init_from)
         found = load(folder, "cpu")
         processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
         if not isinstance(found.settings, PretrainedSettings):
@@ -89,7 +89,7 @@ def build_predictor(
             prompt=data.prompt,
             prompts={**found.prompts, **prompts(data.tasks.values())},
             decoding=decoding,
-            started_from={"model": config.start_from, "weights": fingerprint.weights_in(folder)},
+            started_from={"model": config.init_from, "weights": fingerprint.weights_in(folder)},
         )
     settings, tokenizer_name = model_settings(config)
     if isinstance(settings, PretrainedSettings):
@@ -181,8 +181,8 @@ def attach_adapters(config: DictConfig, predictor: Predictor, device: torch.devi
     settings = adapter_settings(config)
     if predictor.adapter is not None:
         raise InputError(
-            f"start_from={config.start_from} is an adapter; merge it into its base first, with launch/merge.py "
-            f"adapter={config.start_from} output=..."
+            f"init_from={config.init_from} is an adapter; merge it into its base first, with launch/merge.py "
+            f"adapter={config.init_from} output=..."
         )
     if settings is None:
         peft_adapters.prepare(predictor.model, config.trainable, None)
@@ -231,7 +231,7 @@ class Base:
         What lies there else is of a run that ended before its first checkpoint, perhaps of another seed.
         """
         if not resumed:
-            ranks.share(lambda: self._replace(folder))
+            ranks.broadcast_from_rank0(lambda: self._replace(folder))
         return fingerprint.weights_in(folder)
 
     def _replace(self, folder: Path) -> None:

@@ -25,7 +25,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.trainer_arguments import argument_types
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
-OPEN = ("overrides", "options", "weights", "scoring", "also")
+OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics")
 # Keys that may be given several times, by config; their values are taken as they are, quotes and all.
 REPEATABLE = {"predict": ("image", "question")}
 

@@ -90,7 +90,7 @@ def features(config: DictConfig) -> None:
         )
     except torch.OutOfMemoryError as error:
         raise InputError(f"the GPU's memory is full at batch_size={config.batch_size}; make it smaller") from error
-    print(f"{counted(len(store), 'image')}; train on them with data.features={folder} trainable.vision=none")
+    print(f"{counted(len(store), 'image')}; train on them with data.feature_cache={folder} trainable.vision=none")
     listing = folder / "skipped.jsonl"
     listing.unlink(missing_ok=True)  # what an earlier command left out is counted again by this one
     bad_records.list_in(listing)
@@ -119,7 +119,7 @@ def check_data(config: DictConfig) -> None:
     """Every split's counts and problems."""
     data = one_task(config)
     _refuse_ranks("a data set is looked through")
-    splits = {name: Published(**of) for name, of in data.published.items()}
+    splits = {name: Published(**of) for name, of in data.expected_counts.items()}
     if not splits or data.synthetic or data.hub is not None:  # as large as it was drawn; splits of other names
         splits = {data.train_split: Published(), data.eval_split: Published()}
 
@@ -142,13 +142,13 @@ def pack(config: DictConfig) -> None:
     """A split in large files."""
     _refuse_ranks("a split is packed")
     data = one_task(config)
-    if data.packed is not None:
-        raise InputError("data.packed is packed already; give data.root or data.hub")
+    if data.shards is not None:
+        raise InputError("data.shards is packed already; give data.root or data.hub")
     folder, bad_records = Path(config.pack.dir).expanduser(), BadRecords(data.on_bad_record)
     most = data.max_eval_samples if config.split == data.eval_split else data.max_train_samples
     examples = read_examples(data, config.split, most, bad_records)
     written = shards.write(folder, packing_key(data, config.split, most), examples, bad_records, progress=True)
-    print(f"{counted(written, 'image')} with all questions; train on them with data.packed={folder}")
+    print(f"{counted(written, 'image')} with all questions; train on them with data.shards={folder}")
     if bad_records.seen:
         print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")
 

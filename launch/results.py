@@ -77,11 +77,11 @@ def score_and_report(
         )
     found, predictions = evaluate(asked, answers, answer)
     facts = {**made_by, "split": split, "prompt": data.prompt}
-    looks: Sequence[tuple[Record, Image]] | str = ()
+    attributions: Sequence[tuple[Record, Image]] | str = ()
     if ranks.is_first():
         asks_so = replace(predictor, prompt=data.prompt)  # of a mixture's tasks each has its own
-        looks = looked_at(asks_so, asked.examples, predictions, asked.metric, config.looks)
-    metrics = report(config, folder, asked, data, facts, found, predictions, bad_records, name, looks)
+        attributions = looked_at(asks_so, asked.examples, predictions, asked.metric, config.attributions)
+    metrics = report(config, folder, asked, data, facts, found, predictions, bad_records, name, attributions)
     ranks.barrier()
     if ranks.is_first():
         journal.remove()
@@ -107,14 +107,14 @@ def report(
     predictions: Sequence[Mapping[str, Any]],
     bad_records: BadRecords,
     name: str = "",
-    looks: Sequence[tuple[Record, Image]] | str = (),
+    attributions: Sequence[tuple[Record, Image]] | str = (),
 ) -> dict[str, Any]:
     """Leave the results in the folder and print them, on rank 0.
 
     Args:
         facts: who answered, and how.
         found: what `evaluate` found.
-        looks: answers with where the model looked, for the report; or why there are none.
+        attributions: answers with where the model looked, for the report; or why there are none.
     """
     metrics = {
         **facts,
@@ -145,7 +145,7 @@ def report(
         log=log,
         config_yaml=OmegaConf.to_yaml(config, resolve=True),
         samples=samples,
-        looks=looks,
+        attributions=attributions,
     )
     if name:
         print(f"\n{name} {facts['split']}")

@@ -34,19 +34,19 @@ RUN = "run.json"  # when, how, on what and from which code it was started, each 
 STARTED = ".launch"  # by which of torchrun's launches this run was started
 # What decides how a run goes: it cannot be changed on the way...
 DECIDES = (
-    *("start_from", "model", "adapt", "data", "seed", "trainable", "learning_rates", "trainer"),
+    *("init_from", "model", "adapt", "data", "seed", "trainable", "learning_rates", "trainer"),
     *("clip_percentile", "loss_weighting"),
 )
 # ...but for where its data lies, how often it is looked at, and how its work is cut (the global batch is checked too).
 FREE = (
     "data.root",
-    "data.packed",
-    "data.published",
+    "data.shards",
+    "data.expected_counts",
     "data.archives",
-    "data.features",
+    "data.feature_cache",
     "data.eval_split",
     "data.max_eval_samples",
-    "data.also",
+    "data.extra_metrics",
     "data.on_bad_record",
     "model.language.attention",
     "model.language.loss",

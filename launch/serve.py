@@ -83,7 +83,7 @@ def _examples(folder: Path) -> list[Example]:
     data = data_settings(settings)
     if whole != folder:
         data = data.tasks[folder.name]
-    if data.hub is None and data.packed is None and not Path(data.root or "").expanduser().is_dir():
+    if data.hub is None and data.shards is None and not Path(data.root or "").expanduser().is_dir():
         raise InputError(f"{data.root} is not there")  # and what is drawn at first use is not drawn for this
     return read_examples(data, metrics["split"], metrics["max_samples"], BadRecords("skip"))
 

@@ -61,13 +61,13 @@ def main(config: DictConfig) -> bool:
     runtime_checks.refuse(training_from_config.asked(config, dist))
     folder = from_config.run_folder(config)
     distributed.start(dist, bool(config.trainer.get("use_cpu")))
-    ranks.share(lambda: refuse_run(folder, config))
+    ranks.broadcast_from_rank0(lambda: refuse_run(folder, config))
     if config.hub_id:
-        ranks.share(lambda: refuse_upload(config.hub_id))
+        ranks.broadcast_from_rank0(lambda: refuse_upload(config.hub_id))
     set_seed(config.seed)
     data = data_settings(config)
     bad_records = BadRecords(data.on_bad_record)
-    with ranks.first_here_first():  # shapes are drawn at first use
+    with ranks.local_main_first():  # shapes are drawn at first use
         tasks = read_tasks(data, bad_records)
     arguments = training_from_config.training_arguments(config, dist)
     if not any(task.answered for task in tasks):
@@ -79,7 +79,9 @@ def main(config: DictConfig) -> bool:
         tracking.finish()
         by = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by
         ranks.say(f"stopped by {by}, saved in {folder / 'latest'}; resume with resume=auto")
-        if stopped_by == "SIGINT" and not ranks.together():  # else the launcher would take it for a rank that failed
+        if (
+            stopped_by == "SIGINT" and not ranks.is_distributed()
+        ):  # else the launcher would take it for a rank that failed
             sys.exit(128 + signal.SIGINT)  # what a shell expects: `train && eval` goes no further
         return True
     metrics = score_tasks(config, folder, arguments, tasks, bad_records)
@@ -116,7 +118,7 @@ def score_tasks(
                 task.data.metric,
                 config.seed,
                 options=task.scoring,
-                also=task.data.beside,
+                also=task.data.extra,
             ),
             task.data,
             name=task.name,
@@ -151,7 +153,7 @@ def train(
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
         distributed.shard(predictor.model, arguments.device, computed_in, dist.offload)
-    shown = [samples.Shown.of(task.evaluated, config.samples, config.seed, task.name) for task in tasks]
+    shown = [samples.Shown.of(task.evaluated, config.log_samples, config.seed, task.name) for task in tasks]
 
     def evaluate(model: Model) -> dict[str, float]:
         answering = replace(predictor, model=model)
@@ -176,9 +178,11 @@ def train(
     )
     groups = trainer.parameter_groups()
     # Only now, when all that the command says has been understood, is anything written or replaced.
-    checkpoint, told = ranks.share(lambda: open_run(folder, config, trainer.global_batch, ranks.world_size()))
+    checkpoint, told = ranks.broadcast_from_rank0(
+        lambda: open_run(folder, config, trainer.global_batch, ranks.world_size())
+    )
     trainer.add_callback(tracking)
-    ranks.share(lambda: _open(tracking, config, folder, checkpoint))
+    ranks.broadcast_from_rank0(lambda: _open(tracking, config, folder, checkpoint))
     if base is not None and predictor.adapter is not None:
         written = base.write(kept, resumed=checkpoint is not None)
         predictor.adapter = replace(predictor.adapter, fingerprint=written)

@@ -47,7 +47,7 @@ def training_set(
     """The rows that a run trains on."""
     examples = [example for task in tasks for example in task.train]
     features = _cached_features(data, predictor, examples)
-    with ranks.first_here_first():  # texts are tokenised at first use
+    with ranks.local_main_first():  # texts are tokenised at first use
         return TrainingSet(
             examples,
             predictor.processor,
@@ -63,14 +63,14 @@ def training_set(
 
 
 def _cached_features(data: DataSettings, predictor: Predictor, examples: Sequence[Example]) -> FeatureStore | None:
-    """The encoder's output in place of the training images, where `data.features` names it.
+    """The encoder's output in place of the training images, where `data.feature_cache` names it.
 
     Raises:
         InputError: it is not of this model's encoder and images.
     """
-    if data.features is None:
+    if data.feature_cache is None:
         return None
-    folder = Path(data.features).expanduser()
+    folder = Path(data.feature_cache).expanduser()
     key = FeatureKey.of(predictor.model.vision, predictor.processor.images, stored_dtype(folder))
     store = FeatureStore.open(folder, key)
     store.refuse_missing(example.image_id for example in examples)
@@ -132,7 +132,7 @@ def asked(config: DictConfig, dist: DistSettings) -> Asked:
         settings,
         config.data.questions_per_row,
         config.data.row_tokens,
-        config.data.features is not None,
+        config.data.feature_cache is not None,
         str(config.trainable.vision),
         gpu,
         torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True,

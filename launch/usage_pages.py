@@ -6,7 +6,7 @@ TRAIN = """\
 Most used, each as key=value:
   what           model=... data=... data.root=/folder      the model; the data set and where its files are
                  experiment=... adapt=lora                 a whole recipe; adapters in place of all weights
-                 start_from=runs/base                      continue training a saved model
+                 init_from=runs/base                      continue training a saved model
   where          run.name=vqa run.dir=... hub_id=me/vqa    what the run leaves, and where it is published
                  resume=auto run.overwrite=true            resume; start over
   how long       trainer.num_train_epochs=1 trainer.max_steps=1000 trainer.eval_steps=500
@@ -108,7 +108,7 @@ features: run every image of a split through the vision encoder once and keep wh
     python launch/prepare.py features model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2 \\
         features.dir=/fast/features
     python launch/train.py   model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2 \\
-        data.features=/fast/features trainable.vision=none
+        data.feature_cache=/fast/features trainable.vision=none
 
 Training then decodes no picture and runs no encoder; it reads tokens x width x bytes an image. DINOv2-B/14 at 224 in
 bfloat16 is 257 x 768 x 2 = 395 kB an image, 33 GB for the 82,783 training images of VQAv2. At 100 images/s training
@@ -156,7 +156,7 @@ pack: write a split as parquet files with a row for each image, its picture and 
 
     python launch/prepare.py pack  data=vqav2 data.root=/data/vqav2 split=train pack.dir=/fast/vqav2
     python launch/prepare.py pack  data=vqav2 data.root=/data/vqav2 split=val   pack.dir=/fast/vqav2
-    python launch/train.py         data=vqav2 data.packed=/fast/vqav2
+    python launch/train.py         data=vqav2 data.shards=/fast/vqav2
 
 83 files in place of 82,783 for VQAv2's training images: faster to copy, and to read from a disk on the network.
 Pictures are the same to the byte, so training is the same too. A picture is one read of one file.

@@ -25,7 +25,7 @@ INSTEAD = {
     "data.prompt": "prompt=... is used, or the model's own",
     "data.eval_split": "HELM draws from the validation questions",
     "data.hub": "HELM's questions are read from the official files in data.root",
-    "data.packed": "HELM's questions are read from the official files in data.root",
+    "data.shards": "HELM's questions are read from the official files in data.root",
 }
 
 

@@ -40,17 +40,17 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def together() -> bool:
+def is_distributed() -> bool:
     """Whether there is anyone to talk to."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def barrier() -> None:
-    if together():
+    if is_distributed():
         dist.barrier()
 
 
-def share(make: Callable[[], T]) -> T:
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """What rank 0 makes, on every rank; the others wait for it. What it raises is raised on all."""
     made: list[Any] = [None, None]
     if is_first():
@@ -58,7 +58,7 @@ def share(make: Callable[[], T]) -> T:
             made[0] = make()
         except Exception as error:
             made[1] = error
-    if together():
+    if is_distributed():
         dist.broadcast_object_list(made, src=0)
     if made[1] is not None:
         raise made[1]
@@ -69,13 +69,13 @@ def share(make: Callable[[], T]) -> T:
 def gather(value: T) -> list[T]:
     """Every rank's value, on every rank, in order of rank."""
     values: list[Any] = [value] * world_size()
-    if together():
+    if is_distributed():
         dist.all_gather_object(values, value)
     return values
 
 
 @contextmanager
-def first_here_first() -> Iterator[None]:
+def local_main_first() -> Iterator[None]:
     """Run the block on the first rank of each machine, then on its others: for what is made once and then read."""
     if local_rank() > 0:
         barrier()
@@ -86,7 +86,7 @@ def first_here_first() -> Iterator[None]:
 
 def claim_failure(sentence: str) -> str | None:
     """Say that this rank failed. None if it is the first to, as far as can be known; else what the first one said."""
-    if not together():
+    if not is_distributed():
         return None
     try:
         store = dist.distributed_c10d._get_default_store()

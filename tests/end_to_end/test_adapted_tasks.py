@@ -44,7 +44,7 @@ def base(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 def train(family: str, task: str, root: Path, folder: Path, epochs: int, *more: str) -> Path:
     data = (f"data={task}", f"data.root={root / task}", *DRAWN, "data.max_eval_samples=600")
     batch = ("trainer.per_device_train_batch_size=32", f"trainer.num_train_epochs={epochs}")
-    group = "trainer" if any(word.startswith("start_from=") for word in more) else "model"
+    group = "trainer" if any(word.startswith("init_from=") for word in more) else "model"
     done(call("train", f"{group}=tiny_{family}", *data, *batch, *QUIET, f"run.dir={folder}", *more))
     return folder
 
@@ -56,7 +56,7 @@ def test_a_task_is_learned(
     base: Callable[[str], Path], family: str, kind: str, task: str, root: Path, tmp_path: Path
 ) -> None:
     more = (*ADAPTED, *MORE[family], f"trainer.max_steps={STEPS[task]}")
-    train(family, task, root, tmp_path / "run", 5, f"start_from={base(family)}", f"adapt={kind}", *more)
+    train(family, task, root, tmp_path / "run", 5, f"init_from={base(family)}", f"adapt={kind}", *more)
     found = metrics(tmp_path / "run")
     numbers = found["metrics"][found["metric"]]
     controls = [found["controls"][name]["overall"] for name in ("prior", "shuffled_images")]

@@ -49,7 +49,7 @@ def base(bases: dict[str, Path]) -> Path:
 
 def adapt(base: Path, shapes: str, folder: Path, kind: str, *more: str) -> tuple[str, ...]:
     """The arguments of a small training of adapters over a base."""
-    given = (f"start_from={base}", "trainer=tiny_paligemma", f"adapt={kind}", shapes, *DATA, *QUIET, *STEPS, *FLOAT)
+    given = (f"init_from={base}", "trainer=tiny_paligemma", f"adapt={kind}", shapes, *DATA, *QUIET, *STEPS, *FLOAT)
     return (*given, "adapt.rank=4", f"run.dir={folder}", *more)
 
 
@@ -119,7 +119,7 @@ def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, who
     assert metrics(tmp_path / "eval")["metrics"] == metrics(tmp_path / "run")["metrics"]
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["adapter"]["base"] == str(base / "model")
-    on = ("train", f"start_from={tmp_path / 'run'}", "trainer=tiny_paligemma", shapes, *DATA, *QUIET)
+    on = ("train", f"init_from={tmp_path / 'run'}", "trainer=tiny_paligemma", shapes, *DATA, *QUIET)
     assert "is an adapter; merge it into its base first" in sentence(call(*on, f"run.dir={tmp_path / 'on'}"))
 
 

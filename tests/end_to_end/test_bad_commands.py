@@ -115,8 +115,8 @@ MISSPELT: dict[str, tuple[str, ...]] = {
     "data.train_split=trian": ("'trian'", "did you mean 'train'?"),
     "trainable.vision=most": ("trainable.vision=most is unknown",),
     "resume=yes": ("resume=", "is unknown; use resume=auto"),
-    "samples=-1": ("samples=-1 should be a whole number, at least 0",),
-    "looks=many": ("looks=many should be a whole number",),
+    "log_samples=-1": ("log_samples=-1 should be a whole number, at least 0",),
+    "attributions=many": ("attributions=many should be a whole number",),
     "data.prompt={question} in {language}": ("data.prompt='{question} in {language}'", PROMPT_RULE),
     "data.prompt={question} {question}": ("data.prompt='{question} {question}'", PROMPT_RULE),
 }

@@ -41,7 +41,7 @@ def test_a_stopped_run_is_scored_and_trained_on(stopped: Path, tmp_path: Path, w
     ended = done(call("eval", f"checkpoint={stopped}", *data, "split=val", f"run.dir={tmp_path / 'scored'}"))
     assert ended.err.count("has no model/ yet") == 1
     small = [word for word in SMALL if not word.startswith("model.")]
-    on = ("train", f"start_from={stopped}", *data, *small, f"run.dir={tmp_path / 'on'}")
+    on = ("train", f"init_from={stopped}", *data, *small, f"run.dir={tmp_path / 'on'}")
     ended = done(call(*on, "trainer.max_steps=1"))
     assert ended.err.count("has no model/ yet") == 1
     assert vlmvqa.load(tmp_path / "on").started_from == {

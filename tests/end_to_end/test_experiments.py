@@ -38,7 +38,7 @@ def tier(recipe: str) -> pytest.MarkDecorator:
 def arguments(recipe: str, home: Path, clip: Path) -> list[str]:  # noqa: F811
     given = [f"experiment={recipe}", f"smoke={RECIPES[recipe]}", f"data.root={home / 'data'}", *SMALL]
     if recipe in BESIDE:
-        given.append(f"data.also.clip_similarity={{model:{clip}}}")
+        given.append(f"data.extra_metrics.clip_similarity={{model:{clip}}}")
     return given
 
 

@@ -64,7 +64,10 @@ def refused(tmp_path: Path, *arguments: str) -> str:
         (("checkpoint=a", "data=docvqa"), "data=docvqa: HELM asks vqav2 or gqa here; choose one of them"),
         (("checkpoint=a", "data.max_eval_samples=5"), "data.max_eval_samples cannot be set here: max_instances says"),
         (("checkpoint=a", "data.prompt=x"), "data.prompt cannot be set here: prompt=... is used, or the model's own"),
-        (("checkpoint=a", "data.scoring.consensus=min3"), "data.scoring.consensus cannot be set here: HELM does not"),
+        (
+            ("checkpoint=a", "data.metric_options.consensus=min3"),
+            "data.metric_options.consensus cannot be set here: HELM does not",
+        ),
         (("checkpoint=a", "max_instances=-5"), "max_instances=-5 should be a whole number, at least 1"),
         (("checkpoint=a", "max_instances=1000.0"), "max_instances=1000.0 should be a whole number, at least 1"),
         (("checkpoint=a", "batch_size=0"), "batch_size=0 should be a whole number, at least 1"),

@@ -1,4 +1,4 @@
-"""`start_from=` and `launch/merge.py`: a model trained on for two tasks, and both made one."""
+"""`init_from=` and `launch/merge.py`: a model trained on for two tasks, and both made one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done(call("train", *SMALL, *SHAPES, f"data.root={home / 'shapes'}", f"run.dir={home / 'base'}"))
     for name in ("gqa", "docvqa"):
         data = (f"data={name}", "data.synthetic=true", f"data.root={home / (name + '-data')}", *FEW)
-        done(call("train", f"start_from={home / 'base'}", *data, *ON, f"run.dir={home / name}"))
+        done(call("train", f"init_from={home / 'base'}", *data, *ON, f"run.dir={home / name}"))
     return home
 
 
@@ -50,10 +50,10 @@ def test_a_model_is_trained_on_from_where_it_was_saved(home: Path) -> None:
 
 def test_what_start_from_refuses(home: Path, tmp_path: Path) -> None:
     given = ("train", f"run.dir={tmp_path / 'run'}", f"data.root={home / 'shapes'}", *SHAPES, *ON)
-    said = sentence(call(*given, f"start_from={home / 'base'}", "model.mode=causal"))
-    assert "model.mode cannot be set here: the model of start_from is as it was saved" in said
+    said = sentence(call(*given, f"init_from={home / 'base'}", "model.mode=causal"))
+    assert "model.mode cannot be set here: the model of init_from is as it was saved" in said
     nowhere = home / "no" / "where"
-    assert f"no model at {nowhere}; the nearest is {home};" in sentence(call(*given, f"start_from={nowhere}"))
+    assert f"no model at {nowhere}; the nearest is {home};" in sentence(call(*given, f"init_from={nowhere}"))
 
 
 def test_two_tasks_become_one_model(home: Path) -> None:
@@ -119,7 +119,7 @@ def lora(home: Path) -> Path:
     for name, kind in (("gqa", "lora"), ("docvqa", "qlora")):
         data = (f"data={name}", "data.synthetic=true", f"data.root={home / (name + '-data')}", *FEW)
         more = (f"adapt={kind}", "adapt.compute_dtype=float32", "data.eval_split=val", f"run.dir={home / kind}")
-        done(call("train", f"start_from={home / 'base'}", *data, *ON, *more))
+        done(call("train", f"init_from={home / 'base'}", *data, *ON, *more))
     return home
 
 

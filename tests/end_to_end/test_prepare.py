@@ -61,7 +61,7 @@ def test_features_are_found_by_the_run_that_trains(root: Path, tmp_path: Path) -
     predictor, examples = in_training(root, *asked)
     assert f"{len(examples)} images of 10 tokens x 128 numbers in float32, 5.1 kB each" in size and "free" in size
     assert "\r" not in first.err and "encoding" not in first.err  # no bar where there is no terminal
-    assert f"data.features={tmp_path} trainable.vision=none" in first.out
+    assert f"data.feature_cache={tmp_path} trainable.vision=none" in first.out
 
     vision = predictor.model.vision.eval()
     store = FeatureStore.open(tmp_path, FeatureKey.of(vision, predictor.processor.images, "float32"))
@@ -130,8 +130,8 @@ def test_a_packed_split_trains_as_its_files_do(root: Path, tmp_path: Path) -> No
         said = done(
             call("pack", "data=vqav2", f"data.root={root}", f"split={split}", f"pack.dir={tmp_path / 'packed'}")
         )
-        assert f"data.packed={tmp_path / 'packed'}" in said.out
-    ways = {"files": f"data.root={root}", "packed": f"data.packed={tmp_path / 'packed'}"}
+        assert f"data.shards={tmp_path / 'packed'}" in said.out
+    ways = {"files": f"data.root={root}", "packed": f"data.shards={tmp_path / 'packed'}"}
     for name, way in ways.items():
         done(scripts.call("train", "data=vqav2", way, f"run.dir={tmp_path / name}", *scripts.SMALL))
     assert scripts.losses(tmp_path / "files") == scripts.losses(tmp_path / "packed")

@@ -26,7 +26,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_each_job_has_its_own_run(home: Path, whole: Path) -> None:
     """A job that is refused is in the table, and the others are trained."""
-    data = ("data=vqav2", f"data.root={whole}", *SMALL, "looks=0", "samples=0")
+    data = ("data=vqav2", f"data.root={whole}", *SMALL, "attributions=0", "log_samples=0")
     ended = call("train", "-m", "run.name=s", "model.mode=causal,prefix_lm,prefixlm", "data.questions_per_row=1", *data)
     assert ended.status == 1 and "Traceback" not in ended.err
     names = [f"model.mode={mode}" for mode in ("causal", "prefix_lm", "prefixlm")]
@@ -50,7 +50,7 @@ def test_each_job_has_its_own_run(home: Path, whole: Path) -> None:
 @pytest.mark.slow
 def test_sigterm_ends_the_sweep(home: Path, whole: Path) -> None:
     """What a scheduler sends before it takes the machine: the job at work saves, and no other starts."""
-    given = ("data=vqav2", f"data.root={whole}", *SMALL, "looks=0", "samples=0", "trainer.max_steps=2000")
+    given = ("data=vqav2", f"data.root={whole}", *SMALL, "attributions=0", "log_samples=0", "trainer.max_steps=2000")
     process = start("train", "-m", f"run.dir={home / 's'}", RATES, *given)
     first, second = (home / "s" / f"trainer.learning_rate={rate}" for rate in ("0.001", "0.0001"))
     while process.poll() is None and not losses(first):
@@ -65,7 +65,7 @@ def test_sigterm_ends_the_sweep(home: Path, whole: Path) -> None:
 @pytest.mark.long
 def test_jobs_of_a_launcher_are_in_the_table(home: Path, whole: Path) -> None:
     """Submitit's local executor: each job in a process of its own."""
-    given = ("data=vqav2", f"data.root={whole}", *SMALL, "looks=0", "samples=0")
+    given = ("data=vqav2", f"data.root={whole}", *SMALL, "attributions=0", "log_samples=0")
     ended = done(call("train", "-m", "hydra/launcher=submitit_local", "run.name=s", "seed=0,1", *given))
     rows = ended.out.splitlines()[-2:]
     assert [row.split()[0] for row in rows] == ["seed=0", "seed=1"]

@@ -177,7 +177,7 @@ def test_a_resumed_run_goes_on_in_the_same_places(tmp_path: Path, run: tuple[Pat
 
 def test_nothing_is_logged_and_no_samples_are_kept_on_request(tmp_path: Path, arguments: list[str]) -> None:
     given = [argument for argument in arguments if argument != LOGGERS]
-    done(call("train", f"run.dir={tmp_path / 'run'}", *given, "logger=none", "samples=0", "trainer.max_steps=2"))
+    done(call("train", f"run.dir={tmp_path / 'run'}", *given, "logger=none", "log_samples=0", "trainer.max_steps=2"))
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not {"runs", "wandb", "mlruns", "metrics.csv", "samples.jsonl"} & left and "run.json" in left
     assert "Answers while it trained" not in (tmp_path / "run" / "report.html").read_text()

@@ -170,7 +170,7 @@ def test_the_fine_tuning_recipes_to_the_letter(name: str) -> None:
     if source == "docvqa":
         assert data.max_text_tokens == 256
     if name == "idefics2_qlora_docvqa":
-        assert adapt.dropout == 0.1 and data.metric == "anls" and set(data.beside) == {"cider", "clip_similarity"}
+        assert adapt.dropout == 0.1 and data.metric == "anls" and set(data.extra) == {"cider", "clip_similarity"}
 
 
 def test_the_transfer_settings_to_the_letter() -> None:

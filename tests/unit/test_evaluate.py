@@ -255,12 +255,12 @@ def test_another_models_answers_are_not_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("anls", {"inclusiv": False}, "data.scoring has no key 'inclusiv' for anls.*inclusive"),
+        ("anls", {"inclusiv": False}, "data.metric_options has no key 'inclusiv' for anls.*inclusive"),
         ("exact_match", {"normalize": "always"}, "no key 'normalize' for exact_match .known: none"),
         ("vqa_accuracy", {"normalize": "alway"}, "normalize='alway' is unknown.*always"),
         ("gqa_accuracy", {"postprocess": "lava"}, "postprocess='lava' is unknown.*llava"),
         ("cider", {"metrics": ["bleu", "meteo"]}, "metrics='meteo' is unknown.*meteor"),
-        ("anls", {"threshold": "high"}, "data.scoring"),
+        ("anls", {"threshold": "high"}, "data.metric_options"),
     ],
 )
 def test_options_that_cannot_be_had_are_refused_before_anything_runs(

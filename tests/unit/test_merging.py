@@ -458,9 +458,9 @@ def merged_in_halves(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 
 def asked_to_start_from(folder: Path, monkeypatch: pytest.MonkeyPatch, *given: str) -> DictConfig:
-    """`launch/train.py start_from=...`: the config of what trains."""
+    """`launch/train.py init_from=...`: the config of what trains."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", [f"start_from={folder}", *given], return_hydra_config=True)
+        config = hydra.compose("train", [f"init_from={folder}", *given], return_hydra_config=True)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
     model_from_config.take_saved_model(config)
     return config
@@ -492,6 +492,6 @@ def test_what_start_from_refuses(merged_in_halves: Path, monkeypatch: pytest.Mon
         asked_to_start_from(merged_in_halves, monkeypatch, "model.dtype=float61")
     with pytest.raises(InputError, match=r"model\.mode cannot be set here"):
         asked_to_start_from(merged_in_halves, monkeypatch, "model.mode=causal", "model.dtype=float32")
-    with pytest.raises(InputError, match=r"model= cannot be set together with start_from=.*with trainer=<its name>"):
+    with pytest.raises(InputError, match=r"model= cannot be set together with init_from=.*with trainer=<its name>"):
         asked_to_start_from(merged_in_halves, monkeypatch, "model=tiny_paligemma")
     assert asked_to_start_from(merged_in_halves, monkeypatch, "trainer=paligemma_3b").trainer.learning_rate == 2e-5

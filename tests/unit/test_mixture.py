@@ -54,7 +54,7 @@ def test_a_part_is_added_on_the_command_line() -> None:
         ("data.weights.gga=2", r"data.weights.gga: there is no such part.*gqa"),
         ("data.weights.gqa=0", "should be above 0"),
         ("data.weights.gqa=-1", "should be above 0"),
-        ("data.features=somewhere", "of one data set's images"),
+        ("data.feature_cache=somewhere", "holds one dataset's images"),
         ("data.parts.gqa=abc", "data.parts.gqa must be a group of keys, not 'abc'"),
         ("data.parts=abc", "data.parts must be a group of keys, not 'abc'"),
         ("data.parts.gqa.prompt=hello", r"data.parts.gqa.prompt='hello' must hold \{question\} once"),

@@ -194,11 +194,11 @@ def test_the_card_holds_no_path_of_this_machine(tmp_path: Path) -> None:
     more: dict[str, Any] = {
         "data": {"root": "/home/me/data/vqav2"},
         "run": {"dir": "/home/me/out"},
-        "start_from": "/home/me/a/model",
+        "init_from": "/home/me/a/model",
     }
     text = card(tmp_path, pretrained_config("/home/me/a/model", **more), adapter("/home/me/a/model"))
     assert "/home" not in text and "The pretrained model's weights, a: the terms of a." in text
-    assert "  root: vqav2\n" in text and "start_from: a\n" in text
+    assert "  root: vqav2\n" in text and "init_from: a\n" in text
 
 
 @pytest.mark.parametrize("name", ["./published", "runs/published", "somebody/published"])

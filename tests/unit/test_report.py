@@ -190,7 +190,7 @@ def test_text_of_data_and_model_is_never_markup(tmp_path: Path) -> None:
         images={HOSTILE: Image.new("RGB", (8, 8))},
         config_yaml=f"prompt: {HOSTILE}",
         samples=[sample(1, task=HOSTILE, question=HOSTILE, answer=HOSTILE, answers=[HOSTILE], image_id=HOSTILE)],
-        looks=[(record(1, **everywhere, answers=[HOSTILE] * 10), Image.new("RGB", (8, 8)))],
+        attributions=[(record(1, **everywhere, answers=[HOSTILE] * 10), Image.new("RGB", (8, 8)))],
     )
     assert "<script" not in html.lower()
     assert not [name for name, _ in page.attributes if name.startswith("on")]
@@ -249,7 +249,7 @@ def test_most_cards_of_a_gallery_are_collapsed(tmp_path: Path) -> None:
         tmp_path,
         predictions=[record(number, 100.0 * (number % 2)) for number in range(200)],
         samples=[sample(1, question_id=number) for number in range(8)],
-        looks=[(record(number), Image.new("RGB", (8, 8))) for number in range(8)],
+        attributions=[(record(number), Image.new("RGB", (8, 8))) for number in range(8)],
     )
     shown = re.sub("<details>.*?</details>", "", html, flags=re.DOTALL)
     assert (html.count("<article"), shown.count("<article")) == (24 + 24 + 8 + 8, 4 + 4 + 2 + 2)
@@ -326,14 +326,16 @@ def test_answers_are_followed_through_the_training(tmp_path: Path) -> None:
 
 def test_where_it_looked_is_shown_or_why_not(tmp_path: Path) -> None:
     one = record(1, 30.0)
-    html, page = write(tmp_path, looks=[(one, Image.new("RGB", (40, 30)))], images={0: Image.new("RGB", (40, 30))})
+    html, page = write(
+        tmp_path, attributions=[(one, Image.new("RGB", (40, 30)))], images={0: Image.new("RGB", (40, 30))}
+    )
     maps = page.text[page.text.rindex("Attention maps") :]
     assert (
         "from low (the picture unchanged) to high (yellow)" in maps
         and f'low<i class="heat" style="background-image: {gallery.HEAT}"' in html
     )
     assert "What color is the bus? Answer: red Confidence: 0.90 Score: 30" in maps
-    _, page = write(tmp_path, looks="no model was loaded, only its answers")
+    _, page = write(tmp_path, attributions="no model was loaded, only its answers")
     assert "Attention maps Not drawn: no model was loaded, only its answers." in page.text
     assert "Attention maps" not in write(tmp_path)[1].text
 

@@ -56,7 +56,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
         predictions=predictions,
         images=images,
         samples=samples,
-        looks=[(one, Image.fromarray(noise)) for one in predictions[:8]],
+        attributions=[(one, Image.fromarray(noise)) for one in predictions[:8]],
         config_yaml=f"prompt: {LONG * 9}",
     )
     return folder / "runs" / "report.html"
@@ -112,7 +112,7 @@ def test_a_phone_shows_a_short_page_in_which_nothing_scrolls_sideways(chromium: 
         predictions=predictions,
         images=dict.fromkeys(range(950), picture),
         samples=[sample(step, question_id=n) for step in range(100, 900, 100) for n in range(8)],
-        looks=[(one, picture) for one in predictions[:8]],
+        attributions=[(one, picture) for one in predictions[:8]],
     )
     with chromium.new_context(viewport={"width": 390, "height": 844}) as context:
         page = context.new_page()

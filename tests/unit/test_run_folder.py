@@ -14,7 +14,7 @@ from tests.unit.test_trainer import write_checkpoint
 from vlmvqa.errors import InputError
 
 CONFIG = {
-    "start_from": None,
+    "init_from": None,
     "model": {"mode": "causal", "language": {"attention": "dense"}},
     "adapt": None,
     "data": {"target": "most_common", "root": "here"},
@@ -45,7 +45,7 @@ def resumed_from(checkpoint: Path, key: str = "resume", value: Any = "auto", **h
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("start_from", "there"),
+        ("init_from", "there"),
         ("model.mode", "prefix_lm"),
         ("adapt", {"method": "lora"}),
         ("data.target", "sampled"),

@@ -62,7 +62,7 @@ def test_every_key_of_a_page_is_one_that_hydra_knows(name: str) -> None:
     written = re.findall(r"(?<!\S)([a-z_]+(?:\.[a-z_]+)*)=(\"[^\"]*\"|\S+)", PAGES[name])
     skipped = {"key"}  # key=value
     if script == "prepare":  # of commands that it shows beside, run by other tests
-        skipped |= {"trainable.vision", "data.features", "data.packed"}
+        skipped |= {"trainable.vision", "data.feature_cache", "data.shards"}
     given = {key: value.strip('"') for key, value in written if value != "..." and key not in skipped}
     needed = {"data": "shapes"} if script in ("eval", "merge") else {}
     arguments = [f"{key}={value}" for key, value in {**needed, **given}.items()]

@@ -35,7 +35,7 @@ class Asked:
         seed: of the shuffled images and of the intervals.
         blank: whether the control with blank images is asked for.
         variants: whether what other toolkits would print is asked for.
-        options: what the metric takes besides: `data.scoring`, GQA's choices.
+        options: what the metric takes besides: `data.metric_options`, GQA's choices.
         also: the metrics to print beside it, each with its options.
     """
 
@@ -240,13 +240,13 @@ def write_results(
     log: Sequence[Record],
     config_yaml: str,
     samples: Sequence[Record] = (),
-    looks: Sequence[tuple[Record, Image]] | str = (),
+    attributions: Sequence[tuple[Record, Image]] | str = (),
 ) -> None:
     """Leave `metrics.json`, `predictions.jsonl`, `submission.json` and `report.html`.
 
     Args:
         write_submission: the source's, of the benchmark's official results file.
-        log, samples, looks: for the report, as it takes them.
+        log, samples, attributions: for the report, as it takes them.
     """
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
     replace_file(folder / "predictions.jsonl", "".join(lines))
@@ -266,7 +266,7 @@ def write_results(
         images=pictures,
         config_yaml=config_yaml,
         samples=samples,
-        looks=looks,
+        attributions=attributions,
     )
     # Last: a folder that has it is whole.
     replace_file(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -178,7 +178,7 @@ class Predictor:
             InputError: two questions have one id, or an image cannot be read.
         """
         _refuse_equal_ids(examples)
-        with ranks.first_here_first():  # texts are tokenised at first use
+        with ranks.local_main_first():  # texts are tokenised at first use
             table = TokenTable.build((question.prompt for question in _questions(examples)), self.processor.tokenizer)
         processor = replace(self.processor, table=table)
         rows = self._rows(examples, processor, row_text_tokens)
@@ -187,11 +187,11 @@ class Predictor:
         answers: dict[int | str, Answer] = {}
         if journal:
             # One rank reads, before any writes: each deals out the same batches, whatever its own disk holds.
-            kept = ranks.share(journal.read)
+            kept = ranks.broadcast_from_rank0(journal.read)
             keys = [batch_key([rows[number] for number in batch]) for batch in batches]
             answers = {question: Answer(*answer) for key in keys for question, *answer in kept.get(key, ())}
             batches = [batch for batch, key in zip(batches, keys, strict=True) if key not in kept]
-        mine = batches[ranks.rank() :: ranks.world_size()] if ranks.together() else batches
+        mine = batches[ranks.rank() :: ranks.world_size()] if ranks.is_distributed() else batches
         loader = DataLoader(
             QuestionSet(rows, processor, bad_records or BadRecords(advice="")),
             batch_sampler=mine,
@@ -200,7 +200,7 @@ class Predictor:
             generator=torch.Generator(),  # its own, so that evaluating does not move the training's random state
         )
         asked = count_questions(rows[number] for batch in mine for number in batch)
-        name = "answering, the first rank's share" if ranks.together() else "answering"
+        name = "answering, the first rank's share" if ranks.is_distributed() else "answering"
         with bar(doing=name, unit="questions", total=asked, shown=progress) as done:
             for batch, (readable, columns) in zip(mine, loader, strict=True):
                 group = [rows[number] for number in batch]

@@ -53,7 +53,7 @@ class Metric:
         title: over a column of it.
         version: which definition it is, for `metrics.json`.
         score: questions with their references, and an answer to each.
-        check: refuses options of `data.scoring` that `score` would stumble over, before anything runs.
+        check: refuses options of `data.metric_options` that `score` would stumble over, before anything runs.
         options: what may be given there.
         pictures: whether it looks at the image, which `score` is then given as `images`.
         right_from: the score from which an answer is shown as right; None: there is no such score, as of a caption.
@@ -232,8 +232,8 @@ def metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def check_options(name: str, options: Mapping[str, Any], where: str = "data.scoring") -> None:
-    """Refuse what `data.scoring` asks of a metric and cannot be had.
+def check_options(name: str, options: Mapping[str, Any], where: str = "data.metric_options") -> None:
+    """Refuse what `data.metric_options` asks of a metric and cannot be had.
 
     Raises:
         InputError: the metric has no such option or no such value of it, or needs Java for it and there is none.

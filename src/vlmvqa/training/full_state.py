@@ -167,7 +167,7 @@ class WholeZero(Whole):
     def _told(self, weight: Tensor, device: torch.device) -> Tensor:
         """A weight that rank 0 has kept, on every rank."""
         told = weight.to(device) if ranks.is_first() else torch.empty_like(weight, device=device)
-        if ranks.together():
+        if ranks.is_distributed():
             dist.broadcast(told, src=0)
         return told
 

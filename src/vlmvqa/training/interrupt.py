@@ -79,7 +79,7 @@ class Watch(TrainerCallback):
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job in the background, whom no keyboard stops
                 self.before[number] = signal.signal(number, self._asked)
-        if ranks.together():
+        if ranks.is_distributed():
             self.thread.start()
             atexit.register(self._finish)  # a thread inside PyTorch's store when Python ends would abort the process
 
@@ -98,7 +98,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop all ranks after the same step if any of them was asked to."""
         asked = torch.tensor(SIGNALS.index(signal.Signals[self.signal]) + 1 if self.signal else 0)
-        if ranks.together():
+        if ranks.is_distributed():
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         if asked:
             self.stopped_by = SIGNALS[int(asked) - 1].name

@@ -51,7 +51,7 @@ class Asked:
     Attributes:
         trainer: the `trainer` group.
         questions_per_row, row_tokens: `data.questions_per_row` and `data.row_tokens`.
-        features: whether the encoder's output is cached (`data.features`).
+        features: whether the encoder's output is cached (`data.feature_cache`).
         trained_vision: `trainable.vision`.
         gpu: whether it trains on one.
         bf16_works: whether the device computes in bfloat16.
@@ -126,7 +126,7 @@ def _problems(asked: Asked) -> Iterator[str]:
     if asked.features and asked.trained_vision != "none":
         yield (
             f"trainable.vision={asked.trained_vision}: an encoder whose output is cached cannot train; set "
-            "trainable.vision=none, or leave data.features out"
+            "trainable.vision=none, or leave data.feature_cache out"
         )
     if model.dtype == "float16" and asked.adapt is None:
         yield "model.dtype=float16: weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)"
@@ -156,7 +156,7 @@ def _adapter_problems(asked: Asked, adapt: AdapterSettings) -> Iterator[str]:
     if adapt.bits and adapt.compute_dtype == "bfloat16" and not asked.bf16_works:
         yield "adapt.compute_dtype=bfloat16: this card does not compute in bfloat16; use adapt.compute_dtype=float16"
     if asked.features and any(target.startswith(("vision", "*")) for target in adapt.targets):
-        yield "data.features: an encoder with adapters is at work in every step; leave them out"
+        yield "data.feature_cache: an encoder with adapters is at work in every step; leave them out"
 
 
 def _own_problems(asked: Asked, model: ModelSettings) -> Iterator[str]:
@@ -187,7 +187,7 @@ def _pretrained_problems(asked: Asked, model: PretrainedSettings) -> Iterator[st
     if asked.row_tokens is not None:
         yield f"data.row_tokens={asked.row_tokens}: rows of {name} are not packed; set data.row_tokens=null"
     if asked.features:
-        yield f"data.features: {name} is trained with its own encoder at work; leave them out"
+        yield f"data.feature_cache: {name} is trained with its own encoder at work; leave them out"
 
 
 def check(trainer: VqaTrainer) -> str:

@@ -44,7 +44,7 @@ def write_report(
     images: Mapping[Any, Image],
     config_yaml: str,
     samples: Sequence[Record] = (),
-    looks: Sequence[tuple[Record, Image]] | str = (),
+    attributions: Sequence[tuple[Record, Image]] | str = (),
 ) -> None:
     """Write the page to `path`.
 
@@ -56,8 +56,8 @@ def write_report(
         images: picture by "image_id" for the records that are shown (`shown_images`).
         config_yaml: the resolved config.
         samples: records of `samples.jsonl`.
-        looks: records of `predictions`, each with its attention map drawn over its picture; or the reason why there are
-            none.
+        attributions: records of `predictions`, each with its attention map drawn over the image; or the reason for
+            having none.
     """
     environment = Environment(
         autoescape=True,
@@ -76,7 +76,7 @@ def write_report(
         most_rows=MOST_ROWS,
         **_scores(metrics),
         **_training(metrics["metric"], log),
-        **_answers(metrics["metric"], predictions, images, samples, looks),
+        **_answers(metrics["metric"], predictions, images, samples, attributions),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # Scraped text may hold half a surrogate pair, which UTF-8 cannot write.
@@ -130,7 +130,7 @@ def _answers(
     predictions: Sequence[Record],
     images: Mapping[Any, Image],
     samples: Sequence[Record],
-    looks: Sequence[tuple[Record, Image]] | str,
+    attributions: Sequence[tuple[Record, Image]] | str,
 ) -> dict[str, Any]:
     """What is shown of the answers: one by one, and what can be counted of them."""
     limit = metric(name).right_from
@@ -141,8 +141,8 @@ def _answers(
             for kind, right, records in galleries
         },
         "over_training": gallery.over_training(samples, images, name),
-        "looks": [] if isinstance(looks, str) else [_look(*look, images, name) for look in looks],
-        "no_looks": looks if isinstance(looks, str) else "",
+        "attributions": [] if isinstance(attributions, str) else [_look(*look, images, name) for look in attributions],
+        "no_attributions": attributions if isinstance(attributions, str) else "",
         **_reliability(name, predictions),
         "confusion": None if limit is None else confuse(predictions),
     }

@@ -125,11 +125,11 @@ def read(folder: Path, key: Mapping[str, Any], prompt: str, *, asks: bool = True
     shards = shards_of(folder, str(key["split"]))
     if not shards:
         there = "holds no" if folder.is_dir() else "does not exist, so it holds no"
-        raise InputError(f"data.packed={folder} {there} {key['split']}; make it with: {_command(folder, key)}")
+        raise InputError(f"data.shards={folder} {there} {key['split']}; make it with: {_command(folder, key)}")
     total = int(shards[0].stem.rpartition("-of-")[2])
     if len(shards) != total:
         raise InputError(
-            f"data.packed={folder} holds {len(shards)} of {total} shards of {key['split']}; copy the others"
+            f"data.shards={folder} holds {len(shards)} of {total} shards of {key['split']}; copy the others"
         )
     to_prompt: Callable[[str], str] = Prompts(prompt) if asks else lambda _: prompt
     examples: list[Example] = []
@@ -170,7 +170,7 @@ def _refuse_other(found: Mapping[str, Any], key: Mapping[str, Any], folder: Path
     different = [f"{name} {found.get(name)}, now {value}" for name, value in wanted.items() if found.get(name) != value]
     if different:
         raise InputError(
-            f"data.packed={folder} was packed of others ({', '.join(different)}); ask for what was packed, or pack "
+            f"data.shards={folder} was packed of others ({', '.join(different)}); ask for what was packed, or pack "
             f"again: {_command(folder, key)}"
         )
 
