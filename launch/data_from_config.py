@@ -27,6 +27,8 @@ from vlmvqa.settings import build_settings
 
 # What draws a small data set in a source's own files, for data.synthetic=true.
 GENERATORS = ("vqav2", "docvqa", "gqa", "coco_captions", "jsonl")
+# Sources that are not a module of `vlmvqa.data.datasets`.
+ELSEWHERE = {"shapes": "vlmvqa.extras.synthetic.vqav2"}
 READ_ARGUMENTS = ("prompt", "max_samples", "bad_records")  # of every source's `read`
 MIXTURE = "mixture"
 # What all tasks of a mixture have in common, because they share the model's input and its rows.
@@ -194,9 +196,9 @@ def _checked(settings: DataSettings, where: str) -> DataSettings:
 
 
 def source_module(name: str) -> ModuleType:
-    """The file of `vlmvqa.data` that reads a benchmark."""
+    """Return the module that reads a dataset."""
     try:
-        return importlib.import_module(f"vlmvqa.data.datasets.{name}")
+        return importlib.import_module(ELSEWHERE.get(name, f"vlmvqa.data.datasets.{name}"))
     except ModuleNotFoundError as error:
         raise InputError(f"data.source={name}: there is no src/vlmvqa/data/datasets/{name}.py") from error
 
