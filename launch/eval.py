@@ -20,16 +20,16 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import from_config
-from command_line import refuse_overrides, run
-from data_from_config import DataSettings, one_task, read_examples, scoring, submission_name, training_answers
-from results import report, score_and_report
 from vlmvqa import ranks
+from vlmvqa.cli import refuse_overrides, run
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered
+from vlmvqa.data.tasks import DataSettings, one_task, read_examples, scoring, submission_name, training_answers
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report import compare
 from vlmvqa.inference.evaluate import Asked, evaluate, read_answers
 from vlmvqa.inference.predictor import load
+from vlmvqa.inference.scoring import report, score_and_report
 from vlmvqa.metrics.registry import refuse_unscorable
 from vlmvqa.training import distributed
 

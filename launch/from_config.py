@@ -7,8 +7,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from command_line import given_keys, group
-from data_from_config import DataSettings
+from vlmvqa.cli import given_keys, group
+from vlmvqa.data.tasks import DataSettings
 from vlmvqa.models.generation import Decoding
 from vlmvqa.sequence.masks import SHAREABLE
 

@@ -20,12 +20,12 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from command_line import refuse_overrides, run
-from data_from_config import DataSettings, data_settings, read_examples, scoring
 from vlmvqa import __version__
+from vlmvqa.cli import refuse_overrides, run
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered, count_questions
 from vlmvqa.data.submissions import replace_file
+from vlmvqa.data.tasks import DataSettings, data_settings, read_examples, scoring
 from vlmvqa.errors import InputError
 from vlmvqa.extras.merging.logit_diff import answers_logits, drift, one_question_each
 from vlmvqa.extras.merging.merge import Merge, MergeSettings

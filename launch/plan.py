@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 import from_config
-import model_from_config
-from command_line import group, run
-from data_from_config import DataSettings, one_task
+from vlmvqa.cli import group, run
+from vlmvqa.data.tasks import DataSettings, one_task
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.planning import report, verify
@@ -26,6 +25,7 @@ from vlmvqa.extras.planning.gpus import gpu
 from vlmvqa.extras.planning.memory import Settings
 from vlmvqa.extras.planning.planner import Planner, Rows, Training, known_architecture
 from vlmvqa.extras.planning.published_sizes import known_config
+from vlmvqa.inference import build
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.settings import build_settings
 from vlmvqa.training.distributed import DistSettings
@@ -85,7 +85,7 @@ def build_planner(config: DictConfig) -> Planner:
 
 def planned_model(config: DictConfig) -> Settings:
     """The `model` group, refused where its sizes cannot be told without the hub."""
-    settings, _ = model_from_config.model_settings(config)
+    settings, _ = build.model_settings(config)
     if isinstance(settings, ModelSettings):
         return known_architecture(settings)
     known_config(settings)

@@ -14,8 +14,8 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import from_config
-from command_line import run
-from early_checks import read_questions
+from vlmvqa.cli import run
+from vlmvqa.config.early_checks import read_questions
 from vlmvqa.inference.predictor import load
 from vlmvqa.progress import bar
 

@@ -27,20 +27,20 @@ import torch
 from omegaconf import DictConfig, open_dict
 
 import from_config
-import model_from_config
-from command_line import group, run
-from data_from_config import DataSettings, one_task, packing_key, read_examples
-from early_checks import prepare_job
 from vlmvqa import ranks
+from vlmvqa.cli import group, run
+from vlmvqa.config.early_checks import prepare_job
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.processor import Processor
+from vlmvqa.data.tasks import DataSettings, one_task, packing_key, read_examples
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.dataset_tools.check import Published, check, table
 from vlmvqa.extras.dataset_tools.download import Archive, prepare
 from vlmvqa.extras.feature_cache import writer
 from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
 from vlmvqa.extras.shards import shards
+from vlmvqa.inference import build
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.models.vlm import DTYPES
 from vlmvqa.settings import build_settings
@@ -111,7 +111,7 @@ def build_encoder(
         parameter.data = parameter.data.to(DTYPES[model["dtype"]])
     with open_dict(config), torch.device("meta"):  # the language model is not needed: no weights of it are read
         config.model.vision.weights = config.model.language.weights = "random"
-        processor = model_from_config.build_predictor(config, data, examples).processor
+        processor = build.build_predictor(config, data, examples).processor
     return vision.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 

@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import from_config
-from command_line import group, leave, run
-from data_from_config import data_settings, read_examples
+from vlmvqa.cli import group, leave, run
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource
+from vlmvqa.data.tasks import data_settings, read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.extras.serving import browse, uploads
 from vlmvqa.extras.serving.limits import Limits, Refused

@@ -13,16 +13,16 @@ import torch
 from omegaconf import DictConfig, open_dict
 
 import from_config
-import model_from_config
-from command_line import run
-from data_from_config import DataSettings, one_task, read_examples
+from vlmvqa.cli import run
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.packing import split
 from vlmvqa.data.processor import Processor
+from vlmvqa.data.tasks import DataSettings, one_task, read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.extras.report.row_drawing import describe, draw
+from vlmvqa.inference import build
 
 
 def main(config: DictConfig) -> None:
@@ -45,12 +45,12 @@ def main(config: DictConfig) -> None:
 
 def _processor(config: DictConfig, data: DataSettings, examples: list[Example]) -> tuple[Processor, int | None]:
     """What lays the rows out, and how many questions may share one; sizes and the tokenizer are enough, no weights."""
-    settings, tokenizer = model_from_config.model_settings(config)
+    settings, tokenizer = build.model_settings(config)
     if isinstance(settings, PretrainedSettings):
-        return model_from_config.pretrained_processor(settings, tokenizer, data, examples)[0], 1
+        return build.pretrained_processor(settings, tokenizer, data, examples)[0], 1
     with open_dict(config), torch.device("meta"):
         config.model.vision.weights = config.model.language.weights = "random"
-        processor = model_from_config.build_predictor(config, data, examples).processor
+        processor = build.build_predictor(config, data, examples).processor
     return processor, from_config.most_questions(data, processor.mode)
 
 

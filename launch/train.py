@@ -26,39 +26,38 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import TrainingArguments, set_seed
 
 import from_config
-import model_from_config
-import training_from_config
-from command_line import group, run
-from data_from_config import Task, data_settings, read_tasks
-from results import score_and_report
-from run_folder import going_on, open_run, record_start, refuse_other_base, refuse_run
 from vlmvqa import ranks
+from vlmvqa.cli import group, run
 from vlmvqa.code_state import code_state
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.tasks import Task, data_settings, read_tasks
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.hub.upload import refuse_upload, upload
 from vlmvqa.extras.loggers.loggers import Run
 from vlmvqa.extras.report.model_card import write_card
+from vlmvqa.inference import build
 from vlmvqa.inference.evaluate import Asked
 from vlmvqa.inference.predictor import Predictor, load
+from vlmvqa.inference.scoring import score_and_report
 from vlmvqa.metrics.registry import score
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.model_folder import BASE, CONFIG
-from vlmvqa.training import distributed, runtime_checks, samples
+from vlmvqa.training import arguments, distributed, runtime_checks, samples
 from vlmvqa.training.banner import banner
 from vlmvqa.training.callbacks import Tracking, chosen
 from vlmvqa.training.checkpoint_state import WEIGHTS, whole_weights, write_weights
 from vlmvqa.training.checkpoints import step_of, whole_checkpoints
 from vlmvqa.training.log import cut
+from vlmvqa.training.run_folder import going_on, open_run, record_start, refuse_other_base, refuse_run
 from vlmvqa.training.throughput import rounded
 from vlmvqa.training.trainer import VqaTrainer
 
 
 def main(config: DictConfig) -> bool:
     """Train, save and score; return whether a signal stopped the training before its end."""
-    model_from_config.take_saved_model(config)
-    dist = training_from_config.dist_settings(config)
-    runtime_checks.refuse(training_from_config.asked(config, dist))
+    build.take_saved_model(config)
+    dist = arguments.dist_settings(config)
+    runtime_checks.refuse(arguments.asked(config, dist))
     folder = from_config.run_folder(config)
     distributed.start(dist, bool(config.trainer.get("use_cpu")))
     ranks.broadcast_from_rank0(lambda: refuse_run(folder, config))
@@ -69,7 +68,7 @@ def main(config: DictConfig) -> bool:
     bad_records = BadRecords(data.on_bad_record)
     with ranks.local_main_first():  # shapes are drawn at first use
         tasks = read_tasks(data, bad_records)
-    arguments = training_from_config.training_arguments(config, dist)
+    arguments = arguments.training_arguments(config, dist)
     if not any(task.answered for task in tasks):
         arguments.metric_for_best_model = None
 
@@ -146,10 +145,10 @@ def train(
     kept = folder / BASE  # of adapters that this run has begun with
     before = kept if going_on(folder, config) and whole_checkpoints(folder) and (kept / CONFIG).is_file() else None
     examples = [example for task in tasks for example in task.train]
-    predictor = model_from_config.build_predictor(config, data, examples, before)
-    base = model_from_config.attach_adapters(config, predictor, arguments.device)
+    predictor = build.build_predictor(config, data, examples, before)
+    base = build.attach_adapters(config, predictor, arguments.device)
     # Before weights are sharded, which cached features are of.
-    training_set = training_from_config.training_set(config, data, predictor, tasks, bad_records)
+    training_set = arguments.training_set(config, data, predictor, tasks, bad_records)
     if dist.strategy == "fsdp":
         computed_in = torch.bfloat16 if arguments.bf16 else None
         distributed.shard(predictor.model, arguments.device, computed_in, dist.offload)
@@ -192,7 +191,7 @@ def train(
     if ranks.is_first():
         bad_records.list_in(folder / "skipped.jsonl")
     bad_records.listing = folder / "skipped.jsonl"
-    repeated = training_from_config.repeat_small_data(trainer, tasks)
+    repeated = arguments.repeat_small_data(trainer, tasks)
     ranks.say("\n".join([*told, *([repeated] if repeated else []), banner(predictor.model, groups)]))
     ranks.say("\n".join(map(str, tasks)) + f"; results in {folder}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -18,8 +18,8 @@ from typing import NoReturn
 
 import yaml
 
-from usage_pages import PAGES
 from vlmvqa import startup
+from vlmvqa.config.help import PAGES
 from vlmvqa.places import CALLED_AS  # and with it `vlmvqa`, which quietens what transformers' imports would say
 
 HERE = Path(__file__).resolve().parent
@@ -112,7 +112,7 @@ def _ask_hydra(name: str, arguments: list[str]) -> NoReturn:
 
 def _refuse(name: str, arguments: list[str]) -> list[str]:
     """End with a sentence where the command line cannot be meant; else return what Hydra takes of it."""
-    from key_names import refuse_flags
+    from vlmvqa.config.keys import refuse_flags
     from vlmvqa.errors import InputError
 
     try:
@@ -124,8 +124,8 @@ def _refuse(name: str, arguments: list[str]) -> list[str]:
 
 def _checked(name: str, arguments: list[str]) -> list[str]:
     """What Hydra takes of the arguments, after the checks that need no PyTorch."""
-    from early_checks import prepare_job, refuse_mistakes
-    from override_check import collect, compose, resolving
+    from vlmvqa.config.early_checks import prepare_job, refuse_mistakes
+    from vlmvqa.config.overrides import collect, compose, resolving
 
     asking = {argument.partition("=")[0] for argument in arguments} & set(ASKING)
     script = name

@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from command_line import given_keys, group, refuse_overrides
-from data_from_config import DataSettings, new_lines, one_task, read_examples
 from vlmvqa import fingerprint, ranks
+from vlmvqa.cli import given_keys, group, refuse_overrides
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered
+from vlmvqa.data.tasks import DataSettings, new_lines, one_task, read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.models import model_folder
 

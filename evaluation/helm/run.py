@@ -36,8 +36,8 @@ sys.path.append(str(LAUNCH))  # the same command line as the scripts there
 import usage  # noqa: F401 - first: it answers -h without PyTorch
 
 # isort: split
-from command_line import run
 from vlmvqa import __version__, fingerprint
+from vlmvqa.cli import run
 from vlmvqa.data.example import Example
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError

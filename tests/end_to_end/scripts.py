@@ -24,19 +24,19 @@ import serve as serve_script
 import show as show_script
 import train as train_script
 
-import command_line
 from tests import forks
 from tests.conftest import ROOT
+from vlmvqa import cli
 from vlmvqa.evaluation.helm import run as helm_script
 from vlmvqa.training.log import read_log
 
 JOBS: dict[str, Callable[[], None]] = {
-    "train": lambda: command_line.run(train_script.main, "train"),
-    "eval": lambda: command_line.run(eval_script.main, "eval"),
-    "predict": lambda: command_line.run(predict_script.main, "predict"),
-    "serve": lambda: command_line.run(serve_script.main, "serve"),
-    "show": lambda: command_line.run(show_script.main, "show"),
-    "helm": lambda: command_line.run(helm_script.main, "helm"),
+    "train": lambda: cli.run(train_script.main, "train"),
+    "eval": lambda: cli.run(eval_script.main, "eval"),
+    "predict": lambda: cli.run(predict_script.main, "predict"),
+    "serve": lambda: cli.run(serve_script.main, "serve"),
+    "show": lambda: cli.run(show_script.main, "show"),
+    "helm": lambda: cli.run(helm_script.main, "helm"),
 }
 RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 MODEL = (

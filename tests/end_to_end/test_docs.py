@@ -17,18 +17,18 @@ import prepare as prepare_script
 import pytest
 from PIL import Image
 
-import command_line
 from tests.conftest import ROOT
 from tests.end_to_end import scripts
 from tests.end_to_end.scripts import LONGER, SHAPES, call, done, predictions
 from tests.pages import PAGES, Block, blocks, script
+from vlmvqa import cli
 from vlmvqa.extras.synthetic import coco_captions as synthetic_coco_captions
 from vlmvqa.extras.synthetic import docvqa as synthetic_docvqa
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 
 scripts.JOBS["prepare"] = prepare_script.start
-scripts.JOBS["merge"] = lambda: command_line.run(merge_script.main, "merge")
+scripts.JOBS["merge"] = lambda: cli.run(merge_script.main, "merge")
 HERE = ("train", "eval", "predict", "show", "prepare", "merge")
 # Commands that another test runs, by what is found in them.
 BY_OTHERS = {

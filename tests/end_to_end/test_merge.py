@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import command_line
 from tests.end_to_end import scripts
 from tests.end_to_end.scripts import MODEL, SHAPES, SMALL, call, done, metrics, sentence
+from vlmvqa import cli
 
-scripts.JOBS["merge"] = lambda: command_line.run(merge_script.main, "merge")
+scripts.JOBS["merge"] = lambda: cli.run(merge_script.main, "merge")
 ON = tuple(argument for argument in SMALL if argument not in MODEL)  # the model's own settings come with it
 FEW = ("data.options.train_images=8", "data.options.val_images=6")
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import set_seed
 
-import model_from_config
-from data_from_config import data_settings, read_examples
-from override_check import check_overrides
 from tests.end_to_end import scripts
 from tests.end_to_end.scripts import JOBS, Ended, done, launch, sentence
 from tests.unit.test_config import compose
+from vlmvqa.config.overrides import check_overrides
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
+from vlmvqa.data.tasks import data_settings, read_examples
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
+from vlmvqa.inference import build
 from vlmvqa.inference.predictor import Predictor
 
 JOBS["prepare"] = prepare_script.start
@@ -49,7 +49,7 @@ def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
     set_seed(config.seed)
     data = data_settings(config)
     examples = read_examples(data, data.train_split, data.max_train_samples, BadRecords())
-    return model_from_config.build_predictor(config, data, examples), examples
+    return build.build_predictor(config, data, examples), examples
 
 
 def test_features_are_found_by_the_run_that_trains(root: Path, tmp_path: Path) -> None:

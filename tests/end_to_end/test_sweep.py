@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from override_check import compose
-from sweep_jobs import Sweep
 from tests.end_to_end.scripts import SMALL, call, content, done, losses, metrics, sentence, start
+from vlmvqa.config.overrides import compose
+from vlmvqa.config.sweep import Sweep
 
 RATES = "trainer.learning_rate=1e-3,1e-4"
 

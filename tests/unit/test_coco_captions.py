@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_from_config import DataSettings, data_settings, read_examples
 from tests.unit.test_config import compose
 from tests.unit.test_vqav2 import change, ids, save
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import coco_captions
 from vlmvqa.data.example import Question
+from vlmvqa.data.tasks import DataSettings, data_settings, read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.extras.synthetic import coco_captions as synthetic_coco_captions
 from vlmvqa.extras.synthetic import scene as scenes

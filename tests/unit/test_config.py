@@ -12,22 +12,22 @@ import pytest
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import TrainingArguments
 
-import training_from_config
-from command_line import group
-from data_from_config import DataSettings, data_settings
-from model_from_config import model_settings
-from override_check import CONF, check_overrides, collect
 from tests.conftest import ROOT
-from training_from_config import dist_settings, training_arguments
+from vlmvqa.cli import group
+from vlmvqa.config.launcher import launcher_choice
+from vlmvqa.config.overrides import CONF, check_overrides, collect
+from vlmvqa.config.trainer_arguments import argument_types
+from vlmvqa.data.tasks import DataSettings, data_settings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import ATTENTION, FEED_FORWARD, AdapterSettings
 from vlmvqa.extras.serving.limits import Limits
+from vlmvqa.inference.build import model_settings
 from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.settings import build_settings
-from vlmvqa.trainer_arguments import argument_types
+from vlmvqa.training import arguments
+from vlmvqa.training.arguments import dist_settings, training_arguments
 from vlmvqa.training.distributed import DistSettings, deepspeed_config
-from vlmvqa.training.launchers import launcher_choice
 
 CHECKED = {"data": DataSettings, "decoding": Decoding, "dist": DistSettings, "adapt": AdapterSettings}
 GIVEN = {
@@ -235,14 +235,14 @@ def test_what_a_launcher_implies(
 
 
 def test_a_launcher_that_contradicts_the_command_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_from_config, "LAUNCHER", ("fsdp", "accelerate's config file"))
+    monkeypatch.setattr(arguments, "LAUNCHER", ("fsdp", "accelerate's config file"))
     with pytest.raises(InputError, match="accelerate's config file asks for fsdp, the command for zero2"):
         dist_settings(compose("train", "dist=zero2"))
     assert dist_settings(compose("train")).strategy == "fsdp"
-    monkeypatch.setattr(training_from_config, "LAUNCHER", ("zero2", "the deepspeed launcher"))
+    monkeypatch.setattr(arguments, "LAUNCHER", ("zero2", "the deepspeed launcher"))
     assert dist_settings(compose("train")).strategy == "zero2"
     assert dist_settings(compose("train", "dist=fsdp")).strategy == "fsdp"  # deepspeed starts anything
-    monkeypatch.setattr(training_from_config, "LAUNCHER", ("zero1_offload", "accelerate's config file"))
+    monkeypatch.setattr(arguments, "LAUNCHER", ("zero1_offload", "accelerate's config file"))
     with pytest.raises(InputError, match="zero1_offload, which is not in conf/dist"):
         dist_settings(compose("train"))
 
@@ -250,7 +250,7 @@ def test_a_launcher_that_contradicts_the_command_is_refused(monkeypatch: pytest.
 def test_accelerates_precision_must_be_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(InputError, match="accelerate's config file asks for bf16, the run for no"):
-        training_from_config.asked(compose("train"), DistSettings())
+        arguments.asked(compose("train"), DistSettings())
 
 
 def test_deepspeeds_own_keys_go_under_options() -> None:

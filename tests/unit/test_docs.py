@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from override_check import check_overrides, collect
 from tests.conftest import ROOT
 from tests.end_to_end.test_docs import BY_OTHERS, is_run_here
 from tests.pages import LANGUAGES, PAGES, SCRIPT, STAND_INS, Block, blocks, commands, script
+from vlmvqa.config.overrides import check_overrides, collect
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 ALL = [(page, command) for command, page in {one: page for page in PAGES for one in commands(page)}.items()]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from override_check import CONF
 from tests.conftest import ROOT
 from tests.unit.test_config import compose
+from vlmvqa.config.overrides import CONF
 
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
 PARTS = ("vision", "projector", "language")  # of a model, whose keys are named one by one

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 from transformers import TrainingArguments
 
-from early_checks import prepare_job, refuse_mistakes
-from override_check import collect, compose, resolving
+from vlmvqa.config.early_checks import prepare_job, refuse_mistakes
+from vlmvqa.config.overrides import collect, compose, resolving
+from vlmvqa.config.trainer_arguments import NUMBERS, _kinds, argument_types, problems
 from vlmvqa.errors import InputError
 from vlmvqa.paths import nearest, refuse_missing_model
-from vlmvqa.trainer_arguments import NUMBERS, _kinds, argument_types, problems
 
 
 def refused(name: str, *given: str) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_from_config import data_settings, read_examples
 from tests.unit.test_config import compose
 from tests.unit.test_vqav2 import ids
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Question
 from vlmvqa.data.images import decode
+from vlmvqa.data.tasks import data_settings, read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hub import dataset, parquet
 from vlmvqa.extras.hub.dataset import Columns

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_from_config import DataSettings, read_examples
 from tests.unit.test_vqav2 import ids
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import jsonl
 from vlmvqa.data.example import Question
+from vlmvqa.data.tasks import DataSettings, read_examples
 from vlmvqa.errors import InputError
 
 LINES: list[dict[str, Any]] = [

@@ -21,18 +21,17 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import model_from_config
-import training_from_config
-from data_from_config import data_settings
-from override_check import CONF
 from tests.unit.test_predictor import examples, predictor
+from vlmvqa.config.overrides import CONF
+from vlmvqa.data.tasks import data_settings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.merging import files, methods
 from vlmvqa.extras.merging.files import Weights
 from vlmvqa.extras.merging.merge import Merge, MergeSettings
+from vlmvqa.inference import build
 from vlmvqa.inference.predictor import load
 from vlmvqa.models.vlm import DTYPES, cast_parameters
-from vlmvqa.training import runtime_checks
+from vlmvqa.training import arguments, runtime_checks
 from vlmvqa.training.distributed import DistSettings
 
 ONES = torch.ones(2)
@@ -462,7 +461,7 @@ def asked_to_start_from(folder: Path, monkeypatch: pytest.MonkeyPatch, *given: s
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("train", [f"init_from={folder}", *given], return_hydra_config=True)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
-    model_from_config.take_saved_model(config)
+    build.take_saved_model(config)
     return config
 
 
@@ -474,11 +473,11 @@ def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
     config = asked_to_start_from(merged_in_halves, monkeypatch)
     assert config.model.dtype == "float16"
     with pytest.raises(InputError, match=r"set model\.dtype=float32"):
-        runtime_checks.refuse(training_from_config.asked(config, DistSettings()))
+        runtime_checks.refuse(arguments.asked(config, DistSettings()))
     config = asked_to_start_from(merged_in_halves, monkeypatch, f"model.dtype={dtype}")
-    runtime_checks.refuse(training_from_config.asked(config, DistSettings()))
-    found = model_from_config.build_predictor(config, data_settings(config), [])
-    assert model_from_config.attach_adapters(config, found, torch.device("cpu")) is None
+    runtime_checks.refuse(arguments.asked(config, DistSettings()))
+    found = build.build_predictor(config, data_settings(config), [])
+    assert build.attach_adapters(config, found, torch.device("cpu")) is None
     assert found.settings.dtype == config.model.dtype == dtype
     for name, value in load(merged_in_halves).model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], value.to(DTYPES[dtype]))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data_from_config import DataSettings, Task
 from tests.unit.test_trainer import model, trainer
-from training_from_config import repeat_small_data
+from vlmvqa.data.tasks import DataSettings, Task
+from vlmvqa.training.arguments import repeat_small_data
 
 
 def test_a_small_data_set_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-import model_from_config
-import training_from_config
-from data_from_config import SHARED, data_settings, one_task, read_tasks
-from override_check import check_overrides
 from tests.end_to_end.scripts import call, sentence
 from tests.unit.test_config import compose
+from vlmvqa.config.overrides import check_overrides
 from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.tasks import SHARED, data_settings, one_task, read_tasks
 from vlmvqa.errors import InputError
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
+from vlmvqa.inference import build
+from vlmvqa.training import arguments
 
 ROOTS = ("data.parts.vqav2.root=a", "data.parts.gqa.root=b")
 
@@ -91,9 +91,9 @@ def test_an_epoch_sees_each_part_as_often_as_its_weight_says(tmp_path: Path) -> 
     config = compose("train", *weights, *given, "run.name=x")
     data = data_settings(config)
     tasks = read_tasks(data, BadRecords())
-    predictor = model_from_config.build_predictor(config, data, [example for task in tasks for example in task.train])
+    predictor = build.build_predictor(config, data, [example for task in tasks for example in task.train])
     assert predictor.prompts == {"vqav2": "answer en {question}\n", "gqa": "answer en {question}\n"}
-    rows = training_from_config.training_set(config, data, predictor, tasks, BadRecords())
+    rows = arguments.training_set(config, data, predictor, tasks, BadRecords())
     drawn = []
     for epoch in (0, 1):
         rows.set_epoch(epoch)

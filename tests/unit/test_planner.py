@@ -24,9 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from override_check import CONF
 from tests import tiny
 from tests.conftest import ROOT
+from vlmvqa.config.overrides import CONF
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import memory, report, verify
 from vlmvqa.extras.planning.gpus import GIB, GPUS, gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from omegaconf import OmegaConf
 
-from override_check import CONF
+from vlmvqa.config.overrides import CONF
 from vlmvqa.models.vlm import ModelSettings, build
 from vlmvqa.settings import build_settings
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from run_folder import open_run
 from tests.unit.test_trainer import write_checkpoint
 from vlmvqa.errors import InputError
+from vlmvqa.training.run_folder import open_run
 
 CONFIG = {
     "init_from": None,

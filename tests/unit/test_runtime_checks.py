@@ -11,14 +11,14 @@ import torch
 from accelerate import PartialState
 from omegaconf import DictConfig, OmegaConf
 
-from run_folder import STARTED, going_on, open_run
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
+from vlmvqa.config.launcher import LAUNCH, slurm_task
+from vlmvqa.config.trainer_arguments import OURS
 from vlmvqa.errors import InputError
-from vlmvqa.trainer_arguments import OURS
 from vlmvqa.training import checkpoints, distributed
 from vlmvqa.training.distributed import DistSettings
-from vlmvqa.training.launchers import LAUNCH, slurm_task
+from vlmvqa.training.run_folder import STARTED, going_on, open_run
 from vlmvqa.training.runtime_checks import Asked, check, optimizer_for, refuse
 
 

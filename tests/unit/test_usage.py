@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from hydra._internal.utils import get_args_parser
 
-import command_line
-from key_names import ALIASES, HYDRA_OPTIONS, default_keys, refuse_flags
-from override_check import check_overrides, collect
 from tests.conftest import ROOT
-from usage_pages import PAGES
+from vlmvqa import cli
+from vlmvqa.config.help import PAGES
+from vlmvqa.config.keys import ALIASES, HYDRA_OPTIONS, default_keys, refuse_flags
+from vlmvqa.config.overrides import check_overrides, collect
 from vlmvqa.errors import InputError
 from vlmvqa.places import HELM_MODULE, commands, scripts
 
@@ -79,7 +79,7 @@ def test_cfg_job_prints_the_whole_config(
     if name == "prepare":
         script.start()
     else:
-        command_line.run(script.main, name)
+        cli.run(script.main, name)
     said = capsys.readouterr().out
     assert "\nrun:\n" in said and said.count("\n") > 10
 

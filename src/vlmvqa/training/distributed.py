@@ -29,9 +29,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from vlmvqa.config.launcher import ACCELERATES, LAUNCH
 from vlmvqa.errors import InputError, counted, suggest
 from vlmvqa.models.checkpoint import Model
-from vlmvqa.training.launchers import ACCELERATES, LAUNCH
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
+from vlmvqa.config.trainer_arguments import problems
 from vlmvqa.errors import InputError, counted, suggest
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings, elements
 from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
@@ -24,7 +25,6 @@ from vlmvqa.models.attention import SOFTCAP
 from vlmvqa.models.checkpoint import Settings
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
-from vlmvqa.trainer_arguments import problems
 from vlmvqa.training import callbacks
 from vlmvqa.training.distributed import DistSettings
 from vlmvqa.training.optimizer_state import OPTIMIZERS

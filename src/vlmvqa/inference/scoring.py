@@ -14,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL.Image import Image
 
 import vlmvqa
-from data_from_config import DataSettings, submission_writer
 from vlmvqa import fingerprint, ranks
 from vlmvqa.code_state import code_state
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
+from vlmvqa.data.tasks import DataSettings, submission_writer
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.report.attributions import looked_at
 from vlmvqa.extras.report.gallery import Record

@@ -20,9 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from key_names import CONF, default_keys, flatten, refuse_flags, suggest_key
+from vlmvqa.config.keys import CONF, default_keys, flatten, refuse_flags, suggest_key
+from vlmvqa.config.trainer_arguments import argument_types
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.trainer_arguments import argument_types
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
 OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics")

@@ -13,8 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from command_line import group, refuse_overrides
-from early_checks import refuse_no_root
+from vlmvqa.cli import group, refuse_overrides
+from vlmvqa.config.early_checks import refuse_no_root
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import read_once
 from vlmvqa.data.example import Example, all_answered, count_questions

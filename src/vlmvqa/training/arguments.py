@@ -16,17 +16,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from transformers import TrainingArguments
 
-from command_line import LAUNCHER, given_keys, group
-from data_from_config import MIXTURE, DataSettings, Task, data_settings
 from from_config import run_folder
-from model_from_config import adapter_settings, model_settings
-from override_check import CONF
 from vlmvqa import ranks
+from vlmvqa.cli import LAUNCHER, given_keys, group
+from vlmvqa.config.overrides import CONF
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
+from vlmvqa.data.tasks import MIXTURE, DataSettings, Task, data_settings
 from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore, stored_dtype
+from vlmvqa.inference.build import adapter_settings, model_settings
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.settings import build_settings
 from vlmvqa.training import callbacks

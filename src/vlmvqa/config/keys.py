@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from vlmvqa.config.trainer_arguments import argument_types
 from vlmvqa.errors import InputError
-from vlmvqa.trainer_arguments import argument_types
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 # Hydra's own options. argparse takes abbreviations of the long ones, too.

@@ -12,9 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vlmvqa.config.trainer_arguments import problems
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import refuse_missing, refuse_missing_model
-from vlmvqa.trainer_arguments import problems
 
 # The first word of prepare.py, which names the job.
 PREPARE = ("download", "check", "pack", "features")

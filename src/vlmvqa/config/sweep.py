@@ -15,8 +15,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from override_check import quoted, resolving, swept_values
 from vlmvqa import ranks
+from vlmvqa.config.overrides import quoted, resolving, swept_values
 from vlmvqa.paths import RUNS
 
 # What each script writes to, of those that name it themselves. The others find a place for each job, or can't be swept.

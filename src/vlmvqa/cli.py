@@ -20,12 +20,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from early_checks import refuse_mistakes
-from override_check import CONF, collect, compose, is_sweep, resolving
-from sweep_jobs import Sweep
 from vlmvqa import ranks
+from vlmvqa.config.early_checks import refuse_mistakes
+from vlmvqa.config.launcher import launcher_choice, slurm_task
+from vlmvqa.config.overrides import CONF, collect, compose, is_sweep, resolving
+from vlmvqa.config.sweep import Sweep
 from vlmvqa.errors import InputError
-from vlmvqa.training.launchers import launcher_choice, slurm_task
 
 # What PyTorch says on a rank whose peers are gone.
 PEER_GONE = (

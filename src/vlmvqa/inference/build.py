@@ -11,12 +11,12 @@ import torch
 from omegaconf import DictConfig, open_dict
 from transformers import PreTrainedConfig
 
-from command_line import given_keys, group
-from data_from_config import DataSettings, prompts
 from vlmvqa import fingerprint, ranks
+from vlmvqa.cli import given_keys, group
 from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
+from vlmvqa.data.tasks import DataSettings, prompts
 from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters

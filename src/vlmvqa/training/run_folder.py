@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from results import versions
-from sweep_jobs import SWEEP
 from vlmvqa import ranks
 from vlmvqa.code_state import code_state
+from vlmvqa.config.launcher import LAUNCH
+from vlmvqa.config.sweep import SWEEP
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError, counted
+from vlmvqa.inference.scoring import versions
 from vlmvqa.models.checkpoint import Adapter
 from vlmvqa.training.callbacks import run_ids
 from vlmvqa.training.checkpoint_state import progress, total_steps
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
-from vlmvqa.training.launchers import LAUNCH
 from vlmvqa.training.samples import FILE as SAMPLES
 
 RUN = "run.json"  # when, how, on what and from which code it was started, each time

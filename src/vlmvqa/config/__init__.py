@@ -1,0 +1,1 @@
+"""The configuration: composed once, checked, and converted into one frozen object."""
