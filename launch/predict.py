@@ -4,31 +4,30 @@ python launch/predict.py checkpoint=runs/demo image=photo.jpg question="what col
 python launch/predict.py checkpoint=runs/demo image=photos/ questions=questions.txt
 """
 
-from __future__ import annotations
+from vlmvqa import cli
 
-import usage  # noqa: F401 - first: it answers -h without PyTorch
+with cli.script(__name__, __file__):
+    import json
 
-import json
+    from tqdm import tqdm
 
-from omegaconf import DictConfig
-from tqdm import tqdm
-
-import from_config
-from vlmvqa.cli import run
-from vlmvqa.config.early_checks import read_questions
-from vlmvqa.inference.predictor import load
-from vlmvqa.progress import bar
+    from vlmvqa.config.compose import override_decoding
+    from vlmvqa.config.early_checks import read_questions
+    from vlmvqa.config.schema import PredictConfig
+    from vlmvqa.inference.predictor import load
+    from vlmvqa.progress import bar
 
 
-def main(config: DictConfig) -> None:
-    images, questions = read_questions(config)
+def predict(config: PredictConfig) -> None:
+    """Print every answer, and write all of them to `predictions.jsonl` in the run's folder."""
+    images, questions = read_questions(config.image, config.question, config.questions)
     predictor = load(config.checkpoint)
-    predictor.decoding = from_config.decoding(config, predictor.decoding)
-    folder = from_config.run_folder(config)
+    predictor.decoding = override_decoding(predictor.decoding, config.decoding, config.given)
+    folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / "predictions.jsonl.partial"  # a bad image must not cost the answers of before
+    unfinished = folder / "predictions.jsonl.partial"  # an unreadable image must not lose the answers before it
     with unfinished.open("w", encoding="utf-8") as file:
-        for image in bar(images, doing="asking", unit="images", shown=len(images) > 1):
+        for image in bar(images, doing="answering", unit="images", shown=len(images) > 1):
             answers = predictor.answer(image, questions)
             tqdm.write(str(image))
             for question, answer in zip(questions, answers, strict=True):
@@ -40,4 +39,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "predict")
+    cli.run("predict", PredictConfig, predict)

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from vlmvqa import fingerprint, ranks
-from vlmvqa.cli import given_keys, group, refuse_overrides
+from vlmvqa.config.compose import refuse_overrides
+from vlmvqa.config.schema import DataSettings, RunSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered
-from vlmvqa.data.tasks import DataSettings, new_lines, one_task, read_examples
+from vlmvqa.data.tasks import new_lines, read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.models import model_folder
+from vlmvqa.models.generation import Decoding
 
 ENTRIES = ("vqav2", "gqa")  # run_specs.py has a run entry for each
 OBEYED = ("data.source", "data.root", "data.synthetic", "data.options")
@@ -27,6 +27,25 @@ INSTEAD = {
     "data.hub": "HELM's questions are read from the official files in data.root",
     "data.shards": "HELM's questions are read from the official files in data.root",
 }
+
+
+@dataclass(frozen=True)
+class HelmConfig:
+    """Which model or answers HELM scores, on which questions; conf/helm.yaml documents its keys."""
+
+    run: RunSettings
+    data: DataSettings
+    decoding: Decoding
+    checkpoint: str | None = None
+    predictions: str | None = None
+    max_instances: int = 1000
+    controls: bool = False
+    prompt: str | None = None
+    batch_size: int = 32
+    punkt: str = "nltk"
+    name: str | None = None
+    seed: int = 0
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,7 @@ class Plan:
         return self.home / f"{self.model.rpartition('/')[2]}-{self.suite}"
 
 
-def make_plan(config: DictConfig) -> Plan:
+def make_plan(config: HelmConfig) -> Plan:
     """What the command asks for.
 
     Raises:
@@ -82,7 +101,7 @@ def make_plan(config: DictConfig) -> Plan:
             raise InputError(f"predictions={predictions} does not exist; correct the path")
     else:
         client = _client(config)
-    data = one_task(config)
+    data = config.data.single
     root = str(Path(str(data.root)).expanduser().resolve())
     if "," in root:
         raise InputError(f"data.root={root} holds a comma, which HELM's run entries cannot; move or link the folder")
@@ -90,8 +109,8 @@ def make_plan(config: DictConfig) -> Plan:
     if config.controls and len(examples) < 2:
         raise InputError("controls=true shows each question another image, and only one is drawn; draw more questions")
     return Plan(
-        Path(group(config, "run")["dir"]).expanduser(),
-        "vlmvqa/" + re.sub(r"[^\w.-]+", "-", str(config.name or _name(predictions or Path(config.checkpoint)))),
+        config.run.folder,
+        "vlmvqa/" + re.sub(r"[^\w.-]+", "-", str(config.name or _name(predictions or Path(str(config.checkpoint))))),
         client,
         predictions,
         data.source,
@@ -102,29 +121,36 @@ def make_plan(config: DictConfig) -> Plan:
     )
 
 
-def _refuse_what_cannot_be_meant(config: DictConfig) -> None:
+def _refuse_what_cannot_be_meant(config: HelmConfig) -> None:
     """Stop at keys that contradict each other, that HELM would not obey, or that have no sensible value."""
     if ranks.world_size() > 1:
         raise InputError("HELM is one process with many threads; start it with python, without a launcher")
-    given = [name for name in ("checkpoint", "predictions") if config[name] is not None]
+    given = [name for name in ("checkpoint", "predictions") if getattr(config, name) is not None]
     if len(given) != 1:
         said = "both are given" if given else "neither is given"
         raise InputError(f"say what to score: checkpoint=... (a model) or predictions=... (its answers); {said}")
     if config.data.source not in ENTRIES:
         raise InputError(f"data={config.data.source}: HELM asks {' or '.join(ENTRIES)} here; choose one of them")
-    for key in given_keys():
+    for key in sorted(config.given):
         if key.startswith("data.") and not key.startswith(OBEYED):
             raise InputError(f"{key} cannot be set here: {INSTEAD.get(key, 'HELM does not read it')}; leave it out")
-    refuse_overrides("HELM's own", *(f"decoding.{key}" for key in ("max_new_tokens", "temperature", "seed")))
+    refuse_overrides(
+        config.given, "HELM's own", *(f"decoding.{key}" for key in ("max_new_tokens", "temperature", "seed"))
+    )
     if given == ["predictions"]:
-        refuse_overrides("the model's, and none is loaded", "prompt", *(f"decoding.{key}" for key in config.decoding))
+        refuse_overrides(
+            config.given,
+            "the model's, and none is loaded",
+            "prompt",
+            *(f"decoding.{key}" for key in vars(config.decoding)),
+        )
         if config.controls:
             raise InputError("controls=true asks the model about other images; give checkpoint=... for it")
 
 
-def _client(config: DictConfig) -> dict[str, Any]:
+def _client(config: HelmConfig) -> dict[str, Any]:
     """The arguments of `VLMClient`; of the decoding only what the command line says, the rest is the model's own."""
-    folder = model_folder.find(config.checkpoint).resolve()
+    folder = model_folder.find(str(config.checkpoint)).resolve()
     if not (folder / model_folder.WEIGHTS).is_file():
         raise InputError(f"{folder} holds no {model_folder.WEIGHTS}; copy or save the model again")
     prompt = config.prompt
@@ -135,7 +161,7 @@ def _client(config: DictConfig) -> dict[str, Any]:
             raise InputError(
                 f"prompt={prompt!r} must hold {{question}} once, {{instructions}} at most once, and no other braces"
             )
-    given = {key: value for key, value in group(config, "decoding").items() if f"decoding.{key}" in given_keys()}
+    given = {key: value for key, value in vars(config.decoding).items() if f"decoding.{key}" in config.given}
     own = {"checkpoint": str(folder), "prompt": prompt, "source": config.data.source}
     return {**own, "batch_size": config.batch_size, "decoding": given}
 

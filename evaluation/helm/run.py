@@ -10,47 +10,41 @@ caches the answers.
 
 from __future__ import annotations
 
-import importlib
-import json
-import logging
-import shlex
-import sys
-import traceback
-import warnings
-from collections.abc import Mapping
-from contextlib import chdir, redirect_stdout
-from datetime import date
-from importlib.metadata import version
-from math import isnan
-from pathlib import Path
-from typing import Any
+from vlmvqa import cli
 
-import yaml
-from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+with cli.script(__name__, __file__):
+    import importlib
+    import json
+    import logging
+    import shlex
+    import sys
+    import traceback
+    import warnings
+    from collections.abc import Mapping
+    from contextlib import chdir, redirect_stdout
+    from datetime import date
+    from importlib.metadata import version
+    from math import isnan
+    from pathlib import Path
+    from typing import Any
 
-from vlmvqa.places import LAUNCH
+    import yaml
+    from filelock import FileLock, Timeout
 
-sys.path.append(str(LAUNCH))  # the same command line as the scripts there
-
-import usage  # noqa: F401 - first: it answers -h without PyTorch
-
-# isort: split
-from vlmvqa import __version__, fingerprint
-from vlmvqa.cli import run
-from vlmvqa.data.example import Example
-from vlmvqa.data.submissions import replace_file
-from vlmvqa.errors import InputError
-
-from . import checks, results
-from .plan import Plan, make_plan
+    from vlmvqa import __version__, fingerprint
+    from vlmvqa.config.compose import to_yaml
+    from vlmvqa.data.example import Example
+    from vlmvqa.data.submissions import replace_file
+    from vlmvqa.errors import InputError
+    from vlmvqa.evaluation.helm import checks, results
+    from vlmvqa.evaluation.helm.plan import HelmConfig, Plan, make_plan
 
 SCHEMA = Path(__file__).parent / "schema_vqav2_bleu.yaml"
 CLIENTS = "vlmvqa.evaluation.helm.client"  # HELM imports them by name
 PACKAGES = ("crfm-helm", "nltk", "rouge_score", "torch", "transformers", "timm", "tokenizers", "pillow")
 
 
-def main(config: DictConfig) -> None:
+def main(config: HelmConfig) -> None:
     checks.refuse_missing_helm()
     plan = make_plan(config)
     if (plan.folder / "summary.json").exists() and not config.run.overwrite:
@@ -68,19 +62,19 @@ def main(config: DictConfig) -> None:
         raise InputError(f"another command is at work in {plan.home}; wait for it, or choose another run.dir") from None
 
 
-def score(plan: Plan, config: DictConfig) -> None:
+def score(plan: Plan, config: HelmConfig) -> None:
     """Let HELM ask and score, and leave `summary.json`, the last of all files."""
     answers = None  # what can still be wrong is found before anything is overwritten
     if plan.predictions is not None:
         answers = _saved_answers(plan, plan.predictions)
     else:
-        from .client import load_for  # PyTorch and transformers
+        from vlmvqa.evaluation.helm.client import load_for  # PyTorch and transformers
 
         load_for(**plan.client)
     plan.folder.mkdir(parents=True, exist_ok=True)
     (plan.folder / "summary.json").unlink(missing_ok=True)  # of the results that are overwritten, as are HELM's
     results.remove(plan.home / "benchmark_output" / "runs" / plan.suite, plan.model)
-    (plan.folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    (plan.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     describe_model(plan, answers)
     asked = f"{len(plan.modes)} x " if len(plan.modes) > 1 else ""
     log = plan.folder / "helm.log"
@@ -124,7 +118,7 @@ def describe_model(plan: Plan, answers: list[dict[str, Any]] | None) -> None:
 
 def _saved_answers(plan: Plan, path: Path) -> list[dict[str, Any]]:
     """The answers to HELM's questions, by what HELM's requests hold: the image's file and the question's text."""
-    from vlmvqa.inference.evaluate import read_answers  # with PyTorch and transformers
+    from vlmvqa.inference.answer_file import read_answers  # with PyTorch and transformers
 
     asked = [(example, question) for example in plan.examples for question in example.questions]
     answers = read_answers(path, [question for _, question in asked], others=True)
@@ -198,7 +192,7 @@ def _command(module: str, options: Mapping[str, Any], *more: str) -> None:
         sys.argv = ours
 
 
-def summarize(plan: Plan, config: DictConfig) -> dict[str, Any]:
+def summarize(plan: Plan, config: HelmConfig) -> dict[str, Any]:
     """`summary.json`'s content."""
     suite = plan.home / "benchmark_output" / "runs" / plan.suite
     folders = {mode: results.find(suite, plan.model, {**plan.scenario, "image_mode": mode}) for mode in plan.modes}
@@ -207,7 +201,7 @@ def summarize(plan: Plan, config: DictConfig) -> dict[str, Any]:
         results.refuse_other(scored[mode], plan.examples, folder)
     limits = results.adapter(folders["real"])
     if plan.predictions is None:
-        from .client import effective_settings  # it has the model
+        from vlmvqa.evaluation.helm.client import effective_settings  # it has the model
 
         by = effective_settings(limits, **plan.client)
     else:
@@ -230,4 +224,4 @@ def summarize(plan: Plan, config: DictConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, "helm")
+    cli.run("helm", HelmConfig, main)

@@ -1,33 +1,43 @@
-"""Run a script under Hydra; user errors print one line."""
+"""Run a script of `launch/`: help, completion and checks before PyTorch is imported; a user's error prints one line.
+
+A script looks like this. Under `python launch/train.py`, the `with` block first answers -h and a shell's completion and
+stops at a mistake in the command line, all without PyTorch; then it imports what the job needs.
+
+    with cli.script(__name__, __file__):
+        from vlmvqa.config.schema import TrainConfig
+        from vlmvqa.training.run import train
+
+    if __name__ == "__main__":
+        cli.run("train", TrainConfig, train)
+"""
 
 from __future__ import annotations
-
-import usage
 
 import atexit
 import contextlib
 import os
+import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import hydra
-import torch
-import torch.distributed
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
-
-from vlmvqa import ranks
-from vlmvqa.config.early_checks import refuse_mistakes
-from vlmvqa.config.launcher import launcher_choice, slurm_task
-from vlmvqa.config.overrides import CONF, collect, compose, is_sweep, resolving
-from vlmvqa.config.sweep import Sweep
 from vlmvqa.errors import InputError
+from vlmvqa.places import CALLED_AS, CONF
 
-# What PyTorch says on a rank whose peers are gone.
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from vlmvqa.config.overrides import Composition, Job
+
+Config = TypeVar("Config")
+Main = Callable[[Config], "bool | None"]
+# Scripts whose config has another name.
+CONFIG_NAMES = {"run": "helm"}
+# PyTorch's messages on a rank whose peers have ended.
 PEER_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -36,42 +46,137 @@ PEER_GONE = (
     "ncclRemoteError",
     "NCCL communicator was aborted",
 )
-PATIENCE = 60.0  # seconds for the first rank of a machine to speak
-# What a launcher implies for `dist`, and its name: read once, before its arguments are taken out.
-LAUNCHER = launcher_choice(os.environ, sys.argv[1:])
-os.environ |= slurm_task(os.environ)
+PATIENCE = 60.0  # seconds that the other ranks of a machine wait for the first one's error message
 
 
-def run(main: Callable[[DictConfig], bool | None], config_name: str) -> None:
-    """Run `main` as a Hydra job over `conf/<config_name>.yaml`, with this process's command line."""
-    usage.IMPORTS.close()
+# ---- before PyTorch is imported
+
+
+@contextlib.contextmanager
+def script(name: str, file: str) -> Iterator[None]:
+    """Prepare the process of a script; the block holds its imports.
+
+    Ends the process if the command line asks for help or a completion, or holds a mistake. Does nothing where the
+    script is imported.
+
+    Args:
+        name: the script's `__name__`.
+        file: its `__file__`.
+    """
+    if name != "__main__":
+        yield
+        return
+    from vlmvqa import startup
+
+    _answer(Path(file).resolve(), sys.argv[1:])
+    startup.prepare()
+    with startup.fewer_imports():
+        yield
+
+
+def _answer(script: Path, arguments: list[str]) -> None:
+    """End the process with what the arguments ask for, or with the mistake in them; else return."""
+    from vlmvqa.config.keys import refuse_flags
+
+    name = CONFIG_NAMES.get(script.stem, script.stem)
+    if {"-sc", "--shell-completion", "--shell_completion"} & set(arguments):
+        _complete(name)
+    if {"-h", "--help"} & set(arguments):
+        from vlmvqa.config.help import page
+
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `-h | head` ends without a traceback
+        print(page(name, script, arguments[0]))
+        sys.exit()
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:  # of several ranks, one prints the mistake: `run`
+        return
+    try:
+        refuse_flags(arguments, name)  # before Hydra is imported
+        from vlmvqa.config import early_checks, overrides
+
+        composition = overrides.compose(arguments, name)
+        asking = bool({argument.partition("=")[0] for argument in arguments} & set(overrides.PRINTS))
+        for job in [] if asking else composition.jobs:
+            early_checks.refuse_mistakes(job.values, name)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    if asking:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        _ask_hydra(name, composition.arguments)
+
+
+def _complete(name: str) -> NoReturn:
+    """Let Hydra complete a command line of this config."""
+    sys.argv[0] = os.environ.get(CALLED_AS, sys.argv[0])  # the command that Hydra tells the shell to complete
+    if name == "prepare" and "COMP_LINE" in os.environ:  # its first word is no override
+        os.environ["COMP_LINE"] = re.sub(r"(prepare\.py|vlmvqa) +\w+ ", r"\1 ", os.environ["COMP_LINE"])
+    _ask_hydra(name, sys.argv[1:])
+
+
+def _ask_hydra(name: str, arguments: list[str]) -> NoReturn:
+    """Let Hydra print something about this config."""
+    import hydra
+
+    sys.argv[1:] = arguments
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda config: None)()
+    sys.exit()
+
+
+# ---- the job
+
+
+def run(config_name: str, kind: type[Config], main: Main[Config]) -> None:
+    """Run `main` with this process's command line, composed over `conf/<config_name>.yaml`.
+
+    Args:
+        kind: the class of the configuration that `main` takes.
+        main: the job; returns True if a signal stopped it.
+    """
+    from vlmvqa import ranks
+    from vlmvqa.config import overrides
+    from vlmvqa.config.launcher import launcher_choice, slurm_task
+
+    launcher = launcher_choice(os.environ, sys.argv[1:])
+    os.environ |= slurm_task(os.environ)
     # `deepspeed` puts --local_rank=0 before the overrides, where Hydra would take it for one.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank", "--local-rank"))]
     try:
-        sys.argv[1:], configs = compose(collect(arguments, config_name), config_name)
+        composition = overrides.compose(arguments, config_name)
     except InputError as error:
         _stop(f"error: {error}")
-    start = partial(_guarded, main, config_name)
+    sys.argv[1:] = composition.arguments
+    start = partial(_guarded, main, kind, config_name, launcher)
     several = ranks.world_size() > 1
-    if any(argument.startswith("-") for argument in arguments):  # Hydra's own: --cfg job, -m
-        _run_by_hydra(start, config_name, configs)
+    if any(argument.startswith("-") for argument in arguments):  # Hydra's options: --cfg job, -m
+        _run_by_hydra(start, config_name, composition)
     else:
-        with resolving(configs[0]) as config:
-            start(config)
+        start(composition.jobs[0])
     if several:
         leave()
 
 
-def _run_by_hydra(start: Callable[[DictConfig], bool | None], config_name: str, configs: Sequence[DictConfig]) -> None:
-    """Let Hydra compose the config once more and run the job, a sweep's jobs one after the other, or print it."""
-    sweep = _sweep(configs, config_name) if is_sweep(sys.argv) else None
+def _run_by_hydra(start: Callable[[Job], bool | None], config_name: str, composition: Composition) -> None:
+    """Let Hydra compose and run the jobs of a sweep one after the other, or print the config."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from vlmvqa import ranks
+    from vlmvqa.config.overrides import Job, is_sweep, keys_of, resolve
+    from vlmvqa.config.sweep import Sweep
+
+    sweep = None
+    if is_sweep(sys.argv):
+        sweep = Sweep.of(composition, config_name)
+        first = next((place for place, argument in enumerate(sys.argv) if place and "=" in argument), len(sys.argv))
+        sys.argv[first:first] = sweep.overrides  # next to the others: argparse takes only one group of them
+        sweep.begin()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def job(config: DictConfig) -> None:
+        one = Job(resolve(config), keys_of(HydraConfig.get().overrides.task))
         if sweep is None:
-            start(config)
+            start(one)
         else:
-            sweep.run(config, start)
+            sweep.run(one, start)
 
     done = True
     try:
@@ -83,22 +188,18 @@ def _run_by_hydra(start: Callable[[DictConfig], bool | None], config_name: str, 
         sys.exit(1)
 
 
-def _sweep(configs: Sequence[DictConfig], config_name: str) -> Sweep:
-    """The sweep of this process's command line, and what its jobs need."""
-    sweep = Sweep.of(sys.argv[1:], configs, config_name)
-    first = next((place for place, argument in enumerate(sys.argv) if place and "=" in argument), len(sys.argv))
-    sys.argv[first:first] = sweep.overrides  # beside the others: argparse takes only one group of them
-    # A launcher's jobs (submitit's) are other processes, which look for the scripts' modules.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(CONF.parent / "launch"), os.environ.get("PYTHONPATH", "")])
-    sweep.begin()
-    return sweep
+def _guarded(
+    main: Main[Config], kind: type[Config], config_name: str, launcher: tuple[str, str] | None, job: Job
+) -> bool | None:
+    """Run `main`; an error that the user can correct ends the process with one sentence."""
+    import torch.distributed
 
+    from vlmvqa import ranks
+    from vlmvqa.config import compose, early_checks
 
-def _guarded(main: Callable[[DictConfig], bool | None], config_name: str, config: DictConfig) -> bool | None:
-    """Run `main`; what the user can correct ends the process with one sentence."""
     try:
-        refuse_mistakes(config, config_name)
-        return main(config)
+        early_checks.refuse_mistakes(job.values, config_name)
+        return main(compose.build(kind, job.values, job.given, launcher))
     except InputError as error:
         # From a DataLoader's worker the message is a traceback that ends with "...InputError: sentence".
         _stop("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])
@@ -115,7 +216,7 @@ def _guarded(main: Callable[[DictConfig], bool | None], config_name: str, config
 
 
 def leave() -> None:
-    """End a run of several ranks that has done all, without taking the interpreter apart.
+    """End a finished run of several ranks without tearing down the interpreter.
 
     Threads of process groups that some library still holds can abort Python there, and the launcher would then stop
     the other ranks while they write the results.
@@ -127,23 +228,34 @@ def leave() -> None:
 
 
 def _known(error: Exception) -> str | None:
-    """A sentence for what is no mistake of ours, however the library that met it wraps it."""
-    said = str(error)
-    if "No space left on device" in said:
+    """Return a sentence for an error of the environment, however the library that met it wraps it."""
+    import torch
+
+    from vlmvqa import ranks
+
+    text = str(error)
+    if "No space left on device" in text:
         return f"the disk is full ({error}); free space, and resume a training run with resume=auto"
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full; launch/plan.py with the same arguments says what fits"
-    if ranks.is_distributed() and any(mark in said for mark in PEER_GONE):
-        return f"another rank was killed or cannot be reached ({said.splitlines()[0]}); resume with resume=auto"
+    if ranks.is_distributed() and any(mark in text for mark in PEER_GONE):
+        return f"another rank was killed or cannot be reached ({text.splitlines()[0]}); resume with resume=auto"
     return None
 
 
 def _stop(sentence: str) -> NoReturn:
-    """End with a sentence on a line of its own: an open progress bar would share it, and show itself again below.
+    """End with a sentence on a line of its own; open progress bars are closed before it.
 
-    Of several ranks the first to fail says so. Before they have met, all of a machine fail alike, and the first speaks.
+    Of several ranks the first to fail prints it. Before they have met, all ranks of a machine fail alike, and the first
+    prints it.
     """
-    for bar in list(tqdm._instances):
+    import torch.distributed
+    from tqdm import tqdm
+
+    from vlmvqa import ranks
+
+    bars: Any = tqdm
+    for bar in list(bars._instances):
         bar.close()
     if ranks.local_rank() > 0 and not torch.distributed.is_initialized():
         with contextlib.suppress(KeyboardInterrupt):
@@ -151,30 +263,3 @@ def _stop(sentence: str) -> NoReturn:
     if ranks.claim_failure(sentence) is not None:
         sys.exit(1)
     sys.exit(sentence if ranks.is_first() else f"rank {ranks.rank()}: {sentence}")
-
-
-def group(config: DictConfig, name: str) -> dict[str, Any]:
-    """A resolved node of the config.
-
-    Raises:
-        InputError: a mandatory value (`???`) was not given.
-    """
-    missing = sorted(OmegaConf.missing_keys(config[name]))
-    if missing:
-        raise InputError(f"{name}.{missing[0]} must be given; add {name}.{missing[0]}=... to the command")
-    node = OmegaConf.to_container(config[name], resolve=True)
-    assert isinstance(node, dict)
-    return {str(key): value for key, value in node.items()}
-
-
-def given_keys() -> list[str]:
-    """The keys that the command line sets."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return [override.lstrip("+~").partition("=")[0] for override in given]
-
-
-def refuse_overrides(reason: str, *keys: str) -> None:
-    """Stop if the command line sets a key that this script would not obey."""
-    for key in given_keys():
-        if key in keys:
-            raise InputError(f"{key} cannot be set here: it is {reason}; leave it out")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
 _ROOT = _HERE if (_HERE / "launch").is_dir() else _HERE.parents[1]
-LAUNCH = _ROOT / "launch"
+LAUNCH, CONF = _ROOT / "launch", _ROOT / "conf"
 # Run as a module, since it has relative imports. In launch/, it would be imported in place of crfm-helm's `helm`.
 HELM, HELM_MODULE = _ROOT / "evaluation" / "helm" / "run.py", "vlmvqa.evaluation.helm.run"
 CALLED_AS = "VLMVQA_CALLED_AS"  # in the environment of a script that was started as `vlmvqa <script>`

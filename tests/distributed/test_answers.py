@@ -17,9 +17,9 @@ import pytest
 from tests import forks
 from tests.unit.test_predictor import examples, predictor
 from vlmvqa import ranks
+from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.training import distributed
-from vlmvqa.training.distributed import DistSettings
 
 # Questions of each image, and how they are answered.
 CASES: dict[str, dict[str, Any]] = {

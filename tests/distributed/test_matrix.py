@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT
 from tests.distributed.harness import work
 from tests.distributed.worker import Case, model
+from vlmvqa.config.schema import STRATEGIES
 from vlmvqa.sequence.masks import MODES
-from vlmvqa.training.distributed import STRATEGIES
 
 DOCS, BEGIN, END = ROOT / "docs" / "scaling.md", "<!-- matrix -->\n", "<!-- end of matrix -->"
 ROWS = [*((strategy, False) for strategy in STRATEGIES), ("fsdp", True), ("zero3", True)]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.harness import work
 from tests.distributed.worker import Case, model
-from vlmvqa.training.distributed import STRATEGIES
+from vlmvqa.config.schema import STRATEGIES
 
 STEPS = 8
 # The one of the next row resumes what this one saved.

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from tests import tiny
 from tests.unit.test_trainer import examples
 from vlmvqa import ranks
+from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
@@ -36,7 +37,6 @@ from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.models.vlm import VLM, build, set_trainable
 from vlmvqa.training import distributed, runtime_checks
 from vlmvqa.training.checkpoint_state import WEIGHTS
-from vlmvqa.training.distributed import DistSettings
 from vlmvqa.training.log import read_log
 from vlmvqa.training.trainer import VqaTrainer
 

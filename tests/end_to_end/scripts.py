@@ -17,26 +17,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import eval as eval_script
 import predict as predict_script
 import pytest
-import serve as serve_script
-import show as show_script
-import train as train_script
 
 from tests import forks
 from tests.conftest import ROOT
 from vlmvqa import cli
+from vlmvqa.config.schema import EvalConfig, PredictConfig, TrainConfig
 from vlmvqa.evaluation.helm import run as helm_script
+from vlmvqa.evaluation.helm.plan import HelmConfig
+from vlmvqa.extras.dataset_tools.run import PrepareConfig, run_job
+from vlmvqa.extras.merging.run import MergeConfig, merge_models
+from vlmvqa.extras.planning.run import PlanConfig, plan
+from vlmvqa.extras.report.show import ShowConfig, show
+from vlmvqa.extras.serving.run import ServeConfig, serve_model
+from vlmvqa.inference.run import evaluate_run
 from vlmvqa.training.log import read_log
+from vlmvqa.training.run import train
 
 JOBS: dict[str, Callable[[], None]] = {
-    "train": lambda: cli.run(train_script.main, "train"),
-    "eval": lambda: cli.run(eval_script.main, "eval"),
-    "predict": lambda: cli.run(predict_script.main, "predict"),
-    "serve": lambda: cli.run(serve_script.main, "serve"),
-    "show": lambda: cli.run(show_script.main, "show"),
-    "helm": lambda: cli.run(helm_script.main, "helm"),
+    "train": lambda: cli.run("train", TrainConfig, train),
+    "eval": lambda: cli.run("eval", EvalConfig, evaluate_run),
+    "predict": lambda: cli.run("predict", PredictConfig, predict_script.predict),
+    "serve": lambda: cli.run("serve", ServeConfig, serve_model),
+    "show": lambda: cli.run("show", ShowConfig, show),
+    "prepare": lambda: cli.run("prepare", PrepareConfig, run_job),
+    "merge": lambda: cli.run("merge", MergeConfig, merge_models),
+    "plan": lambda: cli.run("plan", PlanConfig, plan),
+    "helm": lambda: cli.run("helm", HelmConfig, helm_script.main),
 }
 RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 MODEL = (

@@ -12,23 +12,17 @@ import shlex
 import shutil
 from pathlib import Path
 
-import merge as merge_script
-import prepare as prepare_script
 import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.end_to_end import scripts
 from tests.end_to_end.scripts import LONGER, SHAPES, call, done, predictions
 from tests.pages import PAGES, Block, blocks, script
-from vlmvqa import cli
 from vlmvqa.extras.synthetic import coco_captions as synthetic_coco_captions
 from vlmvqa.extras.synthetic import docvqa as synthetic_docvqa
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 
-scripts.JOBS["prepare"] = prepare_script.start
-scripts.JOBS["merge"] = lambda: cli.run(merge_script.main, "merge")
 HERE = ("train", "eval", "predict", "show", "prepare", "merge")
 # Commands that another test runs, by what is found in them.
 BY_OTHERS = {

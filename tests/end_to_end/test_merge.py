@@ -6,16 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
-import merge as merge_script
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.end_to_end import scripts
 from tests.end_to_end.scripts import MODEL, SHAPES, SMALL, call, done, metrics, sentence
-from vlmvqa import cli
 
-scripts.JOBS["merge"] = lambda: cli.run(merge_script.main, "merge")
 ON = tuple(argument for argument in SMALL if argument not in MODEL)  # the model's own settings come with it
 FEW = ("data.options.train_images=8", "data.options.val_images=6")
 

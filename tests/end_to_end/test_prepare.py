@@ -6,24 +6,21 @@ import json
 import shutil
 from pathlib import Path
 
-import prepare as prepare_script
 import pytest
 import torch
 from transformers import set_seed
 
+from tests.configs import train_config
 from tests.end_to_end import scripts
-from tests.end_to_end.scripts import JOBS, Ended, done, launch, sentence
-from tests.unit.test_config import compose
-from vlmvqa.config.overrides import check_overrides
+from tests.end_to_end.scripts import Ended, done, launch, sentence
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.data.tasks import data_settings, read_examples
+from vlmvqa.data.tasks import read_examples
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 from vlmvqa.inference import build
 from vlmvqa.inference.predictor import Predictor
 
-JOBS["prepare"] = prepare_script.start
 SMALL = (
     "data.options.train_images=30",
     "data.options.val_images=6",
@@ -45,11 +42,11 @@ def call(*arguments: str) -> Ended:
 
 def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
     """The model as launch/train.py builds it, and its training images."""
-    config = compose("train", *check_overrides([f"data.root={root}", "run.name=x", *SMALL, *overrides], "train"))
+    config = train_config(f"data.root={root}", "run.name=x", *SMALL, *overrides)
     set_seed(config.seed)
-    data = data_settings(config)
+    data = config.data
     examples = read_examples(data, data.train_split, data.max_train_samples, BadRecords())
-    return build.build_predictor(config, data, examples), examples
+    return build.build_predictor(config.model, data, config.decoding, examples), examples
 
 
 def test_features_are_found_by_the_run_that_trains(root: Path, tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import httpx
 import pytest
-import serve as serve_script
 from PIL import Image
 
 from bench import clock, serving
@@ -34,6 +33,7 @@ from tests.end_to_end.scripts import SMALL, call, command, done, predictions, se
 from tests.pretrained import picture
 from tests.serving import encoded, own, sent
 from vlmvqa.errors import InputError
+from vlmvqa.extras.serving import run as serve_run
 from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 from vlmvqa.inference.predictor import Predictor, load
@@ -388,7 +388,7 @@ def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkey
 
 def test_examples_are_what_a_client_might_send(capsys: pytest.CaptureFixture[str]) -> None:
     good = sent(1)
-    assert serve_script._shown([encoded(picture(0), "TIFF"), good, good[:200]], Limits()) == [good]
+    assert serve_run._accepted([encoded(picture(0), "TIFF"), good, good[:200]], Limits()) == [good]
     printed = capsys.readouterr().out
     assert printed.count("an example is left out: ") == 2
 
@@ -399,5 +399,5 @@ def test_a_run_whose_drawn_pictures_are_elsewhere_is_browsed_without(tmp_path: P
     config = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(config.replace(str(run.parent / "data"), str(tmp_path / "nowhere")))
     with pytest.raises(InputError, match="nowhere is not there"):
-        serve_script._examples(moved)
+        serve_run._examples(moved)
     assert not (tmp_path / "nowhere").exists()

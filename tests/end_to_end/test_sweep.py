@@ -97,7 +97,8 @@ def test_a_misspelt_key_is_named(home: Path) -> None:
 def test_jobs_that_would_share_a_folder_get_their_own(
     script: str, given: tuple[str, ...], folder: str, named: bool
 ) -> None:
-    sweep = Sweep.of(*compose(["-m", *given], script), script)
+    given = ("pack", *given, "-m") if script == "prepare" else ("-m", *given)
+    sweep = Sweep.of(compose(given, script), script)
     assert str(sweep.folder).startswith(folder) and (sweep.output is not None) == named
 
 

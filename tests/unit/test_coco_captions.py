@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.unit.test_config import compose
+from tests.configs import data as train_data
 from tests.unit.test_vqav2 import change, ids, save
+from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import coco_captions
 from vlmvqa.data.example import Question
-from vlmvqa.data.tasks import DataSettings, data_settings, read_examples
+from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.extras.synthetic import coco_captions as synthetic_coco_captions
 from vlmvqa.extras.synthetic import scene as scenes
@@ -113,11 +114,11 @@ def test_the_files_may_lie_in_either_folder(root: Path) -> None:
 def test_a_prompt_has_no_place_for_a_question(root: Path) -> None:
     with pytest.raises(InputError, match="captions have none"):
         coco_captions.read(root, "val2017", prompt="answer en {question}\n")
-    assert data_settings(compose("train", "data=coco_captions", "data.root=x")).prompt == "caption en\n"
+    assert train_data("data=coco_captions", "data.root=x").prompt == "caption en\n"
     with pytest.raises(InputError, match="must hold no braces: coco_captions asks nothing"):
-        data_settings(compose("train", "data=coco_captions", "data.root=x", "data.prompt='{question}'"))
+        train_data("data=coco_captions", "data.root=x", "data.prompt='{question}'")
     with pytest.raises(InputError, match=r"must hold \{question\} once"):
-        data_settings(compose("train", "data=gqa", "data.root=x", "data.prompt=answer"))
+        train_data("data=gqa", "data.root=x", "data.prompt=answer")
 
 
 # --- what cannot be read --------------------------------------------------------------------------------

@@ -7,29 +7,29 @@ import dataclasses
 import importlib
 from pathlib import Path
 
-import hydra
 import pytest
-from omegaconf import DictConfig, OmegaConf, open_dict
+import yaml
 from transformers import TrainingArguments
 
+from tests.configs import train_config, values
 from tests.conftest import ROOT
-from vlmvqa.cli import group
+from vlmvqa.config import compatibility
+from vlmvqa.config.compose import to_dict, to_yaml
 from vlmvqa.config.launcher import launcher_choice
-from vlmvqa.config.overrides import CONF, check_overrides, collect
+from vlmvqa.config.overrides import compose
+from vlmvqa.config.schema import DataSettings, DistSettings
 from vlmvqa.config.trainer_arguments import argument_types
-from vlmvqa.data.tasks import DataSettings, data_settings
+from vlmvqa.data.tasks import data_settings
 from vlmvqa.errors import InputError
-from vlmvqa.extras.adapters.peft_adapters import ATTENTION, FEED_FORWARD, AdapterSettings
+from vlmvqa.extras.adapters.peft_adapters import ATTENTION, FEED_FORWARD
+from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.extras.serving.limits import Limits
-from vlmvqa.inference.build import model_settings
-from vlmvqa.models.generation import Decoding
 from vlmvqa.models.vlm import ModelSettings
+from vlmvqa.places import CONF
 from vlmvqa.settings import build_settings
-from vlmvqa.training import arguments
-from vlmvqa.training.arguments import dist_settings, training_arguments
-from vlmvqa.training.distributed import DistSettings, deepspeed_config
+from vlmvqa.training.arguments import training_arguments
+from vlmvqa.training.distributed import deepspeed_config
 
-CHECKED = {"data": DataSettings, "decoding": Decoding, "dist": DistSettings, "adapt": AdapterSettings}
 GIVEN = {
     "data=mixture": ["data.parts.vqav2.root=somewhere", "data.parts.gqa.root=somewhere"],
     "model=pretrained": ["model.pretrained=somewhere"],
@@ -38,52 +38,32 @@ PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hydr
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
 
 
-def compose(name: str, *overrides: str) -> DictConfig:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose(name, list(overrides))
-
-
 @pytest.mark.parametrize("name", PRIMARY)
 def test_every_script_has_its_config(name: str) -> None:
-    needed = ["data=shapes"] if name == "eval" else []
-    assert "run" in compose(name, *needed)
+    needed = {"eval": ["data=shapes"], "prepare": ["check"]}.get(name, [])
+    assert "run" in values(name, *needed)
     assert (CONF.parent / ("evaluation/helm/run.py" if name == "helm" else f"launch/{name}.py")).exists()
 
 
 def test_the_limits_of_the_page_are_those_of_the_library() -> None:
-    assert build_settings(Limits, group(compose("serve"), "limits"), "limits") == Limits()
+    assert build_settings(Limits, values("serve")["limits"], "limits") == Limits()
 
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_builds(choice: str, tmp_path: Path) -> None:
-    name = choice.partition("=")[0]
     given = GIVEN.get(choice, ["data.root=somewhere"])
-    config = compose("train", choice, *given, "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true")
-    if name in ("experiment", "smoke"):
-        training_arguments(config, DistSettings())
-        groups = ["model", *(each for each in CHECKED if config.get(each) is not None)]
-    else:
-        groups = [name]
-    for each in groups:
-        if each == "adapt" and "adapt" not in config:  # a choice of what trains, without adapters
-            assert set(config.trainable) == {"vision", "projector", "language"}
-            continue
-        values = group(config, each)
-        if each == "data":
-            data_settings(config)
-        elif each == "model":
-            model_settings(config)
-        elif each == "trainer":
-            training_arguments(config, DistSettings())
-        else:
-            build_settings(CHECKED[each], values, each)
+    config = train_config(choice, *given, "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true")
+    training_arguments(config, DistSettings())
+    assert set(config.trainable) == {"vision", "projector", "language"}
+    assert yaml.safe_load(to_yaml(config)) == to_dict(config)
 
 
 def test_the_recipe_to_the_letter(tmp_path: Path) -> None:
     """The published recipe's table, against what the experiment resolves to."""
     given = ("data.root=somewhere", "run.name=x", f"run.dir={tmp_path}", "+trainer.use_cpu=true")
-    config = compose("train", "experiment=vlm_vqa_4xa10g", *given)
-    vision, data, dist = config.model.vision, data_settings(config), dist_settings(config)
+    config = train_config("experiment=vlm_vqa_4xa10g", *given)
+    assert isinstance(config.model, ModelSettings) and config.dist is not None
+    vision, data, dist = config.model.vision, config.data, config.dist
     assert (vision.name, vision.image_size) == ("vit_base_patch14_dinov2.lvd142m", 224)
     assert (config.model.projector.kind, config.model.projector.dropout) == ("linear", 0.1)
     assert config.model.language.name == "google/gemma-2-2b"
@@ -93,7 +73,7 @@ def test_the_recipe_to_the_letter(tmp_path: Path) -> None:
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (6, 10)
     assert (args.learning_rate, args.weight_decay, args.max_grad_norm) == (1e-5, 1e-4, 1.0)
     assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.num_train_epochs) == ("cosine", 10, 1)
-    assert config.trainer.optim == "adamw_bnb_8bit" and args.optim == "adamw_torch_8bit"  # under FSDP2
+    assert config.trainer["optim"] == "adamw_bnb_8bit" and args.optim == "adamw_torch_8bit"  # under FSDP2
     assert config.clip_percentile == 95
 
 
@@ -154,15 +134,14 @@ TUNED = {
 @pytest.mark.parametrize("name", TUNED)
 def test_the_fine_tuning_recipes_to_the_letter(name: str) -> None:
     (pretrained, source, bits, dtype), trainer = TUNED[name]
-    config = compose("train", f"experiment={name}", "data.root=somewhere")
-    data, (model, _) = data_settings(config), model_settings(config)
-    adapt = build_settings(AdapterSettings, group(config, "adapt"), "adapt")
+    config = train_config(f"experiment={name}", "data.root=somewhere")
+    data, model, adapt, trained = config.data, config.model, config.adapt, config.trainer
+    assert isinstance(model, PretrainedSettings) and adapt is not None
     assert (model.pretrained, model.dtype, data.source) == (pretrained, dtype, source)
     assert (data.questions_per_row, data.row_tokens) == (1, None)
     assert (adapt.bits, adapt.quantization, adapt.compute_dtype) == (bits, "nf4", dtype)
     assert {target.rpartition(".")[2] for target in adapt.targets} == {*ATTENTION, *FEED_FORWARD}
-    values = group(config, "trainer")
-    assert {key: values[key] for key in trainer} == trainer
+    assert {key: trained[key] for key in trainer} == trainer
     if "10pct" in name:
         assert data.train_split == "train[:10%]"
     else:
@@ -174,31 +153,31 @@ def test_the_fine_tuning_recipes_to_the_letter(name: str) -> None:
 
 
 def test_the_transfer_settings_to_the_letter() -> None:
-    config = compose("train", "experiment=paligemma_transfer", "data.root=somewhere")
-    values, data = group(config, "trainer"), data_settings(config)
-    assert config.model.pretrained == "google/paligemma-3b-pt-224" and "adapt" not in config
+    config = train_config("experiment=paligemma_transfer", "data.root=somewhere")
+    trained, data = config.trainer, config.data
+    assert isinstance(config.model, PretrainedSettings) and config.adapt is None
+    assert config.model.pretrained == "google/paligemma-3b-pt-224"
     assert (data.prompt, data.max_text_tokens, data.target) == ("answer en {question}\n", 32, "sampled")
-    assert 4 * values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] == 256
-    assert (values["lr_scheduler_type"], values["warmup_steps"]) == ("cosine", 0.05)
-    assert (values["max_grad_norm"], values["learning_rate"], values["num_train_epochs"]) == (1.0, 1e-5, 10)
+    assert 4 * trained["per_device_train_batch_size"] * trained["gradient_accumulation_steps"] == 256
+    assert (trained["lr_scheduler_type"], trained["warmup_steps"]) == ("cosine", 0.05)
+    assert (trained["max_grad_norm"], trained["learning_rate"], trained["num_train_epochs"]) == (1.0, 1e-5, 10)
 
 
 def test_a_text_where_a_group_belongs_is_refused() -> None:
     """Unquoted, the shell makes two overrides of {a:1,b:2}, and the last one, a text, would count."""
-    config = compose("train", *check_overrides(["data.options=train_images:200", "data=vqav2", "data.root=x"], "train"))
     with pytest.raises(InputError, match=r"data\.options must be a group of keys, .* quote the braces"):
-        data_settings(config)
+        train_config("data.options=train_images:200", "data=vqav2", "data.root=x")
 
 
 def test_only_groups_that_are_open_take_new_keys() -> None:
-    assert check_overrides(["data.options.other=1"], "train") == ["++data.options.other=1"]
+    assert compose(["data.options.other=1"], "train").arguments == ["++data.options.other=1"]
     with pytest.raises(InputError, match=r"there is no key 'model\.vision\.weights\.x'"):
-        check_overrides(["model.vision.weights.x=1"], "train")
+        compose(["model.vision.weights.x=1"], "train")
 
 
 def test_a_group_may_be_given_with_and_without_a_plus() -> None:
-    assert check_overrides(["+dist=fsdp"], "train") == check_overrides(["dist=fsdp"], "train") == ["dist=fsdp"]
-    assert compose("train", "dist=zero2").dist.strategy == "zero2"
+    assert compose(["+dist=fsdp"], "train").arguments == compose(["dist=fsdp"], "train").arguments == ["dist=fsdp"]
+    assert train_config("dist=zero2").dist == DistSettings("zero2")
 
 
 @pytest.mark.parametrize(
@@ -234,23 +213,25 @@ def test_what_a_launcher_implies(
     assert launcher_choice(environment, arguments) == expected
 
 
-def test_a_launcher_that_contradicts_the_command_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "LAUNCHER", ("fsdp", "accelerate's config file"))
+def test_a_launcher_that_contradicts_the_command_is_refused() -> None:
+    def strategy(choice: str, name: str, *given: str) -> str:
+        dist = train_config(*given, launcher=(choice, name)).dist
+        assert dist is not None
+        return dist.strategy
+
     with pytest.raises(InputError, match="accelerate's config file asks for fsdp, the command for zero2"):
-        dist_settings(compose("train", "dist=zero2"))
-    assert dist_settings(compose("train")).strategy == "fsdp"
-    monkeypatch.setattr(arguments, "LAUNCHER", ("zero2", "the deepspeed launcher"))
-    assert dist_settings(compose("train")).strategy == "zero2"
-    assert dist_settings(compose("train", "dist=fsdp")).strategy == "fsdp"  # deepspeed starts anything
-    monkeypatch.setattr(arguments, "LAUNCHER", ("zero1_offload", "accelerate's config file"))
+        strategy("fsdp", "accelerate's config file", "dist=zero2")
+    assert strategy("fsdp", "accelerate's config file") == "fsdp"
+    assert strategy("zero2", "the deepspeed launcher") == "zero2"
+    assert strategy("zero2", "the deepspeed launcher", "dist=fsdp") == "fsdp"  # deepspeed starts anything
     with pytest.raises(InputError, match="zero1_offload, which is not in conf/dist"):
-        dist_settings(compose("train"))
+        strategy("zero1_offload", "accelerate's config file")
 
 
 def test_accelerates_precision_must_be_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(InputError, match="accelerate's config file asks for bf16, the run for no"):
-        arguments.asked(compose("train"), DistSettings())
+        compatibility.check(train_config(), DistSettings())
 
 
 def test_deepspeeds_own_keys_go_under_options() -> None:
@@ -313,26 +294,22 @@ def test_a_key_that_only_a_yaml_has_is_an_error_too() -> None:
 )
 def test_misspelt_overrides_suggest(override: str, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
-        check_overrides([override], "train")
+        compose([override], "train")
 
 
 def test_any_training_argument_may_be_given() -> None:
-    assert check_overrides(["trainer.adam_beta2=0.95", "seed=1"], "train") == ["++trainer.adam_beta2=0.95", "seed=1"]
-    assert check_overrides(["model.vision.overrides.reg_tokens=4"], "train")[0].startswith("++model")
+    assert compose(["trainer.adam_beta2=0.95", "seed=1"], "train").arguments == ["++trainer.adam_beta2=0.95", "seed=1"]
+    assert compose(["model.vision.overrides.reg_tokens=4"], "train").arguments[0].startswith("++model")
 
 
 def test_slices_need_no_quotes() -> None:
-    given = check_overrides(["data.train_split=train[:10%]", "data.root=/a b/c"], "train")
-    config = compose("train", *given)
-    assert config.data.train_split == "train[:10%]" and config.data.root == "/a b/c"
+    data = values("train", "data.train_split=train[:10%]", "data.root=/a b/c")["data"]
+    assert (data["train_split"], data["root"]) == ("train[:10%]", "/a b/c")
 
 
 def test_repeated_questions_become_a_list() -> None:
-    given = ["question=What's it, a 'cat'?", "checkpoint=x", "question=how many\\few?"]
-    kept = collect(given, "predict")
-    assert kept[0] == "checkpoint=x"
-    config = compose("predict", *kept)
-    assert OmegaConf.to_container(config.question) == ["What's it, a 'cat'?", "how many\\few?"]
+    given = ("question=What's it, a 'cat'?", "checkpoint=x", "question=how many\\few?")
+    assert values("predict", *given)["question"] == ["What's it, a 'cat'?", "how many\\few?"]
 
 
 def test_every_package_is_installed() -> None:
@@ -357,10 +334,8 @@ def test_the_evaluation_folder_has_one_name() -> None:
 @pytest.mark.parametrize("written", [r"so: {question}\n", "so: {question}\n"])
 def test_a_new_line_in_a_prompt_may_be_written_as_in_yaml(written: str) -> None:
     """In a shell's double quotes, backslash and n stay two characters."""
-    config = compose("eval", "data=vqav2", "data.root=/data", "checkpoint=a")
-    with open_dict(config):
-        config.data.prompt = written
-    assert data_settings(config).prompt == "so: {question}\n"
+    values = {"source": "vqav2", "root": "/data", "prompt": written}
+    assert data_settings(values).prompt == "so: {question}\n"
 
 
 def test_the_trainers_keys_are_read_without_importing_it() -> None:

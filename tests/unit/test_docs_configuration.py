@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 
+from tests.configs import values
 from tests.conftest import ROOT
-from tests.unit.test_config import compose
-from vlmvqa.config.overrides import CONF
+from vlmvqa.places import CONF
 
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
 PARTS = ("vision", "projector", "language")  # of a model, whose keys are named one by one
@@ -39,9 +38,7 @@ def keys(node: Mapping[str, Any], prefix: str) -> set[str]:
 
 
 def config(*overrides: str) -> dict[str, Any]:
-    found = OmegaConf.to_container(compose("train", *overrides), resolve=False)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+    return values("train", *overrides)
 
 
 def test_every_key_of_a_run() -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from vlmvqa.config.early_checks import prepare_job, refuse_mistakes
-from vlmvqa.config.overrides import collect, compose, resolving
+from vlmvqa.config.overrides import compose
 from vlmvqa.config.trainer_arguments import NUMBERS, _kinds, argument_types, problems
 from vlmvqa.errors import InputError
 from vlmvqa.paths import nearest, refuse_missing_model
@@ -18,12 +18,10 @@ from vlmvqa.paths import nearest, refuse_missing_model
 
 def refused(name: str, *given: str) -> str:
     """The sentence, or nothing."""
-    script = name.split()[0]
-    _, configs = compose(collect(given, script), script)
+    script, *first = name.split()
     try:
-        for config in configs:
-            with resolving(config) as job:
-                refuse_mistakes(job, name)
+        for job in compose([*first, *given], script).jobs:
+            refuse_mistakes(job.values, script)
     except InputError as error:
         return str(error)
     return ""

@@ -17,8 +17,9 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 from vlmvqa.inference import bootstrap
+from vlmvqa.inference.answer_file import read_answers
 from vlmvqa.inference.answer_log import Journal
-from vlmvqa.inference.evaluate import Asked, evaluate, read_answers, table
+from vlmvqa.inference.evaluate import EvalSpec, evaluate, table
 from vlmvqa.inference.predictor import Answer
 from vlmvqa.metrics.registry import METRICS, check_options, metric, refuse_unscorable, score
 
@@ -53,8 +54,8 @@ def knowing(given: Sequence[Example]) -> dict[int | str, Answer]:
     return answers
 
 
-def asked(**changes: Any) -> Asked:
-    return Asked(**{"examples": examples(), "train": examples(8), "blank": True, "variants": True, **changes})
+def asked(**changes: Any) -> EvalSpec:
+    return EvalSpec(**{"examples": examples(), "train": examples(8), "blank": True, "variants": True, **changes})
 
 
 def test_a_model_that_sees_beats_its_controls() -> None:
@@ -136,7 +137,7 @@ def test_a_number_of_the_whole_set_has_no_interval_and_no_questions_scores() -> 
 
 
 def test_other_metrics_stand_beside_the_tasks_own() -> None:
-    given = asked(also={"exact_match": {}, "anls": {"threshold": 0.9}})
+    given = asked(extra_metrics={"exact_match": {}, "anls": {"threshold": 0.9}})
     found, _ = evaluate(given, knowing(given.examples), knowing)
     assert next(iter(found["metrics"])) == given.metric and {"exact_match", "anls"} < found["metrics"].keys()
     assert found["metrics"]["exact_match"]["overall"] == 100 and "exact_match" in table(found)
@@ -303,7 +304,7 @@ def test_gqa_counts_its_balanced_questions_and_refuses_where_there_are_none(tmp_
     questions = [question for example in everything for question in example.questions]
     balanced = sum(question.details["isBalanced"] for question in questions if question.details)
     answers = {question.id: Answer(question.answers[0], -1.0) for question in questions}
-    found, _ = evaluate(Asked(everything, "none", "gqa_accuracy"), answers, "no model")
+    found, _ = evaluate(EvalSpec(everything, "none", "gqa_accuracy"), answers, "no model")
     assert found["n"] == balanced < len(questions) and found["metrics"]["consistency"]["overall"] == 100
     with pytest.raises(InputError, match="lacks what the official evaluation reads"):
         refuse_unscorable("gqa_accuracy", gqa.read(root, "train"))

@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.unit.test_config import compose
+from tests.configs import data as train_data
 from tests.unit.test_vqav2 import ids
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Question
 from vlmvqa.data.images import decode
-from vlmvqa.data.tasks import data_settings, read_examples
+from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hub import dataset, parquet
 from vlmvqa.extras.hub.dataset import Columns
+from vlmvqa.settings import build_settings
 
 # The columns of lmms-lab/VQAv2, as conf/data/vqav2.yaml has them.
-VQAV2 = data_settings(compose("train", "data=vqav2", "data.root=x")).columns
+VQAV2 = build_settings(Columns, train_data("data=vqav2", "data.root=x").columns, "data.columns")
 TEMPLATE = "answer en {question}\n"
 
 
@@ -125,11 +126,11 @@ def test_pictures_may_be_bytes_or_files_beside_the_parquet(folder: Path) -> None
 
 
 def test_a_source_reads_it_through_its_config(folder: Path) -> None:
-    settings = data_settings(compose("train", "data=vqav2", f"data.hub={folder}", "data.eval_split=validation"))
+    settings = train_data("data=vqav2", f"data.hub={folder}", "data.eval_split=validation")
     examples = read_examples(settings, settings.eval_split, 3, BadRecords())
     assert ids(examples) == [0, 20, 10]
     with pytest.raises(InputError, match=r"data.root must be given; add data.root=\.\.\. to the command"):
-        data_settings(compose("train", "data=vqav2"))
+        train_data("data=vqav2")
     with pytest.raises(InputError, match=r"data.options has no key 'foo'"):
         read_examples(replace(settings, options={"foo": 1}), "validation", 3, BadRecords())
 
@@ -155,7 +156,7 @@ def test_gqas_pictures_are_joined_from_their_own_configuration(tmp_path: Path) -
         write(tmp_path / f"{split}_instructions" / f"{inner}-00000-of-00001.parquet", rows)
         pictures = [{"id": f"n{number}", "image": picture("red")} for number in (3, 1, 0)]
         write(tmp_path / f"{split}_images" / f"{inner}-00000-of-00001.parquet", pictures)
-    settings = data_settings(compose("train", "data=gqa", f"data.hub={tmp_path}"))
+    settings = train_data("data=gqa", f"data.hub={tmp_path}")
     first, second = read_examples(settings, "testdev_balanced", 3, BadRecords())
     assert ids([first, second]) == ["200", "201", "202"] and isinstance(second.image, bytes)
     question = first.questions[0]
@@ -183,7 +184,7 @@ def test_captions_take_the_form_of_their_split(tmp_path: Path) -> None:
     rows = [{"question_id": name, "image": picture("red"), "question": "Describe it.", "answer": ["A  cat", "Cat"]}]
     for split in ("train", "val"):
         write(tmp_path / f"{split}.parquet", rows)
-    settings = data_settings(compose("train", "data=coco_captions", f"data.hub={tmp_path}"))
+    settings = train_data("data=coco_captions", f"data.hub={tmp_path}")
     (one,) = read_examples(settings, "val", None, BadRecords())[0].questions
     assert one == Question(name, "", "caption en\n", "A  cat", ("A  cat", "Cat"))
     each = read_examples(settings, "train", None, BadRecords())[0].questions

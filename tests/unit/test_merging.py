@@ -11,19 +11,17 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import DEFAULT, Mock
 
-import hydra
 import pytest
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.configs import train_config
 from tests.unit.test_predictor import examples, predictor
-from vlmvqa.config.overrides import CONF
-from vlmvqa.data.tasks import data_settings
+from vlmvqa.config import compatibility
+from vlmvqa.config.schema import DistSettings, TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.extras.merging import files, methods
 from vlmvqa.extras.merging.files import Weights
@@ -31,8 +29,6 @@ from vlmvqa.extras.merging.merge import Merge, MergeSettings
 from vlmvqa.inference import build
 from vlmvqa.inference.predictor import load
 from vlmvqa.models.vlm import DTYPES, cast_parameters
-from vlmvqa.training import arguments, runtime_checks
-from vlmvqa.training.distributed import DistSettings
 
 ONES = torch.ones(2)
 
@@ -456,28 +452,23 @@ def merged_in_halves(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     return root / "merged"
 
 
-def asked_to_start_from(folder: Path, monkeypatch: pytest.MonkeyPatch, *given: str) -> DictConfig:
-    """`launch/train.py init_from=...`: the config of what trains."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", [f"init_from={folder}", *given], return_hydra_config=True)
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
-    build.take_saved_model(config)
-    return config
+def initialised_from(folder: Path, *given: str) -> TrainConfig:
+    """`launch/train.py init_from=...`: the config of the run."""
+    return build.with_saved_model(train_config(f"init_from={folder}", *given))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
-    dtype: str, merged_in_halves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, merged_in_halves: Path, tmp_path: Path
 ) -> None:
     """In its own it cannot be, as the sentence says; what this advises works."""
-    config = asked_to_start_from(merged_in_halves, monkeypatch)
+    config = initialised_from(merged_in_halves)
     assert config.model.dtype == "float16"
     with pytest.raises(InputError, match=r"set model\.dtype=float32"):
-        runtime_checks.refuse(arguments.asked(config, DistSettings()))
-    config = asked_to_start_from(merged_in_halves, monkeypatch, f"model.dtype={dtype}")
-    runtime_checks.refuse(arguments.asked(config, DistSettings()))
-    found = build.build_predictor(config, data_settings(config), [])
-    assert build.attach_adapters(config, found, torch.device("cpu")) is None
+        compatibility.check(config, DistSettings())
+    config = initialised_from(merged_in_halves, f"model.dtype={dtype}")
+    compatibility.check(config, DistSettings())
+    found = build.continue_from(config)
     assert found.settings.dtype == config.model.dtype == dtype
     for name, value in load(merged_in_halves).model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], value.to(DTYPES[dtype]))
@@ -486,11 +477,11 @@ def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
     assert {value.dtype for value in weights(tmp_path).values()} == {DTYPES[dtype]}
 
 
-def test_what_start_from_refuses(merged_in_halves: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_start_from_refuses(merged_in_halves: Path) -> None:
     with pytest.raises(InputError, match=r"model\.dtype=float61 is unknown; use one of float32, bfloat16, float16"):
-        asked_to_start_from(merged_in_halves, monkeypatch, "model.dtype=float61")
+        initialised_from(merged_in_halves, "model.dtype=float61")
     with pytest.raises(InputError, match=r"model\.mode cannot be set here"):
-        asked_to_start_from(merged_in_halves, monkeypatch, "model.mode=causal", "model.dtype=float32")
+        initialised_from(merged_in_halves, "model.mode=causal", "model.dtype=float32")
     with pytest.raises(InputError, match=r"model= cannot be set together with init_from=.*with trainer=<its name>"):
-        asked_to_start_from(merged_in_halves, monkeypatch, "model=tiny_paligemma")
-    assert asked_to_start_from(merged_in_halves, monkeypatch, "trainer=paligemma_3b").trainer.learning_rate == 2e-5
+        initialised_from(merged_in_halves, "model=tiny_paligemma")
+    assert initialised_from(merged_in_halves, "trainer=paligemma_3b").trainer["learning_rate"] == 2e-5

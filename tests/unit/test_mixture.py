@@ -6,22 +6,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.configs import data, train_config, values
 from tests.end_to_end.scripts import call, sentence
-from tests.unit.test_config import compose
-from vlmvqa.config.overrides import check_overrides
+from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.bad_records import BadRecords
-from vlmvqa.data.tasks import SHARED, data_settings, one_task, read_tasks
+from vlmvqa.data.tasks import SHARED, data_settings, read_tasks
 from vlmvqa.errors import InputError
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 from vlmvqa.inference import build
-from vlmvqa.training import arguments
+from vlmvqa.training.run import training_set
 
 ROOTS = ("data.parts.vqav2.root=a", "data.parts.gqa.root=b")
 
 
-def settings(*overrides: str):  # type: ignore[no-untyped-def]
-    return data_settings(compose("train", *check_overrides(["data=mixture", *ROOTS, *overrides], "train")))
+def settings(*overrides: str) -> DataSettings:
+    return data("data=mixture", *ROOTS, *overrides)
 
 
 def test_each_part_has_its_own_and_shares_the_rest() -> None:
@@ -59,15 +59,15 @@ def test_a_part_is_added_on_the_command_line() -> None:
         ("data.parts=abc", "data.parts must be a group of keys, not 'abc'"),
         ("data.parts.gqa.prompt=hello", r"data.parts.gqa.prompt='hello' must hold \{question\} once"),
         ("data.parts.gqa.root=null", r"data.parts.gqa.root must be given"),
-        ("~data.parts.gqa", "holds 1 data sets; name two or more"),
+        ("~data.parts.gqa", "holds 1 datasets; name two or more"),
     ],
 )
 def test_what_does_not_go_together_is_refused(override: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         if override.startswith("~"):
-            config = compose("train", "data=mixture", ROOTS[0])
-            del config.data.parts.gqa
-            data_settings(config)
+            parts = values("train", "data=mixture", ROOTS[0])["data"]
+            del parts["parts"]["gqa"]
+            data_settings(parts)
         settings(override)
 
 
@@ -78,7 +78,7 @@ def test_two_prompts_of_one_source_are_refused() -> None:
 
 def test_where_one_data_set_is_wanted_a_mixture_is_refused() -> None:
     with pytest.raises(InputError, match="choose one of them: vqav2, gqa"):
-        one_task(compose("train", "data=mixture", *ROOTS))
+        assert data("data=mixture", *ROOTS).single
 
 
 def test_an_epoch_sees_each_part_as_often_as_its_weight_says(tmp_path: Path) -> None:
@@ -87,13 +87,12 @@ def test_an_epoch_sees_each_part_as_often_as_its_weight_says(tmp_path: Path) -> 
         synthetic_gqa.write(tmp_path / "b", train_images=10, val_images=2),
     ]
     given = [f"data.parts.vqav2.root={roots[0]}", f"data.parts.gqa.root={roots[1]}", "data.parts.gqa.eval_split=val"]
-    weights = check_overrides(["data=mixture", "data.weights.vqav2=0.5", "data.weights.gqa=2"], "train")
-    config = compose("train", *weights, *given, "run.name=x")
-    data = data_settings(config)
-    tasks = read_tasks(data, BadRecords())
-    predictor = build.build_predictor(config, data, [example for task in tasks for example in task.train])
+    config = train_config("data=mixture", "data.weights.vqav2=0.5", "data.weights.gqa=2", *given, "run.name=x")
+    tasks = read_tasks(config.data, BadRecords())
+    examples = [example for task in tasks for example in task.train]
+    predictor = build.build_predictor(config.model, config.data, config.decoding, examples)
     assert predictor.prompts == {"vqav2": "answer en {question}\n", "gqa": "answer en {question}\n"}
-    rows = arguments.training_set(config, data, predictor, tasks, BadRecords())
+    rows = training_set(config, predictor, tasks, BadRecords())
     drawn = []
     for epoch in (0, 1):
         rows.set_epoch(epoch)

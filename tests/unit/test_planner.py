@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hydra
-import plan
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,17 +23,19 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests import tiny
+from tests.configs import config
 from tests.conftest import ROOT
-from vlmvqa.config.overrides import CONF
+from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import memory, report, verify
 from vlmvqa.extras.planning.gpus import GIB, GPUS, gpu
 from vlmvqa.extras.planning.memory import Arithmetic, measure, skeleton
 from vlmvqa.extras.planning.memory_tracker import Ledger
 from vlmvqa.extras.planning.planner import STRATEGIES, Planner, Rows, Training, known_architecture
+from vlmvqa.extras.planning.run import PlanConfig, build_planner
 from vlmvqa.extras.planning.strategy_memory import OPTIMIZERS, Weight, resident, state_bytes, weights_of
 from vlmvqa.models.vlm import VLM, ModelSettings, build, set_trainable
-from vlmvqa.training.distributed import DistSettings, shard
+from vlmvqa.training.distributed import shard
 
 ALL = {"vision": "all", "projector": "all", "language": "all"}
 # Wide enough that tensors reach the 8-bit optimizers' smallest size, and that masks are small beside activations.
@@ -332,15 +332,10 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
         assert not small.memory(name, most + 1, False).fits
 
 
-def compose(*overrides: str) -> Any:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("plan", list(overrides))
-
-
 def test_a_packed_row_is_full() -> None:
     """As many tokens as it may have, of usual documents: 257 + 5.36 x 13 tokens of VQAv2."""
-    packed = plan.build_planner(
-        compose("experiment=vlm_vqa_4xa10g", "data.questions_per_row=null", "data.row_tokens=2048")
+    packed = build_planner(
+        config(PlanConfig, "plan", "experiment=vlm_vqa_4xa10g", "data.questions_per_row=null", "data.row_tokens=2048")
     )
     assert (packed.shape.tokens, packed.shape.images, packed.rows.text_tokens) == (2048, 6, 13)
     assert packed.shape.supervised == 33 * 4  # 6 x 5.36 questions of 4 tokens
@@ -350,7 +345,7 @@ def test_a_packed_row_is_full() -> None:
 
 @pytest.mark.long
 def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
-    recipe = plan.build_planner(compose("experiment=vlm_vqa_4xa10g"))
+    recipe = build_planner(config(PlanConfig, "plan", "experiment=vlm_vqa_4xa10g"))
     assert (recipe.gpu.name, recipe.gpus, recipe.rows.rows, recipe.shape.tokens) == ("A10G (24 GB)", 4, 6, 320)
     fsdp, ddp = recipe.memory("fsdp", 6, True), recipe.resident(STRATEGIES["ddp"])
     assert fsdp.fits
@@ -370,7 +365,7 @@ def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
 @pytest.mark.long
 def test_the_documented_plan_is_the_recipes() -> None:
     """docs/scaling.md holds it; VLMVQA_WRITE_DOCS=1 writes it anew."""
-    recipe = plan.build_planner(compose("experiment=vlm_vqa_4xa10g"))
+    recipe = build_planner(config(PlanConfig, "plan", "experiment=vlm_vqa_4xa10g"))
     found = report.markdown(recipe, recipe.compare(True), "fsdp", True).partition("\n\n")[2]
     page = ROOT / "docs" / "scaling.md"
     before, begin, rest = page.read_text().partition("<!-- plan -->\n")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import hydra
-import plan
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from tests import tiny
-from vlmvqa.config.overrides import CONF
+from tests.configs import config
+from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
@@ -23,9 +22,10 @@ from vlmvqa.extras.planning.memory import Arithmetic, built, empty_batch, measur
 from vlmvqa.extras.planning.memory_tracker import Ledger
 from vlmvqa.extras.planning.planner import STRATEGIES, Planner, Rows, Training
 from vlmvqa.extras.planning.published_sizes import PUBLISHED, image_tokens, known_config, row_tokens
+from vlmvqa.extras.planning.run import PlanConfig, build_planner
 from vlmvqa.extras.planning.strategy_memory import resident, weights_of
 from vlmvqa.extras.pretrained.model import PretrainedSettings
-from vlmvqa.training.distributed import DistSettings
+from vlmvqa.places import CONF
 
 ALL = {"vision": "all", "projector": "all", "language": "all"}
 NONE = {"vision": "none", "projector": "none", "language": "none"}
@@ -247,15 +247,12 @@ def test_a_card_without_bfloat16_is_planned_in_float16(dtype: str, bits: int | N
     assert planner(settings, adapt, gpu=GPUS["t4"], training=Training("fp16", "adamw_torch")).plan("ddp", True).fits
 
 
-def compose(*overrides: str) -> Any:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("plan", list(overrides))
-
-
 @pytest.mark.parametrize("adapt", ["full", "projector", "partial", "lora", "dora", "qlora"])
 @pytest.mark.parametrize("model", ["paligemma_3b", "idefics2_8b"])
 def test_every_way_to_adapt_is_planned(model: str, adapt: str) -> None:
-    found = plan.build_planner(compose(f"model={model}", f"adapt={adapt}", "data=docvqa", "plan.gpu=a4000"))
+    found = build_planner(
+        config(PlanConfig, "plan", f"model={model}", f"adapt={adapt}", "data=docvqa", "plan.gpu=a4000")
+    )
     assert found.settings.pretrained in PUBLISHED  # type: ignore[union-attr]
     assert found.rows.questions == 1 and found.rows.text_tokens == 256
     whole = sum(weight.numel for weight in found.weights)

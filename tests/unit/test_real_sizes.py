@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from omegaconf import OmegaConf
 
-from vlmvqa.config.overrides import CONF
 from vlmvqa.models.vlm import ModelSettings, build
+from vlmvqa.places import CONF
 from vlmvqa.settings import build_settings
 
 

@@ -9,26 +9,28 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
-from omegaconf import DictConfig, OmegaConf
 
 from tests import tiny
+from tests.configs import train_config
 from tests.unit.test_trainer import model, trainer
+from vlmvqa.config.compatibility import RunRequest, refuse
+from vlmvqa.config.compose import to_yaml
 from vlmvqa.config.launcher import LAUNCH, slurm_task
+from vlmvqa.config.schema import DistSettings, TrainConfig
 from vlmvqa.config.trainer_arguments import OURS
 from vlmvqa.errors import InputError
 from vlmvqa.training import checkpoints, distributed
-from vlmvqa.training.distributed import DistSettings
 from vlmvqa.training.run_folder import STARTED, going_on, open_run
-from vlmvqa.training.runtime_checks import Asked, check, optimizer_for, refuse
+from vlmvqa.training.runtime_checks import check, optimizer_for
 
 
-def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "dense", **more: Any) -> Asked:
+def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "dense", **more: Any) -> RunRequest:
     settings = tiny.settings(mode)
     changes = {"attention": attention, "loss": more.pop("loss", "chunked")}
     language = type(settings.language)(**{**vars(settings.language), **changes})
-    values = {key: more.pop(key) for key in list(more) if key in Asked.__dataclass_fields__}
+    values = {key: more.pop(key) for key in list(more) if key in RunRequest.__dataclass_fields__}
     changed = type(settings)(**{**vars(settings), "language": language, "dtype": more.pop("dtype", "float32")})
-    return Asked(DistSettings(dist), more, changed, **values)
+    return RunRequest(DistSettings(dist), more, changed, **values)
 
 
 @pytest.mark.parametrize(
@@ -46,14 +48,14 @@ def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "d
         (asked(mode="prefix_lm", questions_per_row=4), "set data.questions_per_row=1, or model.mode=blockwise_prefix"),
         (asked(loss="fused"), "its kernel needs a GPU; use model.language.loss=chunked"),
         (
-            asked(features=True, trained_vision="4"),
+            asked(cached=True, trained_vision="4"),
             "trainable.vision=4: an encoder whose output is cached cannot train; set",
         ),
-        (asked(average_tokens_across_devices=False), "would weigh ranks, not tokens, the same; leave it out"),
+        (asked(average_tokens_across_devices=False), "would weigh ranks equally, not tokens; leave it out"),
         *((asked(**{key: True}), f"trainer.{key} cannot be set: ") for key in OURS),
     ],
 )
-def test_what_cannot_work_is_refused(given: Asked, said: str) -> None:
+def test_what_cannot_work_is_refused(given: RunRequest, said: str) -> None:
     with pytest.raises(InputError) as error:
         refuse(given)
     assert said in str(error.value)
@@ -68,16 +70,16 @@ def test_what_cannot_work_is_refused(given: Asked, said: str) -> None:
         asked(attention="flex", gpu=True),
         asked(mode="prefix_lm", questions_per_row=1),
         asked(mode="causal", questions_per_row=4),
-        asked(features=True, trained_vision="none"),
+        asked(cached=True, trained_vision="none"),
     ],
 )
-def test_what_works_is_not(given: Asked) -> None:
+def test_what_works_is_not(given: RunRequest) -> None:
     refuse(given)
 
 
 def test_started_again_is_told_by_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A restart by torchrun resumes the run that this launch began, and with no other."""
-    config = OmegaConf.create({"resume": None})
+    config = train_config()
     assert not going_on(tmp_path, config)
     monkeypatch.setenv(LAUNCH, "this")
     assert not going_on(tmp_path, config)  # nothing there yet, or another launch's run
@@ -107,14 +109,14 @@ def test_started_again_is_told_by_the_launch(tmp_path: Path, monkeypatch: pytest
 def test_a_resumed_run_may_only_be_extended(
     tmp_path: Path, was: dict[str, Any], now: dict[str, Any], refused: str | None
 ) -> None:
-    def config(trainer: dict[str, Any]) -> DictConfig:
+    def config(trainer: dict[str, Any]) -> TrainConfig:
         given = {"num_train_epochs": 4, "max_steps": -1, "optim": "adamw", **trainer}
-        return OmegaConf.create({"resume": "auto", "resume_force": False, "trainer": given})
+        return train_config("resume=auto", *(f"trainer.{key}={value}" for key, value in given.items()))
 
     with checkpoints.writing(tmp_path, 20) as folder:
         (folder / "progress.json").write_text(json.dumps({"global_batch": 8}))
         (folder / "trainer_state.json").write_text(json.dumps({"max_steps": 20}))
-    OmegaConf.save(config(was), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(to_yaml(config(was)))
     if refused:
         with pytest.raises(InputError) as error:
             open_run(tmp_path, config(now), 8, 1)

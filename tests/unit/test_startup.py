@@ -16,10 +16,10 @@ from vlmvqa import startup
 # Prints which of the given modules a training script has imported, its own imports done.
 IMPORTS = """\
 import json, runpy, sys
-sys.path.insert(0, "launch")
+from vlmvqa import cli
 sys.argv = ["launch/train.py"]
-import usage
-import train
+with cli.script("__main__", "launch/train.py"):
+    import vlmvqa.training.run
 print(json.dumps(sorted(name for name in {names!r} if sys.modules.get(name))))
 """
 

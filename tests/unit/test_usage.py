@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import usage
-
-import importlib
 import os
 import re
 import subprocess
@@ -15,10 +12,10 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from tests.conftest import ROOT
-from vlmvqa import cli
-from vlmvqa.config.help import PAGES
+from tests.end_to_end.scripts import call
+from vlmvqa.config.help import PAGES, page
 from vlmvqa.config.keys import ALIASES, HYDRA_OPTIONS, default_keys, refuse_flags
-from vlmvqa.config.overrides import check_overrides, collect
+from vlmvqa.config.overrides import compose
 from vlmvqa.errors import InputError
 from vlmvqa.places import HELM_MODULE, commands, scripts
 
@@ -61,26 +58,22 @@ def test_every_key_of_a_page_is_one_that_hydra_knows(name: str) -> None:
     script = name.split()[0]
     written = re.findall(r"(?<!\S)([a-z_]+(?:\.[a-z_]+)*)=(\"[^\"]*\"|\S+)", PAGES[name])
     skipped = {"key"}  # key=value
-    if script == "prepare":  # of commands that it shows beside, run by other tests
+    first = []
+    if script == "prepare":  # commands of other scripts on the same page
         skipped |= {"trainable.vision", "data.feature_cache", "data.shards"}
+        first = [name.partition(" ")[2] or "check"]
     given = {key: value.strip('"') for key, value in written if value != "..." and key not in skipped}
     needed = {"data": "shapes"} if script in ("eval", "merge") else {}
     arguments = [f"{key}={value}" for key, value in {**needed, **given}.items()]
     assert given
-    check_overrides(collect(arguments, script), script)
+    compose([*first, *arguments], script)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_cfg_job_prints_the_whole_config(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--cfg", "job"])
-    script = importlib.import_module(HELM_MODULE if name == "helm" else name)
-    if name == "prepare":
-        script.start()
-    else:
-        cli.run(script.main, name)
-    said = capsys.readouterr().out
+def test_cfg_job_prints_the_whole_config(name: str) -> None:
+    ended = call(name, "--cfg", "job")
+    assert ended.status == 0
+    said = ended.out
     assert "\nrun:\n" in said and said.count("\n") > 10
 
 
@@ -200,4 +193,4 @@ def test_a_command_that_is_none_gets_the_nearest(light: dict[str, str]) -> None:
 
 
 def test_the_page_names_its_script() -> None:
-    assert "python launch/show.py --cfg job" in usage.page(SCRIPTS["show"])
+    assert "python launch/show.py --cfg job" in page("show", SCRIPTS["show"])

@@ -1,16 +1,14 @@
-"""Check a script's settings without PyTorch: missing settings and paths, counts, types.
+"""Check a command's values without PyTorch: missing values and paths, counts, types.
 
-`usage.py` calls this before PyTorch is imported, `command_line.py` again for every job.
+`cli.py` runs these checks before PyTorch is imported, and again for every job of a sweep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from vlmvqa.config.trainer_arguments import problems
 from vlmvqa.errors import InputError, suggest
@@ -44,37 +42,38 @@ LEAST = {
 NULLABLE = {"merge": ("samples",), "prepare": ("workers",)}
 
 
-def refuse_mistakes(config: DictConfig, name: str) -> None:
+def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
     """Raise at the first mistake.
 
     Args:
-        name: the script's; of prepare.py with its first word.
+        values: the resolved values of the config.
+        command: the script's name.
 
     Raises:
         InputError: what is wrong, and what to do.
     """
-    script = name.split()[0]
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = min((key for key, value in _leaves(values) if value == "???"), default=None)
     if missing:
-        raise InputError(f"{missing[0]} must be given; add {missing[0]}=... to the command")
-    if script == "eval":
-        _refuse_eval(config)
-    if script == "merge" and not OmegaConf.is_list(config.models):
-        raise InputError(f"models={config.models} should be a list: models=[runs/a,runs/b]")
-    if script == "predict":
-        read_questions(config)
-    if script == "train":
-        for sentence in problems(_resolved(config.trainer)):
+        raise InputError(f"{missing} must be given; add {missing}=... to the command")
+    if command == "eval":
+        _refuse_eval(values)
+    if command == "merge" and not isinstance(values["models"], list):
+        raise InputError(f"models={values['models']} should be a list: models=[runs/a,runs/b]")
+    if command == "predict":
+        read_questions(_listed(values["image"]), _listed(values["question"]), values["questions"])
+    if command == "train":
+        for sentence in problems(values["trainer"]):
             raise InputError(sentence)
-    _refuse_counts(config, NULLABLE.get(script, ()))
-    for key in MODELS.get(script, ()):
-        for model in _listed(config[key]):
+    _refuse_counts(values, NULLABLE.get(command, ()))
+    for key in MODELS.get(command, ()):
+        for model in _listed(values[key]):
             refuse_missing_model(str(model))
-    for key in PATHS.get(script, ()):
-        for path in _listed(config[key]):
+    for key in PATHS.get(command, ()):
+        for path in _listed(values[key]):
             refuse_missing(key, str(path))
-    if name in READS_DATA and config.get("data") is not None:
-        _refuse_missing_data(_resolved(config.data), "data")
+    reads_data = f"prepare {values['job']}" if command == "prepare" else command
+    if reads_data in READS_DATA and values.get("data") is not None:
+        _refuse_missing_data(values["data"], "data")
 
 
 def refuse_no_root(where: str, root: str | None, hub: str | None, packed: str | None) -> None:
@@ -83,19 +82,26 @@ def refuse_no_root(where: str, root: str | None, hub: str | None, packed: str | 
         raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
 
 
-def read_questions(config: DictConfig) -> tuple[list[Path], list[str]]:
+def read_questions(
+    image: Sequence[str], question: Sequence[str], questions: str | None
+) -> tuple[list[Path], list[str]]:
     """Return the images and the questions of predict.py's command line.
+
+    Args:
+        image: files and folders.
+        question: questions.
+        questions: a file with one question a line.
 
     Raises:
         InputError: there are none, or a file does not exist or cannot be read.
     """
-    for image in config.image:
-        refuse_missing("image", str(image))
-    images = [path for image in config.image for path in _images(Path(image).expanduser())]
-    questions = [*config.question, *_lines(config.questions)]
-    if not images or not questions:
+    for path in image:
+        refuse_missing("image", str(path))
+    images = [file for path in image for file in _images(Path(path).expanduser())]
+    asked = [*map(str, question), *_lines(questions)]
+    if not images or not asked:
         raise InputError("nothing to ask: give image=... (a file or folder) and question=... or questions=... (a file)")
-    return images, questions
+    return images, asked
 
 
 def prepare_job(words: Sequence[str]) -> str:
@@ -115,26 +121,26 @@ def prepare_job(words: Sequence[str]) -> str:
     return word
 
 
-def _refuse_eval(config: DictConfig) -> None:
-    given = [name for name in ("checkpoint", "predictions", "compare") if config[name] is not None]
+def _refuse_eval(values: Mapping[str, Any]) -> None:
+    given = [name for name in ("checkpoint", "predictions", "compare") if values[name] is not None]
     if len(given) != 1:
         raise InputError(
             "say what to score: checkpoint=... (a trained model), predictions=... (a file of answers), or "
             f"compare=[...,...] (two results); {' and '.join(given) + ' are given' if given else 'none is given'}"
         )
-    if given == ["compare"] and len(_listed(config.compare)) != 2:
-        shown = _listed(config.compare)
+    if given == ["compare"] and len(_listed(values["compare"])) != 2:
+        shown = _listed(values["compare"])
         raise InputError(f"compare={shown} should name two folders of results: compare=[runs/a,runs/b]")
-    if given != ["compare"] and config.get("data") is None:
+    if given != ["compare"] and values.get("data") is None:
         raise InputError("data=... must be given, the name of a file in conf/data: data=shapes, data=vqav2...")
 
 
-def _refuse_counts(config: DictConfig, nullable: Sequence[str]) -> None:
+def _refuse_counts(values: Mapping[str, Any], nullable: Sequence[str]) -> None:
     for key, least in LEAST.items():
-        if key not in config or (config[key] is None and key in nullable):
+        if key not in values or (values[key] is None and key in nullable):
             continue
-        if type(config[key]) is not int or config[key] < least:
-            raise InputError(f"{key}={config[key]} should be a whole number, at least {least}")
+        if type(values[key]) is not int or values[key] < least:
+            raise InputError(f"{key}={values[key]} should be a whole number, at least {least}")
 
 
 def _refuse_missing_data(data: dict[str, Any], where: str) -> None:
@@ -177,10 +183,12 @@ def _listed(value: Any) -> list[Any]:
     """Return a setting as a list; null is an empty one."""
     if value is None:
         return []
-    return list(value) if OmegaConf.is_list(value) else [value]
+    return list(value) if isinstance(value, list) else [value]
 
 
-def _resolved(node: DictConfig) -> dict[str, Any]:
-    found = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,6 +1,22 @@
-"""The most used keys of each script, as its -h shows them below its docstring; a test asks Hydra about every key."""
+"""The -h page of each script: what it does, examples, its most used keys, and the choices of each group.
+
+A test composes every key that a page shows.
+"""
 
 from __future__ import annotations
+
+import ast
+import os
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from vlmvqa.places import CALLED_AS, CONF
+
+WIDTH = 120
 
 TRAIN = """\
 Most used, each as key=value:
@@ -178,3 +194,50 @@ PAGES = {
     "prepare download": DOWNLOAD,
     "prepare pack": PACK,
 }
+
+
+def page(name: str, script: Path, word: str = "") -> str:
+    """Return a script's -h page.
+
+    Args:
+        name: the name of its config.
+        script: its file, whose docstring the page begins with.
+        word: the first argument, which names the job of prepare.py.
+    """
+    documented = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    shown = PAGES[f"{name} {word}"] if f"{name} {word}" in PAGES else f"{documented}\n\n{PAGES.get(name, '')}"
+    choices = "\n".join(_choices(name))
+    every = "vlmvqa helm" if name == "helm" else f"python launch/{script.name}"
+    more = f"Every setting with its present value: {every} --cfg job"
+    text = "\n\n".join([shown.strip(), f"Groups, as group=choice:\n{choices}", more])
+    return as_installed(text) if CALLED_AS in os.environ else text
+
+
+def as_installed(text: str) -> str:
+    """Return a page with the commands of the installed package (vlmvqa train); columns stay aligned."""
+    lines = []
+    for line in text.splitlines():
+        new = re.sub(r"\bpython launch/(\w+)\.py", r"vlmvqa \1", line)
+        new = re.sub(r"\baccelerate launch launch/(\w+)\.py", r"accelerate launch -m vlmvqa \1", new)
+        new = re.sub(r"\bdeepspeed launch/(\w+)\.py", r"deepspeed --module vlmvqa \1", new)
+        gap = re.search(r"(?<=\S) {3,}(?=\S)", new)
+        if new != line and gap:
+            about = new[gap.end() :]
+            new = new[: gap.start()].ljust(len(line) - len(about) - 1) + " " + about
+        lines.append(new)
+    return "\n".join(lines)
+
+
+def _choices(name: str) -> Iterator[str]:
+    """Yield each config group that a script takes, with the names of its files."""
+    for group in _groups(name):
+        names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        yield textwrap.fill(names, WIDTH, initial_indent=f"  {group:<12}", subsequent_indent=" " * 14)
+
+
+def _groups(name: str) -> Iterator[str]:
+    for entry in yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]:
+        if isinstance(entry, dict):
+            yield from entry
+        elif (CONF / f"{entry}.yaml").exists() and entry != "hydra_quiet":  # plan takes all that train takes
+            yield from _groups(entry)

@@ -15,8 +15,8 @@ import yaml
 
 from vlmvqa.config.trainer_arguments import argument_types
 from vlmvqa.errors import InputError
+from vlmvqa.places import CONF
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 # Hydra's own options. argparse takes abbreviations of the long ones, too.
 HYDRA_OPTIONS = (
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),

@@ -8,21 +8,20 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
 
 from vlmvqa import ranks
-from vlmvqa.config.overrides import quoted, resolving, swept_values
+from vlmvqa.config.overrides import Composition, Job, quoted, swept_values
 from vlmvqa.paths import RUNS
 
 # What each script writes to, of those that name it themselves. The others find a place for each job, or can't be swept.
 OUTPUTS = {"merge": "output", **dict.fromkeys(("train", "eval", "predict", "show", "plan"), "run.dir")}
 JOBS = ".jobs"  # a file for each job of the sweep, which may run on another machine
-SWEEP = "multirun.yaml"  # Hydra's record of a sweep, in the sweep's folder
 LONGEST = 200  # bytes of a folder's name
 
 
@@ -41,16 +40,12 @@ class Sweep:
     output: str | None
 
     @classmethod
-    def of(cls, arguments: Sequence[str], configs: Sequence[DictConfig], config_name: str) -> Sweep:
-        """The sweep of a command line.
-
-        Args:
-            arguments, configs: what `override_check.compose` returns.
-        """
-        given = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    def of(cls, composition: Composition, config_name: str) -> Sweep:
+        """Return the sweep of a command line."""
+        given = [argument for argument in composition.arguments if "=" in argument and not argument.startswith("-")]
         keys = tuple(_key(one) for one in given if len(swept_values(one)) > 1)
         output = OUTPUTS.get(config_name)
-        folders = [_selected(config, output) for config in configs]
+        folders = [_select(job.values, output) for job in composition.jobs]
         if folders[0] is not None and folders[0] in folders[1:]:
             return cls(Path(folders[0]).expanduser(), keys, output)
         digest = hashlib.sha256("\n".join(given).encode()).hexdigest()
@@ -58,15 +53,15 @@ class Sweep:
 
     @property
     def overrides(self) -> list[str]:
-        """What Hydra is told of it."""
+        """The overrides of Hydra's own node."""
         return [f"hydra.sweep.dir={quoted(str(self.folder))}"]
 
     def begin(self) -> None:
-        """Forget the jobs of an earlier sweep in the same folder."""
+        """Remove the records of an earlier sweep in the same folder."""
         if ranks.is_first():
             shutil.rmtree(self.folder / JOBS, ignore_errors=True)
 
-    def run(self, config: DictConfig, start: Callable[[DictConfig], bool | None]) -> None:
+    def run(self, job: Job, start: Callable[[Job], bool | None]) -> None:
         """Run a job in its own folder. A refused job is recorded, and the others still run.
 
         Args:
@@ -75,10 +70,10 @@ class Sweep:
         overrides = [one.lstrip("+") for one in HydraConfig.get().overrides.task if _key(one) in self.keys]
         ranks.say(f"\njob {HydraConfig.get().job.num}: {' '.join(overrides)}")
         if self.output is not None:
-            _name(config, self.output, overrides)
+            job = replace(job, values=_in_own_folder(job.values, self.output, overrides))
         error, stopped, before = None, None, set(os.environ)
         try:
-            stopped = start(config)
+            stopped = start(job)
         except SystemExit as stop:
             error = str(stop.code)
             if ranks.world_size() > 1 or not error.startswith("error: "):
@@ -87,12 +82,11 @@ class Sweep:
         finally:
             for name in set(os.environ) - before:  # of a process group that has ended
                 del os.environ[name]
-        folder = OmegaConf.select(config, "output") or OmegaConf.select(config, "run.dir")  # of merge.py, of the others
-        if stopped and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # else it is this process's only
+        if stopped and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # else this process runs one job
             sys.exit(0)
-        self._record(overrides, str(folder), error)
+        self._record(overrides, _select(job.values, "output") or _select(job.values, "run.dir"), error)
 
-    def _record(self, overrides: list[str], folder: str, error: str | None) -> None:
+    def _record(self, overrides: list[str], folder: str | None, error: str | None) -> None:
         if ranks.is_first():
             path = self.folder / JOBS / f"{HydraConfig.get().job.num}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,12 +124,15 @@ def _scores(folder: Path) -> Iterator[tuple[str, str]]:
         yield "-", str(folder)
 
 
-def _name(config: DictConfig, output: str, overrides: Sequence[str]) -> None:
-    """Give a job its own folder below the sweep's, and its run the name of the folder."""
-    part, folder = _folder_name(overrides), OmegaConf.select(config, output)
-    if config.run.get("name") is not None:
-        config.run.name = f"{config.run.name}/{part}"
-    OmegaConf.update(config, output, f"{folder}/{part}")
+def _in_own_folder(values: Mapping[str, Any], output: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a job's values with its own folder below the sweep's, and with the name of that folder."""
+    changed, part = deepcopy(dict(values)), _folder_name(overrides)
+    group, _, key = output.rpartition(".")
+    node = changed[group] if group else changed
+    node[key] = f"{node[key]}/{part}"
+    if changed["run"].get("name") is not None:
+        changed["run"]["name"] += f"/{part}"
+    return changed
 
 
 def _folder_name(overrides: Sequence[str]) -> str:
@@ -146,9 +143,12 @@ def _folder_name(overrides: Sequence[str]) -> str:
     return name
 
 
-def _selected(config: DictConfig, key: str | None) -> str | None:
-    with resolving(config) as job:
-        return OmegaConf.select(job, key) if key else None
+def _select(values: Mapping[str, Any], key: str | None) -> str | None:
+    """Return the value of a dotted key; None if there is none."""
+    node: Any = values
+    for part in key.split(".") if key else ():
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node if isinstance(node, str) else None
 
 
 def _key(override: str) -> str:

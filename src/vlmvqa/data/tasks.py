@@ -1,37 +1,32 @@
-"""The `data` group to questions: any source's files, their parquet form, a small drawn set, or several tasks."""
+"""Datasets to tasks: check the `data` group, read its splits from files, parquet, shards or a generator."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from omegaconf import DictConfig
-
-from vlmvqa.cli import group, refuse_overrides
+from vlmvqa.config.compose import refuse_overrides
 from vlmvqa.config.early_checks import refuse_no_root
+from vlmvqa.config.schema import MIXTURE, DataSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import read_once
 from vlmvqa.data.example import Example, all_answered, count_questions
 from vlmvqa.errors import InputError, counted, suggest
-from vlmvqa.extras.hub import dataset
-from vlmvqa.extras.hub.dataset import Columns
-from vlmvqa.extras.shards import shards
 from vlmvqa.metrics.registry import check_options, refuse_unscorable
 from vlmvqa.settings import build_settings
 
-# What draws a small data set in a source's own files, for data.synthetic=true.
+# Sources with a generator of the same name in `extras.synthetic`, for data.synthetic=true.
 GENERATORS = ("vqav2", "docvqa", "gqa", "coco_captions", "jsonl")
-# Sources that are not a module of `vlmvqa.data.datasets`.
+# Sources that are not a module of `data.datasets`.
 ELSEWHERE = {"shapes": "vlmvqa.extras.synthetic.vqav2"}
 READ_ARGUMENTS = ("prompt", "max_samples", "bad_records")  # of every source's `read`
-MIXTURE = "mixture"
-# What all tasks of a mixture have in common, because they share the model's input and its rows.
+# Keys that all tasks of a mixture share, because they share the model's input and its rows.
 SHARED = (
     "target",
     "resize",
@@ -45,69 +40,18 @@ SHARED = (
 )
 
 
-@dataclass(frozen=True)
-class DataSettings:
-    """The `data` group; its keys are explained in conf/data/vqav2.yaml and conf/data/mixture.yaml."""
-
-    source: str
-    root: str | None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    synthetic: bool = False
-    hub: str | None = None
-    hub_config: str | None = None
-    hub_images: str | None = None
-    streaming: bool = False
-    columns: Columns = field(default_factory=Columns)
-    shards: str | None = None
-    train_split: str = "train"
-    eval_split: str = "val"
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    min_steps: int = 0
-    prompt: str = "answer en {question}\n"
-    metric: str = "vqa_accuracy"
-    metric_options: Mapping[str, Any] = field(default_factory=dict)
-    extra_metrics: Mapping[str, Any] = field(default_factory=dict)
-    target: str = "most_common"
-    resize: str = "squash"
-    reduced_decoding: bool = False
-    max_text_tokens: int | None = 64
-    max_new_tokens: int | None = None  # read by conf/decoding
-    questions_per_row: int | None = None
-    row_tokens: int | None = None
-    feature_cache: str | None = None
-    on_bad_record: str = "error"
-    expected_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    archives: Sequence[Mapping[str, str]] = ()
-    parts: Mapping[str, DataSettings] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def tasks(self) -> Mapping[str, DataSettings]:
-        """The tasks of a mixture by name; of anything else itself, without a name."""
-        return self.parts or {"": self}
-
-    @property
-    def extra(self) -> dict[str, Mapping[str, Any]]:
-        """The metrics that are printed beside the task's own, with their options."""
-        return {name: options for name, options in self.extra_metrics.items() if options is not None}
-
-    @property
-    def asks(self) -> bool:
-        """Whether there are questions, which captions have none of."""
-        return bool(vars(source_module(self.source)).get("HAS_QUESTIONS", True))
-
-
 # --- settings -----------------------------------------------------------------------------------------
 
 
-def data_settings(config: DictConfig) -> DataSettings:
-    """The `data` group, checked.
+def data_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> DataSettings:
+    """Return the `data` group, checked.
+
+    Args:
+        given: the keys that the command line sets.
 
     Raises:
         InputError: an unknown or missing key, a prompt without a place for the question, parts that do not go together.
     """
-    values = group(config, "data")
     if values.get("source") != MIXTURE:
         return _checked(build_settings(DataSettings, values, "data"), "data")
     mixture = build_settings(DataSettings, {"root": None, **values}, "data")
@@ -118,16 +62,14 @@ def data_settings(config: DictConfig) -> DataSettings:
             raise InputError(
                 f"data.weights.{name}: there is no such part{suggest(name, parts)} (only {', '.join(parts)})"
             )
-    refuse_overrides(
-        "the same for all parts of a mixture, as data.<key>",
-        *(f"data.parts.{name}.{key}" for name in parts for key in SHARED),
-    )
+    own = [f"data.parts.{name}.{key}" for name in parts for key in SHARED]
+    refuse_overrides(given, "the same for all parts of a mixture, as data.<key>", *own)
     if mixture.feature_cache is not None:
         raise InputError("data.feature_cache holds one dataset's images, so a mixture cannot use it; leave it out")
     shared = {key: getattr(mixture, key) for key in SHARED}
     parts = {name: _checked(replace(part, **shared), f"data.parts.{name}") for name, part in parts.items()}
     if len(parts) < 2:
-        raise InputError(f"data.parts holds {len(parts)} data sets; name two or more, or choose the one as data=...")
+        raise InputError(f"data.parts holds {len(parts)} datasets; name two or more, or choose the one as data=...")
     prompts(parts.values())
     weights = {name: mixture.weights.get(name, 1.0) for name in parts}
     for name, weight in weights.items():
@@ -136,22 +78,11 @@ def data_settings(config: DictConfig) -> DataSettings:
     return replace(mixture, parts=parts, weights=weights)
 
 
-def one_task(config: DictConfig) -> DataSettings:
-    """The same where only one data set makes sense.
-
-    Raises:
-        InputError: it is a mixture.
-    """
-    if config.data.source == MIXTURE:
-        raise InputError(f"data=mixture is several data sets; choose one of them: {', '.join(config.data.parts)}")
-    return data_settings(config)
-
-
 def prompts(tasks: Iterable[DataSettings]) -> dict[str, str]:
-    """The template of each source.
+    """Return the prompt template of each source.
 
     Raises:
-        InputError: two tasks of the same source have different ones: which would the saved model use?
+        InputError: two tasks of the same source have different ones, of which a saved model could keep only one.
     """
     found: dict[str, str] = {}
     for task in tasks:
@@ -164,7 +95,7 @@ def prompts(tasks: Iterable[DataSettings]) -> dict[str, str]:
 
 
 def new_lines(prompt: str) -> str:
-    """A prompt from the command line, where a shell makes no new line of backslash and n."""
+    """Return a prompt with backslash-n as a new line: a shell passes the two characters as they are."""
     return prompt.replace("\\n", "\n")
 
 
@@ -184,10 +115,10 @@ def _checked(settings: DataSettings, where: str) -> DataSettings:
         raise InputError(
             f"src/vlmvqa/data/datasets/{settings.source}.py has no write_submission; a source needs one, with read"
         )
-    if settings.hub is not None and settings.columns.question is None and "{question}" in settings.prompt:
+    if settings.hub is not None and settings.columns.get("question", "") is None and "{question}" in settings.prompt:
         raise InputError(f"{where}.columns.question is null, so {where}.prompt={settings.prompt!r} has nothing to hold")
     rest = settings.prompt.split("{question}")
-    if not settings.asks:
+    if not has_questions(settings.source):
         if set("{}") & set(settings.prompt):
             raise InputError(f"{where}.prompt={settings.prompt!r} must hold no braces: {settings.source} asks nothing")
     elif len(rest) != 2 or set("{}") & set("".join(rest)):
@@ -203,14 +134,19 @@ def source_module(name: str) -> ModuleType:
         raise InputError(f"data.source={name}: there is no src/vlmvqa/data/datasets/{name}.py") from error
 
 
+def has_questions(source: str) -> bool:
+    """Return whether a dataset has questions; captions have none."""
+    return bool(vars(source_module(source)).get("HAS_QUESTIONS", True))
+
+
 def submission_name(source: str) -> Callable[[int | str], int | str]:
-    """What a question's id is called in the benchmark's results file."""
+    """Return the function that maps a question's id to its id in the benchmark's results file."""
     name: Callable[[int | str], int | str] = vars(source_module(source)).get("submission_name", lambda key: key)
     return name
 
 
 def submission_writer(source: str) -> Callable[[Path, Mapping[int | str, str]], None]:
-    """What writes the benchmark's own results file."""
+    """Return the function that writes the benchmark's official results file."""
     write: Callable[[Path, Mapping[int | str, str]], None] = source_module(source).write_submission
     return write
 
@@ -220,12 +156,12 @@ def submission_writer(source: str) -> Callable[[Path, Mapping[int | str, str]], 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set that a run trains on and is evaluated on.
+    """A dataset that a run trains and is evaluated on.
 
     Attributes:
-        name: of the mixture's part; "" where there is but one task.
+        name: the mixture's name for it; "" for a single task.
         weight: how often an epoch sees each of its images.
-        scoring: what its metric takes besides.
+        metric_options: options of its metric.
     """
 
     name: str
@@ -233,16 +169,16 @@ class Task:
     train: list[Example]
     evaluated: list[Example]
     weight: float = 1.0
-    scoring: Mapping[str, Any] = field(default_factory=dict)
+    metric_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def answered(self) -> bool:
-        """Whether there is anything to score against."""
+        """Whether the evaluation split has answers to score against."""
         return all_answered(self.evaluated)
 
     @property
     def prefix(self) -> str:
-        """Of its numbers in the log."""
+        """The prefix of its numbers in the log."""
         return f"{self.name}_" if self.name else ""
 
     def __str__(self) -> str:
@@ -256,10 +192,10 @@ class Task:
 
 
 def read_tasks(data: DataSettings, bad_records: BadRecords) -> list[Task]:
-    """The training and evaluation splits of each task.
+    """Read the training and evaluation splits of each task.
 
     Raises:
-        InputError: they cannot be read, or what is to be evaluated could not be scored.
+        InputError: a split cannot be read, or the metric cannot score the evaluation split.
     """
     tasks = [
         Task(
@@ -268,7 +204,7 @@ def read_tasks(data: DataSettings, bad_records: BadRecords) -> list[Task]:
             read_examples(task, task.train_split, task.max_train_samples, bad_records),
             read_examples(task, task.eval_split, task.max_eval_samples, bad_records),
             data.weights.get(name, 1.0),
-            scoring(task, task.eval_split),
+            metric_options(task, task.eval_split),
         )
         for name, task in data.tasks.items()
     ]
@@ -280,7 +216,7 @@ def read_tasks(data: DataSettings, bad_records: BadRecords) -> list[Task]:
     return tasks
 
 
-def scoring(settings: DataSettings, split: str) -> dict[str, Any]:
+def metric_options(settings: DataSettings, split: str) -> dict[str, Any]:
     """Return the metric's options: `data.metric_options`, and the choices in GQA's official files."""
     own = settings.metric == "gqa_accuracy" and settings.root is not None and settings.hub is None
     find = vars(source_module(settings.source)).get("scoring") if own else None
@@ -294,19 +230,21 @@ def scoring(settings: DataSettings, split: str) -> dict[str, Any]:
 def read_examples(
     settings: DataSettings, split: str, max_samples: int | None, bad_records: BadRecords
 ) -> list[Example]:
-    """A split of the source named by `data.source`, a module of `vlmvqa.data` with a function `read`.
+    """Read a split with the module that `data.source` names, or from parquet or shards.
 
-    A source that also names its `files` is read once, and taken from the cache while they stay as they are.
+    A source that has a function `files` is cached: it is read again only when one of these files has changed.
     """
     source = source_module(settings.source)
     if settings.shards is not None:
         folder = Path(settings.shards).expanduser()
         key = packing_key(settings, split, max_samples)
-        return shards.read(folder, key, settings.prompt, asks=settings.asks)
+        from vlmvqa.extras.shards import shards
+
+        return shards.read(folder, key, settings.prompt, asks=has_questions(settings.source))
     if settings.hub is not None:
         return _read_hub(settings, source, split, max_samples, bad_records)
     root = Path(settings.root or ".").expanduser()
-    options = _draw(settings, root) if settings.synthetic else settings.options
+    options = _generate(settings, root) if settings.synthetic else settings.options
     _refuse_unknown_options(options, source.read)
     arguments = {"prompt": settings.prompt, "max_samples": max_samples, **options}
 
@@ -320,9 +258,9 @@ def read_examples(
 
 
 def packing_key(settings: DataSettings, split: str, max_samples: int | None) -> dict[str, Any]:
-    """What a packed split is of; how it was drawn does not matter to who reads it."""
-    drawing = inspect.signature(_generator(settings.source)).parameters if settings.source in GENERATORS else ()
-    options = {name: value for name, value in settings.options.items() if name not in drawing}
+    """Return the description of a split that its shards keep; options of the generator are no part of it."""
+    generating = inspect.signature(_generator(settings.source)).parameters if settings.source in GENERATORS else ()
+    options = {name: value for name, value in settings.options.items() if name not in generating}
     return {"source": settings.source, "split": split, "max_samples": max_samples, "options": options}
 
 
@@ -332,7 +270,7 @@ def _generator(source: str) -> Callable[..., Path]:
 
 
 def training_answers(settings: DataSettings) -> list[Example] | str:
-    """The training split, for the prior control; where it cannot be read, why."""
+    """Return the training split, for the prior control; or the reason why it cannot be read."""
     if settings.hub is not None and settings.streaming:
         return "the training split is streamed, and would all have to be fetched"
     try:
@@ -344,12 +282,14 @@ def training_answers(settings: DataSettings) -> list[Example] | str:
 def _read_hub(
     settings: DataSettings, source: ModuleType, split: str, max_samples: int | None, bad_records: BadRecords
 ) -> list[Example]:
-    """The same out of parquet, in the form that the source gives its own files (`arrange`)."""
+    """Read a split in parquet form; the source's `arrange` brings it into the form of its own files."""
     assert settings.hub is not None
+    from vlmvqa.extras.hub import dataset
+
     examples = dataset.read(
         settings.hub,
         split,
-        columns=settings.columns,
+        columns=build_settings(dataset.Columns, settings.columns, "data.columns"),
         prompt=settings.prompt,
         config=settings.hub_config,
         images=settings.hub_images,
@@ -362,8 +302,8 @@ def _read_hub(
     return list(arrange(examples, split, **settings.options))
 
 
-def _draw(settings: DataSettings, root: Path) -> dict[str, Any]:
-    """Draw the source's small data set into `root` unless it is there; the options that are left for its reader."""
+def _generate(settings: DataSettings, root: Path) -> dict[str, Any]:
+    """Generate the source's synthetic dataset in `root` unless it exists; return the options that its reader takes."""
     if settings.source not in GENERATORS:
         known = ", ".join(GENERATORS)
         raise InputError(
@@ -376,7 +316,7 @@ def _draw(settings: DataSettings, root: Path) -> dict[str, Any]:
 
 
 def _refuse_unknown_options(options: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Stop at an option that the source does not take."""
+    """Raise at an option that the source does not have."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return

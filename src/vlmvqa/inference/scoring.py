@@ -1,63 +1,85 @@
-"""What a scored model leaves in its run's folder and on the screen: the same after training and by launch/eval.py."""
+"""Score a model on a task and write the results: the same after training and by launch/eval.py."""
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from PIL.Image import Image
-
 import vlmvqa
 from vlmvqa import fingerprint, ranks
 from vlmvqa.code_state import code_state
+from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.data.tasks import DataSettings, submission_writer
+from vlmvqa.data.submissions import replace_file
+from vlmvqa.data.tasks import submission_writer
 from vlmvqa.errors import InputError, counted
-from vlmvqa.extras.report.attributions import looked_at
-from vlmvqa.extras.report.gallery import Record
 from vlmvqa.inference.answer_log import Journal
-from vlmvqa.inference.evaluate import Asked, evaluate, table, write_results
+from vlmvqa.inference.evaluate import EvalSpec, evaluate, table
 from vlmvqa.inference.predictor import Answer, Predictor
-from vlmvqa.training.log import read_log
-from vlmvqa.training.samples import FILE as SAMPLES
 
 PACKAGES = ("torch", "transformers", "timm", "tokenizers", "pillow", "rapidfuzz", "pycocoevalcap")
 
 
+@dataclass(frozen=True)
+class ScoredTask:
+    """A task to score.
+
+    Attributes:
+        spec: questions, references and metric.
+        split: the name of the split.
+        name: the mixture's name for the task; "" for a single task.
+    """
+
+    spec: EvalSpec
+    data: DataSettings
+    split: str
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results are written, and what belongs to them.
+
+    Attributes:
+        folder: the run's; the results of a mixture's task are written to a folder of its name in it.
+        run_name: the title of the report.
+        report: whether `report.html` is written.
+        attributions: how many answers the report shows with attribution maps.
+    """
+
+    folder: Path
+    run_name: str
+    config_yaml: str
+    report: bool = True
+    attributions: int = 0
+
+
 def score_and_report(
-    config: DictConfig,
-    folder: Path,
     predictor: Predictor,
-    asked: Asked,
-    data: DataSettings,
-    *,
-    name: str = "",
     checkpoint: str,
-    split: str,
+    task: ScoredTask,
+    output: Output,
+    bad_records: BadRecords,
+    *,
     batch_size: int,
     workers: int,
-    bad_records: BadRecords,
 ) -> dict[str, Any]:
-    """Score the model on a split, all ranks together; rank 0 writes and prints. Returns `metrics.json`'s content.
-
-    Args:
-        folder: the run's; the results of a mixture's task lie below it, in a folder of its `name`.
-    """
-    decoding = asdict(predictor.decoding)
+    """Answer and score a task, all ranks together; rank 0 writes and prints. Return the content of `metrics.json`."""
+    spec = task.spec
     made_by = {
         "checkpoint": checkpoint,
         "checkpoint_fingerprint": fingerprint.weights(predictor.model),
-        "decoding": decoding,
+        "decoding": asdict(predictor.decoding),
     }
-    asked_for = {"data": fingerprint.examples(asked.examples), "pictures": fingerprint.pictures(asked.examples)}
-    journal = Journal(folder / name, {**made_by, **asked_for, "images": asdict(predictor.processor.images)})
+    inputs = {"data": fingerprint.examples(spec.examples), "pictures": fingerprint.pictures(spec.examples)}
+    journal = Journal(output.folder / task.name, {**made_by, **inputs, "images": asdict(predictor.processor.images)})
 
     def answer(examples: Sequence[Example]) -> dict[int | str, Answer]:
         return predictor.answer_examples(
@@ -69,58 +91,50 @@ def score_and_report(
             journal=journal,
         )
 
-    answers = answer(asked.examples)
-    missing = [question.id for question in asked.questions if question.id not in answers]
+    answers = answer(spec.examples)
+    missing = [question.id for question in spec.questions if question.id not in answers]
     if missing and bad_records.policy == "error":
         raise InputError(
             f"{counted(len(missing), 'question')} without an answer (the first is {missing[0]}); start the same again"
         )
-    found, predictions = evaluate(asked, answers, answer)
-    facts = {**made_by, "split": split, "prompt": data.prompt}
-    attributions: Sequence[tuple[Record, Image]] | str = ()
-    if ranks.is_first():
-        asks_so = replace(predictor, prompt=data.prompt)  # of a mixture's tasks each has its own
-        attributions = looked_at(asks_so, asked.examples, predictions, asked.metric, config.attributions)
-    metrics = report(config, folder, asked, data, facts, found, predictions, bad_records, name, attributions)
+    found, predictions = evaluate(spec, answers, answer)
+    maps: Any = ()
+    if ranks.is_first() and output.report and output.attributions:
+        from vlmvqa.extras.report.run_report import attributions
+
+        maps = attributions(predictor, task.data.prompt, spec.examples, predictions, spec.metric, output.attributions)
+    facts = {**made_by, "split": task.split, "prompt": task.data.prompt}
+    metrics = write_results(task, output, facts, found, predictions, bad_records, maps)
     ranks.barrier()
     if ranks.is_first():
         journal.remove()
     return metrics
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that answer and score, as far as they are installed."""
-    found = {"vlmvqa": vlmvqa.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def report(
-    config: DictConfig,
-    folder: Path,
-    asked: Asked,
-    data: DataSettings,
+def write_results(
+    task: ScoredTask,
+    output: Output,
     facts: Mapping[str, Any],
     found: Mapping[str, Any],
     predictions: Sequence[Mapping[str, Any]],
     bad_records: BadRecords,
-    name: str = "",
-    attributions: Sequence[tuple[Record, Image]] | str = (),
+    maps: Any = (),
 ) -> dict[str, Any]:
-    """Leave the results in the folder and print them, on rank 0.
+    """Write `predictions.jsonl`, `submission.json`, `report.html` and `metrics.json`, and print the scores, on rank 0.
 
     Args:
-        facts: who answered, and how.
-        found: what `evaluate` found.
-        attributions: answers with where the model looked, for the report; or why there are none.
+        facts: which model answered, and how.
+        found: what `evaluate` returned.
+        maps: answers with their attribution maps, or the reason why there are none.
+
+    Returns:
+        the content of `metrics.json`, on every rank.
     """
     metrics = {
         **facts,
-        "data": data.source,
-        "max_samples": data.max_eval_samples,
-        "data_fingerprint": fingerprint.examples(asked.examples),
+        "data": task.data.source,
+        "max_samples": task.data.max_eval_samples,
+        "data_fingerprint": fingerprint.examples(task.spec.examples),
         **found,
         "skipped": bad_records.listed(),
         "versions": versions(),
@@ -128,29 +142,32 @@ def report(
     }
     if not ranks.is_first():
         return metrics
-    prefix = f"eval_{name}_" if name else "eval_"
-    log = [
-        {key.replace(prefix, "eval_", 1): value for key, value in record.items()}
-        for record in read_log(folder / "log.jsonl")
-    ]
-    samples = [record for record in read_log(folder / SAMPLES) if record["task"] == name]
-    folder = folder / name
-    write_results(
-        folder,
-        metrics,
-        predictions,
-        asked.examples,
-        submission_writer(data.source),
-        title=f"{config.run.name}: {name or data.source} {facts['split']}",
-        log=log,
-        config_yaml=OmegaConf.to_yaml(config, resolve=True),
-        samples=samples,
-        attributions=attributions,
-    )
-    if name:
-        print(f"\n{name} {facts['split']}")
+    folder = output.folder / task.name
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
+    replace_file(folder / "predictions.jsonl", "".join(lines))
+    answers = {record["question_id"]: record["answer"] for record in predictions}
+    submission_writer(task.data.source)(folder / "submission.json", answers)
+    if output.report:
+        from vlmvqa.extras.report.run_report import write_run_report
+
+        title = f"{output.run_name}: {task.name or task.data.source} {task.split}"
+        examples = task.spec.examples
+        write_run_report(output.folder, task.name, title, output.config_yaml, metrics, predictions, examples, maps)
+    # Last: a folder that has it is complete.
+    replace_file(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    if task.name:
+        print(f"\n{task.name} {task.split}")
     print(table(metrics))
     if metrics["skipped"]:
         print(f"left out {len(metrics['skipped'])} bad records, listed in {bad_records.listing}")
-    print(f"report: {folder / 'report.html'}")
+    print(f"report: {folder / 'report.html'}" if output.report else f"results: {folder / 'metrics.json'}")
     return metrics
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the installed packages that answer and score."""
+    found = {"vlmvqa": vlmvqa.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -45,6 +45,8 @@ class LanguageSettings:
         attention: "dense" (a boolean mask, any device) or "flex" (FlexAttention's BlockMask, CUDA).
         loss: "chunked" (logits of a piece of the supervised tokens at a time) or "fused" (cut-cross-entropy's kernel,
             CUDA, which holds none; Wijmans et al. 2024).
+        tokenizer: a hub id or local folder, "trained" (on the training questions and answers), or None for the
+            decoder's own.
     """
 
     name: str = "google/gemma-2-2b"
@@ -52,6 +54,7 @@ class LanguageSettings:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     attention: str = "dense"
     loss: str = "chunked"
+    tokenizer: str | None = None
 
 
 class LanguageModel(nn.Module):

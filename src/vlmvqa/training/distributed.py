@@ -18,7 +18,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -30,45 +30,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmvqa.config.launcher import ACCELERATES, LAUNCH
-from vlmvqa.errors import InputError, counted, suggest
+from vlmvqa.config.schema import DistSettings
+from vlmvqa.errors import InputError, counted
 from vlmvqa.models.checkpoint import Model
-
-STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
-
-
-@dataclass(frozen=True)
-class DistSettings:
-    """The `dist` group.
-
-    Attributes:
-        strategy: one of `STRATEGIES`.
-        offload: keep parameters and optimizer states in host memory (fsdp, zero3).
-        options: further keys of DeepSpeed's own configuration (zero1 to zero3).
-        timeout_minutes: how long ranks wait for each other before the run stops and says who is missing.
-    """
-
-    strategy: str = "ddp"
-    offload: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
-    timeout_minutes: float = 10.0
-
-    def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            near = suggest(self.strategy, STRATEGIES)
-            raise InputError(f"dist.strategy={self.strategy} is unknown; use one of {', '.join(STRATEGIES)}{near}")
-        if self.offload and self.strategy not in ("fsdp", "zero3"):
-            raise InputError(f"dist.offload is for fsdp and zero3, not for {self.strategy}; use dist=zero3_offload")
-        if self.options and not self.is_zero:
-            raise InputError(f"dist.options are DeepSpeed's, and {self.strategy} is not; leave them out")
-
-    @property
-    def is_zero(self) -> bool:
-        return self.strategy.startswith("zero")
-
-    @property
-    def stage(self) -> int:
-        """ZeRO's stage."""
-        return int(self.strategy.removeprefix("zero"))
 
 
 def start(settings: DistSettings, cpu: bool) -> None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
 from vlmvqa import ranks
 from vlmvqa.code_state import code_state
+from vlmvqa.config.compose import to_dict, to_yaml
 from vlmvqa.config.launcher import LAUNCH
-from vlmvqa.config.sweep import SWEEP
+from vlmvqa.config.schema import TrainConfig
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError, counted
 from vlmvqa.inference.scoring import versions
@@ -30,6 +31,7 @@ from vlmvqa.training.checkpoint_state import progress, total_steps
 from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
 from vlmvqa.training.samples import FILE as SAMPLES
 
+SWEEP = "multirun.yaml"  # Hydra's record of a sweep, in the sweep's folder
 RUN = "run.json"  # when, how, on what and from which code it was started, each time
 STARTED = ".launch"  # by which of torchrun's launches this run was started
 # What decides how a run goes: it cannot be changed on the way...
@@ -66,7 +68,7 @@ FREE = (
 EPOCHS, STEPS = "trainer.num_train_epochs", "trainer.max_steps"
 
 
-def going_on(folder: Path, config: DictConfig) -> bool:
+def going_on(folder: Path, config: TrainConfig) -> bool:
     """Whether the run resumes where it stopped: as it was told, or because torchrun started it again after a failure.
 
     Started again is what finds the name of its own launch in the folder: torchrun's count of restarts differs between
@@ -78,7 +80,7 @@ def going_on(folder: Path, config: DictConfig) -> bool:
     return config.resume == "auto" or (launch is not None and named.exists() and named.read_text() == launch)
 
 
-def refuse_run(folder: Path, config: DictConfig) -> None:
+def refuse_run(folder: Path, config: TrainConfig) -> None:
     """Stop where the folder holds a run that is neither resumed nor replaced."""
     log = folder / "log.jsonl"  # empty where the run failed before it had anything to tell
     holds = (log.exists() and log.stat().st_size > 0) or any(folder.glob("checkpoint-*"))
@@ -91,7 +93,7 @@ def refuse_run(folder: Path, config: DictConfig) -> None:
         raise InputError(f"{folder} also holds the runs of a sweep, which would be deleted; choose another run.name")
 
 
-def open_run(folder: Path, config: DictConfig, global_batch: int, world: int) -> tuple[Path | None, list[str]]:
+def open_run(folder: Path, config: TrainConfig, global_batch: int, world: int) -> tuple[Path | None, list[str]]:
     """Make the run's folder, empty if the run starts anew.
 
     Args:
@@ -125,7 +127,7 @@ def open_run(folder: Path, config: DictConfig, global_batch: int, world: int) ->
         said.append(f"{folder} holds no checkpoint yet, so it starts from its beginning")
     elif complaints:
         raise InputError(f"{folder}: no checkpoint is whole ({complaints[0]}); start over with run.overwrite=true")
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return checkpoint, said
 
 
@@ -151,14 +153,14 @@ def record_start(folder: Path, step: int) -> None:
     replace_file(path, json.dumps({"starts": [*before, start]}, indent=2) + "\n")
 
 
-def _refuse_changes(folder: Path, config: DictConfig, checkpoint: Path) -> None:
+def _refuse_changes(folder: Path, config: TrainConfig, checkpoint: Path) -> None:
     """Stop a resumed run whose settings have changed, unless it is only made longer."""
     before = folder / "config.yaml"
     if not before.exists():
         raise InputError(
             f"{before} is missing, so this run's settings cannot be compared; resume anyway with resume_force=true"
         )
-    old, new = (_flat(OmegaConf.to_container(c, resolve=True)) for c in (OmegaConf.load(before), config))
+    old, new = (_flat(values) for values in (yaml.safe_load(before.read_text(encoding="utf-8")), to_dict(config)))
     changed = [
         key
         for key in sorted(old | new)
@@ -185,12 +187,12 @@ def _extends(key: str, old: dict[str, Any], new: dict[str, Any], checkpoint: Pat
     return key == EPOCHS and new.get(STEPS, -1) <= 0 and new.get(key, 0) > old.get(key, math.inf)
 
 
-def _refuse_other_batch(checkpoint: Path, global_batch: int, world: int, config: DictConfig) -> None:
+def _refuse_other_batch(checkpoint: Path, global_batch: int, world: int, config: TrainConfig) -> None:
     """Stop a resumed run whose steps would see more or fewer examples than before."""
     before = progress(checkpoint)["global_batch"]
     if before == global_batch:
         return
-    accumulated, rest = divmod(before, world * config.trainer.per_device_train_batch_size)
+    accumulated, rest = divmod(before, world * config.trainer["per_device_train_batch_size"])
     remedy = "choose trainer.per_device_train_batch_size and trainer.gradient_accumulation_steps that keep it"
     if accumulated and not rest:
         remedy = f"set trainer.gradient_accumulation_steps={accumulated}"

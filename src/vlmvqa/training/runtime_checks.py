@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
-from vlmvqa.config.trainer_arguments import problems
-from vlmvqa.errors import InputError, counted, suggest
-from vlmvqa.extras.adapters.peft_adapters import AdapterSettings, elements
-from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
+from vlmvqa.config.schema import DistSettings
+from vlmvqa.errors import InputError, counted
+from vlmvqa.extras.adapters.peft_adapters import elements
+from vlmvqa.extras.pretrained.model import PretrainedVLM
 from vlmvqa.models.attention import SOFTCAP
-from vlmvqa.models.checkpoint import Settings
-from vlmvqa.models.vlm import ModelSettings
-from vlmvqa.sequence.masks import SHAREABLE
-from vlmvqa.training import callbacks
-from vlmvqa.training.distributed import DistSettings
-from vlmvqa.training.optimizer_state import OPTIMIZERS
 
 if TYPE_CHECKING:
     from vlmvqa.training.trainer import VqaTrainer
@@ -44,150 +36,9 @@ CLASSES = {
 }
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a command asks for, as far as it can clash.
-
-    Attributes:
-        trainer: the `trainer` group.
-        questions_per_row, row_tokens: `data.questions_per_row` and `data.row_tokens`.
-        features: whether the encoder's output is cached (`data.feature_cache`).
-        trained_vision: `trainable.vision`.
-        gpu: whether it trains on one.
-        bf16_works: whether the device computes in bfloat16.
-        adapt: the `adapt` group, where there are adapters.
-    """
-
-    dist: DistSettings
-    trainer: Mapping[str, Any]
-    model: Settings
-    questions_per_row: int | None = None
-    row_tokens: int | None = None
-    features: bool = False
-    trained_vision: str = "all"
-    gpu: bool = False
-    bf16_works: bool = True
-    adapt: AdapterSettings | None = None
-
-
 def optimizer_for(asked: str, dist: DistSettings) -> str:
     """bitsandbytes' kernels know no shards: under FSDP2 torchao's 8-bit AdamW, of the same blocks, takes over."""
     return "adamw_torch_8bit" if dist.strategy == "fsdp" and asked == "adamw_bnb_8bit" else asked
-
-
-def refuse(asked: Asked) -> None:
-    """Stop at a combination that cannot work.
-
-    Raises:
-        InputError: with the nearest one that does.
-    """
-    for sentence in _problems(asked):
-        raise InputError(sentence)
-
-
-def _problems(asked: Asked) -> Iterator[str]:
-    trainer, dist, model = asked.trainer, asked.dist, asked.model
-    yield from problems(trainer)
-    optim = optimizer_for(trainer.get("optim", "adamw_torch"), dist)
-    if optim not in CLASSES:
-        yield (
-            f"trainer.optim={optim} is not one whose states are saved under every strategy; use one of "
-            f"{', '.join(OPTIMIZERS)}{suggest(optim, OPTIMIZERS)}"
-        )
-    package, _, extra = CLASSES[optim]
-    if extra and importlib.util.find_spec(package) is None:
-        yield f"trainer.optim={optim} needs {package}; install it with: pip install 'vlmvqa[{extra}]'"
-    if optim.startswith("paged") and not asked.gpu:
-        yield f"trainer.optim={optim}: its pages are CUDA's, so it needs a GPU; use adamw_bnb_8bit or adamw_torch"
-    if optim.startswith("paged") and dist.strategy == "fsdp":
-        yield f"trainer.optim={optim} cannot step on FSDP2's shards; use adamw_torch_8bit, or dist=fsdp_offload"
-    if dist.is_zero and importlib.util.find_spec("deepspeed") is None:
-        install = "install it with: pip install 'vlmvqa[deepspeed]'"
-        yield f"dist={dist.strategy} needs DeepSpeed; {install}, or use dist=fsdp"
-    if dist.is_zero and optim == "adamw_torch_8bit":
-        yield f"trainer.optim=adamw_torch_8bit does not step on {dist.strategy}'s partitions; use adamw_bnb_8bit"
-    if dist.strategy == "zero3" and any(trainer.get(f"torch_compile{more}") for more in ("", "_backend", "_mode")):
-        yield "trainer.torch_compile=true: the tied output matrix is not traced under zero3; use dist=fsdp or zero2"
-    if dist.is_zero and trainer.get("use_cpu") and torch.cuda.is_available():
-        yield (
-            f"trainer.use_cpu=true: DeepSpeed takes the GPU it finds all the same; hide it with CUDA_VISIBLE_DEVICES=, "
-            f"or use dist=ddp instead of {dist.strategy}"
-        )
-    if trainer.get("fp16") and not asked.gpu:
-        yield "trainer.fp16=true needs a GPU; use trainer.bf16=true or neither on the CPU"
-    if trainer.get("fp16") and dist.strategy == "fsdp":
-        yield "trainer.fp16=true does not work under dist=fsdp; use trainer.bf16=true, or dist=zero2 without it"
-    if trainer.get("bf16") and not asked.bf16_works:
-        yield "trainer.bf16=true: this card does not compute in bfloat16; use trainer.fp16=true under dist=ddp or zero2"
-    if asked.adapt is not None and asked.adapt.bits and dist.strategy in ("fsdp", "zero3"):
-        yield f"adapt.bits={asked.adapt.bits}: {dist.strategy} cannot shard weights of 4 bits; use dist=ddp or zero2"
-    if model.dtype != "float32" and dist.is_zero and not trainer.get("bf16"):
-        yield f"model.dtype={model.dtype} under {dist.strategy} needs trainer.bf16=true"
-    if asked.features and asked.trained_vision != "none":
-        yield (
-            f"trainable.vision={asked.trained_vision}: an encoder whose output is cached cannot train; set "
-            "trainable.vision=none, or leave data.feature_cache out"
-        )
-    if model.dtype == "float16" and asked.adapt is None:
-        yield "model.dtype=float16: weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)"
-    yield from callbacks.problems(trainer.get("report_to"))
-    if trainer.get("average_tokens_across_devices") is False:
-        yield "trainer.average_tokens_across_devices=false would weigh ranks, not tokens, the same; leave it out"
-    if asked.adapt is not None:
-        yield from _adapter_problems(asked, asked.adapt)
-    yield from (
-        _pretrained_problems(asked, model) if isinstance(model, PretrainedSettings) else _own_problems(asked, model)
-    )
-
-
-def _adapter_problems(asked: Asked, adapt: AdapterSettings) -> Iterator[str]:
-    dist, dtype = asked.dist, asked.model.dtype
-    for package in ("peft", *(["bitsandbytes"] if adapt.bits else [])):
-        if importlib.util.find_spec(package) is None:
-            yield f"adapt={adapt.method} needs {package}; install it with: pip install 'vlmvqa[adapters]'"
-    if dist.strategy == "fsdp" and dtype != "float32":
-        yield (
-            f"model.dtype={dtype} under fsdp, which shards a block in one type, and adapters are float32; set "
-            "model.dtype=float32 (trainer.bf16=true still computes in bfloat16)"
-        )
-    if adapt.bits and asked.trainer.get("fp16") and dtype == "bfloat16":
-        # 4-bit layers answer in the type they are asked in, and autocast joins no bfloat16 under fp16.
-        yield "trainer.fp16=true over bfloat16 weights beside 4-bit ones fails; set model.dtype=float32 or float16"
-    if adapt.bits and adapt.compute_dtype == "bfloat16" and not asked.bf16_works:
-        yield "adapt.compute_dtype=bfloat16: this card does not compute in bfloat16; use adapt.compute_dtype=float16"
-    if asked.features and any(target.startswith(("vision", "*")) for target in adapt.targets):
-        yield "data.feature_cache: an encoder with adapters is at work in every step; leave them out"
-
-
-def _own_problems(asked: Asked, model: ModelSettings) -> Iterator[str]:
-    if model.language.attention == "flex" and not asked.gpu:
-        yield (
-            "model.language.attention=flex: FlexAttention has no backward pass on the CPU; "
-            "use model.language.attention=dense"
-        )
-    if model.language.loss == "fused" and not asked.gpu:
-        yield "model.language.loss=fused: its kernel needs a GPU; use model.language.loss=chunked"
-    if model.language.loss == "fused" and importlib.util.find_spec("cut_cross_entropy") is None:
-        yield "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'"
-    if model.mode not in SHAREABLE and asked.questions_per_row not in (None, 1):
-        yield (
-            f"model.mode={model.mode} lets the image see its question, so data.questions_per_row="
-            f"{asked.questions_per_row} questions cannot share one; set data.questions_per_row=1, or "
-            "model.mode=blockwise_prefix"
-        )
-
-
-def _pretrained_problems(asked: Asked, model: PretrainedSettings) -> Iterator[str]:
-    name = model.pretrained
-    if asked.questions_per_row not in (None, 1):
-        yield (
-            f"{name} answers a question a row, and data.questions_per_row={asked.questions_per_row} was asked for; "
-            "set data.questions_per_row=1"
-        )
-    if asked.row_tokens is not None:
-        yield f"data.row_tokens={asked.row_tokens}: rows of {name} are not packed; set data.row_tokens=null"
-    if asked.features:
-        yield f"data.feature_cache: {name} is trained with its own encoder at work; leave them out"
 
 
 def check(trainer: VqaTrainer) -> str:

@@ -32,6 +32,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmvqa import ranks
+from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
@@ -43,7 +44,6 @@ from vlmvqa.models.vlm import PARTS, cast_parameters
 from vlmvqa.training import checkpoint_state, checkpoints, runtime_checks
 from vlmvqa.training.callbacks import LogFile
 from vlmvqa.training.clipping import Clipping
-from vlmvqa.training.distributed import DistSettings
 from vlmvqa.training.full_state import Whole, WholeZero
 from vlmvqa.training.interrupt import PATIENT, Watch, held_back
 from vlmvqa.training.throughput import SpeedMeter, show_speed

@@ -12,7 +12,7 @@ config.json                                      the base, with its fingerprint,
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -28,6 +28,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.extras.pretrained.model import PREFIX, PretrainedVLM
 from vlmvqa.models.model_folder import WEIGHTS as MODEL_WEIGHTS
 from vlmvqa.models.vlm import VLM, set_trainable
+from vlmvqa.settings import build_settings
 
 METHODS = ("lora", "dora")
 NAME = "default"  # peft's name of the one adapter there is
@@ -80,6 +81,11 @@ class AdapterSettings:
             raise InputError("adapt: rank must be at least 1, alpha above 0, and dropout from 0 to below 1")
         if not self.targets:
             raise InputError("adapt.targets names no module; leave it out for the language model's linear layers")
+
+
+def adapter_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> AdapterSettings:
+    """Return the `adapt` group."""
+    return build_settings(AdapterSettings, values, "adapt")
 
 
 def prepare(

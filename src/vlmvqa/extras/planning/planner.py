@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.planning import published_sizes
@@ -32,7 +33,6 @@ from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.hub import OWN_CODE
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.vlm import VLM, ModelSettings
-from vlmvqa.training.distributed import DistSettings
 
 CONTEXT = 0.8 * GIB  # CUDA's context, NCCL and cuBLAS workspaces: an allowance, not counted
 FRAGMENTATION = 0.05  # of what is allocated: memory that lies between tensors, an allowance too

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
+from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.extras.planning.quantized_memory import FourBit
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.vlm import PARTS
-from vlmvqa.training.distributed import DistSettings
 from vlmvqa.training.runtime_checks import CLASSES
 
 BLOCK = 256  # elements that share a scale in 8-bit states, in bitsandbytes and torchao

@@ -54,6 +54,8 @@ class PretrainedSettings:
         image_splitting: whether an image is read in pieces too, where the model can (null: as it was published).
         attention: transformers' implementation (null: its choice for the model): eager, sdpa, flash_attention_2.
         dtype: of the weights.
+        tokenizer: for random weights "trained", on the training questions and answers.
+        resolution: part of the names of some published weights (conf/model/paligemma_3b.yaml).
     """
 
     pretrained: str
@@ -62,6 +64,8 @@ class PretrainedSettings:
     image_splitting: bool | None = None
     attention: str | None = None
     dtype: str = "float32"
+    tokenizer: str | None = None
+    resolution: int | None = None
 
     def __post_init__(self) -> None:
         if self.weights not in ("hub", "random"):

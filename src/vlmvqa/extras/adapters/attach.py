@@ -1,0 +1,79 @@
+"""Give a training run's model its adapters, and keep the base that they need."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vlmvqa import fingerprint, ranks
+from vlmvqa.config.schema import TrainConfig
+from vlmvqa.errors import InputError
+from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.inference.predictor import Predictor
+from vlmvqa.models import model_folder
+from vlmvqa.models.checkpoint import Adapter
+from vlmvqa.models.vlm import PARTS
+
+
+def attach_adapters(config: TrainConfig, predictor: Predictor, device: torch.device) -> Base | None:
+    """Freeze the model except for the parts that `trainable` names, and attach the adapters of `adapt`.
+
+    Returns:
+        the base of the adapters, when it isn't stored anywhere yet.
+    """
+    settings = config.adapt
+    assert settings is not None
+    _refuse_trainable_parts(config, settings)
+    unsaved = None
+    if predictor.started_from is not None:
+        base, known = predictor.started_from["model"], predictor.started_from["weights"]
+    else:  # random, or built from parts: no folder holds it yet
+        base, known = f"../{model_folder.BASE}", ""
+        unsaved = Base(predictor)
+    predictor.adapter = Adapter(settings, base, known)
+    paths = peft_adapters.prepare(predictor.model, config.trainable, settings, device)
+    ranks.say(peft_adapters.describe(predictor.model, settings, paths))
+    return unsaved
+
+
+def _refuse_trainable_parts(config: TrainConfig, settings: AdapterSettings) -> None:
+    for part in PARTS:
+        choice = config.trainable[part]
+        if choice == "none":
+            continue
+        if part == "language" or choice != "all":
+            raise InputError(
+                f"trainable.{part}={choice}: adapt={settings.method} leaves the model frozen beside its adapters, but "
+                "for trainable.vision=all or trainable.projector=all; set none"
+            )
+        if any(target.startswith((f"{part}.", "*")) for target in settings.targets) or (
+            settings.bits and part == "vision"
+        ):
+            raise InputError(
+                f"trainable.{part}=all: its weights would have adapters, or be in 4 bits, and train too; set none"
+            )
+
+
+class Base:
+    """A model without adapters, held by rank 0 until the run's folder exists and it can be saved there."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        named = predictor.model.named_parameters() if ranks.is_first() else ()
+        self.predictor, self.weights = replace(predictor), {name: weight.detach().clone() for name, weight in named}
+
+    def write(self, folder: Path, resumed: bool) -> str:
+        """Save the base, unless a resumed run has saved it before, and return its fingerprint on every rank.
+
+        An existing folder belongs to a run that ended before its first checkpoint, perhaps with another seed.
+        """
+        if not resumed:
+            ranks.broadcast_from_rank0(lambda: self._replace(folder))
+        return fingerprint.weights_in(folder)
+
+    def _replace(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        self.predictor.save(folder, self.weights)

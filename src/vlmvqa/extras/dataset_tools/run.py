@@ -1,0 +1,207 @@
+"""The jobs of launch/prepare.py: download, check and pack a dataset, cache a vision encoder's features."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlmvqa import ranks
+from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.example import Example
+from vlmvqa.data.processor import Processor
+from vlmvqa.data.tasks import packing_key, read_examples
+from vlmvqa.errors import InputError, counted
+from vlmvqa.extras.dataset_tools.check import Published, check, table
+from vlmvqa.extras.dataset_tools.download import Archive, prepare
+from vlmvqa.extras.feature_cache import writer
+from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
+from vlmvqa.extras.shards import shards
+from vlmvqa.inference.build import build_processor
+from vlmvqa.models.generation import Decoding
+from vlmvqa.models.vision import VisionEncoder
+from vlmvqa.models.vlm import DTYPES, ModelSettings
+
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """The `features` group; conf/prepare.yaml documents its keys."""
+
+    dir: str
+    dtype: str = "bfloat16"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_dtype(self.dtype)
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """The `pack` group: the folder of the shards."""
+
+    dir: str
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """The `check` group: whether images are decoded, and the folder of `problems.txt`."""
+
+    dir: str
+    pictures: bool = False
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """A job and its settings; conf/prepare.yaml documents the keys."""
+
+    job: str
+    run: RunSettings
+    data: DataSettings
+    model: AnyModelSettings
+    decoding: Decoding
+    features: FeatureSettings
+    pack: PackSettings
+    check: CheckSettings
+    split: str = "train"
+    seed: int = 0
+    batch_size: int = 64
+    workers: int | None = None
+    given: frozenset[str] = frozenset()
+
+
+def run_job(config: PrepareConfig) -> None:
+    """Run the job that the first word of the command names."""
+    JOBS[config.job](config)
+
+
+def cache_features(config: PrepareConfig) -> None:
+    """Cache the encoder's output for every image of a split."""
+    _refuse_ranks("features are made")
+    folder, data = config.run.folder, config.data.single
+    bad_records = BadRecords(data.on_bad_record)
+    examples = read_examples(data, config.split, _most_samples(config), bad_records)
+    vision, processor = build_encoder(config, data, examples)
+    key = FeatureKey.of(vision, processor.images, config.features.dtype)
+    images = len(writer.unique_images(examples))
+    forecast = writer.forecast(folder, images, (vision.tokens, vision.width), config.features.dtype)
+    print(forecast, flush=True)
+    forecast.refuse()
+    try:
+        store = writer.write(
+            folder,
+            key,
+            vision,
+            examples,
+            processor.image,
+            bad_records,
+            batch_size=config.batch_size,
+            workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))) if config.workers is None else config.workers,
+            overwrite=config.features.overwrite,
+            progress=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the GPU's memory is full at batch_size={config.batch_size}; make it smaller") from error
+    print(f"{counted(len(store), 'image')}; train on them with data.feature_cache={folder} trainable.vision=none")
+    listing = folder / "skipped.jsonl"
+    listing.unlink(missing_ok=True)  # the records that an earlier command skipped are counted again
+    bad_records.list_in(listing)
+    if bad_records.seen:
+        print(f"{counted(len(bad_records.seen), 'bad record')} left out, listed in {listing}")
+
+
+def build_encoder(
+    config: PrepareConfig, data: DataSettings, examples: Sequence[Example]
+) -> tuple[VisionEncoder, Processor]:
+    """Return the encoder with the weights that launch/train.py will give it, and the processor of its input."""
+    if not isinstance(config.model, ModelSettings):
+        raise InputError(f"features are cached for models with an encoder of their own, not {config.model.pretrained}")
+    if config.model.dtype not in DTYPES:
+        raise InputError(f"model.dtype={config.model.dtype} is unknown; use one of {', '.join(DTYPES)}")
+    torch.manual_seed(config.seed)
+    vision = VisionEncoder(config.model.vision)  # the first weights that a run initialises
+    for parameter in vision.parameters():
+        parameter.data = parameter.data.to(DTYPES[config.model.dtype])
+    with torch.device("meta"):  # the language model is not needed: none of its weights are loaded
+        processor = build_processor(config.model, data, examples)
+    return vision.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def check_data(config: PrepareConfig) -> None:
+    """Count every split's questions and images, and list the records that cannot be used."""
+    data = config.data.single
+    _refuse_ranks("a data set is looked through")
+    splits = {name: Published(**counts) for name, counts in data.expected_counts.items()}
+    if not splits or data.synthetic or data.hub is not None:  # generated, or with splits of other names
+        splits = {data.train_split: Published(), data.eval_split: Published()}
+
+    def read(split: str, bad_records: BadRecords) -> list[Example]:
+        return read_examples(data, split, None, bad_records)
+
+    found = list(check(read, splits, config.check.pictures))
+    print(table(found))
+    problems = [f"{one.split}: {problem}" for one in found for problem in one.problems]
+    if problems:
+        folder = Path(config.check.dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "problems.txt").write_text("\n".join(problems) + "\n", encoding="utf-8")
+        print(f"{counted(len(problems), 'problem')}, the first: {problems[0]}\nall of them: {folder / 'problems.txt'}")
+    if not all(one.whole for one in found):
+        sys.exit(1)
+
+
+def pack(config: PrepareConfig) -> None:
+    """Write a split as parquet shards."""
+    _refuse_ranks("a split is packed")
+    data = config.data.single
+    if data.shards is not None:
+        raise InputError("data.shards is packed already; give data.root or data.hub")
+    folder, bad_records, most = (
+        Path(config.pack.dir).expanduser(),
+        BadRecords(data.on_bad_record),
+        _most_samples(config),
+    )
+    examples = read_examples(data, config.split, most, bad_records)
+    written = shards.write(folder, packing_key(data, config.split, most), examples, bad_records, progress=True)
+    print(f"{counted(written, 'image')} with all questions; train on them with data.shards={folder}")
+    if bad_records.seen:
+        print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")
+
+
+def download(config: PrepareConfig) -> None:
+    """Download and unpack the benchmark's official archives."""
+    _refuse_ranks("archives are fetched")
+    data = config.data.single
+    if not data.archives:
+        raise InputError(
+            f"data={data.source} has no archives that anyone may fetch; conf/data/{data.source}.yaml says why"
+        )
+    root = Path(data.root or ".").expanduser()
+    for one in data.archives:
+        fetched = prepare(Archive(**one), root)
+        print(f"{one['url']}: {'unpacked' if fetched else 'was there'}", flush=True)
+    print(f"all in {root}; look at it with: python launch/prepare.py check data={data.source} data.root={root}")
+
+
+def _most_samples(config: PrepareConfig) -> int | None:
+    data = config.data
+    return data.max_eval_samples if config.split == data.eval_split else data.max_train_samples
+
+
+def _refuse_ranks(what: str) -> None:
+    if ranks.world_size() > 1:
+        raise InputError(f"{what} by one process; start it with python, without a launcher")
+
+
+JOBS: dict[str, Callable[[PrepareConfig], None]] = {
+    "download": download,
+    "check": check_data,
+    "pack": pack,
+    "features": cache_features,
+}

@@ -1,0 +1,31 @@
+"""The cached features of a training run, checked against its encoder and images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmvqa.config.schema import DataSettings
+from vlmvqa.data.example import Example
+from vlmvqa.errors import InputError
+from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore, stored_dtype
+from vlmvqa.inference.predictor import Predictor
+
+
+def open_features(data: DataSettings, predictor: Predictor, examples: Sequence[Example]) -> FeatureStore:
+    """Open the features that `data.feature_cache` names.
+
+    Raises:
+        InputError: they are not those of this encoder and these images.
+    """
+    folder = Path(str(data.feature_cache)).expanduser()
+    vision: Any = predictor.model.vision
+    key = FeatureKey.of(vision, predictor.processor.images, stored_dtype(folder))
+    store = FeatureStore.open(folder, key)
+    store.refuse_missing(example.image_id for example in examples)
+    store.refuse_other_pictures(examples)
+    if data.on_bad_record == "error" and store.left_out:
+        image, why = next(iter(store.left_out.items()))
+        raise InputError(f"image {image} has no features in {folder}: {why.rstrip('.')}; set data.on_bad_record=skip")
+    return store

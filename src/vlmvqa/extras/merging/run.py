@@ -1,0 +1,245 @@
+"""Merge models from a config, record the merge, and compare the models on their tasks."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vlmvqa import __version__
+from vlmvqa.config.compose import refuse_overrides
+from vlmvqa.config.schema import DataSettings, RunSettings
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.example import Example, all_answered, count_questions
+from vlmvqa.data.submissions import replace_file
+from vlmvqa.data.tasks import data_settings, metric_options, read_examples
+from vlmvqa.errors import InputError
+from vlmvqa.extras.merging.logit_diff import answers_logits, drift, one_question_each
+from vlmvqa.extras.merging.merge import Merge, MergeSettings
+from vlmvqa.extras.merging.validation import adapter_settings, ours
+from vlmvqa.inference.predictor import load
+from vlmvqa.metrics.registry import metric, refuse_unscorable, score
+from vlmvqa.models import model_folder
+from vlmvqa.settings import build_settings
+
+COMPARED = 16  # questions that an adapter over its base and the merged model are compared on
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Which models are merged, how, and what they are compared on; conf/merge.yaml documents its keys."""
+
+    run: RunSettings
+    output: str
+    method: str = "ties"
+    density: float = 0.3
+    scale: float = 1.0
+    weights: Sequence[float] = ()
+    layers: Mapping[str, Sequence[float]] | str = field(default_factory=dict)
+    trim: str = "tensor"
+    seed: int = 0
+    base: str | None = None
+    models: Sequence[str] = ()
+    adapter: str | None = None
+    into: str = "full"
+    data: DataSettings | None = None
+    samples: int | None = None
+    batch_size: int = 64
+    given: frozenset[str] = frozenset()
+
+    @property
+    def settings(self) -> MergeSettings:
+        """The merge itself, without what it is compared on.
+
+        A pattern in `layers` is seldom in Hydra's grammar, which then passes all of them as one text.
+        """
+        values = {key.name: getattr(self, key.name) for key in fields(MergeSettings)}
+        if isinstance(self.layers, str):
+            values["layers"] = yaml.safe_load(self.layers)
+        return build_settings(MergeSettings, values, "merge")
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """A task that the models are compared on."""
+
+    name: str
+    data: DataSettings
+    examples: list[Example]
+    metric_options: dict[str, Any]
+
+
+def merge_models(config: MergeConfig) -> None:
+    """Merge the models, write the result with `merge.json`, and compare them."""
+    merge = _merge(config)
+    folder = Path(config.output).expanduser()
+    if folder.resolve() in {model.folder.resolve() for model in (*merge.models, merge.base)}:
+        raise InputError(f"output={folder} is one of the models that are merged; choose another")
+    if folder.exists() and any(folder.iterdir()) and not config.run.overwrite:
+        raise InputError(f"output={folder} is there already; choose another, or set run.overwrite=true")
+    asked, why = _tasks(config, merge)
+    for one in merge.over_four_bits:
+        print(f"{one} was trained over 4-bit weights: {INTO[merge.into]}")
+    merge.run(folder)
+    record = {
+        "base": str(merge.base.folder) if merge.knows_base else None,
+        "models": [str(model.folder) for model in merge.models],
+        **merge.settings.record(),
+        "into": merge.into,
+        "over_four_bits": [str(one) for one in merge.over_four_bits],
+        "parts": {name: counts.record() for name, counts in merge.counts.items()},
+        "vlmvqa": __version__,
+    }
+    _write(folder, record)
+    if record["parts"]:
+        print(table(record["parts"], [config.adapter] if config.adapter else list(config.models)))
+    if config.adapter and asked:
+        record["drift"] = _drift(Path(merge.models[0].folder), folder, asked, config.samples or COMPARED)
+    elif asked:
+        record["scores"] = _scores(config, merge, folder, asked)
+    elif why:
+        print(f"nothing was compared: {why}")
+    _write(folder, record)
+    print(f"model: {folder}")
+
+
+INTO = {
+    "full": "the merged model uses the full ones; the logits drift",
+    "dequantized": "the merged model uses these, unpacked; the logits are equal to rounding",
+}
+
+
+def _merge(config: MergeConfig) -> Merge:
+    """Return the merge of the config's models, checked to fit together."""
+    base = None if config.base is None else model_folder.find(config.base)
+    if config.adapter is None:
+        return Merge(base, [model_folder.find(folder) for folder in config.models], config.settings, config.into)
+    keys = [one.name for one in fields(MergeSettings)]
+    refuse_overrides(config.given, "of several models, and adapter= is one; give models=[...] for it", "models", *keys)
+    adapter = model_folder.find(config.adapter)
+    if adapter_settings(adapter) is None:
+        raise InputError(
+            f"adapter={config.adapter} is a whole model, not an adapter; name the run of an adapter, or give "
+            "models=[...] to merge whole models"
+        )
+    return Merge(base, [adapter], MergeSettings("task_arithmetic"), config.into)
+
+
+def table(counted: dict[str, Any], models: list[str]) -> str:
+    """Return a table of each part and model: how far tuning moved it, and which share of that was kept."""
+    lines = [f"{'part':<12}{'model':<32}{'moved by, of the norm':>24}{'kept':>9}{'sign conflicts':>16}"]
+    for part, one in counted.items():
+        for number, model in enumerate(models):
+            moved = one["norms_of_deltas"][number] / one["norm_of_base"] if one["norm_of_base"] else float("inf")
+            conflicts = f"{one['sign_conflicts']:.1%}" if number == 0 else ""
+            name = part if number == 0 else ""
+            kept = "-" if one["kept"][number] is None else f"{one['kept'][number]:.1%}"
+            lines.append(f"{name:<12}{model[-31:]:<32}{moved:>24.3%}{kept:>9}{conflicts:>16}")
+    return "\n".join(lines)
+
+
+# ---- what they are compared on
+
+
+def _tasks(config: MergeConfig, merge: Merge) -> tuple[list[MergeTask], str | None]:
+    """Read the tasks before anything is merged; without any, return the reason, if there is one to print."""
+    if config.samples == 0 or not (config.data or config.samples or config.adapter):
+        return [], None
+    if config.data is not None:
+        named = {name or task.source: task for name, task in config.data.tasks.items()}
+    else:
+        named, why = _own([model.folder for model in merge.models])
+        if why:
+            return [], f"{why}; give data="
+    prompts = ours(merge.config).get("prompts", {})
+    asked = []
+    for name, task in named.items():
+        task = replace(task, prompt=prompts.get(task.source, task.prompt))
+        most = config.samples or (COMPARED if config.adapter else None)
+        limits = [limit for limit in (most, task.max_eval_samples) if limit is not None]
+        examples = read_examples(task, task.eval_split, min(limits, default=None), BadRecords("skip"))
+        if not config.adapter:
+            if not all_answered(examples):
+                raise InputError(f"{name}: {task.eval_split} has no answers to score with; choose another eval_split")
+            refuse_unscorable(task.metric, examples)
+        asked.append(MergeTask(name, task, examples, metric_options(task, task.eval_split)))
+    return asked, None
+
+
+def _own(models: Sequence[Path]) -> tuple[dict[str, DataSettings], str | None]:
+    """Return the tasks that the models' own runs evaluated on; or the reason why they are unknown."""
+    found: dict[str, DataSettings] = {}
+    for folder in models:
+        path = folder.parent / "config.yaml"
+        if folder.name != "model" or not path.is_file():
+            return {}, f"{folder} is not in the folder of its run, whose config.yaml says what it was evaluated on"
+        for name, task in data_settings(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]).tasks.items():
+            name = name or task.source
+            if found.setdefault(name, task) != task:
+                found[f"{name} ({folder.parent.name})"] = task
+    return found, None
+
+
+def _drift(adapter: Path, merged: Path, asked: Sequence[MergeTask], most: int) -> dict[str, Any]:
+    """Compare the logits of the adapter on its base with those of the merged model."""
+    examples = [one for task in asked for one in one_question_each(task.examples, most)]
+    logits, kinds = [], []
+    for folder in (adapter, merged):
+        predictor = load(folder)
+        bits = predictor.adapter and predictor.adapter.settings.bits
+        kinds.append(predictor.settings.dtype + (f", {bits} bits" if bits else ""))
+        logits.append(answers_logits(predictor, examples))
+        del predictor
+        gc.collect()
+    found = drift(*logits)
+    print(f"largest logit difference, adapter over its base ({kinds[0]}) to merged ({kinds[1]}): {found}")
+    return {**asdict(found), "adapter": kinds[0], "merged": kinds[1]}
+
+
+def _scores(config: MergeConfig, merge: Merge, merged: Path, asked: Sequence[MergeTask]) -> dict[str, Any]:
+    """Score the base, each model and the merged one on every task."""
+    named = {config.base or str(merge.base.folder): merge.base.folder} if merge.knows_base else {}
+    named |= {str(name): model.folder for name, model in zip(config.models, merge.models, strict=True)}
+    named[str(merged)] = merged
+    found: dict[str, Any] = {
+        task.name: {
+            "metric": task.data.metric,
+            "split": task.data.eval_split,
+            "questions": count_questions(task.examples),
+            "prompt": task.data.prompt,
+            "scores": {},
+        }
+        for task in asked
+    }
+    for name, folder in named.items():
+        predictor = load(folder)
+        for task in asked:
+            answers = predictor.answer_examples(task.examples, batch_size=config.batch_size, progress=True)
+            texts = {question: answer.text for question, answer in answers.items()}
+            result = score(task.examples, texts, task.data.metric, **task.metric_options)
+            found[task.name]["scores"][name] = result.overall
+        del predictor
+        gc.collect()
+    print(scores_table(found))
+    return found
+
+
+def scores_table(found: dict[str, Any]) -> str:
+    """Return a table with a row for each model and a column for each task."""
+    titles = [f"{name}: {metric(one['metric']).title}, n={one['questions']}" for name, one in found.items()]
+    lines = [f"{'model':<36}" + "".join(f"{title:>{len(title) + 3}}" for title in titles)]
+    for model in next(iter(found.values()))["scores"]:
+        cells = [one["scores"][model] for one in found.values()]
+        shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+        row = (f"{cell:>{len(title) + 3}}" for cell, title in zip(shown, titles, strict=True))
+        lines.append(f"{model[-35:]:<36}" + "".join(row))
+    return "\n".join(lines)
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    replace_file(folder / "merge.json", json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,115 @@
+"""Plan a training run from its config: memory and speed under every strategy, printed and written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from vlmvqa.config.schema import DataSettings, TrainConfig
+from vlmvqa.errors import InputError
+from vlmvqa.extras.planning import report, verify
+from vlmvqa.extras.planning.gpus import gpu
+from vlmvqa.extras.planning.memory import Settings
+from vlmvqa.extras.planning.planner import Planner, Rows, Training, known_architecture
+from vlmvqa.extras.planning.published_sizes import known_config
+from vlmvqa.inference.build import most_questions
+from vlmvqa.models.vlm import ModelSettings
+
+# Questions per image: the datasets' published counts.
+QUESTIONS = {"vqav2": 5.36, "gqa": 13.1, "coco_captions": 5.0, "docvqa": 3.9}
+TEXT_TOKENS = {"vqav2": 13}  # mean tokens of a question with its answer
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The `plan` group; conf/plan.yaml documents its keys."""
+
+    gpu: str = "a10g"
+    gpus: int = 4
+    questions_per_image: float | None = None
+    text_tokens: int | None = None
+    answer_tokens: int = 4
+    utilisation: float = 0.35
+
+
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """A training run to plan, and the GPUs to plan it for."""
+
+    plan: PlanSettings = field(default_factory=PlanSettings)
+    verify: bool = False
+
+
+def plan(config: PlanConfig) -> None:
+    """Print the plan and write `plan.json` and `plan.md`; with `verify`, run three steps and compare."""
+    planner = build_planner(config)
+    checkpointing = bool(config.trainer.get("activation_checkpointing"))
+    if config.verify:
+        print(verify.verify(planner, checkpointing))
+        return
+    chosen = planner.add(config.dist) if config.dist else "ddp"
+    plans = planner.compare(checkpointing)
+    print(report.headline(planner, checkpointing))
+    if config.dist is None:
+        print("dist is not set: ddp is taken as chosen")
+    print(f"\n{report.table(plans, chosen)}\n\n{report.recommend(planner, plans, chosen)}")
+    print(f"\n{report.LEGEND}")
+    folder = config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(json.dumps(report.record(planner, plans, chosen), indent=1) + "\n")
+    (folder / "plan.md").write_text(report.markdown(planner, plans, chosen, checkpointing))
+    print(f"\nplan: {folder / 'plan.md'}, {folder / 'plan.json'}")
+
+
+def build_planner(config: PlanConfig) -> Planner:
+    """Return the planner of a training run."""
+    settings, trainer, data = _known_model(config.model), config.trainer, config.data.single
+    questions, tokens = _questions(config.plan, data, settings), _text_tokens(config.plan, data)
+    rows = Rows(trainer["per_device_train_batch_size"], questions, tokens, config.plan.answer_tokens, data.row_tokens)
+    precision = "bf16" if trainer.get("bf16") else "fp16" if trainer.get("fp16") else "fp32"
+    training = Training(precision, trainer["optim"], trainer["gradient_accumulation_steps"])
+    return Planner(
+        settings,
+        config.trainable,
+        rows,
+        training,
+        gpu(config.plan.gpu),
+        config.plan.gpus,
+        config.plan.utilisation,
+        adapt=config.adapt,
+    )
+
+
+def _known_model(settings: Settings) -> Settings:
+    """Return the model's settings; raise if its sizes are known only to the hub.
+
+    Raises:
+        InputError: the architecture is unknown here.
+    """
+    if isinstance(settings, ModelSettings):
+        return known_architecture(settings)
+    known_config(settings)
+    return settings
+
+
+def _questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> float:
+    """Return the mean number of questions that share an image's row."""
+    if not isinstance(settings, ModelSettings):
+        return 1.0
+    count = plan.questions_per_image or data.options.get("questions_per_image") or QUESTIONS.get(data.source)
+    if count is None:
+        raise InputError(
+            f"how many questions {data.source} asks of an image is not known; give plan.questions_per_image"
+        )
+    most = most_questions(data, settings.mode)
+    return float(count if most is None else min(count, most))  # an image with more questions is repeated
+
+
+def _text_tokens(plan: PlanSettings, data: DataSettings) -> int:
+    """Return the tokens of a question with its answer."""
+    # A packed row has the same length whatever its questions: the mean length gives how many of them it holds.
+    usual = TEXT_TOKENS.get(data.source) if data.row_tokens else None
+    tokens = plan.text_tokens or usual or data.max_text_tokens
+    if tokens is None:
+        raise InputError("data.max_text_tokens is null, so a question's length is not known; give plan.text_tokens")
+    return tokens

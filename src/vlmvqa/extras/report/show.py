@@ -1,0 +1,62 @@
+"""One sample as the model reads it: its tokens, and a drawing of the row and its attention mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.example import Example
+from vlmvqa.data.packing import split
+from vlmvqa.data.processor import Processor
+from vlmvqa.data.tasks import read_examples
+from vlmvqa.errors import InputError
+from vlmvqa.extras.report.row_drawing import describe, draw
+from vlmvqa.inference.build import build_processor, most_questions
+from vlmvqa.models.generation import Decoding
+from vlmvqa.models.vlm import ModelSettings
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """Which sample is shown; conf/show.yaml documents its keys."""
+
+    run: RunSettings
+    data: DataSettings
+    model: AnyModelSettings
+    decoding: Decoding
+    split: str = "train"
+    sample: int = 0
+    given: frozenset[str] = frozenset()
+
+
+def show(config: ShowConfig) -> None:
+    """Print the tokens of a sample, and write `row.png` to the run's folder.
+
+    Raises:
+        InputError: the split has no such sample.
+    """
+    folder, data = config.run.folder, config.data.single
+    bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
+    examples = read_examples(data, config.split, None, bad_records)
+    processor, most = _processor(config, data, examples)
+    parts = [one.part(*ends) for one in examples for ends in split([0] * len(one.questions), None, most)]
+    if not 0 <= config.sample < len(parts):
+        raise InputError(f"sample={config.sample}: {config.split} has samples 0 to {len(parts) - 1}")
+    example = parts[config.sample]
+    batch = processor.collate([[processor.encode(example, [question.target for question in example.questions])]])
+    folder.mkdir(parents=True, exist_ok=True)
+    print(example.name)
+    print(describe(batch, processor))
+    draw(batch, processor, folder / "row.png", title=example.name)
+    print(f"picture: {folder / 'row.png'}")
+
+
+def _processor(config: ShowConfig, data: DataSettings, examples: list[Example]) -> tuple[Processor, int | None]:
+    """Return the processor, and how many questions may share a row; no weights are loaded."""
+    with torch.device("meta"):
+        processor = build_processor(config.model, data, examples)
+    own = isinstance(config.model, ModelSettings)
+    return processor, most_questions(data, processor.mode) if own else 1

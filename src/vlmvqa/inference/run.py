@@ -1,0 +1,148 @@
+"""An evaluation run: score a saved model on a split, score a file of answers, or compare two results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vlmvqa import ranks
+from vlmvqa.config.compose import override_decoding, refuse_overrides, to_yaml
+from vlmvqa.config.schema import DataSettings, DistSettings, EvalConfig
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.example import Example, all_answered
+from vlmvqa.data.tasks import metric_options, read_examples, submission_name, training_answers
+from vlmvqa.errors import InputError
+from vlmvqa.inference.evaluate import EvalSpec, evaluate
+from vlmvqa.inference.predictor import load
+from vlmvqa.inference.scoring import Output, ScoredTask, score_and_report, write_results
+from vlmvqa.metrics.registry import refuse_unscorable
+from vlmvqa.training import distributed
+
+# Settings of the data that belong to the model: it must read images and prompts as in training.
+TRAINED_WITH = ("data.prompt", "data.resize", "data.reduced_decoding", "data.max_text_tokens")
+
+
+def evaluate_run(config: EvalConfig) -> None:
+    """Run launch/eval.py's command."""
+    if config.compare is not None:
+        _compare(config)
+        return
+    distributed.start(DistSettings(), cpu=False)
+    ranks.broadcast_from_rank0(lambda: _refuse_results(config))
+    if config.predictions is not None:
+        _score_predictions(config, config.predictions)
+    else:
+        _score_checkpoint(config)
+
+
+def _score_checkpoint(config: EvalConfig) -> None:
+    """Load a model, answer the split, score."""
+    refuse_overrides(config.given, "the checkpoint's own, as it was trained", *TRAINED_WITH)
+    data = _data(config)
+    predictor = load(str(config.checkpoint), f"cuda:{ranks.local_rank()}" if torch.cuda.is_available() else "cpu")
+    predictor.decoding = override_decoding(predictor.decoding, config.decoding, config.given)
+    prompt = predictor.prompt_for(data.source, data.prompt)
+    if predictor.prompts and data.source not in predictor.prompts:  # a model that was saved before has none
+        ranks.say(f"the model was not trained on {data.source}; it is asked with the prompt {prompt!r}")
+    predictor.prompt = prompt
+    images = predictor.processor.images
+    data = replace(
+        data,
+        prompt=prompt,
+        resize=images.resize,
+        reduced_decoding=images.reduced,
+        max_text_tokens=predictor.processor.max_text_tokens,
+    )
+    config = replace(config, decoding=predictor.decoding, data=data)  # recorded as it runs
+    examples, bad_records = _read(config, data)
+    score_and_report(
+        predictor,
+        str(config.checkpoint),
+        _task(config, data, examples),
+        _output(config),
+        bad_records,
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
+
+
+def _score_predictions(config: EvalConfig, path: str) -> None:
+    """Score answers that another program wrote; no model is loaded."""
+    from vlmvqa.inference.answer_file import read_answers
+
+    data = _data(config)
+    examples, bad_records = _read(config, data)
+    task, none = _task(config, data, examples), "no model was loaded, only its answers"
+    answers = read_answers(Path(path).expanduser(), task.spec.questions, submission_name(data.source))
+    found, predictions = evaluate(task.spec, answers, none)
+    facts = {"predictions": path, "split": task.split}
+    write_results(task, _output(config), facts, found, predictions, bad_records, none)
+
+
+def _compare(config: EvalConfig) -> None:
+    """Compare two results on the same questions."""
+    from vlmvqa.extras.report import compare
+
+    if ranks.world_size() > 1:
+        raise InputError("two results are compared by one process; start it with python, without a launcher")
+    assert config.compare is not None
+    first, second = (Path(folder).expanduser() for folder in config.compare)
+    found = compare.compare_runs(first, second, seed=config.seed)
+    folder = config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(compare.table(found))
+    print(f"all of them: {folder / 'compare.json'}")
+
+
+def _data(config: EvalConfig) -> DataSettings:
+    assert config.data is not None  # refused before PyTorch was imported
+    return config.data.single
+
+
+def _task(config: EvalConfig, data: DataSettings, examples: list[Example]) -> ScoredTask:
+    answered, split = all_answered(examples), str(config.split)
+    if answered:
+        refuse_unscorable(data.metric, examples)
+        for name, more in data.extra.items():
+            refuse_unscorable(name, examples, **more)
+    train = training_answers(data) if answered else "the split has no answers"
+    spec = EvalSpec(
+        examples,
+        train,
+        data.metric,
+        config.seed,
+        config.blank_images,
+        config.variants,
+        metric_options(data, split),
+        data.extra,
+    )
+    return ScoredTask(spec, data, split)
+
+
+def _output(config: EvalConfig) -> Output:
+    name = str(config.run.name)
+    return Output(config.run.folder, name, to_yaml(config), config.report, config.attributions)
+
+
+def _read(config: EvalConfig, data: DataSettings) -> tuple[list[Example], BadRecords]:
+    """Read the split; skipped records are listed in the run's folder."""
+    folder, bad_records = config.run.folder, BadRecords(data.on_bad_record)
+    with ranks.local_main_first():  # synthetic data is generated at first use
+        examples = read_examples(data, str(config.split), data.max_eval_samples, bad_records)
+    if ranks.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (folder / "skipped.jsonl").unlink(missing_ok=True)  # of the results that are overwritten
+        bad_records.list_in(folder / "skipped.jsonl")
+    bad_records.listing = folder / "skipped.jsonl"
+    return examples, bad_records
+
+
+def _refuse_results(config: EvalConfig) -> None:
+    folder = config.run.folder
+    if (folder / "metrics.json").exists() and not config.run.overwrite:
+        raise InputError(f"{folder} already holds results; choose another run.name or set run.overwrite=true")

@@ -1,0 +1,366 @@
+"""A training run, top to bottom: check, read the data, build the model, train, save, score, publish."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from vlmvqa import ranks
+from vlmvqa.code_state import code_state
+from vlmvqa.config import compatibility
+from vlmvqa.config.compose import to_dict, to_yaml
+from vlmvqa.config.schema import DistSettings, TrainConfig
+from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.data.tasks import Task, read_tasks
+from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.errors import InputError
+from vlmvqa.inference.build import build_predictor, continue_from, with_saved_model
+from vlmvqa.inference.evaluate import EvalSpec
+from vlmvqa.inference.predictor import Predictor, load
+from vlmvqa.inference.scoring import Output, ScoredTask, score_and_report
+from vlmvqa.metrics.registry import score
+from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.model_folder import BASE, CONFIG
+from vlmvqa.models.vlm import set_trainable
+from vlmvqa.training import distributed, samples
+from vlmvqa.training.arguments import training_arguments
+from vlmvqa.training.banner import banner
+from vlmvqa.training.callbacks import Run, Tracking, chosen
+from vlmvqa.training.checkpoint_state import WEIGHTS, whole_weights, write_weights
+from vlmvqa.training.checkpoints import step_of, whole_checkpoints
+from vlmvqa.training.log import cut
+from vlmvqa.training.run_folder import going_on, open_run, record_start, refuse_other_base, refuse_run
+from vlmvqa.training.throughput import rounded
+from vlmvqa.training.trainer import VqaTrainer
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the steps of a run share.
+
+    Attributes:
+        config: the configuration, with the settings of a saved model where training continues from one.
+        dist: the strategy.
+        arguments: transformers' TrainingArguments.
+        tasks: the training and evaluation data.
+        bad_records: policy and list of unusable records.
+        tracking: the loggers.
+    """
+
+    config: TrainConfig
+    dist: DistSettings
+    arguments: TrainingArguments
+    tasks: list[Task]
+    bad_records: BadRecords
+    tracking: Tracking
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.config.run.folder
+
+
+def train(config: TrainConfig) -> bool:
+    """Train, save and score; return whether a signal stopped the training before its end."""
+    session = prepare(config)
+    stopped_by = fit(session)
+    if stopped_by:
+        session.tracking.finish()
+        by = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by
+        ranks.say(f"stopped by {by}, saved in {session.folder / 'latest'}; resume with resume=auto")
+        if stopped_by == "SIGINT" and not ranks.is_distributed():  # a launcher would report a failed rank
+            sys.exit(128 + signal.SIGINT)  # as a shell expects: `train && eval` stops here
+        return True
+    metrics = score_tasks(session)
+    if ranks.is_first():
+        publish(session, metrics)
+    return False
+
+
+def prepare(config: TrainConfig) -> Session:
+    """Check the config and the run's folder, join the process group, and read the data."""
+    config = with_saved_model(config)
+    dist = config.dist or DistSettings()
+    compatibility.check(config, dist)
+    distributed.start(dist, bool(config.trainer.get("use_cpu")))
+    ranks.broadcast_from_rank0(lambda: refuse_run(config.run.folder, config))
+    if config.hub_id:
+        ranks.broadcast_from_rank0(lambda: _refuse_upload(str(config.hub_id)))
+    set_seed(config.seed)
+    bad_records = BadRecords(config.data.on_bad_record)
+    with ranks.local_main_first():  # synthetic data is generated at first use
+        tasks = read_tasks(config.data, bad_records)
+    arguments = training_arguments(config, dist)
+    if not any(task.answered for task in tasks):
+        arguments.metric_for_best_model = None
+    tracking = Tracking(chosen(config.trainer["report_to"])[0])
+    return Session(config, dist, arguments, tasks, bad_records, tracking)
+
+
+# ---- training
+
+
+def fit(session: Session) -> str | None:
+    """Train and write `model/`; return the signal that stopped the training before its end, if one did."""
+    config, arguments, folder = session.config, session.arguments, session.folder
+    predictor, unsaved_base = build(session)
+    # Before the weights are sharded: cached features are checked against the encoder's.
+    dataset = training_set(config, predictor, session.tasks, session.bad_records)
+    if session.dist.strategy == "fsdp":
+        compute_dtype = torch.bfloat16 if arguments.bf16 else None
+        distributed.shard(predictor.model, arguments.device, compute_dtype, session.dist.offload)
+    shown = [samples.Shown.of(task.evaluated, config.log_samples, config.seed, task.name) for task in session.tasks]
+
+    def evaluate(model: Model) -> dict[str, float]:
+        numbers, seen = score_now(session, replace(predictor, model=model), shown)
+        if ranks.is_first() and seen:
+            samples.write(folder, seen, trainer.state.global_step)
+            session.tracking.samples(seen, trainer.state.global_step)
+        return numbers
+
+    trainer = VqaTrainer(
+        predictor.model,
+        arguments,
+        dataset,
+        predictor.processor,
+        learning_rates=config.learning_rates,
+        score=evaluate,
+        dist=session.dist,
+        settings=predictor.settings,
+        clip_percentile=config.clip_percentile,
+        adapt=predictor.adapter.settings if predictor.adapter else None,
+        describe=predictor.describe,
+    )
+    table = banner(predictor.model, trainer.parameter_groups())
+    # Only now, with the whole command checked, is anything written or replaced.
+    checkpoint, messages = ranks.broadcast_from_rank0(
+        lambda: open_run(folder, config, trainer.global_batch, ranks.world_size())
+    )
+    trainer.add_callback(session.tracking)
+    ranks.broadcast_from_rank0(lambda: _open_logs(session, checkpoint))
+    if predictor.adapter is not None:
+        if unsaved_base is not None:
+            fingerprint = unsaved_base.write(folder / BASE, resumed=checkpoint is not None)
+            predictor.adapter = replace(predictor.adapter, fingerprint=fingerprint)
+        trainer.base = predictor.adapter.fingerprint
+        refuse_other_base(checkpoint, predictor.adapter)
+    if ranks.is_first():
+        session.bad_records.list_in(folder / "skipped.jsonl")
+    session.bad_records.listing = folder / "skipped.jsonl"
+    repeated = repeat_small_data(trainer, config.given, session.tasks)
+    ranks.say("\n".join([*messages, *([repeated] if repeated else []), table]))
+    ranks.say("\n".join(map(str, session.tasks)) + f"; results in {folder}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.watch.stopped_by:
+        return trainer.watch.stopped_by
+    save_model(folder / "model", predictor, trainer)
+    return None
+
+
+def build(session: Session) -> tuple[Predictor, Any]:
+    """Build the model of the config, and make its parts trainable, or frozen under adapters.
+
+    Returns:
+        the model with its processor; and the base of its adapters, when it isn't stored anywhere yet.
+    """
+    config, saved_base = session.config, session.folder / BASE
+    examples = [example for task in session.tasks for example in task.train]
+    resumed = going_on(session.folder, config) and whole_checkpoints(session.folder)
+    if resumed and (saved_base / CONFIG).is_file():  # adapters whose base this run has saved at its start
+        predictor = replace(load(saved_base, "cpu"), settings=config.model)
+    elif config.init_from is not None:
+        predictor = continue_from(config)
+    else:
+        predictor = build_predictor(config.model, config.data, config.decoding, examples)
+    if predictor.adapter is not None:
+        raise InputError(
+            f"init_from={config.init_from} is an adapter; merge it into its base first, with launch/merge.py "
+            f"adapter={config.init_from} output=..."
+        )
+    if config.adapt is not None:
+        from vlmvqa.extras.adapters.attach import attach_adapters
+
+        return predictor, attach_adapters(config, predictor, session.arguments.device)
+    for part, choice in config.trainable.items():
+        set_trainable(predictor.model.part(part), choice, part)
+    return predictor, None
+
+
+def training_set(
+    config: TrainConfig, predictor: Predictor, tasks: Sequence[Task], bad_records: BadRecords
+) -> TrainingSet:
+    """Return the rows that the run trains on."""
+    data, examples = config.data, [example for task in tasks for example in task.train]
+    features = None
+    if data.feature_cache is not None:
+        from vlmvqa.extras.feature_cache.training import open_features
+
+        features = open_features(data, predictor, examples)
+    with ranks.local_main_first():  # texts are tokenized at first use
+        return TrainingSet(
+            examples,
+            predictor.processor,
+            data.target,
+            config.seed,
+            bad_records,
+            row_tokens=data.row_tokens,
+            questions_per_row=data.questions_per_row if predictor.model.shares_images else 1,
+            weighting=config.loss_weighting,
+            features=features,
+            repeats=[task.weight for task in tasks for _ in task.train],
+        )
+
+
+def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequence[Task]) -> str | None:
+    """Raise the epochs of a small dataset until they make `data.min_steps`; return the line that reports it.
+
+    A `trainer.num_train_epochs` or `trainer.max_steps` of the command line is kept.
+    """
+    arguments, least = trainer.args, max(task.data.min_steps for task in tasks)
+    epochs = math.ceil(least / (len(trainer.training_set) // trainer.global_batch))
+    fixed = arguments.max_steps > 0 or "trainer.num_train_epochs" in given
+    if fixed or epochs <= arguments.num_train_epochs:
+        return None
+    configured, arguments.num_train_epochs = arguments.num_train_epochs, float(epochs)
+    return f"{epochs} epochs instead of {configured:g}, since a small data set makes few steps (data.min_steps={least})"
+
+
+def _open_logs(session: Session, checkpoint: Path | None) -> None:
+    """Open the loggers, record this start, and drop the samples of steps that are repeated."""
+    config, folder = session.config, session.folder
+    step = step_of(checkpoint) if checkpoint else 0
+    run = Run(folder, str(config.run.name), to_dict(config), to_yaml(config), str(code_state()), step)
+    session.tracking.start(run)
+    record_start(folder, step)
+    if (folder / samples.FILE).exists():
+        cut(folder / samples.FILE, step)
+
+
+def save_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> None:
+    """Write the same folder under every strategy, enough for `vlmvqa.load` on one CPU."""
+    if ranks.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    if predictor.adapter is None:
+        write_weights(trainer, folder / WEIGHTS)
+    else:
+        from vlmvqa.extras.adapters import peft_adapters
+
+        weights = whole_weights(trainer)
+        if ranks.is_first():
+            peft_adapters.save(folder, predictor.model, predictor.adapter.base, weights)
+    if ranks.is_first():
+        predictor.describe(folder)
+
+
+# ---- evaluation
+
+
+def score_now(
+    session: Session, predictor: Predictor, shown: Sequence[samples.Shown]
+) -> tuple[dict[str, float], list[samples.Sample]]:
+    """Score each task during training.
+
+    Args:
+        shown: for each task, the questions whose answers are logged.
+
+    Returns:
+        each task's score, the mean of several, and the speed; and the answers to log.
+    """
+    arguments = session.arguments
+    found: dict[str, float] = {}
+    seen: list[samples.Sample] = []
+    answered, began = 0, time.perf_counter()
+    for task, selected in zip(session.tasks, shown, strict=True):
+        if not task.answered:
+            continue
+        answers = predictor.answer_examples(
+            task.evaluated,
+            batch_size=arguments.per_device_eval_batch_size,
+            workers=arguments.dataloader_num_workers,
+            bad_records=session.bad_records,
+            progress=True,
+        )
+        answered += len(answers)
+        texts = {name: answer.text for name, answer in answers.items()}
+        scored = score(task.evaluated, texts, task.data.metric, **task.metric_options)
+        if scored.overall is not None:
+            found[f"{task.prefix}{task.data.metric}"] = scored.overall
+        if ranks.is_first():
+            seen += selected.samples(answers, scored.per_question, session.tracking.shows_samples)
+    if len(session.tasks) > 1 and found:
+        found["mean"] = sum(found.values()) / len(found)
+    if answered:
+        found["questions_per_second"] = rounded(answered / (time.perf_counter() - began))
+    return found, seen
+
+
+def score_tasks(session: Session) -> list[dict[str, Any]]:
+    """Score the saved model on each task and write the results; return the content of each `metrics.json`."""
+    config, arguments = session.config, session.arguments
+    gc.collect()  # the trained model is freed before the saved one is loaded
+    torch.cuda.empty_cache()
+    predictor = load(session.folder / "model", str(arguments.device))
+    output = Output(session.folder, str(config.run.name), to_yaml(config), config.report, config.attributions)
+    found = []
+    for task in session.tasks:
+        spec = EvalSpec(
+            task.evaluated,
+            task.train,
+            task.data.metric,
+            config.seed,
+            options=task.metric_options,
+            extra_metrics=task.data.extra,
+        )
+        found.append(
+            score_and_report(
+                predictor,
+                str(session.folder / "model"),
+                ScoredTask(spec, task.data, task.data.eval_split, task.name),
+                output,
+                session.bad_records,
+                batch_size=arguments.per_device_eval_batch_size,
+                workers=arguments.dataloader_num_workers,
+            )
+        )
+    return found
+
+
+# ---- publishing
+
+
+def publish(session: Session, metrics: Sequence[dict[str, Any]]) -> None:
+    """Report the final scores to the loggers, write the model card, and upload the model if `hub_id` asks for it."""
+    from vlmvqa.extras.report.model_card import write_card
+
+    config, model = session.config, session.folder / "model"
+    session.tracking.finish(
+        {
+            f"{task.name or one['data']}_{name}": values["overall"]
+            for task, one in zip(session.tasks, metrics, strict=True)
+            for name, values in one["metrics"].items()
+        }
+    )
+    write_card(model, config.hub_id or config.run.dir, metrics, to_yaml(config))
+    print(f"model:  {model}")
+    if config.hub_id:
+        from vlmvqa.extras.hub.upload import upload
+
+        print(f"hub:    {upload(model, config.hub_id)}")
+
+
+def _refuse_upload(target: str) -> None:
+    from vlmvqa.extras.hub.upload import refuse_upload
+
+    refuse_upload(target)
