@@ -139,7 +139,7 @@ def test_a_packed_split_trains_as_its_files_do(root: Path, tmp_path: Path) -> No
     other = scripts.call(
         "train", "data=vqav2", ways["packed"], "data.train_split=train[:50%]", f"run.dir={tmp_path / 'o'}"
     )
-    assert "holds no train[:50%]; make it with: python launch/prepare.py pack" in sentence(other)
+    assert "has no shards of train[:50%]; create them with: python launch/prepare.py pack" in sentence(other)
 
 
 def test_check_counts_and_names_what_is_missing(root: Path, tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def read_examples(
     if settings.shards is not None:
         folder = Path(settings.shards).expanduser()
         key = packing_key(settings, split, max_samples)
-        return shards.read(folder, key, settings.prompt, asks=settings.asks)
+        return shards.read(folder, key, settings.prompt, has_questions=settings.asks)
     if settings.hub is not None:
         return _read_hub(settings, source, split, max_samples, bad_records)
     root = Path(settings.root or ".").expanduser()
