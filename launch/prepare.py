@@ -37,8 +37,9 @@ from vlmvqa.data.tasks import DataSettings, one_task, packing_key, read_examples
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.dataset_tools.check import Published, check, table
 from vlmvqa.extras.dataset_tools.download import Archive, prepare
-from vlmvqa.extras.feature_cache import writer
+from vlmvqa.extras.feature_cache.forecast import forecast
 from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
+from vlmvqa.extras.feature_cache.writer import WriteOptions, unique_images, write
 from vlmvqa.extras.shards import shards
 from vlmvqa.inference import build
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
@@ -71,23 +72,17 @@ def features(config: DictConfig) -> None:
     examples = read_examples(data, config.split, most, bad_records)
     vision, processor = build_encoder(config, data, examples)
     key = FeatureKey.of(vision, processor.images, settings.dtype)
-    images = len(writer.unique_images(examples))
-    forecast = writer.forecast(folder, images, (vision.tokens, vision.width), settings.dtype)
-    print(forecast, flush=True)
-    forecast.refuse()
+    space = forecast(folder, len(unique_images(examples)), (vision.tokens, vision.width), settings.dtype)
+    print(space, flush=True)
+    space.refuse()
+    options = WriteOptions(
+        batch_size=config.batch_size,
+        workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))) if config.workers is None else config.workers,
+        overwrite=settings.overwrite,
+        progress=True,
+    )
     try:
-        store = writer.write(
-            folder,
-            key,
-            vision,
-            examples,
-            processor.image,
-            bad_records,
-            batch_size=config.batch_size,
-            workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))) if config.workers is None else config.workers,
-            overwrite=settings.overwrite,
-            progress=True,
-        )
+        store = write(folder, key, vision, examples, processor.image, bad_records, options)
     except torch.OutOfMemoryError as error:
         raise InputError(f"the GPU's memory is full at batch_size={config.batch_size}; make it smaller") from error
     print(f"{counted(len(store), 'image')}; train on them with data.feature_cache={folder} trainable.vision=none")

@@ -72,10 +72,10 @@ def test_features_are_found_by_the_run_that_trains(root: Path, tmp_path: Path) -
         assert torch.equal(torch.stack([store[example.image_id] for example in examples[:8]]), vision(batch))
     written = (tmp_path / "shard-00000.bin").stat().st_mtime_ns
     again = done(call("features", *arguments))
-    assert "of them there already" in again.out
+    assert "of them already present" in again.out
     assert (tmp_path / "shard-00000.bin").stat().st_mtime_ns == written
     other = sentence(call("features", *arguments, "seed=4"))
-    assert "holds other features: the encoder's weights are others" in other
+    assert "has other features: the encoder's weights differ" in other
 
 
 def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def _cached_features(data: DataSettings, predictor: Predictor, examples: Sequenc
     key = FeatureKey.of(predictor.model.vision, predictor.processor.images, stored_dtype(folder))
     store = FeatureStore.open(folder, key)
     store.refuse_missing(example.image_id for example in examples)
-    store.refuse_other_pictures(examples)
+    store.refuse_changed_images(examples)
     if data.on_bad_record == "error" and store.left_out:
         image, why = next(iter(store.left_out.items()))
         raise InputError(f"image {image} has no features in {folder}: {why.rstrip('.')}; set data.on_bad_record=skip")
