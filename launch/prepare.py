@@ -129,7 +129,7 @@ def check_data(config: DictConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "problems.txt").write_text("\n".join(problems) + "\n", encoding="utf-8")
         print(f"{counted(len(problems), 'problem')}, the first: {problems[0]}\nall of them: {folder / 'problems.txt'}")
-    if not all(one.whole for one in found):
+    if not all(one.complete for one in found):
         sys.exit(1)
 
 

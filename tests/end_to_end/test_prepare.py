@@ -151,7 +151,7 @@ def test_check_counts_and_names_what_is_missing(root: Path, tmp_path: Path) -> N
     broken.write_bytes(broken.read_bytes()[:300])
     gone.unlink()
     ended = call(*arguments, options, "check.pictures=true")
-    assert ended.status == 1 and "not whole" in ended.out
+    assert ended.status == 1 and "incomplete" in ended.out
     problems = (tmp_path / "problems.txt").read_text()
     assert broken.name in problems and gone.name in problems
     real = call("check", "data=vqav2", f"data.root={root}", f"check.dir={tmp_path}")
