@@ -33,7 +33,6 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.tasks import Task, data_settings, read_tasks
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.hub.upload import refuse_upload, upload
-from vlmvqa.extras.loggers.loggers import Run
 from vlmvqa.extras.report.model_card import write_card
 from vlmvqa.inference import build
 from vlmvqa.inference.evaluate import Asked
@@ -44,7 +43,7 @@ from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.model_folder import BASE, CONFIG
 from vlmvqa.training import arguments, distributed, runtime_checks, samples
 from vlmvqa.training.banner import banner
-from vlmvqa.training.callbacks import Tracking, chosen
+from vlmvqa.training.callbacks import RunInfo, Tracking, chosen
 from vlmvqa.training.checkpoint_state import WEIGHTS, whole_weights, write_weights
 from vlmvqa.training.checkpoints import step_of, whole_checkpoints
 from vlmvqa.training.log import cut
@@ -207,7 +206,7 @@ def _open(tracking: Tracking, config: DictConfig, folder: Path, checkpoint: Path
     resolved, text = OmegaConf.to_container(config, resolve=True), OmegaConf.to_yaml(config, resolve=True)
     assert isinstance(resolved, dict)
     named = {str(key): value for key, value in resolved.items()}
-    tracking.start(Run(folder, config.run.name, named, text, str(code_state()), step))
+    tracking.start(RunInfo(folder, config.run.name, named, text, str(code_state()), step))
     record_start(folder, step)
     if (folder / samples.FILE).exists():
         cut(folder / samples.FILE, step)

@@ -78,13 +78,13 @@ def _decoding_errors(images: Sequence[Example], split: str) -> list[str]:
         return None
 
     with ThreadPoolExecutor(THREADS) as pool:  # JPEG decoding releases the GIL
-        errors = pool.map(decoding_error, images)
-        errors = bar(errors, doing=f"decoding {split}", unit="images", total=len(images))
-        return [error for error in errors if error is not None]
+        results = pool.map(decoding_error, images)
+        shown = bar(results, doing=f"decoding {split}", unit="images", total=len(images))
+        return [error for error in shown if error is not None]
 
 
 def table(results: Sequence[SplitCheck]) -> str:
-    """Return a table with one line per result."""
+    """Return a table with one line per split."""
     lines = [f"{'split':<16}{'questions':>12}{'published':>12}{'images':>10}{'published':>12}{'problems':>10}"]
     for result in results:
         published = result.published
