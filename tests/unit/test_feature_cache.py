@@ -198,8 +198,8 @@ def another(encoder: VisionEncoder) -> VisionEncoder:
         (VisionEncoder.bfloat16, {}, "float32", "the encoder's weights differ"),
         (bigger, {"size": 42}, "float32", "the image size was 28, is now 42"),
         (another, {}, "float32", "the encoder was vit_base_patch14_dinov2.lvd142m, is now vit_tiny_patch16_224"),
-        (None, {"resize": "center_crop"}, "float32", "transform's resize was squash, is now center_crop"),
-        (None, {"mean": (0.1, 0.4, 0.3)}, "float32", r"transform's mean was \[0.5, 0.4, 0.3\], is now \[0.1"),
+        (None, {"resize": "center_crop"}, "float32", "the image resize was squash, is now center_crop"),
+        (None, {"mean": (0.1, 0.4, 0.3)}, "float32", r"the image mean was \[0.5, 0.4, 0.3\], is now \[0.1"),
         (None, {}, "bfloat16", "the dtype was float32, is now bfloat16"),
     ],
 )

@@ -74,19 +74,17 @@ class FeatureKey:
 
     def differences(self, found: FeatureKey) -> list[str]:
         """Return how stored features differ from this key: `the image size was 224, is now 448`."""
-        texts = []
-        if found.encoder != self.encoder:
-            texts.append(f"the encoder was {found.encoder}, is now {self.encoder}")
-        if found.weights != self.weights:
-            texts.append("the encoder's weights differ")
-        for name in sorted({*found.transform, *self.transform}):
-            before, now = found.transform.get(name), self.transform.get(name)
-            if before != now:
-                setting = "image size" if name == "size" else f"image transform's {name}"
-                texts.append(f"the {setting} was {before}, is now {now}")
-        if found.dtype != self.dtype:
-            texts.append(f"the dtype was {found.dtype}, is now {self.dtype}")
-        return texts
+        texts = ["the encoder's weights differ"] if found.weights != self.weights else []
+        before, now = found._settings(), self._settings()
+        return texts + [
+            f"the {name} was {before.get(name)}, is now {now.get(name)}"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
+        ]
+
+    def _settings(self) -> dict[str, Any]:
+        image = {f"image {name}": value for name, value in self.transform.items()}
+        return {"encoder": self.encoder, "dtype": self.dtype, **image}
 
 
 class FeatureStore:

@@ -194,22 +194,15 @@ def _rows(examples: Iterable[Example], bad_records: BadRecords, count: Callable[
 
 
 def _record(question: Question) -> dict[str, Any]:
+    record = {name: getattr(question, name) for name in ("id", *TEXTS)}
     details = None if question.details is None else json.dumps(question.details)
-    texts = {name: getattr(question, name) for name in TEXTS}
-    return {"id": question.id, **texts, "answers": list(question.answers), "details": details}
+    return {**record, "answers": list(question.answers), "details": details}
 
 
 def _question(record: Mapping[str, Any], to_prompt: Callable[[str], str]) -> Question:
-    return Question(
-        record["id"],
-        record["text"],
-        to_prompt(record["text"]),
-        record["target"],
-        tuple(record["answers"]),
-        record["question_type"],
-        record["answer_type"],
-        None if record["details"] is None else json.loads(record["details"]),
-    )
+    details = None if record["details"] is None else json.loads(record["details"])
+    prompt = to_prompt(record["text"])
+    return Question(**{**record, "prompt": prompt, "answers": tuple(record["answers"]), "details": details})
 
 
 def _schema(examples: Sequence[Example], key: Mapping[str, Any]) -> Any:
