@@ -1,4 +1,4 @@
-"""`launch/prepare.py` from the command line: features that a training run finds to be its own."""
+"""`launch/prepare.py`: features that a training run accepts, packed splits, and dataset checks."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: str) -> Ended:
-    """The script in this process, which saves seconds of imports."""
+    """Run the script in this process, which saves seconds of imports."""
     return scripts.call("prepare", *arguments)
 
 
 def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
-    """The model as launch/train.py builds it, and its training images."""
+    """Return the model as launch/train.py builds it, and its training images."""
     config = compose("train", *check_overrides([f"data.root={root}", "run.name=x", *SMALL, *overrides], "train"))
     set_seed(config.seed)
     data = data_settings(config)
@@ -52,8 +52,8 @@ def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
     return build.build_predictor(config, data, examples), examples
 
 
-def test_features_are_found_by_the_run_that_trains(root: Path, tmp_path: Path) -> None:
-    """Twice: the second time nothing is left to do. Half of the images by `data.train_split`, with another seed."""
+def test_features_are_accepted_by_the_training_run(root: Path, tmp_path: Path) -> None:
+    """The second call has nothing left to compute. Half of the images by `data.train_split`, with another seed."""
     asked = ("seed=3", "data.train_split=train[:50%]", "data.resize=center_crop")
     arguments = (*SMALL, *asked, f"data.root={root}", f"features.dir={tmp_path}", "features.dtype=float32", "workers=1")
     first = done(launch("prepare", "features", *arguments, "batch_size=8"))
@@ -108,14 +108,14 @@ def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
         (["features", "model.dtype=float61"], "model.dtype=float61 is unknown"),
     ],
 )
-def test_wrong_words_are_one_sentence(arguments: list[str], said: str, root: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_one_sentence(arguments: list[str], said: str, root: Path, tmp_path: Path) -> None:
     if arguments[:1] == ["features"] and "=" in arguments[1]:
         arguments = [*arguments, *SMALL, f"data.root={root}"]
         arguments += [] if "dri" in arguments[1] else [f"features.dir={tmp_path}"]
     assert said in sentence(call(*arguments))
 
 
-def test_help_says_what_there_is_and_when_it_pays() -> None:
+def test_help_lists_the_jobs_and_when_features_pay() -> None:
     assert "features    the vision encoder's output" in done(launch("prepare", "-h")).out
     said = done(launch("prepare", "features", "-h")).out
     for part in ("It pays", "It does not", "257 x 768 x 2 = 395 kB", "33 GB", "on_bad_record"):
@@ -155,4 +155,4 @@ def test_check_counts_and_names_what_is_missing(root: Path, tmp_path: Path) -> N
     problems = (tmp_path / "problems.txt").read_text()
     assert broken.name in problems and gone.name in problems
     real = call("check", "data=vqav2", f"data.root={root}", f"check.dir={tmp_path}")
-    assert real.status == 1 and "443,757" in real.out  # what was published
+    assert real.status == 1 and "443,757" in real.out  # the published size

@@ -145,7 +145,7 @@ def test_a_scene_of_one_shape_has_questions_too() -> None:
     assert "What color is the leftmost shape?" not in answers
 
 
-def test_the_picture_shows_what_the_answer_says(val: list[Example]) -> None:
+def test_images_agree_with_the_answers(val: list[Example]) -> None:
     """Count the pixels of each colour and compare their position, independently of the generator's own record."""
     checked: Counter[str] = Counter()
     for example in val[:150]:
