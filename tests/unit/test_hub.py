@@ -201,7 +201,7 @@ def test_unknown_splits_folders_and_columns_are_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"has no folder dta, only data; set data.hub_config; did you mean 'data'"):
         read(folder, config="dta")
     (folder / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty holds no .parquet file"):
+    with pytest.raises(InputError, match=r"empty has no .parquet file"):
         read(folder / "empty")
     with pytest.raises(InputError, match=r"has no \{question\}"):
         dataset.read(str(folder), "validation", columns=VQAV2, prompt="answer")
