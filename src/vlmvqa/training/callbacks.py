@@ -19,7 +19,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -42,16 +42,7 @@ RUN_ID_FILES = {"wandb": ".wandb_run", "mlflow": ".mlflow_run"}
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a logger records about a run.
-
-    Attributes:
-        folder: the run's folder.
-        name: the run's name.
-        config: the resolved config.
-        config_yaml: the resolved config as text.
-        code: the git state.
-        step: the step of the checkpoint to resume from (0: a new run).
-    """
+    """What a logger records about a run: resolved config, git state, and the step it resumes from (0: a new run)."""
 
     folder: Path
     name: str
@@ -61,14 +52,10 @@ class RunInfo:
     step: int = 0
 
 
-class Logger(Protocol):
-    """A destination for metrics and samples; its class is called with a `RunInfo`.
+class Logger:
+    """Base class of the loggers, constructed with a `RunInfo`; `shows_samples`: whether it displays samples."""
 
-    Attributes:
-        shows_samples: whether it displays sample answers.
-    """
-
-    shows_samples: bool
+    shows_samples = False
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log numbers by name."""

@@ -253,15 +253,6 @@ def _read_images(table: Table, columns: Columns, wanted: Iterable[ImageId], hub:
 
 def _top_level(columns: Columns) -> list[str]:
     """Return the names of the top-level columns to read."""
-    names = (
-        columns.image,
-        columns.question,
-        columns.answers,
-        columns.target,
-        columns.id,
-        columns.image_id,
-        columns.question_type,
-        columns.answer_type,
-        *columns.details,
-    )
+    single = (name for field, name in vars(columns).items() if field not in ("joined_id", "details"))
+    names = (*single, *columns.details)
     return list(dict.fromkeys(name.split(".")[0] for name in names if name))

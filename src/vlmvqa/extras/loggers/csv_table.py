@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vlmvqa.data.submissions import replace_file
-from vlmvqa.training.callbacks import RunInfo
-from vlmvqa.training.samples import Sample
+from vlmvqa.training.callbacks import Logger, RunInfo
 
 
-class CsvTable:
+class CsvTable(Logger):
     """One row per logged step, one column per metric; empty if a step has no such metric."""
-
-    shows_samples = False
 
     def __init__(self, run: RunInfo) -> None:
         self.path = run.folder / "metrics.csv"
@@ -36,12 +33,6 @@ class CsvTable:
         else:
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 self._writer(file).writerow({"step": step, **self.rows[step]})
-
-    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Do nothing: samples are in `samples.jsonl`."""
-
-    def close(self, finished: bool) -> None:
-        """Do nothing: all rows are on disk."""
 
     def _add(self, metrics: Mapping[str, float], step: int) -> None:
         self.columns += [name for name in metrics if name not in self.columns]

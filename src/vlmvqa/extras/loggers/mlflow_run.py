@@ -13,7 +13,7 @@ from typing import Any
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.loggers import PROJECT
-from vlmvqa.training.callbacks import RUN_ID_FILES, RunInfo
+from vlmvqa.training.callbacks import RUN_ID_FILES, Logger, RunInfo
 from vlmvqa.training.samples import Sample
 
 # MLflow reads these when it is imported: allow the file store, disable telemetry.
@@ -27,7 +27,7 @@ from mlflow.exceptions import MlflowException
 MAX_PARAMS = 100  # per request, a limit of MLflow's servers
 
 
-class MlflowRun:
+class MlflowRun(Logger):
     """Metrics, parameters, and samples as text and image artifacts."""
 
     shows_samples = True

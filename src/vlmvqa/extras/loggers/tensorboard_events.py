@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from vlmvqa.training.callbacks import RunInfo
+from vlmvqa.training.callbacks import Logger, RunInfo
 from vlmvqa.training.samples import Sample
 
 
-class TensorBoard:
+class TensorBoard(Logger):
     """Scalars, and samples as images with text."""
 
     shows_samples = True

@@ -9,11 +9,11 @@ import wandb
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.loggers import PROJECT
-from vlmvqa.training.callbacks import RUN_ID_FILES, RunInfo
+from vlmvqa.training.callbacks import RUN_ID_FILES, Logger, RunInfo
 from vlmvqa.training.samples import Sample
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Logger):
     """Metrics, and samples as a table with images."""
 
     shows_samples = True

@@ -26,12 +26,9 @@ def write(
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
-    """Return `root`, writing the dataset there first unless it exists; images are `image_size` pixels square.
+    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels.
 
     Splits: `train2014`, `val2014`, and Karpathy's: train is train2014, val and test are halves of val2014.
-
-    Raises:
-        InputError: a setting is out of range, or `root` holds something else.
     """
     settings = {
         "version": VERSION,

@@ -54,13 +54,10 @@ def write(
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
-    """Return `root`, writing the dataset there first unless it exists; pages are `image_size` pixels square.
+    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels.
 
     Splits: `train`, `val` and `test`; `test` has no answers and as many pages as `val`. Each page has a question for
     each of its fields, and one about the text on a random line.
-
-    Raises:
-        InputError: a setting is out of range, or `root` holds something else.
     """
     settings = {
         "version": VERSION,

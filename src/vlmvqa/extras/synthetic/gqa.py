@@ -67,13 +67,10 @@ def write(
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
-    """Return `root`, writing the dataset there first unless it exists; images are `image_size` pixels square.
+    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels.
 
     Splits: `train_balanced`, and `balanced` and `all` of `val` and `testdev`, which have `val_images` images each.
     `questions_per_image` is the average number of balanced questions.
-
-    Raises:
-        InputError: a setting is out of range, or `root` holds something else.
     """
     settings = {
         "version": VERSION,

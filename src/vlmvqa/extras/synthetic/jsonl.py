@@ -27,11 +27,7 @@ def write(
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
-    """Return `root`, writing the dataset there first unless it exists; images are `image_size` pixels square.
-
-    Raises:
-        InputError: a setting is out of range, or `root` holds something else.
-    """
+    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels."""
     scene_settings = {
         "train_images": train_images,
         "val_images": val_images,

@@ -53,13 +53,10 @@ def write(
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
-    """Return `root`, writing the dataset there first unless it exists; images are `image_size` pixels square.
+    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels.
 
     `questions_per_image` is an average: each image has that many, one more or one fewer. Validation images depend only
     on `seed`, `image_size` and `questions_per_image`, not on the number of training images.
-
-    Raises:
-        InputError: a setting is out of range, or `root` holds something else.
     """
     settings = {
         "version": VERSION,
