@@ -1,6 +1,6 @@
 """vlmvqa: train, change and measure vision-language models for visual question answering.
 
-What a program may use is `__all__`, explained in docs/api.md, and `vlmvqa.metrics`; all else may change.
+The public API is `__all__`, documented in docs/api.md, and `vlmvqa.metrics`; everything else may change.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ if TYPE_CHECKING:
     from vlmvqa.inference.predictor import load as load
     from vlmvqa.models.generation import Decoding as Decoding
 
-# `vlmvqa.evaluation` is a folder beside src/ in a checkout; a wheel holds it inside the package.
+# `vlmvqa.evaluation` is a folder next to src/ in a checkout, and inside the package in a wheel.
 if not Path(__file__).with_name("evaluation").is_dir():
     __path__.append(str(Path(__file__).resolve().parents[2]))
 
-# What optional packages say when others find them installed, and no user can change: torchao, that it registers types
-# with PyTorch in a way that newer ones do not need; bitsandbytes, that it has no faster kernels for a CPU.
-for _name, _said in (("torch.utils._pytree", "register_constant"), ("bitsandbytes.backends.cpu.ops", "kernels")):
-    logging.getLogger(_name).addFilter(lambda record, said=_said: said not in record.getMessage())  # type: ignore[misc]
+# Hide warnings of optional packages that users cannot act on: torchao registers types with a deprecated function of
+# PyTorch; bitsandbytes has no faster kernels for CPUs.
+for _name, _text in (("torch.utils._pytree", "register_constant"), ("bitsandbytes.backends.cpu.ops", "kernels")):
+    logging.getLogger(_name).addFilter(lambda record, text=_text: text not in record.getMessage())  # type: ignore[misc]
 
 __version__ = "0.1.0"
 __all__ = ["Answer", "Decoding", "Example", "InputError", "Look", "Predictor", "Question", "draw", "load", "look"]
 
-# Where each is. torch and transformers take seconds to import: not for `import vlmvqa`, nor for `vlmvqa.metrics`.
-_PLACES = {
+# Modules of the public names, imported on first use: torch and transformers take seconds, and `import vlmvqa` and
+# `vlmvqa.metrics` need neither.
+_MODULES = {
     "Answer": "inference.predictor",
     "Decoding": "models.generation",
     "Example": "data.example",
@@ -50,9 +51,9 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'vlmvqa' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"vlmvqa.{_PLACES[name]}"), name)
+    return getattr(importlib.import_module(f"vlmvqa.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
-"""`vlmvqa train a=b`, also `python -m vlmvqa train a=b`: what `python launch/train.py a=b` does, from anywhere.
+"""Command line: `vlmvqa train a=b` or `python -m vlmvqa train a=b` runs `python launch/train.py a=b` from any folder.
 
-The script takes this process's place, so that launchers (`accelerate launch -m vlmvqa train`) and
-signals meet it alone.
+The script replaces this process (exec), so that launchers (`accelerate launch -m vlmvqa train`) and signals reach it
+directly.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from vlmvqa.places import CALLED_AS, HELM_MODULE, LAUNCH, commands
 
 
 def main() -> None:
-    """Start the script that the first word names."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `vlmvqa | head` ends as other programs do
+    """Start the script named by the first argument."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end without a traceback in `vlmvqa | head`
     arguments = sys.argv[1:]
-    # `deepspeed --module vlmvqa train` puts its own before all.
+    # `deepspeed --module vlmvqa train` inserts --local_rank first.
     first = next((n for n, argument in enumerate(arguments) if not argument.startswith("--local_rank")), None)
     word = "" if first is None else arguments[first]
     known = commands()
@@ -30,27 +30,27 @@ def main() -> None:
     elif word == "-sc":
         complete(arguments, known)
     elif word not in known:
-        sys.exit(f"error: vlmvqa has no command '{word}', as vlmvqa -h lists them{suggest(word, known)}")
+        sys.exit(f"error: vlmvqa has no command '{word}'; run vlmvqa -h for a list{suggest(word, known)}")
     else:
         start(word, [argument for n, argument in enumerate(arguments) if n != first])
 
 
 def listing(known: dict[str, str]) -> str:
-    """All commands with a line each."""
-    lines = "\n".join(f"  {name:<10}{about}" for name, about in known.items())
+    """Return the help text: one line per command."""
+    lines = "\n".join(f"  {name:<10}{summary}" for name, summary in known.items())
     return f"""\
 vlmvqa {__version__}: train, change and measure vision-language models for visual question answering.
 
 {lines}
 
-  vlmvqa train -h                             what one takes, with examples
+  vlmvqa train -h                             settings of a command, with examples
   vlmvqa train run.name=first                 the same as python launch/train.py run.name=first in a checkout
   accelerate launch -m vlmvqa train +dist=fsdp
   eval "$(vlmvqa -sc install=bash)"           let bash complete commands, keys and choices"""
 
 
 def start(name: str, arguments: list[str]) -> None:
-    """Become the script."""
+    """Replace this process by the script."""
     script = ["-m", HELM_MODULE] if name == "helm" else [str(LAUNCH / f"{name}.py")]
     os.environ[CALLED_AS] = "vlmvqa"
     sys.stdout.flush()
@@ -58,11 +58,11 @@ def start(name: str, arguments: list[str]) -> None:
 
 
 def complete(arguments: list[str], known: dict[str, str]) -> None:
-    """The shell's questions: Hydra answers them, but for the command's own name."""
+    """Print shell completions: Hydra completes everything except the command's name."""
     line = os.environ.get("COMP_LINE", "")
     words = line.split()
     if not any(argument.startswith("query=") for argument in arguments):
-        start("train", arguments)  # what installs completion is the same for all
+        start("train", arguments)  # installing completion is the same for all scripts
     elif len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
         print(" ".join(known))
     elif words[1] in known:

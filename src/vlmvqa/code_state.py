@@ -1,4 +1,4 @@
-"""Which code ran: the commit it was at, and whether it had been changed since."""
+"""Git state of the running code: the commit, and whether tracked files were changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-PATIENCE = 20  # seconds: a folder on a network may be slow, but must not hold a run up
+TIMEOUT = 20  # seconds: network folders can be slow, but must not block a run
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class CodeState:
     """The git state of a source tree.
 
     Attributes:
-        commit: its full hash; None where there is none.
-        changed: whether tracked files differ from it.
+        commit: the full hash; None if there is none.
+        changed: whether tracked files differ from the commit.
         reason: why there is no commit.
     """
 
@@ -33,31 +33,31 @@ class CodeState:
 
 @cache
 def code_state(package: Path = Path(__file__).parent) -> CodeState:
-    """The state of the tree that `package` is a tracked part of, when it is first asked: what runs was loaded then.
+    """Return the state of the repository that tracks `package`, read once, since code is loaded at the start.
 
-    An installed copy may lie inside somebody else's repository (a `.venv` in it): that one's commit says nothing.
+    An installed copy inside another repository (in its `.venv`) is not tracked by it, so its commit is not reported.
     """
     try:
         tracked = _git(package, "ls-files", "--error-unmatch", "__init__.py")
         if tracked.returncode:
-            return CodeState(None, reason=f"{package.name} is not run from a git tree")
+            return CodeState(None, reason=f"{package.name} does not run from a git repository")
         head = _git(package, "rev-parse", "HEAD")
         if head.returncode:
-            return CodeState(None, reason="its git tree has no commit")
+            return CodeState(None, reason="its git repository has no commit")
         status = _git(package, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired) as error:
-        return CodeState(None, reason=f"git does not answer ({type(error).__name__})")
+        return CodeState(None, reason=f"git failed ({type(error).__name__})")
     return CodeState(head.stdout.strip(), bool(status.stdout.strip()))
 
 
 def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # Without its optional locks, which a run that only looks must not take from someone at work in the tree.
+    # Reading must not take optional locks while a user works in the repository.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     return subprocess.run(
         ["git", "-C", str(folder), *arguments],
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         env=environment,
     )

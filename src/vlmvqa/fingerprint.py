@@ -1,4 +1,4 @@
-"""Short hashes that tell whether two runs used the same weights or the same data."""
+"""SHA-256 hashes of weights and data, to check whether two runs used the same."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vlmvqa.errors import InputError
 if TYPE_CHECKING:
     from vlmvqa.data.example import Example, ImageSource
 
-BLOCK, BLOCKS = 1 << 14, 8  # bytes of a block, and about how many of a tensor
+BLOCK, BLOCKS = 1 << 14, 8  # size of a block in bytes, and about the number of blocks read from a tensor
 
 
 def weights(module: nn.Module, *more: str) -> str:
-    """Of every name, type, shape and value of a module's state, and of what else is given."""
+    """Return the hash of all names, dtypes, shapes and values in a module's state dict, and of more texts."""
     digest = hashlib.sha256(" ".join(more).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -30,53 +30,57 @@ def weights(module: nn.Module, *more: str) -> str:
 
 
 def pictures(given: Iterable[Example], most: int = 64) -> str:
-    """Of the files of at most so many pictures, evenly spread."""
-    once = list({example.image_id: example for example in given}.values())
+    """Return the hash of at most `most` image files, evenly spread."""
+    images = list({example.image_id: example for example in given}.values())
     digest = hashlib.sha256()
-    for example in once[:: -(-len(once) // most) or 1]:
+    for example in images[:: -(-len(images) // most) or 1]:
         content = file_of(example.image)
         digest.update(hashlib.sha256(content or b"").digest())
     return digest.hexdigest()
 
 
 def weights_in(folder: Path) -> str:
-    """Of the weights in a folder's safetensors files, whatever their number: names, types, shapes, and of each tensor
-    some blocks of its bytes, evenly spread. Of a model of any size it takes seconds.
+    """Return the hash of the weights in a folder's safetensors files, however they are split into files.
+
+    It includes names, dtypes, shapes, and some evenly spread blocks of each tensor's bytes, so it takes seconds for a
+    model of any size.
 
     Raises:
-        InputError: there are none.
+        InputError: the folder has no weights.
     """
     tensors: dict[str, bytes] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        if path.name == "optimizer.safetensors":  # in a training checkpoint
+        if path.name == "optimizer.safetensors":  # of a training checkpoint
             continue
-        with path.open("rb") as opened:
-            begin = 8 + int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(begin - 8))
+        with path.open("rb") as stream:
+            data_start = 8 + int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(data_start - 8))
             header.pop("__metadata__", None)
-            for name, about in header.items():
-                start, end = about["data_offsets"]
-                digest = hashlib.sha256(f"{about['dtype']} {about['shape']}".encode())
-                for place in range(start, end, max(BLOCK, (end - start) // BLOCKS)):
-                    opened.seek(begin + place)
-                    digest.update(opened.read(min(BLOCK, end - place)))
+            for name, entry in header.items():
+                start, end = entry["data_offsets"]
+                digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}".encode())
+                for offset in range(start, end, max(BLOCK, (end - start) // BLOCKS)):
+                    stream.seek(data_start + offset)
+                    digest.update(stream.read(min(BLOCK, end - offset)))
                 tensors[name] = digest.digest()
     if not tensors:
-        raise InputError(f"{folder} holds no weights in safetensors files; put them back, or save the model as such")
-    whole = hashlib.sha256()
-    for name, digested in sorted(tensors.items()):
-        whole.update(name.encode() + b"\0" + digested)
-    return whole.hexdigest()
+        raise InputError(
+            f"{folder} has no weights in safetensors files; restore them, or save the model in this format"
+        )
+    total = hashlib.sha256()
+    for name, tensor_digest in sorted(tensors.items()):
+        total.update(name.encode() + b"\0" + tensor_digest)
+    return total.hexdigest()
 
 
 def file(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_of(image: ImageSource) -> bytes | None:
-    """The bytes of a picture's file; None where there is none (any more)."""
+    """Return the bytes of an image file; None if there is no file (any more)."""
     if isinstance(image, Image):
         return None
     try:
@@ -86,7 +90,7 @@ def file_of(image: ImageSource) -> bytes | None:
 
 
 def examples(given: Iterable[Example]) -> str:
-    """Of every question with its id, image, prompt and references; of the pictures, only their names."""
+    """Return the hash of every question's id, prompt and references, and of the image ids but not the images."""
     digest = hashlib.sha256()
     for example in given:
         digest.update(f"{example.image_id!r}\n".encode())

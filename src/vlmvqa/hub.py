@@ -1,7 +1,7 @@
-"""What is asked of the hub, and what is said where it does not give it.
+"""Hugging Face Hub access: safe-loading flags and error messages.
 
-Everywhere: weights from .safetensors alone, since a pickle runs what is in it; no code but transformers' own; and
-with HF_HUB_OFFLINE=1 nothing is asked.
+Weights are read only from .safetensors files, since loading a pickle runs code; models run no code except
+transformers' own; HF_HUB_OFFLINE=1 disables all requests.
 """
 
 from __future__ import annotations
@@ -14,34 +14,39 @@ from typing import Any, Final
 
 from vlmvqa.errors import InputError
 
-# For every `from_pretrained`; transformers would ask at the terminal.
+# For every `from_pretrained`; by default transformers asks at the terminal.
 OWN_CODE: Final[dict[str, Any]] = {"trust_remote_code": False}
-# For every one that reads weights; transformers would fall back on pytorch_model.bin.
+# For every `from_pretrained` that reads weights; by default transformers falls back on pytorch_model.bin.
 SAFE_WEIGHTS: Final[dict[str, Any]] = {**OWN_CODE, "use_safetensors": True}
-SECONDS = 5  # for the hub to answer a first request
-REMEMBERED = 60  # seconds for which a hub that did not answer is not asked again
+SECONDS = 5  # timeout of the first request
+RETRY_AFTER = 60  # seconds before another request after a failed one
 
-_unreached = (float("-inf"), "")  # when the hub did not answer, and why
+_unreached = (float("-inf"), "")  # time of the last failed request, and the reason
 
 
 def unread(what: str, error: Exception) -> InputError:
-    """The sentence for something of the hub's, or of a folder like it, that cannot be had.
+    """Return the error for something that cannot be read from the Hub or from a folder in its format.
 
     Args:
-        what: a setting with its value, or words that name it.
+        what: the setting with its value, or the name of what was read.
+        error: the error that the library raised.
     """
-    said = " ".join(str(error).split())
-    if "trust_remote_code" in said:
-        return InputError(f"{what} needs code of its own to be run, which is never done here; name another")
-    if "named model.safetensors" in said:
+    message = " ".join(str(error).split())
+    if "trust_remote_code" in message:
+        return InputError(f"{what} requires running its own code, which is never done; choose another")
+    if "named model.safetensors" in message:
         return InputError(
-            f"{what} has no .safetensors, and pickled weights, which can run code, are never read here; save it again "
-            "with transformers' save_pretrained, or name another"
+            f"{what} has no .safetensors, and pickled weights, which can run code, are never read; save it again with "
+            "transformers' save_pretrained, or choose another"
         )
-    if "Should have a `model_type` key" in said:
-        return InputError(f"{what} is no model of transformers: it has no config.json with a model_type; name another")
-    if "does not recognize this architecture" in said:
-        return InputError(f"{what} is of a model_type that this version of transformers does not know; update it")
+    if "Should have a `model_type` key" in message:
+        return InputError(
+            f"{what} is not a transformers model: it has no config.json with a model_type; choose another"
+        )
+    if "does not recognize this architecture" in message:
+        return InputError(
+            f"{what} has a model_type that this version of transformers does not know; update transformers"
+        )
     return InputError(
         f"{what} cannot be read from the hub or disk{when_offline()}; check the name, the network, and for gated "
         "weights accept the licence and set HF_TOKEN or run `hf auth login` "
@@ -50,9 +55,9 @@ def unread(what: str, error: Exception) -> InputError:
 
 
 def unreachable() -> str:
-    """Return why the hub cannot be reached, as a clause; "" if it answers, or HF_HUB_OFFLINE is set.
+    """Return why the Hub cannot be reached, as a clause; "" if it responds, or HF_HUB_OFFLINE is set.
 
-    Sends one request with a short timeout and remembers a failure for a minute. huggingface_hub retries for as long.
+    Send one request with a short timeout and cache a failure for a minute, the time that huggingface_hub would retry.
     """
     global _unreached
     from huggingface_hub import constants
@@ -61,22 +66,18 @@ def unreachable() -> str:
 
     if constants.HF_HUB_OFFLINE:
         return ""
-    if not _remembered():
+    if not _recent_failure():
         try:
             get_session().head(constants.ENDPOINT, timeout=SECONDS)
         except (HTTPError, OSError) as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            _unreached = (time.monotonic(), f" ({constants.ENDPOINT} cannot be reached: {said})")
-    return _remembered()
+            message = " ".join(str(error).split()) or type(error).__name__
+            _unreached = (time.monotonic(), f" ({constants.ENDPOINT} cannot be reached: {message})")
+    return _recent_failure()
 
 
 @contextmanager
 def hub_or_cache(name: str | None = None) -> Iterator[None]:
-    """In the block, read only from the local cache if the hub does not answer.
-
-    Args:
-        name: the hub id or folder to be read; for a folder the hub is not asked.
-    """
+    """Read only from the local cache in the block if the Hub is unreachable; `name` is a Hub id or a folder."""
     from huggingface_hub import constants
 
     if (name is not None and Path(name).is_dir()) or not unreachable():
@@ -90,15 +91,15 @@ def hub_or_cache(name: str | None = None) -> Iterator[None]:
 
 
 def when_offline() -> str:
-    """Return the clause that explains a failure by the network: switched off by the user or unreachable; else ""."""
+    """Return the clause that explains a failure by HF_HUB_OFFLINE or an unreachable Hub, or ""."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return " (HF_HUB_OFFLINE is set, so that nothing is fetched)"
-    return _remembered()
+        return " (HF_HUB_OFFLINE is set, so nothing is downloaded)"
+    return _recent_failure()
 
 
-def _remembered() -> str:
-    """Return why the hub could not be reached in the last minute, or ""."""
+def _recent_failure() -> str:
+    """Return why the Hub could not be reached in the last minute, or ""."""
     when, reason = _unreached
-    return reason if time.monotonic() - when <= REMEMBERED else ""
+    return reason if time.monotonic() - when <= RETRY_AFTER else ""

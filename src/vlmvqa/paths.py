@@ -1,6 +1,6 @@
-"""Paths given by a user that do not exist: the absolute path that was tried, and the nearest one that exists.
+"""Error messages for missing paths: the absolute path, and the nearest one that exists.
 
-Imports no PyTorch, so that a mistyped path is reported at once.
+Imports no PyTorch, so that mistyped paths are reported at once.
 """
 
 from __future__ import annotations
@@ -10,23 +10,20 @@ from pathlib import Path
 
 from vlmvqa.errors import InputError
 
-RUNS = "runs"  # the folder of all runs, where run.dir names no other
+RUNS = "runs"  # the default folder of all runs
 EXPECTED = "name a run's folder, its model/ folder, one of its checkpoints, or a hub id"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no folder here may be a hub id: `owner/name`."""
+    """Return whether a name can be a Hub id: `owner/name`."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def refuse_missing(key: str, given: str) -> None:
-    """Raise if a file or folder does not exist.
-
-    Args:
-        key: the setting that names it.
+    """Raise if the file or folder in the setting `key` does not exist.
 
     Raises:
-        InputError: with the absolute path and the nearest one that exists.
+        InputError: names the absolute path and the nearest one that exists.
     """
     path = _absolute(given)
     if not path.exists():
@@ -34,10 +31,10 @@ def refuse_missing(key: str, given: str) -> None:
 
 
 def refuse_missing_model(given: str) -> None:
-    """Raise if a model's name is a local path that does not exist. What may be a hub id is left to the loader.
+    """Raise if a model's name is a local path that does not exist; possible Hub ids are left to the loader.
 
     Raises:
-        InputError: with the absolute path and the nearest one that exists.
+        InputError: names the absolute path and the nearest one that exists.
     """
     path = _absolute(given)
     if path.exists() or (is_hub_id(given) and not _holds_runs(path.parent)):
@@ -46,12 +43,12 @@ def refuse_missing_model(given: str) -> None:
 
 
 def missing_model(path: Path) -> str:
-    """Return the clause for a model that does not exist: the absolute path, and the nearest one that exists."""
+    """Return the clause for a missing model: the absolute path, and the nearest one that exists."""
     return f"no model at {path}; the nearest is {nearest(path)}"
 
 
 def nearest(path: Path) -> Path:
-    """Return the existing path that is most like an absolute path: similar names, or else the deepest folder."""
+    """Return the existing path most similar to an absolute path, following similar names as deep as possible."""
     found = Path(path.anchor)
     for part in path.parts[1:]:
         if (found / part).exists():
@@ -76,5 +73,5 @@ def _names(folder: Path) -> list[str]:
 
 
 def _holds_runs(folder: Path) -> bool:
-    """Whether this is a folder of runs, not one of a hub user's models."""
+    """Return whether this is a folder of runs, not a Hub user's name."""
     return folder.name == RUNS or any(folder.glob("*/run.json"))

@@ -1,7 +1,6 @@
-"""Bars with an estimate for what takes long: on a terminal only, and of the first rank's work only.
+"""Progress bars, shown only on a terminal and only by rank 0.
 
-In a log file a bar would be thousands of lines of itself, so there it is silent; what a training says at its logging
-steps stays.
+In a log file, a bar would be thousands of lines; training prints its logging steps there.
 """
 
 from __future__ import annotations
@@ -24,27 +23,29 @@ def bar(
     shown: bool = True,
     **more: Any,
 ) -> tqdm[Any]:
-    """tqdm's bar, over `items` or to be updated; gone when it is done.
+    """Return a tqdm bar over `items`, or one to update by hand; it disappears when it is finished.
 
     Args:
-        doing: what takes the time ("packing val").
-        unit: what is counted.
-        shown: False: the caller wants none.
-        more: tqdm's own arguments.
+        items: the items to iterate over.
+        doing: the bar's label ("packing val").
+        unit: the name of the counted items.
+        total: the number of items, if `items` has no length.
+        shown: False disables the bar.
+        more: further arguments of tqdm.
     """
-    hidden = None if shown and ranks.is_first() else True  # None: where stderr is no terminal
+    hidden = None if shown and ranks.is_first() else True  # None: hide it if stderr is not a terminal
     return tqdm(items, desc=doing, unit=f" {unit}", total=total, disable=hidden, **{"leave": False, **more})
 
 
 @contextmanager
 def loading_bar() -> Iterator[None]:
-    """Show our bar in place of transformers' "Loading weights", and only if loading takes more than a second."""
+    """Replace transformers' "Loading weights" bar in the block by ours, shown if loading takes over a second."""
     from transformers.utils.logging import set_tqdm_hook
 
-    def ours(_: Any, given: tuple[Any, ...], __: dict[str, Any]) -> tqdm[Any]:
-        return bar(*given, doing="loading weights", unit="tensors", delay=1.0)
+    def replacement(_: Any, arguments: tuple[Any, ...], __: dict[str, Any]) -> tqdm[Any]:
+        return bar(*arguments, doing="loading weights", unit="tensors", delay=1.0)
 
-    before = set_tqdm_hook(ours)
+    before = set_tqdm_hook(replacement)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""Defaults of a script's process: waiting threads, memory allocation, fewer imports.
+"""Process defaults of the scripts: thread spinning, memory allocation, fewer imports.
 
-The scripts of `launch/` and the tests apply them before they import PyTorch. `import vlmvqa` applies none.
+The scripts in `launch/` and the tests apply them before importing PyTorch; `import vlmvqa` applies none.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-# OpenMP threads that wait for work sleep after so many spins. The default is far higher, which makes a training several
-# times slower where other processes use the cores.
+# Number of spins before an idle OpenMP thread sleeps. The far higher default makes training several times slower if
+# other processes use the cores.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
-# Options of glibc's mallopt, in bytes. A training step allocates the same sizes again and again: freed memory below
-# these sizes stays with the process, since pages returned to the kernel fault when they are used again.
-MALLOPT = {-3: 32 * 2**20, -1: 256 * 2**20}  # M_MMAP_THRESHOLD (32 MiB is the most it takes), M_TRIM_THRESHOLD
-# Packages that transformers imports wherever they are installed, and no script uses through transformers: `Trainer`
-# imports peft (and so bitsandbytes and torch._inductor) and datasets, the object-detection losses import SciPy, the
-# quantizers torchao. Our own adapters, optimizers and readers import them when a config asks for them.
+# Options of glibc's mallopt, in bytes. Training steps allocate the same sizes repeatedly: freed memory below these
+# sizes stays with the process, since pages returned to the kernel cause page faults when they are used again.
+MALLOPT = {-3: 32 * 2**20, -1: 256 * 2**20}  # M_MMAP_THRESHOLD (32 MiB is its maximum), M_TRIM_THRESHOLD
+# Packages that transformers imports if they are installed, although no script uses them through transformers:
+# `Trainer` imports peft (and with it bitsandbytes and torch._inductor) and datasets, the object-detection losses
+# import SciPy, the quantizers torchao. Our adapters, optimizers and readers import them if the config needs them.
 UNUSED_BY_TRANSFORMERS = ("peft", "datasets", "scipy", "torchao")
-NEEDED_LATER = ("torchao",)  # transformers looks for its optimizers when one is built
+NEEDED_LATER = ("torchao",)  # for its optimizers, which transformers imports when it builds one
 UNUSED_BY_TIMM = "wandb"
 
 
 def prepare() -> None:
-    """Set the defaults of threads and memory; environment variables that the user has set are kept."""
+    """Set the defaults of threads and memory; existing environment variables are kept."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # None under musl
@@ -39,7 +39,7 @@ def prepare() -> None:
 
 @contextmanager
 def fewer_imports() -> Iterator[None]:
-    """In the block, import transformers and timm as if the packages above were not installed."""
+    """Import transformers and timm in the block as if the packages above were not installed."""
     if UNUSED_BY_TIMM not in sys.modules:
         sys.modules[UNUSED_BY_TIMM] = None  # type: ignore[assignment] # makes its import fail
     import transformers.utils
@@ -63,8 +63,8 @@ def fewer_imports() -> Iterator[None]:
 
 
 def _hidden(available: Callable[..., bool], inside: list[bool], later: bool) -> Callable[..., bool]:
-    """Return a stand-in for `available` that is False inside the block, and with `later` the real answer after it.
+    """Return a replacement of `available` that is False in the block, and afterwards too unless `later` is set.
 
-    A module that is imported inside the block keeps the stand-in, so that it never uses a package it has not imported.
+    Modules imported in the block keep the replacement, so that they never use a package that they did not import.
     """
     return lambda *given, **named: bool(later and not inside and available(*given, **named))

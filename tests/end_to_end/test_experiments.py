@@ -62,7 +62,7 @@ def test_a_recipe_runs(recipe: str, tmp_path: Path, clip: Path) -> None:  # noqa
         shutil.rmtree(run / "base")  # what is published needs nothing else of the run
     before = content(published)
     again = call("train", *given, f"run.dir={tmp_path / 'other'}", f"hub_id={published}")
-    assert "is there already, and nothing is written over it" in sentence(again)
+    assert "exists already and is never overwritten" in sentence(again)
     data = yaml.safe_load((run / "config.yaml").read_text())["data"]
     scored = [
         f"data={data['source']}",

@@ -72,7 +72,7 @@ PLACES: dict[str, Callable[[], object]] = {
 def test_what_is_not_cached_ends_in_a_sentence_that_says_why(place: str) -> None:
     if place == "data":
         pytest.importorskip("datasets")
-    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set, so that nothing is fetched"):
+    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set, so nothing is downloaded"):
         PLACES[place]()
 
 

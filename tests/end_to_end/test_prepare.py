@@ -1,4 +1,4 @@
-"""`launch/prepare.py` from the command line: features that a training run finds to be its own."""
+"""`launch/prepare.py`: features that a training run accepts, packed splits, and dataset checks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: str) -> Ended:
-    """The script in this process, which saves seconds of imports."""
+    """Run the script in this process, which saves seconds of imports."""
     return scripts.call("prepare", *arguments)
 
 
@@ -49,8 +49,8 @@ def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
     return build.build_predictor(config.model, data, config.decoding, examples), examples
 
 
-def test_features_are_found_by_the_run_that_trains(root: Path, tmp_path: Path) -> None:
-    """Twice: the second time nothing is left to do. Half of the images by `data.train_split`, with another seed."""
+def test_features_are_accepted_by_the_training_run(root: Path, tmp_path: Path) -> None:
+    """The second call has nothing left to compute. Half of the images by `data.train_split`, with another seed."""
     asked = ("seed=3", "data.train_split=train[:50%]", "data.resize=center_crop")
     arguments = (*SMALL, *asked, f"data.root={root}", f"features.dir={tmp_path}", "features.dtype=float32", "workers=1")
     first = done(launch("prepare", "features", *arguments, "batch_size=8"))
@@ -69,10 +69,10 @@ def test_features_are_found_by_the_run_that_trains(root: Path, tmp_path: Path) -
         assert torch.equal(torch.stack([store[example.image_id] for example in examples[:8]]), vision(batch))
     written = (tmp_path / "shard-00000.bin").stat().st_mtime_ns
     again = done(call("features", *arguments))
-    assert "of them there already" in again.out
+    assert "of them already present" in again.out
     assert (tmp_path / "shard-00000.bin").stat().st_mtime_ns == written
     other = sentence(call("features", *arguments, "seed=4"))
-    assert "holds other features: the encoder's weights are others" in other
+    assert "has other features: the encoder's weights differ" in other
 
 
 def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
@@ -105,14 +105,14 @@ def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
         (["features", "model.dtype=float61"], "model.dtype=float61 is unknown"),
     ],
 )
-def test_wrong_words_are_one_sentence(arguments: list[str], said: str, root: Path, tmp_path: Path) -> None:
+def test_wrong_arguments_are_one_sentence(arguments: list[str], said: str, root: Path, tmp_path: Path) -> None:
     if arguments[:1] == ["features"] and "=" in arguments[1]:
         arguments = [*arguments, *SMALL, f"data.root={root}"]
         arguments += [] if "dri" in arguments[1] else [f"features.dir={tmp_path}"]
     assert said in sentence(call(*arguments))
 
 
-def test_help_says_what_there_is_and_when_it_pays() -> None:
+def test_help_lists_the_jobs_and_when_features_pay() -> None:
     assert "features    the vision encoder's output" in done(launch("prepare", "-h")).out
     said = done(launch("prepare", "features", "-h")).out
     for part in ("It pays", "It does not", "257 x 768 x 2 = 395 kB", "33 GB", "on_bad_record"):
@@ -136,7 +136,7 @@ def test_a_packed_split_trains_as_its_files_do(root: Path, tmp_path: Path) -> No
     other = scripts.call(
         "train", "data=vqav2", ways["packed"], "data.train_split=train[:50%]", f"run.dir={tmp_path / 'o'}"
     )
-    assert "holds no train[:50%]; make it with: python launch/prepare.py pack" in sentence(other)
+    assert "has no shards of train[:50%]; create them with: python launch/prepare.py pack" in sentence(other)
 
 
 def test_check_counts_and_names_what_is_missing(root: Path, tmp_path: Path) -> None:
@@ -148,8 +148,8 @@ def test_check_counts_and_names_what_is_missing(root: Path, tmp_path: Path) -> N
     broken.write_bytes(broken.read_bytes()[:300])
     gone.unlink()
     ended = call(*arguments, options, "check.pictures=true")
-    assert ended.status == 1 and "not whole" in ended.out
+    assert ended.status == 1 and "incomplete" in ended.out
     problems = (tmp_path / "problems.txt").read_text()
     assert broken.name in problems and gone.name in problems
     real = call("check", "data=vqav2", f"data.root={root}", f"check.dir={tmp_path}")
-    assert real.status == 1 and "443,757" in real.out  # what was published
+    assert real.status == 1 and "443,757" in real.out  # the published size

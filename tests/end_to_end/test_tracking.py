@@ -1,4 +1,4 @@
-"""What watches a run: four loggers that are told the same, samples, and what the run's folder says of its start."""
+"""Loggers receive the same metrics and samples, resumed runs continue, and run.json records each start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.end_to_end.scripts import LONGER, call, done
 from vlmvqa.code_state import code_state
-from vlmvqa.extras.loggers.loggers import Run, TensorBoard
+from vlmvqa.extras.loggers.tensorboard_events import TensorBoard
+from vlmvqa.training.callbacks import RunInfo
 from vlmvqa.training.log import read_log
 
 wandb = pytest.importorskip("wandb", reason="wandb is an extra: pip install 'vlmvqa[wandb]'")
@@ -22,7 +23,7 @@ pytest.importorskip("mlflow", reason="mlflow is an extra: pip install 'vlmvqa[ml
 
 STEPS = ("trainer.max_steps=4", "trainer.eval_steps=2", "trainer.save_steps=2")
 LOGGERS = "logger=[tensorboard,wandb,mlflow,csv]"
-Series = dict[str, dict[int, float]]  # a value by name and step
+Series = dict[str, dict[int, float]]  # metric name: {step: value}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, arguments: list[str]) -> Iterator[tuple[Path, str]]:
-    """The folder of a run that was logged four times over, and what it printed."""
+    """The folder of a run with four loggers, and its output."""
     folder = tmp_path_factory.mktemp("runs") / "logged"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
@@ -86,17 +87,17 @@ def in_weights_and_biases(folder: Path) -> Series:
 
 
 def records(content: bytes) -> Iterator[bytes]:
-    """Of the file of an offline run: LevelDB's log, in blocks of 32 KiB, after 7 bytes that name it."""
+    """Yield the records of an offline run's file: LevelDB's log format, 32-KiB blocks after a 7-byte header."""
     place, parts = 7, b""
     while place + 7 <= len(content):
         left = 32768 - place % 32768
-        if left < 7:  # too little for another piece
+        if left < 7:  # too small for another header
             place += left
             continue
         length, kind = struct.unpack_from("<HB", content, place + 4)
         parts += content[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
+        if kind in (1, 4):  # a complete record, or its last fragment
             yield parts
             parts = b""
 
@@ -111,20 +112,20 @@ def test_four_loggers_hold_the_same_numbers_by_the_same_names(run: tuple[Path, s
     assert table["final/shapes_vqa_accuracy"] == {4: score}
     logged = {record["step"]: record["loss"] for record in read_log(folder / "log.jsonl") if "loss" in record}
     assert table["train/loss"] == logged
-    for elsewhere in (in_tensorboard(folder), in_mlflow(folder), in_weights_and_biases(folder)):
-        assert elsewhere.keys() == table.keys()
+    for series in (in_tensorboard(folder), in_mlflow(folder), in_weights_and_biases(folder)):
+        assert series.keys() == table.keys()
         for name, values in table.items():
-            assert elsewhere[name] == pytest.approx(values, rel=1e-6), name
+            assert series[name] == pytest.approx(values, rel=1e-6), name
 
 
-def test_the_samples_are_of_the_same_questions_and_are_seen_with_their_pictures(run: tuple[Path, str]) -> None:
+def test_samples_show_the_same_questions_with_their_images(run: tuple[Path, str]) -> None:
     folder, _ = run
     records = read_log(folder / "samples.jsonl")
     first, last = ([r["question_id"] for r in records if r["step"] == step] for step in (2, 4))
     assert first == last and len(first) == len(set(first)) == 8
     answered = {r["question_id"]: r for r in map(json.loads, (folder / "predictions.jsonl").open())}
     for record in records:
-        if record["step"] == 4:  # the model that is scored at the end
+        if record["step"] == 4:  # the final model
             same = answered[record["question_id"]]
             assert (record["answer"], record["score"]) == (same["answer"], same["vqa_accuracy"])
     events = EventAccumulator(str(folder / "runs"), size_guidance={"images": 0, "tensors": 0})
@@ -137,7 +138,7 @@ def test_the_samples_are_of_the_same_questions_and_are_seen_with_their_pictures(
     assert "Answers while it trained" in (folder / "report.html").read_text()
 
 
-def test_the_folder_says_what_was_started_from_which_code(run: tuple[Path, str]) -> None:
+def test_run_json_records_command_and_code_of_each_start(run: tuple[Path, str]) -> None:
     folder, _ = run
     (start,) = json.loads((folder / "run.json").read_text())["starts"]
     assert start["git"]["commit"] == code_state().commit and start["ranks"] == 1 and start["from_step"] == 0
@@ -152,8 +153,10 @@ def test_without_a_terminal_steps_are_lines_with_an_estimate(run: tuple[Path, st
     assert "left: loss " in lines[0] and "train_loss" not in printed and "train_runtime" not in printed
 
 
-def test_a_resumed_run_goes_on_in_the_same_places(tmp_path: Path, run: tuple[Path, str], arguments: list[str]) -> None:
-    """As if killed after step 3: what came after the checkpoint is logged once, where a logger can take it back."""
+def test_a_resumed_run_continues_in_the_same_places(
+    tmp_path: Path, run: tuple[Path, str], arguments: list[str]
+) -> None:
+    """As if killed after step 3: steps after the checkpoint are logged once by loggers that can drop them."""
     whole, _ = run
     folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
     shutil.rmtree(folder / "checkpoint-4")
@@ -161,7 +164,7 @@ def test_a_resumed_run_goes_on_in_the_same_places(tmp_path: Path, run: tuple[Pat
         text = file.read()
         file.seek(0)
         file.truncate()
-        file.write(text[: text.index("\n4,") + 20])  # cut in the middle of its last line
+        file.write(text[: text.index("\n4,") + 20])  # truncated in the middle of its last line
     done(call("train", f"run.dir={folder}", *arguments, "resume=auto"))
     before, after = in_table(whole), in_table(folder)
     assert after.keys() == before.keys()
@@ -169,13 +172,13 @@ def test_a_resumed_run_goes_on_in_the_same_places(tmp_path: Path, run: tuple[Pat
         assert after[name] == before[name]
     tensorboard = in_tensorboard(folder)
     assert {name: list(values) for name, values in tensorboard.items()} == {n: list(v) for n, v in before.items()}
-    assert in_mlflow(folder).keys() == before.keys()  # which holds one run
+    assert in_mlflow(folder).keys() == before.keys()  # and there is only one run
     assert (folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
     first, second = json.loads((folder / "run.json").read_text())["starts"]
     assert (first["from_step"], second["from_step"]) == (0, 2)
 
 
-def test_nothing_is_logged_and_no_samples_are_kept_on_request(tmp_path: Path, arguments: list[str]) -> None:
+def test_loggers_and_samples_can_be_switched_off(tmp_path: Path, arguments: list[str]) -> None:
     given = [argument for argument in arguments if argument != LOGGERS]
     done(call("train", f"run.dir={tmp_path / 'run'}", *given, "logger=none", "log_samples=0", "trainer.max_steps=2"))
     left = {path.name for path in (tmp_path / "run").iterdir()}
@@ -183,13 +186,13 @@ def test_nothing_is_logged_and_no_samples_are_kept_on_request(tmp_path: Path, ar
     assert "Answers while it trained" not in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_run_that_begins_again_has_one_curve(tmp_path: Path) -> None:
-    """Stopped before its first checkpoint, it goes on from step 0, and what it logged before no longer counts."""
+def test_a_restarted_run_has_one_curve(tmp_path: Path) -> None:
+    """A run stopped before its first checkpoint restarts at step 0; its earlier events are dropped."""
     for steps in (5, 3):
-        board = TensorBoard(Run(tmp_path, "again", {}, "", "code"))
+        board = TensorBoard(RunInfo(tmp_path, "again", {}, "", "code"))
         for step in range(1, steps + 1):
-            board.numbers({"train/loss": 1 / step}, step)
-        board.close(ended=True)
+            board.log_metrics({"train/loss": 1 / step}, step)
+        board.close(finished=True)
     events = EventAccumulator(str(tmp_path / "runs"))
     events.Reload()
     assert [one.step for one in events.Scalars("train/loss")] == [1, 2, 3]

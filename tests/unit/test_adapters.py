@@ -399,7 +399,7 @@ def test_the_fingerprint_sees_every_tensor(tmp_path: Path) -> None:
 def test_a_folder_without_weights_has_no_fingerprint(folder: Path, tmp_path: Path) -> None:
     """All such folders would have the same, and any would be an adapter's base."""
     shutil.copytree(folder, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(InputError, match="empty holds no weights in safetensors files"):
+    with pytest.raises(InputError, match="empty has no weights in safetensors files"):
         fingerprint.weights_in(tmp_path / "empty")
 
 

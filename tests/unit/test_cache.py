@@ -363,7 +363,7 @@ def test_the_shapes_are_drawn_and_then_read_once(tmp_path: Path, monkeypatch: py
     expected = read_examples(settings, "train", None, BadRecords())
     monkeypatch.setattr(vqav2, "read", lambda *_, **__: pytest.fail("read again"))
     assert len(expected) == 3 and read_examples(settings, "train", None, BadRecords()) == expected
-    with pytest.raises(InputError, match="was written with other settings"):
+    with pytest.raises(InputError, match="was generated with other settings"):
         read_examples(replace(settings, options={**settings.options, "seed": 5}), "train", None, BadRecords())
 
 

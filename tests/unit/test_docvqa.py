@@ -221,7 +221,7 @@ def test_equal_settings_draw_equal_files_and_others_are_refused(drawn: Path, tmp
     assert (again / VAL).read_bytes() == (drawn / VAL).read_bytes()
     with pytest.raises(InputError, match=r"other settings \(train_images 3, now 4\)"):
         synthetic_docvqa.write(again, train_images=4, val_images=20)
-    with pytest.raises(InputError, match="forms data set needs image_size of at least 48, not 32"):
+    with pytest.raises(InputError, match="forms dataset needs image_size of at least 48, not 32"):
         synthetic_docvqa.write(tmp_path / "small", image_size=32)
 
 

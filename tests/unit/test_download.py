@@ -1,4 +1,4 @@
-"""Fetching archives from a server on this machine: whole, broken off, changed, unpacked once."""
+"""Archives downloaded from a local server: complete, interrupted, changed, and unpacked once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vlmvqa.errors import InputError
-from vlmvqa.extras.dataset_tools.download import Archive, fetch, prepare
+from vlmvqa.extras.dataset_tools.download import Archive, download, prepare
 
 
 def zipped(**files: bytes) -> bytes:
@@ -31,12 +31,12 @@ CONTENT = zipped(train2014__a=b"a" * 5000, questions=b"{}")
 
 @dataclass
 class Site:
-    """A server: what it holds, after how many bytes it breaks off, what it was asked for."""
+    """A server: its content, the number of bytes after which it closes the connection, the requested ranges."""
 
     content: bytes = CONTENT
-    breaks_at: int | None = None
+    closes_after: int | None = None
     ranges: bool = True
-    asked: list[str | None] = field(default_factory=list)
+    requested: list[str | None] = field(default_factory=list)
     address: str = ""
 
 
@@ -47,7 +47,7 @@ def site() -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             wanted = self.headers.get("Range")
-            made.asked.append(wanted)
+            made.requested.append(wanted)
             if not self.path.endswith("data.zip"):
                 self.send_error(404)
                 return
@@ -59,7 +59,7 @@ def site() -> Iterator[Site]:
             body = made.content[start:]
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: made.breaks_at])
+            self.wfile.write(body[: made.closes_after])
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -77,53 +77,53 @@ def archive(site: Site, **changes: Any) -> Archive:
     return Archive(**{"url": f"{site.address}/data.zip", "md5": hashlib.md5(CONTENT).hexdigest(), **changes})
 
 
-def test_it_is_fetched_checked_and_unpacked_once(site: Site, tmp_path: Path) -> None:
+def test_it_is_downloaded_verified_and_unpacked_once(site: Site, tmp_path: Path) -> None:
     assert prepare(archive(site), tmp_path, progress=False)
     assert (tmp_path / "train2014" / "a").read_bytes() == b"a" * 5000 and (tmp_path / "questions").exists()
-    assert not prepare(archive(site), tmp_path, progress=False) and len(site.asked) == 1
+    assert not prepare(archive(site), tmp_path, progress=False) and len(site.requested) == 1
 
 
-@pytest.mark.parametrize("ranges", [True, False], ids=["goes on", "begins anew"])
-def test_one_that_broke_off_goes_on(site: Site, tmp_path: Path, ranges: bool) -> None:
-    site.breaks_at, site.ranges = 100, ranges
-    with pytest.raises(InputError, match=r"broke off at 100 of|cannot be reached"):
-        fetch(archive(site), tmp_path, progress=False)
-    site.breaks_at = None
-    assert fetch(archive(site), tmp_path, progress=False).read_bytes() == CONTENT
-    assert site.asked == [None, "bytes=100-"]
+@pytest.mark.parametrize("ranges", [True, False], ids=["resumes", "starts over"])
+def test_an_interrupted_download_is_resumed(site: Site, tmp_path: Path, ranges: bool) -> None:
+    site.closes_after, site.ranges = 100, ranges
+    with pytest.raises(InputError, match=r"closed after 100 of|cannot be reached"):
+        download(archive(site), tmp_path, progress=False)
+    site.closes_after = None
+    assert download(archive(site), tmp_path, progress=False).read_bytes() == CONTENT
+    assert site.requested == [None, "bytes=100-"]
 
 
-def test_all_there_but_not_renamed(site: Site, tmp_path: Path) -> None:
+def test_a_complete_part_file_is_renamed(site: Site, tmp_path: Path) -> None:
     (tmp_path / "data.zip.part").write_bytes(CONTENT)
-    assert fetch(archive(site), tmp_path, progress=False).read_bytes() == CONTENT
+    assert download(archive(site), tmp_path, progress=False).read_bytes() == CONTENT
 
 
-def test_another_files_checksum(site: Site, tmp_path: Path) -> None:
+def test_a_wrong_checksum(site: Site, tmp_path: Path) -> None:
     site.content = CONTENT[:-1] + b"x"
     with pytest.raises(InputError, match="its checksum is"):
-        fetch(archive(site), tmp_path, progress=False)
+        download(archive(site), tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_zip_is_fetched_again(site: Site, tmp_path: Path) -> None:
+def test_a_file_that_is_no_zip_is_downloaded_again(site: Site, tmp_path: Path) -> None:
     site.content = b"<html>please log in</html>"
-    with pytest.raises(InputError, match="not a whole zip file"):
+    with pytest.raises(InputError, match="not a complete zip file"):
         prepare(archive(site, md5=None), tmp_path, progress=False)
     site.content = CONTENT
     assert prepare(archive(site, md5=None), tmp_path, progress=False)
 
 
-def test_a_place_that_has_moved_and_a_site_that_is_away(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"answers 404 .*put the file into"):
-        fetch(archive(site, url=f"{site.address}/moved"), tmp_path, progress=False)
+def test_a_moved_file_and_an_unreachable_site(site: Site, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"returned 404 .*put the file into"):
+        download(archive(site, url=f"{site.address}/moved"), tmp_path, progress=False)
     with pytest.raises(InputError, match="cannot be reached"):
-        fetch(archive(site, url="http://127.0.0.1:9/data.zip"), tmp_path, progress=False)
+        download(archive(site, url="http://127.0.0.1:9/data.zip"), tmp_path, progress=False)
 
 
-def test_a_damaged_stream_inside_a_zip_is_fetched_again(site: Site, tmp_path: Path) -> None:
+def test_a_damaged_stream_inside_a_zip_is_downloaded_again(site: Site, tmp_path: Path) -> None:
     at = CONTENT.index(b"train2014/a") + len(b"train2014/a")
     site.content = CONTENT[:at] + b"\xff" * 8 + CONTENT[at + 8 :]
-    with pytest.raises(InputError, match="not a whole zip file"):
+    with pytest.raises(InputError, match="not a complete zip file"):
         prepare(archive(site, md5=None), tmp_path, progress=False)
     site.content = CONTENT
     assert prepare(archive(site, md5=None), tmp_path, progress=False)

@@ -1,4 +1,4 @@
-"""Cached features are the encoder's, to the bit; what would make them others is refused; what was written is kept."""
+"""Cached features equal the encoder's output bit by bit; stale ones are refused; complete shards are kept."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.errors import InputError
 from vlmvqa.extras.feature_cache import writer
+from vlmvqa.extras.feature_cache.forecast import forecast
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore, stored_dtype
-from vlmvqa.extras.feature_cache.writer import forecast, write
+from vlmvqa.extras.feature_cache.writer import WriteOptions, write
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 
 SETTINGS = ImageSettings(tiny.IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 IMAGES = 10
-EACH = 17 * 32 * 4  # bytes an image in fp32: 1 + 4 x 4 tokens of width 32
+IMAGE_BYTES = 17 * 32 * 4  # per image in fp32: 1 + 4 x 4 tokens of width 32
 Files = list[Example]
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
-    """JPEGs whose content their id does not tell; ids are numbers and texts."""
+    """JPEG files with integer and text ids."""
     found = []
     for n in range(IMAGES):
         path = tmp_path / f"{n}.jpg"
@@ -53,7 +54,7 @@ def encoder() -> VisionEncoder:
     return tiny.model().vision
 
 
-def picture(example: Example) -> Tensor:
+def load_image(example: Example) -> Tensor:
     return to_tensor(decode(example.image, example.name), SETTINGS)
 
 
@@ -63,21 +64,21 @@ def made(
     examples: Files,
     dtype: str = "float32",
     policy: str = "error",
-    image: Callable[[Example], Tensor] = picture,
+    load: Callable[[Example], Tensor] = load_image,
     **options: int,
 ) -> FeatureStore:
-    """Features in shards of three images, made in batches of two."""
+    """Write features in shards of three images and batches of two."""
     key = FeatureKey.of(encoder, SETTINGS, dtype)
-    given = {"batch_size": 2, "shard_bytes": 3 * EACH, **options}
-    return write(folder, key, encoder, examples, image, BadRecords(policy), **given)  # type: ignore[arg-type]
+    given = WriteOptions(**{"batch_size": 2, "shard_bytes": 3 * IMAGE_BYTES, **options})  # type: ignore[arg-type]
+    return write(folder, key, encoder, examples, load, BadRecords(policy), given)
 
 
 def computed(encoder: VisionEncoder, examples: Files) -> Tensor:
-    """The encoder's output in the batches in which the features are made: two images and one of each shard."""
+    """Return the encoder's output, computed in the writer's batches: two images and then one of each shard."""
     shards = [examples[start : start + 3] for start in range(0, len(examples), 3)]
     batches = [batch for shard in shards for batch in (shard[:2], shard[2:]) if batch]
     with torch.no_grad():
-        return torch.cat([encoder(torch.stack([picture(example) for example in batch])) for batch in batches])
+        return torch.cat([encoder(torch.stack([load_image(example) for example in batch])) for batch in batches])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -101,22 +102,22 @@ def test_halves_are_rounded_once(
     with torch.no_grad():
         shards = [files[start : start + 6] for start in range(0, IMAGES, 6)]  # half the bytes: six images a shard
         batches = [shard[start : start + 3] for shard in shards for start in range(0, len(shard), 3)]
-        expected = torch.cat([encoder(torch.stack([picture(example) for example in batch])) for batch in batches])
+        expected = torch.cat([encoder(torch.stack([load_image(example) for example in batch])) for batch in batches])
     assert stored_dtype(tmp_path / "f") == dtype
     assert stored.dtype == kind and torch.equal(stored, expected.to(kind))
-    assert sum(path.stat().st_size for path in (tmp_path / "f").glob("*.bin")) == IMAGES * EACH // 2
+    assert sum(path.stat().st_size for path in (tmp_path / "f").glob("*.bin")) == IMAGES * IMAGE_BYTES // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_is_that_of_the_pixels(tmp_path: Path, files: Files, dtype: torch.dtype) -> None:
-    """In the dtype that the model computes in, cached and computed are the same loss and gradients."""
+    """Cached and computed features give the same loss and gradients in the dtype of the model."""
     vlm = tiny.model()
     vlm.vision.requires_grad_(False)
     for parameter in vlm.parameters():
         parameter.data = parameter.data.to(dtype)
     store = made(tmp_path / "f", vlm.vision, files[:3], str(dtype).removeprefix("torch."), batch_size=3)
     rows = [[document] for document in tiny.documents((1, 2, 3))]
-    pixels = tiny.batch(vlm, rows, torch.stack([picture(example) for example in files[:3]]))
+    pixels = tiny.batch(vlm, rows, torch.stack([load_image(example) for example in files[:3]]))
     cached = {**pixels, "image_features": torch.stack([store[example.image_id] for example in files[:3]])}
     del cached["pixel_values"]
     found = []
@@ -135,8 +136,8 @@ def test_workers_share_a_store(tmp_path: Path, encoder: VisionEncoder, files: Fi
     ids = [example.image_id for example in files]
     loader = DataLoader(Rows(store, ids), batch_size=None, num_workers=2)  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(loader, alone, strict=True))
-    sent = pickle.loads(pickle.dumps(store))  # as to a spawned worker
-    assert len(pickle.dumps(store)) < EACH and torch.equal(sent[1], store[1])
+    sent = pickle.loads(pickle.dumps(store))  # as for a spawned worker
+    assert len(pickle.dumps(store)) < IMAGE_BYTES and torch.equal(sent[1], store[1])
     taken = store[1]
     taken.zero_()  # a copy
     assert torch.equal(store[1], alone[1])
@@ -156,7 +157,9 @@ class Rows:
 
 def test_an_image_of_several_examples_is_stored_once(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
     store = made(tmp_path / "f", encoder, [*files, *files[:4]])
-    assert len(store) == IMAGES and sum(p.stat().st_size for p in (tmp_path / "f").glob("*.bin")) == IMAGES * EACH
+    assert (
+        len(store) == IMAGES and sum(p.stat().st_size for p in (tmp_path / "f").glob("*.bin")) == IMAGES * IMAGE_BYTES
+    )
     other = dataclasses.replace(files[0], image=files[1].image)
     with pytest.raises(InputError, match=r"image id page-0 names both .*0\.jpg and .*1\.jpg"):
         made(tmp_path / "g", encoder, [*files, other])
@@ -171,7 +174,7 @@ def bigger(encoder: VisionEncoder) -> VisionEncoder:
 
 
 def more_heads(encoder: VisionEncoder) -> VisionEncoder:
-    """The same numbers in the same shapes, another function."""
+    """Return an encoder with the same weights in the same shapes that computes another function."""
     other = VisionEncoder(VisionSettings(image_size=28, weights="random", overrides={**tiny.VISION, "num_heads": 4}))
     other.load_state_dict(encoder.state_dict())
     return other
@@ -190,14 +193,14 @@ def another(encoder: VisionEncoder) -> VisionEncoder:
 @pytest.mark.parametrize(
     ("change", "settings", "dtype", "said"),
     [
-        (one_weight, {}, "float32", "the encoder's weights are others"),
-        (more_heads, {}, "float32", "the encoder's weights are others"),
-        (VisionEncoder.bfloat16, {}, "float32", "the encoder's weights are others"),
-        (bigger, {"size": 42}, "float32", "the image size is 28 there, now 42"),
-        (another, {}, "float32", "the encoder is vit_base_patch14_dinov2.lvd142m there, now vit_tiny_patch16_224"),
-        (None, {"resize": "center_crop"}, "float32", "transform's resize is squash there, now center_crop"),
-        (None, {"mean": (0.1, 0.4, 0.3)}, "float32", r"transform's mean is \[0.5, 0.4, 0.3\] there, now \[0.1"),
-        (None, {}, "bfloat16", "the dtype is float32 there, now bfloat16"),
+        (one_weight, {}, "float32", "the encoder's weights differ"),
+        (more_heads, {}, "float32", "the encoder's weights differ"),
+        (VisionEncoder.bfloat16, {}, "float32", "the encoder's weights differ"),
+        (bigger, {"size": 42}, "float32", "the image size was 28, is now 42"),
+        (another, {}, "float32", "the encoder was vit_base_patch14_dinov2.lvd142m, is now vit_tiny_patch16_224"),
+        (None, {"resize": "center_crop"}, "float32", "the image resize was squash, is now center_crop"),
+        (None, {"mean": (0.1, 0.4, 0.3)}, "float32", r"the image mean was \[0.5, 0.4, 0.3\], is now \[0.1"),
+        (None, {}, "bfloat16", "the dtype was float32, is now bfloat16"),
     ],
 )
 def test_stale_features_are_refused(
@@ -216,12 +219,12 @@ def test_stale_features_are_refused(
     with pytest.raises(InputError, match=rf"the features in \S+ are stale: .*{said}.*{again}") as refused:
         FeatureStore.open(tmp_path / "f", key)
     assert "\n" not in str(refused.value)
-    with pytest.raises(InputError, match=rf"holds other features: .*{said}.*features.overwrite=true"):
-        write(tmp_path / "f", key, changed, files, picture, BadRecords())
+    with pytest.raises(InputError, match=rf"has other features: .*{said}.*features.overwrite=true"):
+        write(tmp_path / "f", key, changed, files, load_image, BadRecords(), WriteOptions())
 
 
 def test_the_same_encoder_built_again_finds_its_features(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
-    """Whether it trains, and how it spends memory, changes nothing."""
+    """Training mode and activation checkpointing do not change the key."""
     made(tmp_path / "f", encoder, files)
     again = tiny.model().train().vision
     again.requires_grad_(False)
@@ -229,24 +232,24 @@ def test_the_same_encoder_built_again_finds_its_features(tmp_path: Path, encoder
     assert len(FeatureStore.open(tmp_path / "f", FeatureKey.of(again, SETTINGS, "float32"))) == IMAGES
 
 
-def test_other_features_are_replaced_when_told_so(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+def test_other_features_are_replaced_with_overwrite(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
     folder = tmp_path / "f"
     made(folder, encoder, files)
-    with pytest.raises(InputError, match="holds other features: they are of other images"):
+    with pytest.raises(InputError, match="has other features: they belong to other images"):
         made(folder, encoder, files[:4])
     (folder / "notes.txt").write_text("mine")
     store = made(folder, encoder, files[:4], overwrite=True)
     assert len(store) == 4 and len(list(folder.glob("*.bin"))) == 2 and (folder / "notes.txt").exists()
 
 
-def test_what_is_not_there_is_said(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+def test_missing_and_damaged_features_are_named(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
     key = FeatureKey.of(encoder, SETTINGS, "float32")
-    with pytest.raises(InputError, match=r"holds no features; make them: python launch/prepare.py features"):
+    with pytest.raises(InputError, match=r"has no features; compute them: python launch/prepare.py features"):
         FeatureStore.open(tmp_path / "f", key)
-    with pytest.raises(InputError, match="holds no features"):
+    with pytest.raises(InputError, match="has no features"):
         stored_dtype(tmp_path / "f")
     store = made(tmp_path / "f", encoder, files[:9])
-    with pytest.raises(InputError, match=r"image 9 has no features in \S+: make them for this split"):
+    with pytest.raises(InputError, match=r"image 9 has no features in \S+: compute them for this split"):
         store[9]
     store.refuse_missing(example.image_id for example in files[:9])
     with pytest.raises(InputError, match=r"lack 1 of the images \(the first is 9\)"):
@@ -255,9 +258,9 @@ def test_what_is_not_there_is_said(tmp_path: Path, encoder: VisionEncoder, files
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"shard-00001.bin has 6,527 bytes instead of 6,528; run the command"):
         FeatureStore.open(tmp_path / "f", key)
-    assert torch.equal(made(tmp_path / "f", encoder, files[:9])[7], store[7])  # that shard alone is made again
+    assert torch.equal(made(tmp_path / "f", encoder, files[:9])[7], store[7])  # only this shard is written again
     (tmp_path / "f" / "index.json").write_text('{"key":')
-    with pytest.raises(InputError, match=r"index.json cannot be read .*rebuild the features"):
+    with pytest.raises(InputError, match=r"index.json cannot be read .*recompute the features"):
         FeatureStore.open(tmp_path / "f", key)
     with pytest.raises(InputError, match=r"features.dtype=bfloat61 is unknown.*did you mean 'bfloat16'"):
         FeatureKey.of(encoder, SETTINGS, "bfloat61")
@@ -266,17 +269,17 @@ def test_what_is_not_there_is_said(tmp_path: Path, encoder: VisionEncoder, files
 # --- interrupted, unreadable, full ---------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_where_it_stood(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
-    """Killed at its eighth image: two shards are whole, the third is begun."""
+def test_a_killed_run_resumes_at_its_last_complete_shard(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+    """Killed at its eighth image: two shards are complete, the third is partial."""
     folder, whole = tmp_path / "f", made(tmp_path / "whole", encoder, files)
 
     def until_the_eighth(example: Example) -> Tensor:
         if example.image_id == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return picture(example)
+        return load_image(example)
 
     process = multiprocessing.get_context("fork").Process(
-        target=made, args=(folder, encoder, files), kwargs={"image": until_the_eighth}
+        target=made, args=(folder, encoder, files), kwargs={"load": until_the_eighth}
     )
     process.start()
     process.join()
@@ -284,17 +287,17 @@ def test_a_killed_run_goes_on_where_it_stood(tmp_path: Path, encoder: VisionEnco
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
     assert sorted(kept) == ["shard-00000.bin", "shard-00001.bin"]
     assert (folder / "shard-00002.partial").exists()
-    with pytest.raises(InputError, match="are unfinished; run the command that makes them again"):
+    with pytest.raises(InputError, match="are incomplete; run the command that computes them again"):
         FeatureStore.open(folder, FeatureKey.of(encoder, SETTINGS, "float32"))
 
     decoded: list[int | str] = []
 
     def counted(example: Example) -> Tensor:
         decoded.append(example.image_id)
-        return picture(example)
+        return load_image(example)
 
-    # The size of shards may have changed since: it is the folder's.
-    store = made(folder, encoder, files, image=counted, shard_bytes=5 * EACH)
+    # The folder keeps its shard size.
+    store = made(folder, encoder, files, load=counted, shard_bytes=5 * IMAGE_BYTES)
     assert decoded == [example.image_id for example in files[6:]]
     assert all(folder.joinpath(name).stat().st_mtime_ns == changed for name, changed in kept.items())
     assert all(torch.equal(store[example.image_id], whole[example.image_id]) for example in files)
@@ -312,10 +315,11 @@ def test_a_bad_image_stops_or_is_left_out(tmp_path: Path, encoder: VisionEncoder
     bad.write_bytes(whole[:300])
     with pytest.raises(InputError, match=r"4\.jpg cannot be read .*set data.on_bad_record=skip"):
         made(folder, encoder, files, workers=1)
-    for _ in range(2):  # the second time all shards are kept, and it is still listed
+    for _ in range(2):  # the second time all shards are kept, and the image is still listed
         skipping = BadRecords("skip")
         key = FeatureKey.of(encoder, SETTINGS, "float32")
-        store = write(folder, key, encoder, files, picture, skipping, batch_size=2, shard_bytes=3 * EACH)
+        options = WriteOptions(batch_size=2, shard_bytes=3 * IMAGE_BYTES)
+        store = write(folder, key, encoder, files, load_image, skipping, options)
         assert len(skipping.seen) == 1 and "4.jpg cannot be read" in skipping.seen[0]
         assert len(store) == IMAGES - 1 and "page-4" not in store
         assert "4.jpg cannot be read" in store.left_out["page-4"]
@@ -324,7 +328,7 @@ def test_a_bad_image_stops_or_is_left_out(tmp_path: Path, encoder: VisionEncoder
         store.refuse_missing(example.image_id for example in files)
     expected = computed(encoder, files[6:])  # the shards after the bad image's
     assert all(torch.equal(store[e.image_id], x) for e, x in zip(files[6:], expected, strict=True))
-    with pytest.raises(InputError, match=r"4\.jpg cannot be read"):  # what was left out is asked about again
+    with pytest.raises(InputError, match=r"4\.jpg cannot be read"):  # skipped images are read again
         made(folder, encoder, files)
     bad.write_bytes(whole)
     assert len(made(folder, encoder, files)) == IMAGES
@@ -336,11 +340,11 @@ def test_images_that_are_all_bad(tmp_path: Path, encoder: VisionEncoder, files: 
         example.image.write_bytes(b"no picture")
     with pytest.raises(InputError, match="none of the images could be read"):
         made(tmp_path / "f", encoder, files, policy="skip")
-    with pytest.raises(InputError, match="the split holds no images"):
+    with pytest.raises(InputError, match="the split has no images"):
         made(tmp_path / "g", encoder, [])
 
 
-def test_numbers_that_a_dtype_does_not_hold_are_refused(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+def test_features_that_overflow_a_dtype_are_refused(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
     with torch.no_grad():
         encoder.encoder.norm.weight.mul_(1e6)
     with pytest.raises(InputError, match=r"image page-0: its features are not finite in float16; use .*bfloat16"):
@@ -348,7 +352,7 @@ def test_numbers_that_a_dtype_does_not_hold_are_refused(tmp_path: Path, encoder:
     assert len(made(tmp_path / "g", encoder, files, "bfloat16")) == IMAGES
 
 
-def test_the_size_is_known_before(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+def test_the_size_is_forecast(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
     vqav2 = forecast(tmp_path / "not" / "yet", 82_783, (257, 768), "bfloat16")
     assert vqav2.bytes == 82_783 * 394_752
     assert "394.8 kB each: 32.7 GB of features" in str(vqav2)
@@ -361,19 +365,19 @@ def test_a_disk_that_is_too_small_is_refused(
     tmp_path: Path, encoder: VisionEncoder, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage._replace(free=20_000_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000_000))
     with pytest.raises(
         InputError, match=r"need 65.4 GB, 45.4 GB more than the disk of .* has; free .*dtype=bfloat16"
     ) as refused:
         forecast(tmp_path, 82_783, (257, 768), "float32").refuse()
     assert "\n" not in str(refused.value)
     forecast(tmp_path, 50_000, (257, 768), "bfloat16").refuse()
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: usage._replace(free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     made(tmp_path / "f", encoder, files)
-    forecast(tmp_path / "f", IMAGES, (17, 32), "float32").refuse()  # they lie there already
+    forecast(tmp_path / "f", IMAGES, (17, 32), "float32").refuse()  # already present
 
 
-def test_a_disk_that_fills_up_is_said_and_gone_on_from(
+def test_a_full_disk_is_an_error_and_the_run_can_be_resumed(
     tmp_path: Path, encoder: VisionEncoder, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced = []
@@ -401,22 +405,22 @@ def test_an_old_format_is_refused(tmp_path: Path, encoder: VisionEncoder, files:
     made(tmp_path / "f", encoder, files)
     index = tmp_path / "f" / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "format": 0}))
-    with pytest.raises(InputError, match=r"index.json is not of format 1; delete \S+ and rebuild"):
+    with pytest.raises(InputError, match=r"index.json is not of format 1; delete \S+ and recompute"):
         FeatureStore.open(tmp_path / "f", FeatureKey.of(encoder, SETTINGS, "float32"))
 
 
-def test_other_pictures_under_the_same_names_are_refused(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
-    """Drawn anew, or another data set: ids, key and sizes are the same."""
+def test_other_images_with_the_same_ids_are_refused(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+    """A newly generated or another dataset can have the same ids, key and sizes."""
     store = made(tmp_path / "f", encoder, files)
-    store.refuse_other_pictures(files)
+    store.refuse_changed_images(files)
     others = []
     for number, example in enumerate(files):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (30, 30), (9 * number, 0, 99)).save(path)
         others.append(dataclasses.replace(example, image=path))
-    with pytest.raises(InputError, match=r"are of other pictures: .*0\.png is not the file they were made of"):
-        store.refuse_other_pictures(others)
-    with pytest.raises(InputError, match="holds other features: they are of other images"):
+    with pytest.raises(InputError, match=r"belong to other images: .*0\.png has changed since"):
+        store.refuse_changed_images(others)
+    with pytest.raises(InputError, match="has other features: they belong to other images"):
         made(tmp_path / "f", encoder, others)
     gone = [dataclasses.replace(example, image=tmp_path / "gone.png") for example in files]
-    store.refuse_other_pictures(gone)  # pictures are not needed any more
+    store.refuse_changed_images(gone)  # image files are not needed any more

@@ -1,4 +1,4 @@
-"""Parquet form of the data sets: from a folder, and as `datasets` loads it; no network is needed for either."""
+"""Datasets in parquet format, from a folder and through `datasets`; neither needs a network."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ VQAV2 = build_settings(Columns, train_data("data=vqav2", "data.root=x").columns,
 TEMPLATE = "answer en {question}\n"
 
 
-def picture(color: str) -> dict[str, Any]:
-    """A picture as `datasets` writes it."""
+def image(color: str) -> dict[str, Any]:
+    """Return an image as `datasets` stores it."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8), color).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
@@ -39,20 +39,20 @@ def picture(color: str) -> dict[str, Any]:
 ROWS: list[dict[str, Any]] = [
     {
         "question_id": 10 * number,
-        "image_id": image,
-        "image": picture(color),
+        "image_id": image_id,
+        "image": image(color),
         "question": f"Question {number}?",
         "multiple_choice_answer": "yes",
         "answers": [{"answer": "yes", "answer_id": 1}, {"answer": "no", "answer_id": 2}],
         "question_type": "is it",
         "answer_type": "yes/no",
     }
-    for number, (image, color) in enumerate([(7, "red"), (9, "blue"), (7, "red"), (7, "red"), (8, "green")])
+    for number, (image_id, color) in enumerate([(7, "red"), (9, "blue"), (7, "red"), (7, "red"), (8, "green")])
 ]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A parquet file without what `datasets` adds to one."""
+    """Write a parquet file without the metadata that `datasets` adds."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def change(folder: Path, number: int, **changes: Any) -> None:
 # --- a folder of parquet files --------------------------------------------------------------------------
 
 
-def test_rows_are_grouped_by_image_and_pictures_are_bytes_held_once(folder: Path) -> None:
+def test_rows_are_grouped_by_image_and_image_bytes_are_kept_once(folder: Path) -> None:
     examples = read(folder)
     assert [example.image_id for example in examples] == [7, 9, 8]
     assert ids(examples) == [0, 20, 30, 10, 40]
@@ -109,14 +109,14 @@ def test_max_samples_takes_the_first_rows(folder: Path) -> None:
     assert ids(read(folder, "validation[1:]", max_samples=2)) == [10, 20]
 
 
-def test_without_columns_for_ids_rows_are_numbered_and_equal_pictures_are_one(folder: Path) -> None:
+def test_without_columns_for_ids_rows_are_numbered_and_equal_images_are_one(folder: Path) -> None:
     columns = Columns(answers="multiple_choice_answer")
     examples = read(folder, "validation[1:]", columns)
     assert ids(examples) == [1, 2, 3, 4] and len(examples) == 3
     assert examples[0].questions[0].answers == ("yes",)
 
 
-def test_pictures_may_be_bytes_or_files_beside_the_parquet(folder: Path) -> None:
+def test_images_may_be_bytes_or_files_next_to_the_parquet(folder: Path) -> None:
     Image.new("RGB", (8, 8)).save(folder / "7.png")
     rows = [{**row, "image": "7.png"} for row in ROWS if row["image_id"] == 7]
     write(folder / "paths.parquet", rows)
@@ -135,7 +135,7 @@ def test_a_source_reads_it_through_its_config(folder: Path) -> None:
         read_examples(replace(settings, options={"foo": 1}), "validation", 3, BadRecords())
 
 
-def test_gqas_pictures_are_joined_from_their_own_configuration(tmp_path: Path) -> None:
+def test_gqas_images_are_joined_from_their_own_configuration(tmp_path: Path) -> None:
     types = {"detailed": "relS", "semantic": "rel", "structural": "query"}
     semantic = [{"operation": "select", "dependencies": [], "argument": "dress (12)"}]
     rows = [
@@ -154,8 +154,8 @@ def test_gqas_pictures_are_joined_from_their_own_configuration(tmp_path: Path) -
     ]
     for split, inner in (("testdev_balanced", "testdev"), ("train_balanced", "train")):
         write(tmp_path / f"{split}_instructions" / f"{inner}-00000-of-00001.parquet", rows)
-        pictures = [{"id": f"n{number}", "image": picture("red")} for number in (3, 1, 0)]
-        write(tmp_path / f"{split}_images" / f"{inner}-00000-of-00001.parquet", pictures)
+        images = [{"id": f"n{number}", "image": image("red")} for number in (3, 1, 0)]
+        write(tmp_path / f"{split}_images" / f"{inner}-00000-of-00001.parquet", images)
     settings = train_data("data=gqa", f"data.hub={tmp_path}")
     first, second = read_examples(settings, "testdev_balanced", 3, BadRecords())
     assert ids([first, second]) == ["200", "201", "202"] and isinstance(second.image, bytes)
@@ -172,7 +172,7 @@ def test_gqas_pictures_are_joined_from_their_own_configuration(tmp_path: Path) -
         "semantic": semantic,
     }
     assert read_examples(settings, "train_balanced", 3, BadRecords())[0].questions[0].details is None
-    with pytest.raises(InputError, match=r"there is no picture n2 in \{split\}_images"):
+    with pytest.raises(InputError, match=r"there is no image n2 in \{split\}_images"):
         read_examples(settings, "testdev_balanced", None, BadRecords())
     assert len(read_examples(settings, "testdev_balanced", None, BadRecords("skip"))) == 2
     with pytest.raises(InputError, match=r"has no folder testdev_instructions, only .*; did you mean"):
@@ -181,7 +181,7 @@ def test_gqas_pictures_are_joined_from_their_own_configuration(tmp_path: Path) -
 
 def test_captions_take_the_form_of_their_split(tmp_path: Path) -> None:
     name = "COCO_val2014_000000000042.jpg"
-    rows = [{"question_id": name, "image": picture("red"), "question": "Describe it.", "answer": ["A  cat", "Cat"]}]
+    rows = [{"question_id": name, "image": image("red"), "question": "Describe it.", "answer": ["A  cat", "Cat"]}]
     for split in ("train", "val"):
         write(tmp_path / f"{split}.parquet", rows)
     settings = train_data("data=coco_captions", f"data.hub={tmp_path}")
@@ -191,7 +191,7 @@ def test_captions_take_the_form_of_their_split(tmp_path: Path) -> None:
     assert [question.target for question in each] == ["A cat", "Cat"]
 
 
-# --- what cannot be read --------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------
 
 
 def test_unknown_splits_folders_and_columns_are_named(folder: Path) -> None:
@@ -202,15 +202,15 @@ def test_unknown_splits_folders_and_columns_are_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"has no folder dta, only data; set data.hub_config; did you mean 'data'"):
         read(folder, config="dta")
     (folder / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty holds no .parquet file"):
+    with pytest.raises(InputError, match=r"empty has no .parquet file"):
         read(folder / "empty")
     with pytest.raises(InputError, match=r"has no \{question\}"):
         dataset.read(str(folder), "validation", columns=VQAV2, prompt="answer")
     with pytest.raises(InputError, match=r"data.hub_images needs data.columns.image_id"):
-        read(folder, columns=Columns(), images="pictures")
+        read(folder, columns=Columns(), images="images")
 
 
-def test_a_folder_that_is_not_there_is_no_question_of_the_network(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_searched_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such folder; correct the path"):
         dataset.read(str(tmp_path / "nothing"), "validation", columns=VQAV2, prompt=TEMPLATE)
 
@@ -224,20 +224,20 @@ def test_a_split_in_two_folders_is_not_guessed(folder: Path) -> None:
 
 def test_a_damaged_file_is_named(folder: Path) -> None:
     (folder / "data" / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="test: its parquet files cannot be read"):
+    with pytest.raises(InputError, match="test: its parquet files are unreadable"):
         read(folder, "test")
 
 
 BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "empty question": ({"question": " "}, "its question is empty"),
     "null question": ({"question": None}, "its question is empty"),
-    "no id": ({"question_id": None}, "its question_id should be a whole number or text, not 'None'"),
+    "no id": ({"question_id": None}, "its question_id should be an integer or text, not 'None'"),
     "id used twice": ({"question_id": 0}, "its id 0 is used twice; keep one of them"),
-    "no picture": ({"image": {"bytes": None, "path": None}}, "it holds no picture"),
-    "an address": ({"image": {"bytes": None, "path": "https://x.org/1.jpg"}}, "its picture is only an address"),
-    "a missing file": ({"image": {"bytes": None, "path": "x.jpg"}}, "its picture x.jpg cannot be read (No such file"),
+    "no image": ({"image": {"bytes": None, "path": None}}, "it has no image"),
+    "a URL": ({"image": {"bytes": None, "path": "https://x.org/1.jpg"}}, "its image is only a URL"),
+    "a missing file": ({"image": {"bytes": None, "path": "x.jpg"}}, "its image x.jpg cannot be read (No such file"),
     "empty answer": ({"multiple_choice_answer": ""}, "its answer is empty"),
-    "no image id": ({"image_id": None}, "its image_id should be a whole number or text"),
+    "no image id": ({"image_id": None}, "its image_id should be an integer or text"),
 }
 
 
@@ -263,19 +263,19 @@ def test_a_column_of_another_type_is_named(folder: Path) -> None:
 def test_without_the_packages_a_sentence_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "validation.parquet").touch()
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(InputError, match=r"needs the package pyarrow; install it: pip install 'vlmvqa\[hub\]'"):
+    with pytest.raises(InputError, match=r"needs the package pyarrow; install it with: pip install 'vlmvqa\[hub\]'"):
         read(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"needs the package datasets; install it: pip install 'vlmvqa\[hub\]'"):
+    with pytest.raises(InputError, match=r"needs the package datasets; install it with: pip install 'vlmvqa\[hub\]'"):
         dataset.read("lmms-lab/VQAv2", "validation", columns=VQAV2, prompt=TEMPLATE)
 
 
-# --- as `datasets` loads it -----------------------------------------------------------------------------
+# --- through `datasets` ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Reads the folder through `datasets`, which takes a folder for an id of the hub."""
+    """Read the folder through `datasets`, as if it were a Hub id."""
     datasets = pytest.importorskip("datasets")
     for row, name in ((ROWS[:3], "validation-00000-of-00002"), (ROWS[3:], "validation-00001-of-00002")):
         table = datasets.Dataset.from_list(row).cast_column("image", datasets.Image())
@@ -303,7 +303,9 @@ def test_datasets_gives_the_same_examples(loaded: Callable[..., Any], streaming:
 
 
 def test_percentages_need_a_known_number_of_rows(loaded: Callable[..., Any]) -> None:
-    with pytest.raises(InputError, match=r"is not known while they are streamed, as 'validation\[:40%\]' needs"):
+    with pytest.raises(
+        InputError, match=r"'validation\[:40%\]' depends on the number of rows, which is unknown while streaming"
+    ):
         loaded("validation[:40%]", streaming=True)
     assert ids(loaded("validation[:40%]")) == [0, 10]
 
@@ -312,7 +314,7 @@ def test_percentages_need_a_known_number_of_rows(loaded: Callable[..., Any]) -> 
     ("name", "sentence"),
     [
         ("HuggingFaceM4/VQAv2", "which is not run; set data.hub=lmms-lab/VQAv2"),
-        ("some/script", "which is not run; set data.hub to the data set's parquet form"),
+        ("some/script", "which is not run; set data.hub to a copy of the dataset in parquet format"),
     ],
 )
 def test_a_loading_script_is_refused_with_its_parquet_form(
@@ -334,19 +336,21 @@ def test_datasets_refuses_loading_scripts_in_every_version(tmp_path: Path, monke
     (tmp_path / "mine").mkdir()
     script = "import datasets\n\nclass Mine(datasets.GeneratorBasedBuilder):\n    pass\n"
     (tmp_path / "mine" / "mine.py").write_text(script)
-    with pytest.raises(InputError, match=r"mine is a loading script, which is not run; set data.hub to the data set"):
+    with pytest.raises(
+        InputError, match=r"mine is a loading script, which is not run; set data.hub to a copy of the dataset"
+    ):
         read(tmp_path / "mine", "train")
 
 
 def test_what_is_not_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"the data set no/where cannot be read from the hub \(.*\); check data.hub"):
+    with pytest.raises(InputError, match=r"the dataset no/where cannot be read from the Hub \(.*\); check data.hub"):
         dataset.read("no/where", "train", columns=VQAV2, prompt=TEMPLATE)
 
 
 def test_a_row_without_answers_among_others_is_a_bad_record(tmp_path: Path) -> None:
-    """One such row must not pass for a split without answers, which is not scored."""
+    """A single such row must not make the split look like one without answers, which is not scored."""
     rows = [*ROWS[:4], {**ROWS[4], "answers": None, "multiple_choice_answer": None}]
     write(tmp_path / "validation.parquet", rows)
     given: dict[str, Any] = {"columns": VQAV2, "prompt": TEMPLATE}
@@ -358,13 +362,13 @@ def test_a_row_without_answers_among_others_is_a_bad_record(tmp_path: Path) -> N
 
 
 def test_no_more_is_read_than_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 2)
     write(tmp_path / "validation.parquet", [{**ROWS[0], "question_id": number} for number in range(20)])
     table = parquet.ParquetTable([tmp_path / "validation.parquet"], "validation")
     read: list[int] = []
     iter_batches = table.files[0].iter_batches
 
-    class Watched:
+    class Counted:
         metadata = table.files[0].metadata
 
         def iter_batches(self, *arguments: Any, **options: Any) -> Any:
@@ -372,5 +376,5 @@ def test_no_more_is_read_than_was_chosen(tmp_path: Path, monkeypatch: pytest.Mon
                 read.append(len(batch))
                 yield batch
 
-    table.files = [Watched()]
+    table.files = [Counted()]
     assert len(list(table.rows(range(3), ["question_id"]))) == 3 and sum(read) == 4

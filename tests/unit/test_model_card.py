@@ -211,7 +211,7 @@ def test_a_base_that_stays_behind_is_said(tmp_path: Path, capsys: pytest.Capture
     model = tmp_path / "model"
     model.mkdir()
     said = (
-        "its base /data/base stays here; publish that too, or merge first: "
+        "its base model /data/base is not uploaded; publish it too, or merge first: "
         f"launch/merge.py adapter={model} output=...\n"
     )
     for base, printed in (("google/paligemma-3b-pt-224", ""), ("/data/base", said)):
@@ -223,9 +223,9 @@ def test_a_base_that_stays_behind_is_said(tmp_path: Path, capsys: pytest.Capture
 def test_what_could_not_be_uploaded_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="hub_id=model should be"):
         refuse_upload("model")
-    with pytest.raises(InputError, match="is there already, and nothing is written over it"):
+    with pytest.raises(InputError, match="exists already and is never overwritten"):
         refuse_upload(str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("HF_TOKEN", "hf_test")
-    with pytest.raises(InputError, match="nobody is logged in to the hub, or it cannot be reached"):
+    with pytest.raises(InputError, match="no user is logged in to the Hub, or it cannot be reached"):
         refuse_upload("somebody/model")

@@ -57,7 +57,7 @@ def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path) -> None:
     [
         ({"model_type": "bert"}, "is not a vision-language model of transformers but of model_type bert"),
         ({"model_type": "gemma2"}, "is not a vision-language model of transformers but of model_type gemma2"),
-        ({"model_type": "nothing"}, "is of a model_type that this version of transformers does not know"),
+        ({"model_type": "nothing"}, "has a model_type that this version of transformers does not know"),
         ({"architecture": "vit"}, r"is neither of vlmvqa \(format 1\) nor of a model of transformers"),
     ],
 )

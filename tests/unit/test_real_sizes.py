@@ -1,4 +1,4 @@
-"""The recipe's model, built without weights on the meta device, has the right sizes."""
+"""The recipe's model, built on the meta device without weights, has the published sizes."""
 
 from __future__ import annotations
 

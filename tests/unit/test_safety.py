@@ -1,4 +1,4 @@
-"""Nothing from a user's folder or a hub runs as code: no pickle is read, no code of a model's own is imported."""
+"""No file from a user's folder or the Hub runs code: pickles are not read, custom model code is not imported."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from vlmvqa.training import checkpoint_state
 FILES = sorted(path for folder in ("src", "launch", "evaluation", "bench") for path in (ROOT / folder).rglob("*.py"))
 PICKLES = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 
-# --- what the code says --------------------------------------------------------------------------------
+# --- source code ---------------------------------------------------------------------------------------
 
 
 def dangers(code: str) -> Iterator[str]:
-    """What in a file could run what it reads."""
+    """Yield the constructs in a file that could execute the data they read."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             named = [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
@@ -73,7 +73,7 @@ def is_false(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
 
 
-def test_no_file_holds_a_danger() -> None:
+def test_no_source_file_has_a_danger() -> None:
     found = {str(path.relative_to(ROOT)): list(dangers(path.read_text(encoding="utf-8"))) for path in FILES}
     assert len(FILES) > 80
     assert {path: each for path, each in found.items() if each} == {}
@@ -97,15 +97,15 @@ def test_no_file_holds_a_danger() -> None:
         "{'trust_remote_code': True}",
     ],
 )
-def test_each_danger_is_seen(code: str) -> None:
+def test_each_danger_is_detected(code: str) -> None:
     assert list(dangers(code))
 
 
-# --- what happens --------------------------------------------------------------------------------------
+# --- loading -------------------------------------------------------------------------------------------
 
 
 class Bomb:
-    """Pickled, it makes a file where it is read."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -116,7 +116,7 @@ class Bomb:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
-    """A file that what is read would make; no test may find it."""
+    """The file that executed code would create; it must not exist after the test."""
     path = tmp_path / "it-ran"
     yield path
     assert not path.exists()
@@ -127,7 +127,7 @@ def plant(file: Path, marker: Path) -> Path:
     return file
 
 
-def test_the_bomb_is_one(tmp_path: Path) -> None:
+def test_the_bomb_creates_the_file(tmp_path: Path) -> None:
     torch.load(plant(tmp_path / "x.bin", tmp_path / "it-ran"), weights_only=False)
     assert (tmp_path / "it-ran").exists()
 
@@ -139,7 +139,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, published: Path) -> Path:
-    """A whole pretrained model, to be changed."""
+    """A copy of the pretrained model to modify."""
     return Path(shutil.copytree(published, tmp_path / "model"))
 
 
@@ -147,7 +147,7 @@ def test_pickled_weights_of_a_pretrained_model_are_not_read(folder: Path, marker
     (folder / "model.safetensors").unlink()
     plant(folder / "pytorch_model.bin", marker)
     settings = PretrainedSettings(str(folder))
-    with pytest.raises(InputError, match=r"has no .safetensors, and pickled weights, .* are never read here"):
+    with pytest.raises(InputError, match=r"has no .safetensors, and pickled weights, .* are never read"):
         build_pretrained(settings, pretrained_config(settings))
     with pytest.raises(InputError, match="pickled weights"):
         vlmvqa.load(folder)
@@ -162,7 +162,7 @@ def test_pickled_weights_of_a_language_model_are_not_read(tmp_path: Path, marker
 
 @pytest.mark.parametrize("name", ["x.bin", "x.pth", "x.safetensors"])
 def test_pickled_weights_of_an_encoder_are_not_read(name: str, tmp_path: Path, marker: Path) -> None:
-    """Not by another name either."""
+    """Nor with another file suffix."""
     said = "cannot be read" if name == "x.safetensors" else "is no .safetensors, and pickled weights"
     with pytest.raises(InputError, match=said):
         VisionEncoder(VisionSettings("test_vit", 32, weights=str(plant(tmp_path / name, marker))))
@@ -182,8 +182,8 @@ def test_a_model_of_ours_is_not_read_from_a_pickle(tmp_path: Path, marker: Path)
         vlmvqa.load(tmp_path / "model")
 
 
-def test_a_checkpoint_to_go_on_from_runs_nothing(tmp_path: Path, marker: Path) -> None:
-    """Weights and moments are .safetensors; of the small files beside them, numbers alone are read."""
+def test_resuming_a_checkpoint_runs_no_code(tmp_path: Path, marker: Path) -> None:
+    """Weights and optimizer state are .safetensors; only numbers are read from the other files."""
     plant(tmp_path / "scheduler.pt", marker)
     trainer: Any = SimpleNamespace(lr_scheduler=None)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
@@ -191,17 +191,17 @@ def test_a_checkpoint_to_go_on_from_runs_nothing(tmp_path: Path, marker: Path) -
 
 
 def own_code(folder: Path, file: str, entry: dict[str, str], marker: Path, **more: str) -> None:
-    """Let a file of a model's folder ask for code that lies beside it."""
+    """Make a file in a model's folder refer to code in the same folder."""
     path = folder / file
     config = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**config, **more, "auto_map": entry}))
     (folder / "own.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nclass Own: pass\n")
 
 
-def test_a_model_of_its_own_class_is_refused_without_a_question(folder: Path, marker: Path) -> None:
-    """transformers would wait for an answer at the terminal."""
+def test_a_model_with_a_custom_class_is_refused_without_a_prompt(folder: Path, marker: Path) -> None:
+    """By default transformers waits for input at the terminal."""
     own_code(folder, "config.json", {"AutoConfig": "own.Own"}, marker, model_type="own")
-    said = "needs code of its own to be run, which is never done here"
+    said = "requires running its own code, which is never done"
     with pytest.raises(InputError, match=said):
         language_config(LanguageSettings(str(folder)))
     with pytest.raises(InputError, match=said):
@@ -210,28 +210,28 @@ def test_a_model_of_its_own_class_is_refused_without_a_question(folder: Path, ma
         vlmvqa.load(folder)
 
 
-def test_code_beside_a_model_of_a_known_class_is_left_alone(folder: Path, marker: Path) -> None:
+def test_custom_code_of_a_known_model_class_is_ignored(folder: Path, marker: Path) -> None:
     entry = {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Own"}
     own_code(folder, "config.json", entry, marker)
     assert vlmvqa.load(folder).model is not None
 
 
-def test_a_processors_or_tokenizers_own_code_is_not_run(folder: Path, marker: Path) -> None:
-    """Where transformers has a class for it, that is taken; where it has none, it is refused."""
+def test_custom_code_of_a_processor_or_tokenizer_is_not_run(folder: Path, marker: Path) -> None:
+    """transformers' own class is used if there is one; otherwise loading fails."""
     own_code(folder, "processor_config.json", {"AutoProcessor": "own.Own"}, marker)
     own_code(folder, "tokenizer_config.json", {"AutoTokenizer": ["own.Own", "own.Own"]}, marker)  # type: ignore[dict-item]
     load_processor(str(folder))
     load_tokenizer(str(folder))
     own_code(folder, "processor_config.json", {"AutoProcessor": "own.Own"}, marker, processor_class="Own")
-    with pytest.raises(InputError, match=r"the processor of .* needs code of its own"):
+    with pytest.raises(InputError, match=r"the processor of .* requires running its own code"):
         load_processor(str(folder))
 
 
-def test_a_tokenizer_of_its_own_class_is_refused(tmp_path: Path, marker: Path) -> None:
+def test_a_tokenizer_with_a_custom_class_is_refused(tmp_path: Path, marker: Path) -> None:
     train_tokenizer(pretrained.examples(), 400).save_pretrained(tmp_path)
     entry: Any = {"AutoTokenizer": ["own.Own", "own.Own"]}
     own_code(tmp_path, "tokenizer_config.json", entry, marker, tokenizer_class="Own")
-    with pytest.raises(InputError, match=r"the tokenizer of .* needs code of its own"):
+    with pytest.raises(InputError, match=r"the tokenizer of .* requires running its own code"):
         load_tokenizer(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""A packed split is the split: same questions, same pictures to the byte, same training; anything else is refused."""
+"""Packed splits hold the same questions and image bytes; mismatched or incomplete shards are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pack(folder: Path, examples: list[Example], key: Any = KEY, **options: Any) 
 
 
 def test_it_reads_what_was_packed(examples: list[Example], tmp_path: Path) -> None:
-    folder = pack(tmp_path / "packed", examples, images_a_shard=3)
+    folder = pack(tmp_path / "packed", examples, images_per_shard=3)
     assert [path.name for path in sorted(folder.iterdir())] == [f"train-{n:05}-of-00003.parquet" for n in range(3)]
     found = shards.read(folder, KEY, "{question}\n")
     assert [replace(one, image=b"") for one in found] == [replace(one, image=b"") for one in examples]
@@ -48,8 +48,8 @@ def test_it_reads_what_was_packed(examples: list[Example], tmp_path: Path) -> No
         assert decode(one.image, one.name).tobytes() == decode(before.image, before.name).tobytes()
 
 
-def test_a_picture_is_read_in_another_process(examples: list[Example], tmp_path: Path) -> None:
-    """DataLoader workers get the examples pickled where processes are spawned."""
+def test_an_image_is_read_in_another_process(examples: list[Example], tmp_path: Path) -> None:
+    """Spawned DataLoader workers receive the examples pickled."""
     found = shards.read(pack(tmp_path / "packed", examples), KEY, "{question}\n")
     again = pickle.loads(pickle.dumps(found[3]))
     assert again.image.read_bytes() == examples[3].image.read_bytes()  # type: ignore[union-attr]
@@ -58,10 +58,10 @@ def test_a_picture_is_read_in_another_process(examples: list[Example], tmp_path:
 def test_the_prompt_is_that_of_the_run(examples: list[Example], tmp_path: Path) -> None:
     folder = pack(tmp_path / "packed", examples)
     assert shards.read(folder, KEY, "say: {question}")[0].questions[0].prompt == f"say: {examples[0].questions[0].text}"
-    assert shards.read(folder, KEY, "caption en\n", asks=False)[0].questions[0].prompt == "caption en\n"
+    assert shards.read(folder, KEY, "caption en\n", has_questions=False)[0].questions[0].prompt == "caption en\n"
 
 
-def test_gqas_records_come_along(tmp_path: Path) -> None:
+def test_gqas_details_are_kept(tmp_path: Path) -> None:
     root = synthetic_gqa.write(tmp_path / "gqa", train_images=3, val_images=3)
     examples = read_gqa(root, "val")
     key = {**KEY, "source": "gqa", "split": "val"}
@@ -70,15 +70,15 @@ def test_gqas_records_come_along(tmp_path: Path) -> None:
     assert found[0].questions[0].details
 
 
-def test_how_it_was_drawn_does_not_matter_to_who_reads_it() -> None:
+def test_options_of_the_generator_are_not_in_the_key() -> None:
     drawn = DataSettings("docvqa", "x", {"train_images": 7}, synthetic=True, metric="anls")
     assert packing_key(drawn, "train", None) == KEY
     read = DataSettings("coco_captions", "x", {"captions": "one", "val_images": 3}, synthetic=True, metric="cider")
     assert packing_key(read, "val2014", None)["options"] == {"captions": "one"}
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"does not exist, so it holds no train; .* data=docvqa .*'split=train'"):
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"does not exist; create them with: .* data=docvqa .*'split=train'"):
         shards.read(tmp_path / "pakced", KEY, "{question}")
 
 
@@ -88,15 +88,15 @@ def test_two_splits_share_a_folder(examples: list[Example], tmp_path: Path) -> N
     pack(folder, examples[:2], {**KEY, "split": "train[:10%]"})
     assert len(shards.read(folder, KEY, "{question}")) == 7
     assert len(shards.read(folder, {**KEY, "split": "train[:10%]"}, "{question}")) == 2
-    pack(folder, examples[:4], images_a_shard=1)  # again, of other size: the old shards are gone
+    pack(folder, examples[:4], images_per_shard=1)  # packed again with another shard size: the old shards are deleted
     assert len(shards.read(folder, KEY, "{question}")) == 4
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"split": "val"}, "holds no val; make it with"),
-        ({"source": "gqa"}, r"packed of others \(source docvqa, now gqa\)"),
+        ({"split": "val"}, "has no shards of val; create them with"),
+        ({"source": "gqa"}, r"packed with other settings \(source docvqa, now gqa\)"),
         ({"max_samples": 5}, r"max_samples None, now 5"),
         ({"options": {"captions": "one"}}, "options"),
     ],
@@ -110,14 +110,14 @@ def test_other_questions_are_refused(
 
 
 def test_a_lost_or_cut_shard_is_an_error(examples: list[Example], tmp_path: Path) -> None:
-    folder = pack(tmp_path / "packed", examples, images_a_shard=3)
+    folder = pack(tmp_path / "packed", examples, images_per_shard=3)
     second = folder / "train-00001-of-00003.parquet"
     content = second.read_bytes()
     second.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"train-00001-of-00003\.parquet is not a whole shard"):
+    with pytest.raises(InputError, match=r"train-00001-of-00003\.parquet is not a complete shard"):
         shards.read(folder, KEY, "{question}")
     second.unlink()
-    with pytest.raises(InputError, match="holds 2 of 3 shards of train; copy the others"):
+    with pytest.raises(InputError, match="has 2 of 3 shards of train; copy the others"):
         shards.read(folder, KEY, "{question}")
 
 
@@ -126,35 +126,33 @@ def test_another_programs_parquet_is_refused(tmp_path: Path) -> None:
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"image": [b""]}), tmp_path / "train-00000-of-00001.parquet")
-    with pytest.raises(InputError, match="is not a whole shard"):
+    with pytest.raises(InputError, match="is not a complete shard"):
         shards.read(tmp_path, KEY, "{question}")
 
 
-def test_an_unreadable_picture_is_left_out_or_an_error(examples: list[Example], tmp_path: Path) -> None:
+def test_an_unreadable_image_is_skipped_or_an_error(examples: list[Example], tmp_path: Path) -> None:
     assert isinstance(examples[2].image, Path)
     examples[2].image.unlink()
-    with pytest.raises(InputError, match="its picture cannot be read"):
+    with pytest.raises(InputError, match="its image cannot be read"):
         pack(tmp_path / "packed", examples)
-    assert not list((tmp_path / "packed").glob("*"))  # nothing half-done stays
+    assert not list((tmp_path / "packed").glob("*"))  # no partial output
     bad_records = BadRecords("skip")
     assert shards.write(tmp_path / "packed", KEY, examples, bad_records) == 6
     assert len(bad_records.seen) == 1 and len(shards.read(tmp_path / "packed", KEY, "{question}")) == 6
 
 
-def test_slices_that_look_alike_have_files_of_their_own(examples: list[Example], tmp_path: Path) -> None:
+def test_similar_slices_have_different_file_names(examples: list[Example], tmp_path: Path) -> None:
     for split, count in (("train[2:]", 5), ("train[-2:]", 2), ("train[:2]", 2), ("train[:-2]", 5)):
         pack(tmp_path / "packed", examples[:count], {**KEY, "split": split})
     for split, count in (("train[2:]", 5), ("train[-2:]", 2), ("train[:2]", 2), ("train[:-2]", 5)):
         assert len(shards.read(tmp_path / "packed", {**KEY, "split": split}, "{question}")) == count
 
 
-def test_a_packed_pictures_bytes_are_known_to_whoever_compares_pictures(
-    examples: list[Example], tmp_path: Path
-) -> None:
-    """Cached features of other pictures, and answers kept of other pictures, must not pass for these."""
+def test_fingerprints_include_the_bytes_of_packed_images(examples: list[Example], tmp_path: Path) -> None:
+    """Cached features and saved answers of other images must not be mistaken for these."""
     found = shards.read(pack(tmp_path / "packed", examples), KEY, "{question}")
     assert fingerprint.pictures(found) == fingerprint.pictures(examples)
     assert fingerprint.pictures(found[1:]) != fingerprint.pictures(examples)
     (tmp_path / "packed" / "train-00000-of-00001.parquet").unlink()
-    shards._opened.cache_clear()
+    shards._open.cache_clear()
     assert fingerprint.file_of(found[0].image) is None

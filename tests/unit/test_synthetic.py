@@ -1,4 +1,4 @@
-"""The embedded data set: learnable from the pictures, not from the questions alone."""
+"""Synthetic VQAv2 data: answerable from the images, not from the questions alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def questions(examples: list[Example]) -> list[Question]:
 
 
 def best_constant(examples: list[Example], key: Callable[[Question], Hashable]) -> float:
-    """Share of questions answered by the most frequent answer of each group."""
+    """Return the share of questions answered correctly by the most frequent answer of each group."""
     groups: defaultdict[Hashable, Counter[str | None]] = defaultdict(Counter)
     for question in questions(examples):
         groups[key(question)][question.target] += 1
@@ -105,7 +105,7 @@ def test_answers_about_presence_and_number_agree_with_the_scene() -> None:
         scenes.Shape("square", "blue", "small", 0.2, 0.8, 0.25),
         scenes.Shape("circle", "green", "small", 0.2, 0.7, 0.8),
     ]
-    answers = {question.text: question.answer for question in scenes.askable(scene)}
+    answers = {question.text: question.answer for question in scenes.scene_questions(scene)}
     expected = {
         "Is there a red circle?": "yes",
         "Is there a blue circle?": "no",
@@ -131,20 +131,22 @@ def test_answers_about_presence_and_number_agree_with_the_scene() -> None:
         "What color is the lowest shape?": "green",
     }
     assert {text: answers.get(text) for text in expected} == expected
-    # Two circles, blue and red at nearly one height, blue and green at nearly one breadth: not to be asked.
+    # Two circles; blue and red at nearly the same height, blue and green at nearly the same x: ambiguous.
     ambiguous = ("What color is the circle?", "Where is the circle?", "What color is the highest shape?")
     for text in (*ambiguous, "Is the red shape above the blue shape?", "Is there a purple star?"):
         assert text not in answers
 
 
 def test_a_scene_of_one_shape_has_questions_too() -> None:
-    answers = {q.text: q.answer for q in scenes.askable([scenes.Shape("star", "black", "small", 0.2, 0.7, 0.3)])}
+    answers = {
+        q.text: q.answer for q in scenes.scene_questions([scenes.Shape("star", "black", "small", 0.2, 0.7, 0.3)])
+    }
     assert answers["Where is the star?"] == "top right" and answers["How many stars are there?"] == "1"
     assert "What color is the leftmost shape?" not in answers
 
 
-def test_the_picture_shows_what_the_answer_says(val: list[Example]) -> None:
-    """Checked by counting pixels of each colour and by where they lie, not by the generator's own record."""
+def test_images_agree_with_the_answers(val: list[Example]) -> None:
+    """Count the pixels of each colour and compare their position, independently of the generator's own record."""
     checked: Counter[str] = Counter()
     for example in val[:150]:
         assert isinstance(example.image, Path)
@@ -179,8 +181,8 @@ def test_a_seed_gives_the_same_bytes_in_another_process_and_another_seed_does_no
     synthetic_vqav2.write(tmp_path / "a", train_images=20, val_images=10, seed=3)
     synthetic_vqav2.write(tmp_path / "c", train_images=20, val_images=10, seed=4)
     code = (
-        "import sys; from pathlib import Path; from vlmvqa.data import shapes; "
-        "shapes.write(Path(sys.argv[1]), train_images=20, val_images=10, seed=3)"
+        "import sys; from pathlib import Path; from vlmvqa.extras.synthetic import vqav2; "
+        "vqav2.write(Path(sys.argv[1]), train_images=20, val_images=10, seed=3)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "b")], check=True, env=environment)
@@ -194,7 +196,7 @@ def test_validation_does_not_depend_on_the_number_of_training_images(tmp_path: P
     assert files(few / "val2014") == files(more / "val2014")
 
 
-def test_a_finished_data_set_is_returned_at_once_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_finished_dataset_is_reused_and_nothing_else_is_left(tmp_path: Path) -> None:
     folder = synthetic_vqav2.write(tmp_path / "shapes", train_images=4, val_images=3, image_size=48)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert synthetic_vqav2.write(folder, train_images=4, val_images=3, image_size=48) == folder
@@ -202,7 +204,7 @@ def test_a_finished_data_set_is_returned_at_once_and_nothing_else_is_left(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
 
 
-def test_read_draws_the_data_set_at_first_use(tmp_path: Path) -> None:
+def test_read_generates_the_dataset_on_first_use(tmp_path: Path) -> None:
     settings = {"train_images": 4, "val_images": 3}
     first, second = (
         synthetic_vqav2.read(
@@ -223,7 +225,7 @@ def test_other_settings_are_refused_and_the_data_kept(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_files_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(InputError, match="is not a shapes data set"):
+    with pytest.raises(InputError, match="is not a shapes dataset"):
         synthetic_vqav2.write(tmp_path, train_images=4, val_images=3)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
@@ -232,44 +234,44 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, monkeypatch: p
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scenes, "paint", interrupted)
+    monkeypatch.setattr(scenes, "save_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         synthetic_vqav2.write(tmp_path / "shapes", train_images=4, val_images=3)
     assert list(tmp_path.iterdir()) == []
 
 
-# A process that has drawn the whole set and waits for a word before it gives it its name.
-DRAWS_AND_WAITS = """
+# Generates the dataset, then waits for a line on stdin before it renames the folder.
+GENERATE_AND_WAIT = """
 import os, sys
 from pathlib import Path
-from vlmvqa.data import shapes
+from vlmvqa.extras.synthetic import vqav2
 
 def rename(*paths, now=os.rename):
-    print("drawn", flush=True)
+    print("generated", flush=True)
     sys.stdin.readline()
     now(*paths)
 
 os.rename = rename
-shapes.write(Path(sys.argv[1]), train_images=20, val_images=5, seed=int(sys.argv[2]))
+vqav2.write(Path(sys.argv[1]), train_images=20, val_images=5, seed=int(sys.argv[2]))
 """
 
 
 def write_at_once(folder: Path, *seeds: int) -> list[str]:
-    """How processes end that have all drawn before the first is done: the last line of their errors."""
+    """Return the last stderr line of processes that all generate the dataset before the first one renames it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", DRAWS_AND_WAITS, str(folder)]
+    command = [sys.executable, "-c", GENERATE_AND_WAIT, str(folder)]
     pipe = subprocess.PIPE
     started = [
         subprocess.Popen([*command, str(seed)], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
         for seed in seeds
     ]
-    assert [process.stdout.readline() for process in started if process.stdout] == ["drawn\n"] * len(seeds)
-    return [process.communicate("go on\n")[1].strip().rpartition("\n")[2] for process in started]
+    assert [process.stdout.readline() for process in started if process.stdout] == ["generated\n"] * len(seeds)
+    return [process.communicate("continue\n")[1].strip().rpartition("\n")[2] for process in started]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("empty_folder", [False, True])
-def test_two_processes_that_draw_at_once_leave_one_data_set(tmp_path: Path, empty_folder: bool) -> None:
+def test_two_processes_that_generate_at_once_leave_one_dataset(tmp_path: Path, empty_folder: bool) -> None:
     folder = tmp_path / "shapes"
     if empty_folder:
         folder.mkdir()
@@ -280,22 +282,22 @@ def test_two_processes_that_draw_at_once_leave_one_data_set(tmp_path: Path, empt
 
 
 @pytest.mark.slow
-def test_of_two_settings_drawn_at_once_the_later_is_refused(tmp_path: Path) -> None:
+def test_of_two_settings_generated_at_once_the_later_is_refused(tmp_path: Path) -> None:
     first, second = write_at_once(tmp_path / "shapes", 0, 1)
-    assert first == "" and "was written with other settings (seed 0, now 1)" in second
+    assert first == "" and "was generated with other settings (seed 0, now 1)" in second
     assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
 
 
 @pytest.mark.parametrize(
     "setting", [{"train_images": 0}, {"val_images": 0}, {"image_size": 8}, {"questions_per_image": 0}]
 )
-def test_impossible_numbers_are_named(tmp_path: Path, setting: dict[str, int]) -> None:
+def test_settings_below_their_minimum_are_named(tmp_path: Path, setting: dict[str, int]) -> None:
     (name, value), *_ = setting.items()
     with pytest.raises(InputError, match=f"{name} of at least .* not {value}"):
         synthetic_vqav2.write(tmp_path / "shapes", **{"train_images": 4, "val_images": 3, **setting})
 
 
-def test_the_files_carry_what_vqav2s_do(root: Path) -> None:
+def test_the_files_have_the_keys_of_vqav2s(root: Path) -> None:
     annotations = json.loads((root / "v2_mscoco_val2014_annotations.json").read_text())["annotations"]
     assert set(annotations[0]) == {
         "question_id",

@@ -189,7 +189,7 @@ def test_vlmvqa_lists_its_commands_and_starts_them(light: dict[str, str]) -> Non
 def test_a_command_that_is_none_gets_the_nearest(light: dict[str, str]) -> None:
     ended = subprocess.run([*PYTHON, "-m", "vlmvqa", "trian"], env=light, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
-    assert ended.stderr == "error: vlmvqa has no command 'trian', as vlmvqa -h lists them; did you mean 'train'?\n"
+    assert ended.stderr == "error: vlmvqa has no command 'trian'; run vlmvqa -h for a list; did you mean 'train'?\n"
 
 
 def test_the_page_names_its_script() -> None:

@@ -240,7 +240,7 @@ def read_examples(
         key = packing_key(settings, split, max_samples)
         from vlmvqa.extras.shards import shards
 
-        return shards.read(folder, key, settings.prompt, asks=has_questions(settings.source))
+        return shards.read(folder, key, settings.prompt, has_questions=has_questions(settings.source))
     if settings.hub is not None:
         return _read_hub(settings, source, split, max_samples, bad_records)
     root = Path(settings.root or ".").expanduser()

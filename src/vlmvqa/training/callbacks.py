@@ -14,8 +14,10 @@ and place things in its own way. Any other service that transformers knows (`log
 from __future__ import annotations
 
 import atexit
+import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,52 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from vlmvqa import ranks
 from vlmvqa.errors import suggest
-from vlmvqa.extras.loggers.loggers import LOGGERS, MLFLOW_RUN, WANDB_RUN, Logger, Run
 from vlmvqa.training import log
 from vlmvqa.training.samples import Sample
 
-EXTRAS = {"wandb": "wandb", "mlflow": "mlflow"}  # packages that are not installed with the project
+# Module and class of each logger, imported on first use.
+LOGGERS = {
+    "tensorboard": ("vlmvqa.extras.loggers.tensorboard_events", "TensorBoard"),
+    "wandb": ("vlmvqa.extras.loggers.weights_and_biases", "WeightsAndBiases"),
+    "mlflow": ("vlmvqa.extras.loggers.mlflow_run", "MlflowRun"),
+    "csv": ("vlmvqa.extras.loggers.csv_table", "CsvTable"),
+}
+# Loggers that need a package of the same name, and the file in the run's folder that stores their run id.
+RUN_ID_FILES = {"wandb": ".wandb_run", "mlflow": ".mlflow_run"}
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger records about a run: resolved config, git state, and the step it resumes from (0: a new run)."""
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    config_yaml: str
+    code: str
+    step: int = 0
+
+
+class Logger:
+    """Base class of the loggers, constructed with a `RunInfo`; `shows_samples`: whether it displays samples."""
+
+    shows_samples = False
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log numbers by name."""
+
+    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+        """Log sample answers with their images."""
+
+    def close(self, finished: bool) -> None:
+        """Close the logger; `finished` is False if the run was stopped or failed."""
+
+
+def open_logger(name: str, run: RunInfo) -> Logger:
+    """Open one of `LOGGERS`."""
+    module, class_name = LOGGERS[name]
+    logger: Logger = getattr(importlib.import_module(module), class_name)(run)
+    return logger
 
 
 def chosen(loggers: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
@@ -46,8 +89,8 @@ def problems(loggers: str | Sequence[str] | None) -> Iterator[str]:
             known = [*LOGGERS, "none"]
             yield f"logger={name} is unknown{suggest(name, known)}; use one or several of {', '.join(known)}"
     for name in ours:
-        if name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
-            yield f"logger={name} needs {EXTRAS[name]}; install it with: pip install 'vlmvqa[{name}]'"
+        if name in RUN_ID_FILES and importlib.util.find_spec(name) is None:
+            yield f"logger={name} needs {name}; install it with: pip install 'vlmvqa[{name}]'"
 
 
 def named(record: Mapping[str, Any]) -> dict[str, float]:
@@ -82,7 +125,7 @@ class Tracking(TrainerCallback):
         self.open: list[Logger] = []
         self.step = 0
 
-    def start(self, run: Run) -> None:
+    def start(self, run: RunInfo) -> None:
         """Open all, or resume those that the run's folder names. For rank 0 alone.
 
         Raises:
@@ -91,12 +134,12 @@ class Tracking(TrainerCallback):
         self.step = run.step
         atexit.register(self.finish)  # of what fails
         for name in self.names:
-            self.open.append(LOGGERS[name](run))
+            self.open.append(open_logger(name, run))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         self.step = state.global_step
         for logger in self.open:
-            logger.numbers(named(logs or {}), self.step)
+            logger.log_metrics(named(logs or {}), self.step)
 
     @property
     def shows_samples(self) -> bool:
@@ -106,7 +149,7 @@ class Tracking(TrainerCallback):
     def samples(self, samples: Sequence[Sample], step: int) -> None:
         for logger in self.open:
             if samples and logger.shows_samples:
-                logger.samples(samples, step)
+                logger.log_samples(samples, step)
 
     def finish(self, scores: Mapping[str, float | None] | None = None) -> None:
         """Close all.
@@ -117,11 +160,11 @@ class Tracking(TrainerCallback):
         final = {f"final/{name}": value for name, value in (scores or {}).items() if value is not None}
         for logger in self.open:
             if final:
-                logger.numbers(final, self.step)
-            logger.close(ended=scores is not None)
+                logger.log_metrics(final, self.step)
+            logger.close(finished=scores is not None)
         self.open = []
 
 
 def run_ids(folder: Path) -> list[Path]:
     """Where the loggers keep what this folder's run is called with them, for a new run to forget."""
-    return [folder / WANDB_RUN, folder / MLFLOW_RUN]
+    return [folder / name for name in RUN_ID_FILES.values()]

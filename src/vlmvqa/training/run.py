@@ -36,7 +36,7 @@ from vlmvqa.models.vlm import set_trainable
 from vlmvqa.training import distributed, samples
 from vlmvqa.training.arguments import training_arguments
 from vlmvqa.training.banner import banner
-from vlmvqa.training.callbacks import Run, Tracking, chosen
+from vlmvqa.training.callbacks import RunInfo, Tracking, chosen
 from vlmvqa.training.checkpoint_state import WEIGHTS, whole_weights, write_weights
 from vlmvqa.training.checkpoints import step_of, whole_checkpoints
 from vlmvqa.training.log import cut
@@ -240,7 +240,7 @@ def _open_logs(session: Session, checkpoint: Path | None) -> None:
     """Open the loggers, record this start, and drop the samples of steps that are repeated."""
     config, folder = session.config, session.folder
     step = step_of(checkpoint) if checkpoint else 0
-    run = Run(folder, str(config.run.name), to_dict(config), to_yaml(config), str(code_state()), step)
+    run = RunInfo(folder, str(config.run.name), to_dict(config), to_yaml(config), str(code_state()), step)
     session.tracking.start(run)
     record_start(folder, step)
     if (folder / samples.FILE).exists():

@@ -1,4 +1,4 @@
-"""Is a data set all there? What each split holds against what was published, and every record that cannot be used."""
+"""Check a dataset: compare the size of each split with its published size and list every unusable record."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from vlmvqa.errors import InputError
 from vlmvqa.progress import bar
 
 Read = Callable[[str, BadRecords], Sequence[Example]]
+THREADS = 8
 
 
 @dataclass(frozen=True)
 class Published:
-    """How large a split is by its publisher (None: not published)."""
+    """The published size of a split (None: not published)."""
 
     questions: int | None = None
     images: int | None = None
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a split holds.
+class SplitCheck:
+    """The result for a split.
 
     Attributes:
-        problems: a sentence for each record or picture that cannot be used, or why the split cannot be read.
+        problems: an error message for each unusable record or image, or for a split that cannot be read.
     """
 
     split: str
@@ -38,55 +39,57 @@ class Found:
     problems: list[str] = field(default_factory=list)
 
     @property
-    def whole(self) -> bool:
-        """As large as published, and without a bad record."""
-        expected = (self.published.questions, self.published.images)
-        same = all(want in (None, have) for want, have in zip(expected, (self.questions, self.images), strict=True))
-        return same and not self.problems
+    def complete(self) -> bool:
+        """Whether the split has its published size and no problems."""
+        same_questions = self.published.questions in (None, self.questions)
+        return same_questions and self.published.images in (None, self.images) and not self.problems
 
 
-def check(read: Read, splits: Mapping[str, Published], pictures: bool, threads: int = 8) -> Iterator[Found]:
-    """Each split in turn.
+def check(read: Read, splits: Mapping[str, Published], decode_images: bool) -> Iterator[SplitCheck]:
+    """Check each split.
 
     Args:
-        read: a split's examples; bad records go to the second argument.
-        pictures: whether every picture is decoded, too: minutes, where counting takes seconds.
+        read: returns the examples of a split and adds bad records to its second argument.
+        splits: the published sizes by split.
+        decode_images: whether to decode every image too, which takes minutes instead of seconds.
     """
     for split, published in splits.items():
         bad_records = BadRecords("skip")
         try:
             examples = read(split, bad_records)
         except InputError as error:
-            yield Found(split, published, problems=[str(error)])
+            yield SplitCheck(split, published, problems=[str(error)])
             continue
         problems = list(bad_records.seen)
-        if pictures:
-            problems += _unreadable(examples, split, threads)
-        yield Found(split, published, count_questions(examples), len({e.image_id for e in examples}), problems)
+        images = list({example.image_id: example for example in examples}.values())
+        if decode_images:
+            problems += _decoding_errors(images, split)
+        yield SplitCheck(split, published, count_questions(examples), len(images), problems)
 
 
-def _unreadable(examples: Sequence[Example], split: str, threads: int) -> list[str]:
-    """A sentence for each picture that cannot be decoded."""
-    once = list({example.image_id: example for example in examples}.values())
+def _decoding_errors(images: Sequence[Example], split: str) -> list[str]:
+    """Return an error message for each image that cannot be decoded."""
 
-    def problem(example: Example) -> str | None:
+    def decoding_error(example: Example) -> str | None:
         try:
             decode(example.image, example.name)
         except InputError as error:
             return str(error)
         return None
 
-    with ThreadPoolExecutor(threads) as pool:  # JPEGs are decoded without Python's lock
-        found = bar(pool.map(problem, once), doing=f"pictures of {split}", unit="images", total=len(once))
-        return [sentence for sentence in found if sentence is not None]
+    with ThreadPoolExecutor(THREADS) as pool:  # JPEG decoding releases the GIL
+        results = pool.map(decoding_error, images)
+        shown = bar(results, doing=f"decoding {split}", unit="images", total=len(images))
+        return [error for error in shown if error is not None]
 
 
-def table(found: Sequence[Found]) -> str:
-    """All splits as text."""
+def table(results: Sequence[SplitCheck]) -> str:
+    """Return a table with one line per split."""
     lines = [f"{'split':<16}{'questions':>12}{'published':>12}{'images':>10}{'published':>12}{'problems':>10}"]
-    for one in found:
-        numbers = (one.questions, one.published.questions, one.images, one.published.images, len(one.problems))
+    for result in results:
+        published = result.published
+        numbers = (result.questions, published.questions, result.images, published.images, len(result.problems))
         widths = (12, 12, 10, 12, 10)
         cells = (f"{'-' if n is None else f'{n:,}':>{width}}" for n, width in zip(numbers, widths, strict=True))
-        lines.append(f"{one.split:<16}" + "".join(cells) + ("" if one.whole else "  not whole"))
+        lines.append(f"{result.split:<16}" + "".join(cells) + ("" if result.complete else "  incomplete"))
     return "\n".join(lines)

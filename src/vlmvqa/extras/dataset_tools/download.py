@@ -1,8 +1,8 @@
-"""Fetch a benchmark's official archives: files that exist are kept, and an interrupted download is resumed.
+"""Download and unpack a benchmark's official archives; existing files are kept, interrupted downloads are resumed.
 
-root/archives/train2014.zip          whole, its checksum right where one is published
-root/archives/train2014.zip.part     being fetched; the next try resumes at its end
-root/archives/train2014.zip.done     unpacked into root
+root/archives/train2014.zip          complete, with the published checksum
+root/archives/train2014.zip.part     incomplete; the next call resumes at its end
+root/archives/train2014.zip.done     marks an archive that was unpacked into root
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pathlib import Path, PurePosixPath
 from vlmvqa.errors import InputError
 from vlmvqa.progress import bar
 
-CHUNK = 2**20  # bytes at a time
-PATIENCE = 60  # seconds without a byte
+CHUNK = 2**20  # bytes
+TIMEOUT = 60  # seconds without data
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of the benchmark's own site.
+    """A file on the benchmark's website.
 
     Attributes:
-        url: where it is.
-        md5: as published (None: it is not; then only the length is checked).
-        into: folder below the root that a zip file is unpacked into; a file that is none is copied there.
+        url: its address.
+        md5: the published checksum (None: only the length is checked).
+        into: the folder below the root that a zip file is unpacked into and other files are copied to.
     """
 
     url: str
@@ -40,14 +40,15 @@ class Archive:
 
     @property
     def name(self) -> str:
+        """The file name in the URL."""
         return PurePosixPath(self.url).name
 
 
 def prepare(archive: Archive, root: Path, progress: bool = True) -> bool:
-    """Fetch and unpack an archive unless that is done; whether anything had to be.
+    """Download and unpack an archive unless that was done before; return whether it was necessary.
 
     Raises:
-        InputError: it cannot be fetched, is not what was published, or does not fit the disk.
+        InputError: the download fails, the checksum differs, or the disk is full.
     """
     folder = root / "archives"
     done = folder / f"{archive.name}.done"
@@ -55,7 +56,7 @@ def prepare(archive: Archive, root: Path, progress: bool = True) -> bool:
         return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = fetch(archive, folder, progress)
+        path = download(archive, folder, progress)
         unpack(path, root / archive.into, progress)
         done.touch()
     except OSError as error:
@@ -66,8 +67,8 @@ def prepare(archive: Archive, root: Path, progress: bool = True) -> bool:
     return True
 
 
-def fetch(archive: Archive, folder: Path, progress: bool = True) -> Path:
-    """The archive's file, whole and checked."""
+def download(archive: Archive, folder: Path, progress: bool = True) -> Path:
+    """Return the path of the complete, verified file, downloading what is missing."""
     path = folder / archive.name
     if path.exists():
         return path
@@ -75,21 +76,21 @@ def fetch(archive: Archive, folder: Path, progress: bool = True) -> Path:
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(archive.url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            start = start if answer.status == http.HTTPStatus.PARTIAL_CONTENT else 0  # else it begins anew
-            length = answer.headers.get("Content-Length")
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            start = start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0  # no ranges: start over
+            length = response.headers.get("Content-Length")
             total = start + int(length) if length else None
             with (
                 part.open("ab" if start else "wb") as file,
-                bar(doing=archive.name, unit="B", total=total, shown=progress, initial=start, unit_scale=True) as done,
+                bar(doing=archive.name, unit="B", total=total, shown=progress, initial=start, unit_scale=True) as count,
             ):
-                while block := answer.read(CHUNK):
+                while block := response.read(CHUNK):
                     file.write(block)
-                    done.update(len(block))
+                    count.update(len(block))
     except urllib.error.HTTPError as error:
-        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # nothing is missing
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # the .part file is complete
             raise InputError(
-                f"{archive.url} answers {error.code} ({error.reason}); look for its new place on the benchmark's site, "
+                f"{archive.url} returned {error.code} ({error.reason}); find its new URL on the benchmark's website, "
                 f"put the file into {folder}, and resume with the same command"
             ) from error
         total = start
@@ -98,27 +99,31 @@ def fetch(archive: Archive, folder: Path, progress: bool = True) -> Path:
         raise InputError(f"{archive.url} cannot be reached ({reason}); resume with the same command later") from error
     size = part.stat().st_size
     if total is not None and size < total:
-        raise InputError(f"{archive.url} broke off at {size:,} of {total:,} bytes; resume with the same command")
+        raise InputError(
+            f"{archive.url}: the connection closed after {size:,} of {total:,} bytes; resume with the same command"
+        )
     if archive.md5 is not None and (found := _md5(part)) != archive.md5:
         part.unlink()
-        raise InputError(f"{archive.url}: its checksum is {found}, published is {archive.md5}; fetch it again")
+        raise InputError(f"{archive.url}: its checksum is {found}, not {archive.md5} as published; download it again")
     part.rename(path)
     return path
 
 
 def unpack(path: Path, into: Path, progress: bool = True) -> None:
-    """Unpack a zip file; a file of another kind is copied."""
+    """Unpack a zip file; copy any other file."""
     into.mkdir(parents=True, exist_ok=True)
     if path.suffix != ".zip":
         shutil.copyfile(path, into / path.name)
         return
     try:
-        with zipfile.ZipFile(path) as archive:  # which never writes outside of its folder
+        with zipfile.ZipFile(path) as archive:  # extract() never writes outside of its folder
             for member in bar(archive.infolist(), doing=f"unpacking {path.name}", unit="files", shown=progress):
                 archive.extract(member, into)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         path.unlink()
-        raise InputError(f"{path} is not a whole zip file ({error}); fetch it again with the same command") from error
+        raise InputError(
+            f"{path} is not a complete zip file ({error}); download it again with the same command"
+        ) from error
 
 
 def _md5(path: Path) -> str:

@@ -19,8 +19,9 @@ from vlmvqa.data.tasks import packing_key, read_examples
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.dataset_tools.check import Published, check, table
 from vlmvqa.extras.dataset_tools.download import Archive, prepare
-from vlmvqa.extras.feature_cache import writer
+from vlmvqa.extras.feature_cache.forecast import forecast
 from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
+from vlmvqa.extras.feature_cache.writer import WriteOptions, unique_images, write
 from vlmvqa.extras.shards import shards
 from vlmvqa.inference.build import build_processor
 from vlmvqa.models.generation import Decoding
@@ -89,23 +90,18 @@ def cache_features(config: PrepareConfig) -> None:
     examples = read_examples(data, config.split, _most_samples(config), bad_records)
     vision, processor = build_encoder(config, data, examples)
     key = FeatureKey.of(vision, processor.images, config.features.dtype)
-    images = len(writer.unique_images(examples))
-    forecast = writer.forecast(folder, images, (vision.tokens, vision.width), config.features.dtype)
-    print(forecast, flush=True)
-    forecast.refuse()
+    images = len(unique_images(examples))
+    space = forecast(folder, images, (vision.tokens, vision.width), config.features.dtype)
+    print(space, flush=True)
+    space.refuse()
+    options = WriteOptions(
+        batch_size=config.batch_size,
+        workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))) if config.workers is None else config.workers,
+        overwrite=config.features.overwrite,
+        progress=True,
+    )
     try:
-        store = writer.write(
-            folder,
-            key,
-            vision,
-            examples,
-            processor.image,
-            bad_records,
-            batch_size=config.batch_size,
-            workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))) if config.workers is None else config.workers,
-            overwrite=config.features.overwrite,
-            progress=True,
-        )
+        store = write(folder, key, vision, examples, processor.image, bad_records, options)
     except torch.OutOfMemoryError as error:
         raise InputError(f"the GPU's memory is full at batch_size={config.batch_size}; make it smaller") from error
     print(f"{counted(len(store), 'image')}; train on them with data.feature_cache={folder} trainable.vision=none")
@@ -152,7 +148,7 @@ def check_data(config: PrepareConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "problems.txt").write_text("\n".join(problems) + "\n", encoding="utf-8")
         print(f"{counted(len(problems), 'problem')}, the first: {problems[0]}\nall of them: {folder / 'problems.txt'}")
-    if not all(one.whole for one in found):
+    if not all(one.complete for one in found):
         sys.exit(1)
 
 

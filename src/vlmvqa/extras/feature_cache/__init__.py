@@ -1,1 +1,1 @@
-"""Cached outputs of a frozen vision encoder."""
+"""Cached features of a frozen vision encoder."""

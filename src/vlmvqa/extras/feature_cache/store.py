@@ -1,13 +1,13 @@
-"""A frozen vision encoder's output, read back in place of decoding and encoding in every epoch.
+"""Read cached features of a frozen vision encoder instead of decoding and encoding the images in every epoch.
 
-    examples --image--> float[3, H, H] --VisionEncoder--> float[N, Dv] --write--> shards --FeatureStore--> training
+    examples --image--> float[3, H, H] --VisionEncoder--> float[N, Dv] --writer--> shards --FeatureStore--> training
 
-    folder/key.json          what the features depend on and how they are cut into shards; written first
+    folder/key.json          what the features depend on and how they are sharded; written first
            shard-00000.bin   raw little-endian [images, N, Dv]; bfloat16 as its 16 bits
-           shard-00000.json  its images in order, and those left out; a shard that has it is whole
-           index.json        all shards; written last: a folder that has it is whole
+           shard-00000.json  ids of its images in order, and the skipped ones; marks the shard as complete
+           index.json        all shards; written last: marks the folder as complete
 
-They are made by `feature_writer.py`. Legend: N tokens an image, H height and width, Dv vision width.
+Legend: N tokens per image, H height and width, Dv vision width.
 """
 
 from __future__ import annotations
@@ -36,23 +36,22 @@ if TYPE_CHECKING:
 FORMAT = 1
 KEY, INDEX = "key.json", "index.json"
 COMMAND = "python launch/prepare.py features"
-# As tensors, and as the bytes of a shard.
+# Data types by name: of tensors, and of the bytes in a shard.
 STORED = {"float32": (torch.float32, "<f4"), "bfloat16": (torch.bfloat16, "<u2"), "float16": (torch.float16, "<f2")}
-
-SAMPLES = 64  # images whose files are compared
+SAMPLES = 64  # number of images whose files are compared
 
 ImageId = int | str
 
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """What the features of an image depend on; where it differs, they are others.
+    """Everything that the features of an image depend on.
 
     Attributes:
         encoder: timm's name of the encoder.
-        weights: hash of its layers and of every name and value of its state.
+        weights: hash of its layers and of the names and values in its state dict.
         transform: the `ImageSettings` by name.
-        dtype: what the features are stored in, one of `STORED`.
+        dtype: the stored data type, one of `STORED`.
     """
 
     encoder: str
@@ -65,35 +64,35 @@ class FeatureKey:
 
     @classmethod
     def of(cls, vision: VisionEncoder, images: ImageSettings, dtype: str) -> FeatureKey:
-        """The key of an encoder as it is now: after its weights were cast, before they are sharded."""
+        """Return the key of an encoder in its current state: after casting its weights, before sharding them."""
         config = vision.encoder.pretrained_cfg
         name = ".".join(filter(None, (config["architecture"], config.get("tag"))))
-        transform = json.loads(json.dumps(asdict(images)))  # as it is read back: lists for tuples
-        return cls(name, _fingerprint(vision), transform, dtype)
+        transform = json.loads(json.dumps(asdict(images)))  # with lists instead of tuples, as in key.json
+        # Neither the weights' shapes nor the printed layers include the number of heads.
+        heads = [vars(module).get("num_heads") for module in vision.modules()]
+        return cls(name, fingerprint.weights(vision, f"{vision.encoder} {heads}"), transform, dtype)
 
     def differences(self, found: FeatureKey) -> list[str]:
-        """`the image size is 224 there, now 448`: each way in which features that were found are not these."""
-        said = []
-        if found.encoder != self.encoder:
-            said.append(f"the encoder is {found.encoder} there, now {self.encoder}")
-        if found.weights != self.weights:
-            said.append("the encoder's weights are others")
-        for name in sorted({*found.transform, *self.transform}):
-            there, now = found.transform.get(name), self.transform.get(name)
-            if there != now:
-                what = "image size" if name == "size" else f"image transform's {name}"
-                said.append(f"the {what} is {there} there, now {now}")
-        if found.dtype != self.dtype:
-            said.append(f"the dtype is {found.dtype} there, now {self.dtype}")
-        return said
+        """Return how stored features differ from this key: `the image size was 224, is now 448`."""
+        texts = ["the encoder's weights differ"] if found.weights != self.weights else []
+        before, now = found._settings(), self._settings()
+        return texts + [
+            f"the {name} was {before.get(name)}, is now {now.get(name)}"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
+        ]
+
+    def _settings(self) -> dict[str, Any]:
+        image = {f"image {name}": value for name, value in self.transform.items()}
+        return {"encoder": self.encoder, "dtype": self.dtype, **image}
 
 
 class FeatureStore:
-    """The features of a folder by image id, read from memory-mapped files; DataLoader workers may share it.
+    """The features in a folder by image id, read from memory-mapped files; DataLoader workers can share it.
 
     Attributes:
         shape: N and Dv.
-        left_out: images that could not be read when the features were made, and why.
+        left_out: images that were unreadable when the features were computed, with the error message.
     """
 
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
@@ -101,7 +100,7 @@ class FeatureStore:
         self.folder = folder
         self.shape: tuple[int, int] = tuple(index["shape"])
         self.dtype, self._code = STORED[index["key"]["dtype"]]
-        self.samples: dict[ImageId, int] = dict(index["samples"])
+        self.checksums: dict[ImageId, int] = dict(index["samples"])
         self.left_out: dict[ImageId, str] = {image: why for shard in shards for image, why in shard["left_out"]}
         self._starts = [0, *accumulate(len(shard["ids"]) for shard in shards)]
         self._rows: dict[ImageId, int] = {}
@@ -109,20 +108,25 @@ class FeatureStore:
             self._rows |= {image: row for row, image in enumerate(shard["ids"], start=len(self._rows))}
         self._maps: dict[int, Any] = {}
         for number, shard in enumerate(shards):
-            self._refuse_cut_short(shard_path(folder, number), len(shard["ids"]))
+            path = shard_path(folder, number)
+            size, expected = file_size(path), len(shard["ids"]) * bytes_per_image(self.shape, self.dtype)
+            if size != expected:
+                raise InputError(
+                    f"{path} has {size:,} bytes instead of {expected:,}; run the command that computed them again"
+                )
 
     @classmethod
     def open(cls, folder: Path, key: FeatureKey) -> FeatureStore:
-        """The features of a folder.
+        """Open the features in a folder.
 
         Raises:
-            InputError: there are none, they are unfinished or damaged, or made of something else than `key` says.
+            InputError: there are none, they are incomplete or damaged, or their key differs from `key`.
         """
-        index = _index(folder)
+        index = _read_index(folder)
         differences = key.differences(FeatureKey(**index["key"]))
         if differences:
             raise InputError(
-                f"the features in {folder} are stale: {'; '.join(differences)}; rebuild them with this run's model, "
+                f"the features in {folder} are stale: {'; '.join(differences)}; recompute them with this run's model, "
                 f"data and seed: {COMMAND} features.dir={folder} features.dtype={key.dtype} features.overwrite=true"
             )
         return cls(folder, index)
@@ -134,123 +138,105 @@ class FeatureStore:
         return image_id in self._rows
 
     def __getitem__(self, image_id: ImageId) -> Tensor:
-        """`float[N, Dv]` in the stored dtype, copied out of the file.
+        """Return a copy of an image's features, `float[N, Dv]` in the stored data type.
 
         Raises:
-            InputError: the image was left out, or is not one of those whose features were made.
+            InputError: the image was skipped, or belongs to another split.
         """
         row = self._rows.get(image_id)
         if row is None:
-            why = self.left_out.get(image_id, "make them for this split")
+            why = self.left_out.get(image_id, "compute them for this split")
             raise InputError(f"image {image_id} has no features in {self.folder}: {why}")
-        number = bisect_right(self._starts, row) - 1
-        found = self._map(number)[row - self._starts[number]]
-        copied = np.array(found, dtype=found.dtype.newbyteorder("="))
-        return torch.from_numpy(copied).view(self.dtype)
+        shard = bisect_right(self._starts, row) - 1
+        if shard not in self._maps:  # mapped in the worker process that reads it
+            shape = (self._starts[shard + 1] - self._starts[shard], *self.shape)
+            self._maps[shard] = np.memmap(shard_path(self.folder, shard), self._code, mode="r", shape=shape)
+        stored = self._maps[shard][row - self._starts[shard]]
+        return torch.from_numpy(np.array(stored, dtype=stored.dtype.newbyteorder("="))).view(self.dtype)
 
     def refuse_missing(self, image_ids: Iterable[ImageId]) -> None:
-        """Stop where images were never asked for (those of another split, say); those left out are no surprise."""
+        """Raise if images have no features because they belong to another split; skipped images are accepted."""
         missing = [image for image in image_ids if image not in self._rows and image not in self.left_out]
         if missing:
             raise InputError(
                 f"the features in {self.folder} lack {len(missing):,} of the images (the first is {missing[0]}); "
-                f"make those of this split: {COMMAND} split=... features.dir=..."
+                f"compute the features of this split: {COMMAND} split=... features.dir=..."
             )
 
-    def refuse_other_pictures(self, examples: Iterable[Example]) -> None:
-        """Stop where some images' files are not those whose features were made: of another data set, or drawn anew."""
+    def refuse_changed_images(self, examples: Iterable[Example]) -> None:
+        """Raise if image files differ from those that were encoded, as in another or a newly generated dataset."""
         for example in examples:
-            there = self.samples.get(example.image_id)
-            if there is not None and _checksum(example) not in (there, None):
+            expected = self.checksums.get(example.image_id)
+            if expected is not None and _checksum(example) not in (expected, None):
                 raise InputError(
-                    f"the features in {self.folder} are of other pictures: {example.name} is not the file they were "
-                    f"made of; rebuild them: {COMMAND} features.dir={self.folder} features.overwrite=true"
+                    f"the features in {self.folder} belong to other images: {example.name} has changed since; "
+                    f"recompute them: {COMMAND} features.dir={self.folder} features.overwrite=true"
                 )
 
-    def _map(self, number: int) -> Any:
-        if number not in self._maps:  # opened in the process that reads it
-            shape = (self._starts[number + 1] - self._starts[number], *self.shape)
-            self._maps[number] = np.memmap(shard_path(self.folder, number), self._code, mode="r", shape=shape)
-        return self._maps[number]
-
-    def _refuse_cut_short(self, path: Path, images: int) -> None:
-        there, wanted = file_size(path), images * bytes_an_image(self.shape, self.dtype)
-        if there != wanted:
-            raise InputError(
-                f"{path} has {there:,} bytes instead of {wanted:,}; run the command that made the features again"
-            )
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # a map would be sent to a spawned worker as all its numbers
+        return {**self.__dict__, "_maps": {}}  # pickling a map would copy its content to spawned workers
 
 
 def stored_dtype(folder: Path) -> str:
-    """What the features of a folder are stored in, one of `STORED`: for the key of a run that takes either.
+    """Return the data type of a folder's features, one of `STORED`.
 
     Raises:
-        InputError: there are none, or they are unfinished.
+        InputError: there are none, or they are incomplete.
     """
-    dtype: str = _index(folder)["key"]["dtype"]
+    dtype: str = _read_index(folder)["key"]["dtype"]
     return dtype
 
 
-def _index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).exists():
         if (folder / KEY).exists():
-            raise InputError(f"the features in {folder} are unfinished; run the command that makes them again")
-        raise InputError(f"{folder} holds no features; make them: {COMMAND} features.dir={folder}")
+            raise InputError(f"the features in {folder} are incomplete; run the command that computes them again")
+        raise InputError(f"{folder} has no features; compute them: {COMMAND} features.dir={folder}")
     return read_json(folder / INDEX)
 
 
-# --- for the writer too --------------------------------------------------------------------------------
+# --- shared with the writer ---------------------------------------------------------------------------
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that features are not stored in."""
+    """Raise if features cannot be stored in a data type."""
     if dtype not in STORED:
         raise InputError(f"features.dtype={dtype} is unknown; use one of {', '.join(STORED)}{suggest(dtype, STORED)}")
 
 
-def samples(examples: Sequence[Example]) -> list[tuple[ImageId, int]]:
-    """CRC-32 of some images' files, evenly spread, by image id: the ids alone are those of another data set too."""
+def sample_checksums(examples: Sequence[Example]) -> list[tuple[ImageId, int]]:
+    """Return the CRC-32 of some image files, evenly spread: other datasets can have the same image ids."""
     chosen = examples[:: max(1, len(examples) // SAMPLES)]
-    return [(one.image_id, crc) for one in chosen if (crc := _checksum(one)) is not None]
+    return [(example.image_id, crc) for example in chosen if (crc := _checksum(example)) is not None]
 
 
 def _checksum(example: Example) -> int | None:
-    """Of an image's file; None where there is none (any more)."""
+    """Return the CRC-32 of an image file; None if there is no file (any more)."""
     content = fingerprint.file_of(example.image)
     return None if content is None else crc32(content)
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """The numbers of a shard; its record has the suffix `.json`."""
+    """Return the path of a shard's numbers; its record has the suffix `.json`."""
     return folder / f"shard-{number:05d}.bin"
 
 
-def bytes_an_image(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """N x Dv numbers."""
+def bytes_per_image(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Return the size of N x Dv numbers."""
     return shape[0] * shape[1] * dtype.itemsize
 
 
 def file_size(path: Path) -> int:
-    """Its bytes; none where there is no such file."""
+    """Return a file's size in bytes; 0 if it doesn't exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of one of the folder's JSON files."""
+    """Read one of the folder's JSON files and check its format."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete {path.parent} and rebuild the features") from error
-    if found.pop("format", None) != FORMAT:
-        raise InputError(f"{path} is not of format {FORMAT}; delete {path.parent} and rebuild the features")
-    return found
-
-
-def _fingerprint(vision: VisionEncoder) -> str:
-    """A hash of what the encoder computes: its layers, and every name and value of its state."""
-    # The number of heads is in no weight's shape and in no layer's description.
-    heads = [vars(module).get("num_heads") for module in vision.modules()]
-    return fingerprint.weights(vision, f"{vision.encoder} {heads}")
+        raise InputError(f"{path} cannot be read ({error}); delete {path.parent} and recompute the features") from error
+    if content.pop("format", None) != FORMAT:
+        raise InputError(f"{path} is not of format {FORMAT}; delete {path.parent} and recompute the features")
+    return content

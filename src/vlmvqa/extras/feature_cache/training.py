@@ -24,7 +24,7 @@ def open_features(data: DataSettings, predictor: Predictor, examples: Sequence[E
     key = FeatureKey.of(vision, predictor.processor.images, stored_dtype(folder))
     store = FeatureStore.open(folder, key)
     store.refuse_missing(example.image_id for example in examples)
-    store.refuse_other_pictures(examples)
+    store.refuse_changed_images(examples)
     if data.on_bad_record == "error" and store.left_out:
         image, why = next(iter(store.left_out.items()))
         raise InputError(f"image {image} has no features in {folder}: {why.rstrip('.')}; set data.on_bad_record=skip")

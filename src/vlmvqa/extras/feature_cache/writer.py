@@ -1,9 +1,7 @@
-"""Encode every image once and write the features that `features.py` reads back; the forecast of their size.
+"""Encode every image once and write the features that `store.py` reads.
 
-Every file is written under another name and renamed, and a folder's index comes last: a run that is killed at any time
-leaves whole shards, which are kept, and one unfinished, which is made again.
-
-Legend: I images, N tokens an image, H height and width, Dv vision width.
+Every file is written under another name and then renamed, the folder's index last. A killed run leaves complete shards,
+which are kept, and one incomplete shard, which is written again.
 """
 
 from __future__ import annotations
@@ -12,19 +10,18 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.errors import InputError, counted
+from vlmvqa.errors import InputError
+from vlmvqa.extras.feature_cache.image_batches import ImageBatch, load_batches
 from vlmvqa.extras.feature_cache.store import (
     FORMAT,
     INDEX,
@@ -33,10 +30,10 @@ from vlmvqa.extras.feature_cache.store import (
     FeatureKey,
     FeatureStore,
     ImageId,
-    bytes_an_image,
+    bytes_per_image,
     file_size,
     read_json,
-    samples,
+    sample_checksums,
     shard_path,
 )
 from vlmvqa.progress import bar
@@ -44,63 +41,38 @@ from vlmvqa.progress import bar
 if TYPE_CHECKING:
     from vlmvqa.models.vision import VisionEncoder
 
-SHARD_BYTES = 2**28  # what a killed run has to do again: 680 images of DINOv2-B at 224 in bfloat16
-Record = dict[str, Any]  # of a shard: the `ids` of its images, and `left_out`, pairs of an id and why
-Pictures = tuple[Tensor, list[str | None]]  # of a batch: the pixels that can be had, and of each image why they cannot
+ShardRecord = dict[str, Any]  # `ids` of the stored images, and `left_out`: (id, error) of the skipped ones
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What the features of so many images take on the disk.
+class WriteOptions:
+    """How features are computed and stored.
 
     Attributes:
-        shape: N and Dv.
-        present: bytes of features in the folder already, which are kept or replaced.
-        free: bytes free on its disk.
+        batch_size: images encoded at a time.
+        workers: number of processes that decode images.
+        overwrite: whether to replace features of other images or another key.
+        shard_bytes: maximum size of a shard, unless a single image is larger. A killed run loses at most one shard: 680
+            images of DINOv2-B at 224 in bfloat16 by default.
+        progress: whether to show a progress bar.
     """
 
-    folder: Path
-    images: int
-    shape: tuple[int, int]
-    dtype: str
-    present: int
-    free: int
+    batch_size: int = 64
+    workers: int = 0
+    overwrite: bool = False
+    shard_bytes: int = 2**28
+    progress: bool = False
 
-    @property
-    def bytes(self) -> int:
-        return self.images * bytes_an_image(self.shape, STORED[self.dtype][0])
-
-    def __str__(self) -> str:
-        each = size(bytes_an_image(self.shape, STORED[self.dtype][0]))
-        there = f", {size(self.present)} of them there already" if self.present else ""
-        return (
-            f"{counted(self.images, 'image')} of {self.shape[0]} tokens x {self.shape[1]} numbers in {self.dtype}, "
-            f"{each} each: {size(self.bytes)} of features in {self.folder}{there}; {size(self.free)} are free"
-        )
-
-    def refuse(self) -> None:
-        """Stop where the disk does not hold it."""
-        missing = self.bytes - self.present - self.free
-        if missing > 0:
-            smaller = ", use features.dtype=bfloat16" if self.dtype == "float32" else ""
-            raise InputError(
-                f"the features need {size(self.bytes)}, {size(missing)} more than the disk of {self.folder} has; "
-                f"free space there{smaller}, or choose another features.dir"
-            )
-
-
-def forecast(folder: Path, images: int, shape: tuple[int, int], dtype: str) -> Forecast:
-    """What the features of so many images will take in `folder`; `shape`: the encoder's `tokens` and `width`."""
-    disk = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    present = sum(map(file_size, folder.glob("shard-*")))
-    return Forecast(folder, images, shape, dtype, present, shutil.disk_usage(disk).free)
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.workers < 0:
+            raise InputError(f"batch_size={self.batch_size} workers={self.workers}: use at least 1 image, 0 workers")
 
 
 def unique_images(examples: Iterable[Example]) -> dict[ImageId, Example]:
-    """One example of each image, in order.
+    """Return one example of each image by its id, in order.
 
     Raises:
-        InputError: one id names two files.
+        InputError: two files have the same id.
     """
     found: dict[ImageId, Example] = {}
     for example in examples:
@@ -115,188 +87,142 @@ def write(
     key: FeatureKey,
     vision: VisionEncoder,
     examples: Iterable[Example],
-    image: Callable[[Example], Tensor],
+    load_image: Callable[[Example], Tensor],
     bad_records: BadRecords,
-    *,
-    batch_size: int = 64,
-    workers: int = 0,
-    overwrite: bool = False,
-    shard_bytes: int = SHARD_BYTES,
-    progress: bool = False,
+    options: WriteOptions,
 ) -> FeatureStore:
-    """Encode every image once, on the encoder's device and in its dtype, going on where an earlier call stood.
+    """Encode every image once, on the encoder's device and in its dtype, skipping shards that exist already.
 
-    Args:
-        image: the tensor `float[3, H, H]` of an example, as training makes it (`Processor.image`).
-        bad_records: what happens to an image that cannot be read; one left out is remembered by the store.
-        batch_size: images at a time.
-        workers: processes that decode them.
-        overwrite: replace what the folder holds, where it is not of the same images by the same key.
-        shard_bytes: size of a file at most, unless a single image has more.
+    `load_image` returns an example's image as `float[3, H, H]`, as in training (`Processor.image`).
 
     Raises:
-        InputError: the folder holds other features, an image cannot be read, or the disk is full.
+        InputError: the folder holds other features, an image is unreadable, or the disk is full.
     """
     images, shape = unique_images(examples), (vision.tokens, vision.width)
     if not images:
-        raise InputError("the split holds no images; check split and data.max_train_samples")
-    if batch_size < 1 or workers < 0:
-        raise InputError(f"batch_size={batch_size} workers={workers}: use at least 1 image and no fewer workers than 0")
-    each = bytes_an_image(shape, STORED[key.dtype][0])
-    compared = samples(list(images.values()))
-    most = _claim(folder, key, list(images), compared, max(1, shard_bytes // each), overwrite)
-    shards = list(_chunks(list(images), most))
-    records = [_kept(shard_path(folder, number), ids, each, bad_records) for number, ids in enumerate(shards)]
-    chunks = {number: list(_chunks(shards[number], batch_size)) for number, kept in enumerate(records) if kept is None}
-    read = _read_pictures(images, [ids for batches in chunks.values() for ids in batches], image, workers, vision)
-    kept = len(images) - sum(len(shards[number]) for number in chunks)
-    done = bar(doing="encoding", unit="images", total=len(images), shown=progress, initial=kept)
-    vision.eval()  # nothing is drawn
-    with done, torch.inference_mode():
-        for number, batches in chunks.items():
-            encoded = (_encode(vision, ids, next(read), key.dtype, bad_records, done.update) for ids in batches)
-            records[number] = _write_shard(folder, number, encoded)
+        raise InputError("the split has no images; check split and data.max_train_samples")
+    ids, checksums = list(images), sample_checksums(list(images.values()))
+    image_bytes = bytes_per_image(shape, STORED[key.dtype][0])
+    shard_images = max(1, options.shard_bytes // image_bytes)
+    shard_images = _prepare_folder(folder, key, ids, checksums, shard_images, options.overwrite)
+    shards = _chunks(ids, shard_images)
+    records = [_finished_shard(folder, number, shard, image_bytes, bad_records) for number, shard in enumerate(shards)]
+    todo = {number: _chunks(shards[number], options.batch_size) for number, done in enumerate(records) if done is None}
+    batches = [batch for shard_batches in todo.values() for batch in shard_batches]
+    loaded = load_batches(images, batches, load_image, options.workers, next(vision.parameters()).is_cuda)
+    initial = len(ids) - sum(map(len, batches))
+    progress = bar(doing="encoding", unit="images", total=len(ids), shown=options.progress, initial=initial)
+    vision.eval()
+    with progress, torch.inference_mode():
+        for number, shard_batches in todo.items():
+            encoded = (_encode(vision, batch, next(loaded), key.dtype, bad_records) for batch in shard_batches)
+            records[number] = _write_shard(folder, number, encoded, progress.update)
     if not any(record["ids"] for record in records if record):
-        raise InputError("none of the images could be read; see the listing of skipped records")
-    _replace(folder / INDEX, {"key": asdict(key), "shape": shape, "shards": records, "samples": compared})
+        raise InputError("none of the images could be read; see the list of skipped records")
+    _write_json(folder / INDEX, {"key": asdict(key), "shape": shape, "shards": records, "samples": checksums})
     return FeatureStore.open(folder, key)
 
 
-def _claim(
+def _prepare_folder(
     folder: Path,
     key: FeatureKey,
     ids: Sequence[ImageId],
-    compared: Sequence[tuple[ImageId, int]],
-    most: int,
+    checksums: Sequence[tuple[ImageId, int]],
+    shard_images: int,
     overwrite: bool,
 ) -> int:
-    """Make the folder one for these features; how many images a shard has in it (`most`, if it is new)."""
+    """Create the folder or continue in it; return its number of images per shard (`shard_images` if it is new)."""
     digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
     if (folder / KEY).exists():
         found = read_json(folder / KEY)
         differences = key.differences(FeatureKey(**found["key"]))
         before = dict(found["samples"])
-        done = {image for path in folder.glob("shard-*.json") for image in read_json(path)["ids"]}
-        changed = any(image in done and before.get(image, now) != now for image, now in compared)
+        encoded = {image for path in folder.glob("shard-*.json") for image in read_json(path)["ids"]}
+        changed = any(image in encoded and before.get(image, crc) != crc for image, crc in checksums)
         if found["images"] != digest or changed:
-            differences.append("they are of other images")
+            differences.append("they belong to other images")
         if not differences:
-            _replace(folder / KEY, {**found, "samples": compared})  # of those not encoded yet, some may be fixed by now
+            _write_json(folder / KEY, {**found, "samples": checksums})  # unreadable images may have been replaced
             return int(found["shard_images"])
         if not overwrite:
             raise InputError(
-                f"{folder} holds other features: {'; '.join(differences)}; choose another features.dir, "
+                f"{folder} has other features: {'; '.join(differences)}; choose another features.dir, "
                 "or replace them with features.overwrite=true"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in (folder / INDEX, folder / KEY, *folder.glob("shard-*")):
             old.unlink(missing_ok=True)
-        _replace(folder / KEY, {"key": asdict(key), "images": digest, "samples": compared, "shard_images": most})
+        content = {"key": asdict(key), "images": digest, "samples": checksums, "shard_images": shard_images}
+        _write_json(folder / KEY, content)
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}); choose another features.dir") from error
-    return most
+    return shard_images
 
 
-def _kept(path: Path, ids: Sequence[ImageId], each: int, bad_records: BadRecords) -> Record | None:
-    """The record of a shard that an earlier call finished; None where it is to be made."""
+def _finished_shard(
+    folder: Path, number: int, ids: Sequence[ImageId], image_bytes: int, bad_records: BadRecords
+) -> ShardRecord | None:
+    """Return the record of a complete shard; None if the shard has to be written."""
+    path = shard_path(folder, number)
     if not path.with_suffix(".json").exists():
         return None
     record = read_json(path.with_suffix(".json"))
     if record["left_out"] and bad_records.policy == "error":
-        return None  # fixed since, perhaps; and if not, it is an error now
-    if file_size(path) != each * len(record["ids"]) or len(record["ids"]) + len(record["left_out"]) != len(ids):
+        return None  # read the skipped images again: they are fixed, or an error now
+    complete = len(record["ids"]) + len(record["left_out"]) == len(ids)
+    if not complete or file_size(path) != image_bytes * len(record["ids"]):
         return None
     for _, why in record["left_out"]:
         bad_records.add_error(InputError(why))
     return record
 
 
-class _Pictures(Dataset[Tensor | str]):
-    """Decoded images, or why one cannot be read: what then happens is decided in one place, not in the workers."""
-
-    def __init__(self, examples: Iterable[Example], image: Callable[[Example], Tensor]) -> None:
-        self.examples, self.image = list(examples), image
-
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            return self.image(self.examples[index])
-        except InputError as error:
-            return str(error)
-
-
-def _read_pictures(
-    images: Mapping[ImageId, Example],
-    batches: Iterable[Sequence[ImageId]],
-    image: Callable[[Example], Tensor],
-    workers: int,
-    vision: VisionEncoder,
-) -> Iterator[Pictures]:
-    places = {image_id: place for place, image_id in enumerate(images)}
-    yield from DataLoader(
-        _Pictures(images.values(), image),
-        batch_sampler=[[places[image_id] for image_id in ids] for ids in batches],
-        collate_fn=_collate,
-        num_workers=workers,
-        pin_memory=next(vision.parameters()).is_cuda,
-        generator=torch.Generator(),  # its own, so that the caller's random state stays where it was
-    )
-
-
-def _collate(items: Sequence[Tensor | str]) -> Pictures:
-    pixels = [item for item in items if isinstance(item, Tensor)]
-    problems = [item if isinstance(item, str) else None for item in items]
-    return torch.stack(pixels) if pixels else torch.empty(0), problems
-
-
 def _encode(
-    vision: VisionEncoder,
-    ids: Sequence[ImageId],
-    pictures: Pictures,
-    dtype: str,
-    bad_records: BadRecords,
-    count: Callable[[int], Any],
-) -> tuple[bytes, Record]:
-    """A batch's features as they are stored, and its record."""
-    pixels, problems = pictures
-    left_out = [(image, why) for image, why in zip(ids, problems, strict=True) if why is not None]
+    vision: VisionEncoder, ids: Sequence[ImageId], batch: ImageBatch, dtype: str, bad_records: BadRecords
+) -> tuple[bytes, ShardRecord]:
+    """Return a batch's features as stored bytes, and its part of the shard's record."""
+    left_out = [(image, why) for image, why in zip(ids, batch.errors, strict=True) if why is not None]
     for _, why in left_out:
         bad_records.add_error(InputError(why))
-    kept = [image for image, why in zip(ids, problems, strict=True) if why is None]
+    kept = [image for image, why in zip(ids, batch.errors, strict=True) if why is None]
     content = b""
     if kept:
         weight = next(vision.parameters())
-        stored = vision(pixels.to(weight.device, weight.dtype, non_blocking=True)).to(STORED[dtype][0])
-        finite = stored.isfinite().flatten(1).all(1).tolist()
+        pixel_values = batch.pixel_values.to(weight.device, weight.dtype, non_blocking=True)
+        features = vision(pixel_values).to(STORED[dtype][0])
+        finite = features.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise InputError(
                 f"image {kept[finite.index(False)]}: its features are not finite in {dtype}; use "
                 "features.dtype=bfloat16 or float32, and if they are not finite there too, check the encoder's weights"
             )
-        bits = stored.cpu().view(torch.uint16) if dtype == "bfloat16" else stored.cpu()
+        bits = features.cpu().view(torch.uint16) if dtype == "bfloat16" else features.cpu()
         content = bits.numpy().astype(STORED[dtype][1], copy=False).tobytes()
-    count(len(ids))
     return content, {"ids": kept, "left_out": left_out}
 
 
-def _write_shard(folder: Path, number: int, batches: Iterable[tuple[bytes, Record]]) -> Record:
-    """Write a shard as its batches come; its record."""
+def _write_shard(
+    folder: Path, number: int, batches: Iterable[tuple[bytes, ShardRecord]], count: Callable[[int], Any]
+) -> ShardRecord:
+    """Write a shard batch by batch; return its record."""
     path = shard_path(folder, number)
     for old in (folder / INDEX, path.with_suffix(".json")):
         old.unlink(missing_ok=True)
     partial = path.with_suffix(".partial")
-    record: Record = {"ids": [], "left_out": []}
+    record: ShardRecord = {"ids": [], "left_out": []}
     try:
-        # Written, not mapped: where the disk is full, a mapped file ends the process without a word.
+        # Not memory-mapped: a full disk would kill the process (SIGBUS) without an error message.
         with partial.open("wb") as file:
             for content, batch in batches:
                 file.write(content)
-                record["ids"] += batch["ids"]
-                record["left_out"] += batch["left_out"]
+                for name, items in batch.items():
+                    record[name] += items
+                count(sum(map(len, batch.values())))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _replace(path.with_suffix(".json"), record)
+        _write_json(path.with_suffix(".json"), record)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -307,20 +233,12 @@ def _write_shard(folder: Path, number: int, batches: Iterable[tuple[bytes, Recor
     return record
 
 
-def _chunks(ids: Sequence[ImageId], most: int) -> Iterator[list[ImageId]]:
-    for start in range(0, len(ids), most):
-        yield list(ids[start : start + most])
+def _chunks(ids: Sequence[ImageId], size: int) -> list[list[ImageId]]:
+    return [list(ids[start : start + size]) for start in range(0, len(ids), size)]
 
 
-def _replace(path: Path, content: Record) -> None:
+def _write_json(path: Path, content: ShardRecord) -> None:
+    """Replace a JSON file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps({"format": FORMAT, **content}) + "\n")
     partial.replace(path)
-
-
-def size(count: int) -> str:
-    """Bytes in the units that disks are sold in."""
-    for unit, of in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= of:
-            return f"{count / of:,.1f} {unit}"
-    return f"{count} bytes"

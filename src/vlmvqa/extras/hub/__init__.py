@@ -1,1 +1,1 @@
-"""Datasets in parquet form, from the Hugging Face Hub or a folder, and upload of a trained model."""
+"""Datasets in parquet format, from the Hugging Face Hub or a folder, and upload of trained models."""

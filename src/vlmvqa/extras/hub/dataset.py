@@ -1,10 +1,10 @@
-"""A data set in parquet form, from the hub or from a folder: any source's, through the names of its columns.
+"""Read any dataset in parquet format, from the Hub or a folder, given the names of its columns.
 
     hub id -------datasets--> rows --Columns--> questions --> Examples whose image is the bytes of a file
     folder of parquet --pyarrow--^
 
-The pictures of what was selected are held in memory, each once: select with `max_samples` or a slice. With
-`streaming` no more is fetched than that.
+Each selected image is kept in memory once; `max_samples` or a slice limits how many. With `streaming`, only the
+selected rows are downloaded.
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import Prompts, most_common, refuse_empty
 from vlmvqa.data.splits import Slice
 from vlmvqa.errors import InputError
-from vlmvqa.extras.hub.parquet import Table, chosen_rows, open_split
+from vlmvqa.extras.hub.parquet import MAX_ROWS, Table, open_split, selected_rows
 from vlmvqa.progress import bar
+
+ImageId = int | str
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns are called; a dot leads into one: `types.structural`, `answers.answer`.
+    """Names of the columns; a dot selects a nested field: `types.structural`, `answers.answer`.
 
     Attributes:
-        image: a picture's bytes, as `datasets` writes pictures, or a path relative to the folder.
-        question: None where nothing is asked (captions).
+        image: the image file's bytes, as `datasets` stores images, or a path relative to the folder.
+        question: None if there are no questions (captions).
         answers: a text or a list of texts; null in a split without answers.
-        target: the answer to train on (None: the most frequent of the answers).
-        id: of the question (None: the row's number).
-        image_id: of the picture (None: its content).
-        joined_id: in `images`, the column that `image_id` is found in.
-        question_type, answer_type: the benchmark's categories; of a list the first.
-        details: what the metric needs besides, kept outside of training splits.
+        target: the answer to train on (None: the most frequent answer).
+        id: the question's id (None: the row number).
+        image_id: the image's id (None: a hash of its content).
+        joined_id: the column of the `images` configuration that matches `image_id`.
+        question_type: the benchmark's question category; if it is a list, its first item.
+        answer_type: the benchmark's answer category; if it is a list, its first item.
+        details: further fields for the metric; not read from training splits.
     """
 
     image: str = "image"
@@ -64,64 +67,64 @@ def read(
     max_samples: int | None = None,
     bad_records: BadRecords | None = None,
 ) -> list[Example]:
-    """The questions of a split, grouped by image in order of first appearance.
+    """Return the questions of a split, grouped by image in order of first appearance.
 
     Args:
-        hub: a data set's id on the hub, or a folder that holds its parquet files.
-        split: by the name it has there, with an optional slice over the rows: `validation[:10%]`.
-        prompt: what the model reads; `{question}` stands for the question.
-        config: which of the data set's configurations; `{split}` stands for the split where each has its own, as in
+        hub: the dataset's id on the Hub, or a folder with its parquet files.
+        split: the split's name in the dataset, with an optional slice of its rows: `validation[:10%]`.
+        columns: the dataset's column names.
+        prompt: the model's input text; `{question}` is replaced by the question.
+        config: one of the dataset's configurations; `{split}` is replaced by the split if each split has its own, as in
             GQA's "{split}_instructions".
-        images: another configuration, that holds the pictures ("{split}_images").
-        streaming: fetch rows as they are read, instead of the whole split first.
-        max_samples: take only the first so many rows of the slice.
-        bad_records: what to do with a row that cannot be used; stop, unless it says otherwise.
+        images: another configuration that holds the images ("{split}_images").
+        streaming: download rows while reading instead of the complete split first.
+        max_samples: read at most this many rows of the slice.
+        bad_records: policy for unusable rows (default: raise).
 
     Raises:
-        InputError: a package or the data set is missing, it is a loading script, or a row cannot be used.
+        InputError: a package or the dataset is missing, the dataset is a loading script, or a row is unusable.
     """
     if images and not columns.image_id:
-        raise InputError("data.hub_images needs data.columns.image_id, by which its pictures are found; name it")
+        raise InputError("data.hub_images needs data.columns.image_id to match images with questions; set it")
     bad_records = bad_records or BadRecords()
     to_prompt: Callable[[str], str] = Prompts(prompt) if columns.question else lambda _: prompt
     table, selected = open_split(hub, config, split, streaming, max_samples)
     if selected.name.startswith("train"):
         columns = replace(columns, details=())
-    pictures: dict[int | str, bytes] = {}
-    asked: dict[int | str, list[Question]] = {}
-    places: dict[int | str, str] = {}  # of a picture's first row
-    here = replace(columns, image="") if images else columns  # the pictures are in another table
-    for where, image_id, picture, question in _read_rows(table, selected, here, to_prompt, hub, bad_records):
-        if picture is not None:
-            pictures.setdefault(image_id, picture)
-        asked.setdefault(image_id, []).append(question)
-        places.setdefault(image_id, where)
+    image_bytes: dict[ImageId, bytes] = {}
+    by_image: dict[ImageId, list[Question]] = {}
+    first_rows: dict[ImageId, str] = {}  # the first row of each image, for error messages
+    row_columns = replace(columns, image="") if images else columns  # without images, which are in another table
+    for where, image_id, content, question in _read_rows(table, selected, row_columns, to_prompt, hub, bad_records):
+        if content is not None:
+            image_bytes.setdefault(image_id, content)
+        by_image.setdefault(image_id, []).append(question)
+        first_rows.setdefault(image_id, where)
     if images:
-        joined, _ = open_split(hub, images, selected.name, streaming, None)
-        pictures = _joined(joined, columns, asked, hub)
-    _refuse_unanswered(asked, places, bad_records)
+        image_table, _ = open_split(hub, images, selected.name, streaming, None)
+        image_bytes = _read_images(image_table, columns, by_image, hub)
+    by_image = _without_unanswered(by_image, first_rows, bad_records)
     examples = []
-    for image_id, questions in asked.items():
-        if image_id in pictures:
-            examples.append(Example(pictures[image_id], image_id, tuple(questions)))
+    for image_id, questions in by_image.items():
+        if image_id in image_bytes:
+            examples.append(Example(image_bytes[image_id], image_id, tuple(questions)))
         else:
-            bad_records.add(places[image_id], f"there is no picture {image_id} in {images}", "leave the row out")
+            bad_records.add(first_rows[image_id], f"there is no image {image_id} in {images}", "leave the row out")
     return refuse_empty(examples, table.where, split)
 
 
-def _refuse_unanswered(
-    asked: dict[int | str, list[Question]], places: Mapping[int | str, str], bad_records: BadRecords
-) -> None:
-    """Where some questions have answers, those without are bad records: a test split has none at all."""
-    if not any(question.answers for questions in asked.values() for question in questions):
-        return
-    for image_id, questions in list(asked.items()):
+def _without_unanswered(
+    by_image: Mapping[ImageId, list[Question]], first_rows: Mapping[ImageId, str], bad_records: BadRecords
+) -> dict[ImageId, list[Question]]:
+    """Remove questions without answers as bad records, unless no question has any, as in a test split."""
+    if not any(question.answers for questions in by_image.values() for question in questions):
+        return dict(by_image)
+    for image_id, questions in by_image.items():
         for question in questions:
             if not question.answers:
-                bad_records.add(f"{places[image_id]}, question {question.id}", "it has no answers, as others have")
-        asked[image_id] = [question for question in questions if question.answers]
-        if not asked[image_id]:
-            del asked[image_id]
+                bad_records.add(f"{first_rows[image_id]}, question {question.id}", "it has no answers, as others have")
+    answered = {key: [question for question in questions if question.answers] for key, questions in by_image.items()}
+    return {image_id: questions for image_id, questions in answered.items() if questions}
 
 
 def _read_rows(
@@ -131,36 +134,35 @@ def _read_rows(
     to_prompt: Callable[[str], str],
     hub: str,
     bad_records: BadRecords,
-) -> Iterator[tuple[str, int | str, bytes | None, Question]]:
-    """Where it stands, the picture's id, the picture (None: it is elsewhere) and the question, of each usable row."""
-    chosen = chosen_rows(selected, table)
+) -> Iterator[tuple[str, ImageId, bytes | None, Question]]:
+    """Yield (location, image id, image, question) of each usable row; image is None if `columns` names none."""
+    numbers = selected_rows(selected, table)
     seen: set[int | str] = set()
-    rows = table.rows(chosen, _top(columns))
-    read = bar(rows, doing=f"reading {table.where}", unit="rows", delay=2.0)
-    for row, number in zip(read, chosen, strict=False):
+    rows = bar(table.rows(numbers, _top_level(columns)), doing=f"reading {table.where}", unit="rows", delay=2.0)
+    for row, number in zip(rows, numbers, strict=False):
         where = f"{table.where}, row {number}"
         try:
             question = _question(row, number, columns, to_prompt, where)
             if question.id in seen:
                 raise InputError(f"{where}: its id {question.id} is used twice; keep one of them")
-            picture = _bytes(_at(row, columns.image), hub, where) if columns.image else None
-            image_id = _image_id(row, columns, picture, where)
+            content = _image_bytes(_value(row, columns.image), hub, where) if columns.image else None
+            image_id = _image_id(row, columns, content, where)
         except InputError as error:
             bad_records.add_error(error)
         else:
             seen.add(question.id)
-            yield where, image_id, picture, question
+            yield where, image_id, content, question
 
 
-# --- from a row to a question ---------------------------------------------------------------------------
+# --- fields of a row ------------------------------------------------------------------------------------
 
 
 def _question(
     row: Mapping[str, Any], number: int, columns: Columns, to_prompt: Callable[[str], str], where: str
 ) -> Question:
-    key = number if columns.id is None else _at(row, columns.id)
+    key = number if columns.id is None else _value(row, columns.id)
     if not isinstance(key, int | str) or isinstance(key, bool):
-        raise InputError(f"{where}: its {columns.id} should be a whole number or text, not {str(key)[:40]!r}; fix it")
+        raise InputError(f"{where}: its {columns.id} should be an integer or text, not {str(key)[:40]!r}; fix it")
     text = _text(row, columns.question, where)
     if columns.question and not (text or "").strip():
         raise InputError(f"{where}: its {columns.question} is empty; fix it")
@@ -176,24 +178,24 @@ def _question(
         answers,
         _text(row, columns.question_type, where),
         _text(row, columns.answer_type, where),
-        {name: _at(row, name) for name in columns.details} or None,
+        {name: _value(row, name) for name in columns.details} or None,
     )
 
 
-def _at(row: Mapping[str, Any], name: str) -> Any:
-    """A row's value; `answers.answer` is the answer of each of the answers."""
+def _value(row: Mapping[str, Any], name: str) -> Any:
+    """Return a column's value or nested field; of a list of structs, the list of the field's values."""
     value: Any = row
     for part in name.split("."):
         if isinstance(value, list):
-            value = [one.get(part) if isinstance(one, Mapping) else None for one in value]
+            value = [item.get(part) if isinstance(item, Mapping) else None for item in value]
         else:
             value = value.get(part) if isinstance(value, Mapping) else None
     return value
 
 
 def _text(row: Mapping[str, Any], name: str | None, where: str) -> str | None:
-    """A text, or the first of a list of texts."""
-    value = None if name is None else _at(row, name)
+    """Return a text, or the first of a list of texts."""
+    value = None if name is None else _value(row, name)
     if isinstance(value, list):
         value = value[0] if value else None
     if value is None or isinstance(value, str):
@@ -202,64 +204,55 @@ def _text(row: Mapping[str, Any], name: str | None, where: str) -> str | None:
 
 
 def _answers(row: Mapping[str, Any], name: str | None, where: str) -> tuple[str, ...]:
-    value = None if name is None else _at(row, name)
+    value = None if name is None else _value(row, name)
     listed = [value] if isinstance(value, str) else value or []
-    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+    if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
         raise InputError(f"{where}: its {name} should be texts, not {str(value)[:40]!r}; fix it or data.columns")
     return tuple(listed)
 
 
-def _image_id(row: Mapping[str, Any], columns: Columns, picture: bytes | None, where: str) -> int | str:
+def _image_id(row: Mapping[str, Any], columns: Columns, content: bytes | None, where: str) -> ImageId:
     if columns.image_id is None:
-        return blake2b(picture or b"", digest_size=10).hexdigest()
-    value = _at(row, columns.image_id)
+        return blake2b(content or b"", digest_size=10).hexdigest()
+    value = _value(row, columns.image_id)
     if not isinstance(value, int | str):
-        raise InputError(f"{where}: its {columns.image_id} should be a whole number or text; fix it or data.columns")
+        raise InputError(f"{where}: its {columns.image_id} should be an integer or text; fix it or data.columns")
     return value
 
 
-def _bytes(value: Any, hub: str, where: str) -> bytes:
-    """A picture's file, of which `datasets` keeps the bytes, a path, or both."""
+def _image_bytes(value: Any, hub: str, where: str) -> bytes:
+    """Return the bytes of an image file; `datasets` stores the bytes, a path, or both."""
     path = value.get("path") if isinstance(value, Mapping) else value
     content = value.get("bytes") if isinstance(value, Mapping) else value
     if isinstance(content, bytes) and content:
         return content
     if isinstance(path, str):
         if path.startswith(("http://", "https://")):
-            raise InputError(f"{where}: its picture is only an address, {path}; use a data set that holds the pictures")
+            raise InputError(f"{where}: its image is only a URL, {path}; use a dataset that contains the images")
         try:
             return (Path(hub) / path).read_bytes()
         except OSError as error:
-            raise InputError(f"{where}: its picture {path} cannot be read ({error.strerror}); fetch it") from None
-    raise InputError(f"{where}: it holds no picture; fix it, or data.columns.image")
+            raise InputError(f"{where}: its image {path} cannot be read ({error.strerror}); download it") from None
+    raise InputError(f"{where}: it has no image; fix it, or data.columns.image")
 
 
-def _joined(table: Table, columns: Columns, wanted: Iterable[int | str], hub: str) -> dict[int | str, bytes]:
-    """The pictures that are asked about, out of a configuration of their own."""
+def _read_images(table: Table, columns: Columns, wanted: Iterable[ImageId], hub: str) -> dict[ImageId, bytes]:
+    """Return the wanted images by id, read from a table of images."""
     missing, found = set(wanted), {}
-    everything = range(table.total if table.total is not None else 2**62)
-    wanted_columns = _top(Columns(image=columns.image, question=None, answers=None, id=columns.joined_id))
-    for number, row in zip(everything, table.rows(everything, wanted_columns), strict=False):
-        image_id = _at(row, columns.joined_id)
+    numbers = range(table.total if table.total is not None else MAX_ROWS)
+    names = _top_level(Columns(image=columns.image, question=None, answers=None, id=columns.joined_id))
+    for number, row in zip(numbers, table.rows(numbers, names), strict=False):
+        image_id = _value(row, columns.joined_id)
         if image_id in missing:
-            found[image_id] = _bytes(_at(row, columns.image), hub, f"{table.where}, row {number}")
+            found[image_id] = _image_bytes(_value(row, columns.image), hub, f"{table.where}, row {number}")
             missing.remove(image_id)
         if not missing:
             break
     return found
 
 
-def _top(columns: Columns) -> list[str]:
-    """The columns that are needed, without what lies in them."""
-    given = (
-        columns.image,
-        columns.question,
-        columns.answers,
-        columns.target,
-        columns.id,
-        columns.image_id,
-        columns.question_type,
-        columns.answer_type,
-        *columns.details,
-    )
-    return list(dict.fromkeys(name.split(".")[0] for name in given if name))
+def _top_level(columns: Columns) -> list[str]:
+    """Return the names of the top-level columns to read."""
+    single = (name for field, name in vars(columns).items() if field not in ("joined_id", "details"))
+    names = (*single, *columns.details)
+    return list(dict.fromkeys(name.split(".")[0] for name in names if name))

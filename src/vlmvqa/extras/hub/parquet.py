@@ -1,4 +1,4 @@
-"""A split as a table of rows: of a folder of parquet files, or of the hub."""
+"""Access to the rows of a split: in a folder of parquet files, or on the Hub."""
 
 from __future__ import annotations
 
@@ -15,37 +15,41 @@ from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.hub import hub_or_cache, when_offline
 
-# Loading scripts, which `datasets` no longer runs, and where the same data are in parquet.
-PARQUET_FORM = {"HuggingFaceM4/VQAv2": "lmms-lab/VQAv2", "HuggingFaceM4/COCO": "lmms-lab/COCO-Caption"}
+# Datasets that are loading scripts, which `datasets` no longer runs, and copies of them in parquet format.
+PARQUET_COPIES = {"HuggingFaceM4/VQAv2": "lmms-lab/VQAv2", "HuggingFaceM4/COCO": "lmms-lab/COCO-Caption"}
 SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+")
-ROWS_AT_A_TIME = 64
-FAILURES = (OSError, RuntimeError, ValueError)  # of `datasets`, beside its own DatasetsError
+BATCH_ROWS = 64
+MAX_ROWS = 2**62  # end of an open slice if the number of rows is unknown
+FAILURES = (OSError, RuntimeError, ValueError)  # raised by `datasets` besides its own DatasetsError
 
 
 class Table(Protocol):
-    """The rows of a split."""
+    """The rows of a split.
 
-    where: str  # for errors
-    total: int | None  # rows; None: not known before they are read
-    columns: Sequence[str] | None  # None: not known before the first row is read
+    Attributes:
+        where: name for error messages.
+        total: number of rows; None if unknown before they are read.
+        columns: column names; None if unknown before the first row is read.
+    """
 
-    def rows(self, chosen: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """The chosen rows with these of their columns."""
+    where: str
+    total: int | None
+    columns: Sequence[str] | None
+
+    def rows(self, numbers: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield the rows with these numbers, with these columns."""
 
 
 def open_split(
     hub: str, config: str | None, split: str, streaming: bool, max_samples: int | None
 ) -> tuple[Table, Slice]:
-    """The table of a split, and what is selected of it.
-
-    Args:
-        hub, config, split, streaming, max_samples: as in `hub.read`.
+    """Return the table of a split and the slice to read; the arguments are those of `dataset.read`.
 
     Raises:
-        InputError: a package or the data set is missing, it is a loading script, or has no such split.
+        InputError: a package or the dataset is missing, the dataset is a loading script, or it has no such split.
     """
     name = split.partition("[")[0]
-    # Where each split is a configuration, that has one split, called what it may.
+    # If each split has its own configuration, that configuration has a single split, with any name.
     own = config is not None and "{split}" in config
     config = config and config.replace("{split}", name)
     folder = _folder(hub)
@@ -59,32 +63,34 @@ def open_split(
 
 
 def _folder(hub: str) -> Path | None:
-    """The folder, unless it is an id of the hub."""
+    """Return the folder; None for a Hub id."""
     path = Path(hub).expanduser()
     if not path.is_dir() and (hub.startswith((".", "/", "~")) or hub.count("/") > 1):
-        raise InputError(f"data.hub={hub}: there is no such folder; correct the path, or give an id of the hub")
+        raise InputError(f"data.hub={hub}: there is no such folder; correct the path, or use a Hub id")
     return path if path.is_dir() else None
 
 
-def chosen_rows(selected: Slice, table: Table) -> range:
-    """The numbers of the rows that a slice selects.
+def selected_rows(selected: Slice, table: Table) -> range:
+    """Return the numbers of the rows in a slice.
 
     Raises:
-        InputError: the slice needs to know how many rows there are, which a stream does not say.
+        InputError: the slice is a random sample, or depends on the number of rows, which is unknown for a stream.
     """
     if selected.drawn is not None:
-        raise InputError(f"{table.where}: '{selected.text}' cannot be drawn from rows; give a slice, or use data.root")
+        raise InputError(
+            f"{table.where}: rows cannot be sampled at random ('{selected.text}'); use a slice, or data.root"
+        )
     if table.total is not None:
-        found = selected.chosen(table.total, table.where, "rows")
-        assert isinstance(found, range)
-        return found
+        numbers = selected.chosen(table.total, table.where, "rows")
+        assert isinstance(numbers, range)
+        return numbers
     bounds = (selected.start, selected.stop)
     if any(bound is not None and (bound.endswith("%") or bound.startswith("-")) for bound in bounds):
         raise InputError(
-            f"{table.where}: how many rows it has is not known while they are streamed, as '{selected.text}' needs; "
-            "give numbers of rows, or set data.streaming=false"
+            f"{table.where}: '{selected.text}' depends on the number of rows, which is unknown while streaming; "
+            "use row numbers, or set data.streaming=false"
         )
-    start, stop = int(selected.start or 0), int(selected.stop) if selected.stop else 2**62
+    start, stop = int(selected.start or 0), int(selected.stop) if selected.stop else MAX_ROWS
     return range(start, max(start, stop))[: selected.max_samples]
 
 
@@ -99,7 +105,7 @@ def _refuse_unknown(columns: Sequence[str], known: Sequence[str], where: str) ->
 
 
 class ParquetTable:
-    """Rows of a split's files, one after the other."""
+    """The rows of a split in local parquet files."""
 
     def __init__(self, files: Sequence[Path], where: str) -> None:
         parquet = _import("pyarrow.parquet", "pyarrow")
@@ -107,29 +113,32 @@ class ParquetTable:
         try:
             self.files = [parquet.ParquetFile(path) for path in files]
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-            raise InputError(f"{where}: its parquet files cannot be read ({_line(error)}); fetch them again") from error
+            raise InputError(
+                f"{where}: its parquet files are unreadable ({_line(error)}); download them again"
+            ) from error
         self.total: int | None = sum(file.metadata.num_rows for file in self.files)
         self.columns: Sequence[str] | None = self.files[0].schema_arrow.names
 
-    def rows(self, chosen: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, numbers: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield rows; files and batches that contain none of them are skipped."""
         assert self.columns is not None
         _refuse_unknown(columns, self.columns, self.where)
-        first = 0  # number of the file's or batch's first row
+        first = 0  # number of the first row of the file or batch
         for file in self.files:
-            if first + file.metadata.num_rows <= chosen.start or first >= chosen.stop:
+            if first + file.metadata.num_rows <= numbers.start or first >= numbers.stop:
                 first += file.metadata.num_rows
                 continue
-            for batch in file.iter_batches(ROWS_AT_A_TIME, columns=list(columns)):
-                mine = range(max(chosen.start, first), min(chosen.stop, first + len(batch)))
-                if mine:
-                    yield from batch.slice(mine.start - first, len(mine)).to_pylist()
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+                overlap = range(max(numbers.start, first), min(numbers.stop, first + len(batch)))
+                if overlap:
+                    yield from batch.slice(overlap.start - first, len(overlap)).to_pylist()
                 first += len(batch)
-                if first >= chosen.stop:
+                if first >= numbers.stop:
                     return
 
 
 def _local_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
-    """The files of each split: `validation-00000-of-00068.parquet`, `validation.parquet`, `validation/0000.parquet`."""
+    """Return each split's files: `val-00000-of-00068.parquet`, `val.parquet` or `val/0000.parquet` belong to `val`."""
     inside = folder / config if config else folder
     if not inside.is_dir():
         known = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -141,7 +150,7 @@ def _local_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
         shard = SHARD.fullmatch(path.stem)
         splits[shard["split"] if shard else path.parent.name if path.stem.isdecimal() else path.stem].append(path)
     if not splits:
-        raise InputError(f"{inside} holds no .parquet file; set data.hub to a folder with them, or to a hub id.")
+        raise InputError(f"{inside} has no .parquet file; set data.hub to a folder with parquet files, or to a Hub id.")
     for name, paths in splits.items():
         folders = sorted({path.parent.relative_to(folder).as_posix() for path in paths})
         if len(folders) > 1:
@@ -151,11 +160,11 @@ def _local_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
     return dict(splits)
 
 
-# --- the hub --------------------------------------------------------------------------------------------
+# --- the Hub --------------------------------------------------------------------------------------------
 
 
 class HubTable:
-    """Rows of a split of the hub's, pictures as the bytes of their files."""
+    """The rows of a split on the Hub, with images as the bytes of their files."""
 
     def __init__(self, hub: str, config: str | None, split: str, streaming: bool) -> None:
         self.datasets = _datasets()
@@ -173,7 +182,8 @@ class HubTable:
         if not streaming:
             self.total = len(self.data)
 
-    def rows(self, chosen: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, numbers: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yield rows, downloading them first if they are streamed."""
         if self.columns is not None:
             _refuse_unknown(columns, self.columns, self.where)
         data = self.data.select_columns(list(columns))
@@ -182,15 +192,15 @@ class HubTable:
                 data = data.cast_column(name, self.datasets.Image(decode=False))
         try:
             if self.streaming:
-                yield from itertools.islice(data.skip(chosen.start), len(chosen))
+                yield from itertools.islice(data.skip(numbers.start), len(numbers))
             else:
-                yield from data.select(chosen)
+                yield from data.select(numbers)
         except self.failures as error:
             raise _unavailable(self.hub, error) from error
 
 
 def _hub_splits(hub: str, config: str | None) -> dict[str, list[Path]]:
-    """The names of a data set's splits (their files are `datasets`' business)."""
+    """Return the names of a dataset's splits, without files, which `datasets` finds."""
     datasets = _datasets()
     try:
         with hub_or_cache(hub):
@@ -200,22 +210,22 @@ def _hub_splits(hub: str, config: str | None) -> dict[str, list[Path]]:
 
 
 def _datasets() -> ModuleType:
-    """The library, which runs no loading script: its version 3 would ask at the terminal whether to."""
+    """Return the library with loading scripts disabled; version 3 would prompt at the terminal to run one."""
     datasets = _import("datasets", "datasets")
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     return datasets
 
 
 def _unavailable(hub: str, error: Exception) -> InputError:
-    """The sentence for a data set that `datasets` does not load."""
-    said = _line(error)
-    if any(words in said for words in ("scripts are no longer supported", "custom code", "dataset script")):
-        other = PARQUET_FORM.get(hub)
-        form = f"data.hub={other}" if other else "data.hub to the data set's parquet form"
+    """Return the error for a dataset that `datasets` cannot load."""
+    message = _line(error)
+    if any(words in message for words in ("scripts are no longer supported", "custom code", "dataset script")):
+        copy = PARQUET_COPIES.get(hub)
+        form = f"data.hub={copy}" if copy else "data.hub to a copy of the dataset in parquet format"
         return InputError(f"{hub} is a loading script, which is not run; set {form}")
     return InputError(
-        f"the data set {hub} cannot be read from the hub{when_offline()} ({said}); check data.hub, data.hub_config "
-        "and the network, and for a gated data set accept its terms and set HF_TOKEN"
+        f"the dataset {hub} cannot be read from the Hub{when_offline()} ({message}); check data.hub, data.hub_config "
+        "and the network, and for a gated dataset accept its terms and set HF_TOKEN"
     )
 
 
@@ -223,7 +233,7 @@ def _import(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"data.hub needs the package {package}; install it: pip install 'vlmvqa[hub]'") from None
+        raise InputError(f"data.hub needs the package {package}; install it with: pip install 'vlmvqa[hub]'") from None
 
 
 def _line(error: Exception) -> str:

@@ -1,8 +1,8 @@
-"""A finished model, put where others find it: a repository of the hub, or a folder of one's own.
+"""Publish a trained model: upload it to a repository on the Hub, or copy it to a folder.
 
-What is published is enough by itself: where adapters lie over a base that only their run keeps (`../base`), it goes
-with them, as `base/`. One that lies elsewhere, on the hub or in another folder, is named and not copied; that one in
-another folder stays behind is said.
+The published folder is self-contained: if the base model of adapters is stored only in the run's folder (`../base`), it
+is included as `base/`. A base model on the Hub or in another folder is referenced and not copied; for another folder,
+a message is printed.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from vlmvqa.models.model_folder import BASE, CONFIG, kept_base
 
 
 def refuse_upload(target: str) -> None:
-    """Stop before a week of training if its end could not be published.
+    """Raise before training starts if the trained model could not be published.
 
     Args:
-        target: a hub id, or a folder, which begins with `.`, `/` or `~`.
+        target: a Hub id, or a folder, which begins with `.`, `/` or `~`.
 
     Raises:
-        InputError: the id is malformed, or nobody is logged in, or the hub is out of reach; or the folder is there.
+        InputError: the id is malformed, no user is logged in, the Hub is unreachable, or the folder exists.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
     if _is_folder(target):
         if _folder(target).exists():
-            raise InputError(f"hub_id={target} is there already, and nothing is written over it; name another folder")
+            raise InputError(f"hub_id={target} exists already and is never overwritten; choose another folder")
         return
     if target.count("/") != 1:
         raise InputError(f"hub_id={target} should be <user or organisation>/<name>, or a folder: ./{target}")
@@ -45,66 +45,68 @@ def refuse_upload(target: str) -> None:
             HfApi().whoami()
     except (HTTPError, LocalTokenNotFoundError, OSError) as error:
         raise InputError(
-            f"hub_id={target}: nobody is logged in to the hub, or it cannot be reached{when_offline()}; set HF_TOKEN "
+            f"hub_id={target}: no user is logged in to the Hub, or it cannot be reached{when_offline()}; set HF_TOKEN "
             f"or run `hf auth login` ({str(error).splitlines()[0]})"
         ) from error
 
 
 def upload(folder: Path, target: str) -> str:
-    """Publish a saved model's folder, card included; where it is then.
+    """Publish a saved model's folder with its model card; return the URL or path.
 
     Args:
-        target: as of `refuse_upload`.
+        folder: the saved model.
+        target: a Hub id or a folder, as in `refuse_upload`.
     """
     from huggingface_hub import HfApi
 
-    base = _named_base(folder)
+    base = _base_name(folder)
     if base.startswith(("/", "~")):
         ranks.say(
-            f"its base {base} stays here; publish that too, or merge first: launch/merge.py adapter={folder} output=..."
+            f"its base model {base} is not uploaded; publish it too, or merge first: launch/merge.py adapter={folder} "
+            "output=..."
         )
     if _is_folder(target):
-        where = _folder(target)
+        output = _folder(target)
         refuse_upload(target)
-        unfinished = where.with_name(where.name + ".partial")
+        unfinished = output.with_name(output.name + ".partial")
         shutil.rmtree(unfinished, ignore_errors=True)
-        _gather(folder, unfinished, shutil.copy2)
-        unfinished.rename(where)
-        return str(where)
+        _copy_with_base(folder, unfinished, shutil.copy2)
+        unfinished.rename(output)
+        return str(output)
     api = HfApi()
     api.create_repo(target, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix="upload-") as made:
-        whole = folder
-        if _base_of(folder) is not None:  # not copied: the same files under a second name
-            whole = Path(made) / "model"
-            _gather(folder, whole, os.link)
-        return str(api.upload_folder(repo_id=target, folder_path=whole, commit_message="Upload by vlmvqa"))
+    with TemporaryDirectory(dir=folder.parent, prefix="upload-") as temporary:
+        complete = folder
+        if _own_base(folder) is not None:
+            complete = Path(temporary) / "model"
+            _copy_with_base(folder, complete, os.link)  # hard links need no space
+        return str(api.upload_folder(repo_id=target, folder_path=complete, commit_message="Upload by vlmvqa"))
 
 
-def _gather(folder: Path, where: Path, copy: Callable[..., Any]) -> None:
-    """A model's folder, and in it the base that only its run has."""
-    shutil.copytree(folder, where, copy_function=copy)
-    base = _base_of(folder)
+def _copy_with_base(folder: Path, output: Path, copy: Callable[..., Any]) -> None:
+    """Copy a model's folder, and into it the base model if it is stored only in the run's folder."""
+    shutil.copytree(folder, output, copy_function=copy)
+    base = _own_base(folder)
     if base is None:
         return
-    shutil.copytree(base, where / BASE, copy_function=copy)
-    for name, place in ((CONFIG, ("adapter", "base")), (PEFT_CONFIG, ("base_model_name_or_path",))):
-        config = json.loads((where / name).read_text(encoding="utf-8"))
+    shutil.copytree(base, output / BASE, copy_function=copy)
+    for name, keys in ((CONFIG, ("adapter", "base")), (PEFT_CONFIG, ("base_model_name_or_path",))):
+        config = json.loads((output / name).read_text(encoding="utf-8"))
         node = config
-        for key in place[:-1]:
+        for key in keys[:-1]:
             node = node[key]
-        node[place[-1]] = f"./{BASE}"
-        (where / name).unlink()  # it may be the run's own file
-        (where / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        node[keys[-1]] = f"./{BASE}"
+        (output / name).unlink()  # it may be a hard link to the run's file
+        (output / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _base_of(folder: Path) -> Path | None:
-    """What a folder's adapters lie over, where only their run has it."""
-    return kept_base(folder, _named_base(folder))
+def _own_base(folder: Path) -> Path | None:
+    """Return the folder of the adapters' base model if it is stored only in the run's folder."""
+    return kept_base(folder, _base_name(folder))
 
 
-def _named_base(folder: Path) -> str:
-    """What a folder's adapters lie over, as they name it; "" for a whole model."""
+def _base_name(folder: Path) -> str:
+    """Return the base model's name or path in the adapters' config; "" for a complete model."""
     if not (folder / CONFIG).is_file():
         return ""
     adapter = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("adapter") or {}

@@ -1,1 +1,1 @@
-"""A split packed into parquet files with one row per image."""
+"""Splits packed into parquet shards with one row per image."""

@@ -1,13 +1,13 @@
-"""A split as a few large files in place of a hundred thousand small ones: parquet shards with a row an image.
+"""Pack a split into a few large parquet shards, one row per image, and read it back.
 
-    examples --write--> folder/train-00000-of-00083.parquet ... --read--> Examples whose image is read when it is needed
+    examples --write--> folder/train-00000-of-00083.parquet ... --read--> Examples whose image is read on access
 
-    image       the bytes of the picture's file, as they were
-    image_id    number or text
+    image       the unchanged bytes of the image file
+    image_id    integer or text
     questions   [id, text, target, answers, question_type, answer_type, details (JSON)]
 
-A row is a row group: one picture is one read of one file, and pictures in order are read from end to end. What was
-packed stands in the schema's metadata, so that other questions than those asked for are an error.
+Each row is a row group: loading an image is a single read, and loading images in order reads the files sequentially.
+The schema's metadata holds the key of the packed split; reading with another key is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,33 +32,32 @@ from vlmvqa.errors import InputError
 from vlmvqa.progress import bar
 
 FORMAT = 1
-IMAGES_A_SHARD = 1000  # VQAv2's are 160 MB
-KEY = b"vlmvqa"  # of the schema's metadata
+IMAGES_PER_SHARD = 1000  # 160 MB for VQAv2
+METADATA_KEY = b"vlmvqa"  # in the schema
 TEXTS = ("text", "target", "question_type", "answer_type")
 
 
 @dataclass(frozen=True, slots=True)
-class PackedPicture:
-    """A picture's place in a shard."""
+class ShardedImage:
+    """An image file in a shard, read on access."""
 
     shard: Path
     row: int
 
     def read_bytes(self) -> bytes:
-        """The bytes of the picture's file.
+        """Return the bytes of the image file.
 
         Raises:
-            OSError: the shard is gone or damaged.
+            OSError: the shard is missing or damaged.
         """
-        content: bytes = (
-            _opened(self.shard, os.getpid()).read_row_group(self.row, columns=["image"])["image"][0].as_py()
-        )
+        table = _open(self.shard, os.getpid()).read_row_group(self.row, columns=["image"])
+        content: bytes = table["image"][0].as_py()
         return content
 
 
 @cache
-def _opened(shard: Path, process: int) -> Any:
-    """A shard, opened once a process."""
+def _open(shard: Path, process: int) -> Any:
+    """Open a shard, once per process."""
     return _parquet().ParquetFile(shard)
 
 
@@ -68,37 +67,37 @@ def write(
     examples: Sequence[Example],
     bad_records: BadRecords,
     *,
-    images_a_shard: int = IMAGES_A_SHARD,
+    images_per_shard: int = IMAGES_PER_SHARD,
     progress: bool = False,
 ) -> int:
-    """Write a split's shards, all or none; those of the same split that are there are replaced.
+    """Write all shards of a split or none, replacing existing shards of the split; return the number of images.
 
     Args:
-        key: what the examples are: source, split, what else chose them.
-        examples: their pictures are files or bytes.
-        bad_records: what to do with a picture that cannot be read; it is left out where that goes on.
-
-    Returns:
-        the number of pictures written.
+        folder: the output folder.
+        key: identifies the examples: source, split, and all options that select them.
+        examples: images are files or bytes.
+        bad_records: policy for unreadable images; skipped images are not written.
+        images_per_shard: number of rows of a shard.
+        progress: whether to show a progress bar.
 
     Raises:
-        InputError: the folder cannot be written, or a picture cannot be read.
+        InputError: the folder cannot be written, or an image is unreadable.
     """
     unfinished = folder / f".{uuid.uuid4().hex}"
     try:
         unfinished.mkdir(parents=True)
         schema = _schema(examples, key)
         written, shards = 0, 0
-        with bar(doing=f"packing {key['split']}", unit="images", total=len(examples), shown=progress) as done:
-            for first in range(0, len(examples), images_a_shard):
-                rows = list(_rows(examples[first : first + images_a_shard], bad_records, done.update))
+        with bar(doing=f"packing {key['split']}", unit="images", total=len(examples), shown=progress) as progress_bar:
+            for first in range(0, len(examples), images_per_shard):
+                rows = list(_rows(examples[first : first + images_per_shard], bad_records, progress_bar.update))
                 if rows:
                     _write_shard(unfinished / f"{shards:05}.parquet", rows, schema)
                     written, shards = written + len(rows), shards + 1
         if not written:
-            raise InputError(f"{key['split']}: no picture could be read; see the bad records' listing")
-        _opened.cache_clear()
-        for old in shards_of(folder, str(key["split"])):
+            raise InputError(f"{key['split']}: no image could be read; see the list of bad records")
+        _open.cache_clear()
+        for old in shard_paths(folder, str(key["split"])):
             old.unlink()
         for number in range(shards):
             name = f"{_file_name(str(key['split']))}-{number:05}-of-{shards:05}.parquet"
@@ -106,71 +105,72 @@ def write(
         return written
     except OSError as error:
         raise InputError(
-            f"{folder} cannot be written ({error.strerror or error}); free space, or choose another"
+            f"{folder} cannot be written ({error.strerror or error}); free space, or choose another folder"
         ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def read(folder: Path, key: Mapping[str, Any], prompt: str, *, asks: bool = True) -> list[Example]:
-    """The examples of a split, in the order in which they were packed.
+def read(folder: Path, key: Mapping[str, Any], prompt: str, *, has_questions: bool = True) -> list[Example]:
+    """Return the examples of a split in their packed order.
 
     Args:
-        key: what is asked for; it must be what was packed.
-        prompt: what the model reads; `{question}` stands for the question, if the source `asks` any.
+        folder: the shards' folder.
+        key: identifies the examples; it must equal the key of the packed split.
+        prompt: the model's input text; `{question}` is replaced by the question if the source `has_questions`.
+        has_questions: False for captions.
 
     Raises:
-        InputError: the folder does not hold these questions, or not all of its shards.
+        InputError: the folder holds another split, other options, or only some of the shards.
     """
-    shards = shards_of(folder, str(key["split"]))
+    shards = shard_paths(folder, str(key["split"]))
     if not shards:
-        there = "holds no" if folder.is_dir() else "does not exist, so it holds no"
-        raise InputError(f"data.shards={folder} {there} {key['split']}; make it with: {_command(folder, key)}")
+        problem = f"has no shards of {key['split']}" if folder.is_dir() else "does not exist"
+        raise InputError(f"data.shards={folder} {problem}; create them with: {_command(folder, key)}")
     total = int(shards[0].stem.rpartition("-of-")[2])
     if len(shards) != total:
-        raise InputError(
-            f"data.shards={folder} holds {len(shards)} of {total} shards of {key['split']}; copy the others"
-        )
-    to_prompt: Callable[[str], str] = Prompts(prompt) if asks else lambda _: prompt
+        raise InputError(f"data.shards={folder} has {len(shards)} of {total} shards of {key['split']}; copy the others")
+    to_prompt: Callable[[str], str] = Prompts(prompt) if has_questions else lambda _: prompt
     examples: list[Example] = []
     for shard in shards:
         try:
-            file = _opened(shard, os.getpid())
-            packed = json.loads(file.schema_arrow.metadata[KEY])
+            file = _open(shard, os.getpid())
+            packed = json.loads(file.schema_arrow.metadata[METADATA_KEY])
             rows = file.read(columns=["image_id", "questions"]).to_pylist()
         except (OSError, ValueError, KeyError, TypeError) as error:  # ArrowInvalid is a ValueError
             raise InputError(
-                f"{shard} is not a whole shard ({str(error)[:100]}); pack it again: {_command(folder, key)}"
+                f"{shard} is not a complete shard ({str(error)[:100]}); pack it again: {_command(folder, key)}"
             ) from None
-        _refuse_other(packed, key, folder)
+        _check_key(packed, key, folder)
         for number, row in enumerate(rows):
-            questions = tuple(_question(one, to_prompt) for one in row["questions"])
-            examples.append(Example(PackedPicture(shard, number), row["image_id"], questions))
+            questions = tuple(_question(record, to_prompt) for record in row["questions"])
+            examples.append(Example(ShardedImage(shard, number), row["image_id"], questions))
     return refuse_empty(examples, folder, str(key["split"]))
 
 
-def shards_of(folder: Path, split: str) -> list[Path]:
-    """The files of a split, in order."""
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """Return the shards of a split in order."""
     name = re.compile(re.escape(_file_name(split)) + r"-\d+-of-\d+\.parquet")
     return sorted(path for path in folder.glob("*.parquet") if name.fullmatch(path.name))
 
 
 def _file_name(split: str) -> str:
-    """`train[:10%]` -> `train_10pc`: a name for any file system."""
+    """Return a file name that is valid on any file system: `train[:10%]` -> `train_0_10pc`."""
     return re.sub(r"[^\w.-]+", "_", split.replace("%", "pc").replace("[:", "[0:")).strip("_")
 
 
 def _command(folder: Path, key: Mapping[str, Any]) -> str:
-    """What packs a split; a slice is packed by itself."""
+    """Return the command that packs a split."""
     return f"python launch/prepare.py pack data={key['source']} data.root=... 'split={key['split']}' pack.dir={folder}"
 
 
-def _refuse_other(found: Mapping[str, Any], key: Mapping[str, Any], folder: Path) -> None:
+def _check_key(found: Mapping[str, Any], key: Mapping[str, Any], folder: Path) -> None:
+    """Raise if the packed split has another key or format."""
     wanted = json.loads(json.dumps({"format": FORMAT, **key}))
     different = [f"{name} {found.get(name)}, now {value}" for name, value in wanted.items() if found.get(name) != value]
     if different:
         raise InputError(
-            f"data.shards={folder} was packed of others ({', '.join(different)}); ask for what was packed, or pack "
+            f"data.shards={folder} was packed with other settings ({', '.join(different)}); use those, or pack "
             f"again: {_command(folder, key)}"
         )
 
@@ -178,60 +178,54 @@ def _refuse_other(found: Mapping[str, Any], key: Mapping[str, Any], folder: Path
 # --- rows ---------------------------------------------------------------------------------------------
 
 
-def _rows(examples: Iterable[Example], bad_records: BadRecords, done: Callable[[], Any]) -> Iterable[dict[str, Any]]:
+def _rows(examples: Iterable[Example], bad_records: BadRecords, count: Callable[[], Any]) -> Iterator[dict[str, Any]]:
     for example in examples:
-        done()
+        count()
         image = example.image
         try:
             if isinstance(image, Image):
-                raise TypeError(f"{example.name} is a picture in memory, not a file")
+                raise TypeError(f"{example.name} is an image in memory, not a file")
             content = image if isinstance(image, bytes) else image.read_bytes()
         except OSError as error:
-            bad_records.add(example.name, f"its picture cannot be read ({error.strerror or error})", "fetch it again")
+            bad_records.add(example.name, f"its image cannot be read ({error.strerror or error})", "download it again")
             continue
-        yield {"image": content, "image_id": example.image_id, "questions": [_record(one) for one in example.questions]}
+        questions = [_record(question) for question in example.questions]
+        yield {"image": content, "image_id": example.image_id, "questions": questions}
 
 
 def _record(question: Question) -> dict[str, Any]:
+    record = {name: getattr(question, name) for name in ("id", *TEXTS)}
     details = None if question.details is None else json.dumps(question.details)
-    texts = {name: getattr(question, name) for name in TEXTS}
-    return {"id": question.id, **texts, "answers": list(question.answers), "details": details}
+    return {**record, "answers": list(question.answers), "details": details}
 
 
 def _question(record: Mapping[str, Any], to_prompt: Callable[[str], str]) -> Question:
-    return Question(
-        record["id"],
-        record["text"],
-        to_prompt(record["text"]),
-        record["target"],
-        tuple(record["answers"]),
-        record["question_type"],
-        record["answer_type"],
-        None if record["details"] is None else json.loads(record["details"]),
-    )
+    details = None if record["details"] is None else json.loads(record["details"])
+    prompt = to_prompt(record["text"])
+    return Question(**{**record, "prompt": prompt, "answers": tuple(record["answers"]), "details": details})
 
 
 def _schema(examples: Sequence[Example], key: Mapping[str, Any]) -> Any:
     arrow = _arrow()
 
-    def kind(ids: Iterable[int | str]) -> Any:
-        kinds = {type(one) for one in ids}
-        if len(kinds) > 1:
-            raise InputError("ids that are numbers and ids that are texts cannot be packed together; make them alike")
-        return arrow.int64() if kinds == {int} else arrow.string()
+    def id_type(ids: Iterable[int | str]) -> Any:
+        types = {type(value) for value in ids}
+        if len(types) > 1:
+            raise InputError("integer ids and text ids cannot be packed together; use one type")
+        return arrow.int64() if types == {int} else arrow.string()
 
     question = [
-        ("id", kind(question.id for example in examples for question in example.questions)),
+        ("id", id_type(question.id for example in examples for question in example.questions)),
         *((name, arrow.string()) for name in TEXTS),
         ("answers", arrow.list_(arrow.string())),
         ("details", arrow.string()),
     ]
     columns = [
         ("image", arrow.binary()),
-        ("image_id", kind(example.image_id for example in examples)),
+        ("image_id", id_type(example.image_id for example in examples)),
         ("questions", arrow.list_(arrow.struct(question))),
     ]
-    return arrow.schema(columns, metadata={KEY: json.dumps({"format": FORMAT, **key})})
+    return arrow.schema(columns, metadata={METADATA_KEY: json.dumps({"format": FORMAT, **key})})
 
 
 def _write_shard(path: Path, rows: list[dict[str, Any]], schema: Any) -> None:
@@ -243,7 +237,7 @@ def _arrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise InputError("packing needs the package pyarrow; install it: pip install 'vlmvqa[hub]'") from None
+        raise InputError("packing needs the package pyarrow; install it with: pip install 'vlmvqa[hub]'") from None
     return pyarrow
 
 

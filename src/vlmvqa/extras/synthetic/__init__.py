@@ -1,1 +1,1 @@
-"""Synthetic datasets in the file formats of the benchmarks."""
+"""Generators of small synthetic datasets in the file formats of the benchmarks."""

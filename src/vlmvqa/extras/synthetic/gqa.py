@@ -1,10 +1,10 @@
-"""Scenes of coloured shapes with the questions of their scene graphs, in GQA's own files.
+"""Synthetic GQA: scenes of coloured shapes with questions about their scene graphs, in GQA's files.
 
-A question is a program over the graph, as in GQA (Hudson & Manning 2019), and entails others: who says that the
-circle is red must also say that there is a circle.
+As in GQA (Hudson & Manning 2019), each question has a program over the scene graph and entails other questions: an
+answer that the circle is red entails that there is a circle.
 
-    *_balanced    chosen so that no question text has a favourite answer (`scenes.Asker`)
-    *_all         these and what they entail, not balanced
+    *_balanced    questions sampled such that no question text has a most frequent answer (`scene.BalancedSampler`)
+    *_all         these and the questions that they entail, not balanced
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from vlmvqa.extras.synthetic import scene as scenes
-from vlmvqa.extras.synthetic.folder import refuse_small, write_once
+from vlmvqa.extras.synthetic.atomic_folder import generate_once
 from vlmvqa.extras.synthetic.scene import ATTRIBUTES, PLACES, YES_NO, Shape
 from vlmvqa.progress import bar
 
-VERSION = 1  # of what is drawn, asked and written
-LEAST = {"train_images": 1, "val_images": 1, "image_size": scenes.SMALLEST_IMAGE, "questions_per_image": 1}
+VERSION = 1  # of the generated images, questions and files
+MINIMUMS = {"train_images": 1, "val_images": 1, "image_size": scenes.MIN_IMAGE_SIZE, "questions_per_image": 1}
 
-# kind of question: (share, structural type, semantic type)
+# kind of question: (weight, structural type, semantic type)
 KINDS = {
     "exists": (0.14, "verify", "obj"),
     "color": (0.20, "query", "attr"),
@@ -39,17 +39,17 @@ KINDS = {
     "same": (0.04, "compare", "attr"),
 }
 Program = tuple[tuple[str, str], ...]  # operation and argument of each step
-ORDERS = {"left of": ("x", "to the left of"), "above": ("y", "above")}  # in a question: (axis, as GQA names it)
+ORDERS = {"left of": ("x", "to the left of"), "above": ("y", "above")}  # words of the question: (axis, GQA's relation)
 
 
 @dataclass(frozen=True, slots=True)
-class GraphAsked(scenes.Asked):
-    """A question of a scene graph.
+class GraphQuestion(scenes.SceneQuestion):
+    """A question about a scene graph.
 
     Attributes:
-        group: the answers it is compared with, GQA's `groups.global`; None where it is yes or no.
+        group: the group of comparable answers, GQA's `groups.global`; None for yes/no questions.
         program: operation and argument of each step.
-        entails: the questions whose answers follow from this one's.
+        entails: the texts of questions whose answers follow from this question's answer.
     """
 
     group: str | None
@@ -67,18 +67,12 @@ def write(
     seed: int = 0,
     progress: bool = False,
 ) -> Path:
-    """Write the data set under `root` unless it is there already, and return `root`.
+    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels.
 
-    There are `train_balanced`, and `balanced` and `all` of `val` and `testdev`, each with `val_images` images.
-
-    Args:
-        image_size: side of the square images in pixels.
-        questions_per_image: balanced ones, on average.
-
-    Raises:
-        InputError: a setting is out of range, or `root` holds something else.
+    Splits: `train_balanced`, and `balanced` and `all` of `val` and `testdev`, which have `val_images` images each.
+    `questions_per_image` is the average number of balanced questions.
     """
-    settings: dict[str, int | str] = {
+    settings = {
         "version": VERSION,
         "benchmark": "gqa",
         "train_images": train_images,
@@ -87,145 +81,144 @@ def write(
         "questions_per_image": questions_per_image,
         "seed": seed,
     }
-    refuse_small("GQA shapes", settings, LEAST)
 
-    def draw(folder: Path) -> None:
+    def generate(folder: Path) -> None:
         (folder / "images").mkdir()
         for first_id, split, images in ((1, "train", train_images), (2, "val", val_images), (3, "testdev", val_images)):
             questions: dict[str, dict[str, Any]] = {}
             rng = random.Random(f"{seed} gqa {split}")
-            asker = scenes.Asker(rng, askable, {kind: share for kind, (share, _, _) in KINDS.items()})
+            sampler = scenes.BalancedSampler(
+                rng, scene_questions, {kind: weight for kind, (weight, _, _) in KINDS.items()}
+            )
             for number in bar(range(images), doing=f"generating {split}", unit="images", shown=progress):
-                scene, asked = asker.scene(questions_per_image)
+                scene, sampled = sampler.sample(questions_per_image)
                 image_id = f"{first_id}{number:06d}"
-                picture = scenes.paint(rng, scene, image_size)
-                picture.save(folder / "images" / f"{image_id}.jpg", quality=95, subsampling=0)
-                questions |= _records(image_id, asked, list(askable(scene)))
+                scenes.save_image(rng, scene, image_size, folder / "images" / f"{image_id}.jpg")
+                questions |= _records(image_id, sampled, list(scene_questions(scene)))
             balanced = {key: record for key, record in questions.items() if record["isBalanced"]}
             (folder / f"{split}_balanced_questions.json").write_text(json.dumps(balanced))
             if split != "train":
                 (folder / f"{split}_all_questions.json").write_text(json.dumps(questions))
 
-    return write_once(root, "GQA shapes", settings, draw)
+    return generate_once(root, "GQA shapes", settings, MINIMUMS, generate)
 
 
 # --- questions ----------------------------------------------------------------------------------------
 
 
-def askable(scene: list[Shape]) -> Iterator[GraphAsked]:
-    """Every unambiguous question about the scene."""
-    yield from _about_presence(scene)
+def scene_questions(scene: list[Shape]) -> Iterator[GraphQuestion]:
+    """Yield every unambiguous question about the scene."""
+    yield from _presence_questions(scene)
     colors, forms = [shape.color for shape in scene], [shape.form for shape in scene]
     for number, shape in enumerate(scene):
         if forms.count(shape.form) == 1:
-            yield from _about_form(shape, number)
+            yield from _form_questions(shape, number)
         if colors.count(shape.color) == 1:
-            yield from _about_color(shape, number)
-    yield from _about_order([shape for shape in scene if colors.count(shape.color) == 1])
-    yield from _about_likeness([shape for shape in scene if forms.count(shape.form) == 1])
+            yield from _color_questions(shape, number)
+    yield from _order_questions([shape for shape in scene if colors.count(shape.color) == 1])
+    yield from _comparison_questions([shape for shape in scene if forms.count(shape.form) == 1])
 
 
-def _whether(kind: str, text: str, is_so: bool, program: Program, entails: tuple[str, ...] = ()) -> GraphAsked:
-    """A question that is answered with yes or no."""
-    return GraphAsked(kind, text, "yes" if is_so else "no", YES_NO, None, program, entails)
+def _yes_no(kind: str, text: str, answer: bool, program: Program, entails: tuple[str, ...] = ()) -> GraphQuestion:
+    """Return a question whose answer is yes or no."""
+    return GraphQuestion(kind, text, "yes" if answer else "no", YES_NO, None, program, entails)
 
 
-def _about_presence(scene: list[Shape]) -> Iterator[GraphAsked]:
-    """`Is there a circle?`, `Is there a red circle?`, `Is there a circle and a star?`"""
-    there = {
+def _presence_questions(scene: list[Shape]) -> Iterator[GraphQuestion]:
+    """Yield `Is there a circle?`, `Is there a red circle?`, `Is there a circle and a star?`."""
+    present = {
         **{form: any(shape.form == form for shape in scene) for form in ATTRIBUTES["form"]},
         **{f"{color} shape": any(shape.color == color for shape in scene) for color in ATTRIBUTES["color"]},
     }
-    for name, is_there in there.items():
-        yield _whether("exists", f"Is there a {name}?", is_there, (("select", name), ("exist", "?")))
+    for name, is_present in present.items():
+        yield _yes_no("exists", f"Is there a {name}?", is_present, (("select", name), ("exist", "?")))
     for color, form in product(ATTRIBUTES["color"], ATTRIBUTES["form"]):
-        # A "no" is only asked where the colour or the form is there: else looking for one of them would do.
-        if there[form] or there[f"{color} shape"]:
+        # With "no" as the answer, colour or form must be present: otherwise finding neither would be enough.
+        if present[form] or present[f"{color} shape"]:
             both = any((shape.color, shape.form) == (color, form) for shape in scene)
             parts = (f"Is there a {form}?", f"Is there a {color} shape?") if both else ()
             program = (("select", form), ("filter color", color), ("exist", "?"))
-            yield _whether("exists", f"Is there a {color} {form}?", both, program, parts)
+            yield _yes_no("exists", f"Is there a {color} {form}?", both, program, parts)
     for one, other in combinations(ATTRIBUTES["form"], 2):
-        if there[one] or there[other]:
-            both = there[one] and there[other]
+        if present[one] or present[other]:
+            both = present[one] and present[other]
             parts = (f"Is there a {one}?", f"Is there a {other}?") if both else ()
             steps = (("select", one), ("exist", "?"), ("select", other), ("exist", "?"), ("and", ""))
-            yield _whether("logical", f"Is there a {one} and a {other}?", both, steps, parts)
+            yield _yes_no("logical", f"Is there a {one} and a {other}?", both, steps, parts)
 
 
-def _about_form(shape: Shape, number: int) -> Iterator[GraphAsked]:
-    """What can be asked of the only shape of its form."""
+def _form_questions(shape: Shape, number: int) -> Iterator[GraphQuestion]:
+    """Yield the questions about the only shape of its form."""
     form = shape.form
     select = (("select", f"{form} ({number})"),)
-    there = f"Is there a {form}?"
-    colored = (there, f"Is there a {shape.color} {form}?", f"Is the {form} {shape.color}?")
-    for kind, known, entails in (("color", shape.color, colored), ("size", shape.size, (there,))):
+    exists = f"Is there a {form}?"
+    has_color = (exists, f"Is there a {shape.color} {form}?", f"Is the {form} {shape.color}?")
+    for kind, value, entails in (("color", shape.color, has_color), ("size", shape.size, (exists,))):
         program = (*select, ("query", kind))
-        yield GraphAsked(kind, f"What {kind} is the {form}?", known, ATTRIBUTES[kind], kind, program, entails)
-    yield from _about_place(shape, form, select)
+        yield GraphQuestion(kind, f"What {kind} is the {form}?", value, ATTRIBUTES[kind], kind, program, entails)
+    yield from _position_questions(shape, form, select)
     for color in ATTRIBUTES["color"]:
         program = (*select, ("verify color", color))
-        is_so = color == shape.color
-        yield _whether("attribute", f"Is the {form} {color}?", is_so, program, colored[:2] if is_so else (there,))
-        for choices in ((shape.color, color), (color, shape.color)) if not is_so else ():
+        same = color == shape.color
+        yield _yes_no("attribute", f"Is the {form} {color}?", same, program, has_color[:2] if same else (exists,))
+        for choices in ((shape.color, color), (color, shape.color)) if not same else ():
             program = (*select, ("choose color", "|".join(choices)))
             text = f"Is the {form} {choices[0]} or {choices[1]}?"
-            yield GraphAsked("choose", text, shape.color, choices, "color", program, colored)
+            yield GraphQuestion("choose", text, shape.color, choices, "color", program, has_color)
 
 
-def _about_color(shape: Shape, number: int) -> Iterator[GraphAsked]:
-    """What can be asked of the only shape of its colour."""
+def _color_questions(shape: Shape, number: int) -> Iterator[GraphQuestion]:
+    """Yield the questions about the only shape of its colour."""
     name = f"{shape.color} shape"
     select = (("select", f"shape ({number})"), ("filter color", shape.color))
     entails = (f"Is there a {name}?", f"Is there a {shape.color} {shape.form}?")
     text, program = f"What shape is the {shape.color} object?", (*select, ("query", "name"))
-    yield GraphAsked("shape", text, shape.form, ATTRIBUTES["form"], "shape", program, entails)
-    yield from _about_place(shape, name, select)
+    yield GraphQuestion("shape", text, shape.form, ATTRIBUTES["form"], "shape", program, entails)
+    yield from _position_questions(shape, name, select)
 
 
-def _about_place(shape: Shape, name: str, select: Program) -> Iterator[GraphAsked]:
-    """`Where is the circle?`"""
-    if min(abs(shape.x - 0.5), abs(shape.y - 0.5)) >= scenes.OFF_CENTER:
-        place = f"{'top' if shape.y < 0.5 else 'bottom'} {'left' if shape.x < 0.5 else 'right'}"
+def _position_questions(shape: Shape, name: str, select: Program) -> Iterator[GraphQuestion]:
+    """Yield `Where is the circle?`."""
+    if place := shape.place:
         program = (*select, ("query", "position"))
         entails = (f"Is there a {name}?",)
-        yield GraphAsked("position", f"Where is the {name}?", place, PLACES, "position", program, entails)
+        yield GraphQuestion("position", f"Where is the {name}?", place, PLACES, "position", program, entails)
 
 
-def _about_order(shapes: list[Shape]) -> Iterator[GraphAsked]:
-    """`Is the red shape left of the blue shape?`, of shapes that are the only ones of their colour."""
+def _order_questions(shapes: list[Shape]) -> Iterator[GraphQuestion]:
+    """Yield `Is the red shape left of the blue shape?` for shapes with unique colours."""
     for (one, other), (words, (axis, relation)) in product(permutations(shapes, 2), ORDERS.items()):
         difference = getattr(other, axis) - getattr(one, axis)
-        if abs(difference) >= scenes.CLEAR:
+        if abs(difference) >= scenes.MIN_DIFFERENCE:
             first, second = f"{one.color} shape", f"{other.color} shape"
             entails = (f"Is the {second} {words} the {first}?", f"Is there a {first}?", f"Is there a {second}?")
             program = (("select", "shape"), ("filter color", one.color), ("verify rel", f"{second},{relation},o"))
-            yield _whether("relation", f"Is the {first} {words} the {second}?", difference > 0, program, entails)
+            yield _yes_no("relation", f"Is the {first} {words} the {second}?", difference > 0, program, entails)
 
 
-def _about_likeness(shapes: list[Shape]) -> Iterator[GraphAsked]:
-    """`Are the circle and the star the same color?`, of shapes that are the only ones of their form."""
+def _comparison_questions(shapes: list[Shape]) -> Iterator[GraphQuestion]:
+    """Yield `Are the circle and the star the same color?` for shapes with unique forms."""
     for one, other in combinations(shapes, 2):
         program = (("select", one.form), ("select", other.form), ("same color", ""))
         entails = (f"Is there a {one.form}?", f"Is there a {other.form}?")
         text = f"Are the {one.form} and the {other.form} the same color?"
-        yield _whether("same", text, one.color == other.color, program, entails)
+        yield _yes_no("same", text, one.color == other.color, program, entails)
 
 
 # --- GQA's records ------------------------------------------------------------------------------------
 
 
-def _records(image_id: str, asked: list[GraphAsked], possible: list[GraphAsked]) -> dict[str, dict[str, Any]]:
-    """An image's questions by id: those that were asked, and what they entail."""
+def _records(image_id: str, sampled: list[GraphQuestion], possible: list[GraphQuestion]) -> dict[str, dict[str, Any]]:
+    """Return an image's records by question id: the sampled questions and those they entail."""
     by_text = {question.text: question for question in possible}
-    balanced = {question.text for question in asked}
-    entailed = [by_text[text] for question in asked for text in question.entails if text not in balanced]
-    texts = dict.fromkeys(question.text for question in [*asked, *entailed])
+    balanced = {question.text for question in sampled}
+    entailed = [by_text[text] for question in sampled for text in question.entails if text not in balanced]
+    texts = dict.fromkeys(question.text for question in [*sampled, *entailed])
     ids = {text: f"{image_id}{number:03d}" for number, text in enumerate(texts)}
     return {key: _record(image_id, by_text[text], ids, text in balanced) for text, key in ids.items()}
 
 
-def _record(image_id: str, question: GraphAsked, ids: dict[str, str], balanced: bool) -> dict[str, Any]:
+def _record(image_id: str, question: GraphQuestion, ids: dict[str, str], balanced: bool) -> dict[str, Any]:
     _, structural, semantic = KINDS[question.kind]
     program = [
         {"operation": operation, "dependencies": _dependencies(operation, step), "argument": argument}
@@ -246,5 +239,5 @@ def _record(image_id: str, question: GraphAsked, ids: dict[str, str], balanced: 
 
 
 def _dependencies(operation: str, step: int) -> list[int]:
-    """The steps that a step takes its input from."""
+    """Return the numbers of the steps that a step takes its input from."""
     return {"select": [], "same color": [0, 1], "and": [1, 3]}.get(operation, [step - 1])
