@@ -30,7 +30,7 @@ from vlmvqa.extras.report import compare
 from vlmvqa.inference.evaluate import Asked, evaluate, read_answers
 from vlmvqa.inference.predictor import load
 from vlmvqa.inference.scoring import report, score_and_report
-from vlmvqa.metrics.registry import refuse_unscorable
+from vlmvqa.metrics.registry import check_scorable
 from vlmvqa.training import distributed
 
 
@@ -105,9 +105,9 @@ def compare_two(config: DictConfig) -> None:
 def _asked(config: DictConfig, data: DataSettings, examples: list[Example]) -> Asked:
     answered = all_answered(examples)
     if answered:
-        refuse_unscorable(data.metric, examples)
+        check_scorable(data.metric, examples)
         for name, more in data.extra.items():
-            refuse_unscorable(name, examples, **more)
+            check_scorable(name, examples, **more)
     train = training_answers(data) if answered else "the split has no answers"
     options = scoring(data, config.split)
     return Asked(examples, train, data.metric, config.seed, config.blank_images, config.variants, options, data.extra)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from vlmvqa.errors import InputError
 from vlmvqa.metrics import caption_scores, java
-from vlmvqa.metrics.ptb import tokenize
+from vlmvqa.metrics.ptb_tokenizer import tokenize
 
 GOLDEN = Path(os.environ.get("VLMVQA_GOLDEN", Path(__file__).parents[3] / "shared" / "golden")) / "captions"
 needs_golden = pytest.mark.skipif(

@@ -104,6 +104,6 @@ def test_bad_input_gets_one_sentence(folder: Path, predictions: Any, images: Any
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot be loaded .*give a CLIP's local folder") as error:
+    with pytest.raises(InputError, match=r"cannot be loaded .*give the local folder") as error:
         clip_similarity({1: "a"}, {1: picture(0)}, model=tmp_path)
     assert "\n" not in str(error.value)

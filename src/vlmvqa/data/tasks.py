@@ -22,7 +22,7 @@ from vlmvqa.errors import InputError, counted, suggest
 from vlmvqa.extras.hub import dataset
 from vlmvqa.extras.hub.dataset import Columns
 from vlmvqa.extras.shards import shards
-from vlmvqa.metrics.registry import check_options, refuse_unscorable
+from vlmvqa.metrics.registry import check_options, check_scorable
 from vlmvqa.settings import build_settings
 
 # What draws a small data set in a source's own files, for data.synthetic=true.
@@ -274,9 +274,9 @@ def read_tasks(data: DataSettings, bad_records: BadRecords) -> list[Task]:
     ]
     for one in tasks:
         if one.answered:
-            refuse_unscorable(one.data.metric, one.evaluated)
+            check_scorable(one.data.metric, one.evaluated)
             for name, options in one.data.extra.items():
-                refuse_unscorable(name, one.evaluated, **options)
+                check_scorable(name, one.evaluated, **options)
     return tasks
 
 

@@ -36,7 +36,7 @@ def choose_gallery(
     Where no score means right, the better and the worse half.
     """
     scored = [record for record in predictions if record[name] is not None]
-    limit = metric(name).right_from
+    limit = metric(name).correct_from
     if limit is None:
         limit = median(record[name] for record in scored) if scored else 0.0
     right = [record for record in scored if record[name] >= limit]
@@ -93,7 +93,7 @@ def over_training(samples: Sequence[Record], images: Mapping[Any, Image], name: 
 
 
 def _at_a_step(sample: Record, name: str) -> dict[str, Any]:
-    return {**sample, "probability": sureness(sample), "right": metric(name).right(sample["score"])}
+    return {**sample, "probability": sureness(sample), "right": metric(name).is_correct(sample["score"])}
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:

@@ -133,7 +133,7 @@ def _answers(
     attributions: Sequence[tuple[Record, Image]] | str,
 ) -> dict[str, Any]:
     """What is shown of the answers: one by one, and what can be counted of them."""
-    limit = metric(name).right_from
+    limit = metric(name).correct_from
     galleries = zip(("right", "wrong"), (True, False), gallery.choose_gallery(predictions, name), strict=True)
     return {
         "galleries": {
@@ -149,14 +149,14 @@ def _answers(
 
 
 def _look(record: Record, drawn: Image, images: Mapping[Any, Image], name: str) -> dict[str, Any]:
-    right = metric(name).right(record[name])
+    right = metric(name).is_correct(record[name])
     return {**gallery.card(record, images, name), "drawn": gallery.data_uri(drawn), "right": right}
 
 
 def _reliability(name: str, predictions: Sequence[Record]) -> dict[str, Any]:
     """Confidence against accuracy, where there is a score that says how far an answer is right."""
     nothing = {"calibration": None, "reliability": None, "no_calibration": ""}
-    if metric(name).right_from is None or all(record[name] is None for record in predictions):
+    if metric(name).correct_from is None or all(record[name] is None for record in predictions):
         return nothing
     found = calibrate(predictions, name)
     if found is None:

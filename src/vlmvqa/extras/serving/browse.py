@@ -64,7 +64,7 @@ class Run:
 
     def right(self, record: Mapping[str, Any]) -> bool | None:
         """None: it has no score, or its metric knows no right and wrong."""
-        return metric(self.metric).right(record.get(self.metric))
+        return metric(self.metric).is_correct(record.get(self.metric))
 
 
 def read(folder: Path) -> Run:
