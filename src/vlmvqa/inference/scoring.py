@@ -20,7 +20,7 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.tasks import DataSettings, submission_writer
 from vlmvqa.errors import InputError, counted
-from vlmvqa.extras.report.attributions import looked_at
+from vlmvqa.extras.report.attribution import report_attributions
 from vlmvqa.extras.report.gallery import Record
 from vlmvqa.inference.answer_log import Journal
 from vlmvqa.inference.evaluate import Asked, evaluate, table, write_results
@@ -80,7 +80,7 @@ def score_and_report(
     attributions: Sequence[tuple[Record, Image]] | str = ()
     if ranks.is_first():
         asks_so = replace(predictor, prompt=data.prompt)  # of a mixture's tasks each has its own
-        attributions = looked_at(asks_so, asked.examples, predictions, asked.metric, config.attributions)
+        attributions = report_attributions(asks_so, asked.examples, predictions, asked.metric, config.attributions)
     metrics = report(config, folder, asked, data, facts, found, predictions, bad_records, name, attributions)
     ranks.barrier()
     if ranks.is_first():
