@@ -134,7 +134,7 @@ def test_the_samples_are_of_the_same_questions_and_are_seen_with_their_pictures(
     assert "expected" in str(events.Tensors("samples/1/text_summary")[-1].tensor_proto.string_val[0])
     assert len(list(folder.glob("mlruns/*/*/artifacts/samples/00000004/*.png"))) == 8
     assert list(folder.glob("wandb/offline-run-*/files/media/table/samples*.json"))
-    assert "Answers while it trained" in (folder / "report.html").read_text()
+    assert "Answers during training" in (folder / "report.html").read_text()
 
 
 def test_the_folder_says_what_was_started_from_which_code(run: tuple[Path, str]) -> None:
@@ -180,7 +180,7 @@ def test_nothing_is_logged_and_no_samples_are_kept_on_request(tmp_path: Path, ar
     done(call("train", f"run.dir={tmp_path / 'run'}", *given, "logger=none", "log_samples=0", "trainer.max_steps=2"))
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not {"runs", "wandb", "mlruns", "metrics.csv", "samples.jsonl"} & left and "run.json" in left
-    assert "Answers while it trained" not in (tmp_path / "run" / "report.html").read_text()
+    assert "Answers during training" not in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_run_that_begins_again_has_one_curve(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def read_predictions(rule: str) -> dict[str, str]:
 
 
 def question(answer: str = "red", **changes: Any) -> dict[str, Any]:
-    """A record as the official files have it."""
+    """Return a record in the official format."""
     return {
         "isBalanced": True,
         "question": "What color is it?",
@@ -112,7 +112,7 @@ def test_equality_is_exact() -> None:
 
 
 def test_the_vqa_normaliser_changes_the_prediction_alone() -> None:
-    """As LAVIS does it: what it takes from "t-shirt" is missed in the gold answer."""
+    """As in LAVIS: the prediction "t-shirt" loses its hyphen, the gold answer keeps it."""
     questions = {"1": question("car"), "2": question("t-shirt")}
     predictions = {"1": "The Car.", "2": "t-shirt"}
     assert gqa_scores(predictions, questions).accuracy == 50
