@@ -40,8 +40,8 @@ class MetricModule(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, **options):
-        return self.results(self.function(dict(enumerate(predictions)), dict(enumerate(references)), **options))
+        return self._results(self.function(dict(enumerate(predictions)), dict(enumerate(references)), **options))
 
-    def results(self, result):
+    def _results(self, result):
         """Return the scores by name, per-question scores in the given order."""
         return {self.function.__name__: result.score, "per_question": list(result.per_question.values())}

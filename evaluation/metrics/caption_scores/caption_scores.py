@@ -12,5 +12,5 @@ class CaptionScores(metric_module.MetricModule):
     references_text = "raw reference captions of each image, a list of lists of strings in the same order"
     options_text = "metrics, tokenizer: as in vlmvqa.metrics.caption_scores."
 
-    def results(self, result):
+    def _results(self, result):
         return {**result.corpus, "per_image": list(result.per_image.values())}

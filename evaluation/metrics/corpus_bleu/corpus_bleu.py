@@ -10,7 +10,7 @@ class CorpusBleu(metric_module.MetricModule):
     function = staticmethod(corpus_bleu)
     citation_text = "Post, A Call for Clarity in Reporting BLEU Scores, WMT 2018"
 
-    def results(self, result):
+    def _results(self, result):
         return {
             "corpus_bleu": result.score,
             "precisions": list(result.precisions),

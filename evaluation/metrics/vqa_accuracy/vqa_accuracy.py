@@ -19,7 +19,7 @@ normalize, consensus: as in vlmvqa.metrics.vqa_accuracy."""
                 options[name] = dict(enumerate(options[name]))
         return super()._compute(predictions, references, **options)
 
-    def results(self, result):
+    def _results(self, result):
         return {
             "vqa_accuracy": result.overall,
             "per_answer_type": result.per_answer_type,

@@ -103,7 +103,8 @@ def compare(
     """Compare a second run with a first one on the same questions; None for fewer than two images.
 
     Args:
-        first, second: score by question of each run.
+        first: score by question of the first run.
+        second: score by question of the second run.
         images: image by question.
         seed: of the resamples and permutations.
 
