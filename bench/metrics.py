@@ -26,7 +26,7 @@ import torch
 
 from bench import clock, tables
 from vlmvqa.metrics import anls, caption_scores, gqa_scores, java, vqa_accuracy
-from vlmvqa.metrics.ptb import tokenize
+from vlmvqa.metrics.ptb_tokenizer import tokenize
 
 CLOSE = 1e-9
 LETTERS = "etaoinshrdlcumwfgypbvk"

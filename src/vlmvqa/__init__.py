@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from vlmvqa.data.example import Example as Example
     from vlmvqa.data.example import Question as Question
     from vlmvqa.errors import InputError as InputError
-    from vlmvqa.extras.report.attribution import Look as Look
+    from vlmvqa.extras.report.attribution import Attribution as Attribution
+    from vlmvqa.extras.report.attribution import attribute as attribute
     from vlmvqa.extras.report.attribution import draw as draw
-    from vlmvqa.extras.report.attribution import look as look
     from vlmvqa.inference.predictor import Answer as Answer
     from vlmvqa.inference.predictor import Predictor as Predictor
     from vlmvqa.inference.predictor import load as load
@@ -32,21 +32,32 @@ for _name, _text in (("torch.utils._pytree", "register_constant"), ("bitsandbyte
     logging.getLogger(_name).addFilter(lambda record, text=_text: text not in record.getMessage())  # type: ignore[misc]
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Decoding", "Example", "InputError", "Look", "Predictor", "Question", "draw", "load", "look"]
+__all__ = [
+    "Answer",
+    "Attribution",
+    "Decoding",
+    "Example",
+    "InputError",
+    "Predictor",
+    "Question",
+    "attribute",
+    "draw",
+    "load",
+]
 
 # Modules of the public names, imported on first use: torch and transformers take seconds, and `import vlmvqa` and
 # `vlmvqa.metrics` need neither.
 _MODULES = {
     "Answer": "inference.predictor",
+    "Attribution": "extras.report.attribution",
     "Decoding": "models.generation",
     "Example": "data.example",
     "InputError": "errors",
-    "Look": "extras.report.attribution",
     "Predictor": "inference.predictor",
     "Question": "data.example",
+    "attribute": "extras.report.attribution",
     "draw": "extras.report.attribution",
     "load": "inference.predictor",
-    "look": "extras.report.attribution",
 }
 
 

@@ -51,7 +51,7 @@ def test_it_trains_and_scores(executed: tuple[Any, Path]) -> None:
 
 def test_it_shows_the_row_and_the_mask(executed: tuple[Any, Path]) -> None:
     notebook, _ = executed
-    assert "what the last token of each question sees" in printed(notebook, "show.describe")
+    assert "visible to the last token of each question" in printed(notebook, "show.describe")
     assert pictures(notebook, 'cmap="Blues"') == 1
 
 
@@ -63,7 +63,7 @@ def test_a_shared_row_has_the_losses_of_its_questions_alone(executed: tuple[Any,
 def test_it_asks_and_looks(executed: tuple[Any, Path]) -> None:
     notebook, _ = executed
     assert printed(notebook, "model.alternatives").count("what color is the") == 2
-    assert pictures(notebook, "draw(picture, look(") == 1
+    assert pictures(notebook, "draw(picture, attribute(") == 1
     assert "exchanged pictures" in printed(notebook, "def right")
 
 

@@ -135,7 +135,7 @@ def test_samples_show_the_same_questions_with_their_images(run: tuple[Path, str]
     assert "expected" in str(events.Tensors("samples/1/text_summary")[-1].tensor_proto.string_val[0])
     assert len(list(folder.glob("mlruns/*/*/artifacts/samples/00000004/*.png"))) == 8
     assert list(folder.glob("wandb/offline-run-*/files/media/table/samples*.json"))
-    assert "Answers while it trained" in (folder / "report.html").read_text()
+    assert "Answers during training" in (folder / "report.html").read_text()
 
 
 def test_run_json_records_command_and_code_of_each_start(run: tuple[Path, str]) -> None:
@@ -183,7 +183,7 @@ def test_loggers_and_samples_can_be_switched_off(tmp_path: Path, arguments: list
     done(call("train", f"run.dir={tmp_path / 'run'}", *given, "logger=none", "log_samples=0", "trainer.max_steps=2"))
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert not {"runs", "wandb", "mlruns", "metrics.csv", "samples.jsonl"} & left and "run.json" in left
-    assert "Answers while it trained" not in (tmp_path / "run" / "report.html").read_text()
+    assert "Answers during training" not in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_restarted_run_has_one_curve(tmp_path: Path) -> None:

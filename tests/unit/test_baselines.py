@@ -14,7 +14,7 @@ from vlmvqa.inference.baselines import prior_answers, shuffle_images
 
 
 def example(image: int, *questions: tuple[str | None, str | None]) -> Example:
-    """An example about `image` with questions given as (question type, target)."""
+    """Return an example of `image` with questions given as (question type, target)."""
     return Example(
         image=Path(f"{image}.jpg"),
         image_id=image,

@@ -1,4 +1,4 @@
-"""BLEU-1 is nltk's as HELM calls it, and corpus BLEU is sacrebleu's."""
+"""BLEU-1 equals nltk's with HELM's arguments, and corpus BLEU equals sacrebleu's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METRICS = (helm_bleu_1, corpus_bleu)
 
 @pytest.fixture
 def no_sentence_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """nltk keeps the model that it loaded once, so that it is forgotten before and after."""
+    """Clear nltk's cached sentence model before and after."""
     monkeypatch.setattr(nltk.data, "path", [])
     nltk.tokenize._get_punkt_tokenizer.cache_clear()
     yield
@@ -32,7 +32,7 @@ def no_sentence_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def sentence_model(no_sentence_model: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An untrained model that knows no abbreviations: nltk's own is not to be had without a network."""
+    """Install an untrained sentence model: nltk's own needs a download."""
     folder = tmp_path / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True)
     for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):

@@ -1,4 +1,4 @@
-"""Intervals and paired tests over images: against a plain bootstrap, known cases, and what they must not depend on."""
+"""Intervals and paired tests over images: known cases, coverage, and independence of the order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmvqa.inference import bootstrap
 
 
 def run(images: int, each: int, seed: int, mean: float = 0.6) -> tuple[dict[int, float], dict[int, int]]:
-    """Scores of questions, of which those of an image are alike."""
+    """Return scores of questions, correlated within an image."""
     drawn = random.Random(seed)
     scores, about = {}, {}
     for image in range(images):
@@ -33,7 +33,7 @@ def test_with_a_question_an_image_it_is_scipys_bootstrap() -> None:
 
 
 def test_it_is_as_wide_as_95_percent_of_a_normal() -> None:
-    """Of a mean of many images: 1.96 standard errors to both sides; likewise of a group and of a difference."""
+    """The mean of many images plus and minus 1.96 standard errors; the same for a group and a difference."""
     scores, about = run(400, 1, seed=7)
     values = np.array(list(scores.values()))
     expected = 2 * 1.96 * values.std() / len(values) ** 0.5
@@ -56,7 +56,7 @@ def test_an_image_with_more_questions_counts_more() -> None:
 
 
 def test_questions_of_one_image_are_not_independent() -> None:
-    """The interval over images is wider than the one that takes each question for a draw of its own."""
+    """The interval over images is wider than the one that treats questions as independent."""
     scores, about = run(100, 10, seed=1)
     clustered = bootstrap.bootstrap(scores, about)
     naive = bootstrap.bootstrap(scores, {question: question for question in scores})
@@ -115,7 +115,7 @@ def test_no_difference_is_found_about_as_often_as_chance_says() -> None:
 
 
 def test_runs_on_other_questions_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="same questions"):
+    with pytest.raises(ValueError, match="different questions"):
         bootstrap.compare({1: 1.0}, {2: 1.0}, {1: 1, 2: 2})
 
 

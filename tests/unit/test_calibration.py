@@ -1,4 +1,4 @@
-"""Confidence against accuracy, and frequent answers against what was answered: against numpy and cases by hand."""
+"""Calibration and confusion matrix, compared with numpy and with cases worked by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vlmvqa.extras.report.calibration import calibrate
-from vlmvqa.extras.report.confusion import confuse, expected
+from vlmvqa.extras.report.confusion import confusion_matrix, expected
 
 
 def answered(probability: float | None, score: float | None) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def test_the_calibration_error_is_that_of_its_definition() -> None:
 
 
 def test_a_case_by_hand() -> None:
-    """Four sure answers, three of them right, and an unsure one that is wrong: (4 |0.75 - 0.95| + |0 - 0.25|) / 5."""
+    """Four confident answers, three correct, and an unconfident wrong one: (4 |0.75 - 0.95| + |0 - 0.25|) / 5."""
     records = [answered(0.95, 100.0)] * 3 + [answered(0.95, 0.0), answered(0.25, 0.0)]
     found = calibrate([*records, answered(None, 100.0), answered(0.5, None)], "vqa_accuracy")
     assert found is not None and found.n == 5
@@ -57,8 +57,8 @@ def test_the_matrix_counts_what_was_answered() -> None:
     draw = np.random.default_rng(1)
     words = np.array(["yes", "no", "red", "blue", "2"])
     gold, given = draw.integers(0, 5, 400), draw.integers(0, 5, 400)
-    found = confuse([pair(words[g], words[a]) for g, a in zip(gold, given, strict=True)], most=3)
-    assert found is not None and found.of == 400
+    found = confusion_matrix([pair(words[g], words[a]) for g, a in zip(gold, given, strict=True)], max_answers=3)
+    assert found is not None and found.total == 400
     frequent = [str(words[n]) for n in np.argsort(-np.bincount(gold), kind="stable")[:3]]
     assert list(found.answers) == frequent
     expected_counts = np.zeros((5, 5), int)
@@ -71,14 +71,14 @@ def test_the_matrix_counts_what_was_answered() -> None:
 
 
 def test_case_and_white_space_are_no_confusion() -> None:
-    found = confuse([pair("Yes", "yes "), pair("yes", "YES"), pair("yes", "no")] + [pair("no", "no")] * 3)
+    found = confusion_matrix([pair("Yes", "yes "), pair("yes", "YES"), pair("yes", "no")] + [pair("no", "no")] * 3)
     assert found is not None and found.counts == ((3, 0, 0), (1, 2, 0)) and found.answers == ("no", "yes")
 
 
 def test_answers_that_hardly_repeat_have_no_matrix() -> None:
-    assert confuse([pair(str(n), "x") for n in range(50)] + [pair("same", "x")] * 9) is None
-    assert confuse([]) is None
-    assert confuse([pair(None, "x", [])]) is None
+    assert confusion_matrix([pair(str(n), "x") for n in range(50)] + [pair("same", "x")] * 9) is None
+    assert confusion_matrix([]) is None
+    assert confusion_matrix([pair(None, "x", [])]) is None
 
 
 def test_without_a_target_the_most_frequent_reference_is_expected() -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from vlmvqa.errors import InputError
 from vlmvqa.metrics import caption_scores, java
-from vlmvqa.metrics.ptb import tokenize
+from vlmvqa.metrics.ptb_tokenizer import tokenize
 
 GOLDEN = Path(os.environ.get("VLMVQA_GOLDEN", Path(__file__).parents[3] / "shared" / "golden")) / "captions"
 needs_golden = pytest.mark.skipif(
@@ -39,7 +39,7 @@ def read(name: str) -> Any:
 
 
 def official_scores(scores: dict[str, Any]) -> dict[str, float]:
-    """By our names; BLEU is one list per image and four numbers elsewhere."""
+    """Return the official scores by our names; their BLEU is one list per image."""
     bleu = scores["Bleu"] if "Bleu" in scores else [scores[f"Bleu_{n}"] for n in range(1, 5)]
     return {**{f"bleu_{n}": b for n, b in enumerate(bleu, 1)}, "rouge_l": scores["ROUGE_L"], "cider": scores["CIDEr"]}
 
@@ -53,7 +53,7 @@ def read_raw(name: str) -> tuple[dict[int, str], dict[int, list[str]]]:
 
 
 def one(caption: str, *references: str, **options: Any) -> dict[str, float]:
-    """The scores of an image in a set of two, whose other image shares no word with it."""
+    """Return the scores of an image in a dataset of two whose other image shares no word with it."""
     return caption_scores({1: caption, 2: "zz"}, {1: list(references), 2: ["yy"]}, **options).per_image[1]
 
 
@@ -106,12 +106,12 @@ def test_rouge_l_by_hand() -> None:
 
 
 def test_cider_by_hand() -> None:
-    """Two images with words of their own: all weights are log 2, and cancel."""
+    """Two images without common words: all weights are log 2 and cancel."""
     assert one("a b c d", "a b c d", tokenizer=str.split)["cider"] == pytest.approx(10)
     # A word more in the caption costs a Gaussian of one; 3 of sqrt(3 * 4) single words, 2 of sqrt(2 * 3) pairs, ...
     overlap = (3 / math.sqrt(12) + 2 / math.sqrt(6) + 1 / math.sqrt(2) + 0) / 4
     assert one("a b c d", "a b c", tokenizer=str.split)["cider"] == pytest.approx(10 * overlap * math.exp(-1 / 72))
-    # Said twice, counted once: (1 * 1) of (2 * 1), and no pair is there.
+    # Repeated, counted once: (1 * 1) of (2 * 1), and no bigram matches.
     assert one("a a", "a", tokenizer=str.split)["cider"] == pytest.approx(10 / 4 * 0.5 * math.exp(-1 / 72))
 
 
@@ -119,7 +119,7 @@ def test_a_perfect_caption() -> None:
     perfect = one("a b c d", "a b c d", tokenizer=str.split)
     assert perfect["rouge_l"] == 1 and perfect["cider"] == pytest.approx(10)
     assert all(1 - 1e-8 < perfect[f"bleu_{n}"] < 1 for n in range(1, 5))
-    # Where officially it is not: under four words, and in a set of one image, whose words all weigh nothing.
+    # Official exceptions: under four words, and a dataset of one image, where all weights are 0.
     short = one("a b", "a b", tokenizer=str.split)
     assert short["bleu_4"] < 2e-3 and short["cider"] == pytest.approx(5)
     assert caption_scores({1: "a b c d"}, {1: ["a b c d"]}).corpus["cider"] == 0
@@ -214,7 +214,7 @@ def test_meteor() -> None:
 
 
 class Spec:
-    """Where pycocoevalcap would lie."""
+    """A stand-in for the folder of pycocoevalcap."""
 
     def __init__(self, folder: Path) -> None:
         self.submodule_search_locations = [str(folder)]

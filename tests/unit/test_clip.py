@@ -22,7 +22,7 @@ LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP that reads letters."""
+    """Save a small CLIP with a character tokenizer."""
     letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     vocabulary = {token: n for n, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
     ends = {"bos_token_id": vocabulary["<|startoftext|>"], "eos_token_id": vocabulary["<|endoftext|>"]}
@@ -104,6 +104,6 @@ def test_bad_input_gets_one_sentence(folder: Path, predictions: Any, images: Any
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot be loaded .*give a CLIP's local folder") as error:
+    with pytest.raises(InputError, match=r"cannot be loaded .*give the local folder") as error:
         clip_similarity({1: "a"}, {1: picture(0)}, model=tmp_path)
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Two scored runs: which is better, where, and which answers changed; and what cannot be compared says so."""
+"""Comparison of two scored runs; runs that cannot be compared are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmvqa.extras.report.compare import compare_runs, table
 
 
 def leave(folder: Path, right: set[int], n: int = 40, **changes: Any) -> Path:
-    """A run's results: `n` questions, four an image, of which some are right."""
+    """Write the results of a run on `n` questions, four per image, some of them correct."""
     folder.mkdir()
     metrics = {
         "metric": "exact_match",
@@ -97,5 +97,5 @@ def test_other_references_to_the_same_questions_are_refused(tmp_path: Path) -> N
 def test_half_a_result_is_one_sentence(tmp_path: Path, name: str) -> None:
     first, second = leave(tmp_path / "a", {1}), leave(tmp_path / "b", {2})
     (second / name).write_text((second / name).read_text()[:-9])
-    with pytest.raises(InputError, match=r"b holds no whole result .* score it again"):
+    with pytest.raises(InputError, match=r"the results in .*b are incomplete .* score it again"):
         compare_runs(first, second)

@@ -21,7 +21,7 @@ from vlmvqa.inference.answer_file import read_answers
 from vlmvqa.inference.answer_log import Journal
 from vlmvqa.inference.evaluate import EvalSpec, evaluate, table
 from vlmvqa.inference.predictor import Answer
-from vlmvqa.metrics.registry import METRICS, check_options, metric, refuse_unscorable, score
+from vlmvqa.metrics.registry import METRICS, check_options, check_scorable, metric, score
 
 COLORS = ("red", "green", "blue", "grey")
 
@@ -306,8 +306,8 @@ def test_gqa_counts_its_balanced_questions_and_refuses_where_there_are_none(tmp_
     answers = {question.id: Answer(question.answers[0], -1.0) for question in questions}
     found, _ = evaluate(EvalSpec(everything, "none", "gqa_accuracy"), answers, "no model")
     assert found["n"] == balanced < len(questions) and found["metrics"]["consistency"]["overall"] == 100
-    with pytest.raises(InputError, match="lacks what the official evaluation reads"):
-        refuse_unscorable("gqa_accuracy", gqa.read(root, "train"))
+    with pytest.raises(InputError, match="lacks fields that the official evaluation reads"):
+        check_scorable("gqa_accuracy", gqa.read(root, "train"))
     unbalanced = [q for q in questions if q.details and not q.details["isBalanced"]]
     with pytest.raises(InputError, match="no question of the evaluated split is balanced"):
-        refuse_unscorable("gqa_accuracy", [Example(b"", 1, tuple(unbalanced))])
+        check_scorable("gqa_accuracy", [Example(b"", 1, tuple(unbalanced))])

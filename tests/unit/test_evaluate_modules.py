@@ -1,4 +1,4 @@
-"""Our metrics as modules of `evaluate`: loaded from this folder, without a network, they give the same numbers."""
+"""The modules for `evaluate` load by path without a network and return the same numbers as vlmvqa.metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each module computes, in a process of its own that keeps nothing and reaches nothing."""
+    """Compute every module's scores in a process with an empty cache and no network."""
     given: dict[str, Any] = {
         "vqa_accuracy": {**ANSWERS, "answer_types": ["yes/no", "other"]},
         "anls": ANSWERS,
@@ -101,7 +101,7 @@ def test_every_module_is_there(found: dict[str, Any]) -> None:
 
 
 def test_modules_are_loaded_as_evaluate_reads_them() -> None:
-    """`evaluate` takes a line that begins with "import" or "from" for an import, and knows one name a line."""
+    """`evaluate` parses lines that begin with "import" or "from" as imports of one name."""
     for path in FOLDER.glob("*/*.py"):
         for line in path.read_text().splitlines():
             if line.startswith(("import ", "from ")):

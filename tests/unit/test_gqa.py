@@ -39,7 +39,7 @@ def read_predictions(rule: str) -> dict[str, str]:
 
 
 def question(answer: str = "red", **changes: Any) -> dict[str, Any]:
-    """A record as the official files have it."""
+    """Return a record in the official format."""
     return {
         "isBalanced": True,
         "question": "What color is it?",
@@ -81,7 +81,7 @@ def test_consistency_is_none_where_entailed_questions_are_not_there() -> None:
     predictions = read_predictions("prev_every_third")
     result = gqa_scores(predictions, read(""), consistency=True)
     assert result.consistency is None
-    assert "entailed questions are without question or prediction" in result.reasons["consistency"]
+    assert "entailed questions have no record or prediction" in result.reasons["consistency"]
     assert result.accuracy == gqa_scores(predictions, read("_closed_questions")).accuracy
 
 
@@ -112,7 +112,7 @@ def test_equality_is_exact() -> None:
 
 
 def test_the_vqa_normaliser_changes_the_prediction_alone() -> None:
-    """As LAVIS does it: what it takes from "t-shirt" is missed in the gold answer."""
+    """As in LAVIS: the prediction "t-shirt" loses its hyphen, the gold answer keeps it."""
     questions = {"1": question("car"), "2": question("t-shirt")}
     predictions = {"1": "The Car.", "2": "t-shirt"}
     assert gqa_scores(predictions, questions).accuracy == 50
@@ -154,7 +154,7 @@ def test_consistency_by_hand() -> None:
     predictions = {"1": "red", "2": "blue", "3": "yes", "4": "yes", "5": "red"}
     assert gqa_scores(predictions, questions, consistency=True).consistency == 75
     result = gqa_scores(predictions, questions)
-    assert (result.consistency, result.reasons["consistency"]) == (None, "not asked for (consistency=True)")
+    assert (result.consistency, result.reasons["consistency"]) == (None, "not requested (consistency=True)")
     del predictions["4"]
     result = gqa_scores(predictions, questions, consistency=True)
     assert result.consistency is None and "1 entailed questions" in result.reasons["consistency"]

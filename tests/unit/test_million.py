@@ -69,7 +69,7 @@ print(json.dumps({
 
 
 def generate(root: Path, questions: int = QUESTIONS, images: int = IMAGES) -> Path:
-    """Official files of so many questions, ten answers each, over so many (empty) images."""
+    """Write official files with ten answers per question over (empty) images."""
     drawn = random.Random(0)
     words = ["".join(drawn.choices("etaoinshrdlucmf", k=drawn.randint(2, 9))) for _ in range(8000)]
     answers = ["yes", "no", "1", "2", "white", *(" ".join(drawn.choices(words, k=1 + n % 2)) for n in range(60_000))]
@@ -114,7 +114,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(folder: Path) -> dict[str, Any]:
-    """Seconds, memory and results of a start in a process of its own."""
+    """Return seconds, memory and results of a start in a separate process."""
     environment = os.environ | {"VLMVQA_CACHE": str(folder / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", START, str(folder / "root"), str(folder / "tokenizer")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)

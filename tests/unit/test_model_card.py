@@ -1,4 +1,4 @@
-"""The model card, and its upload: to a small server of ours that speaks as much of the hub's protocol as it takes."""
+"""The model card, and its upload to a local server that implements the needed part of the hub's protocol."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ METRICS = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Keeps the files of the one commit it is sent."""
+    """Store the files of the commit it receives."""
 
     files: dict[str, bytes] = {}  # noqa: RUF012
 
@@ -92,7 +92,7 @@ def card_config(vision: str, vision_weights: str, language: str, language_weight
 
 
 def card(folder: Path, config: str, saved: dict[str, Any], name: str = "somebody/model") -> str:
-    """The card of a model whose `config.json` is what is saved."""
+    """Return the card of a model with this saved `config.json`."""
     (folder / "config.json").write_text(json.dumps(saved))
     write_card(folder, name, [METRICS], config)
     return (folder / "README.md").read_text()
@@ -137,7 +137,7 @@ def test_a_model_is_uploaded_whole(tmp_path: Path, hub: type[Hub]) -> None:
 
 
 def test_an_adapter_is_uploaded_with_the_base_that_only_its_run_has(tmp_path: Path, hub: type[Hub]) -> None:
-    """And the run's own files stay as they are."""
+    """The run's own files are not changed."""
     model, base = tmp_path / "model", tmp_path / "base"
     model.mkdir()
     base.mkdir()
@@ -159,7 +159,7 @@ def test_an_adapter_is_uploaded_with_the_base_that_only_its_run_has(tmp_path: Pa
     [
         ("google/gemma-3", "lora", 4, "LoRA, rank 16, over a base in 4 bits", "[google/gemma-3]"),
         ("/home/me/runs/vqa/model", "dora", None, "DoRA, rank 16", "a local model (`vqa`)"),
-        ("../base", "lora", None, "LoRA, rank 16", "the model that lies beside (`base/`)"),
+        ("../base", "lora", None, "LoRA, rank 16", "the model in `base/`"),
     ],
 )
 def test_the_card_of_adapters_says_so(
@@ -174,8 +174,11 @@ def test_the_card_of_adapters_says_so(
 @pytest.mark.parametrize(
     ("base", "said"),
     [
-        ("google/paligemma-3b-pt-224", "tuned from [google/paligemma-3b-pt-224](https://huggingface.co/google/paligem"),
-        ("/home/me/weights/pali", "tuned from a local model (`pali`)"),
+        (
+            "google/paligemma-3b-pt-224",
+            "fine-tuned from [google/paligemma-3b-pt-224](https://huggingface.co/google/paligem",
+        ),
+        ("/home/me/weights/pali", "fine-tuned from a local model (`pali`)"),
         (None, "trained from random weights"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The report is one safe, self-contained page that shows the run's numbers, whatever is missing."""
+"""The report is one safe, self-contained page that shows the run's numbers even if parts are missing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def record(number: int, accuracy: float = 100.0, **changes: Any) -> dict[str, An
 
 
 def sample(step: int, **changes: Any) -> dict[str, Any]:
-    """As a line of `samples.jsonl`."""
+    """Return a record of `samples.jsonl`."""
     return {
         "step": step,
         "task": "",
@@ -68,7 +68,7 @@ def sample(step: int, **changes: Any) -> dict[str, Any]:
 
 
 def scores(overall: float, answer_type: Mapping[str, float], question_type: Mapping[str, float]) -> dict[str, Any]:
-    """As `metrics.json` has them; how often each type was asked is in `N`."""
+    """Return scores in the format of `metrics.json`, with the question counts in `N`."""
     found: dict[str, Any] = {"overall": overall, "interval": [overall - 1, overall + 1]}
     for table, values in (("answer_type", answer_type), ("question_type", question_type)):
         found |= {f"per_{table}": dict(values), f"n_per_{table}": {name: N.get(name, 2) for name in values}}
@@ -112,7 +112,7 @@ def write(folder: Path, **changes: Any) -> tuple[str, Page]:
     return html, Page(html)
 
 
-def test_numbers_stand_beside_their_controls(tmp_path: Path) -> None:
+def test_scores_are_shown_with_their_controls(tmp_path: Path) -> None:
     _, page = write(tmp_path)
     assert "71.24 % VQA accuracy on 30 questions 95 % interval 70.24 to 72.24, over images" in page.text
     assert "This model 71.24 Shuffled images 45.07" in page.text
@@ -200,7 +200,7 @@ def test_text_of_data_and_model_is_never_markup(tmp_path: Path) -> None:
 
 def test_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     html, page = write(tmp_path, images={number: Image.new("RGB", (20, 10)) for number in range(15)})
-    assert "//" not in re.sub(r"base64,[\w+/=]+", "", html)  # no address of any scheme
+    assert "//" not in re.sub(r"base64,[\w+/=]+", "", html)  # no URL
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     sources = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset")]
     assert sources
@@ -208,7 +208,7 @@ def test_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
 
 
 def test_curves_are_drawn_and_each_drawing_has_its_own_ids(tmp_path: Path) -> None:
-    """But for one that is constant, like the peak memory of a process on a CPU."""
+    """Except constant ones, like the peak memory of a process on a CPU."""
     varying = [
         {"grad_norm": 1 + 1 / step, "learning_rate": 1 / step, "questions_per_second": step} for step in (1, 2, 3)
     ]
@@ -235,7 +235,7 @@ def test_a_step_logged_again_after_a_resume_counts_once(tmp_path: Path) -> None:
 def test_nothing_wrong_and_no_pictures(tmp_path: Path) -> None:
     _, page = write(tmp_path, predictions=[record(number) for number in range(3)])
     assert "Answered wrong None." in page.text
-    assert page.text.count("no picture") == 3
+    assert page.text.count("no image") == 3
 
 
 def test_a_card_shows_question_answer_probability_score_and_counted_references(tmp_path: Path) -> None:
@@ -308,12 +308,12 @@ def test_confidence_and_confusions_are_shown_as_numbers(tmp_path: Path) -> None:
     # Two bins of six: |1 - 0.95| and |0.5 - 0.55|.
     assert "0.050 expected calibration error over 12 answers" in page.text
     assert "0.5 to 0.6 6 0.550 0.500 0.9 to 1.0 6 0.950 1.000" in page.text
-    assert "The 2 most frequently expected answers, of 12 of 12 questions" in page.text
-    assert "red blue another red 6 3 0 blue 0 3 0" in page.text
+    assert "The 2 most frequently expected answers, in 12 of 12 questions" in page.text
+    assert "red blue other red 6 3 0 blue 0 3 0" in page.text
 
 
 def test_answers_are_followed_through_the_training(tmp_path: Path) -> None:
-    """The first and the last of many evaluations are shown; a step made again counts as it was last."""
+    """The first and the last of many evaluations are shown; the last record of a repeated step counts."""
     samples = [sample(step, answer=f"at {step}") for step in range(100, 2100, 100)]
     samples += [sample(2000, answer="yes", score=100.0, log_probability=-0.01)]
     html, page = write(tmp_path, samples=samples)
@@ -324,25 +324,25 @@ def test_answers_are_followed_through_the_training(tmp_path: Path) -> None:
     assert html.count('class="wrong-ink">at') == 5 and 'class="right-ink">yes' in html
 
 
-def test_where_it_looked_is_shown_or_why_not(tmp_path: Path) -> None:
+def test_attributions_or_the_reason_for_none_are_shown(tmp_path: Path) -> None:
     one = record(1, 30.0)
     html, page = write(
         tmp_path, attributions=[(one, Image.new("RGB", (40, 30)))], images={0: Image.new("RGB", (40, 30))}
     )
     maps = page.text[page.text.rindex("Attention maps") :]
     assert (
-        "from low (the picture unchanged) to high (yellow)" in maps
+        "from low (image unchanged) to high (yellow)" in maps
         and f'low<i class="heat" style="background-image: {gallery.HEAT}"' in html
     )
     assert "What color is the bus? Answer: red Confidence: 0.90 Score: 30" in maps
     _, page = write(tmp_path, attributions="no model was loaded, only its answers")
-    assert "Attention maps Not drawn: no model was loaded, only its answers." in page.text
+    assert "Attention maps Not shown: no model was loaded, only its answers." in page.text
     assert "Attention maps" not in write(tmp_path)[1].text
 
 
 def test_answers_without_probabilities_have_no_calibration_and_say_so(tmp_path: Path) -> None:
     _, page = write(tmp_path, predictions=[record(n, log_probability=None) for n in range(4)])
-    assert "Confidence Not drawn: the answers came without probabilities." in page.text
+    assert "Confidence Not shown: the answers have no probabilities." in page.text
 
 
 def test_captions_have_no_right_answers_to_count(tmp_path: Path) -> None:
@@ -351,6 +351,6 @@ def test_captions_have_no_right_answers_to_count(tmp_path: Path) -> None:
     metrics = METRICS | {"metric": "cider", "unit": "image", "metrics": numbers}
     _, page = write(tmp_path, predictions=captions, metrics=metrics, samples=[sample(1, question="", score=40.0)])
     assert "112.50 CIDEr (x 100) on 30 images" in page.text and "BLEU-4 31.00" in page.text
-    assert "The better half" in page.text and "Answers while it trained" in page.text
+    assert "The better half" in page.text and "Answers during training" in page.text
     for absent in ("calibration error", "Confusions", "Answered right", "By type"):
         assert absent not in page.text

@@ -1,4 +1,4 @@
-"""The report as a browser shows it: nothing wider than the screen, nothing fetched, nothing complained of."""
+"""The report in a browser: nothing wider than the screen, no request, no console message."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WIDER = """() => [...document.querySelectorAll("body *")]
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with every part, each of them with text that is too long."""
+    """A report with all sections, each with overlong text."""
     folder = tmp_path_factory.mktemp("report")
     kinds = {f"{LONG} {n}": float(n) for n in range(30)}
     model = scores(71.2, {"yes/no": 88.1, LONG: 61.0}, kinds)

@@ -20,7 +20,7 @@ from vlmvqa.data.example import Example, Question, count_questions
 from vlmvqa.errors import InputError
 from vlmvqa.extras.synthetic import scene as scenes
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
-from vlmvqa.metrics.vqa_accuracy import vqa_accuracy
+from vlmvqa.metrics.vqa import vqa_accuracy
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vlmvqa.errors import InputError
 from vlmvqa.metrics import normalize_answer, vqa_accuracy
-from vlmvqa.metrics.vqa_accuracy import _CONTRACTION, _strip_punctuation
+from vlmvqa.metrics.vqa import _CONTRACTION, _strip_punctuation
 
 GOLDEN = Path(os.environ.get("VLMVQA_GOLDEN", Path(__file__).parents[3] / "shared" / "golden")) / "vqa"
 needs_golden = pytest.mark.skipif(

@@ -1,29 +1,16 @@
 """Caption scores for `evaluate`, offline: `evaluate.load("evaluation/metrics/caption_scores")`."""
 
-import datasets
-import evaluate
-
+from vlmvqa.evaluation import metric_module
 from vlmvqa.metrics import caption_scores
 
-INPUTS = """
-predictions: raw captions, a list of text.
-references: each image's raw reference captions, a list of lists of text in the same order.
-metrics, tokenizer: as in vlmvqa.metrics.caption_scores.
-"""
 
+class CaptionScores(metric_module.MetricModule):
+    """BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D, equal to COCO's evaluation."""
 
-class CaptionScores(evaluate.Metric):
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D, as COCO's evaluation counts them.",
-            citation="Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, 2015",
-            inputs_description=INPUTS,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-            ),
-        )
+    function = staticmethod(caption_scores)
+    citation_text = "Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, 2015"
+    references_text = "raw reference captions of each image, a list of lists of strings in the same order"
+    options_text = "metrics, tokenizer: as in vlmvqa.metrics.caption_scores."
 
-    def _compute(self, predictions, references, **options):
-        """The scores of the set by name, and `per_image` in the given order."""
-        result = caption_scores(dict(enumerate(predictions)), dict(enumerate(references)), **options)
+    def _results(self, result):
         return {**result.corpus, "per_image": list(result.per_image.values())}

@@ -18,7 +18,7 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import read_once
 from vlmvqa.data.example import Example, all_answered, count_questions
 from vlmvqa.errors import InputError, counted, suggest
-from vlmvqa.metrics.registry import check_options, refuse_unscorable
+from vlmvqa.metrics.registry import check_options, check_scorable
 from vlmvqa.settings import build_settings
 
 # Sources with a generator of the same name in `extras.synthetic`, for data.synthetic=true.
@@ -210,9 +210,9 @@ def read_tasks(data: DataSettings, bad_records: BadRecords) -> list[Task]:
     ]
     for one in tasks:
         if one.answered:
-            refuse_unscorable(one.data.metric, one.evaluated)
+            check_scorable(one.data.metric, one.evaluated)
             for name, options in one.data.extra.items():
-                refuse_unscorable(name, one.evaluated, **options)
+                check_scorable(name, one.evaluated, **options)
     return tasks
 
 

@@ -1,4 +1,4 @@
-"""Controls that a score is read against: how far one gets without the image, with the wrong one, with a blank one."""
+"""Controls for a score: the answer prior, shuffled images and blank images."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from PIL import Image
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 
-BLANK = 64  # pixels a side
+BLANK_SIDE = 64  # pixels
 
 
 class Control(NamedTuple):
-    """A baseline that the model's score is compared with.
+    """A control score that the model's score is compared with.
 
     Attributes:
-        name: in tables and reports.
-        about: how its answers are made.
+        name: column heading.
+        description: how its answers are produced.
     """
 
     name: str
-    about: str
+    description: str
 
 
-# By their keys in metrics.json.
+# By key in metrics.json.
 CONTROLS = {
     "prior": Control("majority baseline", "the most frequent training answer of each question type"),
-    "shuffled_images": Control("shuffled images", "the same questions, each about another image"),
-    "blank_images": Control("blank images", "the same questions, each about an image of one grey"),  # on request
+    "shuffled_images": Control("shuffled images", "the same questions with another question's image"),
+    "blank_images": Control("blank images", "the same questions with a uniform grey image"),  # optional
 }
 
 
 def prior_answers(train: Iterable[Example], evaluated: Iterable[Example]) -> dict[int | str, str]:
     """Answer each evaluated question with the most frequent training answer of its question type.
 
-    A question type that training has not seen, or a question without one, gets the most frequent answer overall;
-    of equally frequent answers the alphabetically first is taken, so that no order of the examples matters.
+    A question without a type, or of a type that is not in the training split, gets the most frequent answer overall. In
+    a tie the alphabetically first answer is used, so the order of the examples does not matter.
 
     Raises:
         InputError: no training question has an answer.
@@ -55,7 +55,7 @@ def prior_answers(train: Iterable[Example], evaluated: Iterable[Example]) -> dic
             if question.question_type is not None:
                 per_type.setdefault(question.question_type, Counter())[question.target] += 1
     if not overall:
-        raise InputError("No training question has an answer to take the prior from; use a split that has answers.")
+        raise InputError("No training question has an answer to compute the prior from; use a split with answers.")
     fallback = _most_frequent(overall)
     answers = {question_type: _most_frequent(counts) for question_type, counts in per_type.items()}
     return {
@@ -66,35 +66,35 @@ def prior_answers(train: Iterable[Example], evaluated: Iterable[Example]) -> dic
 
 
 def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example] | None:
-    """The same questions in the same order, each asked about the image of another example.
+    """Replace each example's image by another example's; the questions and their order stay the same.
 
-    The images (told apart by `image_id`) are put on a ring in random order and each gives way to the next: none stays,
-    and each is used for exactly one other. The `image_id` goes with the image, since errors and galleries name it.
+    The images (identified by `image_id`) are cyclically shifted in random order: none keeps its place, and each is used
+    exactly once. The `image_id` moves with the image, because errors and galleries name it.
 
     Returns:
-        The examples, or None when there are fewer than two different images.
+        The examples, or None if there are fewer than two images.
     """
     images = {example.image_id: example.image for example in examples}
     if len(images) < 2:
         return None
-    ring = list(images)
-    random.Random(seed).shuffle(ring)
-    following = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+    order = list(images)
+    random.Random(seed).shuffle(order)
+    shifted = dict(zip(order, order[1:] + order[:1], strict=True))
     return [
-        replace(example, image=images[following[example.image_id]], image_id=following[example.image_id])
+        replace(example, image=images[shifted[example.image_id]], image_id=shifted[example.image_id])
         for example in examples
     ]
 
 
 def blank_images(examples: Sequence[Example]) -> list[Example]:
-    """The same questions about an image of one grey."""
+    """Replace each example's image by a uniform grey one."""
     grey = grey_image()
     return [replace(example, image=grey, image_id=f"grey for {example.image_id}") for example in examples]
 
 
 def grey_image() -> Image.Image:
-    """What is shown in place of an image."""
-    return Image.new("RGB", (BLANK, BLANK), (128, 128, 128))
+    """Return the blank image."""
+    return Image.new("RGB", (BLANK_SIDE, BLANK_SIDE), (128, 128, 128))
 
 
 def _most_frequent(counts: Counter[str]) -> str:

@@ -18,7 +18,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.inference.evaluate import EvalSpec, evaluate
 from vlmvqa.inference.predictor import load
 from vlmvqa.inference.scoring import Output, ScoredTask, score_and_report, write_results
-from vlmvqa.metrics.registry import refuse_unscorable
+from vlmvqa.metrics.registry import check_scorable
 from vlmvqa.training import distributed
 
 # Settings of the data that belong to the model: it must read images and prompts as in training.
@@ -106,9 +106,9 @@ def _data(config: EvalConfig) -> DataSettings:
 def _task(config: EvalConfig, data: DataSettings, examples: list[Example]) -> ScoredTask:
     answered, split = all_answered(examples), str(config.split)
     if answered:
-        refuse_unscorable(data.metric, examples)
+        check_scorable(data.metric, examples)
         for name, more in data.extra.items():
-            refuse_unscorable(name, examples, **more)
+            check_scorable(name, examples, **more)
     train = training_answers(data) if answered else "the split has no answers"
     spec = EvalSpec(
         examples,

@@ -1,21 +1,27 @@
-"""The benchmarks' official metrics: one file each, pure functions over predictions and references.
+"""The official metrics of the benchmarks: pure functions of predictions and references, imported on first use.
 
 vqa_accuracy                      VQAv2, TextVQA, VizWiz: agreement with ten annotators
-anls                              DocVQA: likeness to the nearest reference
+anls                              DocVQA: similarity to the nearest reference
 gqa_scores                        GQA: accuracy by type, consistency, validity, plausibility, distribution
 caption_scores                    COCO captions: BLEU, ROUGE-L, CIDEr-D; METEOR and SPICE through Java
-helm_bleu_1, corpus_bleu          BLEU as HELM counts it for VQA, and sacrebleu's
-exact_match, relaxed_accuracy     equality, and ChartQA's with numbers 5 % off
-clip_similarity                   caption and image in CLIP's space, without references
+helm_bleu_1, corpus_bleu          HELM's BLEU for VQA, and sacrebleu's
+exact_match, relaxed_accuracy     equality, and ChartQA's accuracy with a tolerance of 5 % for numbers
+clip_similarity                   similarity of caption and image in CLIP's space, without references
 """
 
-from vlmvqa.metrics.anls import Anls, anls
-from vlmvqa.metrics.bleu import CorpusBleu, HelmBleu1, corpus_bleu, helm_bleu_1
-from vlmvqa.metrics.captions import CaptionScores, caption_scores
-from vlmvqa.metrics.clip import ClipSimilarity, clip_similarity
-from vlmvqa.metrics.exact import Accuracy, exact_match, relaxed_accuracy
-from vlmvqa.metrics.gqa import GqaScores, gqa_scores
-from vlmvqa.metrics.vqa_accuracy import VqaAccuracy, normalize_answer, vqa_accuracy
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmvqa.metrics.bleu import CorpusBleu, HelmBleu1, corpus_bleu, helm_bleu_1
+    from vlmvqa.metrics.captions import CaptionScores, caption_scores
+    from vlmvqa.metrics.clip_score import ClipSimilarity, clip_similarity
+    from vlmvqa.metrics.gqa import GqaScores, gqa_scores
+    from vlmvqa.metrics.levenshtein import Anls, anls
+    from vlmvqa.metrics.string_match import Accuracy, exact_match, relaxed_accuracy
+    from vlmvqa.metrics.vqa import VqaAccuracy, normalize_answer, vqa_accuracy
 
 __all__ = [
     "Accuracy",
@@ -37,3 +43,21 @@ __all__ = [
     "relaxed_accuracy",
     "vqa_accuracy",
 ]
+
+# No module has the name of a public function: importing it would replace the function in this package.
+_MODULES = {
+    "bleu": ("CorpusBleu", "HelmBleu1", "corpus_bleu", "helm_bleu_1"),
+    "captions": ("CaptionScores", "caption_scores"),
+    "clip_score": ("ClipSimilarity", "clip_similarity"),
+    "gqa": ("GqaScores", "gqa_scores"),
+    "levenshtein": ("Anls", "anls"),
+    "string_match": ("Accuracy", "exact_match", "relaxed_accuracy"),
+    "vqa": ("VqaAccuracy", "normalize_answer", "vqa_accuracy"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"vlmvqa.metrics.{module}"), name)
+    raise AttributeError(f"module 'vlmvqa.metrics' has no attribute '{name}'")

@@ -1,4 +1,4 @@
-"""BLEU: of single answers, as HELM counts it for VQA, and of a whole set, as sacrebleu does."""
+"""BLEU: HELM's BLEU-1 of single answers, and sacrebleu's corpus BLEU."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from vlmvqa.errors import InputError
 from vlmvqa.metrics.checks import Id, check_answers
+from vlmvqa.metrics.interface import Answers, MeanScore, Metric, Score, mean_scorer, references_by_id
 
-# Where a sentence can end inside a text, and so where the words depend on how it is cut into sentences.
+if TYPE_CHECKING:
+    from vlmvqa.data.example import Question
+
+# Possible end of a sentence inside a text: only then do the words depend on the sentence splitter.
 _INNER_END = re.compile(r"[.?!](?=.)", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
-class HelmBleu1:
-    """BLEU-1 in 0..1: the mean, and each question's."""
+class HelmBleu1(MeanScore):
+    """BLEU-1 in 0..1: the mean, and the value of each question."""
 
-    score: float
-    per_question: dict[int | str, float]
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusBleu:
-    """BLEU in 0..100 of the whole set.
+    """Corpus BLEU in 0..100.
 
     Attributes:
-        score: the geometric mean of `precisions` times `brevity_penalty`.
-        precisions: of 1- to 4-grams, in percent.
-        brevity_penalty: 1 where predictions are as long as the nearest references.
-        signature: how sacrebleu counted it, to be printed beside the score.
+        score: geometric mean of `precisions`, times `brevity_penalty`.
+        precisions: precision of 1- to 4-grams, in percent.
+        brevity_penalty: 1 if the predictions are as long as the nearest references.
+        signature: sacrebleu's signature, to be published with the score.
     """
 
     score: float
@@ -44,17 +47,17 @@ class CorpusBleu:
 
 
 def helm_bleu_1(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> HelmBleu1:
-    """HELM's "BLEU" of VQA: the best BLEU-1 of a prediction against each of its references alone, and their mean.
+    """Compute HELM's "BLEU" for VQA: the mean over questions of the highest BLEU-1 against a single reference.
 
     Case and punctuation count: against "red", "red." has two words and scores 0.5, and "Red" scores 0. A perfect answer
-    scores 1, but 0 where it has no words.
+    scores 1, or 0 if it has no words.
 
     Source: `bleu_1` of crfm-helm 0.5.16's `evaluate_reference_metrics.py`, which is nltk's `sentence_bleu` with weights
     (1, 0, 0, 0) over `word_tokenize`.
 
     Raises:
         InputError: ids differ between the mappings, a question has no reference, nltk is not installed, or a text
-            has several sentences and nltk's sentence model is not there.
+            has several sentences and nltk's sentence model is not installed.
     """
     check_answers(predictions, references)
     words = cache(_word_tokenizer())
@@ -66,7 +69,7 @@ def helm_bleu_1(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[
 
 
 def _bleu_1(words: Sequence[str], reference: Sequence[str]) -> float:
-    """Share of the words that the reference has as often, times the penalty for being shorter than it."""
+    """Return the clipped precision of the words, times the brevity penalty."""
     if not words:
         return 0.0
     precision = (Counter(words) & Counter(reference)).total() / len(words)
@@ -74,7 +77,7 @@ def _bleu_1(words: Sequence[str], reference: Sequence[str]) -> float:
 
 
 def _word_tokenizer() -> Callable[[str], list[str]]:
-    """nltk's `word_tokenize`, without its sentence model where the text cannot have two sentences."""
+    """Return nltk's `word_tokenize`, which needs its sentence model only for texts of several sentences."""
     try:
         from nltk.tokenize import word_tokenize
     except ImportError as error:
@@ -85,7 +88,7 @@ def _word_tokenizer() -> Callable[[str], list[str]]:
             words: list[str] = word_tokenize(text, preserve_line=_INNER_END.search(text.strip()) is None)
         except LookupError:
             raise InputError(
-                f"The words of {text!r} depend on nltk's sentence model, which is not installed; fetch it once with: "
+                f"Splitting {text!r} into words needs nltk's sentence model, which is not installed; download it with: "
                 "python -m nltk.downloader punkt_tab"
             ) from None
         return words
@@ -94,9 +97,9 @@ def _word_tokenizer() -> Callable[[str], list[str]]:
 
 
 def corpus_bleu(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> CorpusBleu:
-    """sacrebleu's BLEU of all predictions together, each against all of its references.
+    """Compute sacrebleu's corpus BLEU of all predictions, each against all of its references.
 
-    A perfect answer to every question scores 100, but where all answers are shorter than four words.
+    Perfect answers score 100, unless all of them have fewer than four words.
 
     Source: Post, "A Call for Clarity in Reporting BLEU Scores", WMT 2018; sacrebleu's defaults.
 
@@ -109,8 +112,20 @@ def corpus_bleu(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[
     except ImportError as error:
         raise InputError("corpus_bleu needs sacrebleu; install it with: pip install 'vlmvqa[captions]'") from error
     bleu = BLEU()
-    # sacrebleu wants the first references of all questions, then the second ones; None where a question has no more.
-    found = bleu.corpus_score(
+    # sacrebleu takes the first references of all questions, then the second ones; None if a question has no more.
+    result = bleu.corpus_score(
         [predictions[question] for question in references], list(zip_longest(*references.values()))
     )
-    return CorpusBleu(found.score, tuple(found.precisions), found.bp, str(bleu.get_signature()))
+    return CorpusBleu(result.score, tuple(result.precisions), result.bp, str(bleu.get_signature()))
+
+
+def _score_corpus(questions: Sequence[Question], answers: Answers) -> Score:
+    return Score({"corpus_bleu": corpus_bleu(answers, references_by_id(questions)).score})
+
+
+HELM_BLEU_1 = Metric(
+    title="HELM's BLEU-1 (%)",
+    version="helm_bleu_1: the best of the references, nltk's words",
+    score=mean_scorer("helm_bleu_1", helm_bleu_1),
+)
+CORPUS_BLEU = Metric(title="corpus BLEU", version="corpus_bleu: sacrebleu's defaults", score=_score_corpus)

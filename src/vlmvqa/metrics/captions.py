@@ -1,11 +1,11 @@
-"""Caption scores as COCO's evaluation counts them: BLEU, ROUGE-L and CIDEr-D here, METEOR and SPICE through Java.
+"""COCO's caption scores: BLEU, ROUGE-L and CIDEr-D in Python, METEOR and SPICE through Java.
 
-Source: pycocoevalcap 1.2 (the COCO caption evaluation code for Python 3), to 1e-9 of its numbers for each image.
+Source: pycocoevalcap 1.2 (the COCO caption evaluation code for Python 3); equal to 1e-9 for each image.
 
-    BLEU      Papineni et al. 2002; the nearest reference's length, sums over the set
-    ROUGE-L   Lin 2004; the best precision and the best recall over the references, each for itself
-    CIDEr     Vedantam et al. 2015: what everyone reports as CIDEr is CIDEr-D. An n-gram's weight depends on how many
-              images of the set have it, so a set is scored whole: the mean over its parts is another number
+    BLEU      Papineni et al. 2002; length of the nearest reference, counts summed over the dataset
+    ROUGE-L   Lin 2004; precision and recall are each the maximum over the references
+    CIDEr     Vedantam et al. 2015; "CIDEr" in papers is CIDEr-D. N-gram weights depend on all images of the dataset,
+              so it must be scored at once: the mean over subsets differs
 """
 
 from __future__ import annotations
@@ -17,33 +17,38 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from vlmvqa.metrics import java
 from vlmvqa.metrics.checks import Id, check_answers, check_option
-from vlmvqa.metrics.ptb import tokenize
+from vlmvqa.metrics.interface import Answers, Metric, Score, references_by_id
+from vlmvqa.metrics.ptb_tokenizer import tokenize
+
+if TYPE_CHECKING:
+    from vlmvqa.data.example import Question
 
 METRICS = ("bleu", "rouge_l", "cider", "meteor", "spice")
 TOKENIZERS = ("python", "java")
 Tokenizer = Callable[[str], str | Sequence[str]]
 Counts = dict[int, int]  # by n-gram
-Scores = tuple[float, list[float]]  # of the set, and of each image
+Scores = tuple[float, list[float]]  # of the dataset, and of each image
 
 ORDERS = 4  # n-grams of 1 to 4 words
-BETA = 1.2  # of ROUGE-L: how much more recall counts than precision
-SIGMA = 6.0  # of CIDEr-D: how fast a difference in length costs
-# What the scorer adds so that nothing is divided by zero: no image's BLEU is ever quite 0, and no perfect one quite 1.
+BETA = 1.2  # ROUGE-L: weight of recall relative to precision
+SIGMA = 6.0  # CIDEr-D: standard deviation of the length penalty
+# Added in pycocoevalcap's BLEU to avoid division by zero: BLEU is never exactly 0, and never exactly 1.
 TINY, SMALL = 1e-15, 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionScores:
-    """Scores by name: `bleu_1` to `bleu_4`, `rouge_l`, `cider`, `meteor`, `spice`, as far as they were asked for.
+    """The requested scores by name: `bleu_1` to `bleu_4`, `rouge_l`, `cider`, `meteor`, `spice`.
 
     CIDEr is in 0..10, the others in 0..1; papers print all of them times 100.
 
     Attributes:
-        corpus: of the whole set: BLEU from its sums, METEOR from its statistics, the others the mean over the images.
-        per_image: by image id.
+        corpus: scores of the dataset: BLEU and METEOR from summed statistics, the others as means over the images.
+        per_image: scores by image id.
     """
 
     corpus: dict[str, float]
@@ -57,23 +62,23 @@ def caption_scores(
     metrics: Sequence[str] = ("bleu", "rouge_l", "cider"),
     tokenizer: str | Tokenizer = "python",
 ) -> CaptionScores:
-    """Score a caption of each image against the image's reference captions.
+    """Score one caption per image against the image's reference captions.
 
-    A perfect caption scores 1 in ROUGE-L, but for a billionth 1 in BLEU if it has four words, and in CIDEr up to 10:
-    less where other references of the image differ or all have under four words, and 0 in a set of one image.
+    A perfect caption scores 1 in ROUGE-L, 1 - 1e-9 in BLEU if it has four words, and up to 10 in CIDEr: less if the
+    image's other references differ or all have fewer than four words, and 0 in a dataset of one image.
 
     Args:
         predictions: raw caption by image id.
         references: raw reference captions by image id.
-        metrics: of "bleu", "rouge_l", "cider", "meteor" and "spice"; the last two need Java.
-        tokenizer: "python", this project's own; "java", the official one; or a function from a caption to its tokens,
-            as a list or with spaces between them (`str.split` for what is tokenized already).
+        metrics: any of "bleu", "rouge_l", "cider", "meteor" and "spice"; the last two need Java.
+        tokenizer: "python", this project's; "java", the official one; or a function from a caption to its tokens,
+            as a list or separated by spaces (`str.split` for tokenized captions).
 
     Raises:
-        InputError: ids differ between the mappings, an image has no reference, an option is unknown, or Java or what
-            it runs is missing; said before anything is scored.
+        InputError: ids differ between the mappings, an image has no reference, an option is unknown, or Java or one of
+            its libraries is missing; raised before anything is scored.
     """
-    metrics = check_scorers(metrics, tokenizer)
+    metrics = check_metrics(metrics, tokenizer)
     check_answers(predictions, references)
 
     texts = _tokenized([[predictions[image], *captions] for image, captions in references.items()], tokenizer)
@@ -94,10 +99,14 @@ def caption_scores(
     )
 
 
-def check_scorers(
+def check_metrics(
     metrics: Sequence[str] = ("bleu", "rouge_l", "cider"), tokenizer: str | Tokenizer = "python"
 ) -> tuple[str, ...]:
-    """What `caption_scores` refuses whatever the captions: the metrics' names, unless one is unknown or needs Java."""
+    """Return the metrics' names.
+
+    Raises:
+        InputError: an option of `caption_scores` is unknown, or needs Java and Java is missing.
+    """
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for name in metrics:
         check_option("metrics", name, METRICS)
@@ -108,12 +117,12 @@ def check_scorers(
 
 
 def _tokenized(groups: Sequence[Sequence[str]], tokenizer: str | Tokenizer) -> list[list[str]]:
-    """Each caption as its tokens with single spaces between, which is what all the scorers read."""
+    """Tokenize captions; the tokens are separated by single spaces, as all scorers expect."""
     if tokenizer == "java":
         tokens = iter(java.tokenize([text for group in groups for text in group]))
         return [[next(tokens) for _ in group] for group in groups]
-    one = tokenizer if callable(tokenizer) else tokenize
-    return [[_joined(one(text)) for text in group] for group in groups]
+    tokenize_one = tokenizer if callable(tokenizer) else tokenize
+    return [[_joined(tokenize_one(text)) for text in group] for group in groups]
 
 
 def _joined(tokens: str | Sequence[str]) -> str:
@@ -126,9 +135,10 @@ def _with_mean(scores: Iterable[float]) -> Scores:
 
 
 class _Caption:
-    """Tokens of a caption, and how often each of its n-grams occurs: `counts[n - 1]`.
+    """Tokens of a caption, and the count of each of its n-grams: `counts[n - 1]`.
 
-    An n-gram is one integer, the `numbers` of its words side by side: a third faster to count than tuples of words.
+    An n-gram is stored as one integer, the concatenated `numbers` of its words: counting is a third faster than with
+    tuples of words.
     """
 
     def __init__(self, text: str, numbers: dict[str, int]) -> None:
@@ -139,17 +149,16 @@ class _Caption:
     @cached_property
     def counts(self) -> list[Counts]:
         grams = self.words
-        found = [_count(grams)]
+        counts = [_count(grams)]
         for n in range(1, ORDERS):
             grams = [gram << 32 | word for gram, word in zip(grams, self.words[n:], strict=False)]
-            found.append(_count(grams))
-        return found
+            counts.append(_count(grams))
+        return counts
 
 
 def _count(grams: Sequence[int]) -> Counts:
-    """How often each occurs, which is most often once."""
     counts = dict.fromkeys(grams, 1)
-    return counts if len(counts) == len(grams) else Counter(grams)
+    return counts if len(counts) == len(grams) else Counter(grams)  # most captions repeat no n-gram
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +168,7 @@ class _Image:
 
 
 def _bleu(images: Sequence[_Image]) -> list[Scores]:
-    """BLEU-1 to BLEU-4."""
+    """Compute BLEU-1 to BLEU-4."""
     each: list[list[float]] = [[] for _ in range(ORDERS)]
     matched, possible = [0] * ORDERS, [0] * ORDERS
     length = reference_length = 0
@@ -176,7 +185,7 @@ def _bleu(images: Sequence[_Image]) -> list[Scores]:
 
 
 def _bleu_of(matched: Sequence[int], possible: Sequence[int], length: int, reference_length: int) -> list[float]:
-    """BLEU-1 to BLEU-4 from the matched and the possible n-grams, with the penalty for being too short."""
+    """Compute BLEU-1 to BLEU-4 from the matched and possible n-grams, with the brevity penalty."""
     ratio = (length + TINY) / (reference_length + SMALL)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, scores = 1.0, []
@@ -187,13 +196,13 @@ def _bleu_of(matched: Sequence[int], possible: Sequence[int], length: int, refer
 
 
 def _nearest_length(image: _Image) -> int:
-    """Of the references; the shorter of two as near."""
+    """Return the length of the reference nearest in length; the shorter one in a tie."""
     length = image.caption.length
     return min((abs(other.length - length), other.length) for other in image.references)[1]
 
 
 def _matches(image: _Image, n: int) -> int:
-    """N-grams of the caption, each counted at most as often as in the reference that has it most."""
+    """Count the caption's n-grams, each clipped to its largest count in one reference."""
     tables = [other.counts[n] for other in image.references]
     return sum(
         min(count, max([table.get(gram, 0) for table in tables])) for gram, count in image.caption.counts[n].items()
@@ -201,8 +210,8 @@ def _matches(image: _Image, n: int) -> int:
 
 
 def _rouge_l(image: _Image) -> float:
-    """F-measure of the longest common subsequence of words."""
-    # The scorer splits at single spaces, so that a caption without words has one empty word.
+    """Compute the F-measure of the longest common subsequence of words."""
+    # pycocoevalcap splits at single spaces, so a caption without words has one empty word.
     words = image.caption.text.split(" ")
     places: dict[str, int] = {}
     for place, word in enumerate(words):
@@ -218,7 +227,7 @@ def _rouge_l(image: _Image) -> float:
 
 
 def _common_subsequence(places: Mapping[str, int], length: int, reference: Sequence[str]) -> int:
-    """Its length: a row of the usual table at a time, as the bits of an integer (Hyyrö 2004, "Bit-parallel LCS")."""
+    """Return its length, computed row by row as the bits of an integer (Hyyrö 2004, "Bit-parallel LCS")."""
     full = (1 << length) - 1
     row = full
     for word in reference:
@@ -228,12 +237,12 @@ def _common_subsequence(places: Mapping[str, int], length: int, reference: Seque
 
 
 def _cider(images: Sequence[_Image]) -> list[float]:
-    """CIDEr-D of each image, the mean over n-gram orders and references."""
+    """Compute CIDEr-D of each image, the mean over n-gram orders and references."""
     log_images = math.log(len(images))
     weights = [_weights(images, n, log_images) for n in range(ORDERS)]
     scores = []
     for image in images:
-        # What is in no reference weighs as if one image had it.
+        # An n-gram in no reference has the weight of one that occurs in one image.
         own = [
             {gram: count * weights[n].get(gram, log_images) for gram, count in image.caption.counts[n].items()}
             for n in range(ORDERS)
@@ -249,11 +258,11 @@ def _cider(images: Sequence[_Image]) -> list[float]:
 
 
 def _weights(images: Sequence[_Image], n: int, log_images: float) -> dict[int, float]:
-    """By n-gram: log of how many images there are for one that has it in a reference."""
-    having: Counter[int] = Counter()
+    """Return the inverse document frequency of each n-gram: log(images / images with it in a reference)."""
+    frequency: Counter[int] = Counter()
     for image in images:
-        having.update(set().union(*(other.counts[n] for other in image.references)))
-    return {gram: log_images - math.log(count) for gram, count in having.items()}
+        frequency.update(set().union(*(other.counts[n] for other in image.references)))
+    return {gram: log_images - math.log(count) for gram, count in frequency.items()}
 
 
 def _norm(values: Sequence[float]) -> float:
@@ -261,7 +270,7 @@ def _norm(values: Sequence[float]) -> float:
 
 
 def _similarity(own: Mapping[int, float], norm: float, counts: Counts, weights: Mapping[int, float]) -> float:
-    """Cosine with a reference's counts times weights, but that a caption's n-gram counts at most as often as there."""
+    """Return the cosine of the TF-IDF vectors, the caption's counts clipped to the reference's."""
     norms = norm * _norm([count * weights[gram] for gram, count in counts.items()])
     if norms == 0:
         return 0.0
@@ -274,7 +283,27 @@ def _similarity(own: Mapping[int, float], norm: float, counts: Counts, weights: 
 
 
 def _penalty(caption: _Caption, other: _Caption) -> float:
-    """A Gaussian of the difference in length."""
-    # The scorer takes the number of bigrams for the length, which differs only where a caption has no words.
+    """Return a Gaussian of the difference in length."""
+    # pycocoevalcap uses the number of bigrams as length, which differs only for a caption without words.
     difference = max(caption.length - 1, 0) - max(other.length - 1, 0)
     return math.exp(-(difference**2) / (2 * SIGMA**2))
+
+
+def _score(questions: Sequence[Question], answers: Answers, **options: Any) -> Score:
+    # CIDEr, the main number, is always among the metrics.
+    metrics = options.get("metrics", ("bleu", "rouge_l"))
+    options["metrics"] = tuple(dict.fromkeys(["cider", *([metrics] if isinstance(metrics, str) else metrics)]))
+    result = caption_scores(answers, references_by_id(questions), **options)
+    names = ("cider", *(name for name in result.corpus if name != "cider"))
+    per_image = {image: 100 * scores["cider"] for image, scores in result.per_image.items()}
+    return Score({name: 100 * result.corpus[name] for name in names}, per_image)
+
+
+CIDER = Metric(
+    title="CIDEr (x 100)",
+    version="cider: CIDEr-D as pycocoevalcap 1.2, the project's own PTB tokens",
+    score=_score,
+    check_options=check_metrics,
+    options=("metrics", "tokenizer"),
+    correct_from=None,
+)

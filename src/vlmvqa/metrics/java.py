@@ -1,4 +1,4 @@
-"""What pycocoevalcap runs in Java: the official tokenizer, METEOR and SPICE. Looked for before anything runs."""
+"""pycocoevalcap's Java tools: the official tokenizer, METEOR and SPICE, and a check that they are installed."""
 
 from __future__ import annotations
 
@@ -11,62 +11,60 @@ from pathlib import Path
 
 from vlmvqa.errors import InputError
 
-# What Java takes for the end of a line: the tokenizer reads a caption a line, so one inside shifts all later captions.
+# Line breaks in Java. The tokenizer reads one caption per line, so a break inside a caption would shift later ones.
 _LINE_BREAK = re.compile(r"[\n\r\x0b\x0c\x85\u2028\u2029]")
 _SPICE_JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-_SPICE_JAVA = 15  # the newest that SPICE's libraries run on
+_SPICE_JAVA = 15  # newest version that SPICE's libraries support
 
 
 def check(needed: Sequence[str]) -> None:
-    """Refuse to begin what would stop halfway.
+    """Check that the requirements of the tools are installed.
 
     Args:
-        needed: of "meteor", "spice" and "tokenizer='java'", what is to run.
+        needed: the tools to run: "meteor", "spice", "tokenizer='java'".
 
     Raises:
-        InputError: pycocoevalcap, Java, or what SPICE downloads is missing.
+        InputError: pycocoevalcap, Java, or a file that SPICE needs is missing.
     """
     if not needed:
         return
-    wanted = " and ".join(needed)
-    found = importlib.util.find_spec("pycocoevalcap")
-    if found is None or not found.submodule_search_locations:
-        raise InputError(f"{wanted} needs pycocoevalcap; install it with: pip install 'vlmvqa[captions]'")
+    tools = " and ".join(needed)
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None or not package.submodule_search_locations:
+        raise InputError(f"{tools} needs pycocoevalcap; install it with: pip install 'vlmvqa[captions]'")
     if shutil.which("java") is None:
-        raise InputError(f"{wanted} needs Java, and there is no `java` on the PATH; install a Java runtime (8 to 15).")
+        raise InputError(f"{tools} needs Java, and there is no `java` on the PATH; install a Java runtime (8 to 15).")
     if "spice" in needed:
-        _check_spice(Path(found.submodule_search_locations[0]) / "spice" / "lib")
+        _check_spice(Path(package.submodule_search_locations[0]) / "spice" / "lib")
 
 
 def _check_spice(folder: Path) -> None:
-    said = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
-    version = re.search(r'version "(?:1\.)?(\d+)', said)
+    output = subprocess.run(["java", "-version"], capture_output=True, text=True, check=False).stderr
+    version = re.search(r'version "(?:1\.)?(\d+)', output)
     if version and int(version[1]) > _SPICE_JAVA:
-        raise InputError(
-            f"spice does not run on Java {version[1]}; put a Java of 8 to {_SPICE_JAVA} first on the PATH."
-        )
+        raise InputError(f"spice does not run on Java {version[1]}; put Java 8 to {_SPICE_JAVA} first on the PATH.")
     if missing := [name for name in _SPICE_JARS if not (folder / name).is_file()]:
         raise InputError(
-            f"spice needs {' and '.join(missing)} in {folder}; fetch them once, with a network, with: "
+            f"spice needs {' and '.join(missing)} in {folder}; download them with: "
             "python -m pycocoevalcap.spice.get_stanford_models"
         )
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:
-    """The tokens of each caption with spaces between, as Stanford's PTB tokenizer gives them."""
+    """Tokenize captions with Stanford's PTB tokenizer; tokens are separated by spaces."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     lines = {n: [{"caption": _LINE_BREAK.sub(" ", text)}] for n, text in enumerate(captions)}
-    found = PTBTokenizer().tokenize(lines)
-    if len(found) != len(captions):
+    tokens = PTBTokenizer().tokenize(lines)
+    if len(tokens) != len(captions):
         raise InputError(
-            f"Java's tokenizer gave {len(found)} lines for {len(captions)} captions; use tokenizer='python'."
+            f"Java's tokenizer returned {len(tokens)} lines for {len(captions)} captions; use tokenizer='python'."
         )
-    return [found[n][0] for n in range(len(captions))]
+    return [tokens[n][0] for n in range(len(captions))]
 
 
 def _meteor(texts: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
-    """METEOR 1.5 of tokenized captions, `texts[i]` being an image's prediction and then its references."""
+    """Compute METEOR 1.5 of tokenized captions; `texts[i]` is the prediction for an image, then its references."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     corpus, each = Meteor().compute_score(*_by_number(texts))
@@ -74,7 +72,7 @@ def _meteor(texts: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
 
 
 def _spice(texts: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
-    """SPICE of tokenized captions, `texts[i]` being an image's prediction and then its references."""
+    """Compute SPICE of tokenized captions; `texts[i]` is the prediction for an image, then its references."""
     from pycocoevalcap.spice.spice import Spice
 
     corpus, each = Spice().compute_score(*_by_number(texts))
@@ -82,7 +80,7 @@ def _spice(texts: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
 
 
 def _by_number(texts: Sequence[Sequence[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """References and predictions as the scorers take them."""
+    """Return references and predictions in the scorers' format."""
     return {n: list(text[1:]) for n, text in enumerate(texts)}, {n: [text[0]] for n, text in enumerate(texts)}
 
 

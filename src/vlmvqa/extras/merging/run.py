@@ -23,7 +23,7 @@ from vlmvqa.extras.merging.logit_diff import answers_logits, drift, one_question
 from vlmvqa.extras.merging.merge import Merge, MergeSettings
 from vlmvqa.extras.merging.validation import adapter_settings, ours
 from vlmvqa.inference.predictor import load
-from vlmvqa.metrics.registry import metric, refuse_unscorable, score
+from vlmvqa.metrics.registry import check_scorable, metric, score
 from vlmvqa.models import model_folder
 from vlmvqa.settings import build_settings
 
@@ -166,7 +166,7 @@ def _tasks(config: MergeConfig, merge: Merge) -> tuple[list[MergeTask], str | No
         if not config.adapter:
             if not all_answered(examples):
                 raise InputError(f"{name}: {task.eval_split} has no answers to score with; choose another eval_split")
-            refuse_unscorable(task.metric, examples)
+            check_scorable(task.metric, examples)
         asked.append(MergeTask(name, task, examples, metric_options(task, task.eval_split)))
     return asked, None
 

@@ -1,1 +1,1 @@
-"""The HTML report of a run: answers, curves, calibration, attributions."""
+"""HTML report of a run, model card, comparison of two runs, and attribution maps."""

@@ -1,8 +1,8 @@
-"""Where in a picture a model looked for an answer, as heat over the patches of its vision encoder.
+"""Attribution of an answer to image patches, as a heat map over the patches of the vision encoder.
 
-attention   how much the positions that predict the answer attend to each patch, the mean over layers and heads. What it
-            reads, not why: a patch may be read and change nothing (Jain & Wallace 2019).
-gradient    how much each patch's features speak for the answer: gradient x features, its positive part (HiResCAM,
+attention   attention from the positions that predict the answer to each patch, averaged over layers and heads. It shows
+            which patches are read, not which ones decide: a patch may be read without effect (Jain & Wallace 2019).
+gradient    contribution of each patch's features to the answer: the positive part of gradient x features (HiResCAM,
             Draelos & Carin 2020). Costs a backward pass.
 
 Legend: B rows, T tokens, N patches, D width.
@@ -10,6 +10,7 @@ Legend: B rows, T tokens, N patches, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,69 +24,110 @@ from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.data.images import decode
 from vlmvqa.errors import InputError
 from vlmvqa.extras.pretrained.model import PretrainedVLM
+from vlmvqa.extras.report.gallery import Record, choose_gallery, evenly
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.checkpoint import Model
 from vlmvqa.models.vlm import VLM
+from vlmvqa.progress import bar
 from vlmvqa.sequence.rows import IGNORE, IMAGE, PADDING, PROMPT
 
 METHODS = ("attention", "gradient")
-OPAQUE = 0.75  # of the hottest place, over the picture
+MAX_OPACITY = 0.75  # of the hottest patch, over the image
 
 
 @dataclass(frozen=True)
-class Look:
-    """Where a model looked.
+class Attribution:
+    """Heat map of an answer.
 
     Attributes:
-        heat: float32[rows, columns], of the patches; adds up to 1.
-        box: left, top, right, bottom of the upright picture's pixels that the patches cover.
+        heat: float32[rows, columns], one value per patch; sums to 1.
+        box: left, top, right, bottom of the region that the patches cover, in pixels of the upright image.
     """
 
     heat: np.ndarray
     box: tuple[int, int, int, int]
 
 
-def look(predictor: Predictor, image: ImageSource | str, question: str, answer: str, method: str = "attention") -> Look:
-    """Where the model looks when it gives this answer.
+def attribute(
+    predictor: Predictor, image: ImageSource | str, question: str, answer: str, method: str = "attention"
+) -> Attribution:
+    """Attribute an answer to the patches of an image.
 
     Args:
-        answer: one that it gave, or any other; empty: where it looked before it ended without a word.
+        predictor: the model.
+        image: a path, the bytes of a file, or a PIL image.
+        question: question about the image.
+        answer: the model's answer or any other; empty: the end of the answer is attributed.
         method: "attention" or "gradient".
 
     Raises:
-        InputError: the image cannot be read, the question is empty, or the model does not keep its patches apart.
+        InputError: the image cannot be read, the question is empty, or the model does not keep its patches separate.
     """
     if method not in METHODS:
         raise InputError(f"method={method} is unknown; use {' or '.join(METHODS)}")
-    picture = decode(Path(image) if isinstance(image, str) else image, "the image")
-    batch = _answered(predictor, predictor.asked(picture, question), answer)
+    decoded = decode(Path(image) if isinstance(image, str) else image, "the image")
+    batch = _answered_row(predictor, predictor.asked(decoded, question), answer)
     model, training = predictor.model, predictor.model.training
     model.eval()
     try:
-        found = _attention(model, batch) if method == "attention" else _gradient(model, batch)
+        result = _attention(model, batch) if method == "attention" else _gradient(model, batch)
     finally:
         model.train(training)
-    heat = found.float().clamp(min=0).cpu().numpy()
+    heat = result.float().clamp(min=0).cpu().numpy()
     total = heat.sum()
     heat = heat / total if total > 0 else np.full_like(heat, 1 / heat.size)
-    return Look(heat, _box(picture, predictor.processor.images.resize))
+    return Attribution(heat, _visible_box(decoded, predictor.processor.images.resize))
 
 
-def draw(picture: Image.Image, seen: Look) -> Image.Image:
-    """The heat over the picture (RGB, upright): the hottest place in full colour, the coldest as it is."""
+def draw(image: Image.Image, attribution: Attribution) -> Image.Image:
+    """Draw a heat map over an image (RGB, upright): the hottest patch in full colour, the coldest transparent."""
     from matplotlib import colormaps
 
-    left, top, right, bottom = seen.box
-    levels = Image.fromarray((255 * seen.heat / seen.heat.max()).astype(np.uint8))
+    left, top, right, bottom = attribution.box
+    levels = Image.fromarray((255 * attribution.heat / attribution.heat.max()).astype(np.uint8))
     smooth = np.asarray(levels.resize((right - left, bottom - top), Image.Resampling.BICUBIC), dtype=np.float32) / 255
     colours = Image.fromarray((colormaps["inferno"](smooth)[..., :3] * 255).astype(np.uint8))
-    drawn = picture.convert("RGB")
-    drawn.paste(colours, (left, top), Image.fromarray((smooth * OPAQUE * 255).astype(np.uint8)))
-    return drawn
+    overlay = image.convert("RGB")
+    overlay.paste(colours, (left, top), Image.fromarray((smooth * MAX_OPACITY * 255).astype(np.uint8)))
+    return overlay
 
 
-def _answered(predictor: Predictor, example: Example, answer: str) -> dict[str, Tensor]:
-    """The row of a question with its answer supervised, or with the end of a row that has none."""
+def report_attributions(
+    predictor: Predictor, examples: Sequence[Example], predictions: Sequence[Record], metric: str, count: int
+) -> list[tuple[Record, Image.Image]] | str:
+    """Attribute a sample of correct and wrong answers, for the report.
+
+    Args:
+        predictor: the model, with the prompt of these questions.
+        examples: the evaluated examples.
+        predictions: their records.
+        metric: the metric that decides whether an answer is correct.
+        count: maximum number of answers (0: none), half of them correct if possible; each costs a forward pass.
+
+    Returns:
+        Records with the image under its heat map; or the reason why attribution failed.
+    """
+    if count < 1:
+        return []
+    chosen = [record for group in choose_gallery(predictions, metric) for record in evenly(group, -(-count // 2))]
+    questions = {question.id: (example, question) for example in examples for question in example.questions}
+    overlays: list[tuple[Record, Image.Image]] = []
+    try:
+        for record in bar(chosen[:count], doing="attribution", unit="answers"):
+            example, question = questions[record["question_id"]]
+            image = decode(example.image, example.name)
+            # Captions have no question text, and their prompt has no place for one.
+            attribution = attribute(predictor, image, question.text or "caption", record["answer"])
+            overlays.append((record, draw(image, attribution)))
+    except InputError as error:
+        return str(error).rstrip(".")
+    except torch.OutOfMemoryError:  # must not lose the answers
+        return "the GPU has too little memory for eager attention"
+    return overlays
+
+
+def _answered_row(predictor: Predictor, example: Example, answer: str) -> dict[str, Tensor]:
+    """Return the row of a question with its answer supervised, or only its end token if the answer is empty."""
     if answer.strip():
         return predictor.batch([predictor.processor.encode(example, [answer])])
     batch = predictor.batch([predictor.processor.encode(example, [None])])
@@ -97,37 +139,37 @@ def _answered(predictor: Predictor, example: Example, answer: str) -> dict[str, 
 
 @torch.no_grad()
 def _attention(model: Model, batch: dict[str, Tensor]) -> Tensor:
-    """`float[rows, columns]`, over patches that the decoder reads one by one."""
-    places = ((batch["role"] == IMAGE) & (batch["document"] != PADDING))[0].nonzero()[:, 0]
+    """Return `float[rows, columns]`; the decoder must read each patch as one token."""
+    image_tokens = ((batch["role"] == IMAGE) & (batch["document"] != PADDING))[0].nonzero()[:, 0]
     rows, columns = _grid(model, batch)
     mixed = any("resampler" in name for name, _ in model.projector.named_modules())  # Idefics2's latents
-    if mixed or len(places) - rows * columns not in (0, 1):  # 1: the class token, which comes first
+    if mixed or len(image_tokens) - rows * columns not in (0, 1):  # 1: the class token, which comes first
         raise InputError(
-            f"the model reads {len(places)} image tokens that do not stand for {rows} x {columns} patches one by one, "
-            "so its attention to a place is not known; use method=gradient"
+            f"the model reads {len(image_tokens)} image tokens that do not correspond one to one to {rows} x {columns} "
+            "patches, so attention to a patch is undefined; use method=gradient"
         )
-    reads = (batch["labels"][0] != IGNORE).nonzero()[:, 0]
-    reads = reads[: max(len(reads) - 1, 1)]  # what predicts the answer's words, not their end
-    means = _weights(model, batch, reads, places)
+    queries = (batch["labels"][0] != IGNORE).nonzero()[:, 0]
+    queries = queries[: max(len(queries) - 1, 1)]  # positions that predict the answer's words, not its end
+    means = _attention_weights(model, batch, queries, image_tokens)
     return torch.stack(means).mean(0)[-rows * columns :].view(rows, columns)
 
 
-def _weights(model: Model, batch: dict[str, Tensor], reads: Tensor, places: Tensor) -> list[Tensor]:
-    """How much these tokens attend to those places, `float32[places]` of each layer, the mean over heads and tokens.
+def _attention_weights(model: Model, batch: dict[str, Tensor], queries: Tensor, keys: Tensor) -> list[Tensor]:
+    """Return each layer's attention to `keys`, averaged over heads and `queries`: `float32[keys]` per layer.
 
-    By transformers' eager attention, which tells its weights and keeps the softcap; a layer's are gone before the next
-    makes its own.
+    Uses transformers' eager attention, which returns its weights and applies the softcap. Each layer's weights are
+    freed before the next layer runs.
     """
     decoder = model.language if isinstance(model, PretrainedVLM) else model.language.decoder
     means: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
-        means.append(output[1][0][:, reads][..., places].float().mean((0, 1)))  # of float[1, heads, T, T]
+        means.append(output[1][0][:, queries][..., keys].float().mean((0, 1)))  # weights: float[1, heads, T, T]
 
     hooks = [layer.self_attn.register_forward_hook(keep) for layer in decoder.layers]
     before = model.attention
     if isinstance(model, VLM):
-        model.language.set_attention("dense")  # its masks are what eager attention takes
+        model.language.set_attention("dense")  # eager attention takes the same masks
     decoder.set_attn_implementation("eager")
     try:
         model.decode(batch)
@@ -142,41 +184,41 @@ def _weights(model: Model, batch: dict[str, Tensor], reads: Tensor, places: Tens
 
 
 def _gradient(model: Model, batch: dict[str, Tensor]) -> Tensor:
-    """`float[rows, columns]`; of the whole picture, which comes last, where a model reads it in pieces too."""
-    kept: list[Tensor] = []
+    """Return `float[rows, columns]`, for the full image (the last one) if the model also reads tiles of it."""
+    features: list[Tensor] = []
 
-    def begin_here(_: nn.Module, __: Any, output: Any) -> Any:
-        """What the encoder has made is where gradients end: they need not go through it."""
-        whole = isinstance(output, Tensor)
-        kept.append((output if whole else output.last_hidden_state).detach().requires_grad_())
-        if whole:
-            return kept[0]
-        output.last_hidden_state = kept[0]
+    def detach_features(_: nn.Module, __: Any, output: Any) -> Any:
+        """Stop gradients at the encoder's output: they aren't needed inside the encoder."""
+        is_tensor = isinstance(output, Tensor)
+        features.append((output if is_tensor else output.last_hidden_state).detach().requires_grad_())
+        if is_tensor:
+            return features[0]
+        output.last_hidden_state = features[0]
         return output
 
-    hook = model.vision.register_forward_hook(begin_here)
+    hook = model.vision.register_forward_hook(detach_features)
     try:
         with torch.enable_grad():
             loss = model(**batch)["loss"]
-            (gradient,) = torch.autograd.grad(loss, kept, allow_unused=True)
+            (gradient,) = torch.autograd.grad(loss, features, allow_unused=True)
     finally:
         hook.remove()
     if gradient is None:
         raise InputError(
             f"the language model does not read the last features of {type(model.vision).__name__}, so their gradient "
-            "is not known; use method=attention"
+            "is undefined; use method=attention"
         )
     rows, columns = _grid(model, batch)
-    speaks_for = -(gradient * kept[0].detach()).sum(-1)[-1, -rows * columns :].view(rows, columns)
+    contribution = -(gradient * features[0].detach()).sum(-1)[-1, -rows * columns :].view(rows, columns)
     if "pixel_attention_mask" not in batch:
-        return speaks_for
-    real = batch["pixel_attention_mask"][0, -1]  # [H, W]: pieces are padded to the largest
+        return contribution
+    real = batch["pixel_attention_mask"][0, -1]  # [H, W]: tiles are padded to the largest
     across, down = real.any(0).sum() * columns // real.shape[1], real.any(1).sum() * rows // real.shape[0]
-    return speaks_for[:down, :across]
+    return contribution[:down, :across]
 
 
 def _grid(model: Model, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Rows and columns of patches in a picture, or in a piece of it."""
+    """Return rows and columns of patches in an image or tile."""
     if isinstance(model, VLM):
         rows, columns = model.vision.encoder.patch_embed.grid_size
         return rows, columns
@@ -185,9 +227,9 @@ def _grid(model: Model, batch: dict[str, Tensor]) -> tuple[int, int]:
     return height // side, width // side
 
 
-def _box(picture: Image.Image, resize: str) -> tuple[int, int, int, int]:
-    """What of a picture the model saw (`images.to_tensor`)."""
-    width, height = picture.size
+def _visible_box(image: Image.Image, resize: str) -> tuple[int, int, int, int]:
+    """Return the region of an image that the model receives (see `images.to_tensor`)."""
+    width, height = image.size
     if resize != "center_crop":
         return 0, 0, width, height
     side = min(width, height)

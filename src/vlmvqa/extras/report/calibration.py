@@ -1,9 +1,9 @@
-"""Whether answers are as often right as the model is sure of them.
+"""Calibration of answers: reliability bins and the expected calibration error.
 
-Confidence is the probability of the whole answer, exp(log-probability), its end included; accuracy is the answer's
-score as a share of 1. Answers are put into ten bins of equal width by confidence, and the expected calibration error is
-the mean distance between a bin's confidence and its accuracy, weighted by how many answers lie in it (Naeini et al.,
-AAAI 2015; Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2).
+Confidence is the probability of the full answer, exp(log-probability), including its end token; accuracy is the
+answer's score as a share of 1. Answers are sorted by confidence into ten bins of equal width. The expected calibration
+error is the mean distance between a bin's mean confidence and accuracy, weighted by its number of answers (Naeini et
+al., AAAI 2015; Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2).
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers whose confidence is above `low` and at most `high` (the first bin: 0 included).
+    """Answers with a confidence in (low, high]; the first bin includes 0.
 
     Attributes:
-        confidence, accuracy: their means; None where the bin is empty.
+        low, high: bounds of the confidence.
+        n: number of answers.
+        confidence, accuracy: means over the bin; None if it is empty.
     """
 
     low: float
@@ -33,7 +35,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The bins, how many answers they hold, and the expected calibration error (0 to 1)."""
+    """The bins, the number of answers in them, and the expected calibration error (0 to 1)."""
 
     bins: tuple[Bin, ...]
     n: int
@@ -41,29 +43,41 @@ class Calibration:
 
 
 def confidence(log_probability: float | None) -> float:
-    """The probability of a whole answer; 0 where none is known, of an answer that another program wrote."""
-    return 0.0 if log_probability is None else math.exp(min(log_probability, 0.0))  # above 0 by rounding alone
+    """Return the probability of an answer; 0 if it is unknown, for answers of another program."""
+    return 0.0 if log_probability is None else math.exp(min(log_probability, 0.0))  # rounding can exceed 0
 
 
-def calibrate(records: Iterable[Mapping[str, Any]], name: str, bins: int = BINS) -> Calibration | None:
-    """Of records of `predictions.jsonl`, by the score `name` (0 to 100); None if none has a score and a probability."""
+def calibrate(records: Iterable[Mapping[str, Any]], metric: str, bins: int = BINS) -> Calibration | None:
+    """Compute the calibration of records of `predictions.jsonl`.
+
+    Args:
+        records: answers with their "log_probability" and score.
+        metric: name of the score (0 to 100) in the records.
+        bins: number of bins.
+
+    Returns:
+        The calibration, or None if no record has both a score and a probability.
+    """
     known = [
-        (confidence(record["log_probability"]), record[name] / 100)
+        (confidence(record["log_probability"]), record[metric] / 100)
         for record in records
-        if record["log_probability"] is not None and record[name] is not None
+        if record["log_probability"] is not None and record[metric] is not None
     ]
     if not known:
         return None
-    held: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
-    for sure, accuracy in known:
-        held[max(math.ceil(sure * bins) - 1, 0)].append((sure, accuracy))
-    found = tuple(_bin(number / bins, (number + 1) / bins, one) for number, one in enumerate(held))
-    apart = sum(abs(sum(a for _, a in one) - sum(c for c, _ in one)) for one in held)
-    return Calibration(found, len(known), apart / len(known))
+    contents: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
+    for probability, accuracy in known:
+        contents[max(math.ceil(probability * bins) - 1, 0)].append((probability, accuracy))
+    gap = sum(abs(sum(a for _, a in content) - sum(c for c, _ in content)) for content in contents)
+    return Calibration(
+        tuple(_bin(index / bins, (index + 1) / bins, content) for index, content in enumerate(contents)),
+        len(known),
+        gap / len(known),
+    )
 
 
-def _bin(low: float, high: float, held: list[tuple[float, float]]) -> Bin:
-    n = len(held)
+def _bin(low: float, high: float, content: list[tuple[float, float]]) -> Bin:
+    n = len(content)
     if not n:
         return Bin(low, high, 0, None, None)
-    return Bin(low, high, n, sum(c for c, _ in held) / n, sum(a for _, a in held) / n)
+    return Bin(low, high, n, sum(c for c, _ in content) / n, sum(a for _, a in content) / n)

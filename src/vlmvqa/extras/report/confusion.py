@@ -1,4 +1,4 @@
-"""What was answered where a frequent answer was expected."""
+"""Confusion matrix of the most frequent expected answers."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MOST = 12  # answers: a matrix of more cannot be taken in
-AT_LEAST = 3  # questions: fewer say nothing about an answer
+MAX_ANSWERS = 12  # rows of a matrix that is still readable
+MIN_QUESTIONS = 3  # per expected answer
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Counts of questions: a row an expected answer, a column an answer, the last column all other answers.
+    """Counts of questions by expected answer (rows) and given answer (columns; the last one: any other answer).
 
     Attributes:
-        answers: the expected ones, the most frequent first.
+        answers: expected answers, the most frequent first.
         counts: `int[len(answers), len(answers) + 1]`.
-        of: how many questions there are in all.
+        total: number of questions with references.
     """
 
     answers: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
-    of: int
+    total: int
 
     @property
     def shown(self) -> int:
-        """How many questions are in it."""
+        """Number of questions in the matrix."""
         return sum(map(sum, self.counts))
 
 
-def confuse(records: Sequence[Mapping[str, Any]], most: int = MOST, at_least: int = AT_LEAST) -> Confusion | None:
-    """Of records of `predictions.jsonl`; None where fewer than two answers are expected often enough.
+def confusion_matrix(records: Sequence[Mapping[str, Any]], max_answers: int = MAX_ANSWERS) -> Confusion | None:
+    """Compute the confusion matrix of records of `predictions.jsonl`; None if fewer than two answers are frequent.
 
-    Answers are compared without regard to case and to white space at their ends.
+    Answers are compared ignoring case and surrounding white space.
     """
     pairs = [(expected(record), _folded(record["answer"])) for record in records if record["answers"]]
     frequent = Counter(gold for gold, _ in pairs)
     ordered = sorted(
-        (gold for gold in frequent if frequent[gold] >= at_least), key=lambda gold: (-frequent[gold], gold)
+        (gold for gold in frequent if frequent[gold] >= MIN_QUESTIONS), key=lambda gold: (-frequent[gold], gold)
     )
-    answers = ordered[:most]
+    answers = ordered[:max_answers]
     if len(answers) < 2:
         return None
     places = {answer: place for place, answer in enumerate(answers)}
@@ -53,7 +53,7 @@ def confuse(records: Sequence[Mapping[str, Any]], most: int = MOST, at_least: in
 
 
 def expected(record: Mapping[str, Any]) -> str:
-    """The answer to a question: its target, or the most frequent of its references (of equal ones the first)."""
+    """Return the expected answer: the target, or the most frequent reference (the first one in a tie)."""
     target = record["target"]
     return _folded(Counter(record["answers"]).most_common(1)[0][0] if target is None else target)
 

@@ -1,4 +1,4 @@
-"""The model card: what was trained on what, how it scored beside its controls, and whose licences apply."""
+"""Model card: training data, scores with their controls, and licences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmvqa.metrics.registry import metric
 from vlmvqa.models.checkpoint import OURS, read_config
 from vlmvqa.paths import is_hub_id
 
-# Weights that are known by their names, and under which terms they are given: the hub's word, and a sentence.
+# Licences by a part of the model's name: the hub's identifier, and text for the card.
 LICENCES = {
     "idefics2": ("apache-2.0", "Apache-2.0"),
     "gemma": ("gemma", "[Gemma terms of use](https://ai.google.dev/gemma/terms)"),
@@ -22,33 +22,33 @@ METHODS = {"lora": "LoRA", "dora": "DoRA"}
 
 
 def licences(config: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The hub's word for the licence of all, and a sentence for each part's weights; what is not known is "other"."""
-    words, sentences = [], []
+    """Return the hub's licence identifier of the model ("other" if unknown), and a sentence for each part's weights."""
+    identifiers, sentences = [], []
     model = config["model"]
     parts = {"pretrained": {"name": model["pretrained"], **model}} if "pretrained" in model else model
     for part in [part for part in ("pretrained", "vision", "language") if part in parts]:
         settings = parts[part]
         name, weights = str(settings["name"]), str(settings["weights"])
         if weights == "random":
-            word, terms = "apache-2.0", "drawn at random and trained here, Apache-2.0"
+            identifier, terms = "apache-2.0", "randomly initialised and trained here, Apache-2.0"
         else:
-            known = [licence for mark, licence in LICENCES.items() if mark in name.lower() and weights == "hub"]
-            whose = _shown(name if weights == "hub" else weights)
-            word, terms = known[0] if known else ("other", f"the terms of {whose}")
-        words.append(word)
-        sentences.append(f"The {part} model's weights, {_shown(name)}: {terms}")
-    strict = [word for word in words if word != "apache-2.0"]
+            known = [licence for family, licence in LICENCES.items() if family in name.lower() and weights == "hub"]
+            source = _without_paths(name if weights == "hub" else weights)
+            identifier, terms = known[0] if known else ("other", f"the terms of {source}")
+        identifiers.append(identifier)
+        sentences.append(f"The {part} model's weights, {_without_paths(name)}: {terms}")
+    strict = [identifier for identifier in identifiers if identifier != "apache-2.0"]
     return ("other" if "other" in strict or len(set(strict)) > 1 else (strict or ["apache-2.0"])[0]), sentences
 
 
 def write_card(folder: Path, name: str, metrics: Sequence[Mapping[str, Any]], config_yaml: str) -> None:
-    """Leave `README.md` beside the weights, as the hub shows it: without the paths of this machine.
+    """Write the model card `README.md` next to the weights, without absolute paths.
 
     Args:
-        folder: a saved model's, whole but for its card.
-        name: what it will be loaded by: a hub id, or a folder as the user gave it.
-        metrics: `metrics.json`'s content, of each task.
-        config_yaml: the run's resolved config.
+        folder: a saved model without its card.
+        name: hub id or folder that users will load the model by.
+        metrics: content of `metrics.json` of each task.
+        config_yaml: the resolved config of the run.
     """
     config, saved = yaml.safe_load(config_yaml), read_config(folder)
     base = _base(saved)
@@ -63,7 +63,7 @@ license: {licence}
 
 # {Path(name).expanduser().resolve().name}
 
-{_what(saved, base)}
+{_description(saved, base)}
 
 ```python
 import vlmvqa
@@ -77,7 +77,7 @@ print(vlmvqa.load("{name}").answer("photo.jpg", "what is this?").text)
 |---|---|---|---|---|---|
 {"".join(_row(one) for one in metrics)}
 - Majority baseline: the most frequent training answer of each question type.
-- Shuffled images: the same questions, each with the image of another.
+- Shuffled images: the same questions, each with another question's image.
 {"".join(_measured(one) for one in metrics)}
 ## Licences
 
@@ -85,43 +85,45 @@ print(vlmvqa.load("{name}").answer("photo.jpg", "what is this?").text)
 ## Configuration
 
 ```yaml
-{yaml.safe_dump(_shown(config), sort_keys=False, allow_unicode=True).strip()}
+{yaml.safe_dump(_without_paths(config), sort_keys=False, allow_unicode=True).strip()}
 ```
 """,
         encoding="utf-8",
     )
 
 
-def _what(saved: Mapping[str, Any], base: str) -> str:
-    """The sentence that says what kind of model it is, and what was tuned."""
+def _description(saved: Mapping[str, Any], base: str) -> str:
+    """Return a sentence about the kind of model and how it was trained."""
     if base.startswith("."):
-        named = "the model that lies beside (`base/`)"
+        base_name = "the model in `base/`"
+    elif is_hub_id(base):
+        base_name = f"[{base}](https://huggingface.co/{base})"
     else:
-        named = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"a local model (`{_shown(base)}`)"
+        base_name = f"a local model (`{_without_paths(base)}`)"
     if "adapter" in saved:
-        asked = saved["adapter"]["settings"]
-        bits = f", over a base in {asked['bits']} bits" if asked["bits"] else ""
-        kind = f"{METHODS[asked['method']]}, rank {asked['rank']}{bits}"
-        return f"Adapters ({kind}) of {named}, which answer questions about pictures."
+        settings = saved["adapter"]["settings"]
+        bits = f", over a base in {settings['bits']} bits" if settings["bits"] else ""
+        kind = f"{METHODS[settings['method']]}, rank {settings['rank']}{bits}"
+        return f"Adapters ({kind}) of {base_name}, which answer questions about images."
     if OURS in saved:
-        origin = f"tuned from {named}" if base else "trained from random weights"
-        return f"`{saved['architectures'][0]}` of transformers, {origin} to answer questions about pictures."
-    return "A vision encoder, a projector and a language model that answer questions about pictures."
+        origin = f"fine-tuned from {base_name}" if base else "trained from random weights"
+        return f"`{saved['architectures'][0]}` of transformers, {origin} to answer questions about images."
+    return "A vision encoder, a projector and a language model that answer questions about images."
 
 
 def _base(saved: Mapping[str, Any]) -> str:
-    """What adapters lie over, or what a whole model was trained on from: a hub id or a folder; "": neither."""
+    """Return the base of the adapters, or the model that training started from: a hub id, a folder, or ""."""
     if "adapter" in saved:
         return str(saved["adapter"]["base"])
     return str((saved.get(OURS, saved).get("started_from") or {"model": ""})["model"])
 
 
-def _shown(value: Any) -> Any:
-    """A setting, or all within, without this machine's paths: a folder's name alone, of a run's `model/` the run's."""
+def _without_paths(value: Any) -> Any:
+    """Replace absolute paths in a setting by the folder's name; for `<run>/model` by the run's name."""
     if isinstance(value, Mapping):
-        return {key: _shown(one) for key, one in value.items()}
+        return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_shown(one) for one in value]
+        return [_without_paths(item) for item in value]
     if not isinstance(value, str) or not value.startswith(("/", "~")):
         return value
     path = Path(value)
@@ -129,7 +131,7 @@ def _shown(value: Any) -> Any:
 
 
 def _row(metrics: Mapping[str, Any]) -> str:
-    """A task's line in the table of scores."""
+    """Return a task's row of the score table."""
     columns = [
         metrics["metrics"][metrics["metric"]],
         *(metrics["controls"][name] for name in ("prior", "shuffled_images")),

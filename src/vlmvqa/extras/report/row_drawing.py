@@ -1,4 +1,4 @@
-"""A row as a person can read it: its tokens in words, and its mask as a picture."""
+"""A row in readable form: a table of its tokens, and a plot of its attention mask."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ COLORS = {IMAGE: "#4c78a8", PROMPT: "#72b7b2", ANSWER: "#e45756"}
 
 
 def describe(batch: Mapping[str, Tensor], processor: Processor, row: int = 0) -> str:
-    """A table of the row's tokens, and for each question what its last token sees, decoded."""
+    """Return a table of the row's tokens, and the decoded tokens that each question's last token attends to."""
     columns = {name: batch[name][row].tolist() for name in COLUMNS}
     words = _words(columns, processor)
     lines = [f"{'index':>5} {'token':<16}{'document':>9}{'branch':>7} {'role':<7}{'position':>9}  predicts"]
     previous_image = False
     for index, word in enumerate(words):
         if columns["document"][index] == PADDING:
-            lines.append(f"{index:>5} ... {len(words) - index} of padding, seen by nobody")
+            lines.append(f"{index:>5} ... {len(words) - index} padding tokens, masked")
             break
-        if columns["role"][index] == IMAGE:  # one line stands for all tokens of an image
+        if columns["role"][index] == IMAGE:  # one line for all tokens of an image
             if previous_image:
                 continue
             end = next((at for at in range(index, len(words)) if columns["role"][at] != IMAGE), len(words))
@@ -40,17 +40,17 @@ def describe(batch: Mapping[str, Tensor], processor: Processor, row: int = 0) ->
             f"{ROLES[columns['role'][index]]:<7}{columns['position'][index]:>9}  {predicts}"
         )
     mask = _mask(batch, processor, row)
-    lines.append("what the last token of each question sees:")
+    lines.append("visible to the last token of each question:")
     for index in _last_of_each_question(columns):
-        seen = [other for other in range(len(words)) if mask[index, other]]
-        images = sum(columns["role"][other] == IMAGE for other in seen)
-        text = processor.tokenizer.decode([columns["input_ids"][o] for o in seen if columns["role"][o] != IMAGE])
+        keys = [other for other in range(len(words)) if mask[index, other]]
+        images = sum(columns["role"][other] == IMAGE for other in keys)
+        text = processor.tokenizer.decode([columns["input_ids"][o] for o in keys if columns["role"][o] != IMAGE])
         lines.append(f"{index:>5} {images} image tokens, then {text!r}")
     return "\n".join(lines)
 
 
 def draw(batch: Mapping[str, Tensor], processor: Processor, path: Path, title: str, row: int = 0) -> None:
-    """Write the mask as a grid (queries down, keys across), tokens coloured by role, supervised ones framed."""
+    """Plot the mask as a grid (queries down, keys across); keys coloured by role, supervised tokens framed."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
@@ -59,7 +59,7 @@ def draw(batch: Mapping[str, Tensor], processor: Processor, path: Path, title: s
     length = sum(document != PADDING for document in columns["document"])
     roles = torch.tensor(columns["role"][:length])
     mask = _mask(batch, processor, row)[:length, :length]
-    # A cell shows the role of the token that is seen, or white.
+    # A cell shows the role of the visible key, or white.
     cells = torch.where(mask, roles[None, :] + 1, 0)
     side = min(max(6.0, length * 0.11), 24.0)
     figure = Figure(figsize=(side + 2.5, side), layout="constrained")
@@ -75,8 +75,8 @@ def draw(batch: Mapping[str, Tensor], processor: Processor, path: Path, title: s
     for label, index in zip(axes.get_yticklabels(), text, strict=True):
         label.set_color(COLORS[columns["role"][index]])
     axes.set_xticks([])
-    axes.set_title(f"{title}\n{processor.mode}: who (down) sees whom (across); token and position", fontsize=9)
-    handles = [Patch(color=COLORS[role], label=f"sees {name}") for role, name in ROLES.items()]
+    axes.set_title(f"{title}\n{processor.mode}: queries down, keys across; token and position", fontsize=9)
+    handles = [Patch(color=COLORS[role], label=f"attends to {name}") for role, name in ROLES.items()]
     handles.append(Patch(fill=False, edgecolor="black", label="supervised"))
     axes.legend(handles=handles, loc="upper right", fontsize=8)
     figure.savefig(path, dpi=110)

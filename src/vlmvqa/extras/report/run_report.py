@@ -13,7 +13,7 @@ from PIL.Image import Image
 from vlmvqa.data import images
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
-from vlmvqa.extras.report.attributions import looked_at
+from vlmvqa.extras.report.attribution import report_attributions
 from vlmvqa.extras.report.gallery import Record
 from vlmvqa.extras.report.report import shown_images, write_report
 from vlmvqa.inference.predictor import Predictor
@@ -31,7 +31,7 @@ def attributions(
         name: the metric, by which answers are right or wrong.
         most: how many answers at most.
     """
-    return looked_at(replace(predictor, prompt=prompt), examples, predictions, name, most)
+    return report_attributions(replace(predictor, prompt=prompt), examples, predictions, name, most)
 
 
 def write_run_report(

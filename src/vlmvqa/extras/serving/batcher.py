@@ -19,7 +19,7 @@ from PIL import Image
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
-from vlmvqa.extras.report.attribution import Look, look
+from vlmvqa.extras.report.attribution import Attribution, attribute
 from vlmvqa.extras.serving.limits import MILLION, Limits, Refused, busy
 from vlmvqa.inference.predictor import Answer, Predictor
 
@@ -48,7 +48,7 @@ class Answered:
 
     answer: Answer
     alternatives: Sequence[Answer] = ()
-    look: Look | None = None
+    look: Attribution | None = None
 
 
 @dataclass(eq=False)
@@ -212,12 +212,12 @@ class Batcher:
                 [other for other in found if other.text != answer.text][: asked.alternatives]
                 for found, answer in zip(searched, answers, strict=True)
             ]
-        looks: list[Look | None] = [None] * len(answers)
+        looks: list[Attribution | None] = [None] * len(answers)
         if asked.look:
             for place, (question, answer) in enumerate(zip(asked.questions, answers, strict=True)):
                 if one.late:
                     raise _late(self.limits)
-                looks[place] = look(predictor, asked.picture, question, answer.text, asked.look)
+                looks[place] = attribute(predictor, asked.picture, question, answer.text, asked.look)
         return [Answered(*each) for each in zip(answers, others, looks, strict=True)]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from vlmvqa.data import images
 from vlmvqa.data.example import ImageSource
 from vlmvqa.errors import InputError
-from vlmvqa.extras.report.gallery import sureness
+from vlmvqa.extras.report.gallery import record_confidence
 from vlmvqa.extras.serving.html import note, percent, words
 from vlmvqa.metrics.registry import metric
 
@@ -59,12 +59,12 @@ class Run:
             for record in self.records
             if (which not in ("right", "wrong") or self.right(record) == (which == "right"))
             and (kind not in types or _type(record) == kind)
-            and low <= sureness(record) < high
+            and low <= record_confidence(record) < high
         ]
 
     def right(self, record: Mapping[str, Any]) -> bool | None:
         """None: it has no score, or its metric knows no right and wrong."""
-        return metric(self.metric).right(record.get(self.metric))
+        return metric(self.metric).is_correct(record.get(self.metric))
 
 
 def read(folder: Path) -> Run:
@@ -126,7 +126,7 @@ def _tile(run: Run, record: Mapping[str, Any]) -> str:
     references = ", ".join(escape(text) + (f" x {count}" if count > 1 else "") for text, count in counted)
     lines = {
         "References": references or "not known",
-        "Confidence": "" if record["log_probability"] is None else percent(sureness(record)),
+        "Confidence": "" if record["log_probability"] is None else percent(record_confidence(record)),
         "Type": escape(_type(record)),
         "Image": escape(str(record["image_id"])),
     }

@@ -1,12 +1,13 @@
-"""COCO's tokens in Python: lower-case words in the manner of the Penn Treebank, without punctuation.
+"""COCO's caption tokenizer in Python: lower-case Penn Treebank tokens without punctuation.
 
-For captions and answers in English this gives what pycocoevalcap gets from Stanford's tokenizer in Java: clitics stand
-alone ("it 's", "ca n't"), hyphenated words, numbers and abbreviations stay whole, other marks stand alone. Of the marks
-only these go: . , : ; ? ! ... - -- ' '' ` ``. Brackets stay, as "-lrb-" and the like: the official list of what to drop
-has them in capitals, and meets them in lower case.
+For English captions and answers the tokens equal those that pycocoevalcap gets from Stanford's tokenizer in Java:
+clitics are separate tokens ("it 's", "ca n't"); hyphenated words, numbers and abbreviations are one token; other marks
+are separate. Only these marks are dropped: . , : ; ? ! ... - -- ' '' ` ``. Brackets are kept, as "-lrb-" etc.: the
+official list of dropped tokens has them in upper case, but the tokens are in lower case.
 
-Where Java looks at the next caption, to tell whether a last letter's period ends a sentence ("vitamin C."), this takes
-it to begin with a capital. Groups of digits with spaces between, which Java takes for one telephone number, stay apart.
+Two differences: Java reads the next caption to decide whether the period of a final letter ends a sentence ("vitamin
+C."); here the next caption is assumed to begin with a capital. Java joins groups of digits separated by spaces as a
+telephone number; here they are separate tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _ABBREVIATIONS = """
 """
 _CAPITALISED = "Ark Del Ill La Mass Ore Pa Tex Wash"
 _NUMBERED = "ca fig figs no nos op pp prop"
-# Before these, or at the end of the text, a letter's period ends a sentence: "vitamin C. The", but "J. Smith".
+# The period of a letter ends a sentence before these words and at the end of the text: "vitamin C. The", "J. Smith".
 _STARTS = """
     A After An At But He Her Here However If In It Many More One Our She Since Some That The Their Then There These They
     This We What When While You
@@ -35,7 +36,9 @@ def _any(words: str) -> str:
     return "|".join(map(re.escape, words.split()))
 
 
-_NO_DIGIT = r"\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u218f\u2460-\u24ff"  # powers, fractions, in circles
+_NO_DIGIT = (
+    r"\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209f\u2150-\u218f\u2460-\u24ff"  # powers, fractions, circled digits
+)
 _LETTER = rf"[^\W\d_{_NO_DIGIT}]"
 _ALNUM = rf"[^\W_{_NO_DIGIT}]"
 _END = rf"(?!{_ALNUM})"
@@ -45,9 +48,9 @@ _APOSTROPHE = r"['\u2019]"
 _CLITIC = "s|m|d|ll|re|ve"
 _ADDRESS = r"[^\s<>\"|()]*[^\s<>\"|().,;:!?'-]"
 
-# At each place the first rule that fits gives the token.
+# At each position the first matching rule gives the token.
 _RULES = (
-    r"[a-z]+(?=[\s,]|$)",  # nearly every word, found here quickly
+    r"[a-z]+(?=[\s,]|$)",  # nearly every word; first for speed
     # <name@host>; <unk> or another tag; an address.
     r"<[\w.+-]+@[\w.-]+>",
     r"</?[a-z][\w.:-]*(?:\s+[\w.:-]+(?:\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[\w.:-]+))?)*\s*/?>|<!--.*?-->",
@@ -57,7 +60,7 @@ _RULES = (
     rf"[\w.+-]*\w@{_ALNUM}+(?:[.-]{_ALNUM}+)*",
     rf"@[a-z_]\w*|\#{_LETTER}+",
     r">?[:;=](?:[-o*']?[()@{}|[\]\\]|[dp3](?!\w))(?!\w)",  # smileys
-    # Apostrophes: clitics, and words that have one.
+    # Apostrophes: clitics, and words that contain one.
     rf"{_ALNUM}+?(?=n{_APOSTROPHE}t{_END})",
     rf"n{_APOSTROPHE}t{_END}|{_APOSTROPHE}(?:{_CLITIC}){_END}",
     rf"'(?:tis|twas|em|cause|till?){_END}|'n(?:'|{_END})|'\d\d(?:s|{_END})",
@@ -75,19 +78,19 @@ _RULES = (
     rf"\d+ \d+/\d+|{_SHORT}(?:/{_SHORT}){{1,2}}",  # 1 1/2, 9/11, and/or
     rf"[-+]?\d*(?:[.,]\d+)+(?:-{_HYPHENATED}|(?![:\d]))|\d*(?:[.,:]\d+)+",  # -1,000.5, 4.5-inch, 10:30
     rf"c\+\+|{_HYPHENATED}|[-+]\d+",
-    # Marks; what Stanford's tokenizer deletes fits none.
+    # Marks; characters that Stanford's tokenizer deletes match no rule.
     r"[?!]+|<<|>>|-+|\.+|\*+|_+|\#+|``|''",
     r"[^\s\u200b\u2012\ufe0f\ufeff\U00010000-\U0010ffff]",
 )
 _TOKEN = re.compile(rf"\s*+({'|'.join(_RULES)})", re.IGNORECASE)
-# Among them curly and angled quotes, dashes, an ellipsis and a soft hyphen.
+# Includes curly and angled quotes, dashes, an ellipsis and a soft hyphen.
 _DROPPED = re.compile(
     r"\.+|-{1,4}|''|``|&(?:quot|apos|nbsp|mdash);"
     r"|[,:;?!'\"`\u201c\u201d\u2018\u2019\u00ab\u00bb\u2039\u203a\u2013\u2014\u2026\u00ad]"
 )
 
-# What Stanford's tokenizer writes otherwise; of "gonna" and its like it makes two words.
-_WRITTEN = {
+# Tokens that Stanford's tokenizer rewrites; "gonna" and the like become two words.
+_REWRITTEN = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "€": "$", "¤": "$", "£": "#", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
     "&amp;": "&", "&lt;": "<", "&gt;": ">",
@@ -95,22 +98,22 @@ _WRITTEN = {
     "'tis": "'t is", "'twas": "'t was", **{f"\u2019{clitic}": f"'{clitic}" for clitic in _CLITIC.split("|")},
     "n\u2019t": "n't",
 }  # fmt: skip
-_BRACKETS = str.maketrans({mark: _WRITTEN[mark] for mark in "()[]{}"})
+_BRACKETS = str.maketrans({mark: _REWRITTEN[mark] for mark in "()[]{}"})
 
 
 def tokenize(text: str) -> str:
-    """The tokens of a caption with single spaces between.
+    """Return the tokens of a caption, separated by single spaces.
 
     Args:
-        text: a raw caption; line breaks in it are white space.
+        text: a raw caption; line breaks count as white space.
     """
-    return " ".join(filter(None, map(_written, _TOKEN.findall(text.strip()))))
+    return " ".join(filter(None, map(_normalized, _TOKEN.findall(text.strip()))))
 
 
 @lru_cache(maxsize=1 << 16)
-def _written(token: str) -> str:
-    """A token as it is counted; empty for a mark that is dropped."""
+def _normalized(token: str) -> str:
+    """Return the normal form of a token; empty for a dropped mark."""
     if _DROPPED.fullmatch(token):
         return ""
     token = token.lower().replace("&amp;", "&").replace(" ", "\u00a0")
-    return _WRITTEN.get(token) or (token.translate(_BRACKETS) if token[0] in ">:;=" else token)
+    return _REWRITTEN.get(token) or (token.translate(_BRACKETS) if token[0] in ">:;=" else token)

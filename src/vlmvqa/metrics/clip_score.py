@@ -1,13 +1,12 @@
-"""CLIP similarity of captions and images, without references: CLIPScore with the CLIP of transformers.
+"""CLIP similarity of captions and images, without references: CLIPScore with transformers' CLIP.
 
-Source: Hessel et al., "CLIPScore", EMNLP 2021: 2.5 * max(cosine, 0), captions after "A photo depicts ". The paper's
-model is ViT-B/32; another model gives other numbers.
+Source: Hessel et al., "CLIPScore", EMNLP 2021: 2.5 * max(cosine, 0), captions prefixed with "A photo depicts ". The
+paper's model is ViT-B/32; numbers of different models are not comparable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -15,22 +14,21 @@ from typing import TYPE_CHECKING, Any
 from vlmvqa.errors import InputError
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, when_offline
 from vlmvqa.metrics.checks import Id, check_ids, check_text
+from vlmvqa.metrics.interface import Answers, MeanScore, Metric, Score, percent
 
-if TYPE_CHECKING:  # torch and transformers take seconds to import: only when a picture is scored
+if TYPE_CHECKING:  # torch and transformers take seconds to import, so they are imported when an image is scored
     import torch
 
-    from vlmvqa.data.example import ImageSource
+    from vlmvqa.data.example import Example, ImageSource, Question
 
 MODEL = "openai/clip-vit-base-patch32"
 SCALE = 2.5
 
 
-@dataclass(frozen=True, slots=True)
-class ClipSimilarity:
-    """CLIPScore in 0..2.5, most often below 1: the mean, and each caption's."""
+class ClipSimilarity(MeanScore):
+    """CLIPScore in 0..2.5, usually below 1: the mean, and the value of each caption."""
 
-    score: float
-    per_question: dict[int | str, float]
+    __slots__ = ()
 
 
 def clip_similarity(
@@ -42,15 +40,15 @@ def clip_similarity(
     batch_size: int = 32,
     device: str | torch.device | None = None,
 ) -> ClipSimilarity:
-    """How near each caption is to its image in CLIP's space.
+    """Compute the similarity of each caption and its image in CLIP's embedding space.
 
     Args:
-        predictions: caption or answer by id; what is longer than CLIP's text (77 tokens) is cut.
-        images: a path, an encoded file's bytes or a PIL image by id.
-        model: a CLIP's id on the hub, or a local folder with its weights, tokenizer and image processor.
-        prefix: what stands before each caption.
-        batch_size: captions and images at a time.
-        device: where the model runs (None: a GPU if there is one).
+        predictions: caption or answer by id; text over CLIP's limit of 77 tokens is truncated.
+        images: image by id: a path, the bytes of a file, or a PIL image.
+        model: hub id of a CLIP model, or a local folder with its weights, tokenizer and image processor.
+        prefix: text prepended to each caption.
+        batch_size: captions and images per forward pass.
+        device: device of the model (None: a GPU if available).
 
     Raises:
         InputError: ids differ between the mappings, an image cannot be read, or the model cannot be loaded.
@@ -66,14 +64,14 @@ def clip_similarity(
     scores: dict[int | str, float] = {}
     for ids in _batches(list(predictions), batch_size):
         texts = clip.texts([prefix + predictions[key] for key in ids])
-        pictures = clip.images([images[key] for key in ids], [f"the image of {key!r}" for key in ids])
-        cosines = (texts * pictures).sum(-1)
+        features = clip.images([images[key] for key in ids], [f"the image of {key!r}" for key in ids])
+        cosines = (texts * features).sum(-1)
         scores |= zip(ids, (SCALE * cosines.clamp(min=0)).tolist(), strict=True)
     return ClipSimilarity(fmean(scores.values()), scores)
 
 
 class _Clip:
-    """Unit vectors `float32[B, D]` of texts and of pictures."""
+    """CLIP model that returns unit vectors `float32[B, D]` of texts and images."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPProcessor
@@ -87,8 +85,8 @@ class _Clip:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
-                f"model={name!r} cannot be loaded{when_offline()} ({reason}); give a CLIP's local folder, or "
-                "its id on the hub."
+                f"model={name!r} cannot be loaded{when_offline()} ({reason}); give the local folder or the hub id of a "
+                "CLIP model."
             ) from error
         self.model = model.to(device).eval()
         self.device = device
@@ -103,25 +101,49 @@ class _Clip:
     def images(self, sources: Sequence[ImageSource | str], names: Sequence[str]) -> torch.Tensor:
         from vlmvqa.data.images import decode
 
-        pictures = [
+        decoded = [
             decode(Path(source) if isinstance(source, str) else source, _name(source, name))
             for source, name in zip(sources, names, strict=True)
         ]
-        return self._unit(self.model.get_image_features, self.processor.image_processor(pictures, return_tensors="pt"))
+        return self._unit(self.model.get_image_features, self.processor.image_processor(decoded, return_tensors="pt"))
 
     def _unit(self, embed: Any, inputs: Any) -> torch.Tensor:
         import torch
 
         with torch.inference_mode():
-            # transformers 5 gives the projected embedding as the pooled output.
+            # transformers 5 returns the projected embedding as the pooled output.
             projected = embed(**inputs.to(self.device)).pooler_output
             return torch.nn.functional.normalize(projected.float(), dim=-1)
 
 
 def _name(source: object, name: str) -> str:
-    """How an error names a picture: by its file, where it has one."""
+    """Return the name of an image for error messages: its path if it has one."""
     return str(source) if isinstance(source, str | Path) else name
 
 
 def _batches(ids: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (ids[start : start + size] for start in range(0, len(ids), size))
+
+
+def _score(questions: Sequence[Question], answers: Answers, images: Mapping[Any, ImageSource], **options: Any) -> Score:
+    result = clip_similarity(answers, images, **options)
+    return Score({"clip_similarity": 100 * result.score}, percent(result.per_question))
+
+
+def _check_examples(examples: Iterable[Example], **options: Any) -> None:
+    """Check that the model can be loaded, by scoring a small image."""
+    from PIL import Image
+
+    clip_similarity({0: "a"}, {0: Image.new("RGB", (8, 8))}, **options)
+
+
+CLIP_SIMILARITY = Metric(
+    title="CLIP similarity (x 100)",
+    version="clip_similarity: CLIPScore, of ViT-B/32 where no model is named",
+    score=_score,
+    check_options=lambda model="", prefix="": None,
+    check_examples=_check_examples,
+    options=("model", "prefix"),
+    correct_from=None,
+    needs_images=True,
+)

@@ -1,8 +1,7 @@
-"""VQA accuracy, digit for digit as the official script counts it.
+"""VQA accuracy, equal to the official script's to the last digit.
 
-Source: `vqaEval.py` of github.com/GT-Vision-Lab/VQA as of 2021 (BSD-2). The rules that papers and
-other evaluators use instead are here under their own names and never the default: a number is
-comparable only with numbers counted the same way.
+Source: `vqaEval.py` of github.com/GT-Vision-Lab/VQA as of 2021 (BSD-2). The rules that papers and other evaluators use
+instead are options and never the default: numbers are comparable only if they were computed by the same rules.
 """
 
 from __future__ import annotations
@@ -12,17 +11,22 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 from vlmvqa.metrics.checks import Id, check_answers, check_ids, check_option
+from vlmvqa.metrics.interface import Answers, Metric, Score, references_by_id
+
+if TYPE_CHECKING:
+    from vlmvqa.data.example import Question
 
 NORMALIZE = ("official", "always", "never")
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS_AROUND_COMMA = re.compile(r"\d,\d")
-# The script's first lookaround is mistyped, `(?!<=\d)`, so that no digit before a period protects it: "3." -> "3".
+# The script mistypes its first lookaround as `(?!<=\d)`, so a period after a digit is removed too: "3." -> "3".
 _PERIOD = re.compile(r"\.(?!\d)")
-# The script passes `re.UNICODE` to `sub` where `count` belongs: 32 periods go, the 33rd stays.
+# The script passes `re.UNICODE` to `sub` as `count`: it removes 32 periods and keeps the 33rd.
 _MOST_PERIODS = int(re.UNICODE)
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -38,18 +42,18 @@ _CONTRACTIONS = """
     what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's
     won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """
-# The script lists each word with one apostrophe missing; "im", "ive", "shes", "lets" are not among them and stay.
+# The script lists each word with one apostrophe missing; "im", "ive", "shes" and "lets" are not in its list.
 _CONTRACTION = {
     word[:place] + word[place + 1 :]: word
     for word in _CONTRACTIONS.split()
     for place, letter in enumerate(word)
     if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the one entry that the script has the wrong way round
+} | {"somebody'd": "somebodyd"}  # the script swaps the two sides of this entry
 
 
 @dataclass(frozen=True, slots=True)
 class VqaAccuracy:
-    """VQA accuracy in percent: means rounded to two digits as the script prints them, questions unrounded."""
+    """VQA accuracy in percent: means rounded to two digits as in the script, per-question values unrounded."""
 
     overall: float
     per_answer_type: dict[str, float]
@@ -66,18 +70,19 @@ def vqa_accuracy(
     normalize: str = "official",
     consensus: str = "leave_one_out",
 ) -> VqaAccuracy:
-    """Mean agreement of each predicted answer with the annotators' answers to its question.
+    """Compute the mean agreement of predicted answers with the annotators' answers.
 
     With fewer than four references the official rule cannot reach 100, and with one it is always 0.
 
     Args:
-        predictions: raw answer of the model by question id.
-        references: the annotators' raw answers (ten in VQAv2, any number here) by question id.
-        answer_types, question_types: category by question id, for the means of each category.
-        normalize: "official" normalises prediction and references unless the references are all the same;
+        predictions: raw model answer by question id.
+        references: raw annotator answers (ten in VQAv2, any number here) by question id.
+        answer_types: category by question id, for the means by answer type.
+        question_types: category by question id, for the means by question type.
+        normalize: "official" normalises prediction and references unless all references are equal;
             "always" (lmms-eval, VLMEvalKit) normalises those too; "never" compares raw text.
         consensus: "leave_one_out" is official; "min3" is min(matches / 3, 1) over all references, the short form
-            of many READMEs, which reads 1.3 (TextVQA) to 2.4 (VizWiz) points higher.
+            in many READMEs, which gives 1.3 (TextVQA) to 2.4 (VizWiz) points more.
 
     Raises:
         InputError: ids differ between the mappings, a question has no reference, or an option is unknown.
@@ -101,7 +106,7 @@ def vqa_accuracy(
 
 
 def _matches(prediction: str, answers: Sequence[str], normalize: str) -> tuple[int, int]:
-    """How many of the `answers` the prediction equals, and how many there are."""
+    """Return the number of answers equal to the prediction, and the number of answers."""
     prediction = _clean(prediction)
     counts = Counter(map(_clean, answers))
     # The official script leaves answers unprocessed when all ten agree, so "Yes" scores 0 against ten times "yes".
@@ -112,7 +117,7 @@ def _matches(prediction: str, answers: Sequence[str], normalize: str) -> tuple[i
 
 
 def _leave_one_out(matches: int, references: int) -> float:
-    """Mean over the references of min(1, matches among the others / 3), in closed form."""
+    """Return the mean over the references of min(1, matches among the others / 3), in closed form."""
     thirds = matches * min(3, matches - 1) + (references - matches) * min(3, matches)
     return thirds / 3 / references
 
@@ -126,7 +131,7 @@ CONSENSUS: dict[str, Callable[[int, int], float]] = {"leave_one_out": _leave_one
 
 @lru_cache(maxsize=1 << 17)
 def normalize_answer(text: str) -> str:
-    """The official script's normal form of an answer: no punctuation, lower case, digits, no articles, apostrophes."""
+    """Normalise an answer as the official script does: punctuation, case, number words, articles, contractions."""
     words = (_DIGIT.get(word, word) for word in _strip_punctuation(_clean(text)).lower().split())
     return " ".join(_CONTRACTION.get(word, word) for word in words if word not in _ARTICLES)
 
@@ -136,7 +141,7 @@ def _clean(text: str) -> str:
 
 
 def _strip_punctuation(text: str) -> str:
-    """Delete or blank each mark: what decides is the original text, wherever in it the mark stands."""
+    """Delete each punctuation mark or replace it by a space, depending on the original text alone."""
     digits_around_comma = _DIGITS_AROUND_COMMA.search(text) is not None
     stripped = text
     for mark in _PUNCTUATION:
@@ -147,7 +152,7 @@ def _strip_punctuation(text: str) -> str:
 
 
 def _mean(values: Iterable[float]) -> float:
-    """The script's `round(100 * mean, 2)`; `fsum`, so that the order of the questions cannot move the last digit."""
+    """Return `round(100 * mean, 2)` as in the script; `fsum` makes it independent of the order of the questions."""
     values = list(values)
     return round(100 * math.fsum(values) / len(values), 2)
 
@@ -159,3 +164,37 @@ def _mean_per_type(accuracy: Mapping[Id, float], types: Mapping[Id, str] | None)
     for question, value in accuracy.items():
         groups.setdefault(types[question], []).append(value)
     return {name: _mean(values) for name, values in groups.items()}
+
+
+def _score(questions: Sequence[Question], answers: Answers, **options: Any) -> Score:
+    types = {
+        kind: {question.id: getattr(question, kind) or "unknown" for question in questions}
+        for kind in ("answer_type", "question_type")
+    }
+    result = vqa_accuracy(
+        answers,
+        references_by_id(questions),
+        answer_types=types["answer_type"],
+        question_types=types["question_type"],
+        **options,
+    )
+    means = {"answer_type": result.per_answer_type, "question_type": result.per_question_type}
+    counts = {kind: Counter(by_question.values()) for kind, by_question in types.items()}
+    tables = {
+        kind: {name: (mean, counts[kind][name]) for name, mean in by_type.items()} for kind, by_type in means.items()
+    }
+    return Score({"vqa_accuracy": result.overall}, dict(result.per_question), tables)
+
+
+VQA_ACCURACY = Metric(
+    title="VQA accuracy (%)",
+    version="vqa_accuracy: official script of 2021",
+    score=_score,
+    check_options=partial(vqa_accuracy, {0: "a"}, {0: ["a"]}),
+    options=("normalize", "consensus"),
+    variants={
+        "normalize=always": {"normalize": "always"},
+        "normalize=never": {"normalize": "never"},
+        "consensus=min3": {"consensus": "min3"},
+    },
+)

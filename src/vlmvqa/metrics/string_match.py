@@ -1,28 +1,31 @@
-"""Exact match, and the relaxed accuracy of ChartQA, which lets numbers be 5 % off."""
+"""Exact match, and ChartQA's relaxed accuracy, which accepts numbers within 5 %."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
 from vlmvqa.metrics.checks import Id, check_answers
+from vlmvqa.metrics.interface import MeanScore, Metric, mean_scorer
 
 TOLERANCE = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """A share in 0..1, and each question's 0 or 1."""
+class Accuracy(MeanScore):
+    """Share of matching answers in 0..1, and 0 or 1 for each question."""
 
-    score: float
-    per_question: dict[int | str, float]
+    __slots__ = ()
 
 
 def exact_match(
     predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]], *, ignore_case: bool = False
 ) -> Accuracy:
-    """The share of predictions that equal one of their references, white space at the ends aside.
+    """Compute the share of predictions that equal one of their references, ignoring surrounding white space.
+
+    Args:
+        predictions: raw model answer by question id.
+        references: raw reference answers by question id.
+        ignore_case: whether "Yes" equals "yes".
 
     Raises:
         InputError: ids differ between the mappings, or a question has no reference.
@@ -32,29 +35,29 @@ def exact_match(
         answer, reference = answer.strip(), reference.strip()
         return answer.lower() == reference.lower() if ignore_case else answer == reference
 
-    return _best(predictions, references, same)
+    return _accuracy(predictions, references, same)
 
 
 def relaxed_accuracy(
     predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]], *, tolerance: float = TOLERANCE
 ) -> Accuracy:
-    """The share of predictions that match one of their references: numbers within 5 %, text but for its case.
+    """Compute the share of predictions that match a reference: numbers within 5 %, text up to case.
 
-    A percentage is the number that it means: "5%" is 0.05, so neither "5" nor "5 percent" matches it. Nothing is within
-    5 % of zero, and so "0" is compared as text, which "0.0" is not. "nan" never matches.
+    A percentage is converted to its value: "5%" is 0.05, so neither "5" nor "5 percent" matches it. A reference of zero
+    is compared as text, because no number is within 5 % of it: "0.0" doesn't match "0". "nan" never matches.
 
-    Source: Masry et al., "ChartQA", ACL 2022 findings, section 5.1, as Pix2Struct's `metrics.py` counts it, and
-    lmms-eval after it.
+    Source: Masry et al., "ChartQA", ACL 2022 findings, section 5.1, as implemented in Pix2Struct's `metrics.py` and
+    lmms-eval.
 
     Args:
-        predictions: raw answer of the model by question id.
+        predictions: raw model answer by question id.
         references: raw reference answers by question id.
-        tolerance: the largest difference, as a part of the reference.
+        tolerance: largest difference, relative to the reference.
 
     Raises:
         InputError: ids differ between the mappings, or a question has no reference.
     """
-    return _best(predictions, references, lambda answer, reference: _relaxed(answer, reference, tolerance))
+    return _accuracy(predictions, references, lambda answer, reference: _relaxed(answer, reference, tolerance))
 
 
 def _relaxed(answer: str, reference: str, tolerance: float) -> bool:
@@ -65,14 +68,14 @@ def _relaxed(answer: str, reference: str, tolerance: float) -> bool:
 
 
 def _number(text: str) -> float | None:
-    """What Python reads as a number, which "1,000" is not."""
+    """Parse a number as Python does; None for other text, "1,000" included."""
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
 
 
-def _best(
+def _accuracy(
     predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]], same: Callable[[str, str], bool]
 ) -> Accuracy:
     check_answers(predictions, references)
@@ -81,3 +84,15 @@ def _best(
         for question, answers in references.items()
     }
     return Accuracy(fmean(scores.values()), scores)
+
+
+EXACT_MATCH = Metric(
+    title="exact match (%)",
+    version="exact_match",
+    score=mean_scorer("exact_match", exact_match),
+)
+RELAXED_ACCURACY = Metric(
+    title="relaxed accuracy (%)",
+    version="relaxed_accuracy: ChartQA's, 5 % of the number",
+    score=mean_scorer("relaxed_accuracy", relaxed_accuracy),
+)
