@@ -22,9 +22,8 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.planning import report, verify
 from vlmvqa.extras.planning.gpus import gpu
-from vlmvqa.extras.planning.memory import Settings
-from vlmvqa.extras.planning.planner import Planner, Rows, Training, known_architecture
-from vlmvqa.extras.planning.published_sizes import known_config
+from vlmvqa.extras.planning.planner import Planner, Rows, Settings, Training
+from vlmvqa.extras.planning.published_sizes import known_architecture, known_config
 from vlmvqa.inference import build
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.settings import build_settings
