@@ -18,9 +18,9 @@ host: GiB of host memory, all GPUs together. questions/s: an estimate from the a
 max rows: per GPU, without and with activation checkpointing. peak in: backward pass, last reduction
 of gradients, or optimizer step.
 optimizer: its states, and under ZeRO the fp32 weights. buffers: for communication, and weights
-gathered from shards. activations: after the decoder's forward pass, under ddp with autocast's copies
-of the weights. logits: additional memory of the loss, with the output matrix's gradient. temporary:
-the rest of the peak. Not all columns are in memory at the peak.
+gathered from shards. activations: after the decoder's forward pass, under ddp with autocast's
+copies of the weights. logits: additional memory of the loss, with the output matrix's gradient.
+temporary: the rest of the peak. Not all columns are in memory at the peak.
 Computed from the real model without weights and the strategies' code, not measured: verify=true
 measures one process on a GPU. torch_compile and evaluation are not planned."""
 
