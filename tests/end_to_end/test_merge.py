@@ -1,4 +1,4 @@
-"""`init_from=` and `launch/merge.py`: a model trained on for two tasks, and both made one."""
+"""`init_from=` and `launch/merge.py`: a model fine-tuned on two tasks, and both merged."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from tests.end_to_end.scripts import MODEL, SHAPES, SMALL, call, done, metrics, sentence
 
-ON = tuple(argument for argument in SMALL if argument not in MODEL)  # the model's own settings come with it
+ON = tuple(argument for argument in SMALL if argument not in MODEL)  # init_from brings the model's settings
 FEW = ("data.options.train_images=8", "data.options.val_images=6")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, and two models that were trained on from it, on other tasks."""
+    """A base and two models fine-tuned from it on other tasks."""
     home = tmp_path_factory.mktemp("merging")
     done(call("train", *SMALL, *SHAPES, f"data.root={home / 'shapes'}", f"run.dir={home / 'base'}"))
     for name in ("gqa", "docvqa"):
@@ -41,7 +41,7 @@ def test_a_model_is_trained_on_from_where_it_was_saved(home: Path) -> None:
     assert set(on["prompts"]) == {"shapes", "gqa"}
     one, other = (load_file(home / name / "model" / "model.safetensors") for name in ("base", "gqa"))
     moved = [float((other[name] - one[name]).abs().max()) for name in one]
-    assert 0 < max(moved) < 0.05  # two steps away, not anew
+    assert 0 < max(moved) < 0.05  # two steps from the base, not a new model
 
 
 def test_what_start_from_refuses(home: Path, tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_two_tasks_become_one_model(home: Path) -> None:
         torch.equal(value, ended[name]) for name, value in load_file(home / "again" / "model.safetensors").items()
     )
     config = json.loads((home / "again" / "config.json").read_text())
-    assert set(config["prompts"]) == {"shapes", "gqa", "docvqa"}  # each task is asked as in its training
+    assert set(config["prompts"]) == {"shapes", "gqa", "docvqa"}  # each task keeps its training prompt
     assert config["prompts"]["docvqa"] == "{question}\n"
     data = ("data=gqa", "data.synthetic=true", f"data.root={home / 'gqa-data'}", *FEW, "split=val")
     done(call("eval", f"checkpoint={home / 'again'}", *data, f"run.dir={home / 'scored'}"))
@@ -75,16 +75,14 @@ def test_what_merging_refuses(home: Path, tmp_path: Path) -> None:
         return sentence(call("merge", f"output={tmp_path / 'out'}", *arguments))
 
     both = f"models=[{home / 'gqa'},{home / 'docvqa'}]"
-    assert "base=... must be given" in refused(both)
-    assert f"continues {home / 'base' / 'model'}, not" in refused(f"base={home / 'gqa'}", both)
+    assert "base=... must be set" in refused(both)
+    assert f"was trained from {home / 'base' / 'model'}, not" in refused(f"base={home / 'gqa'}", both)
     assert "did you mean 'density=0.3'" in refused(f"base={home / 'base'}", both, "densty=0.3")
     assert "no model at" in refused(f"base={home / 'base'}", f"models=[{home / 'gqa'},{home}/no/where]")
     onto = f"output={home / 'gqa' / 'model'}"
     assert "is one of the models that are merged" in sentence(call("merge", f"base={home / 'base'}", both, onto))
     assert "models=a should be a list" in refused(f"base={home / 'base'}", "models=a")
-    assert "'^visoin' is found in no tensor's name" in refused(
-        f"base={home / 'base'}", both, "layers={'^visoin': [1,0]}"
-    )
+    assert "'^visoin' matches no tensor name" in refused(f"base={home / 'base'}", both, "layers={'^visoin': [1,0]}")
     merged(home, "layers={'^vision': [1,0]}")
     again = sentence(call("merge", f"base={home / 'base'}", both, f"output={home / 'merged'}"))
     assert "is there already; choose another, or set run.overwrite=true" in again
@@ -92,7 +90,7 @@ def test_what_merging_refuses(home: Path, tmp_path: Path) -> None:
 
 
 def test_the_base_of_a_mean_is_the_one_that_is_named(home: Path, tmp_path: Path) -> None:
-    """What the models moved by is told from it, and it is scored."""
+    """Statistics are computed relative to it, and it is scored."""
     models = f"models=[{home / 'gqa'},{home / 'docvqa'}]"
     data = ("data=gqa", "data.synthetic=true", f"data.root={home / 'gqa-data'}", *FEW, "data.eval_split=val")
     base = f"base={home / 'base'}"
@@ -109,7 +107,7 @@ def test_the_base_of_a_mean_is_the_one_that_is_named(home: Path, tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def lora(home: Path) -> Path:
-    """Two adapters of the base, on other tasks, one of them over 4 bits."""
+    """Two adapters of the base on other tasks, one of them over 4 bits."""
     for package in ("peft", "bitsandbytes"):
         pytest.importorskip(package, reason=f"{package} is an extra: pip install 'vlmvqa[adapters]'")
     for name, kind in (("gqa", "lora"), ("docvqa", "qlora")):
@@ -134,7 +132,7 @@ def test_adapters_become_one_model_scored_on_both_tasks(lora: Path) -> None:
 
 @pytest.mark.slow
 def test_an_adapter_becomes_a_whole_model(lora: Path, tmp_path: Path) -> None:
-    """Compared on what its run evaluated on, or on what is named, or not at all."""
+    """Compared on the evaluation data of its run, on data=, or not at all."""
     for number, (kind, into) in enumerate((("lora", "full"), ("qlora", "dequantized"))):
         folder = tmp_path / str(number)
         told = done(call("merge", f"adapter={lora / kind}", f"into={into}", f"output={folder}")).out
@@ -142,7 +140,7 @@ def test_an_adapter_becomes_a_whole_model(lora: Path, tmp_path: Path) -> None:
         rows = {line.split()[0]: line.split() for line in told.splitlines() if kind in line and "%" in line}
         assert rows["vision"][3] == "-" and rows["language"][3] == "100.0%"
         found = json.loads((folder / "merge.json").read_text())["drift"]
-        assert found["largest"] < 0.02 * found["range"]  # the adapter's frozen weights may be of bfloat16
+        assert found["largest"] < 0.02 * found["range"]  # the adapter's frozen weights may be bfloat16
     moved = f"adapter={shutil.copytree(lora / 'lora' / 'model', tmp_path / 'moved')}"
     told = done(call("merge", moved, f"output={tmp_path / 'untold'}")).out
     assert "nothing was compared:" in told and "whose config.yaml says what it was evaluated on; give data=" in told
@@ -161,6 +159,6 @@ def test_what_adapters_refuse(lora: Path, tmp_path: Path) -> None:
         said = refused(f"adapter={lora / 'gqa'}", *more)
         assert f"adapter={lora / 'gqa'} is a whole model, not an adapter; name the run of an adapter" in said
     assert "into=4 is unknown; use full" in refused(one, "into=4")
-    assert "into=dequantized: not all of these are adapters over" in refused(one, "into=dequantized")
-    assert "leave base= out for its own" in refused(one, f"base={lora / 'gqa'}")
+    assert "into=dequantized: not all models are adapters over" in refused(one, "into=dequantized")
+    assert "remove base= to use its own" in refused(one, f"base={lora / 'gqa'}")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Merging: the papers' definitions on tensors worked out by hand, peft's own functions, and whole models in files."""
+"""Merging: the papers' definitions on hand-computed tensors, peft's functions, and full saved models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from vlmvqa.config.schema import DistSettings, TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.extras.merging import files, methods
 from vlmvqa.extras.merging.files import Weights
-from vlmvqa.extras.merging.merge import Merge, MergeSettings
+from vlmvqa.extras.merging.merge import Merge
+from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.inference import build
 from vlmvqa.inference.predictor import load
 from vlmvqa.models.vlm import DTYPES, cast_parameters
@@ -37,7 +38,7 @@ def row(*values: float) -> Tensor:
     return torch.tensor(values)
 
 
-# --- the definitions --------------------------------------------------------------------------------------
+# --- methods --------------------------------------------------------------------------------------
 
 
 def test_ties_by_hand() -> None:
@@ -79,7 +80,7 @@ def test_dare_keeps_the_mean() -> None:
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=60), st.data())
 @settings(max_examples=200, deadline=None)
 def test_the_threshold_is_exact(values: list[float], data: st.DataObject) -> None:
-    """The same as sorting, however the entries come in pieces."""
+    """The same as sorting, for any split into chunks."""
     kept = data.draw(st.integers(1, len(values)))
     cut = data.draw(st.integers(0, len(values)))
     entries = torch.tensor(values)
@@ -90,7 +91,7 @@ def test_the_threshold_is_exact(values: list[float], data: st.DataObject) -> Non
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 def test_ties_and_the_rest_equal_pefts(density: float) -> None:
-    """`peft.utils.merge_utils`, for weights of 1, where its mean and the paper's are the same."""
+    """`peft.utils.merge_utils` with weights of 1, where its mean equals the paper's."""
     peft = pytest.importorskip("peft.utils.merge_utils", reason="peft is an extra")
     deltas = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     weights = torch.ones(3)
@@ -105,19 +106,19 @@ def test_ties_and_the_rest_equal_pefts(density: float) -> None:
 
 
 def tuned(folder: Path, seed: int) -> Path:
-    """The base, each entry of it moved a little."""
+    """Save a copy of the base with noise added to each weight."""
     model = predictor()
-    drawn = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.model.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=drawn))
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     model.save(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base and two models that were tuned from it."""
+    """A base and two models fine-tuned from it."""
     root = tmp_path_factory.mktemp("models")
     predictor().save(root / "base")
     return {"base": root / "base", "a": tuned(root / "a", 1), "b": tuned(root / "b", 2)}
@@ -133,16 +134,16 @@ def merge(saved: dict[str, Path], output: Path, **given: Any) -> dict[str, Tenso
     return weights(output)
 
 
-@pytest.fixture(params=[1 << 24, 100], ids=["whole tensors", "pieces"])
-def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """However little of a tensor is in memory at a time, the result is the same."""
-    monkeypatch.setattr(files, "PIECE", request.param)
+@pytest.fixture(params=[1 << 24, 100], ids=["whole tensors", "chunks"])
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The result doesn't depend on the chunk size."""
+    monkeypatch.setattr(files, "CHUNK_SIZE", request.param)
     yield
 
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "slerp"])
 def test_a_merged_model_is_what_the_tensors_say(
-    method: str, saved: dict[str, Path], tmp_path: Path, pieces: None
+    method: str, saved: dict[str, Path], tmp_path: Path, chunks: None
 ) -> None:
     found = merge(saved, tmp_path / "out", method=method, density=0.4, weights=(1.0, 3.0), scale=0.5)
     base, one, two = (weights(saved[name]) for name in ("base", "a", "b"))
@@ -177,7 +178,7 @@ def test_a_merged_model_is_what_the_tensors_say(
 
 
 def test_the_merged_model_answers(saved: dict[str, Path], tmp_path: Path) -> None:
-    """It is loaded like any other, and lies between its parents."""
+    """It loads like any other model."""
     merge(saved, tmp_path / "out")
     model = load(tmp_path / "out")
     assert len(model.answer_examples(examples())) == 16 and model.prompt == predictor().prompt
@@ -189,8 +190,8 @@ def test_trimming_by_the_whole_model_keeps_the_share_of_all(saved: dict[str, Pat
     for trim in ("tensor", "model"):
         made = Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings(trim=trim, density=0.25))
         made.run(tmp_path / trim)
-        total = sum(counts.entries for counts in made.counts.values())
-        kept = [sum(counts.kept[model] for counts in made.counts.values()) / total for model in (0, 1)]
+        total = sum(statistics.entries for statistics in made.statistics.values())
+        kept = [sum(statistics.kept[model] for statistics in made.statistics.values()) / total for model in (0, 1)]
         assert kept == pytest.approx([0.25, 0.25], abs=0.002)
     assert any(
         not torch.equal(value, weights(tmp_path / "model")[name])
@@ -213,7 +214,7 @@ def test_dare_draws_the_same_again_and_otherwise_under_another_seed(
 
 
 def test_weights_of_a_pattern(saved: dict[str, Path], tmp_path: Path) -> None:
-    """The encoder of one, the rest of the other."""
+    """The encoder of one model, the rest of the other."""
     found = merge(saved, tmp_path / "out", method="linear", weights=(0.0, 1.0), layers={r"^vision\.": (1.0, 0.0)})
     one, two = weights(saved["a"]), weights(saved["b"])
     assert all(torch.equal(found[name], (one if name.startswith("vision.") else two)[name]) for name in found)
@@ -227,19 +228,19 @@ def largest(delta: Tensor, density: float) -> Tensor:
 
 @pytest.mark.parametrize("density", [1.0, 0.3])
 def test_what_was_counted(density: float, saved: dict[str, Path], tmp_path: Path) -> None:
-    """The norms are of all deltas, the conflicts of what is kept of them."""
+    """Norms are of all deltas, sign conflicts of the kept ones."""
     made = Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings(density=density))
     made.run(tmp_path / "out")
     base, one, two = (weights(saved[name]) for name in ("base", "a", "b"))
     names = [name for name in base if name.startswith("language.")]
     deltas = [torch.cat([(x[n] - base[n]).flatten() for n in names]) for x in (one, two)]
-    found = made.counts["language"].record()
+    found = made.statistics["language"].record()
     assert found["norms_of_deltas"] == pytest.approx([float(delta.norm()) for delta in deltas], rel=1e-5)
     kept = [torch.cat([largest(x[n] - base[n], density) for n in names]) for x in (one, two)]
     moved = (kept[0] != 0) | (kept[1] != 0)
     opposed = kept[0] * kept[1] < 0
     assert found["sign_conflicts"] == pytest.approx(float(opposed.sum() / moved.sum()), abs=1e-4)
-    assert set(made.counts) == {"vision", "projector", "language"}
+    assert set(made.statistics) == {"vision", "projector", "language"}
 
 
 @pytest.mark.parametrize(("density", "lowest"), [(0.3, 0.28), (1.0, 1.0)])
@@ -247,7 +248,7 @@ def test_what_was_counted(density: float, saved: dict[str, Path], tmp_path: Path
 def test_what_was_kept_is_a_share_of_what_was_moved(
     method: str, density: float, lowest: float, saved: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Not of what no model touches, as most of a model beside adapters."""
+    """Weights that no model changes don't count, such as most weights under adapters."""
     base = weights(saved["base"])
     for name in ("a", "b"):
         shutil.copytree(saved[name], tmp_path / name)
@@ -255,8 +256,8 @@ def test_what_was_kept_is_a_share_of_what_was_moved(
         save_file({n: moved[n] if "_proj" in n else base[n] for n in base}, tmp_path / name / "model.safetensors")
     made = Merge(saved["base"], [tmp_path / "a", tmp_path / "b"], MergeSettings(method, density=density))
     made.run(tmp_path / "out")
-    assert made.counts["vision"].record()["kept"] == [None, None]
-    assert all(lowest <= share <= density + 0.02 for share in made.counts["language"].record()["kept"])
+    assert made.statistics["vision"].record()["kept"] == [None, None]
+    assert all(lowest <= share <= density + 0.02 for share in made.statistics["language"].record()["kept"])
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp"])
@@ -266,11 +267,11 @@ def test_a_mean_tells_how_far_the_models_moved_where_the_base_is_known(
     both = [saved["a"], saved["b"]]
     untold = Merge(None, both, MergeSettings(method))
     untold.run(tmp_path / "untold")
-    assert untold.counts == {} and not untold.knows_base
+    assert untold.statistics == {} and not untold.knows_base
     told, ties = Merge(saved["base"], both, MergeSettings(method)), Merge(saved["base"], both, MergeSettings(density=1))
     told.run(tmp_path / "told")
     ties.run(tmp_path / "ties")
-    assert told.counts == ties.counts and told.base.folder == saved["base"]
+    assert told.statistics == ties.statistics and told.base.folder == saved["base"]
     one, other = weights(tmp_path / "told"), weights(tmp_path / "untold")
     assert all(torch.equal(one[name], other[name]) for name in other)
 
@@ -294,7 +295,7 @@ def test_files_are_written_as_the_library_reads_them(dtype: torch.dtype, tmp_pat
     tensors |= {"none": torch.zeros(0, 4).to(dtype), "steps": torch.arange(5)}
     save_file(tensors, tmp_path / "model.safetensors")
     read = Weights(tmp_path)
-    copied = ((name, piece) for name in read.entries for piece in read.pieces(name))
+    copied = ((name, piece) for name in read.entries for piece in read.chunks(name))
     files.write(tmp_path / "copy.safetensors", read.entries, copied)
     found = load_file(tmp_path / "copy.safetensors")
     assert found.keys() == tensors.keys()
@@ -302,7 +303,7 @@ def test_files_are_written_as_the_library_reads_them(dtype: torch.dtype, tmp_pat
 
 
 def test_weights_in_several_files(saved: dict[str, Path], tmp_path: Path) -> None:
-    """As transformers saves what is large."""
+    """Sharded weights, as transformers saves large models."""
     shutil.copytree(saved["a"], tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").unlink()
     whole = weights(saved["a"])
@@ -342,16 +343,16 @@ def edited(folder: Path, output: Path, edit: Any) -> Path:
     [
         (
             lambda t: t.pop("projector.layers.0.weight"),
-            r"projector\.layers\.0\.weight is in .*/base alone; merge models tuned from the same",
+            r"projector\.layers\.0\.weight is only in .*/base; merge models fine-tuned from the same base",
         ),
-        (lambda t: t.update(extra=torch.zeros(2)), r"extra is in .*/odd alone"),
+        (lambda t: t.update(extra=torch.zeros(2)), r"extra is only in .*/odd"),
         (
             lambda t: t.update({"projector.layers.0.weight": torch.zeros(2, 2)}),
-            r"projector\.layers\.0\.weight is \[\d+, \d+\] in the one, \[2, 2\] in the other",
+            r"projector\.layers\.0\.weight has shape \[2, 2\], in the base \[\d+, \d+\]",
         ),
         (
             lambda t: t.update({"projector.layers.0.weight": torch.zeros(2, dtype=torch.uint8)}),
-            "of type U8, as quantised weights",
+            "has dtype U8, as in quantized models",
         ),
     ],
 )
@@ -362,7 +363,7 @@ def test_other_models_are_refused(edit: Any, said: str, saved: dict[str, Path], 
 
 
 def test_models_in_different_types_are_merged(saved: dict[str, Path], tmp_path: Path) -> None:
-    """One was trained on from the base in another type than the base's."""
+    """One model was fine-tuned in another dtype than the base's."""
     other = load(saved["b"])
     other.settings = replace(other.settings, dtype="bfloat16")
     cast_parameters(other.model, torch.bfloat16)
@@ -374,10 +375,13 @@ def test_models_in_different_types_are_merged(saved: dict[str, Path], tmp_path: 
 
 
 def test_models_that_are_asked_otherwise_are_refused(saved: dict[str, Path], tmp_path: Path) -> None:
-    """What one reads differently, its weights do not fit; what each task was asked with is kept."""
+    """Image settings and tokenizers must agree; the prompt of each task is kept."""
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"images": {"size": 14}}, "differ in the settings of their images"),
-        ({"prompts": {"gqa": "b {question}"}}, "asks gqa with 'b {question}', another with 'a {question}'; which"),
+        ({"images": {"size": 14}}, "differ in their images settings"),
+        (
+            {"prompts": {"gqa": "b {question}"}},
+            "has the prompt 'b {question}' for gqa, another model 'a {question}'; merge models with",
+        ),
     ]
     for number, (change, said) in enumerate(changes):
         for name, more in (("a", {"prompts": {"gqa": "a {question}"}}), ("b", change)):
@@ -402,15 +406,15 @@ def test_models_that_are_asked_otherwise_are_refused(saved: dict[str, Path], tmp
         ({"weights": (1.0,)}, "should hold a number for each of the 2 models"),
         (
             {"weights": (1.0, -0.5)},
-            r"weights=\[1.0, -0.5\]: ties takes no negative weights, and one above 0 at least; use",
+            r"weights=\[1.0, -0.5\]: ties needs non-negative weights, at least one of them above 0; use",
         ),
-        ({"weights": (0.0, 0.0)}, "one above 0 at least"),
-        ({"layers": {"^vision": (2, -1)}}, r"layers.\^vision=\[2, -1\]: ties takes no negative weights"),
-        ({"weights": (2.0, -1.0), "method": "linear"}, "linear takes no negative weights"),
-        ({"weights": (2.0, -1.0), "method": "slerp"}, "slerp takes no negative weights"),
-        ({"weights": (2.0, -1.0), "method": "dare_ties"}, "dare_ties takes no negative weights"),
-        ({"layers": {"nowhere": (1, 1)}}, "'nowhere' is found in no tensor's name, such as"),
-        ({"layers": {"(": (1, 1)}}, "is no regular expression"),
+        ({"weights": (0.0, 0.0)}, "at least one of them above 0"),
+        ({"layers": {"^vision": (2, -1)}}, r"layers.\^vision=\[2, -1\]: ties needs non-negative weights"),
+        ({"weights": (2.0, -1.0), "method": "linear"}, "linear needs non-negative weights"),
+        ({"weights": (2.0, -1.0), "method": "slerp"}, "slerp needs non-negative weights"),
+        ({"weights": (2.0, -1.0), "method": "dare_ties"}, "dare_ties needs non-negative weights"),
+        ({"layers": {"nowhere": (1, 1)}}, "'nowhere' matches no tensor name, such as"),
+        ({"layers": {"(": (1, 1)}}, "is not a regular expression"),
     ],
 )
 def test_settings_without_sense_are_refused(given: dict[str, Any], said: str, saved: dict[str, Path]) -> None:
@@ -427,22 +431,22 @@ def test_what_a_model_has_learned_is_taken_away(method: str, saved: dict[str, Pa
 
 
 def test_what_is_missing(saved: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"base=\.\.\. must be given: ties merges what was added to it"):
+    with pytest.raises(InputError, match=r"base=\.\.\. must be set: ties merges differences from a base"):
         Merge(None, [saved["a"], saved["b"]], MergeSettings())
     with pytest.raises(InputError, match="models names 1; ties merges two or more models"):
         Merge(saved["base"], [saved["a"]], MergeSettings())
     with pytest.raises(InputError, match="slerp merges two models"):
         Merge(None, [saved["a"]] * 3, MergeSettings("slerp"))
-    with pytest.raises(InputError, match="holds neither model"):
+    with pytest.raises(InputError, match="contains neither model"):
         Merge(tmp_path, [saved["a"], saved["b"]], MergeSettings())
 
 
-# --- training on from a merged model ----------------------------------------------------------------------
+# --- training from a merged model ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def merged_in_halves(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model merged into a base of float16."""
+    """A model merged into a float16 base."""
     root = tmp_path_factory.mktemp("halves")
     base = predictor()
     base.settings = replace(base.settings, dtype="float16")
@@ -453,7 +457,7 @@ def merged_in_halves(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 
 def initialised_from(folder: Path, *given: str) -> TrainConfig:
-    """`launch/train.py init_from=...`: the config of the run."""
+    """The config of `launch/train.py init_from=...`."""
     return build.with_saved_model(train_config(f"init_from={folder}", *given))
 
 
@@ -461,7 +465,7 @@ def initialised_from(folder: Path, *given: str) -> TrainConfig:
 def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
     dtype: str, merged_in_halves: Path, tmp_path: Path
 ) -> None:
-    """In its own it cannot be, as the sentence says; what this advises works."""
+    """Training in float16 is refused; the dtypes that the error message recommends work."""
     config = initialised_from(merged_in_halves)
     assert config.model.dtype == "float16"
     with pytest.raises(InputError, match=r"set model\.dtype=float32"):

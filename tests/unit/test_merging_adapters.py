@@ -1,4 +1,4 @@
-"""Merging adapters: as full deltas, equal to peft's own merge; one into its base; over 4 bits."""
+"""Merging adapters: equal to peft's merge and to merging full models; one into its base; over 4 bits."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.merging import files, methods
-from vlmvqa.extras.merging.logit_diff import answers_logits, drift, one_question_each
-from vlmvqa.extras.merging.merge import Merge, MergeSettings
+from vlmvqa.extras.merging.logit_diff import LogitDiff, answer_logits, logit_diff, split_questions
+from vlmvqa.extras.merging.merge import Merge
+from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models import checkpoint
 from vlmvqa.models.checkpoint import saved_name
@@ -41,7 +42,7 @@ ADD = MergeSettings("task_arithmetic")
 
 
 def own(folder: Path) -> Path:
-    """A model of our own, 64 and 128 wide, which bitsandbytes packs right on every CPU."""
+    """Save a model of our architecture, 64 and 128 wide: sizes that bitsandbytes quantizes correctly on every CPU."""
     sizes = tiny.settings(hidden_size=64, intermediate_size=128, head_dim=16, vocab_size=300)
     replace(own_predictor(), model=build(sizes), settings=sizes).save(folder)
     return folder
@@ -59,13 +60,18 @@ def over(
     folder: Path,
     settings: AdapterSettings = LORA,
     seed: int = 1,
-    whole: str = "",
+    full: str = "",
     kept: str = "float32",
 ) -> Predictor:
-    """A saved adapter whose matrices are random, with a part trained whole beside it; and the model that has it.
+    """Save an adapter with random matrices and return its model.
 
     Args:
-        kept: the type of the frozen weights.
+        base: Folder of the base.
+        folder: Where the adapter is saved.
+        settings: Settings of the adapter.
+        seed: Seed of the matrices.
+        full: A part that trains without adapters.
+        kept: Dtype of the frozen weights.
     """
     predictor = load(base)
     predictor.settings = replace(predictor.settings, dtype=kept)
@@ -74,7 +80,7 @@ def over(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in predictor.model.named_parameters():
-            if predictor.model.part_of(name) == whole:
+            if predictor.model.part_of(name) == full:
                 parameter.requires_grad_(True).mul_(1.1)
             if "lora_" in name:
                 noise = 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -88,10 +94,10 @@ def over(
 
 
 def asked(predictor: Predictor) -> list[Tensor]:
-    """The logits of a few questions."""
+    """Return the logits of six questions."""
     given = own_examples() if predictor.model.shares_images else pretrained.examples()
     answered = [replace(one, questions=tuple(replace(q, target="red") for q in one.questions)) for one in given]
-    return answers_logits(predictor, one_question_each(answered, 6))
+    return answer_logits(predictor, split_questions(answered, 6))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -100,18 +106,19 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def close(one: list[Tensor], other: list[Tensor], atol: float) -> bool:
-    assert drift(one, other).range > 0.5
-    return drift(one, other).largest <= atol
+    diff = logit_diff(one, other)
+    assert diff.range > 0.5
+    return diff.largest <= atol
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("piece", [1 << 20, 100])
+@pytest.mark.parametrize("chunk_size", [1 << 20, 100])
 def test_one_adapter_is_merged_as_peft_merges_it(
-    kind: str, piece: int, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, chunk_size: int, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`merge_and_unload` of the same files over transformers' own model; and the model that was trained."""
+    """The result equals `merge_and_unload` of the same files, and answers like the trained model."""
     trained = over(bases["paligemma"], tmp_path / "a", KINDS[kind])
-    monkeypatch.setattr(files, "PIECE", piece)
+    monkeypatch.setattr(files, "CHUNK_SIZE", chunk_size)
     Merge(None, [tmp_path / "a"], ADD).run(tmp_path / "out")
     net = AutoModelForImageTextToText.from_pretrained(bases["paligemma"])
     theirs = dict(peft.PeftModel.from_pretrained(net, tmp_path / "a").merge_and_unload().named_parameters())
@@ -132,9 +139,9 @@ def test_one_adapter_is_merged_as_peft_merges_it(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_own_model_too(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    """With the encoder's layers among the adapted, and a projector that trained whole."""
+    """With adapters in the encoder too, and a projector trained without adapters."""
     settings = replace(KINDS[kind], targets=("vision.*.attn.qkv", "language.*.q_proj"))
-    trained = over(bases["ours"], tmp_path / "a", settings, whole="projector")
+    trained = over(bases["ours"], tmp_path / "a", settings, full="projector")
     merging = Merge(None, [tmp_path / "a"], ADD)
     merging.run(tmp_path / "out")
     assert close(asked(trained), asked(load(tmp_path / "out")), 1e-4)
@@ -144,15 +151,15 @@ def test_our_own_model_too(kind: str, bases: dict[str, Path], tmp_path: Path) ->
     theirs = pretrained.merged_by_peft(trained.model)
     assert theirs.keys() == after.keys()
     assert all(torch.allclose(theirs[name], after[name], atol=1e-5) for name in after)
-    assert merging.counts["language"].record()["norms_of_deltas"][0] > 0
-    (tmp_path / "a" / peft_adapters.WEIGHTS).unlink()  # in a training checkpoint names are the model's
+    assert merging.statistics["language"].record()["norms_of_deltas"][0] > 0
+    (tmp_path / "a" / peft_adapters.WEIGHTS).unlink()  # a training checkpoint has the model's names
     save_file(pretrained.trained(trained.model), tmp_path / "a" / "model.safetensors")
     Merge(None, [tmp_path / "a"], ADD).run(tmp_path / "again")
     assert all(torch.equal(after[name], weight) for name, weight in tensors(tmp_path / "again").items())
 
 
 def test_peft_reads_what_we_save(bases: dict[str, Path], tmp_path: Path) -> None:
-    """`PeftModel.from_pretrained` over the base of transformers: our logits."""
+    """`PeftModel.from_pretrained` over the base in transformers gives our logits."""
     for kind, settings in KINDS.items():
         ours = over(bases["paligemma"], tmp_path / kind, settings)
         net = AutoModelForImageTextToText.from_pretrained(bases["paligemma"])
@@ -167,13 +174,13 @@ def test_peft_reads_what_we_save(bases: dict[str, Path], tmp_path: Path) -> None
 def test_a_merged_model_is_of_the_type_of_its_files(
     family: str, stored: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Whatever the adapters' frozen weights were kept in."""
+    """Independent of the dtype of the adapters' frozen weights."""
     predictor = load(bases[family])
     cast_parameters(predictor.model, DTYPES[stored])
     predictor.settings = replace(predictor.settings, dtype=stored)
     if family == "ours":
         predictor.save(tmp_path / "base")
-    else:  # as it is published: nothing of ours in its config
+    else:  # as published: no vlmvqa entry in its config
         shutil.copytree(bases[family], tmp_path / "base")
         save_file({saved_name(n): p.data for n, p in predictor.model.named_parameters()}, tmp_path / "base" / WEIGHTS)
     for kept in {"float32", "float16"} - {stored}:
@@ -198,7 +205,7 @@ METHODS = ({}, {"trim": "model"}, {"method": "dare_ties"}, {"method": "linear"})
 def test_adapters_merge_as_the_full_models_do(
     family: str, given: dict[str, Any], bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Two adapters, and an adapter with a full model: the same as both merged into the base before."""
+    """Two adapters, or an adapter and a full model, give the result of two full models."""
     base = bases[family]
     for name, kind, seed in (("a", "lora", 1), ("b", "dora", 2)):
         over(base, tmp_path / name, KINDS[kind], seed)
@@ -209,32 +216,32 @@ def test_adapters_merge_as_the_full_models_do(
         merging = Merge(None, [tmp_path / name for name in pair], settings)
         merging.run(tmp_path / str(number))
         expected, found = tensors(tmp_path / "full"), tensors(tmp_path / str(number))
-        # What stands at a threshold may fall to either side, where rounding has moved it.
+        # Rounding may move entries across the threshold.
         for name in expected:
             differ = ~torch.isclose(found[name], expected[name], atol=1e-5)
             assert differ.float().mean() < 0.002, name
     assert load(tmp_path / "0").prompts == {"task1": "1 {question}\n", "task2": "2 {question}\n"}
     if not given:
-        kept = merging.counts["language"].record()["kept"]
+        kept = merging.statistics["language"].record()["kept"]
         assert kept == pytest.approx([0.3, 0.3], abs=0.01)
 
 
 @pytest.mark.parametrize("family", ["ours", "paligemma"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_over_four_bits(family: str, kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    """Into the weights as they were trained over: equal to rounding. Into the full ones: it drifts."""
+    """Merged into the dequantized weights: equal up to rounding. Into the full ones: the logits differ."""
     settings = replace(KINDS[kind], bits=4)
     over(bases[family], tmp_path / "a", settings)
     trained = load(tmp_path / "a")
-    found = {}
+    found: dict[str, LogitDiff] = {}
     for into in ("full", "dequantized"):
         merging = Merge(None, [tmp_path / "a"], ADD, into)
         assert merging.over_four_bits == [tmp_path / "a"]
         merging.run(tmp_path / into)
-        found[into] = drift(asked(trained), asked(load(tmp_path / into)))
+        found[into] = logit_diff(asked(trained), asked(load(tmp_path / into)))
     assert found["dequantized"].largest < 1e-3 * found["dequantized"].range
     assert found["full"].largest > 10 * found["dequantized"].largest
-    # The deltas are LoRA's whatever they are added to; the base's other weights stand.
+    # Only adapted weights change, with either base.
     base, full, unpacked = (tensors(one) for one in (bases[family], tmp_path / "full", tmp_path / "dequantized"))
     kinds = [name for name in base if "norm" in name]
     assert kinds and all(torch.equal(base[name], one[name]) for name in kinds for one in (full, unpacked))
@@ -245,16 +252,18 @@ def test_into_what_cannot_be(bases: dict[str, Path], tmp_path: Path) -> None:
     over(bases["ours"], tmp_path / "q", replace(LORA, bits=4))
     over(bases["ours"], tmp_path / "r", replace(LORA, bits=4, quantization="fp4"))
     with pytest.raises(
-        InputError, match=r"into=nf4 is unknown; use full .* or dequantized .*: a merged model has whole"
+        InputError, match=r"into=nf4 is unknown; use full .* or dequantized .*: a merged model has full"
     ):
         Merge(None, [tmp_path / "q"], ADD, "nf4")
     for models in (["a"], ["a", "q"], ["q", "r"]):
-        with pytest.raises(InputError, match="into=dequantized: not all of these are adapters over the same weights"):
+        with pytest.raises(
+            InputError, match="into=dequantized: not all models are adapters over the same 4-bit weights"
+        ):
             Merge(None, [tmp_path / name for name in models], ADD, "dequantized")
 
 
 def moved(base: Path, folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """Another base: the same, its weights edited."""
+    """Save a copy of a base with edited weights."""
     folder.mkdir()
     for path in base.iterdir():
         if path.is_file():
@@ -270,11 +279,9 @@ def test_other_bases_are_refused(bases: dict[str, Path], tmp_path: Path) -> None
     other = moved(base, tmp_path / "other", lambda found: next(iter(found.values())).add_(1))
     over(base, tmp_path / "a")
     over(other, tmp_path / "b", seed=2)
-    with pytest.raises(
-        InputError, match=r"b was trained over .*/other, .*/a over .*, which holds other weights; merge"
-    ):
+    with pytest.raises(InputError, match=r"b was trained over .*/other, .*/a over .*, which has other weights; merge"):
         Merge(None, [tmp_path / "a", tmp_path / "b"], MergeSettings())
-    with pytest.raises(InputError, match=r"a was trained over other weights than .*/other holds; leave base= out"):
+    with pytest.raises(InputError, match=r"a was trained over other weights than those of .*/other; remove base="):
         Merge(other, [tmp_path / "a"], ADD)
     next(iter(found := tensors(other))) and found["language_model.model.norm.weight"].add_(1)
     save_file(found, other / "model.safetensors", {"format": "pt"})
@@ -283,7 +290,7 @@ def test_other_bases_are_refused(bases: dict[str, Path], tmp_path: Path) -> None
 
 
 def test_other_bases_are_told_apart_by_their_folders(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Where both adapters name them as seen from where they lie."""
+    """Also if both adapters record the same relative path."""
     for run, base in (("one", bases["ours"]), ("two", bases["paligemma"])):
         over(base, tmp_path / run / "model")
         path = tmp_path / run / "model" / "config.json"
@@ -304,7 +311,7 @@ def test_an_adapter_over_an_adapter_is_told_the_whole_command(bases: dict[str, P
     config = json.loads(path.read_text())
     config["adapter"] |= {"base": str(tmp_path / "b"), "fingerprint": fingerprint.weights_in(tmp_path / "b")}
     path.write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"b is an adapter itself; .* launch/merge\.py adapter=.*/b output=\.\.\."):
+    with pytest.raises(InputError, match=r"b is an adapter; .* launch/merge\.py adapter=.*/b output=\.\.\."):
         Merge(None, [tmp_path / "a"], ADD)
 
 
@@ -314,7 +321,7 @@ def test_a_broken_or_odd_file_is_refused(bases: dict[str, Path], tmp_path: Path)
     known = load_file(path)
     odd = {name.replace("layers.0", "layers.9"): weight.clone() for name, weight in known.items()}
     save_file(odd, path)
-    with pytest.raises(InputError, match=r"is of another model than .*: .*layers\.9.* is not there"):
+    with pytest.raises(InputError, match=r"belongs to another model than .*: .*layers\.9.* does not exist there"):
         Merge(None, [tmp_path / "a"], ADD)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"adapter_model\.safetensors cannot be read"):
@@ -338,11 +345,11 @@ def test_what_is_cut_short_does_not_look_whole(
 
 
 def test_the_merge_says_where_it_comes_from(bases: dict[str, Path], tmp_path: Path) -> None:
-    """And so it can be merged again with others of the base, and with no others."""
+    """So it can be merged again, only with models of the same base."""
     over(bases["ours"], tmp_path / "a")
     Merge(None, [tmp_path / "a"], ADD).run(tmp_path / "one")
     config = json.loads((tmp_path / "one" / "config.json").read_text())
     assert config["started_from"] == {"model": str(bases["ours"]), "weights": fingerprint.weights_in(bases["ours"])}
     Merge(bases["ours"], [tmp_path / "one", tmp_path / "a"], MergeSettings())
-    with pytest.raises(InputError, match=r"continues .*/ours, not"):
+    with pytest.raises(InputError, match=r"was trained from .*/ours, not"):
         Merge(tmp_path / "one", [tmp_path / "one", tmp_path / "one"], MergeSettings())

@@ -1,4 +1,4 @@
-"""Merging whole pretrained models: as published (older names, several files) or as trained here."""
+"""Merging full pretrained models, as published (older names, sharded) or as trained here."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from transformers import AutoModelForImageTextToText
 from tests import pretrained
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
-from vlmvqa.extras.merging.merge import Merge, MergeSettings
+from vlmvqa.extras.merging.merge import Merge
+from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.inference.predictor import load
 
 FAMILIES = ("paligemma", "idefics2")
 
 
 def tuned(base: Path, folder: Path, seed: int, **more: Any) -> Path:
-    """The base, trained on here: each weight moved a little."""
+    """Save a copy of the base with noise added to each weight, as if fine-tuned here."""
     predictor = load(base)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -40,7 +41,7 @@ def tuned(base: Path, folder: Path, seed: int, **more: Any) -> Path:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base as it is published, in several files; and two models that were trained on from it."""
+    """A base as published, sharded, and two models fine-tuned from it."""
     root = tmp_path_factory.mktemp(request.param)
     base = pretrained.save(request.param, root / "base")
     net = AutoModelForImageTextToText.from_pretrained(base)
@@ -55,7 +56,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def test_it_is_what_the_tensors_say(saved: dict[str, Path], tmp_path: Path) -> None:
-    """Whatever they are called in the files."""
+    """Independent of the names in the files."""
     base, one, two = (weights(saved[name]) for name in ("base", "a", "b"))
     Merge(None, [saved["a"], saved["b"]], MergeSettings("linear", weights=(1, 3))).run(tmp_path / "linear")
     found = weights(tmp_path / "linear")
@@ -66,11 +67,11 @@ def test_it_is_what_the_tensors_say(saved: dict[str, Path], tmp_path: Path) -> N
     found = weights(tmp_path / "sum")
     for name, value in base.items():
         assert torch.allclose(found[name], value + 0.5 * (one[name] + two[name] - 2 * value), atol=1e-6)
-    assert set(merging.counts) == {"vision", "projector", "language"}
+    assert set(merging.statistics) == {"vision", "projector", "language"}
 
 
 def test_what_is_loaded(saved: dict[str, Path], tmp_path: Path) -> None:
-    """By us with both tasks' prompts, and by transformers under the names of the base's files."""
+    """We load it with both tasks' prompts, transformers under the names of the base's files."""
     Merge(saved["base"], [saved["a"], saved["b"]], MergeSettings()).run(tmp_path)
     merged = load(tmp_path)
     assert merged.prompts == {"task1": "1 {question}\n", "task2": "2 {question}\n"}
@@ -93,13 +94,13 @@ def test_weights_of_a_pattern_are_of_paths(saved: dict[str, Path], tmp_path: Pat
 
 def test_what_does_not_fit(saved: dict[str, Path], tmp_path: Path) -> None:
     other = pretrained.save("idefics2" if "paligemma" in str(saved["base"]) else "paligemma", tmp_path / "other")
-    with pytest.raises(InputError, match=r"are not of one base|are of one base|differ in"):
+    with pytest.raises(InputError, match=r"don't have the same base|differ in"):
         Merge(saved["base"], [saved["a"], other], MergeSettings())
     elsewhere = tuned(saved["base"], tmp_path / "c", 3, started_from={"model": "x/y", "weights": "0"})
-    with pytest.raises(InputError, match=r"c continues x/y, not .*/base; give that as base"):
+    with pytest.raises(InputError, match=r"c was trained from x/y, not .*/base; set that as base"):
         Merge(saved["base"], [saved["a"], elsewhere], MergeSettings())
     asked = tuned(saved["base"], tmp_path / "d", 3, prompts={"task1": "other {question}\n"})
-    with pytest.raises(InputError, match=r"which?"):
+    with pytest.raises(InputError, match=r"d has the prompt 'other .* for task1, another model"):
         Merge(saved["base"], [saved["a"], asked], MergeSettings())
 
 
@@ -111,7 +112,7 @@ def test_other_words_or_pixels(saved: dict[str, Path], tmp_path: Path) -> None:
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     (words / "tokenizer.json").write_text(json.dumps(read))
     with pytest.raises(
-        InputError, match=r"words and .*base have different tokenizers; merge models tuned from the same"
+        InputError, match=r"words and .*base have different tokenizers; merge models fine-tuned from the same base"
     ):
         Merge(saved["base"], [saved["a"], words], MergeSettings())
     pixels = shutil.copytree(saved["b"], tmp_path / "pixels")

@@ -1,4 +1,4 @@
-"""The planner's parts against exact counts: real optimizers, real passes, real shards, a real run's worst moment."""
+"""The planner against exact counts: real optimizers, passes, shards and peak memory."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ from tests.conftest import ROOT
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import memory, report, verify
+from vlmvqa.extras.planning.batches import Rows, vlm_batch
 from vlmvqa.extras.planning.gpus import GIB, GPUS, gpu
-from vlmvqa.extras.planning.memory import Arithmetic, measure, skeleton
-from vlmvqa.extras.planning.memory_tracker import Ledger
-from vlmvqa.extras.planning.planner import STRATEGIES, Planner, Rows, Training, known_architecture
+from vlmvqa.extras.planning.memory import Precision, build_on_meta, measure
+from vlmvqa.extras.planning.memory_tracker import MemoryTracker
+from vlmvqa.extras.planning.optimizer_memory import OPTIMIZERS, state_bytes
+from vlmvqa.extras.planning.planner import STRATEGIES, Planner, RunSettings, Training
+from vlmvqa.extras.planning.published_sizes import known_architecture
 from vlmvqa.extras.planning.run import PlanConfig, build_planner
-from vlmvqa.extras.planning.strategy_memory import OPTIMIZERS, Weight, resident, state_bytes, weights_of
+from vlmvqa.extras.planning.strategy_memory import Weight, strategy_memory, weights_of
 from vlmvqa.models.vlm import VLM, ModelSettings, build, set_trainable
 from vlmvqa.training.distributed import shard
 
 ALL = {"vision": "all", "projector": "all", "language": "all"}
-# Wide enough that tensors reach the 8-bit optimizers' smallest size, and that masks are small beside activations.
+# Wide enough for tensors of the 8-bit optimizers' smallest size, and for masks much smaller than activations.
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "query_pre_attn_scalar": 32}
 ROWS = Rows(rows=2, questions=2, text_tokens=12, answer_tokens=3)
 
@@ -62,12 +65,12 @@ def tensor_bytes(tensors: Iterator[Tensor]) -> int:
 def test_weights_and_gradients_are_those_of_the_model() -> None:
     model = build(wide())
     set_trainable(model.part("language"), 2, "language")
-    batch = verify.batch(model, ROWS)
+    batch = vlm_batch(model, ROWS)
     model(**batch)["loss"].backward()
-    kept = resident(weights_of(model), DistSettings("ddp"), 1, Training("fp32", "adamw_torch"))
+    kept = strategy_memory(weights_of(model), DistSettings("ddp"), 1, Training("fp32", "adamw_torch"))
     assert kept.parameters == tensor_bytes(iter(model.parameters()))
     assert kept.gradients == tensor_bytes(p.grad for p in model.parameters() if p.grad is not None)
-    two = resident(weights_of(model), DistSettings("ddp"), 2, Training("fp32", "adamw_torch"))
+    two = strategy_memory(weights_of(model), DistSettings("ddp"), 2, Training("fp32", "adamw_torch"))
     assert two.gradients == kept.gradients and two.buffers == kept.buffers == 0
 
 
@@ -96,7 +99,7 @@ def test_optimizer_states_are_those_of_a_real_step(name: str) -> None:
 
 @contextlib.contextmanager
 def fake_group(ranks: int) -> Iterator[None]:
-    """A process group of so many ranks, of which only the first is there."""
+    """Create a process group in which only rank 0 exists."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         yield
@@ -106,15 +109,15 @@ def fake_group(ranks: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shards_are_those_of_fully_shard(ranks: int) -> None:
-    """Uneven ones too: one class token does not divide by the ranks."""
+    """Uneven shards too: the class token has one row."""
     model = build(tiny.settings())
     weights = weights_of(model)
     assert any(weight.shape[0] % ranks for weight in weights)
     with fake_group(ranks):
         shard(model, torch.device("cpu"), None, offload=False)
     shards = [parameter.to_local() for parameter in model.parameters()]
-    assert [weight.shard(ranks) for weight in weights] == [shard.numel() for shard in shards]
-    kept = resident(weights, DistSettings("fsdp"), ranks, Training("fp32", "adamw_torch"))
+    assert [weight.shard_numel(ranks) for weight in weights] == [shard.numel() for shard in shards]
+    kept = strategy_memory(weights, DistSettings("fsdp"), ranks, Training("fp32", "adamw_torch"))
     assert kept.parameters == kept.gradients == 4 * sum(shard.numel() for shard in shards)
     assert kept.optimizer == 2 * kept.parameters
 
@@ -123,7 +126,7 @@ def test_shards_are_those_of_fully_shard(ranks: int) -> None:
 
 
 def kept_for_backward(model: VLM, batch: dict[str, Tensor], autocast: bool) -> int:
-    """Bytes that autograd keeps of a real forward pass, beside weights and inputs."""
+    """Return the bytes that autograd saves in a real forward pass, without weights and inputs."""
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *batch.values())}
     saved: list[Tensor] = []
 
@@ -141,73 +144,75 @@ def kept_for_backward(model: VLM, batch: dict[str, Tensor], autocast: bool) -> i
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_activations_are_those_of_a_real_pass(autocast: bool, checkpointing: bool) -> None:
-    """One pass without data, at two batch sizes that it has never seen."""
+    """One pass without data predicts two other batch sizes."""
     plans = planner()
-    footprint = measure(skeleton(wide(), ALL), plans.shape, Arithmetic(torch.float32, autocast), checkpointing)
+    profile = measure(build_on_meta(wide(), ALL), plans.shape, Precision(torch.float32, autocast), checkpointing)
     model = build(wide()).train()
     if checkpointing:
         model.checkpoint_activations()
     for images in (3, 8):
-        batch = verify.batch(model, replace(ROWS, rows=images))
+        batch = vlm_batch(model, replace(ROWS, rows=images))
         measured = kept_for_backward(model, batch, autocast)
-        if checkpointing:  # its closures keep what all layers share: two masks and the rotary tables
+        if checkpointing:  # its closures keep tensors shared by all layers: two masks and the rotary tables
             rows, length = batch["input_ids"].shape
             measured += 4 * rows * length * (2 * length + 2 * WIDE["head_dim"])
-        assert footprint.at(images).kept == pytest.approx(measured, rel=0.05)
+        assert profile.at(images).kept == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("trained", [ALL, {**ALL, "vision": "none"}, {"vision": 1, "projector": "all", "language": 2}])
 def test_what_does_not_train_keeps_nothing(trained: dict[str, Any]) -> None:
-    footprint = measure(skeleton(wide(), trained), planner().shape, Arithmetic(torch.float32, False), False)
+    profile = measure(build_on_meta(wide(), trained), planner().shape, Precision(torch.float32, False), False)
     model = build(wide()).train()
     for part, choice in trained.items():
         set_trainable(model.part(part), choice, part)
-    batch = verify.batch(model, replace(ROWS, rows=4))
-    assert footprint.at(4).kept == pytest.approx(kept_for_backward(model, batch, False), rel=0.05)
+    batch = vlm_batch(model, replace(ROWS, rows=4))
+    assert profile.at(4).kept == pytest.approx(kept_for_backward(model, batch, False), rel=0.05)
 
 
 def test_long_answers_are_scored_in_chunks() -> None:
-    """More supervised tokens than a chunk holds: their logits are never there together."""
+    """With more supervised tokens than a chunk has, only a chunk's logits are in memory."""
     talkative = planner(settings=wide(vocab_size=8192), rows=replace(ROWS, answer_tokens=11))
-    footprint = talkative.footprint(STRATEGIES["ddp"], True)
-    images = int(1.5 * memory.CHUNK / footprint.shape.supervised)
+    profile = talkative.profile(STRATEGIES["ddp"], True)
+    images = int(1.5 * memory.CHUNK / profile.shape.supervised)
     model = build(talkative.settings).train()
     model.checkpoint_activations()
-    batch = verify.batch(model, replace(talkative.rows, rows=images))
-    real = memory.count(model, batch, footprint.shape, autocast=False).at(images)
-    assert footprint.at(images).decoder_peak == pytest.approx(real.decoder_peak, rel=0.05)
-    assert footprint.at(images).logits == pytest.approx(real.logits, rel=0.05)
+    batch = vlm_batch(model, replace(talkative.rows, rows=images))
+    real = memory.profile(model, batch, profile.shape, Precision(None, False)).at(images)
+    assert profile.at(images).decoder_peak == pytest.approx(real.decoder_peak, rel=0.05)
+    assert profile.at(images).logits == pytest.approx(real.logits, rel=0.05)
 
 
 def test_flex_attention_keeps_no_probabilities() -> None:
     dense, flex = wide(), wide()
     flex = replace(flex, language=replace(flex.language, attention="flex"))
     long = replace(planner().shape, tokens=512)
-    held = [measure(skeleton(kind, ALL), long, Arithmetic(torch.float32, False), False).at(4) for kind in (dense, flex)]
+    held = [
+        measure(build_on_meta(kind, ALL), long, Precision(torch.float32, False), False).at(4) for kind in (dense, flex)
+    ]
     assert held[1].activations < 0.6 * held[0].activations
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("optimizer,accumulation", [("adamw_torch", 1), ("adamw_torch", 2), ("sgd", 2)])
 def test_the_worst_moment_is_that_of_a_real_run(optimizer: str, accumulation: int, checkpointing: bool) -> None:
-    """Three real steps, every storage counted from birth to death."""
+    """Compared with three real steps under `MemoryTracker`."""
     alone = planner(gpus=1, training=Training("fp32", optimizer, accumulation))
     planned = alone.memory("ddp", 4, checkpointing)
     model = build(wide()).train()
     if checkpointing:
         model.checkpoint_activations()
-    batch = verify.batch(model, replace(ROWS, rows=4))
-    ledger = Ledger()
-    ledger.ignore([*model.parameters(), *model.buffers(), *batch.values()])
-    with ledger:
-        verify.train(model, batch, alone.training)
-    beside = max(alive for alive, *_ in ledger.timeline)
+    batch = vlm_batch(model, replace(ROWS, rows=4))
+    tracker = MemoryTracker()
+    tracker.exclude([*model.parameters(), *model.buffers(), *batch.values()])
+    with tracker:
+        verify.train_steps(model, batch, alone.training)
+    beside = max(alive for alive, *_ in tracker.timeline)
     assert planned.peak == pytest.approx(beside + planned.parameters, rel=0.05)
 
 
 @pytest.mark.slow
 def test_fsdps_worst_moment_is_that_of_pytorchs_own_tracker() -> None:
-    """A real FSDP2 model, one of four ranks; the process group sends nothing."""
+    """A real FSDP2 model, one of four ranks; the process group transfers nothing."""
     four = planner(settings=wide(vocab_size=4096), training=Training("bf16", "sgd", 2))
     for images, checkpointing in ((4, True), (12, False)):
         with fake_group(4):
@@ -215,7 +220,7 @@ def test_fsdps_worst_moment_is_that_of_pytorchs_own_tracker() -> None:
             if checkpointing:
                 model.checkpoint_activations()
             shard(model, torch.device("cpu"), torch.bfloat16, offload=False)
-            batch = verify.batch(model, replace(ROWS, rows=images))
+            batch = vlm_batch(model, replace(ROWS, rows=images))
             tracker = FSDPMemTracker(model)
             tracker.track_inputs((batch,))
             with tracker:
@@ -229,16 +234,16 @@ def test_fsdps_worst_moment_is_that_of_pytorchs_own_tracker() -> None:
         assert four.memory("fsdp", images, checkpointing).peak == pytest.approx(tracked["Total"] - inputs, rel=0.1)
 
 
-class Allocated(Ledger):
-    """Without meta tensors, of which DeepSpeed makes many."""
+class RealMemoryTracker(MemoryTracker):
+    """Ignores meta tensors, which DeepSpeed creates."""
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         if storage.device.type != "meta":
-            super()._born(storage)
+            super()._track(storage)
 
 
 def deepspeed_peaks(rank: int, file: str, port: int, buckets: dict[str, Any]) -> None:
-    """Real training under ZeRO-1, 2 and 3 by one of two ranks; the most bytes alive, beside inputs, into a file."""
+    """Train under ZeRO-1, 2 and 3 as one of two ranks and write the peak bytes, without inputs, to a file."""
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     import deepspeed
@@ -249,7 +254,7 @@ def deepspeed_peaks(rank: int, file: str, port: int, buckets: dict[str, Any]) ->
         model = build(wide(vocab_size=8192)).train()
         model.checkpoint_activations()
         embedding = model.language.decoder.get_input_embeddings().weight
-        batch = verify.batch(model, ROWS)
+        batch = vlm_batch(model, ROWS)
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 2,
@@ -260,18 +265,18 @@ def deepspeed_peaks(rank: int, file: str, port: int, buckets: dict[str, Any]) ->
         groups = [
             [p for p in part.parameters() if (p.ndim > 1) == d] for part in model.children() for d in (True, False)
         ]
-        ledger = Allocated()
-        ledger.ignore(batch.values())
-        with ledger:
+        tracker = RealMemoryTracker()
+        tracker.exclude(batch.values())
+        with tracker:
             optimizer = torch.optim.AdamW([{"params": params} for params in groups], foreach=True)
             engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
             if stage == 3:
                 deepspeed.zero.register_external_parameter(model, embedding)  # the tied head
-            begun = len(ledger.timeline)
+            begun = len(tracker.timeline)
             for _ in range(4):
                 engine.backward(engine(num_items_in_batch=torch.tensor(1), **batch)["loss"])
                 engine.step()
-        peaks.append(max(alive for alive, *_ in ledger.timeline[begun:]))
+        peaks.append(max(alive for alive, *_ in tracker.timeline[begun:]))
     if rank == 0:
         Path(file).write_text(json.dumps(peaks))
 
@@ -314,8 +319,8 @@ def test_more_ranks_never_need_more_and_more_images_never_less(
 ) -> None:
     one = COUNTED.vary(gpus, Training(precision, optimizer, 2))
     if name != "ddp":
-        more = one.vary(gpus + 1).resident(STRATEGIES[name])
-        kept = one.resident(STRATEGIES[name])
+        more = one.vary(gpus + 1).strategy_memory(STRATEGIES[name])
+        kept = one.strategy_memory(STRATEGIES[name])
         # torchao's 8-bit states want shards of 256 elements' multiples: another number of ranks may make fp32 of them.
         sizes = ("parameters", "gradients") if "8bit" in optimizer else ("parameters", "gradients", "optimizer", "step")
         assert all(getattr(more, size) <= getattr(kept, size) for size in sizes)
@@ -326,20 +331,20 @@ def test_more_ranks_never_need_more_and_more_images_never_less(
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     small = on_a_gpu_of(0.85)
     for name in STRATEGIES:
-        most = small.largest(name, False)
+        most = small.max_rows(name, False)
         if most:
             assert small.memory(name, most, False).fits
         assert not small.memory(name, most + 1, False).fits
 
 
 def test_a_packed_row_is_full() -> None:
-    """As many tokens as it may have, of usual documents: 257 + 5.36 x 13 tokens of VQAv2."""
+    """A packed row has row_tokens tokens, in documents of average size: 257 + 5.36 x 13 tokens for VQAv2."""
     packed = build_planner(
         config(PlanConfig, "plan", "experiment=vlm_vqa_4xa10g", "data.questions_per_row=null", "data.row_tokens=2048")
     )
     assert (packed.shape.tokens, packed.shape.images, packed.rows.text_tokens) == (2048, 6, 13)
     assert packed.shape.supervised == 33 * 4  # 6 x 5.36 questions of 4 tokens
-    given = verify.batch(tiny.model(), replace(ROWS, row_tokens=100), images_per_row=2)
+    given = vlm_batch(tiny.model(), replace(ROWS, row_tokens=100), images_per_row=2)
     assert given["labels"].shape == (2, 100) and len(given["pixel_values"]) == 4
 
 
@@ -347,7 +352,7 @@ def test_a_packed_row_is_full() -> None:
 def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
     recipe = build_planner(config(PlanConfig, "plan", "experiment=vlm_vqa_4xa10g"))
     assert (recipe.gpu.name, recipe.gpus, recipe.rows.rows, recipe.shape.tokens) == ("A10G (24 GB)", 4, 6, 320)
-    fsdp, ddp = recipe.memory("fsdp", 6, True), recipe.resident(STRATEGIES["ddp"])
+    fsdp, ddp = recipe.memory("fsdp", 6, True), recipe.strategy_memory(STRATEGIES["ddp"])
     assert fsdp.fits
     assert ddp.parameters + ddp.gradients + ddp.optimizer + ddp.buffers > recipe.gpu.memory * GIB
     # 2,701,838,592 parameters: fp32 shards and gradients of a quarter, two bytes a parameter and scales of states.
@@ -355,8 +360,8 @@ def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
     assert fsdp.parameters == pytest.approx(4 * quarter, rel=0.001) and fsdp.gradients == fsdp.parameters
     assert fsdp.optimizer == pytest.approx(2.03125 * quarter, rel=0.01)
     assert ddp.parameters == 4 * 2_701_838_592
-    assert "dist=fsdp trainer.per_device_train_batch_size=6" in report.overrides("fsdp", 6, True, 10)
-    # The projector alone: no gradients and states of what is frozen.
+    assert "dist=fsdp trainer.per_device_train_batch_size=6" in report.overrides(RunSettings("fsdp", 6, True, 10))
+    # The projector alone: frozen weights have no gradients and states.
     projector = replace(recipe, gpus=1, trainable={"vision": "none", "projector": "all", "language": "none"})
     alone = projector.memory("ddp", 6, True)
     assert alone.fits and alone.gradients == 4 * (768 * 2304 + 2304)
@@ -364,7 +369,7 @@ def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
 
 @pytest.mark.long
 def test_the_documented_plan_is_the_recipes() -> None:
-    """docs/scaling.md holds it; VLMVQA_WRITE_DOCS=1 writes it anew."""
+    """docs/scaling.md contains the plan; VLMVQA_WRITE_DOCS=1 updates it."""
     recipe = build_planner(config(PlanConfig, "plan", "experiment=vlm_vqa_4xa10g"))
     found = report.markdown(recipe, recipe.compare(True), "fsdp", True).partition("\n\n")[2]
     page = ROOT / "docs" / "scaling.md"
@@ -394,17 +399,17 @@ def test_a_recommendation_names_what_to_set() -> None:
 
 
 def test_what_cannot_run_is_refused() -> None:
-    with pytest.raises(InputError, match=r"T4 .* does not compute in bfloat16; set trainer\.bf16=false"):
+    with pytest.raises(InputError, match=r"T4 .* does not support bfloat16; set trainer\.bf16=false"):
         planner(gpu=GPUS["t4"], training=Training("bf16", "adamw_torch"))
     half = planner(gpu=GPUS["t4"], training=Training("fp16", "adamw_torch"))
     assert [name for name in half.names() if "fsdp" in name] == []
-    with pytest.raises(InputError, match=r"plan\.gpu=A100-81 is not known.*did you mean 'a100_80'"):
+    with pytest.raises(InputError, match=r"plan\.gpu=A100-81 is unknown.*did you mean 'a100_80'"):
         gpu("A100-81")
     with pytest.raises(InputError, match=r"trainer\.optim=adamw_bnb_8bits cannot be planned.*did you mean"):
         Training("fp32", "adamw_bnb_8bits")
     with pytest.raises(InputError, match=r"plan\.gpus=four must be a whole number"):
         planner(gpus="four")
-    with pytest.raises(InputError, match="nothing trains"):
+    with pytest.raises(InputError, match="nothing is trained"):
         planner(trainable={"vision": "none", "projector": "none", "language": "none"}).plan("ddp", False)
     with pytest.raises(InputError, match="a plan uses no network"):
         known_architecture(replace(wide(), language=replace(wide().language, name="nobody/nothing")))
@@ -424,7 +429,7 @@ def test_deepspeeds_options_are_planned_as_set() -> None:
 
 def test_a_weight_larger_than_a_bucket_is_sent_alone() -> None:
     weights = [Weight("language", None, (600_000_000,), 4, True)]
-    kept = resident(weights, DistSettings("zero2"), 2, Training("bf16", "adamw_torch"))
+    kept = strategy_memory(weights, DistSettings("zero2"), 2, Training("bf16", "adamw_torch"))
     assert kept.reduction == 2 * 2 * 600_000_000
 
 
@@ -441,7 +446,7 @@ def test_the_command_prints_and_writes_the_plan(tmp_path: Path) -> None:
 
 
 def test_a_module_outside_every_block_is_in_the_root_unit() -> None:
-    weights = weights_of(skeleton(wide(), ALL))
+    weights = weights_of(build_on_meta(wide(), ALL))
     assert {weight.unit for weight in weights} == {None, *range(6)}
     root = sum(weight.numel for weight in weights if weight.unit is None)
     model = build(wide())

@@ -1,4 +1,4 @@
-"""Plans of pretrained models and adapters, against real ones: a step of a tiny model, bitsandbytes' own bytes."""
+"""Plans of pretrained models and adapters against real steps of tiny models and bitsandbytes' real sizes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.planning import memory, quantized_memory, verify
+from vlmvqa.extras.planning.batches import Rows, dummy_batch, vlm_batch
 from vlmvqa.extras.planning.gpus import GIB, GPUS
-from vlmvqa.extras.planning.memory import Arithmetic, built, empty_batch, measure, skeleton
-from vlmvqa.extras.planning.memory_tracker import Ledger
-from vlmvqa.extras.planning.planner import STRATEGIES, Planner, Rows, Training
+from vlmvqa.extras.planning.memory import Precision, build_on_meta, build_random, measure
+from vlmvqa.extras.planning.memory_tracker import MemoryTracker
+from vlmvqa.extras.planning.planner import STRATEGIES, Planner, Training
 from vlmvqa.extras.planning.published_sizes import PUBLISHED, image_tokens, known_config, row_tokens
 from vlmvqa.extras.planning.run import PlanConfig, build_planner
-from vlmvqa.extras.planning.strategy_memory import resident, weights_of
+from vlmvqa.extras.planning.strategy_memory import strategy_memory, weights_of
 from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.places import CONF
 
@@ -34,7 +35,7 @@ ROWS = Rows(rows=4, questions=1, text_tokens=12, answer_tokens=3)
 
 
 def tiny_settings(name: str, **changes: Any) -> PretrainedSettings:
-    """conf/model/tiny_<name>.yaml, its vocabulary without a place for image tokens but the last one."""
+    """conf/model/tiny_<name>.yaml, with the last id of its vocabulary as the image token."""
     known: Any = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"tiny_{name}.yaml"))
     token = {"paligemma": "image_token_index", "idefics2": "image_token_id"}[name]
     overrides = {**known["overrides"], token: 1663}
@@ -67,7 +68,7 @@ def published(name: str, adapt: AdapterSettings | None, **changes: Any) -> Plann
 def test_published_sizes_need_no_network(name: str, parameters: int, tokens: int) -> None:
     settings = PretrainedSettings(name)
     assert image_tokens(known_config(settings), settings) == tokens
-    assert sum(weight.numel for weight in weights_of(skeleton(settings, ALL))) == parameters
+    assert sum(weight.numel for weight in weights_of(build_on_meta(settings, ALL))) == parameters
 
 
 def test_a_row_is_one_question() -> None:
@@ -91,16 +92,16 @@ def test_four_bits_are_bitsandbytes_bytes(wide: int, high: int, double: bool) ->
     tensors = [weight.data, state.absmax, state.code]
     if double:
         tensors += [state.offset, state.state2.absmax, state.state2.code]
-    assert quantized_memory.packed_bytes(wide * high, double) == sum(tensor.nbytes for tensor in tensors)
+    assert quantized_memory.quantized_bytes(wide * high, double) == sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_frozen_weights_keep_their_type_and_have_no_gradients(bits: int | None) -> None:
     pytest.importorskip("bitsandbytes")
     settings, adapt = tiny_settings("paligemma", dtype="bfloat16"), AdapterSettings(bits=bits)
-    weights = weights_of(skeleton(settings, NONE, adapt))
-    kept = resident(weights, DistSettings("ddp"), 1, Training("bf16", "adamw_torch"))
-    model = built(settings)
+    weights = weights_of(build_on_meta(settings, NONE, adapt))
+    kept = strategy_memory(weights, DistSettings("ddp"), 1, Training("bf16", "adamw_torch"))
+    model = build_random(settings)
     peft_adapters.prepare(model, NONE, adapt)
     learnt = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert kept.gradients == 4 * learnt and kept.optimizer == 8 * learnt  # adapters are float32
@@ -114,14 +115,14 @@ def test_frozen_weights_keep_their_type_and_have_no_gradients(bits: int | None) 
             )
     assert kept.parameters == frozen + 4 * learnt
     whole = sum(weight.numel for weight in weights)
-    assert whole == sum(weight.numel for weight in weights_of(skeleton(settings, NONE, AdapterSettings())))
+    assert whole == sum(weight.numel for weight in weights_of(build_on_meta(settings, NONE, AdapterSettings())))
 
 
 def test_two_ranks_send_gradients_of_adapters_alone() -> None:
-    weights = weights_of(skeleton(tiny_settings("paligemma", dtype="bfloat16"), NONE, AdapterSettings()))
-    two = resident(weights, DistSettings("ddp"), 2, Training("bf16", "adamw_torch"))
+    weights = weights_of(build_on_meta(tiny_settings("paligemma", dtype="bfloat16"), NONE, AdapterSettings()))
+    two = strategy_memory(weights, DistSettings("ddp"), 2, Training("bf16", "adamw_torch"))
     assert two.sent_each_step == two.gradients == 4 * sum(w.numel for w in weights if w.trained)
-    zero = resident(weights, DistSettings("zero2"), 2, Training("bf16", "adamw_torch"))
+    zero = strategy_memory(weights, DistSettings("zero2"), 2, Training("bf16", "adamw_torch"))
     assert zero.parameters == 2 * sum(w.numel for w in weights) and zero.gradients < two.gradients
 
 
@@ -144,53 +145,53 @@ def test_a_pass_without_data_holds_what_a_real_one_does(
 ) -> None:
     settings = tiny_settings(name, image_splitting=True if name == "idefics2" else None)
     plans = planner(settings, adapt, trainable)
-    footprint = measure(plans.model, plans.shape, Arithmetic(None, False), checkpointing, settings)
-    model = built(settings).train()
+    profile = measure(plans.model, plans.shape, Precision(None, False), checkpointing, settings)
+    model = build_random(settings).train()
     peft_adapters.prepare(model, trainable, adapt)
     if checkpointing:
         model.checkpoint_activations()
     for rows in (3, 8):
-        batch = empty_batch(model, plans.shape, rows, settings)
-        real = memory.count(model, batch, plans.shape, autocast=False).at(rows)
-        planned = footprint.at(rows)
+        batch = dummy_batch(model, plans.shape, rows, settings)
+        real = memory.profile(model, batch, plans.shape, Precision(None, False)).at(rows)
+        planned = profile.at(rows)
         for held in ("kept", "activations", "decoder_peak", "peak_and_gradients"):
             assert getattr(planned, held) == pytest.approx(getattr(real, held), rel=0.05), held
 
 
 @pytest.mark.parametrize("family", ["paligemma", "own"])
 def test_weights_in_four_bits_are_whole_while_they_are_multiplied_with(family: str) -> None:
-    """bitsandbytes' layers, really trained, against what stands in for them."""
+    """The stand-ins against bitsandbytes' layers in a real pass."""
     pytest.importorskip("bitsandbytes")
     settings = tiny.settings() if family == "own" else tiny_settings("paligemma")
     adapt = AdapterSettings(bits=4, compute_dtype="float32")
     plans = planner(settings, adapt)
-    planned = plans.footprint(STRATEGIES["ddp"], False).at(4)
-    model = built(settings).train()
+    planned = plans.profile(STRATEGIES["ddp"], False).at(4)
+    model = build_random(settings).train()
     peft_adapters.prepare(model, NONE, adapt)
     own = family == "own"
-    batch = verify.batch(model, ROWS) if own else empty_batch(model, plans.shape, 4, settings)  # type: ignore[arg-type]
-    real = memory.count(model, batch, plans.shape, autocast=False).at(4)
+    batch = vlm_batch(model, ROWS) if own else dummy_batch(model, plans.shape, 4, settings)  # type: ignore[arg-type]
+    real = memory.profile(model, batch, plans.shape, Precision(None, False)).at(4)
     assert planned.kept == pytest.approx(real.kept, rel=0.05)
     assert planned.decoder_peak == pytest.approx(real.decoder_peak, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_worst_moment_is_that_of_a_real_run(checkpointing: bool) -> None:
-    """Three real steps, every storage counted from birth to death."""
+    """Compared with three real steps under `MemoryTracker`."""
     settings, adapt = tiny_settings("paligemma"), AdapterSettings()
     plans = planner(settings, adapt, training=Training("fp32", "adamw_torch", 2))
     planned = plans.memory("ddp", 4, checkpointing)
-    model = built(settings).train()
+    model = build_random(settings).train()
     peft_adapters.prepare(model, NONE, adapt)
     if checkpointing:
         model.checkpoint_activations()
-    batch: dict[str, Tensor] = empty_batch(model, plans.shape, 4, settings)
-    ledger = Ledger()
-    ledger.ignore([*model.parameters(), *model.buffers()])
-    ledger.hold(batch.values())
-    with ledger:
-        verify.train(model, batch, plans.training)
-    beside = max(alive for alive, *_ in ledger.timeline)
+    batch: dict[str, Tensor] = dummy_batch(model, plans.shape, 4, settings)
+    tracker = MemoryTracker()
+    tracker.exclude([*model.parameters(), *model.buffers()])
+    tracker.include(batch.values())
+    with tracker:
+        verify.train_steps(model, batch, plans.training)
+    beside = max(alive for alive, *_ in tracker.timeline)
     assert planned.peak == pytest.approx(beside + planned.parameters, rel=0.05)
 
 
@@ -203,9 +204,9 @@ def test_lora_fits_sixteen_gigabytes_and_full_tuning_does_not() -> None:
     name, card = "google/paligemma-3b-pt-224", GPUS["a4000"]
     lora = published(name, AdapterSettings(), gpu=card).memory("ddp", 4, True)
     assert lora.fits and 5.4 < lora.parameters / GIB < 5.6
-    full = published(name, None, gpu=card).resident(STRATEGIES["ddp"])
+    full = published(name, None, gpu=card).strategy_memory(STRATEGIES["ddp"])
     assert full.parameters + full.gradients + full.optimizer == 16 * 2_923_466_480 > card.memory * GIB
-    qlora = published(name, AdapterSettings(bits=4), gpu=card).resident(STRATEGIES["ddp"])
+    qlora = published(name, AdapterSettings(bits=4), gpu=card).strategy_memory(STRATEGIES["ddp"])
     assert 2 < qlora.parameters / GIB < 2.6  # the table of 257,216 words stays in bfloat16
     assert qlora.gradients == lora.gradients
 
@@ -219,7 +220,7 @@ def test_what_cannot_shard_is_left_out() -> None:
     paged = Training("bf16", "paged_adamw_32bit")
     assert "fsdp" not in planner(settings, None, ALL, training=paged).names()
     with pytest.raises(
-        InputError, match=r"dist=zero3 cannot be planned under fp32, adamw_torch and bfloat16 weights, in 4 bits"
+        InputError, match=r"dist=zero3 cannot be planned with fp32, adamw_torch and bfloat16 weights, in 4 bits"
     ):
         packed.add(DistSettings("zero3"))
 
@@ -229,12 +230,14 @@ def test_what_is_not_known_is_refused() -> None:
         InputError, match=r"model\.pretrained=nobody/nothing are not on this machine, and a plan uses no"
     ):
         known_config(PretrainedSettings("nobody/nothing"))
-    with pytest.raises(InputError, match=r"how many tokens an image has in llava .* is not known"):
+    with pytest.raises(InputError, match=r"doesn't know the number of image tokens of llava"):
         known_config(PretrainedSettings("llava", weights="random"))
     with pytest.raises(InputError, match=r"T4 .* set adapt\.compute_dtype=float16"):
         planner(tiny_settings("paligemma"), AdapterSettings(bits=4), gpu=GPUS["t4"])
     half, brain = Training("fp16", "adamw_torch"), tiny_settings("paligemma", dtype="bfloat16")
-    with pytest.raises(InputError, match=r"trainer\.fp16=true over bfloat16 weights .* set model\.dtype=float32"):
+    with pytest.raises(
+        InputError, match=r"trainer\.fp16=true fails with bfloat16 and 4-bit weights; set model\.dtype=float32"
+    ):
         planner(brain, AdapterSettings(bits=4, compute_dtype="float16"), training=half)
     with pytest.raises(InputError, match=r"data\.row_tokens: rows of paligemma are not packed"):
         planner(tiny_settings("paligemma"), None, ALL, rows=replace(ROWS, row_tokens=64))
@@ -262,7 +265,7 @@ def test_every_way_to_adapt_is_planned(model: str, adapt: str) -> None:
 
 
 def test_a_layer_that_stands_in_has_the_shape_of_the_one_it_replaces() -> None:
-    layer = quantized_memory.FourBit(nn.Linear(6, 4), AdapterSettings(bits=4, compute_dtype="float32"))
+    layer = quantized_memory.QuantizedLinear(nn.Linear(6, 4), AdapterSettings(bits=4, compute_dtype="float32"))
     values = torch.ones(2, 6, requires_grad=True)
     out = layer(values)
     out.sum().backward()

@@ -1,10 +1,12 @@
-"""Models that were tuned on different tasks, made one without training: tensor by tensor, out of their files.
+"""Merge models fine-tuned on different tasks without training, tensor by tensor from their safetensors files.
 
-methods.py    what is done with a piece of a tensor of each model
-files.py      pieces out of safetensors files, and into one
-layout.py     what a tensor is called in a file, in the model, and to the user
-adapted.py    an adapter as what it adds to its base, and a base as adapters over 4 bits saw it
-fit.py        what is refused, and what the merged model is asked with
-merge.py      all together, and what is counted
-drift.py      how far a merged model's logits are from what it was made of
+settings.py       merge methods and their settings
+merge.py          check the models, merge them, write the merged folder
+methods.py        merge methods on one chunk of a tensor from every model
+statistics.py     per-part statistics for merge.json
+files.py          read and write safetensors files in chunks
+adapter_delta.py  the weight change of an adapter; base weights dequantized from 4 bits
+tensor_names.py   tensor names in files, in models and as paths
+validation.py     check that models are compatible; the merged config
+logit_diff.py     compare the logits of two models
 """

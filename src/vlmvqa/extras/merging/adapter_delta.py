@@ -1,4 +1,4 @@
-"""Adapters as what they add to each weight of their base: never more of it in memory than a piece and their matrices.
+"""The change that an adapter makes to each base weight, computed one chunk of rows at a time.
 
 delta = scale * B A                                      LoRA
 delta = norm * (W + scale * B A) / |W + scale * B A| - W   DoRA, row by row
@@ -16,94 +16,97 @@ from torch import Tensor
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-from vlmvqa.extras.merging.files import Weights, contents, read_rows
+from vlmvqa.extras.merging.files import Entry, Weights, list_entries, read_rows
 
 DOWN, UP, NORM = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
-class Adapted:
-    """A base with a saved adapter's deltas; where a part was trained whole beside them, with its weights.
+class AdapterDelta:
+    """A saved adapter with the interface of `Weights`: values and deltas of the base's tensors.
+
+    An adapter file may also contain full weights, of parts that were trained without adapters.
 
     Raises:
-        InputError: the adapter's file cannot be read, or is of another model.
+        InputError: The adapter file cannot be read, or belongs to another base.
     """
 
     def __init__(self, folder: Path, base: Weights, settings: AdapterSettings) -> None:
         self.folder, self.settings = folder, settings
         self.file = peft_adapters.weights_file(folder)
-        self.keys: dict[str, str] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for key, shape, _ in contents(self.file):
-            name = peft_adapters.peft_name(key).removeprefix(peft_adapters.PEFT_PREFIX)
-            self.keys[name], shapes[name] = key, shape
-        self.adapted = {key.removesuffix(DOWN) + ".weight" for key in shapes if key.endswith(DOWN)}
-        self.whole = {key for key in shapes if ".lora_" not in key}
+        self.entries: dict[str, Entry] = {}
+        for entry in list_entries(self.file):
+            self.entries[peft_adapters.peft_name(entry.key).removeprefix(peft_adapters.PEFT_PREFIX)] = entry
+        self.adapted = {key.removesuffix(DOWN) + ".weight" for key in self.entries if key.endswith(DOWN)}
+        self.full = {key for key in self.entries if ".lora_" not in key}
         for name in self.adapted:
             module = name.removesuffix(".weight")
-            wanted = [shapes.get(module + UP, (0,))[0], shapes[module + DOWN][-1]]
-            self._refuse_other(base, name, wanted)
-        for name in self.whole:
-            self._refuse_other(base, name, list(shapes[name]))
+            rows = self.entries[module + UP].shape[0] if module + UP in self.entries else 0
+            self._check_shape(base, name, [rows, self.entries[module + DOWN].shape[-1]])
+        for name in self.full:
+            self._check_shape(base, name, list(self.entries[name].shape))
 
-    def touches(self, name: str) -> bool:
-        """As of `Weights`."""
-        return name in self.adapted or name in self.whole
+    def changes(self, name: str) -> bool:
+        """See `Weights.changes`."""
+        return name in self.adapted or name in self.full
 
     def value(self, name: str, rows: slice, base: Tensor) -> Tensor:
-        """As of `Weights`."""
+        """See `Weights.value`."""
         return base + self.delta(name, rows, base)
 
     def delta(self, name: str, rows: slice, base: Tensor) -> Tensor:
-        """As of `Weights`."""
-        if name in self.whole:
+        """See `Weights.delta`."""
+        if name in self.full:
             return self._read(name, rows).flatten() - base
         if name not in self.adapted:
             return torch.zeros_like(base)
         module, settings = name.removesuffix(".weight"), self.settings
-        added = settings.alpha / settings.rank * (self._read(module + UP, rows) @ self._read(module + DOWN))
+        delta = settings.alpha / settings.rank * (self._read(module + UP, rows) @ self._read(module + DOWN))
         if settings.method == "dora":
-            weight = base.view_as(added)
-            turned = weight + added
-            added = turned * (self._read(module + NORM, rows) / turned.norm(dim=1))[:, None] - weight
-        return added.flatten()
+            weight = base.view_as(delta)
+            direction = weight + delta
+            delta = direction * (self._read(module + NORM, rows) / direction.norm(dim=1))[:, None] - weight
+        return delta.flatten()
 
     def _read(self, name: str, rows: slice = slice(None)) -> Tensor:
-        return read_rows(self.file, self.keys[name], rows)
+        return read_rows(self.file, self.entries[name].key, rows)
 
-    def _refuse_other(self, base: Weights, name: str, shape: list[int]) -> None:
+    def _check_shape(self, base: Weights, name: str, shape: list[int]) -> None:
         entry = base.entries.get(name)
         if entry is None or list(entry.shape) != shape:
-            there = "is not there" if entry is None else f"is {list(entry.shape)} there, {shape} here"
-            raise InputError(f"{self.file} is of another model than {base.folder}: {name} {there}; name its own base")
+            reason = "does not exist there" if entry is None else f"is {list(entry.shape)} there, {shape} here"
+            raise InputError(f"{self.file} belongs to another model than {base.folder}: {name} {reason}; name its base")
 
 
-class Dequantized(Weights):
-    """A base as adapters over 4 bits saw it: its weights through 4 bits and back, the others in the model's type.
+class DequantizedWeights(Weights):
+    """Base weights as seen by adapters trained over 4 bits: quantized and dequantized; the others in the model's dtype.
 
     Args:
-        packed: the names of the weights that were kept in 4 bits.
-        dtype: the model's.
+        folder: Folder of the saved base.
+        model_name: See `Weights`.
+        quantized: Names of the weights that were quantized to 4 bits.
+        settings: Settings of the adapters.
+        dtype: Dtype of the model that the adapters were trained with.
     """
 
     def __init__(
         self,
         folder: Path,
-        named: Callable[[str], str | None],
-        packed: set[str],
+        model_name: Callable[[str], str | None],
+        quantized: set[str],
         settings: AdapterSettings,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(folder, named)
-        self.packed, self.dtype = packed, dtype
-        self.through = partial(peft_adapters.through_four_bits, settings=settings)
-        self._kept: tuple[str, Tensor] = ("", torch.empty(0))  # blocks of 4 bits go across rows: a tensor at a time
+        super().__init__(folder, model_name)
+        self.quantized, self.dtype = quantized, dtype
+        self.round_trip = partial(peft_adapters.through_four_bits, settings=settings)
+        self._cached: tuple[str, Tensor] = ("", torch.empty(0))  # quantization blocks span rows: keep a full tensor
 
     def read(self, name: str, rows: slice) -> Tensor:
-        """As of `Weights`."""
-        if name not in self.packed:
-            piece = super().read(name, rows)
-            return piece.to(self.dtype).float() if piece.is_floating_point() else piece
-        if self._kept[0] != name:
+        """See `Weights.read`."""
+        if name not in self.quantized:
+            chunk = super().read(name, rows)
+            return chunk.to(self.dtype).float() if chunk.is_floating_point() else chunk
+        if self._cached[0] != name:
             entry = self.entries[name]
-            self._kept = name, self.through(read_rows(entry.file, entry.key).to(self.dtype))
-        return self._kept[1][rows].float().flatten()
+            self._cached = name, self.round_trip(read_rows(entry.file, entry.key).to(self.dtype))
+        return self._cached[1][rows].float().flatten()

@@ -1,4 +1,4 @@
-"""How far a merged model is from what it was made of: both answer the same questions, and their logits are compared."""
+"""Compare the logits of two models on the same questions, such as a merged model and the adapter it was merged from."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vlmvqa.sequence.rows import IGNORE
 
 
 @dataclass(frozen=True)
-class Drift:
-    """Differences of two models' logits.
+class LogitDiff:
+    """Difference between the logits of two models.
 
     Attributes:
-        questions: that were asked.
-        positions: at which the logits were compared: the answers' tokens and what ends them.
-        largest: absolute difference of any logit.
-        range: largest absolute logit.
-        other_choices: positions at which another token is the likeliest.
+        questions: Number of questions.
+        positions: Number of positions compared: answer tokens and EOS.
+        largest: Largest absolute difference of a logit.
+        range: Largest absolute logit of the first model.
+        other_choices: Positions where the models disagree on the most likely token.
     """
 
     questions: int
@@ -35,23 +35,24 @@ class Drift:
 
     def __str__(self) -> str:
         return (
-            f"{self.largest:.2g} of logits up to {self.range:.3g}; another token is the likeliest at "
+            f"{self.largest:.2g} of logits up to {self.range:.3g}; the most likely token differs at "
             f"{self.other_choices} of {self.positions} positions of {self.questions} questions"
         )
 
 
-def one_question_each(examples: Sequence[Example], most: int) -> list[Example]:
-    """At most so many questions, each with its image."""
+def split_questions(examples: Sequence[Example], limit: int) -> list[Example]:
+    """Split examples into examples with one question each, and return at most `limit` of them."""
     every = (example.part(n, n + 1) for example in examples for n in range(len(example.questions)))
-    return list(islice(every, most))
+    return list(islice(every, limit))
 
 
 @torch.no_grad()
-def answers_logits(predictor: Predictor, examples: Sequence[Example]) -> list[Tensor]:
-    """Of each question, the logits where its answer stands: float32[S, V]. Where none is known, "yes" stands there.
+def answer_logits(predictor: Predictor, examples: Sequence[Example]) -> list[Tensor]:
+    """Return the logits at the answer positions of each question, float32[S, V].
 
     Args:
-        examples: with one question each.
+        predictor: The model with its processor.
+        examples: Examples with one question each; "yes" replaces a missing answer.
     """
     model, processor = predictor.model.eval(), predictor.processor
     device = next(model.parameters()).device
@@ -65,10 +66,10 @@ def answers_logits(predictor: Predictor, examples: Sequence[Example]) -> list[Te
     return found
 
 
-def drift(one: Sequence[Tensor], other: Sequence[Tensor]) -> Drift:
-    """Between the logits of two models, question by question."""
+def logit_diff(one: Sequence[Tensor], other: Sequence[Tensor]) -> LogitDiff:
+    """Compare the logits of two models, question by question."""
     pairs = list(zip(one, other, strict=True))
-    return Drift(
+    return LogitDiff(
         questions=len(pairs),
         positions=sum(len(a) for a, _ in pairs),
         largest=max(float((a - b).abs().max()) for a, b in pairs),

@@ -19,9 +19,10 @@ from vlmvqa.data.example import Example, all_answered, count_questions
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.data.tasks import data_settings, metric_options, read_examples
 from vlmvqa.errors import InputError
-from vlmvqa.extras.merging.logit_diff import answers_logits, drift, one_question_each
-from vlmvqa.extras.merging.merge import Merge, MergeSettings
-from vlmvqa.extras.merging.validation import adapter_settings, ours
+from vlmvqa.extras.merging.logit_diff import answer_logits, logit_diff, split_questions
+from vlmvqa.extras.merging.merge import Merge
+from vlmvqa.extras.merging.settings import MergeSettings
+from vlmvqa.extras.merging.validation import adapter_settings, own_config
 from vlmvqa.inference.predictor import load
 from vlmvqa.metrics.registry import check_scorable, metric, score
 from vlmvqa.models import model_folder
@@ -92,7 +93,7 @@ def merge_models(config: MergeConfig) -> None:
         **merge.settings.record(),
         "into": merge.into,
         "over_four_bits": [str(one) for one in merge.over_four_bits],
-        "parts": {name: counts.record() for name, counts in merge.counts.items()},
+        "parts": {name: statistics.record() for name, statistics in merge.statistics.items()},
         "vlmvqa": __version__,
     }
     _write(folder, record)
@@ -156,7 +157,7 @@ def _tasks(config: MergeConfig, merge: Merge) -> tuple[list[MergeTask], str | No
         named, why = _own([model.folder for model in merge.models])
         if why:
             return [], f"{why}; give data="
-    prompts = ours(merge.config).get("prompts", {})
+    prompts = own_config(merge.config).get("prompts", {})
     asked = []
     for name, task in named.items():
         task = replace(task, prompt=prompts.get(task.source, task.prompt))
@@ -187,16 +188,16 @@ def _own(models: Sequence[Path]) -> tuple[dict[str, DataSettings], str | None]:
 
 def _drift(adapter: Path, merged: Path, asked: Sequence[MergeTask], most: int) -> dict[str, Any]:
     """Compare the logits of the adapter on its base with those of the merged model."""
-    examples = [one for task in asked for one in one_question_each(task.examples, most)]
+    examples = [one for task in asked for one in split_questions(task.examples, most)]
     logits, kinds = [], []
     for folder in (adapter, merged):
         predictor = load(folder)
         bits = predictor.adapter and predictor.adapter.settings.bits
         kinds.append(predictor.settings.dtype + (f", {bits} bits" if bits else ""))
-        logits.append(answers_logits(predictor, examples))
+        logits.append(answer_logits(predictor, examples))
         del predictor
         gc.collect()
-    found = drift(*logits)
+    found = logit_diff(*logits)
     print(f"largest logit difference, adapter over its base ({kinds[0]}) to merged ({kinds[1]}): {found}")
     return {**asdict(found), "adapter": kinds[0], "merged": kinds[1]}
 

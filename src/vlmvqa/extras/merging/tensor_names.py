@@ -1,4 +1,4 @@
-"""What tensors are called: in a model's files, in the model, and as paths that are the same for every model."""
+"""Tensor names: in a model's files, in the model, and as paths common to all model families."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from vlmvqa.models.vlm import VLM
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A model without its weights, which knows what they are called; None: of another library, whose names stand.
+class TensorNames:
+    """Maps the tensor names of a saved model.
 
     Attributes:
-        folder: where it is saved.
+        folder: Folder of the saved model.
+        model: The model without weights if its names need mapping; None if the names in its files are used as they are.
     """
 
     folder: Path
     model: PretrainedVLM | VLM | None
 
     @classmethod
-    def of(cls, folder: Path) -> Layout:
-        """That of a saved model."""
+    def read(cls, folder: Path) -> TensorNames:
+        """Read the names of a saved model from its config."""
         path = folder / model_folder.CONFIG
         if (
             path.exists()
@@ -48,13 +49,16 @@ class Layout:
                 return cls(folder, build_pretrained(settings, pretrained_config(settings), blank=True))
         return cls(folder, None)
 
-    def name(self, key: str) -> str | None:
-        """A tensor's name in the model, of that in a file; None: it is another's twin (a tied output head), or none.
+    def model_name(self, key: str) -> str | None:
+        """Return a tensor's name in the model, or None if the model has no such parameter (or it is a tied weight).
 
-        What transformers publishes may bear the names of older versions, which its loading renames; so do we.
+        Published checkpoints may use names of older transformers versions; they are renamed as transformers does.
+
+        Args:
+            key: Name in the file.
 
         Raises:
-            InputError: loading would also take the tensor apart, or join it with others.
+            InputError: Loading would split the tensor or combine it with others.
         """
         if not isinstance(self.model, PretrainedVLM):
             return key
@@ -66,7 +70,7 @@ class Layout:
             name, converted = key, None
         if converted is not None:
             raise InputError(
-                f"{self.folder} holds {key} in another form than the model does; train or save it once, and merge that"
+                f"{self.folder} stores {key} in another layout than the model; save the model again and merge that"
             )
         return name if name in known else None
 
@@ -77,18 +81,18 @@ class Layout:
 
     @cached_property
     def _parameters(self) -> dict[str, Tensor]:
-        """Each once: of those that are tied, the first."""
+        """Parameters by name; tied ones only once."""
         assert isinstance(self.model, PretrainedVLM)
         return dict(self.model.net.named_parameters())
 
     def path(self, name: str) -> str:
-        """A tensor's path: its part (vision, projector, language) and its place there, as in `adapt.targets`."""
+        """Return a tensor's path: part (vision, projector, language) and name in it, as in `adapt.targets`."""
         return name if self.model is None else peft_adapters.path_of(self.model, name)
 
-    def in_four_bits(self) -> set[str]:
-        """The weights that are kept in 4 bits where any are."""
+    def quantizable(self) -> set[str]:
+        """Return the names of the weights that adapters over 4 bits quantize."""
         model = self.model
-        if model is None:  # our own, which is built only for this
+        if model is None:  # our own architecture
             config, settings = checkpoint.read_settings(self.folder)
             assert not isinstance(settings, PretrainedSettings)
             known = dict(config["language_config"])

@@ -1,7 +1,12 @@
-"""What a training needs of its GPUs, counted without one.
+"""Estimate the GPU memory and speed of a training run, without a GPU, data or weights.
 
-the real model, without weights --one pass--> activations, logits, temporaries, FLOPs    memory.py, ledger.py
-a strategy, its ranks and optimizer --------> weights, gradients, states, buffers        resident.py
-both, and a GPU (gpus.py) ------------------> what fits, and how fast                    planner.py
-----> table and recommendation (report.py); on a GPU, planned against measured (verify.py)
+memory.py            activations, logits and FLOPs of one forward and backward pass, measured on the model without
+                     weights (memory_tracker.py, cuda_emulation.py, batches.py)
+strategy_memory.py   weights, gradients, optimizer states (optimizer_memory.py) and buffers under each strategy
+quantized_memory.py  weights in 4 bits
+published_sizes.py   sizes and rows of pretrained models
+gpus.py              memory and speed of common GPUs
+planner.py           their sum: a plan per strategy, the largest batch, the fastest run
+report.py            tables and recommendation
+verify.py            planned against measured memory, on a GPU
 """

@@ -1,4 +1,4 @@
-"""What common GPUs hold and how fast they are, by their makers' data sheets."""
+"""Memory and speed of common GPUs, from their data sheets."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ class Gpu:
     """A GPU.
 
     Attributes:
-        memory: GiB that PyTorch can have (`torch.cuda.get_device_properties(0).total_memory`), less than is sold.
-        half: dense fp16 or bf16 tensor-core rate, in 10^12 FLOPs a second.
-        single: fp32 rate without TF32, PyTorch's default, likewise.
-        link: GB a second that collectives among such GPUs in one machine are taken to reach, a direction.
-        host: GB a second to and from host memory, likewise.
-        bf16: whether it computes in bfloat16.
+        name: Product name.
+        memory: GiB available to PyTorch (`torch.cuda.get_device_properties(0).total_memory`), below the nominal size.
+        half: Dense fp16 or bf16 tensor-core rate in TFLOP/s.
+        single: fp32 rate in TFLOP/s without TF32, PyTorch's default.
+        link: Assumed bandwidth of collectives between GPUs of one machine, GB/s per direction.
+        host: Assumed bandwidth to and from host memory, GB/s per direction.
+        bf16: Whether it supports bfloat16.
     """
 
     name: str
@@ -31,9 +32,9 @@ class Gpu:
     bf16: bool = True
 
 
-# Memory: the "total capacity" of PyTorch's out-of-memory messages in public issues, the lowest seen. Rates: NVIDIA's
-# data sheets, without sparsity; the A10G's as AWS gives it. Links: a third of PCIe's nominal rate, two thirds of
-# NVLink's: rough, not measured.
+# Memory: the lowest "total capacity" in PyTorch's out-of-memory messages in public issues. Rates: NVIDIA's data sheets,
+# without sparsity; the A10G's from AWS. Links: a third of PCIe's nominal rate, two thirds of NVLink's; rough, not
+# measured.
 GPUS = {
     "t4": Gpu("T4 (16 GB)", 14.56, 65, 8.1, 5, 10, bf16=False),
     "v100_16": Gpu("V100 (16 GB)", 15.75, 125, 15.7, 100, 10, bf16=False),
@@ -48,8 +49,8 @@ GPUS = {
 
 
 def gpu(name: str) -> Gpu:
-    """A GPU by its name in `GPUS`, however it is spelt (A100-80, a100_80)."""
+    """Return a GPU by its name in `GPUS`; case, "-" and "_" don't matter (A100-80, a100_80)."""
     key = name.lower().replace("-", "_").replace(" ", "_")
     if key not in GPUS:
-        raise InputError(f"plan.gpu={name} is not known; use one of {', '.join(GPUS)}{suggest(key, GPUS)}")
+        raise InputError(f"plan.gpu={name} is unknown; use one of {', '.join(GPUS)}{suggest(key, GPUS)}")
     return GPUS[key]

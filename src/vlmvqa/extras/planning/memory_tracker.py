@@ -1,6 +1,7 @@
-"""Every byte that is alive while operations run, from each storage's birth to its death, and their FLOPs.
+"""Bytes alive after each operation, by tracking storages from allocation to release, and FLOPs.
 
-Under FakeTensorMode nothing is computed and nothing allocated, so this costs the same at any size.
+torch.distributed._tools.MemTracker tracks storages too, but reports totals per module: no timeline, no split by what
+grows with the batch, no FLOPs, and no operations whose output size depends on data.
 """
 
 from __future__ import annotations
@@ -16,62 +17,75 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 
-class Ledger(TorchDispatchMode):
-    """The bytes alive after each operation, and the operations' FLOPs, by what they grow with."""
+class MemoryTracker(TorchDispatchMode):
+    """Tracks bytes alive and FLOPs, split into a constant, a share per row and a share per supervised token.
 
-    def __init__(self, rows: int = 0, tokens: int = 0, pictures: int = 1) -> None:
+    Under FakeTensorMode nothing is computed or allocated, so tracking costs the same at any size.
+
+    Args:
+        rows: Prime number of rows (0: count everything as constant).
+        tokens: Prime number of supervised tokens, likewise.
+        crops: Number of crops of an image that the encoder sees.
+
+    Attributes:
+        timeline: After each operation: constant bytes, bytes per row, bytes per supervised token, gradient bytes.
+        marks: Indices into the timeline, by name.
+    """
+
+    def __init__(self, rows: int = 0, tokens: int = 0, crops: int = 1) -> None:
         super().__init__()
-        self.rows, self.tokens, self.pictures = rows, tokens, pictures
+        self.rows, self.tokens, self.crops = rows, tokens, crops
         self.timeline: list[tuple[int, int, int, int]] = []
         self.marks: dict[str, int] = {}
-        self._alive = [0, 0, 0]  # constant, a row, a supervised token
+        self._alive = [0, 0, 0]  # constant, per row, per supervised token
         self._flops = [0, 0, 0]
         self._gradients = 0
-        self._known: dict[weakref.ref[Any], None] = {}
-        self._kept: list[Any] = []
+        self._tracked: dict[weakref.ref[Any], None] = {}
+        self._excluded: list[Any] = []
 
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these, nor views of them."""
+    def exclude(self, tensors: Iterable[Tensor]) -> None:
+        """Exclude existing tensors and views of them."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            self._kept.append(storage)
-            self._known[weakref.ref(storage)] = None
+            self._excluded.append(storage)
+            self._tracked[weakref.ref(storage)] = None
 
-    def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Count these, which are there already."""
+    def include(self, tensors: Iterable[Tensor]) -> None:
+        """Count existing tensors."""
         for tensor in tensors:
-            self._born(tensor.untyped_storage())
+            self._track(tensor.untyped_storage())
 
     def mark(self, name: str) -> None:
-        """Name this moment."""
+        """Mark the current moment."""
         self.marks[name] = len(self.timeline)
         self._record()
 
     def mark_gradient(self, name: str, tensor: Tensor) -> None:
-        """Name the moment when a tensor's gradient is there."""
+        """Mark the moment when the gradient of a tensor is computed."""
         if tensor.requires_grad:
             tensor.register_hook(lambda _: self.mark(name))
 
-    def set_gradient_aside(self, parameter: Tensor) -> None:
-        """Drop a gradient that is done: where it is kept, and how much of it, is the strategy's choice."""
+    def release_gradient(self, parameter: Tensor) -> None:
+        """Count a parameter's gradient separately and release it: where it is kept depends on the strategy."""
         assert parameter.grad is not None
         self._gradients += parameter.grad.nbytes
         parameter.grad = None
 
     def flops(self) -> dict[str, int]:
+        """Return the FLOPs per row and per supervised token."""
         return {"row_flops": self._flops[1], "token_flops": self._flops[2]}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.tokens and function is torch.ops.aten.index.Tensor:
-            args = (args[0], self._without_data(args[1]))
+            args = (args[0], self._replace_masks(args[1]))
         if self.tokens and function is torch.ops.aten._local_scalar_dense.default:
-            return self.pictures  # the one number that a model reads from its data: how many of a row are not padding
+            return self.crops  # the only number that a model reads from its data: the crops that aren't padding
         out = function(*args, **(kwargs or {}))
         if function._overloadpacket in flop_registry:
             self._add(self._flops, flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._born(tensor.untyped_storage())
+                self._track(tensor.untyped_storage())
         self._record()
         return out
 
@@ -79,33 +93,33 @@ class Ledger(TorchDispatchMode):
         constant, row, token = self._alive
         self.timeline.append((constant, row, token, self._gradients))
 
-    def _without_data(self, indices: list[Tensor | None]) -> list[Tensor | None]:
-        """A mask as an index: how many tokens are supervised is data, of which there is none; all pictures are real."""
-        known: list[Tensor | None] = []
+    def _replace_masks(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Replace boolean indices, whose size depends on data: all crops are real, `tokens` tokens are supervised."""
+        replaced: list[Tensor | None] = []
         for index in indices:
             if index is not None and index.dtype == torch.bool and index.ndim == 1:
-                known.append(torch.arange(len(index)))
+                replaced.append(torch.arange(len(index)))
             elif index is not None and index.dtype == torch.bool:
-                known += [torch.zeros(self.tokens, dtype=torch.int64) for _ in range(index.ndim)]
+                replaced += [torch.zeros(self.tokens, dtype=torch.int64) for _ in range(index.ndim)]
             else:
-                known.append(index)
-        return known
+                replaced.append(index)
+        return replaced
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        if weakref.ref(storage) in self._known:
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        if weakref.ref(storage) in self._tracked:
             return
         size = storage.nbytes()
         self._add(self._alive, size)
 
-        def gone(reference: weakref.ref[Any]) -> None:
-            self._known.pop(reference, None)
+        def released(reference: weakref.ref[Any]) -> None:
+            self._tracked.pop(reference, None)
             self._add(self._alive, -size)
 
-        self._known[weakref.ref(storage, gone)] = None
+        self._tracked[weakref.ref(storage, released)] = None
 
     def _add(self, counts: list[int], amount: int) -> None:
-        for place, prime in ((1, self.rows), (2, self.tokens)):
+        for index, prime in ((1, self.rows), (2, self.tokens)):
             if prime and amount % prime == 0:
-                counts[place] += amount // prime
+                counts[index] += amount // prime
                 return
         counts[0] += amount

@@ -1,26 +1,29 @@
-"""Pretrained models in a plan: their published sizes, so that it needs no network, and their rows.
+"""Published sizes of models, so that planning needs no network, and the rows of pretrained models.
 
-The defaults of transformers' config classes are not always those of the weights: SigLIP's feed-forward layers are 4,304
-wide and PaliGemma's vocabulary has 257,216 entries. These are the configs on the hub, as far as sizes depend on them.
+The defaults of transformers' config classes aren't always those of the published weights: SigLIP's feed-forward layers
+are 4,304 wide, PaliGemma's vocabulary has 257,216 entries. These are the configs on the hub, limited to sizes.
 
-Legend: B rows, T tokens a row, P pictures that the encoder sees of an image, H pixels of a side.
+Legend: B rows, T tokens per row, P crops per image (the encoder's inputs), H image height and width in pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, pretrained_config
 from vlmvqa.hub import OWN_CODE
+from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.rows import IGNORE
 
-SO400M = {  # SigLIP's shape-optimised ViT at patch 14
+SO400M = {  # SigLIP's shape-optimized ViT, patch size 14
     "hidden_size": 1152,
     "intermediate_size": 4304,
     "num_hidden_layers": 27,
@@ -98,17 +101,37 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     **{f"google/paligemma2-3b-{kind}-{s}": _paligemma(s, GEMMA2_2B) for kind in ("pt", "mix") for s in (224, 448, 896)},
     **{f"HuggingFaceM4/idefics2-8b{kind}": IDEFICS2_8B for kind in ("", "-base", "-chatty")},
 }
-# Beside a question's words: PaliGemma's BOS and newline; Idefics2's turns, and what stands around its images.
+# Hub ids of language models whose sizes are the defaults of their config class.
+DEFAULT_SIZES = {"google/gemma-2-2b": "gemma2", "google/gemma-2-2b-it": "gemma2"}
+# Tokens in addition to image and question: PaliGemma's BOS and newline; Idefics2's turns and image delimiters.
 TEMPLATE_TOKENS = {"paligemma": 2, "idefics2": 16}
-PIECES = 5  # of a split image: four crops and the whole
-MULTIPLE = 8  # rows are padded to a multiple of so many tokens
+SPLIT_CROPS = 5  # crops of a split image: four quarters and the full image
+MULTIPLE = 8  # rows are padded to a multiple of this many tokens
+
+
+def known_architecture(settings: ModelSettings) -> ModelSettings:
+    """Return the settings with a language model whose sizes are known without the hub.
+
+    Raises:
+        InputError: The sizes are neither published here nor on this machine.
+    """
+    name = settings.language.name
+    settings = replace(settings, language=replace(settings.language, loss="chunked"))  # the fused loss needs no more
+    if name in DEFAULT_SIZES:
+        return replace(settings, language=replace(settings.language, name=DEFAULT_SIZES[name]))
+    if name not in CONFIG_MAPPING_NAMES:
+        advice = (
+            "set an architecture (model.language.name=llama) and its sizes (model.language.overrides.hidden_size=...)"
+        )
+        _local_config("model.language.name", name, advice)
+    return settings
 
 
 def known_config(settings: PretrainedSettings) -> PreTrainedConfig:
-    """A pretrained model's config, without the hub.
+    """Return a pretrained model's config without using the hub.
 
     Raises:
-        InputError: it is neither known nor on this machine, or how it lays out images is not known here.
+        InputError: The sizes are neither published here nor on this machine, or the architecture is not supported.
     """
     name = settings.pretrained
     if name in PUBLISHED:
@@ -117,65 +140,68 @@ def known_config(settings: PretrainedSettings) -> PreTrainedConfig:
     if settings.weights == "random":
         config = pretrained_config(settings)
     else:
-        try:
-            config = AutoConfig.from_pretrained(name, local_files_only=True, **OWN_CODE)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"the sizes of model.pretrained={name} are not on this machine, and a plan uses no network; name a "
-                f"folder, or one of {', '.join(PUBLISHED)}"
-            ) from error
+        config = _local_config("model.pretrained", name, f"name a folder, or one of {', '.join(PUBLISHED)}")
     if config.model_type not in TEMPLATE_TOKENS:
         raise InputError(
-            f"how many tokens an image has in {name} ({config.model_type}) is not known to the planner; plan one of "
+            f"the planner doesn't know the number of image tokens of {name} ({config.model_type}); plan one of "
             f"{', '.join(TEMPLATE_TOKENS)}"
         )
     return config
 
 
-def pieces(config: PreTrainedConfig, settings: PretrainedSettings) -> int:
-    """Pictures that the encoder sees of an image; Idefics2 was published with splitting on."""
+def _local_config(key: str, name: str, advice: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True, **OWN_CODE)
+    except (OSError, ValueError) as error:
+        reason = "are not on this machine, and a plan uses no network"
+        raise InputError(f"the sizes of {key}={name} {reason}; {advice}") from error
+
+
+def crops_per_image(config: PreTrainedConfig, settings: PretrainedSettings) -> int:
+    """Return the number of crops per image (P); Idefics2 was published with splitting on."""
     split = settings.weights == "hub" if settings.image_splitting is None else settings.image_splitting
-    return PIECES if config.model_type == "idefics2" and split else 1
+    return SPLIT_CROPS if config.model_type == "idefics2" and split else 1
 
 
-def pictures(batch: Mapping[str, Tensor]) -> int:
-    """P, of a batch."""
+def crops_in(batch: Mapping[str, Tensor]) -> int:
+    """Return the number of crops per image (P) in a batch."""
     values = batch["pixel_values"]
     return values.shape[1] if values.ndim == 5 else 1
 
 
 def image_tokens(config: PreTrainedConfig, settings: PretrainedSettings) -> int:
-    """Tokens of an image in the decoder's row."""
+    """Return the number of tokens of an image in the decoder's row."""
     if config.model_type == "idefics2":
         latents: int = config.perceiver_config.resampler_n_latents
-        return pieces(config, settings) * latents
+        return crops_per_image(config, settings) * latents
     return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
 
 def row_tokens(config: PreTrainedConfig, settings: PretrainedSettings, text_tokens: int) -> int:
-    """Tokens of a row, which is one question: the image's, the template's, and those of the text but for EOS."""
+    """Return the length of a row, which is one question: tokens of image, template and text (without EOS)."""
     tokens = image_tokens(config, settings) + TEMPLATE_TOKENS[config.model_type] + text_tokens - 1
     return -(-tokens // MULTIPLE) * MULTIPLE
 
 
-def batch(
+def dummy_batch(
     model: PretrainedVLM, settings: PretrainedSettings, rows: int, tokens: int, supervised: int
 ) -> dict[str, Tensor]:
-    """A batch of the planned size, as `PretrainedProcessor.collate` makes it; what it says is nothing.
+    """Return a dummy batch of the planned size with the columns of `PretrainedProcessor.collate`.
 
-    Its pictures are as large as they can be: `[B, 3, H, H]`, under Idefics2 `[B, P, 3, H, H]`, and a mask of them.
+    Images have the maximal size: `[B, 3, H, H]`, for Idefics2 `[B, P, 3, H, H]` with a mask.
     """
     config: Any = model.net.config
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
     ids[:, : image_tokens(config, settings)] = config.image_token_id
     labels = torch.full_like(ids, IGNORE)
     labels[:, -supervised:] = 0
-    real = torch.ones_like(ids)
-    real[:, 0] = 0
-    made = {"input_ids": ids, "labels": labels, "attention_mask": real}
-    side, seen = config.vision_config.image_size, pieces(config, settings)
+    not_padding = torch.ones_like(ids)
+    not_padding[:, 0] = 0
+    columns = {"input_ids": ids, "labels": labels, "attention_mask": not_padding}
+    side, crops = config.vision_config.image_size, crops_per_image(config, settings)
     if config.model_type == "paligemma":
-        return {**made, "pixel_values": torch.ones(rows, 3, side, side), "token_type_ids": (labels != IGNORE).long()}
-    mask = torch.ones(rows, seen, side, side, dtype=torch.int64)
-    mask[..., -1] = 0  # most pictures are not square: without padding the attention mask would be left out
-    return {**made, "pixel_values": torch.ones(rows, seen, 3, side, side), "pixel_attention_mask": mask}
+        answers = (labels != IGNORE).long()
+        return {**columns, "pixel_values": torch.ones(rows, 3, side, side), "token_type_ids": answers}
+    mask = torch.ones(rows, crops, side, side, dtype=torch.int64)
+    mask[..., -1] = 0  # most images aren't square, and without padding the attention mask would be skipped
+    return {**columns, "pixel_values": torch.ones(rows, crops, 3, side, side), "pixel_attention_mask": mask}

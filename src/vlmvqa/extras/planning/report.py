@@ -1,4 +1,4 @@
-"""A plan as text: tables of all strategies, what to set and why; the same as Markdown and JSON."""
+"""Plans as text, Markdown and JSON: tables of all strategies and a recommendation with reasons."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from typing import Any
 
 from vlmvqa.errors import counted
 from vlmvqa.extras.planning.gpus import GIB
-from vlmvqa.extras.planning.planner import CONTEXT, FRAGMENTATION, Plan, Planner
+from vlmvqa.extras.planning.planner import CONTEXT, FRAGMENTATION, Plan, Planner, RunSettings
 
 SIZES = ("parameters", "gradients", "optimizer", "buffers", "activations", "logits", "temporary")
-HEADINGS = ("strategy", "needed", "fits", "host", "questions/s", "most rows", "with checkpointing", "worst moment")
+HEADINGS = ("strategy", "needed", "fits", "host", "questions/s", "max rows", "with checkpointing", "peak in")
 LEGEND = f"""\
-GiB on each GPU. needed: the worst moment, with {FRAGMENTATION:.0%} (fragments) and {CONTEXT / GIB:.1f} GiB (CUDA)
-more. host: GiB of host memory, all GPUs together. questions/s: an estimate from what is assumed
-above. most rows: that fit a GPU, without and with activation checkpointing. worst moment: backward
-pass, last reduction of gradients, or optimizer's step.
+GiB per GPU. needed: peak memory plus {FRAGMENTATION:.0%} (fragmentation) and {CONTEXT / GIB:.1f} GiB (CUDA).
+host: GiB of host memory, all GPUs together. questions/s: an estimate from the assumptions above.
+max rows: per GPU, without and with activation checkpointing. peak in: backward pass, last reduction
+of gradients, or optimizer step.
 optimizer: its states, and under ZeRO the fp32 weights. buffers: for communication, and weights
-gathered from shards. activations: alive when the decoder has returned, under ddp with autocast's
-copies of the weights. logits: what the loss adds, with the output matrix's gradient. temporary: the
-rest of the worst moment, whose parts are not always all of these columns.
-Counted on the real model without weights and from the strategies' code, not measured: verify=true
-measures one process on a GPU. Neither torch_compile nor what evaluation needs is planned."""
+gathered from shards. activations: after the decoder's forward pass, under ddp with autocast's
+copies of the weights. logits: additional memory of the loss, with the output matrix's gradient.
+temporary: the rest of the peak. Not all columns are in memory at the peak.
+Computed from the real model without weights and the strategies' code, not measured: verify=true
+measures one process on a GPU. torch_compile and evaluation are not planned."""
 
 
 def headline(planner: Planner, checkpointing: bool) -> str:
-    """What is planned, and what is assumed of it."""
+    """Return the planned run and the assumptions."""
     rows, shape, training, gpu = planner.rows, planner.shape, planner.training, planner.gpu
     count = sum(weight.numel for weight in planner.weights)
-    learnt = sum(weight.numel for weight in planner.weights if weight.trained)
+    trained = sum(weight.numel for weight in planner.weights if weight.trained)
     rate = gpu.half if training.mixed else gpu.single
-    batch = f"{counted(rows.rows, 'row')} a GPU x {training.accumulation} accumulated"
+    batch = f"{counted(rows.rows, 'row')} per GPU x {training.accumulation} accumulated"
     images = f"{planner.images_per_row} x {planner.image_tokens}"
-    questions = f"{rows.most_questions} x {rows.text_tokens}"
+    questions = f"{rows.max_questions} x {rows.text_tokens}"
     speed = f"{planner.utilisation:.0%} of {rate:g} TFLOP/s, {gpu.link:g} GB/s between GPUs"
-    packed = sum(weight.numel for weight in planner.weights if weight.packed)
+    quantized = sum(weight.numel for weight in planner.weights if weight.quantized)
     return f"""\
-model      {count:,} parameters, {learnt:,} of them trained{f", {packed:,} in 4 bits" if packed else ""}
+model      {count:,} parameters, {trained:,} of them trained{f", {quantized:,} in 4 bits" if quantized else ""}
 training   {training.precision}, {training.optimizer}, activation checkpointing {"on" if checkpointing else "off"}
 batch      {batch}
-rows       {shape.tokens} tokens: {images} of images, {questions} of questions; {shape.supervised} are supervised
+rows       {shape.tokens} tokens: {images} of images, {questions} of questions; {shape.supervised} supervised
 GPUs       {planner.gpus} x {gpu.name}, {gpu.memory} GiB each for PyTorch
-assumed    {speed}, {counted(rows.questions, "question")} an image"""
+assumed    {speed}, {counted(rows.questions, "question")} per image"""
 
 
 def table(plans: Sequence[Plan], chosen: str) -> str:
-    """Two tables with a row a strategy: what is needed and how fast it is, and the parts; the chosen one has a star."""
+    """Return two tables with a row per strategy, a summary and the parts; a star marks the chosen one."""
     return "\n\n".join("\n".join(_aligned(rows)) for rows in _tables(plans, chosen))
 
 
@@ -54,23 +54,23 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (list(zip(row, widths, strict=True)) for row in rows)
     return [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(line))
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(line))
         for line in lines
     ]
 
 
 def markdown(planner: Planner, plans: Sequence[Plan], chosen: str, checkpointing: bool) -> str:
-    """The whole plan as a page."""
+    """Return the plan as a Markdown page."""
     tables = []
     for rows in _tables(plans, chosen):
         head, *body = (f"| {' | '.join(row)} |" for row in rows)
         tables.append("\n".join([head, "|" + " --- |" * len(rows[0]), *body]))
-    said = (headline(planner, checkpointing), *tables, recommend(planner, plans, chosen), LEGEND)
-    return "# Plan\n\n" + "\n\n".join(said) + "\n"
+    sections = (headline(planner, checkpointing), *tables, recommend(planner, plans, chosen), LEGEND)
+    return "# Plan\n\n" + "\n\n".join(sections) + "\n"
 
 
 def record(planner: Planner, plans: Sequence[Plan], chosen: str) -> dict[str, Any]:
-    """The plan as JSON takes it; sizes in bytes."""
+    """Return the plan for JSON; sizes in bytes."""
     return {
         "gpu": asdict(planner.gpu),
         "gpus": planner.gpus,
@@ -102,58 +102,54 @@ def _summary(plan: Plan) -> list[str]:
     ]
 
 
-def overrides(name: str, rows: int, checkpointing: bool, accumulation: int) -> str:
-    """What to paste behind launch/train.py."""
+def overrides(run: RunSettings) -> str:
+    """Return the overrides of launch/train.py for a run."""
     return (
-        f"dist={name} trainer.per_device_train_batch_size={rows} "
-        f"trainer.gradient_accumulation_steps={accumulation} "
-        f"trainer.activation_checkpointing={str(checkpointing).lower()}"
+        f"dist={run.strategy} trainer.per_device_train_batch_size={run.rows} "
+        f"trainer.gradient_accumulation_steps={run.accumulation} "
+        f"trainer.activation_checkpointing={str(run.checkpointing).lower()}"
     )
 
 
 def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
-    """What to set and why, a line a reason."""
+    """Return the recommended settings and the reasons, one per line."""
     plan = next(plan for plan in plans if plan.strategy == chosen)
-    run = (chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
+    run = RunSettings(chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
     if plan.fits:
-        said = [f"Set {overrides(*run)}: it fits, {_gib(plan.needed)} of {_gib(plan.capacity)} GiB."]
+        lines = [f"Set {overrides(run)}: it fits, {_gib(plan.needed)} of {_gib(plan.capacity)} GiB."]
     else:
-        said = [f"{chosen} does not fit: it needs {_gib(plan.needed)} GiB, a GPU has {_gib(plan.capacity)}."]
-        said.append(_largest_parts(plan))
+        lines = [f"{chosen} does not fit: it needs {_gib(plan.needed)} GiB, a GPU has {_gib(plan.capacity)}."]
+        lines.append(_largest_parts(plan))
     best = planner.fastest(chosen)
-    if best != (chosen, plan.rows, not plan.checkpointing, run[3]):  # said below
-        said += _checkpointing(planner, plan, run)
+    if best != run._replace(checkpointing=not run.checkpointing):  # recommended below
+        lines += _checkpointing(planner, plan, run)
     if best is None:
-        said.append(_smaller(planner, chosen))
-    elif not plan.fits or planner.questions_per_second(*best) > 1.1 * planner.questions_per_second(*run):
-        start = "Faster by the estimate" if plan.fits else "Set instead"
-        needed, speed = planner.memory(*best[:3]).needed, planner.questions_per_second(*best)
-        said.append(f"{start}, with as many rows a step: {overrides(*best)}.")
-        said.append(f"That needs {_gib(needed)} GiB and makes about {counted(round(speed), 'question')} a second.")
-    beaten = [other for other in plans if not other.fits and other.strategy != chosen]
-    if beaten:
-        names = ", ".join(f"{other.strategy} ({_gib(other.needed)} GiB)" for other in beaten)
-        said.append(f"At this batch these do not fit: {names}.")
+        lines.append(_if_nothing_fits(planner, chosen))
+    elif not plan.fits or planner.questions_per_second(best) > 1.1 * planner.questions_per_second(run):
+        start = "Estimated to be faster" if plan.fits else "Set instead"
+        needed = planner.memory(best.strategy, best.rows, best.checkpointing).needed
+        speed = counted(round(planner.questions_per_second(best)), "question")
+        lines.append(f"{start}, with the same number of rows per step: {overrides(best)}.")
+        lines.append(f"It needs {_gib(needed)} GiB and processes about {speed} per second.")
+    too_large = [other for other in plans if not other.fits and other.strategy != chosen]
+    if too_large:
+        names = ", ".join(f"{other.strategy} ({_gib(other.needed)} GiB)" for other in too_large)
+        lines.append(f"With this batch these don't fit: {names}.")
         if plan.fits:
-            said.append(_largest_parts(beaten[0]))
-    return "\n".join(said)
+            lines.append(_largest_parts(too_large[0]))
+    return "\n".join(lines)
 
 
-def _checkpointing(planner: Planner, plan: Plan, run: tuple[str, int, bool, int]) -> list[str]:
+def _checkpointing(planner: Planner, plan: Plan, run: RunSettings) -> list[str]:
     other = planner.memory(plan.strategy, plan.rows, not plan.checkpointing)
-    if plan.checkpointing and plan.fits and other.fits:
-        gain = planner.questions_per_second(run[0], run[1], False, run[3]) / planner.questions_per_second(*run) - 1
-        bound = "no faster, as what is sent takes longer than what is computed"
-        return [
-            f"Without activation checkpointing it needs {_gib(other.needed)} GiB, which leaves "
-            f"{_gib(other.capacity - other.needed)} free, and by the estimate is "
-            f"{f'{gain:.0%} faster' if gain > 0.005 else bound}."
-        ]
     if plan.checkpointing and plan.fits:
-        return [
-            f"Without activation checkpointing it needs {_gib(other.needed)} GiB, which does not fit: activations are "
-            f"{_gib(other.activations)} GiB instead of {_gib(plan.activations)}."
-        ]
+        without = f"Without activation checkpointing it needs {_gib(other.needed)} GiB, which"
+        if not other.fits:
+            activations = f"{_gib(other.activations)} GiB instead of {_gib(plan.activations)}"
+            return [f"{without} does not fit: activations are {activations}."]
+        gain = planner.questions_per_second(run._replace(checkpointing=False)) / planner.questions_per_second(run) - 1
+        speed = f"{gain:.0%} faster" if gain > 0.005 else "no faster, as transfers take longer than computation"
+        return [f"{without} leaves {_gib(other.capacity - other.needed)} free, and is estimated to be {speed}."]
     if not plan.checkpointing and not plan.fits and other.fits:
         return [f"With trainer.activation_checkpointing=true it fits ({_gib(other.needed)} GiB)."]
     return []
@@ -161,14 +157,18 @@ def _checkpointing(planner: Planner, plan: Plan, run: tuple[str, int, bool, int]
 
 def _largest_parts(plan: Plan) -> str:
     parts = sorted(((getattr(plan, name), name) for name in SIZES), reverse=True)[:3]
-    return f"Most of {plan.strategy}'s is " + ", ".join(f"{name} ({_gib(size)} GiB)" for size, name in parts) + "."
+    return (
+        f"The largest parts of {plan.strategy} are "
+        + ", ".join(f"{name} ({_gib(size)} GiB)" for size, name in parts)
+        + "."
+    )
 
 
-def _smaller(planner: Planner, chosen: str) -> str:
-    eight = planner.vary(training=replace(planner.training, optimizer="adamw_bnb_8bit"))
-    best = eight.fastest(chosen)
+def _if_nothing_fits(planner: Planner, chosen: str) -> str:
+    eight_bit = planner.vary(training=replace(planner.training, optimizer="adamw_bnb_8bit"))
+    best = eight_bit.fastest(chosen)
     if best is not None:
-        return f"With an 8-bit optimizer it fits: trainer.optim=adamw_bnb_8bit {overrides(*best)}."
+        return f"With an 8-bit optimizer it fits: trainer.optim=adamw_bnb_8bit {overrides(best)}."
     return (
         "No strategy fits a single row: use more or larger GPUs, train less of the model "
         "(trainable.vision=none, trainable.language=none or a number of last blocks), or shorten the rows "

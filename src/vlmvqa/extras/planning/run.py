@@ -9,9 +9,8 @@ from vlmvqa.config.schema import DataSettings, TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import report, verify
 from vlmvqa.extras.planning.gpus import gpu
-from vlmvqa.extras.planning.memory import Settings
-from vlmvqa.extras.planning.planner import Planner, Rows, Training, known_architecture
-from vlmvqa.extras.planning.published_sizes import known_config
+from vlmvqa.extras.planning.planner import Planner, Rows, Settings, Training
+from vlmvqa.extras.planning.published_sizes import known_architecture, known_config
 from vlmvqa.inference.build import most_questions
 from vlmvqa.models.vlm import ModelSettings
 
