@@ -1,13 +1,13 @@
-"""Answers over HTTP: requests that wait are answered together, against one at a time, on this machine's loopback.
+"""HTTP throughput and latency: micro-batching against one request at a time, over loopback.
 
     python -m bench.serving --checkpoint runs/demo --clients 1 4 16
 
-    one at a time      the server of launch/serve.py with limits.max_batch=1
-    micro-batched      the same with limits.max_batch=16, which is the default
+    one at a time      launch/serve.py with limits.max_batch=1
+    micro-batched      launch/serve.py with limits.max_batch=16, the default
 
-Both servers run as a user starts them, on ports of their own, and are asked in turns. A client sends its next request
-when it has the answer to the last, each with a picture of its own and one question, over one connection. Times are of
-whole requests: sending, decoding, waiting, answering. The answers of both that are equal are counted.
+Both servers run at the same time and are measured in turns. Each client uses one connection and sends its next request,
+a different image and one question, when the previous one is answered. Times include sending, decoding, queueing and
+answering. The equal answers of both servers are counted.
 
 Needs the extra `demo`. Server and clients share the machine's cores.
 """
@@ -44,117 +44,126 @@ QUESTIONS = ("How many shapes are there?", "What color is the circle?", "Is ther
 
 @dataclass(frozen=True)
 class Round:
-    """What so many clients met: seconds from the first request to the last answer, and of each, and the answers."""
+    """Measurements of one round.
+
+    Attributes:
+        seconds: from the first request to the last answer.
+        latencies: seconds of each request.
+        answers: answer to each request.
+    """
 
     seconds: float
-    each: Sequence[float]
+    latencies: Sequence[float]
     answers: Sequence[str]
 
 
 @contextmanager
 def server(checkpoint: str, max_batch: int, folder: Path) -> Iterator[int]:
-    """A server in a process of its own; its port."""
-    given = [f"checkpoint={checkpoint}", "port=0", f"limits.max_batch={max_batch}", f"run.dir={folder}"]
-    process = subprocess.Popen([sys.executable, str(SERVE), *given], stdout=subprocess.PIPE, text=True)
+    """Start a server in another process and yield its port."""
+    overrides = [f"checkpoint={checkpoint}", "port=0", f"limits.max_batch={max_batch}", f"run.dir={folder}"]
+    process = subprocess.Popen([sys.executable, str(SERVE), *overrides], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     try:
         line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-        if not found:
+        url = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        if not url:
             raise SystemExit(f"launch/serve.py did not start: {line}")
-        yield int(found[1])
+        yield int(url[1])
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate()
 
 
-def forms(count: int, side: int, seed: int) -> list[bytes]:
-    """The bodies of so many requests: noise of `side` pixels as a PNG, and a question."""
-    noise = np.random.default_rng(seed)
-    found = []
+def request_bodies(count: int, side: int, seed: int) -> list[bytes]:
+    """Return forms with a noise image (PNG, `side` x `side` pixels) and a question."""
+    rng = np.random.default_rng(seed)
+    bodies = []
     for number in range(count):
         buffer = io.BytesIO()
-        Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
         parts = {'"question"': QUESTIONS[number % len(QUESTIONS)].encode(), '"image"; filename="x"': buffer.getvalue()}
         body = b"".join(
             f"--x\r\nContent-Disposition: form-data; name={name}\r\n\r\n".encode() + content + b"\r\n"
             for name, content in parts.items()
         )
-        found.append(body + b"--x--\r\n")
-    return found
+        bodies.append(body + b"--x--\r\n")
+    return bodies
 
 
-def ask(port: int, asked: Sequence[bytes], clients: int) -> Round:
-    """All requests by so many clients, an equal share each."""
+def measure(port: int, bodies: Sequence[bytes], clients: int) -> Round:
+    """Send all requests from concurrent clients, an equal share each."""
 
-    def one(share: Sequence[bytes]) -> list[tuple[float, str]]:
+    def send(share: Sequence[bytes]) -> list[tuple[float, str]]:
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        told = []
+        responses = []
         for body in share:
             started = time.perf_counter()
             connection.request("POST", "/answer", body, {"Content-Type": "multipart/form-data; boundary=x"})
             response = connection.getresponse()
             content = response.read()
             if response.status != 200:
-                raise SystemExit(f"a request was refused ({response.status}): {content.decode()}")
-            told.append((time.perf_counter() - started, json.loads(content)["answers"][0]["text"]))
+                raise SystemExit(f"a request failed ({response.status}): {content.decode()}")
+            responses.append((time.perf_counter() - started, json.loads(content)["answers"][0]["text"]))
         connection.close()
-        return told
+        return responses
 
-    shares = [asked[start : start + len(asked) // clients] for start in range(0, len(asked), len(asked) // clients)]
+    size = len(bodies) // clients
+    shares = [bodies[start : start + size] for start in range(0, len(bodies), size)]
     with ThreadPoolExecutor(clients) as threads:
         started = time.perf_counter()
-        told = [each for share in threads.map(one, shares) for each in share]
+        responses = [response for share in threads.map(send, shares) for response in share]
         seconds = time.perf_counter() - started
-    return Round(seconds, *zip(*told, strict=True))
+    return Round(seconds, *zip(*responses, strict=True))
 
 
-def compare(ports: dict[str, int], asked: Sequence[bytes], clients: Sequence[int], repeats: int) -> list[tables.Row]:
-    """A row for each number of clients and server: the fastest of the repeats."""
+def compare(ports: dict[str, int], bodies: Sequence[bytes], clients: Sequence[int], repeats: int) -> list[tables.Row]:
+    """Return a row for each number of clients and server: the fastest of the repeats."""
     rows: list[tables.Row] = []
     for number in clients:
         rounds: dict[str, list[Round]] = {name: [] for name in ports}
-        for _ in range(repeats):  # in turns, so that what else the machine does befalls both alike
+        for _ in range(repeats):  # alternately, so that other load on the machine affects both servers
             for name, port in ports.items():
-                rounds[name].append(ask(port, asked, number))
-                print(f"  {number} clients, {name}: {len(asked) / rounds[name][-1].seconds:.3g} requests/s", flush=True)
-        best = {name: min(found, key=lambda one: one.seconds) for name, found in rounds.items()}
-        base = best["one at a time"]
-        for name, found in best.items():
-            cuts = quantiles(found.each, n=20, method="inclusive")
+                rounds[name].append(measure(port, bodies, number))
+                rate = len(bodies) / rounds[name][-1].seconds
+                print(f"  {number} clients, {name}: {rate:.3g} requests/s", flush=True)
+        fastest = {name: min(measured, key=lambda one: one.seconds) for name, measured in rounds.items()}
+        base = fastest["one at a time"]
+        for name, best in fastest.items():
+            quantile = quantiles(best.latencies, n=20, method="inclusive")
             rows.append(
                 {
                     "clients": number,
                     "name": name,
-                    "requests_per_second": len(asked) / found.seconds,
-                    "p50_seconds": cuts[9],
-                    "p95_seconds": cuts[18],
-                    "to_one_at_a_time": base.seconds / found.seconds,
-                    "equal_answers": sum(map(str.__eq__, found.answers, base.answers)),
+                    "requests_per_second": len(bodies) / best.seconds,
+                    "p50_seconds": quantile[9],
+                    "p95_seconds": quantile[18],
+                    "to_one_at_a_time": base.seconds / best.seconds,
+                    "equal_answers": sum(map(str.__eq__, best.answers, base.answers)),
                 }
             )
     return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
+    """Run the benchmark, print a table and write it as JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", default="runs/demo", help="default: %(default)s")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16], help="default: %(default)s")
-    parser.add_argument("--requests", type=int, default=192, help="a round (default: %(default)s)")
-    parser.add_argument("--side", type=int, default=48, help="of a picture, in pixels (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest is printed (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=192, help="requests per round (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=48, help="side of an image in pixels (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; the fastest is printed (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/serving.json"), help="default: %(default)s")
     args = parser.parse_args(arguments)
     if any(args.requests % clients for clients in args.clients):
-        parser.error(f"--requests {args.requests} cannot be shared equally by {args.clients} clients")
+        parser.error(f"--requests {args.requests} is not a multiple of each of {args.clients} clients")
 
     machine = tables.machine("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
     machine |= {package: version(package) for package in ("gradio", "fastapi", "uvicorn")}
     print(tables.describe(machine))
-    asked = forms(args.requests, args.side, args.seed)
+    bodies = request_bodies(args.requests, args.side, args.seed)
     first, second = SERVERS
     folder = args.out.parent / "serving"
     with (
@@ -163,21 +172,21 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     ):
         ports = {first: one, second: other}
         for port in ports.values():
-            ask(port, asked[: max(args.clients)], max(args.clients))
-        rows = compare(ports, asked, args.clients, args.repeats)
-    shown = [
+            measure(port, bodies[: max(args.clients)], max(args.clients))  # warm-up
+        rows = compare(ports, bodies, args.clients, args.repeats)
+    cells = [
         (
             f"{row['clients']} client{'s' * (row['clients'] > 1)}, {row['name']}",
             f"{row['requests_per_second']:.3g}",
             f"{1000 * row['p50_seconds']:.0f}",
             f"{1000 * row['p95_seconds']:.0f}",
             tables.times(row["to_one_at_a_time"]),
-            f"{row['equal_answers']} of {len(asked)}",
+            f"{row['equal_answers']} of {len(bodies)}",
         )
         for row in rows
     ]
     headers = ("", "requests/s", "p50 ms", "p95 ms", "to one at a time", "same answers")
-    print(tables.table(headers, shown))
+    print(tables.table(headers, cells))
     tables.write_json(args, machine, rows)
     return rows
 

@@ -1,4 +1,4 @@
-"""A server's parts around tiny real models, and what clients send to them."""
+"""Servers around tiny real models, and request bodies, for the serving tests."""
 
 from __future__ import annotations
 
@@ -20,70 +20,80 @@ from tests.pretrained import picture
 from tests.unit.test_predictor import predictor
 from vlmvqa.data.example import Example
 from vlmvqa.extras.pretrained.model import PretrainedSettings
-from vlmvqa.extras.serving.access import Guard
+from vlmvqa.extras.serving.access import AccessMiddleware
 from vlmvqa.extras.serving.api import build
 from vlmvqa.extras.serving.limits import Limits
+from vlmvqa.extras.serving.openapi import Alternative, QuestionAnswer
 from vlmvqa.extras.serving.service import Service
 from vlmvqa.inference.predictor import Answer, Predictor
 from vlmvqa.models.generation import Decoding
 
 
+def vlm_predictor() -> Predictor:
+    """Return a tiny `VLM`."""
+    return predictor()
+
+
 def paligemma(folder: Path) -> Predictor:
+    """Return a tiny PaliGemma, saved in `folder`."""
     model, processor = pretrained.load(pretrained.save("paligemma", folder))
     settings = PretrainedSettings(str(folder))
     return Predictor(model, processor, "answer en {question}\n", settings, Decoding(max_new_tokens=4))
 
 
 @contextmanager
-def client(model: Predictor, token: str | None = None, **limits: Any) -> Iterator[tuple[TestClient, Service]]:
-    """The API behind its guard, as a browser on this machine sees it."""
+def serving(model: Predictor, token: str | None = None, **limits: Any) -> Iterator[tuple[TestClient, Service]]:
+    """Yield a client of the API behind its access checks, as on this machine, and the service."""
     service = Service({"model": model}, Limits(**limits))
-    guarded = Guard(build(service), service.limits, token, local=token is None)
+    app = AccessMiddleware(build(service), service.limits, token, local=token is None)
     try:
-        yield TestClient(guarded, base_url="http://localhost", raise_server_exceptions=False), service
+        yield TestClient(app, base_url="http://localhost", raise_server_exceptions=False), service
     finally:
         service.close()
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def image_file(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """Return an encoded image."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
-def sent(number: int) -> bytes:
-    """A picture's file: another for each number."""
-    return encoded(picture(number))
+def numbered_image(number: int) -> bytes:
+    """Return a PNG file, different for each number."""
+    return image_file(picture(number))
 
 
-def png_of(width: int, height: int, pixels: bytes = b"", more: bytes = b"") -> bytes:
-    """A PNG that says it is of this size, whatever it holds."""
+def png_header(width: int, height: int, pixels: bytes = b"", more: bytes = b"") -> bytes:
+    """Return a PNG whose header declares this size, whatever its content."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG."""
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-class Held:
-    """A model that waits to be let go before it answers, and keeps what it was asked.
+class HeldPredictor:
+    """Make `Predictor.answer_examples` wait before it answers, and record its questions.
 
     Attributes:
-        begun: it has a batch in hand.
-        asked: the texts of each batch.
+        started: set when a batch has arrived.
+        release: lets all batches continue when set.
+        batches: the questions of each batch.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, poison: str = "no such question") -> None:
-        self.begun, self.go = threading.Event(), threading.Event()
-        self.asked: list[list[str]] = []
+        self.started, self.release = threading.Event(), threading.Event()
+        self.batches: list[list[str]] = []
         real = Predictor.answer_examples
 
         def answer_examples(model: Predictor, examples: list[Example], **options: Any) -> dict[int | str, Answer]:
             texts = [question.text for example in examples for question in example.questions]
-            self.asked.append(texts)
-            self.begun.set()
-            assert self.go.wait(30)
+            self.batches.append(texts)
+            self.started.set()
+            assert self.release.wait(30)
             if poison in texts:
                 raise RuntimeError("the secret of the server")
             return real(model, examples, **options)
@@ -91,19 +101,22 @@ class Held:
         monkeypatch.setattr(Predictor, "answer_examples", answer_examples)
 
 
-def own() -> Predictor:
-    """A tiny model of ours."""
-    return predictor()
+def answered(question: str, text: str, probability: float, *others: tuple[str, float], **fields: Any) -> QuestionAnswer:
+    """Return an answer with alternatives, each a text and its probability."""
+    alternatives = [Alternative(text=text, probability=probability) for text, probability in others]
+    fields = {"truncated": False, "attribution": None, **fields}
+    return QuestionAnswer(question=question, text=text, probability=probability, alternatives=alternatives, **fields)
 
 
-def ask(asking: TestClient, content: bytes, *questions: str, **fields: str) -> Any:
-    listed = [("question", (None, text)) for text in questions or ["what is it"]]
-    listed += [(name, (None, value)) for name, value in fields.items()]
-    return asking.post("/answer", files=[("image", ("x.png", content)), *listed])
+def ask(client: TestClient, content: bytes, *questions: str, **fields: str) -> Any:
+    """Send an image and questions to `POST /answer`."""
+    parts = [("question", (None, text)) for text in questions or ["what is it"]]
+    parts += [(name, (None, value)) for name, value in fields.items()]
+    return client.post("/answer", files=[("image", ("x.png", content)), *parts])
 
 
-def sentence(answer: Any, status: int) -> str:
-    """The one sentence of a refusal."""
-    assert answer.status_code == status, answer.text
-    assert answer.json().keys() == {"error"} and "Traceback" not in answer.text
-    return str(answer.json()["error"])
+def error_message(response: Any, status: int) -> str:
+    """Return the message of an error response with this status."""
+    assert response.status_code == status, response.text
+    assert response.json().keys() == {"error"} and "Traceback" not in response.text
+    return str(response.json()["error"])

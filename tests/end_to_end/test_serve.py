@@ -1,4 +1,4 @@
-"""The page and the API as launch/serve.py starts them: in a real browser, under load, and how they end."""
+"""launch/serve.py: the page in a real browser, the API under load, and shutdown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.browser import chromium
 from tests.conftest import ROOT
 from tests.end_to_end.scripts import SMALL, call, command, done, predictions, sentence
 from tests.pretrained import picture
-from tests.serving import encoded, own, sent
+from tests.serving import image_file, numbered_image, vlm_predictor
 from vlmvqa.errors import InputError
 from vlmvqa.extras.serving import run as serve_run
 from vlmvqa.extras.serving.limits import Limits
@@ -44,12 +44,12 @@ DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 DECODING = "decoding.max_new_tokens=3"
 SPINS = """() => (({ animationName, borderTopWidth }) => animationName != "none" && borderTopWidth == "3px")(
     getComputedStyle(document.querySelector("#ask-answers"), "::after"))"""
-SURE = {True: 0.95, False: 0.3}  # what the answers below are given for a probability
+PROBABILITIES = {True: 0.95, False: 0.3}  # of right and wrong answers in the run
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers, and what it shows."""
+    """A running server and what it serves."""
 
     url: str
     run: Path
@@ -58,13 +58,13 @@ class Server:
     models: dict[str, Predictor]
 
     def answers(self, which: str, image: Image.Image | Path, *questions: str) -> list[str]:
-        """What one of its models says, asked alone."""
+        """Return the answers of one of its models, outside the server."""
         return [answer.text for answer in self.models[which].answer(image, list(questions))]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A scored run, its answers made those of a better model: every third is right."""
+    """Return a scored run whose answers are replaced: every third is right."""
     folder = tmp_path_factory.mktemp("served")
     data = synthetic_vqav2.write(folder / "data", train_images=6, val_images=8, questions_per_image=4)
     done(call("train", "data=vqav2", f"data.root={data}", f"run.dir={folder / 'run'}", DECODING, *SMALL))
@@ -72,7 +72,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, record in enumerate(records):
         right = number % 3 == 0
         record |= {"answer": record["target"] if right else f"no {number}", "vqa_accuracy": 100.0 * right}
-        record["log_probability"] = math.log(SURE[right])
+        record["log_probability"] = math.log(PROBABILITIES[right])
     lines = (json.dumps(record) + "\n" for record in records)
     (folder / "run" / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder / "run"
@@ -80,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def started(*given: str, **environment: str) -> Iterator[str]:
-    """The address of a server as a user starts it, on a port of its own; Ctrl-C ends it."""
+    """Start launch/serve.py on a free port and yield its URL; stop it with Ctrl-C."""
     process = forks.script(command("serve", *given, "port=0", DECODING)[1:], **environment)
     try:
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", process.printed())):
@@ -94,14 +94,14 @@ def started(*given: str, **environment: str) -> Iterator[str]:
     finally:
         process.kill()
     assert process.returncode == 0, err[-3000:]
-    assert out.endswith("ended\n") and err == ""
+    assert out.endswith("stopped\n") and err == ""
 
 
 @pytest.fixture(scope="module")
 def server(run: Path) -> Iterator[Server]:
-    """With a queue that sixteen clients fill."""
+    """Start a server whose queue sixteen clients fill."""
     other, folder = run.parent / "other", run.parent / "serve"
-    own().save(other)
+    vlm_predictor().save(other)
     assert "python launch/serve.py checkpoint=runs/demo\n" in (ROOT / "README.md").read_text()
     models = {"first": load(run, "cpu"), "second": load(other, "cpu")}
     for model in models.values():
@@ -116,14 +116,14 @@ def server(run: Path) -> Iterator[Server]:
 
 
 @pytest.mark.slow
-def test_two_hundred_requests_of_sixteen_clients(server: Server) -> None:
-    """None is lost, none is answered as another; who finds the queue full is told so, and asks again."""
+def test_two_hundred_requests_from_sixteen_clients(server: Server) -> None:
+    """No request is lost or mixed up; clients that find the queue full get 503 and retry."""
     numbers = range(200)
     statuses: Counter[int] = Counter()
     answered = threading.Condition()
 
     def ask(number: int) -> list[str]:
-        form = [("image", ("x", sent(number))), ("question", (None, f"what is number {number}?"))]
+        form = [("image", ("x", numbered_image(number))), ("question", (None, f"what is number {number}?"))]
         form += [("question", (None, "how many?"))] * (number % 2)
         while True:
             seen = statuses[200]
@@ -140,15 +140,15 @@ def test_two_hundred_requests_of_sixteen_clients(server: Server) -> None:
         found = list(clients.map(ask, numbers))
     assert statuses.keys() <= {200, 503} and statuses[200] == 200 and statuses[503] > 0
     for number in numbers:
-        asked = [f"what is number {number}?", "how many?"][: 1 + number % 2]
-        assert found[number] == server.answers("first", picture(number), *asked), number
+        questions = [f"what is number {number}?", "how many?"][: 1 + number % 2]
+        assert found[number] == server.answers("first", picture(number), *questions), number
     assert len({text for texts in found for text in texts}) > 4
 
 
-def test_the_measurement_asks_both_servers_the_same(
+def test_the_benchmark_sends_both_servers_the_same_requests(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Here both are this one."""
+    """Both servers are the same one here."""
     monkeypatch.setattr(clock, "matrix_rate", lambda device, dtype: 1e11)
     monkeypatch.setattr(clock, "bandwidth", lambda device: 1e10)
     monkeypatch.setattr(serving, "server", lambda *_: nullcontext(int(server.url.rpartition(":")[2])))
@@ -168,17 +168,19 @@ def test_the_examples_of_the_docs(server: Server, tmp_path: Path) -> None:
     picture(1).save(tmp_path / "photo.jpg")
     page = (ROOT / "docs" / "serving.md").read_text().replace("http://127.0.0.1:7860", server.url)
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     (text,) = server.answers("first", tmp_path / "photo.jpg", "What color is the circle?")
-    assert told.startswith(f"{text} ")
+    assert printed.startswith(f"{text} ")
     (curl,) = re.findall(r"^curl .*$", page, re.MULTILINE)
     if shutil.which("curl"):
-        told = subprocess.run(shlex.split(curl), cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-        assert [one["question"] for one in json.loads(told)["answers"]] == ["What color is the circle?", "How many?"]
+        printed = subprocess.run(shlex.split(curl), cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert [one["question"] for one in json.loads(printed)["answers"]] == ["What color is the circle?", "How many?"]
 
 
 def test_no_path_of_a_client_is_opened(server: Server) -> None:
-    """By gradio's routes, or by an event that names a file."""
+    """Neither by gradio's routes nor by an event that names a file."""
     for path in ("file=/etc/passwd", "file=../../../etc/passwd", f"file={server.run}/config.yaml", "proxy=http://x/"):
         assert httpx.get(f"{server.url}/gradio_api/{path}").status_code == 404
     upload = {"files": ("a.png", b"x" * 1000)}
@@ -198,40 +200,41 @@ def test_no_path_of_a_client_is_opened(server: Server) -> None:
 
 @pytest.fixture
 def page(chromium: Any, server: Server) -> Iterator[Any]:
-    """The page; it asks nothing of anywhere else, and nothing in it fails."""
+    """Open the page; check that it loads nothing from other hosts and logs no errors."""
     page = chromium.new_page(viewport=DESKTOP)
-    asked: list[str] = []
+    requested: list[str] = []
     failed: list[str] = []
-    page.on("request", lambda one: asked.append(one.url))
+    page.on("request", lambda one: requested.append(one.url))
     page.on("pageerror", lambda one: failed.append(str(one)))
     page.on("console", lambda one: failed.append(one.text) if one.type in ("error", "warning") else None)
     page.goto(server.url)
-    page.locator("#ask-picture input[type=file]").wait_for(state="attached")
+    page.locator("#ask-image input[type=file]").wait_for(state="attached")
     yield page
     page.close()
     assert not failed
-    assert asked and all(url.startswith((f"{server.url}/", "data:", "blob:")) for url in asked), asked
+    local = (f"{server.url}/", "data:", "blob:")
+    assert requested and all(url.startswith(local) for url in requested), requested
 
 
 def drop(page: Any, tab: str, file: Path) -> None:
-    page.set_input_files(f"#{tab}-picture input[type=file]", file)
-    page.wait_for_function(f"document.querySelector('#{tab}-picture .vq-drop img')?.naturalWidth > 0")
+    page.set_input_files(f"#{tab}-image input[type=file]", file)
+    page.wait_for_function(f"document.querySelector('#{tab}-image .vq-drop img')?.naturalWidth > 0")
 
 
 def fits(page: Any) -> bool:
-    """Whether nothing has to be scrolled sideways."""
+    """Return whether the page fits without horizontal scrolling."""
     return bool(page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"))
 
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file: Path = tmp_path_factory.mktemp("photos") / "photo.png"
-    file.write_bytes(encoded(picture(7, (300, 200))))
+    file.write_bytes(image_file(picture(7, (300, 200))))
     return file
 
 
 def test_ask(page: Any, server: Server, photo: Path) -> None:
-    """Drop a picture, ask two questions, read the answers, see where the model looked; then see it otherwise."""
+    """Upload an image, ask two questions, read answers and attribution maps, then change the method."""
     questions = ["What color is it?", "How many <b>{{dogs}}</b> ${1 + 1} `are` there?"]
     drop(page, "ask", photo)
     page.fill("#ask-questions textarea", "\n".join(questions))
@@ -242,9 +245,9 @@ def test_ask(page: Any, server: Server, photo: Path) -> None:
     held[0].continue_()
     cards = page.locator("#ask-answers .vq-card")
     cards.nth(1).wait_for()
-    assert [cards.nth(n).locator(".vq-asked").inner_text() for n in range(2)] == questions
-    told = [cards.nth(n).locator(".vq-answer").evaluate("one => one.firstChild.textContent") for n in range(2)]
-    assert told == [text or "(no word)" for text in server.answers("first", photo, *questions)]
+    assert [cards.nth(n).locator(".vq-question").inner_text() for n in range(2)] == questions
+    texts = [cards.nth(n).locator(".vq-answer").evaluate("one => one.firstChild.textContent") for n in range(2)]
+    assert texts == [text or "(no word)" for text in server.answers("first", photo, *questions)]
     assert page.locator("h1").inner_text() == "vlmvqa" and str(server.run) in page.locator(".vq-head").inner_text()
     assert "%" in cards.first.locator(".vq-answer small").inner_text()
     assert cards.first.locator(".vq-bar").count() >= 2
@@ -262,23 +265,25 @@ def test_ask(page: Any, server: Server, photo: Path) -> None:
     assert cards.count() == 2
 
 
-def test_examples_and_what_is_wrong(page: Any, photo: Path, tmp_path: Path) -> None:
+def test_examples_and_error_messages(page: Any, photo: Path, tmp_path: Path) -> None:
     page.click("#ask-button")
-    page.get_by_text("Drop a picture first, or pick an example.").wait_for()
-    examples = page.locator("#ask-picture [data-picture]")
+    page.get_by_text("Drop an image first, or pick an example.").wait_for()
+    examples = page.locator("#ask-image [data-image]")
     assert examples.count() == 6
     examples.nth(2).click()
-    page.wait_for_function("document.querySelector('#ask-picture .vq-drop img')?.naturalWidth > 0")
+    page.wait_for_function("document.querySelector('#ask-image .vq-drop img')?.naturalWidth > 0")
     page.click("#ask-button")
-    page.get_by_text("Ask something about the picture, one question a line.").wait_for()
+    page.get_by_text("Write a question about the image, one per line.").wait_for()
     page.fill("#ask-questions textarea", "x" * 501)
     page.click("#ask-button")
-    page.get_by_text("Question 1 has 501 characters; ask it in 500.").wait_for()
-    (tmp_path / "a.png").write_text("no picture")
-    # That a picture was refused is a status of 415, which a browser's console tells too.
-    page.evaluate("fetch = async () => new Response(JSON.stringify({ error: 'this is no picture' }), { status: 415 })")
-    page.set_input_files("#ask-picture input[type=file]", tmp_path / "a.png")
-    page.get_by_text("this is no picture").wait_for()
+    page.get_by_text("Question 1 has 501 characters; use at most 500.").wait_for()
+    (tmp_path / "a.png").write_text("text")
+    # A real response with status 415 would be logged as an error in the browser's console.
+    page.evaluate(
+        "fetch = async () => new Response(JSON.stringify({ error: 'this is not an image' }), { status: 415 })"
+    )
+    page.set_input_files("#ask-image input[type=file]", tmp_path / "a.png")
+    page.get_by_text("this is not an image").wait_for()
 
 
 def test_browse(page: Any, server: Server) -> None:
@@ -295,10 +300,10 @@ def test_browse(page: Any, server: Server) -> None:
     assert count.inner_text() == f"1 to 12 of {len(records)} answers" and tiles.count() == 12
     assert tiles.first.locator("img").evaluate("one => one.decode().then(() => one.naturalWidth)") > 0
     assert fits(page)
-    page.click("#browse-on")
+    page.click("#browse-next")
     page.get_by_text(f"13 to 24 of {len(records)} answers").wait_for()
     assert tiles.first.locator("p").first.inner_text() == f"Question: {records[12]['question']}"
-    page.click("#browse-back")
+    page.click("#browse-previous")
     page.get_by_text(f"1 to 12 of {len(records)} answers").wait_for()
     page.get_by_label("Right", exact=True).check()
     counted(len(right))
@@ -310,7 +315,7 @@ def test_browse(page: Any, server: Server) -> None:
     page.get_by_label("All", exact=True).check()
     page.get_by_label("any", exact=True).check()
     counted(len(records))
-    page.locator("#browse-kind input").click()
+    page.locator("#browse-type input").click()
     page.get_by_role("option", name=kind, exact=True).click()
     counted(number)
 
@@ -324,12 +329,12 @@ def test_compare(page: Any, server: Server, photo: Path) -> None:
     columns.nth(1).locator(".vq-card").wait_for()
     assert columns.locator("h2").all_inner_texts() == [str(server.run), str(server.other)]
     for number, which in enumerate(("first", "second")):
-        told = columns.nth(number).locator(".vq-answer").evaluate("one => one.firstChild.textContent")
-        assert told == (server.answers(which, photo, "What is it?")[0] or "(no word)")
+        text = columns.nth(number).locator(".vq-answer").evaluate("one => one.firstChild.textContent")
+        assert text == (server.answers(which, photo, "What is it?")[0] or "(no word)")
     assert fits(page)
 
 
-def test_the_page_is_as_wide_on_every_tab(page: Any) -> None:
+def test_all_tabs_have_the_same_width(page: Any) -> None:
     widths = []
     for tab in ("Ask", "Browse", "Compare"):
         page.get_by_role("tab", name=tab).click()
@@ -350,31 +355,31 @@ def test_on_a_phone(page: Any, photo: Path) -> None:
     page.locator("#ask-answers figure img").nth(1).wait_for()
     assert fits(page)
     card, figure = (page.locator(f"#ask-answers {one}").first.bounding_box() for one in (".vq-card", "figure"))
-    assert figure["width"] > 0.8 * card["width"]  # below the words, not beside them
+    assert figure["width"] > 0.8 * card["width"]  # below the text, not next to it
 
 
 @pytest.mark.slow
-def test_a_page_with_a_token_is_signed_in_to(chromium: Any, run: Path, tmp_path: Path, photo: Path) -> None:
+def test_signing_in(chromium: Any, run: Path, tmp_path: Path, photo: Path) -> None:
     given = (f"checkpoint={run}", f"run.dir={tmp_path}")
     with started(*given, VLMVQA_TOKEN="a long secret") as url, chromium.new_context(viewport=PHONE) as context:
         page = context.new_page()
         page.goto(url)
         page.get_by_label("Token").fill("a wrong one")
-        page.get_by_role("button", name="Go on").click()
-        page.get_by_text("That is not the token.").wait_for()
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_text("Wrong token.").wait_for()
         assert fits(page)
         page.get_by_label("Token").fill("a long secret")
-        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("button", name="Sign in").click()
         drop(page, "ask", photo)
         page.fill("#ask-questions textarea", "What is it?")
         page.click("#ask-button")
         page.locator("#ask-answers .vq-card").wait_for()
 
 
-# --- what does not start -------------------------------------------------------------------------------------------
+# --- startup errors ------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_startup_errors(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = (f"checkpoint={run}", f"run.dir={tmp_path}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -386,15 +391,15 @@ def test_what_cannot_be_served_is_one_sentence(run: Path, tmp_path: Path, monkey
     assert "pip install 'vlmvqa[demo]'" in sentence(call("serve", *given))
 
 
-def test_examples_are_what_a_client_might_send(capsys: pytest.CaptureFixture[str]) -> None:
-    good = sent(1)
-    assert serve_run._accepted([encoded(picture(0), "TIFF"), good, good[:200]], Limits()) == [good]
+def test_bad_example_images_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    good = numbered_image(1)
+    assert serve_run._accepted([image_file(picture(0), "TIFF"), good, good[:200]], Limits()) == [good]
     printed = capsys.readouterr().out
     assert printed.count("an example is left out: ") == 2
 
 
-def test_a_run_whose_drawn_pictures_are_elsewhere_is_browsed_without(tmp_path: Path, run: Path) -> None:
-    """They are not drawn anew for it."""
+def test_a_run_whose_dataset_is_missing_is_browsed_without_images(tmp_path: Path, run: Path) -> None:
+    """The synthetic dataset is not generated again."""
     moved = Path(shutil.copytree(run, tmp_path / "run"))
     config = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(config.replace(str(run.parent / "data"), str(tmp_path / "nowhere")))

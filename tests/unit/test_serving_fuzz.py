@@ -1,4 +1,4 @@
-"""Whatever is sent: an answer or a sentence, never a 5xx, no file and no program opened, and not much memory taken."""
+"""Fuzzing: every request gets an answer or an error message, never a 5xx; no file is opened and no program started."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from starlette.testclient import TestClient
 from bench.clock import PeakMemory
 from tests.conftest import ROOT
 from tests.pretrained import picture
-from tests.serving import client, encoded, own
+from tests.serving import image_file, serving, vlm_predictor
 
-# Where Python's own files are: a module may be imported at its first use.
-OWN = (sys.prefix, sys.base_prefix, str(ROOT / "src"), "/proc/self")
-MOST = 200e6  # bytes
-PICTURES = [encoded(picture(n), kind) for n, kind in enumerate(("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))]
+# Python's own files: modules may be imported at first use.
+OWN_PATHS = (sys.prefix, sys.base_prefix, str(ROOT / "src"), "/proc/self")
+MAX_BYTES = 200e6
+IMAGES = [image_file(picture(n), kind) for n, kind in enumerate(("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))]
 _opened: list[str] = []
 _watching = False
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    """What Python tells of all that is opened and started."""
+    """Audit hook: record opened files, started programs and connections."""
     if not _watching:
         return
     if event == "open" and not isinstance(arguments[0], int):
         path, mode = str(arguments[0]), arguments[1]
-        if (mode is not None and set(mode) & set("wax+")) or not path.startswith(OWN):
+        if (mode is not None and set(mode) & set("wax+")) or not path.startswith(OWN_PATHS):
             _opened.append(f"{path} ({mode})")
     elif event in ("subprocess.Popen", "os.system", "os.posix_spawn", "socket.connect", "os.remove", "os.rename"):
         _opened.append(f"{event} {arguments}")
@@ -54,21 +54,21 @@ def nothing_opened() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def asking() -> Iterator[TestClient]:
-    with client(own(), megabytes=0.2, megapixels=1, questions=4, characters=60) as (found, _):
+def client() -> Iterator[TestClient]:
+    with serving(vlm_predictor(), megabytes=0.2, megapixels=1, questions=4, characters=60) as (found, _):
         with PeakMemory(torch.device("cpu")) as memory:
             yield found
-        assert memory.bytes is None or memory.bytes < MOST
+        assert memory.bytes is None or memory.bytes < MAX_BYTES
 
 
 def check(answer: Any) -> None:
-    """An answer, or a refusal in one sentence."""
+    """Check for an answer, or an error of one sentence."""
     assert answer.status_code < 500, answer.text
     if answer.status_code == 200:
         assert answer.json()["answers"]
     else:
-        told = answer.json()["error"]
-        assert isinstance(told, str) and told and "Traceback" not in told and len(told) < 400
+        message = answer.json()["error"]
+        assert isinstance(message, str) and message and "Traceback" not in message and len(message) < 400
 
 
 def form(parts: list[tuple[bytes, bytes]], boundary: bytes = b"x") -> bytes:
@@ -79,8 +79,8 @@ def form(parts: list[tuple[bytes, bytes]], boundary: bytes = b"x") -> bytes:
 
 @some.composite
 def damaged(draw: some.DrawFn) -> bytes:
-    """A picture of which some bytes are others, some are missing, some are twice there."""
-    content = bytearray(draw(some.sampled_from(PICTURES)))
+    """Generate an image file with bytes replaced, removed or repeated."""
+    content = bytearray(draw(some.sampled_from(IMAGES)))
     for _ in range(draw(some.integers(0, 6))):
         place = draw(some.integers(0, max(len(content) - 1, 0)))
         length = draw(some.integers(0, 40))
@@ -90,7 +90,7 @@ def damaged(draw: some.DrawFn) -> bytes:
 
 PATHS = ["/etc/passwd", "../../etc/passwd", "a.png\x00.exe", "C:\\a", "file:///etc/passwd", "http://x.example/a.png"]
 NAMES = some.one_of(some.sampled_from(PATHS), some.text(max_size=300))
-CONTENTS = some.one_of(damaged(), some.binary(max_size=2000), some.sampled_from(PICTURES))
+CONTENTS = some.one_of(damaged(), some.binary(max_size=2000), some.sampled_from(IMAGES))
 
 
 def header(name: bytes, file: bytes | None = None, more: bytes = b"") -> bytes:
@@ -100,17 +100,17 @@ def header(name: bytes, file: bytes | None = None, more: bytes = b"") -> bytes:
 
 @settings(max_examples=80, deadline=None)
 @given(content=CONTENTS, name=NAMES, questions=some.lists(some.text(max_size=80), max_size=6))
-def test_uploads(asking: TestClient, content: bytes, name: str, questions: list[str]) -> None:
+def test_uploads(client: TestClient, content: bytes, name: str, questions: list[str]) -> None:
     named = name.encode("utf-8", "surrogatepass").replace(b"\r", b"").replace(b"\n", b"")
-    asked = [(header(b"question"), one.encode("utf-8", "surrogatepass")) for one in questions]
-    body = form([(header(b"image", named), content), *asked])
+    fields = [(header(b"question"), one.encode("utf-8", "surrogatepass")) for one in questions]
+    body = form([(header(b"image", named), content), *fields])
     with nothing_opened():
-        check(asking.post("/answer", content=body, headers={"content-type": "multipart/form-data; boundary=x"}))
-        kept = asking.post("/picture", content=content)
+        check(client.post("/answer", content=body, headers={"content-type": "multipart/form-data; boundary=x"}))
+        kept = client.post("/image", content=content)
     assert kept.status_code < 500
 
 
-FIELDS = [b"image", b"question", b"alternatives", b"look", b"", b"path", b"\xff", b'a"; filename="b']
+FIELDS = [b"image", b"question", b"alternatives", b"attribution", b"", b"path", b"\xff", b'a"; filename="b']
 
 
 @settings(max_examples=80, deadline=None)
@@ -128,18 +128,18 @@ FIELDS = [b"image", b"question", b"alternatives", b"look", b"", b"path", b"\xff"
     charset=some.sampled_from(["", "utf-7", "raw_unicode_escape", "nonsense", "utf-16"]).map("; charset={}".format),
     cut=some.integers(0, 60),
 )
-def test_forms(asking: TestClient, parts: list[Any], boundary: bytes, kind: str, charset: str, cut: int) -> None:
+def test_forms(client: TestClient, parts: list[Any], boundary: bytes, kind: str, charset: str, cut: int) -> None:
     body = form([(header(name, file), content) for name, file, content in parts], boundary)
     body = body[: len(body) - cut] if cut > 30 else body
     with nothing_opened():
-        check(asking.post("/answer", content=body, headers={"content-type": kind + boundary.decode() + charset}))
+        check(client.post("/answer", content=body, headers={"content-type": kind + boundary.decode() + charset}))
 
 
 @settings(max_examples=80, deadline=None)
 @given(
     method=some.sampled_from(["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"]),
     path=some.one_of(
-        some.sampled_from(["answer", "picture", "picture/", "docs", "health", "sign-in", "gradio_api/upload"]),
+        some.sampled_from(["answer", "image", "image/", "docs", "health", "sign-in", "gradio_api/upload"]),
         some.text(some.characters(codec="ascii", exclude_characters="?#"), max_size=60),
         some.sampled_from(PATHS).map(lambda path: f"gradio_api/file={path}"),
     ),
@@ -149,9 +149,9 @@ def test_forms(asking: TestClient, parts: list[Any], boundary: bytes, kind: str,
         some.text(some.characters(min_codepoint=32, max_codepoint=255), max_size=60),
     ),
 )
-def test_requests(asking: TestClient, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
-    told = {name: value.encode("latin-1") for name, value in headers.items()}
+def test_requests(client: TestClient, method: str, path: str, body: bytes, headers: dict[str, str]) -> None:
+    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
     url = "/" + "".join(f"%{ord(one):02x}" for one in path)
     with nothing_opened():
-        answer = asking.request(method, url, content=body, headers=told)
+        answer = client.request(method, url, content=body, headers=encoded)
     assert answer.status_code < 500

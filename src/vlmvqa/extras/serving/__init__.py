@@ -1,12 +1,13 @@
-"""A page to try a model and an HTTP API beside it, for one machine or a trusted network.
+"""A web page to try a model and an HTTP API, for one machine or a trusted network.
 
-What a client sent goes one way, and each step is one file:
+A request passes through these files:
 
-    guard.py     who may ask, how much may be sent, which of gradio's routes there are
-    api.py       the routes                              page.py   the page, over cards.py browse.py style.py
-    uploads.py   bytes to a picture, text to questions, or one sentence why not
-    service.py   a picture and its questions to answers, for the API and for the page
-    batcher.py   the one thread that asks the models
-    overlay.py   an attention map, as a PNG
-    server.py    a port, and how it ends
+    access.py    authentication, allowed routes and methods, body limits
+    api.py       API routes, described by openapi.py
+    page.py      Gradio page, rendered by html.py, browse.py and style.py
+    uploads.py   bytes to an image, text to questions, or an error of one sentence
+    service.py   an image and its questions to answers, for the API and the page
+    batcher.py   the request queue and the thread that runs the models
+    server.py    address, start and shutdown
+    run.py       the config of launch/serve.py, its models, the browsed run and the examples
 """

@@ -1,7 +1,7 @@
-"""What stands before all routes: who may ask, how much may be sent, which routes and methods there are.
+"""ASGI middleware: authentication, allowed routes and methods, body size and time limits.
 
-Gradio has routes for files, uploads, proxies and other things that this page does not use, and its events may name
-files. None of that is let through, so that nothing here opens what a client names.
+Gradio also has routes for files, uploads and proxies, and its events may name files. The page uses none of these, so
+they are blocked: no path that a client names is opened.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,97 +25,105 @@ from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.extras.serving.style import SIGN_IN
 
 COOKIE = "vlmvqa"
-OPEN = ("/health",)
-# The method of each route of the API. Others are refused here: FastAPI would pass them on to gradio, mounted at /.
-OURS = {"/answer": "POST", "/picture": "POST", "/docs": "GET", "/openapi.json": "GET", "/health": "GET"}
-# What gradio's page asks of its server, for what this page is made of.
-GRADIOS = re.compile(
+PUBLIC_PATHS = ("/health",)
+UPLOAD_PATHS = ("/answer", "/image")
+# Method of each API route. Other methods are rejected here: FastAPI would pass them on to gradio, mounted at /.
+API_METHODS = {"/answer": "POST", "/image": "POST", "/docs": "GET", "/openapi.json": "GET", "/health": "GET"}
+# The routes of gradio that its page needs.
+GRADIO_PATHS = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static)/.+"
     r"|gradio_api/(info|startup-events|queue/(join|data)|heartbeat/\w+|reset|cancel))?/?"
 )
-POSTED = re.compile(r"/gradio_api/(queue/join|reset|cancel)/?")
-EVENT = 200_000  # bytes of an event: a few questions
-PAGE = (
+GRADIO_POST_PATHS = re.compile(r"/gradio_api/(queue/join|reset|cancel)/?")
+MAX_EVENT_BYTES = 200_000  # an event of the page holds a few questions
+CONTENT_SECURITY_POLICY = (  # nothing is loaded from or sent to another host
     "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
 )
 HEADERS = {
-    "content-security-policy": PAGE,  # nothing of the page comes from elsewhere, nor is anything sent there
+    "content-security-policy": CONTENT_SECURITY_POLICY,
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
 LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
-class Guard:
-    """An application behind its checks.
+class AccessMiddleware:
+    """Check each request before it reaches the application.
 
     Args:
-        token: what `Authorization: Bearer` must hold; the page asks for it once. None: anybody may ask.
-        local: answer only what is addressed to this machine by its own name. A page of another site, whose name was
-            made to lead here, could read the answers otherwise.
+        token: required as `Authorization: Bearer ...`, or once on the sign-in page; None: no authentication.
+        local: accept only requests whose host is a name of this machine. This prevents DNS rebinding: a page of
+            another site whose name resolves to this machine could read the answers.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, token: str | None = None, local: bool = False) -> None:
         self.app, self.limits, self.local = app, limits, local
         self.token = None if token is None else token.encode()
-        self.session = secrets.token_urlsafe(32)  # of who gave the token to the page; another at each start
-        self._ending = asyncio.Event()
+        self.session = secrets.token_urlsafe(32)  # cookie of signed-in clients; new at each start
+        self._shutdown = asyncio.Event()
 
-    def end(self) -> None:
-        """Let the pages that are open go: each listens for news as long as there may be some."""
-        self._ending.set()
+    def shutdown(self) -> None:
+        """End the event streams of open pages, which would keep the server running."""
+        self._shutdown.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass an allowed request to the application, answer the others."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
+        path = scope["path"]
         send = _with_headers(send)
-        listens = scope["path"].startswith("/gradio_api/")
-        receive = _limited(receive, self._most(scope["path"]), self.limits.timeout_s, self._ending if listens else None)
+        shutdown = self._shutdown if path.startswith("/gradio_api/") else None
+        receive = _limited(receive, self._max_bytes(path), self.limits.timeout_s, shutdown)
+        request = Request(scope, receive)
         try:
-            refusal = await self._refusal(Request(scope, receive))
-            if refusal is None and scope["path"].startswith("/gradio_api/queue/join"):
-                refusal, receive = await _checked_event(receive)
+            response = await self._reject(request)
+            if response is None and path.startswith("/gradio_api/queue/join"):
+                body = await request.body()
+                response = _reject_event(body)
+                receive = _replay(body, receive)
         except HTTPException as error:
-            refusal = _error(error.status_code, error.detail)
+            response = _error(error.status_code, error.detail)
+        except ClientDisconnect:
+            response = _error(400, "the client disconnected")
         try:
-            await (refusal or self.app)(scope, receive, send)
-        except asyncio.CancelledError:  # the server ends, and waits no longer for this answer
-            if not self._ending.is_set():
+            await (response or self.app)(scope, receive, send)
+        except asyncio.CancelledError:  # the server is shutting down and doesn't wait for this response
+            if not self._shutdown.is_set():
                 raise
 
-    def _most(self, path: str) -> int:
-        """Bytes of a body: a picture with its questions, or an event of the page."""
-        if path not in ("/answer", "/picture"):
-            return EVENT
+    def _max_bytes(self, path: str) -> int:
+        """Return the largest allowed body: an image with its questions, or an event of the page."""
+        if path not in UPLOAD_PATHS:
+            return MAX_EVENT_BYTES
         return self.limits.bytes + 4 * self.limits.questions * self.limits.characters + 20_000
 
-    async def _refusal(self, request: Request) -> Response | None:
-        """What a request is answered with in place of what it asks for, if anything."""
+    async def _reject(self, request: Request) -> Response | None:
+        """Return an error or the sign-in page for a request that isn't allowed, None for one that is."""
         path = request.scope["path"]
         if self.local and not LOOPBACK.fullmatch(request.headers.get("host", "")):
-            return _error(421, "this server answers only as localhost; start it with a token to give it other names")
-        if self.token is not None and path not in OPEN:
+            return _error(421, "this server answers only as localhost; start it with a token to use other names")
+        if self.token is not None and path not in PUBLIC_PATHS:
             if path == "/sign-in" and request.method == "POST":
                 return await self._sign_in(request)
-            if not self._known(request):
-                return _unknown(request)
-        method = _method(path)
+            if not self._is_authenticated(request):
+                return _unauthorized(request)
+        method = _allowed_method(path)
         if method is None:
-            return _error(404, f"there is no {_short(path)}; /docs lists the routes")
-        if request.method not in (method, "HEAD"):  # an answer to HEAD has no body
-            wrong = f"{_short(request.method)} {_short(path)} is not allowed; use {method} (/docs lists the routes)"
-            return _error(405, wrong, {"allow": method})
+            return _error(404, f"there is no {_shorten(path)}; /docs lists the routes")
+        if request.method not in (method, "HEAD"):  # a HEAD response has no body
+            message = f"{_shorten(request.method)} {_shorten(path)} is not allowed; use {method} (see /docs)"
+            return _error(405, message, {"allow": method})
         return None
 
-    def _known(self, request: Request) -> bool:
-        """Whether a request holds the token, or the cookie of who gave it before."""
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._equal(given.strip()):
+    def _is_authenticated(self, request: Request) -> bool:
+        """Return whether a request has the token or the cookie of a signed-in client."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and self._is_token(token.strip()):
             return True
         try:
             cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
@@ -122,125 +131,121 @@ class Guard:
             return False
         return cookie is not None and hmac.compare_digest(cookie.value.encode(), self.session.encode())
 
-    def _equal(self, given: str) -> bool:
-        """In a time that says nothing about how much of it is right."""
-        return self.token is not None and hmac.compare_digest(given.encode("utf-8", "replace"), self.token)
+    def _is_token(self, text: str) -> bool:
+        """Compare in constant time, which doesn't reveal how many characters match."""
+        return self.token is not None and hmac.compare_digest(text.encode("utf-8", "replace"), self.token)
 
     async def _sign_in(self, request: Request) -> Response:
         fields = parse_qs((await request.body()).decode("utf-8", "replace"))
-        if not self._equal(fields.get("token", [""])[0].strip()):
-            return HTMLResponse(SIGN_IN.replace("<!--said-->", "That is not the token."), 401)
-        found = RedirectResponse("/", 303)
-        found.set_cookie(COOKIE, self.session, httponly=True, samesite="strict")
-        return found
+        if not self._is_token(fields.get("token", [""])[0].strip()):
+            return HTMLResponse(SIGN_IN.replace("<!--message-->", "Wrong token."), 401)
+        response = RedirectResponse("/", 303)
+        response.set_cookie(COOKIE, self.session, httponly=True, samesite="strict")
+        return response
 
 
-def _method(path: str) -> str | None:
-    """The method of a route; None: there is no such route."""
-    if path in OURS:
-        return OURS[path]
-    if GRADIOS.fullmatch(path):
-        return "POST" if POSTED.fullmatch(path) else "GET"
-    return "GET" if path.startswith("/picture/") else None
+def _allowed_method(path: str) -> str | None:
+    """Return the method of a route; None if there is no such route."""
+    if path in API_METHODS:
+        return API_METHODS[path]
+    if GRADIO_PATHS.fullmatch(path):
+        return "POST" if GRADIO_POST_PATHS.fullmatch(path) else "GET"
+    return "GET" if path.startswith("/image/") else None
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _unknown(request: Request) -> Response:
+def _unauthorized(request: Request) -> Response:
     if "text/html" in request.headers.get("accept", ""):
         return HTMLResponse(SIGN_IN, 401)
-    wanted = "this server asks for a token; send it as the header Authorization: Bearer ..."
-    return _error(401, wanted, {"www-authenticate": "Bearer"})
+    message = "this server requires a token; send it in the header Authorization: Bearer ..."
+    return _error(401, message, {"www-authenticate": "Bearer"})
 
 
-def _error(status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": sentence}, status, headers)
+def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": message}, status, headers)
 
 
 def _with_headers(send: Send) -> Send:
-    async def sending(message: Message) -> None:
+    """Add `HEADERS` to a response, unless it sets them itself."""
+
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            given = {name.lower() for name, _ in message.get("headers", ())}
-            more = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in given]
-            message = {**message, "headers": [*message.get("headers", ()), *more]}
+            message.setdefault("headers", [])
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
         await send(message)
 
-    return sending
+    return send_with_headers
 
 
-def _limited(receive: Receive, most: int, seconds: float, ending: asyncio.Event | None) -> Receive:
-    """A body is read as far as it may go and no further, whatever its headers say of its length, and not for ever.
+def _limited(receive: Receive, max_bytes: int, timeout_s: float, shutdown: asyncio.Event | None) -> Receive:
+    """Limit size and time of a body as it arrives, whatever its headers declare.
 
     Args:
-        ending: who listens on is told that nobody is there any more when this is set.
+        shutdown: once the body is complete, report a disconnected client when this is set.
     """
-    taken, whole = 0, False
-    latest = asyncio.get_running_loop().time() + seconds
+    num_bytes, complete = 0, False
+    deadline = asyncio.get_running_loop().time() + timeout_s
 
-    async def receiving() -> Message:
-        nonlocal taken, whole
-        if whole:  # what comes now is that the client has left
-            return await (receive() if ending is None else _left(receive, ending))
+    async def receive_limited() -> Message:
+        nonlocal num_bytes, complete
+        if complete:  # the only message left is a disconnect
+            return await (receive() if shutdown is None else _disconnect(receive, shutdown))
         try:
-            async with asyncio.timeout_at(latest):
+            async with asyncio.timeout_at(deadline):
                 message = await receive()
         except TimeoutError:
-            raise HTTPException(408, f"the request did not come within {seconds:g} seconds; send it again") from None
-        taken += len(message.get("body", b""))
-        whole = not message.get("more_body", False)
-        if taken > most:
-            raise HTTPException(413, f"more than {most / 1e6:.3g} MB were sent; send less")
+            raise HTTPException(408, f"the request did not arrive within {timeout_s:g} seconds; retry") from None
+        num_bytes += len(message.get("body", b""))
+        complete = not message.get("more_body", False)
+        if num_bytes > max_bytes:
+            raise HTTPException(413, f"the request has more than {max_bytes / 1e6:.3g} MB; send less")
         return message
 
-    return receiving
+    return receive_limited
 
 
-async def _left(receive: Receive, ending: asyncio.Event) -> Message:
-    """That the client has left, or that the server ends."""
-    waiting = [asyncio.ensure_future(one) for one in (receive(), ending.wait())]
+async def _disconnect(receive: Receive, shutdown: asyncio.Event) -> Message:
+    """Wait until the client disconnects or the server shuts down."""
+    tasks = [asyncio.ensure_future(waiting) for waiting in (receive(), shutdown.wait())]
     try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for one in waiting:
-            one.cancel()
+        for task in tasks:
+            task.cancel()
     return {"type": "http.disconnect"}
 
 
-async def _checked_event(receive: Receive) -> tuple[Response | None, Receive]:
-    """An event of the page, which never names a file; and the same body to be read again."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return _error(400, "the client left"), receive
-        body += message.get("body", b"")
-        if not message.get("more_body", False):
-            break
+def _reject_event(body: bytes) -> Response | None:
+    """Return an error for an event of the page that is not JSON or names a file."""
     try:
-        if _names_a_file(json.loads(body)):
-            return _error(400, "an event of this page names no files"), receive
+        if _names_file(json.loads(body)):
+            return _error(400, "events of this page may not name files; remove `path`")
     except (ValueError, RecursionError):
-        return _error(400, "an event of this page is JSON"), receive
-    return None, _again(bytes(body), receive)
+        return _error(400, "events of this page must be JSON")
+    return None
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    told = False
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return `body` again as the first message."""
+    replayed = False
 
-    async def receiving() -> Message:
-        nonlocal told
-        if told:
+    async def receive_replayed() -> Message:
+        nonlocal replayed
+        if replayed:
             return await receive()
-        told = True
+        replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return receiving
+    return receive_replayed
 
 
-def _names_a_file(value: Any) -> bool:
-    """Whether gradio would look for a file: all that it takes for one has a path."""
+def _names_file(value: Any) -> bool:
+    """Return whether gradio would look for a file: it treats any object with a `path` as one."""
     if isinstance(value, dict):
-        return "path" in value or any(map(_names_a_file, value.values()))
-    return isinstance(value, list) and any(map(_names_a_file, value))
+        return "path" in value or any(map(_names_file, value.values()))
+    return isinstance(value, list) and any(map(_names_file, value))

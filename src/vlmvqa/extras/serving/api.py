@@ -1,16 +1,14 @@
-"""The HTTP API: `POST /answer`, `GET /health`, and a page that describes them. The page for people uses it too."""
+"""The HTTP API: `POST /answer`, `GET /health`, its documentation, and the image routes of the page."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from pydantic import BaseModel, Field
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -19,196 +17,150 @@ from starlette.requests import ClientDisconnect, Request
 
 import vlmvqa
 from vlmvqa.extras.serving import openapi
-from vlmvqa.extras.serving.limits import Limits, Refused
-from vlmvqa.extras.serving.pictures import Pictures
-from vlmvqa.extras.serving.service import Service, Told
+from vlmvqa.extras.serving.image_cache import ImageCache
+from vlmvqa.extras.serving.limits import Limits, RequestError
+from vlmvqa.extras.serving.service import Service
 
 R = TypeVar("R")
-FIELDS = ("image", "question", "alternatives", "look")
-MULTIPART = "send multipart/form-data with a file `image` and a field `question` for each question"
-KEPT = 25  # pictures of the largest size that are kept for the page
-
-
-class Alternative(BaseModel):
-    text: str
-    probability: float
-
-
-class OneAnswer(BaseModel):
-    question: str
-    text: str
-    probability: float = Field(description="of the whole answer, its end included")
-    cut: bool = Field(description="the answer was truncated at max_new_tokens")
-    alternatives: list[Alternative] = Field(description="what else it might have said, the likeliest first")
-    look: str | None = Field(description="the attention map, drawn over the picture: a PNG in base64")
-
-
-class Answers(BaseModel):
-    model: str
-    answers: list[OneAnswer]
-
-
-class Health(BaseModel):
-    status: str
-    waiting: int = Field(description="requests that wait to be answered")
-
-
-class Error(BaseModel):
-    error: str = Field(description="one sentence: what is wrong, and what to do")
+FIELDS = ("image", "question", "alternatives", "attribution")
+FORM_HINT = "send multipart/form-data with a file `image` and a field `question` for each question"
+CACHED_IMAGES = 25  # images of the largest size that the page's cache holds
 
 
 def build(service: Service) -> FastAPI:
-    """The application, without the page and without its guard."""
+    """Return the API without the page and without `AccessMiddleware`."""
     limits = service.limits
-    pictures = Pictures(KEPT * limits.bytes)
+    images = ImageCache(CACHED_IMAGES * limits.bytes)
     app = FastAPI(title="vlmvqa", version=vlmvqa.__version__, docs_url=None, redoc_url=None)
-    app.state.pictures = pictures
+    app.state.images = images
 
     @app.post(
         "/answer",
-        summary="Answer questions about a picture",
-        response_model=Answers,
-        responses={status: {"model": Error, "description": why} for status, why in openapi.REFUSALS.items()},
-        openapi_extra=openapi.body(limits),
+        summary="Answer questions about an image",
+        response_model=openapi.Answers,
+        responses={status: {"model": openapi.Error, "description": why} for status, why in openapi.ERRORS.items()},
+        openapi_extra=openapi.request_body(limits),
     )
     async def answer(request: Request) -> Any:
-        with service.admitted():
-            sent = await _form(request, limits)
-            (picture,) = sent.getlist("image")
-            assert isinstance(picture, UploadFile)
-            told = await _unless_left(
-                request,
-                service.ask(
-                    await picture.read(),
-                    [str(text) for text in sent.getlist("question")],
-                    alternatives=_number(sent, "alternatives"),
-                    look=_text(sent, "look"),
-                ),
+        with service.request_slot():
+            form = await _parse_form(request, limits)
+            (image,) = form.getlist("image")
+            assert isinstance(image, UploadFile)
+            answering = service.answer(
+                await image.read(),
+                [str(text) for text in form.getlist("question")],
+                alternatives=_number(form, "alternatives"),
+                attribution=_text(form, "attribution"),
             )
-        return {"model": service.names[0], "answers": [_shown(one) for one in told]}
+            answers = await _unless_disconnected(request, answering)
+        return {"model": service.model_names[0], "answers": answers}
 
-    @app.get("/health", summary="Whether it answers", response_model=Health)
+    @app.get("/health", summary="Return the server's state", response_model=openapi.Health)
     async def health() -> Any:
-        return {"status": "ready", "waiting": service.batcher.waiting}
+        return {"status": "ready", "waiting": service.batcher.num_waiting}
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(openapi.page(app.openapi()))
 
-    @app.post("/picture", include_in_schema=False)
-    async def picture(request: Request) -> Any:
-        """Keep a picture for the page, which then asks by its name."""
-        with service.admitted():
+    @app.post("/image", include_in_schema=False)
+    async def upload(request: Request) -> Any:
+        """Cache an image for the page; its events then name the image."""
+        with service.request_slot():
             content = await request.body()
-            decoded = await service.decode(content)
-        return {"name": pictures.keep(content), "width": decoded.width, "height": decoded.height}
+            image = await service.decode(content)
+        return {"name": images.add(content), "width": image.width, "height": image.height}
 
-    @app.get("/picture/{name}", include_in_schema=False)
-    async def kept(name: str) -> Response:
-        content = pictures.find(name)
+    @app.get("/image/{name}", include_in_schema=False)
+    async def cached_image(name: str) -> Response:
+        content = images.get(name)
         if content is None:
-            raise Refused(404, "this picture is no longer kept; drop it again")
+            raise RequestError(404, "this image is no longer cached; upload it again")
         return Response(content, media_type=_media_type(content), headers={"cache-control": "private, max-age=3600"})
 
-    app.exception_handler(Refused)(_refused)
-    app.exception_handler(HTTPException)(_http_error)
-    app.exception_handler(ClientDisconnect)(_left)
-    app.exception_handler(Exception)(_failed)
+    for kind in (RequestError, HTTPException, ClientDisconnect, Exception):
+        app.exception_handler(kind)(_error_response)
     return app
 
 
-class _Parser(MultiPartParser):
-    spool_max_size = 2**62  # in memory, however large: the body's size is limited before
+class _InMemoryParser(MultiPartParser):
+    spool_max_size = 2**62  # never write to disk; `AccessMiddleware` limits the body
 
 
-async def _form(request: Request, limits: Limits) -> FormData:
-    """The fields of a request.
+async def _parse_form(request: Request, limits: Limits) -> FormData:
+    """Return the form of a request.
+
+    FastAPI would parse it before `Service.request_slot` is checked, and write large files to disk.
 
     Raises:
-        Refused: it is no form, or not of these fields.
+        RequestError: the body isn't a form with these fields.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        raise Refused(415, MULTIPART)
-    # One more than may be, so that the sentence is ours.
-    most = {"max_files": 1, "max_fields": 4 * limits.questions + 8, "max_part_size": 4 * limits.characters + 1000}
+        raise RequestError(415, FORM_HINT)
+    # Looser than the limits, so that later checks return their own messages.
+    bounds = {"max_files": 1, "max_fields": 4 * limits.questions + 8, "max_part_size": 4 * limits.characters + 1000}
     try:
-        sent = await _Parser(request.headers, request.stream(), **most).parse()
+        form = await _InMemoryParser(request.headers, request.stream(), **bounds).parse()
     except MultiPartException as error:
-        raise Refused(400, f"{error.message.rstrip('.')}; {MULTIPART}") from None
+        raise RequestError(400, f"{error.message.rstrip('.')}; {FORM_HINT}") from None
     except (FormParserError, ValueError, KeyError) as error:
-        raise Refused(400, f"the form cannot be read ({' '.join(str(error).split())[:200]}); {MULTIPART}") from None
-    unknown = sorted(set(sent) - set(FIELDS))
+        reason = " ".join(str(error).split())[:200]
+        raise RequestError(400, f"the form cannot be parsed ({reason}); {FORM_HINT}") from None
+    unknown = sorted(set(form) - set(FIELDS))
     if unknown:
-        raise Refused(422, f"there is no field {unknown[0][:40]!r}; use {', '.join(FIELDS)}")
-    files = [name for name, value in sent.multi_items() if isinstance(value, UploadFile)]
-    if files != ["image"] or len(sent.getlist("image")) != 1:
-        raise Refused(422, f"there must be one file, `image`; {MULTIPART}")
-    return sent
+        raise RequestError(422, f"there is no field {unknown[0][:40]!r}; use {', '.join(FIELDS)}")
+    files = [name for name, value in form.multi_items() if isinstance(value, UploadFile)]
+    if files != ["image"] or len(form.getlist("image")) != 1:
+        raise RequestError(422, f"there must be one file, `image`; {FORM_HINT}")
+    return form
 
 
-def _text(sent: FormData, name: str) -> str | None:
-    """A field that is given at most once; None: it is not, or is empty."""
-    given = sent.getlist(name)
-    if len(given) > 1:
-        raise Refused(422, f"{name} is given {len(given)} times; give it once")
-    return str(given[0]) or None if given else None
+def _text(form: FormData, name: str) -> str | None:
+    """Return an optional field; None if it is missing or empty."""
+    values = form.getlist(name)
+    if len(values) > 1:
+        raise RequestError(422, f"{name} is given {len(values)} times; give it once")
+    return str(values[0]) or None if values else None
 
 
-def _number(sent: FormData, name: str) -> int:
-    text = _text(sent, name) or "0"
+def _number(form: FormData, name: str) -> int:
+    text = _text(form, name) or "0"
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise Refused(422, f"{name}={text[:40]} is no number; leave it out, or give 0 or more")
+        raise RequestError(422, f"{name}={text[:40]} is not a number; leave it out, or use 0 or more")
     return int(text)
 
 
-async def _unless_left(request: Request, asking: Coroutine[Any, Any, R]) -> R:
-    """What is asked for; given up when the client has left, so that it need not be computed."""
-    task = asyncio.ensure_future(asking)
-    leaving = asyncio.ensure_future(request.receive())
+async def _unless_disconnected(request: Request, answering: Coroutine[Any, Any, R]) -> R:
+    """Return the result of a coroutine, but cancel it when the client disconnects."""
+    task = asyncio.ensure_future(answering)
+    disconnect = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
         return task.result()
     finally:
-        for one in (task, leaving):
-            one.cancel()
+        for future in (task, disconnect):
+            future.cancel()
             with suppress(asyncio.CancelledError, Exception):
-                await one
-
-
-def _shown(told: Told) -> dict[str, Any]:
-    return {
-        "question": told.question,
-        "text": told.text,
-        "probability": told.probability,
-        "cut": told.cut,
-        "alternatives": [{"text": text, "probability": probability} for text, probability in told.alternatives],
-        "look": None if told.look is None else base64.b64encode(told.look).decode("ascii"),
-    }
+                await future
 
 
 def _media_type(content: bytes) -> str:
-    """Of a file that was decoded before."""
+    """Return the type of a file that `uploads.decode` has accepted."""
     kinds = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"GI": "gif", b"BM": "bmp", b"RI": "webp"}
     return f"image/{kinds[content[:2]]}"
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    headers = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
-    return JSONResponse({"error": error.sentence}, error.status, headers)
-
-
-async def _http_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-async def _left(_: Request, __: Exception) -> Response:
-    return JSONResponse({"error": "the client left"}, 499)
-
-
-async def _failed(_: Request, __: Exception) -> Response:
-    """Of our own mistakes; uvicorn logs the traceback."""
-    return JSONResponse({"error": "the server failed on this request; its log says why"}, 500)
+async def _error_response(_: Request, error: Exception) -> Response:
+    headers: Mapping[str, str] | None = None
+    match error:
+        case RequestError():
+            status, message, headers = error.status, error.message, error.headers
+        case HTTPException():
+            status, message, headers = error.status_code, error.detail, error.headers
+        case ClientDisconnect():
+            status, message = 499, "the client disconnected"
+        case _:  # uvicorn logs the traceback
+            status, message = 500, "the server failed on this request; see its log"
+    return JSONResponse({"error": message}, status, headers)

@@ -1,6 +1,7 @@
-"""The one thread that asks the models: requests wait in a queue, and it takes what waits there together as a batch.
+"""Micro-batching: a queue of requests and the thread that runs the models on batches of them.
 
-An answer does not depend on its company (`tests/unit/test_predictor.py`), so neither does it on who else asks.
+An answer doesn't depend on the other rows of its batch (`tests/unit/test_predictor.py`), so it doesn't depend on other
+clients either.
 """
 
 from __future__ import annotations
@@ -20,216 +21,233 @@ from PIL import Image
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.attribution import Attribution, attribute
-from vlmvqa.extras.serving.limits import MILLION, Limits, Refused, busy
+from vlmvqa.extras.serving.limits import MILLION, Limits, RequestError, busy
 from vlmvqa.inference.predictor import Answer, Predictor
 
 log = logging.getLogger("vlmvqa.extras.serving")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A picture (RGB, upright) and questions about it, for one of the models.
-
-    Attributes:
-        alternatives: how many answers to search beside the best; 0: none.
-        look: the method of the attention map; None: no map.
-    """
-
-    model: str
-    picture: Image.Image
-    questions: Sequence[str]
-    alternatives: int = 0
-    look: str | None = None
-
-
-@dataclass(frozen=True)
-class Answered:
-    """An answer, what else might have been said (the best beams), its attention map."""
+class QuestionResult:
+    """The answer to a question, alternative answers from beam search, and an attribution map."""
 
     answer: Answer
-    alternatives: Sequence[Answer] = ()
-    look: Attribution | None = None
+    alternatives: Sequence[Answer]
+    attribution: Attribution | None
 
 
 @dataclass(eq=False)
-class _Waiting:
-    asked: Asked
+class PendingRequest:
+    """An image and its questions, waiting to be answered.
+
+    Attributes:
+        model: name of the model.
+        image: RGB, upright.
+        alternatives: number of alternative answers per question.
+        attribution: method of the attribution map; None: no map.
+        deadline: monotonic time after which the request is not computed.
+        results: a result for each question, in order.
+    """
+
+    model: str
+    image: Image.Image
+    questions: Sequence[str]
+    alternatives: int
+    attribution: str | None
     deadline: float
-    answered: Future[list[Answered]] = field(default_factory=Future)
+    results: Future[list[QuestionResult]] = field(default_factory=Future)
 
     @cached_property
     def ids(self) -> list[str]:
-        """A name for each question, the same whenever the same is asked: where answers are drawn, so are they."""
-        picture = blake2b(repr(self.asked.picture.size).encode(), digest_size=16)
-        picture.update(self.asked.picture.tobytes())
-        found = []
-        for question in self.asked.questions:
-            each = picture.copy()
-            each.update(question.encode())
-            found.append(each.hexdigest())
-        return found
+        """A hash of image and text for each question.
+
+        Sampling is seeded by it, so equal requests get equal answers.
+        """
+        image_hash = blake2b(repr(self.image.size).encode(), digest_size=16)
+        image_hash.update(self.image.tobytes())
+        ids = []
+        for question in self.questions:
+            question_hash = image_hash.copy()
+            question_hash.update(question.encode())
+            ids.append(question_hash.hexdigest())
+        return ids
 
     @property
     def pixels(self) -> int:
-        return self.asked.picture.width * self.asked.picture.height
+        """Number of pixels of the image."""
+        return self.image.width * self.image.height
 
     @property
-    def late(self) -> bool:
+    def expired(self) -> bool:
+        """Whether the deadline has passed."""
         return time.monotonic() > self.deadline
 
 
 class Batcher:
-    """Answers by the models of a server, by their names.
+    """Answer requests in batches on one thread.
+
+    Args:
+        models: predictors by name.
 
     Attributes:
-        batches: rows of the last batches that were answered, the newest last.
+        batch_sizes: rows of the most recent batches, oldest first.
     """
 
     def __init__(self, models: Mapping[str, Predictor], limits: Limits) -> None:
         self.models, self.limits = dict(models), limits
-        self.batches: deque[int] = deque(maxlen=1000)
-        self._waiting: deque[_Waiting] = deque()
-        self._changed = threading.Condition()
+        self.batch_sizes: deque[int] = deque(maxlen=1000)
+        self._queue: deque[PendingRequest] = deque()
+        self._queue_changed = threading.Condition()
         self._closed = False
-        self._worker = threading.Thread(target=self._work, name="vlmvqa models", daemon=True)
-        self._worker.start()
+        self._thread = threading.Thread(target=self._run, name="vlmvqa models", daemon=True)
+        self._thread.start()
 
     @property
-    def waiting(self) -> int:
-        """Requests that wait."""
-        return len(self._waiting)
+    def num_waiting(self) -> int:
+        """Number of requests in the queue."""
+        return len(self._queue)
 
-    def submit(self, asked: Asked) -> Future[list[Answered]]:
-        """An answer to each question, in their order, when it is there. Cancelled before, it is not computed.
+    def submit(
+        self,
+        model: str,
+        image: Image.Image,
+        questions: Sequence[str],
+        alternatives: int = 0,
+        attribution: str | None = None,
+    ) -> Future[list[QuestionResult]]:
+        """Queue a request; cancelling its future before it runs drops it.
 
         Raises:
-            Refused: too much waits already.
+            RequestError: the queue is full, or the server is shutting down.
         """
-        one = _Waiting(asked, time.monotonic() + self.limits.timeout_s)
-        with self._changed:
+        deadline = time.monotonic() + self.limits.timeout_s
+        request = PendingRequest(model, image, questions, alternatives, attribution, deadline)
+        with self._queue_changed:
             if self._closed:
-                raise busy("the server is ending")
-            pixels = sum(other.pixels for other in self._waiting)
-            most = self.limits.waiting_megapixels * MILLION
-            if len(self._waiting) >= self.limits.queue or (self._waiting and pixels + one.pixels > most):
-                raise busy(f"{len(self._waiting)} requests wait already")
-            self._waiting.append(one)
-            self._changed.notify()
-        return one.answered
+                raise busy("the server is shutting down")
+            pixels = request.pixels + sum(other.pixels for other in self._queue)
+            too_large = self._queue and pixels > self.limits.waiting_megapixels * MILLION
+            if len(self._queue) >= self.limits.queue or too_large:
+                raise busy(f"the queue is full ({len(self._queue)} requests)")
+            self._queue.append(request)
+            self._queue_changed.notify()
+        return request.results
 
-    def close(self, seconds: float = 1.0) -> None:
-        """Refuse what waits and what comes; wait so long for what is being computed."""
-        with self._changed:
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Fail queued and new requests; wait at most `timeout_s` for the current batch."""
+        with self._queue_changed:
             self._closed = True
-            left = list(self._waiting)
-            self._waiting.clear()
-            self._changed.notify()
-        for one in left:
-            if one.answered.set_running_or_notify_cancel():
-                one.answered.set_exception(busy("the server is ending"))
-        self._worker.join(seconds)
+            queued = list(self._queue)
+            self._queue.clear()
+            self._queue_changed.notify()
+        for request in queued:
+            if request.results.set_running_or_notify_cancel():
+                request.results.set_exception(busy("the server is shutting down"))
+        self._thread.join(timeout_s)
 
-    def _work(self) -> None:
-        while batch := self._take():
+    def _run(self) -> None:
+        while batch := self._next_batch():
             self._answer(batch)
 
-    def _take(self) -> list[_Waiting]:
-        """What is answered next, of one model: the first that waits and, as far as there is room, who can join it."""
-        with self._changed:
+    def _next_batch(self) -> list[PendingRequest]:
+        """Wait for requests; return the oldest and those of the same model that fit with it. Empty: closed."""
+        with self._queue_changed:
             while True:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
+                self._queue_changed.wait_for(lambda: self._queue or self._closed)
                 if self._closed:
                     return []
-                batch: list[_Waiting] = []
-                left: deque[_Waiting] = deque()
-                rows = 0
-                for one in self._waiting:
-                    needed = self._rows(one)
-                    joins = not batch or (
-                        one.asked.model == batch[0].asked.model and rows + needed <= self.limits.max_batch
-                    )
-                    if not joins:
-                        left.append(one)
-                    elif one.answered.set_running_or_notify_cancel():  # else its client has left
-                        batch.append(one)
-                        rows += needed
-                self._waiting = left
+                batch: list[PendingRequest] = []
+                remaining: deque[PendingRequest] = deque()
+                num_rows = 0
+                for request in self._queue:
+                    rows = self._num_rows(request.model, request.questions)
+                    same_model = not batch or request.model == batch[0].model
+                    if batch and not (same_model and num_rows + rows <= self.limits.max_batch):
+                        remaining.append(request)
+                    elif request.results.set_running_or_notify_cancel():  # False: the client has disconnected
+                        batch.append(request)
+                        num_rows += rows
+                self._queue = remaining
                 if batch:
                     return batch
 
-    def _rows(self, one: _Waiting) -> int:
-        return 1 if self.models[one.asked.model].model.shares_images else len(one.asked.questions)
+    def _num_rows(self, model: str, questions: Sequence[object]) -> int:
+        return 1 if self.models[model].model.shares_images else len(questions)
 
-    def _answer(self, batch: Sequence[_Waiting]) -> None:
-        """Answer a batch. What fails there fails alone: its neighbours are answered without it."""
-        late = [one for one in batch if one.late]
-        for one in late:
-            one.answered.set_exception(_late(self.limits))
-        batch = [one for one in batch if one not in late]
-        if not batch:
+    def _answer(self, batch: Sequence[PendingRequest]) -> None:
+        """Answer a batch; if the model fails on it, answer its requests one by one, so that only the bad one fails."""
+        current = []
+        for request in batch:
+            if request.expired:
+                request.results.set_exception(self._timeout())
+            else:
+                current.append(request)
+        if not current:
             return
         try:
-            found = self._ask(batch)
+            answers = self._predict(current)
         except Exception as error:
-            if len(batch) == 1:
-                batch[0].answered.set_exception(_reason(error))
+            if len(current) == 1:
+                current[0].results.set_exception(_client_error(error))
                 return
-            for one in batch:
-                self._answer([one])
+            for request in current:
+                self._answer([request])
             return
-        # Who asked for nothing else first: the others take a while.
-        for one in sorted(batch, key=lambda one: bool(one.asked.alternatives or one.asked.look)):
+        # Requests without alternatives and attribution first: those two take a while.
+        for request in sorted(current, key=lambda request: bool(request.alternatives or request.attribution)):
             try:
-                one.answered.set_result(self._more(one, [found[name] for name in one.ids]))
+                request.results.set_result(self._results(request, [answers[key] for key in request.ids]))
             except Exception as error:
-                one.answered.set_exception(_reason(error))
+                request.results.set_exception(_client_error(error))
 
-    def _ask(self, batch: Sequence[_Waiting]) -> dict[int | str, Answer]:
-        """Answers by id; what is asked twice is computed once."""
-        predictor = self.models[batch[0].asked.model]
+    def _predict(self, batch: Sequence[PendingRequest]) -> dict[int | str, Answer]:
+        """Return answers by question id; duplicate questions are computed once."""
+        model = batch[0].model
+        predictor = self.models[model]
         examples: list[Example] = []
         seen: set[str] = set()
-        for one in batch:
-            new = [(name, text) for name, text in zip(one.ids, one.asked.questions, strict=True) if name not in seen]
-            asked = {name: Question(name, text, predictor.prompt.replace("{question}", text)) for name, text in new}
-            seen |= asked.keys()
-            if asked:
-                examples.append(Example(one.asked.picture, "sent", tuple(asked.values())))
-        rows = sum(1 if predictor.model.shares_images else len(example.questions) for example in examples)
+        for request in batch:
+            new = {key: text for key, text in zip(request.ids, request.questions, strict=True) if key not in seen}
+            seen |= new.keys()
+            prompts = {key: predictor.prompt.replace("{question}", text) for key, text in new.items()}
+            questions = tuple(Question(key, text, prompts[key]) for key, text in new.items())
+            if questions:
+                examples.append(Example(request.image, "sent", questions))
         answers = predictor.answer_examples(examples, batch_size=self.limits.max_batch)
-        self.batches.append(rows)
+        self.batch_sizes.append(sum(self._num_rows(model, example.questions) for example in examples))
         return answers
 
-    def _more(self, one: _Waiting, answers: Sequence[Answer]) -> list[Answered]:
-        """What a request asked for beside the answers."""
-        asked, predictor = one.asked, self.models[one.asked.model]
-        others: Sequence[Sequence[Answer]] = [()] * len(answers)
-        if asked.alternatives:
-            if one.late:
-                raise _late(self.limits)
-            searched = predictor.alternatives(asked.picture, list(asked.questions), asked.alternatives + 1)
-            others = [
-                [other for other in found if other.text != answer.text][: asked.alternatives]
-                for found, answer in zip(searched, answers, strict=True)
+    def _results(self, request: PendingRequest, answers: Sequence[Answer]) -> list[QuestionResult]:
+        """Add the requested alternatives and attribution maps to the answers."""
+        predictor = self.models[request.model]
+        alternatives: Sequence[Sequence[Answer]] = [()] * len(answers)
+        if request.alternatives:
+            self._check_deadline(request)
+            beams = predictor.alternatives(request.image, list(request.questions), request.alternatives + 1)
+            alternatives = [
+                [other for other in found if other.text != answer.text][: request.alternatives]
+                for found, answer in zip(beams, answers, strict=True)
             ]
-        looks: list[Attribution | None] = [None] * len(answers)
-        if asked.look:
-            for place, (question, answer) in enumerate(zip(asked.questions, answers, strict=True)):
-                if one.late:
-                    raise _late(self.limits)
-                looks[place] = attribute(predictor, asked.picture, question, answer.text, asked.look)
-        return [Answered(*each) for each in zip(answers, others, looks, strict=True)]
+        attributions: list[Attribution | None] = [None] * len(answers)
+        if request.attribution:
+            for index, (question, answer) in enumerate(zip(request.questions, answers, strict=True)):
+                self._check_deadline(request)
+                attributions[index] = attribute(predictor, request.image, question, answer.text, request.attribution)
+        return [QuestionResult(*row) for row in zip(answers, alternatives, attributions, strict=True)]
+
+    def _check_deadline(self, request: PendingRequest) -> None:
+        if request.expired:
+            raise self._timeout()
+
+    def _timeout(self) -> RequestError:
+        return busy(f"there was no answer within {self.limits.timeout_s:g} seconds")
 
 
-def _late(limits: Limits) -> Refused:
-    return busy(f"there was no answer within {limits.timeout_s:g} seconds")
-
-
-def _reason(error: Exception) -> Refused:
-    """What the client is told: the model's sentence, or that it failed; why stands in the log alone."""
-    if isinstance(error, Refused):
+def _client_error(error: Exception) -> RequestError:
+    """Return the error for the client: the message of an `InputError`; otherwise details go only to the log."""
+    if isinstance(error, RequestError):
         return error
     if isinstance(error, InputError):
-        return Refused(422, str(error))
+        return RequestError(422, str(error))
     log.error("a request failed", exc_info=error)
-    return Refused(500, "the model failed on this request; the server's log says why")
+    return RequestError(500, "the model failed on this request; see the server's log")

@@ -1,4 +1,4 @@
-"""A run's predictions with their pictures: what is right and wrong, by type and by the model's confidence."""
+"""A scored run's predictions with their images, filtered by correctness, question type and confidence."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from vlmvqa.data import images
 from vlmvqa.data.example import ImageSource
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.gallery import record_confidence
-from vlmvqa.extras.serving.html import note, percent, words
+from vlmvqa.extras.serving.html import answer_text, note, percent
 from vlmvqa.metrics.registry import metric
 
-PAGE = 12  # answers at a time
+PAGE_SIZE = 12
 THUMBNAIL = (360, 300)  # pixels
-WHICH = ("all", "right", "wrong")
-EVERY = "every type"
-# From, below; an answer of probability 1 is in the last.
+CORRECTNESS = ("all", "right", "wrong")
+ANY_TYPE = "every type"
+# Inclusive lower and exclusive upper bound; a probability of 1 is in the last range.
 CONFIDENCE = {"any": (0.0, 2.0), "under 50 %": (0.0, 0.5), "50 to 90 %": (0.5, 0.9), "over 90 %": (0.9, 2.0)}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's answers.
+    """A scored run.
 
     Attributes:
-        name: of its folder.
-        records: of its predictions.jsonl.
-        metric: by which they were scored.
-        pictures: by image id, as far as the data is here.
+        name: name of its folder.
+        records: lines of its predictions.jsonl.
+        metric: name of the metric in the records.
+        images: by image id, where the dataset is available.
     """
 
     name: str
     records: Sequence[Mapping[str, Any]]
     metric: str
-    pictures: Mapping[Any, ImageSource] = field(default_factory=dict)
+    images: Mapping[Any, ImageSource] = field(default_factory=dict)
 
     @property
     def types(self) -> list[str]:
@@ -50,37 +50,36 @@ class Run:
         counts = Counter(_type(record) for record in self.records)
         return [name for name, _ in counts.most_common() if name]
 
-    def choose(self, which: str, kind: str, confidence: str) -> list[Mapping[str, Any]]:
-        """The records that pass all filters, in their order; what is no filter's choice passes all."""
+    def select(self, correctness: str, kind: str, confidence: str) -> list[Mapping[str, Any]]:
+        """Return the records that pass all filters, in their order; an unknown filter value passes all."""
         low, high = CONFIDENCE.get(confidence, (0.0, 2.0))
         types = set(self.types)
         return [
             record
             for record in self.records
-            if (which not in ("right", "wrong") or self.right(record) == (which == "right"))
+            if (correctness not in ("right", "wrong") or self.is_right(record) == (correctness == "right"))
             and (kind not in types or _type(record) == kind)
             and low <= record_confidence(record) < high
         ]
 
-    def right(self, record: Mapping[str, Any]) -> bool | None:
-        """None: it has no score, or its metric knows no right and wrong."""
+    def is_right(self, record: Mapping[str, Any]) -> bool | None:
+        """Return whether an answer is right; None without a score, or if the metric has no threshold for it."""
         return metric(self.metric).is_correct(record.get(self.metric))
 
 
 def read(folder: Path) -> Run:
-    """The answers that a run left, without their pictures.
+    """Read a scored run, without its images.
 
     Raises:
-        InputError: it left none, or they cannot be read.
+        InputError: the folder has no predictions, or they cannot be read.
     """
-    paths = folder / "predictions.jsonl", folder / "metrics.json"
-    for path in paths:
+    predictions, metrics = folder / "predictions.jsonl", folder / "metrics.json"
+    for path in (predictions, metrics):
         if not path.is_file():
             raise InputError(f"browse={folder} has no {path.name}; score the run first with launch/eval.py")
     try:
-        lines = paths[0].read_text(encoding="utf-8").split("\n")
-        records = [json.loads(line) for line in lines if line]
-        name = json.loads(paths[1].read_text(encoding="utf-8"))["metric"]
+        records = [json.loads(line) for line in predictions.read_text(encoding="utf-8").split("\n") if line]
+        name = json.loads(metrics.read_text(encoding="utf-8"))["metric"]
         metric(name)
         for record in records:
             if not {"image_id", "question", "answer", "log_probability", "answers"} <= record.keys():
@@ -90,22 +89,26 @@ def read(folder: Path) -> Run:
     return Run(folder.name, records, name)
 
 
-def page(run: Run, which: str, kind: str, confidence: str, number: int) -> tuple[str, int, int]:
-    """A page of the answers that pass, as HTML; its number as far as there is one, from 0; and how many there are."""
-    chosen = run.choose(which, kind, confidence)
-    pages = max(1, math.ceil(len(chosen) / PAGE))
-    number = min(max(number, 0), pages - 1)
-    if not chosen:
+def page(run: Run, correctness: str, kind: str, confidence: str, index: int) -> tuple[str, int, int]:
+    """Return one page of the selected answers as HTML, its index clamped to the existing pages, and their number."""
+    selected = run.select(correctness, kind, confidence)
+    num_pages = max(1, math.ceil(len(selected) / PAGE_SIZE))
+    index = min(max(index, 0), num_pages - 1)
+    if not selected:
         return note("No answer passes these filters."), 0, 1
-    shown = chosen[number * PAGE : (number + 1) * PAGE]
-    first = number * PAGE + 1
-    count = f"{first:,} to {first + len(shown) - 1:,} of {len(chosen):,} answers"
+    shown = selected[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
+    first = index * PAGE_SIZE + 1
+    count = f"{first:,} to {first + len(shown) - 1:,} of {len(selected):,} answers"
     tiles = "".join(_tile(run, record) for record in shown)
-    return f'<p class="vq-count">{count}</p><div class="vq-grid">{tiles}</div>', number, pages
+    return f'<p class="vq-count">{count}</p><div class="vq-grid">{tiles}</div>', index, num_pages
 
 
 def thumbnail(source: ImageSource, name: str) -> str | None:
-    """A picture as it stands in a page, a data URI; None where it cannot be read."""
+    """Return a small JPEG as a data URI; None if the image cannot be read.
+
+    Args:
+        name: name of the image in error messages.
+    """
     try:
         small = images.decode(source, name)
     except InputError:
@@ -117,25 +120,26 @@ def thumbnail(source: ImageSource, name: str) -> str | None:
 
 
 def _tile(run: Run, record: Mapping[str, Any]) -> str:
-    source = run.pictures.get(record["image_id"])
-    uri = None if source is None else thumbnail(source, "a picture")
-    right = run.right(record)
+    image_id = escape(str(record["image_id"]))
+    source = run.images.get(record["image_id"])
+    uri = None if source is None else thumbnail(source, "an image")
+    right = run.is_right(record)
     word = "right" if right else "wrong"
     mark = "" if right is None else f'<span class="vq-mark vq-{word}">{word}</span>'
-    counted = Counter(map(str, record["answers"])).most_common(4)
-    references = ", ".join(escape(text) + (f" x {count}" if count > 1 else "") for text, count in counted)
-    lines = {
+    counts = Counter(map(str, record["answers"])).most_common(4)
+    references = ", ".join(escape(text) + (f" x {count}" if count > 1 else "") for text, count in counts)
+    details = {
         "References": references or "not known",
         "Confidence": "" if record["log_probability"] is None else percent(record_confidence(record)),
         "Type": escape(_type(record)),
-        "Image": escape(str(record["image_id"])),
+        "Image": image_id,
     }
-    small = "".join(f'<p class="vq-small">{name}: {line}</p>' for name, line in lines.items() if line)
+    lines = "".join(f'<p class="vq-small">{name}: {text}</p>' for name, text in details.items() if text)
     return (
         '<article class="vq-tile">'
-        + (f'<img src="{uri}" alt="image {escape(str(record["image_id"]))}">' if uri else "")
+        + (f'<img src="{uri}" alt="image {image_id}">' if uri else "")
         + f"<div><p><small>Question:</small> {escape(str(record['question']))}</p>"
-        f"<p><small>Answer:</small> <b>{words(str(record['answer']))}</b> {mark}</p>{small}</div></article>"
+        f"<p><small>Answer:</small> <b>{answer_text(str(record['answer']))}</b> {mark}</p>{lines}</div></article>"
     )
 
 

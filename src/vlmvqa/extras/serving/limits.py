@@ -1,7 +1,8 @@
-"""How much a client may send, how much may wait, and how what is too much is refused."""
+"""Limits on requests and the queue, and the error for a request that the server doesn't answer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from PIL import Image
@@ -13,18 +14,18 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """Limits of a server.
 
     Attributes:
-        megabytes: of a picture's file.
-        megapixels: of a picture, by its header, before it is decoded.
-        questions: about one picture.
-        characters: of a question.
-        alternatives: answers told beside the best.
-        max_batch: rows that are answered at a time.
-        queue: requests that wait for that, or are being read.
-        waiting_megapixels: of all their pictures together, decoded: 3 MB each.
-        timeout_s: seconds in which a request must have come, and then those in which it is answered.
+        megabytes: size of an image file.
+        megapixels: size of an image, read from its header before decoding.
+        questions: questions per image.
+        characters: length of a question.
+        alternatives: alternative answers per question.
+        max_batch: rows per batch.
+        queue: requests that are being read or wait for an answer.
+        waiting_megapixels: total size of the queued images, decoded (3 MB per megapixel).
+        timeout_s: seconds to receive a request, and again to answer it.
         clients: open connections.
     """
 
@@ -40,37 +41,39 @@ class Limits:
     clients: int = 500
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value = vars(self)[one.name]
+        for field in fields(self):
+            value = vars(self)[field.name]
             if not isinstance(value, int | float) or value <= 0:
-                raise InputError(f"limits.{one.name} is {value}; use a number above 0")
-        most = Image.MAX_IMAGE_PIXELS or 0
-        if self.pixels > most:
-            raise InputError(f"limits.megapixels is {self.megapixels}; pictures over {most / MILLION:.0f} are not read")
+                raise InputError(f"limits.{field.name} is {value}; use a number above 0")
+        pillow_limit = Image.MAX_IMAGE_PIXELS or 0
+        if self.pixels > pillow_limit:
+            raise InputError(f"limits.megapixels is {self.megapixels}; use at most {pillow_limit // MILLION}")
 
     @property
     def pixels(self) -> int:
+        """Pixels per image."""
         return int(self.megapixels * MILLION)
 
     @property
     def bytes(self) -> int:
+        """Bytes per image file."""
         return int(self.megabytes * MILLION)
 
 
-class Refused(Exception):
-    """What a client is told in place of an answer.
+class RequestError(Exception):
+    """An error that is returned to the client.
 
     Attributes:
-        status: HTTP's.
-        sentence: what is wrong, and what to do.
-        retry_after: seconds, where the same may be asked again.
+        status: HTTP status.
+        message: one sentence: what is wrong, and what to do.
+        headers: HTTP headers of the response.
     """
 
-    def __init__(self, status: int, sentence: str, retry_after: int | None = None) -> None:
-        super().__init__(sentence)
-        self.status, self.sentence, self.retry_after = status, sentence, retry_after
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers = status, message, headers
 
 
-def busy(why: str) -> Refused:
-    """Nothing is wrong with the request: it may be made again."""
-    return Refused(503, f"{why}; ask again in a moment", retry_after=1)
+def busy(reason: str) -> RequestError:
+    """Return the error for a valid request that can be retried."""
+    return RequestError(503, f"{reason}; try again in a moment", {"retry-after": "1"})

@@ -1,6 +1,6 @@
-"""The page: ask about a picture, browse a run's answers, compare two models. Gradio's, mounted beside the API.
+"""The Gradio page: ask about an image, browse a run's answers, compare two models.
 
-Of gradio it uses components and events, not files: pictures come by `POST /picture` and are asked about by name.
+Gradio's file components are not used: the browser sends an image by `POST /image`, and events name it.
 """
 
 from __future__ import annotations
@@ -16,31 +16,32 @@ from typing import Any
 from fastapi import FastAPI
 
 from vlmvqa.extras.serving import browse, html, uploads
-from vlmvqa.extras.serving.limits import Refused
-from vlmvqa.extras.serving.pictures import Pictures
+from vlmvqa.extras.serving.image_cache import ImageCache
+from vlmvqa.extras.serving.limits import RequestError
 from vlmvqa.extras.serving.service import Service
-from vlmvqa.extras.serving.style import CSS, DROP, DROPPED
+from vlmvqa.extras.serving.style import CSS, FONTS, GREYS, MONOSPACE_FONTS, UPLOAD_SCRIPT, UPLOAD_TEMPLATE
 
-ALTERNATIVES = 3  # beside the answer
-LOOKS = [("Attention", "attention"), ("Gradient", "gradient"), ("Off", "off")]
-FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-MONO = ["ui-monospace", "Consolas", "monospace"]
-NO_PICTURE = "Drop a picture first, or pick an example."
+MAX_ALTERNATIVES = 3
+ATTRIBUTIONS = [("Attention", "attention"), ("Gradient", "gradient"), ("Off", "off")]
+ASK_HINT = "Answers appear here."
+COMPARE_HINT = "Both models' answers appear here."
+NO_IMAGE = "Drop an image first, or pick an example."
+NO_QUESTION = "Write a question about the image, one per line."
+NOT_CACHED = "This image is no longer cached; drop it again."
 ONE_MODEL = "One model is served. Start the server with compare=runs/another to see two side by side."
 NO_RUN = "No run is open. Start the server with browse=runs/name, a folder that has metrics.json."
-GONE = "This picture is no longer kept; drop it again."
-ASK = "Ask something about the picture, one question a line."
 
 
 def mount(app: FastAPI, service: Service, run: browse.Run | None, examples: Sequence[bytes], temporary: Path) -> None:
-    """Put the page at `/`.
+    """Mount the page at `/`.
 
     Args:
-        run: whose answers can be browsed.
-        examples: pictures' files to pick from.
-        temporary: a folder for what gradio believes it must write.
+        app: see `api.build`.
+        run: run to browse.
+        examples: image files to choose from.
+        temporary: folder for files that gradio writes.
     """
-    # Before it is imported: it counts its users and asks for its newest version, unless told not to.
+    # Before gradio is imported: it sends usage statistics and looks for new versions otherwise.
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_TEMP_DIR": str(temporary),
@@ -48,13 +49,16 @@ def mount(app: FastAPI, service: Service, run: browse.Run | None, examples: Sequ
     }
     import gradio as gr
 
-    pictures = app.state.pictures
-    blocks = _Page(gr, service, pictures, run, examples).build()
+    blocks = _Page(gr, service, app.state.images, run, examples).build()
     blocks.state_session_capacity = service.limits.clients
     blocks.queue(max_size=service.limits.queue, default_concurrency_limit=None, api_open=False)
-    grey = gr.themes.colors.Color(*_GREYS, name="grey")
     theme = gr.themes.Base(
-        primary_hue="blue", secondary_hue="blue", neutral_hue=grey, radius_size="lg", font=FONT, font_mono=MONO
+        primary_hue="blue",
+        secondary_hue="blue",
+        neutral_hue=gr.themes.colors.Color(*GREYS, name="grey"),
+        radius_size="lg",
+        font=FONTS,
+        font_mono=MONOSPACE_FONTS,
     )
     theme.set(body_text_color_subdued="*neutral_500")
     gr.mount_gradio_app(
@@ -76,150 +80,149 @@ def mount(app: FastAPI, service: Service, run: browse.Run | None, examples: Sequ
     )
 
 
-_GREYS = (
-    *("#fbfbfa", "#f4f5f5", "#e4e7ea", "#d3d8dd", "#a3abb5", "#667180"),
-    *("#4d5764", "#363f4a", "#222931", "#14181e", "#0e1116"),
-)
-
-
 class _Page:
-    """The components and what their events do."""
+    """The page's components and event handlers."""
 
     def __init__(
-        self, gr: Any, service: Service, pictures: Pictures, run: browse.Run | None, examples: Sequence[bytes]
+        self, gr: Any, service: Service, images: ImageCache, run: browse.Run | None, examples: Sequence[bytes]
     ) -> None:
-        self.gr, self.service, self.pictures, self.run = gr, service, pictures, run
-        named = [(pictures.keep_always(content), content) for content in examples]
-        self.examples = "".join(_example(*one, number) for number, one in enumerate(named, start=1))
+        self.gr, self.service, self.images, self.run = gr, service, images, run
+        names = [images.add(content, pinned=True) for content in examples]
+        self.examples = "".join(map(_example, names, examples, range(1, len(names) + 1)))
 
     def build(self) -> Any:
         gr = self.gr
         with gr.Blocks(title="vlmvqa", analytics_enabled=False) as blocks:
-            models = "Model: " if len(self.service.names) == 1 else "Models: "
-            models += ", ".join(f"<b>{escape(name)}</b>" for name in self.service.names)
+            models = "Model: " if len(self.service.model_names) == 1 else "Models: "
+            models += ", ".join(f"<b>{escape(name)}</b>" for name in self.service.model_names)
             gr.HTML(f'<header class="vq-head"><h1>vlmvqa</h1><p>{models}</p><a href="docs">HTTP API</a></header>')
             with gr.Tabs():
                 with gr.Tab("Ask"):
-                    self._ask_tab()
+                    self._question_tab("ask", "Ask", ASK_HINT, self._ask, attribution=True)
                 with gr.Tab("Browse"):
                     self._browse_tab()
                 with gr.Tab("Compare"):
-                    self._compare_tab()
+                    if len(self.service.model_names) < 2:
+                        gr.HTML(html.note(ONE_MODEL))
+                    else:
+                        self._question_tab("compare", "Ask both", COMPARE_HINT, self._compare, attribution=False)
         return blocks
 
-    def _ask_tab(self) -> None:
-        gr = self.gr
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300, elem_classes="vq-side"):
-                picture = self._picture("ask")
-            with gr.Column(scale=3, min_width=300):
-                questions = self._questions("ask")
-                look = gr.Radio(LOOKS, value="attention", label="Attention map", elem_id="ask-look")
-                button = gr.Button("Ask", variant="primary", elem_id="ask-button")
-                shown = gr.HTML(html.note("Answers appear here."), elem_id="ask-answers")
-        asked = {"fn": self._ask, "inputs": [picture, questions, look], "outputs": shown, "show_progress": "minimal"}
-        button.click(**asked)
-        look.input(**asked)
+    def _question_tab(self, tab: str, button_text: str, placeholder: str, handler: Any, attribution: bool) -> None:
+        """Add an image, a text box, a button and the answers.
 
-    def _compare_tab(self) -> None:
+        Args:
+            attribution: add a choice of the attribution method.
+        """
         gr = self.gr
-        if len(self.service.names) < 2:
-            gr.HTML(html.note(ONE_MODEL))
-            return
         with gr.Row():
             with gr.Column(scale=2, min_width=300, elem_classes="vq-side"):
-                picture = self._picture("compare")
+                inputs = [self._image(f"{tab}-image")]
             with gr.Column(scale=3, min_width=300):
-                questions = self._questions("compare")
-                button = gr.Button("Ask both", variant="primary", elem_id="compare-button")
-                shown = gr.HTML(html.note("Both models' answers appear here."), elem_id="compare-answers")
-        button.click(self._compare, [picture, questions], shown, show_progress="minimal")
+                questions = gr.Textbox(
+                    label="Questions, one per line",
+                    lines=3,
+                    max_lines=8,
+                    placeholder="What color is it?",
+                    elem_id=f"{tab}-questions",
+                )
+                inputs.append(questions)
+                if attribution:
+                    methods = {"value": "attention", "label": "Attention map", "elem_id": f"{tab}-attribution"}
+                    inputs.append(gr.Radio(ATTRIBUTIONS, **methods))
+                button = gr.Button(button_text, variant="primary", elem_id=f"{tab}-button")
+                answers = gr.HTML(html.note(placeholder), elem_id=f"{tab}-answers")
+        for event in (button.click, *(method.input for method in inputs[2:])):
+            event(handler, inputs, answers, show_progress="minimal")
 
     def _browse_tab(self) -> None:
         gr, run = self.gr, self.run
         if run is None:
             gr.HTML(html.note(NO_RUN))
             return
+        first_page, _, num_pages = browse.page(run, "all", browse.ANY_TYPE, "any", 0)
         with gr.Row(equal_height=True, elem_id="browse-filters"):
-            found = [(one.capitalize(), one) for one in browse.WHICH]
-            which = gr.Radio(found, value="all", label="Answers", elem_id="browse-which")
-            kinds = [browse.EVERY, *run.types]
-            kind = gr.Dropdown(kinds, value=browse.EVERY, label="Question type", elem_id="browse-kind")
-            surest = list(browse.CONFIDENCE)
-            sure = gr.Radio(surest, value=surest[0], label="Confidence", elem_id="browse-sure")
-        shown = gr.HTML(browse.page(run, "all", browse.EVERY, "", 0)[0], elem_id="browse-answers")
+            options = [(option.capitalize(), option) for option in browse.CORRECTNESS]
+            correctness = gr.Radio(options, value="all", label="Answers", elem_id="browse-correctness")
+            types = [browse.ANY_TYPE, *run.types]
+            kind = gr.Dropdown(types, value=browse.ANY_TYPE, label="Question type", elem_id="browse-type")
+            ranges = list(browse.CONFIDENCE)
+            confidence = gr.Radio(ranges, value=ranges[0], label="Confidence", elem_id="browse-confidence")
+        answers = gr.HTML(first_page, elem_id="browse-answers")
         with gr.Row():
-            back = gr.Button("Previous", interactive=False, elem_id="browse-back")
-            on = gr.Button("Next", interactive=self._pages() > 1, elem_id="browse-on")
-        place = gr.State(0)
-        filters, outputs = [which, kind, sure], [shown, place, back, on]
-        for one in filters:
-            one.change(self._turn, filters, outputs, show_progress="hidden")
-        for button, step in ((back, -1), (on, 1)):
-            turn = partial(self._turn, step=step)
-            button.click(turn, [*filters, place], outputs, show_progress="hidden")
+            previous = gr.Button("Previous", interactive=False, elem_id="browse-previous")
+            following = gr.Button("Next", interactive=num_pages > 1, elem_id="browse-next")
+        index = gr.State(0)
+        filters, outputs = [correctness, kind, confidence], [answers, index, previous, following]
+        for component in filters:
+            component.change(self._turn_page, filters, outputs, show_progress="hidden")
+        for button, step in ((previous, -1), (following, 1)):
+            turn = partial(self._turn_page, step=step)
+            button.click(turn, [*filters, index], outputs, show_progress="hidden")
 
-    def _picture(self, name: str) -> Any:
+    def _image(self, elem_id: str) -> Any:
+        """Return the upload component; its value is the name of a cached image."""
         limits = self.service.limits
         return self.gr.HTML(
             "",
-            html_template=DROP,
-            js_on_load=DROPPED,
-            elem_id=f"{name}-picture",
-            label="Picture",
+            html_template=UPLOAD_TEMPLATE,
+            js_on_load=UPLOAD_SCRIPT,
+            elem_id=elem_id,
+            label="Image",
             hint=f"{', '.join(uploads.FORMATS)}, up to {limits.megabytes:g} MB",
             examples=self.examples,
-            most=limits.bytes,
-            too_large=uploads.too_many_bytes(limits).sentence.capitalize() + ".",
+            max_bytes=limits.bytes,
+            too_large=_sentence(uploads.too_many_bytes(limits)),
         )
 
-    def _questions(self, name: str) -> Any:
-        return self.gr.Textbox(
-            label="Questions, one a line",
-            lines=3,
-            max_lines=8,
-            placeholder="What color is it?",
-            elem_id=f"{name}-questions",
-        )
+    async def _ask(self, image: str, text: str, method: str) -> str:
+        return await self._answer(self.service.model_names[0], image, text, None if method == "off" else method)
 
-    async def _ask(self, name: str, text: str, look: str) -> str:
-        method = None if look == "off" else look
-        return await self._answers(self.service.names[0], name, text, method)
+    async def _compare(self, image: str, text: str) -> str:
+        first, second = self.service.model_names[:2]
+        answers = await asyncio.gather(*(self._answer(model, image, text, None) for model in (first, second)))
+        return html.columns((first, answers[0]), (second, answers[1]))
 
-    async def _compare(self, name: str, text: str) -> str:
-        first, second = self.service.names[:2]
-        shown = await asyncio.gather(*(self._answers(model, name, text, None) for model in (first, second)))
-        return html.two((first, shown[0]), (second, shown[1]))
+    async def _answer(self, model: str, image: str, text: str, method: str | None) -> str:
+        """Return answers or an error message as HTML.
 
-    async def _answers(self, model: str, name: str, text: str, look: str | None) -> str:
-        """What is answered, or the sentence why not."""
-        content = self.pictures.find(str(name)) if name else None
+        Args:
+            image: name of a cached image.
+            text: one question per line.
+            method: method of the attribution map.
+        """
+        content = self.images.get(str(image)) if image else None
         lines = [line for line in str(text or "").splitlines() if line.strip()]
         if content is None:
-            return html.note(GONE if name else NO_PICTURE, error=bool(name))
+            return html.note(NOT_CACHED if image else NO_IMAGE, error=bool(image))
         if not lines:
-            return html.note(ASK)
-        most = min(ALTERNATIVES, self.service.limits.alternatives)
+            return html.note(NO_QUESTION)
+        alternatives = min(MAX_ALTERNATIVES, self.service.limits.alternatives)
         try:
-            with self.service.admitted():
-                told = await self.service.ask(content, lines, model=model, alternatives=most, look=look)
-        except Refused as refused:
-            return html.note(refused.sentence[:1].upper() + refused.sentence[1:] + ".", error=True)
-        return html.answers(told, look)
+            with self.service.request_slot():
+                results = await self.service.answer(
+                    content, lines, model=model, alternatives=alternatives, attribution=method
+                )
+        except RequestError as error:
+            return html.note(_sentence(error), error=True)
+        return html.cards(results, method)
 
-    def _pages(self) -> int:
+    def _turn_page(
+        self, correctness: str, kind: str, confidence: str, index: int = 0, step: int = 0
+    ) -> tuple[str, int, Any, Any]:
+        """Return the page `step` pages after `index`, its index, and the states of both buttons."""
         assert self.run is not None
-        return browse.page(self.run, "all", browse.EVERY, "", 0)[2]
+        answers, index, num_pages = browse.page(
+            self.run, str(correctness), str(kind), str(confidence), int(index) + step
+        )
+        buttons = (self.gr.Button(interactive=index > 0), self.gr.Button(interactive=index < num_pages - 1))
+        return answers, index, *buttons
 
-    def _turn(self, which: str, kind: str, sure: str, number: int = 0, step: int = 0) -> tuple[str, int, Any, Any]:
-        """The page of answers that is so many on from this one, its number, and the buttons that turn it."""
-        assert self.run is not None
-        html, number, pages = browse.page(self.run, str(which), str(kind), str(sure), int(number) + step)
-        turns = (self.gr.Button(interactive=number > 0), self.gr.Button(interactive=number < pages - 1))
-        return html, number, *turns
+
+def _sentence(error: RequestError) -> str:
+    return error.message[:1].upper() + error.message[1:] + "."
 
 
 def _example(name: str, content: bytes, number: int) -> str:
-    uri = browse.thumbnail(content, "an example")
-    shown = f'<img src="{uri}" alt="">'
-    return f'<button type="button" data-picture="{name}" aria-label="example {number}">{shown}</button>'
+    thumbnail = f'<img src="{browse.thumbnail(content, "an example")}" alt="">'
+    return f'<button type="button" data-image="{name}" aria-label="example {number}">{thumbnail}</button>'

@@ -17,8 +17,8 @@ from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.data.tasks import data_settings, read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.extras.serving import browse, uploads
-from vlmvqa.extras.serving.limits import Limits, Refused
-from vlmvqa.extras.serving.server import Address, Served, listen, refuse_missing, serve
+from vlmvqa.extras.serving.limits import Limits, RequestError
+from vlmvqa.extras.serving.server import Address, ServerContent, check_packages, listen, serve
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models.generation import Decoding
 
@@ -27,7 +27,7 @@ EXAMPLES = 6  # images of the browsed run, when no examples are given
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """What is served, where and within which limits; conf/serve.yaml documents its keys."""
+    """Config of launch/serve.py; conf/serve.yaml documents its keys."""
 
     run: RunSettings
     checkpoint: str
@@ -45,14 +45,14 @@ class ServeConfig:
 
 def serve_model(config: ServeConfig) -> None:
     """Serve the page and the API until Ctrl-C."""
-    refuse_missing()
+    check_packages()
     token = None if config.token is None else str(config.token)
     address = Address(str(config.host), config.port, token, config.open)
-    opened, images = _browsed(config)
+    run, images = _browsed(config)
     examples = _accepted(_read(config.examples) or images, config.limits)
-    with listen(address) as port:  # before a model is loaded, which may take minutes
-        served = Served(_models(config), opened, examples)
-        serve(served, address, config.limits, config.run.folder, port)
+    with listen(address) as listener:  # before a model is loaded, which may take minutes
+        content = ServerContent(_models(config), run, examples)
+        serve(content, address, config.limits, config.run.folder, listener)
 
 
 def _models(config: ServeConfig) -> dict[str, Predictor]:
@@ -73,15 +73,15 @@ def _browsed(config: ServeConfig) -> tuple[browse.Run | None, list[bytes]]:
             return None, []
     else:
         folder = Path(config.browse).expanduser()
-    opened = browse.read(folder)
+    run = browse.read(folder)
     try:
         examples = _examples(folder)
     except InputError as error:
-        print(f"{folder} is browsed without its pictures: {error}")
-        return opened, []
+        print(f"{folder} is browsed without its images: {error}")
+        return run, []
     images: dict[int | str, ImageSource] = {example.image_id: example.image for example in examples}
     contents = [_content(image) for image in list(images.values())[:EXAMPLES]]
-    return replace(opened, pictures=images), [content for content in contents if content is not None]
+    return replace(run, images=images), [content for content in contents if content is not None]
 
 
 def _examples(folder: Path) -> list[Example]:
@@ -130,8 +130,8 @@ def _accepted(contents: Iterable[bytes], limits: Limits) -> list[bytes]:
     for content in contents:
         try:
             uploads.decode(content, limits)
-        except Refused as error:
-            print(f"an example is left out: {error.sentence}")
+        except RequestError as error:
+            print(f"an example is left out: {error.message}")
         else:
             kept.append(content)
     return kept

@@ -1,4 +1,4 @@
-"""A server on a port: what it is made of, and how it ends."""
+"""Address, start and shutdown of the server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from tempfile import mkdtemp
@@ -23,16 +23,16 @@ from vlmvqa.inference.predictor import Predictor
 if TYPE_CHECKING:
     from vlmvqa.extras.serving.browse import Run
 
-EXTRA = "pip install 'vlmvqa[demo]'"
+INSTALL_HINT = "pip install 'vlmvqa[demo]'"
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where to listen, and who may ask.
+    """Host and port to listen on, and who may send requests.
 
     Attributes:
-        token: what clients must send; None: nothing.
-        open: let other machines ask without one.
+        token: token that clients must send; None: no authentication.
+        open: allow requests from other machines without a token.
     """
 
     host: str = "127.0.0.1"
@@ -42,20 +42,20 @@ class Address:
 
     def __post_init__(self) -> None:
         if not isinstance(self.port, int) or not 0 <= self.port < 2**16:
-            raise InputError(f"port={self.port} is none; use a number below 65536, 0 for any that is free")
+            raise InputError(f"port={self.port} is not a port; use a number below 65536, or 0 for any free one")
         if not isinstance(self.open, bool):
             raise InputError(f"open={self.open} is unknown; use open=true or open=false")
         if self.token is not None and (len(self.token) < 8 or not self.token.isascii()):
-            raise InputError("token is shorter than 8 characters or holds others than ASCII has; take another")
+            raise InputError("token is shorter than 8 characters or contains non-ASCII characters; use another")
         if not self.local and self.token is None and not self.open:
             raise InputError(
-                f"host={self.host} lets other machines ask, and there is no token; give token=..., or open=true to let "
-                "anybody"
+                f"host={self.host} accepts requests from other machines, and there is no token; set token=..., or "
+                "open=true to allow requests without one"
             )
 
     @property
     def local(self) -> bool:
-        """Whether only this machine can ask."""
+        """Whether only this machine can reach the server."""
         if self.host == "localhost":
             return True
         try:
@@ -65,47 +65,48 @@ class Address:
 
     @property
     def url(self) -> str:
+        """URL to open on this machine."""
         host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a server shows: models by name, a run to browse, examples to pick (pictures' files)."""
+class ServerContent:
+    """Models by name, the run to browse, and example images (files) to choose from."""
 
     models: Mapping[str, Predictor]
     run: Run | None = None
-    examples: Sequence[bytes] = field(default_factory=tuple)
+    examples: Sequence[bytes] = ()
 
 
-def refuse_missing() -> None:
-    """Say before a model is loaded that the packages of the page are not there.
+def check_packages() -> None:
+    """Check that the packages of the page are installed, before models are loaded.
 
     Raises:
-        InputError: so.
+        InputError: a package is missing.
     """
     try:
         import fastapi  # noqa: F401
         import gradio  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
-        raise InputError(f"the page needs {error.name}, which is not installed; {EXTRA}") from None
+        raise InputError(f"the page needs {error.name}, which is not installed; {INSTALL_HINT}") from None
 
 
 def listen(address: Address) -> socket.socket:
-    """The address, taken.
+    """Return a listening socket.
 
     Raises:
-        InputError: the port is already in use, or this machine has no such address.
+        InputError: the port is in use, or this machine has no such address.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    taken = socket.socket(family, socket.SOCK_STREAM)
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        taken.bind((address.host, address.port))
-        taken.listen(128)
+        listener.bind((address.host, address.port))
+        listener.listen(128)
     except OSError as error:
-        taken.close()
+        listener.close()
         if error.errno == errno.EADDRINUSE:
             raise InputError(
                 f"port {address.port} of {address.host} is already in use; stop the program that uses it, or choose "
@@ -114,60 +115,59 @@ def listen(address: Address) -> socket.socket:
         raise InputError(
             f"cannot listen on {address.host}:{address.port} ({error.strerror or error}); correct host=... or port=..."
         ) from None
-    return taken
+    return listener
 
 
-def serve(served: Served, address: Address, limits: Limits, folder: Path, taken: socket.socket) -> None:
-    """Answer until the process is told to end (Ctrl-C, or SIGTERM).
+def serve(content: ServerContent, address: Address, limits: Limits, folder: Path, listener: socket.socket) -> None:
+    """Run the server until SIGINT (Ctrl-C) or SIGTERM.
 
     Args:
-        folder: what is written goes here, and nowhere else.
-        taken: of `listen`.
+        folder: folder for temporary files; nothing is written elsewhere.
+        listener: see `listen`.
     """
     import uvicorn
 
     from vlmvqa.extras.serving import api, page
-    from vlmvqa.extras.serving.access import Guard
+    from vlmvqa.extras.serving.access import AccessMiddleware
     from vlmvqa.extras.serving.service import Service
 
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(mkdtemp(dir=folder, prefix="gradio-")).resolve()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # of what clients send wrongly, they are told
-    service = Service(served.models, limits)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # bad forms are reported to the client
+    service = Service(content.models, limits)
     try:
         app = api.build(service)
-        page.mount(app, service, served.run, served.examples, temporary)
-        guarded = Guard(app, limits, address.token, local=address.local and address.token is None)
+        page.mount(app, service, content.run, content.examples, temporary)
+        middleware = AccessMiddleware(app, limits, address.token, local=address.local and address.token is None)
         config = uvicorn.Config(
-            guarded,
+            middleware,
             log_level="warning",
             access_log=False,
             server_header=False,
             proxy_headers=False,
             limit_concurrency=limits.clients,
-            timeout_graceful_shutdown=1,  # a page that is open somewhere never hangs up by itself
+            timeout_graceful_shutdown=1,  # open pages never disconnect by themselves
         )
 
         class Server(uvicorn.Server):
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-                guarded.end()
+                middleware.shutdown()
                 await super().shutdown(sockets)
 
-        server = Server(config)
-        port = taken.getsockname()[1]
-        print(f"{' and '.join(served.models)} on {Address(address.host, port, address.token, True).url}")
-        print("the API is described at /docs; Ctrl-C ends it", flush=True)
-        signal.signal(signal.SIGTERM, _end)
+        port = listener.getsockname()[1]
+        print(f"{' and '.join(content.models)} on {Address(address.host, port, address.token, True).url}")
+        print("the API is documented at /docs; press Ctrl-C to stop", flush=True)
+        signal.signal(signal.SIGTERM, _interrupt)
         with suppress(KeyboardInterrupt):
-            server.run(sockets=[taken])
+            Server(config).run(sockets=[listener])
     finally:
         service.close()
-        taken.close()
+        listener.close()
         shutil.rmtree(temporary, ignore_errors=True)
-    print("ended")
+    print("stopped")
 
 
-def _end(_: int, __: FrameType | None) -> None:
-    """SIGTERM as Ctrl-C: what was written is removed."""
+def _interrupt(_: int, __: FrameType | None) -> None:
+    """Handle SIGTERM like Ctrl-C, so that temporary files are removed."""
     raise KeyboardInterrupt

@@ -1,129 +1,141 @@
-"""A picture and its questions to answers: what the API and the page both do with what a client sent."""
+"""Answer the questions of a request: validate, decode, queue and render, for the API and the page."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 from PIL import Image
 
-from vlmvqa.extras.report.attribution import METHODS
-from vlmvqa.extras.serving import overlay, uploads
-from vlmvqa.extras.serving.batcher import Answered, Asked, Batcher
-from vlmvqa.extras.serving.limits import Limits, Refused, busy
+from vlmvqa.extras.report.attribution import METHODS, Attribution, draw
+from vlmvqa.extras.serving import uploads
+from vlmvqa.extras.serving.batcher import Batcher, QuestionResult
+from vlmvqa.extras.serving.limits import Limits, RequestError, busy
+from vlmvqa.extras.serving.openapi import Alternative, QuestionAnswer
 from vlmvqa.inference.predictor import Predictor
 
-DECODERS = 2  # pictures decoded at a time: each takes up to 17 bytes a pixel meanwhile
-
-
-@dataclass(frozen=True)
-class Told:
-    """An answer as it is shown.
-
-    Attributes:
-        probability: of the whole answer, its end included.
-        cut: it was truncated at max_new_tokens.
-        alternatives: text and probability.
-        look: PNG of the attention map.
-    """
-
-    question: str
-    text: str
-    probability: float
-    cut: bool = False
-    alternatives: Sequence[tuple[str, float]] = ()
-    look: bytes | None = None
+DECODER_THREADS = 2  # each decodes one image, which takes up to 17 bytes per pixel
+MAP_SIDE = 512  # pixels of an attribution map's longer side; small images are enlarged so that it looks smooth
 
 
 class Service:
-    """The models of a server and what they are asked through.
+    """The models of a server, their queue and the threads that decode images.
 
     Args:
-        models: by the names that clients call them, the first one's first.
+        models: predictors by the name shown to clients; the first is the default.
     """
 
     def __init__(self, models: Mapping[str, Predictor], limits: Limits) -> None:
-        self.names, self.limits = tuple(models), limits
+        self.model_names, self.limits = tuple(models), limits
         self.batcher = Batcher(models, limits)
-        self._settings = {name: predictor.processor.images for name, predictor in models.items()}
-        self._marks = {name: _marks(predictor) for name, predictor in models.items()}
-        self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="vlmvqa pictures")
-        self._inside = 0
+        self._image_settings = {name: predictor.processor.images for name, predictor in models.items()}
+        self._special_tokens = {name: _special_tokens(predictor) for name, predictor in models.items()}
+        self._decoders = ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="vlmvqa images")
+        self._num_active = 0
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Room for one more request, from before it is read to its end.
+    def request_slot(self) -> Iterator[None]:
+        """Count a request as active, from before its body is read until it is answered.
 
         Raises:
-            Refused: so many are being read, wait or are answered that there is none.
+            RequestError: too many requests are active.
         """
-        if self._inside >= self.limits.queue + self.limits.max_batch:
-            raise busy(f"{self._inside} requests are being answered already")
-        self._inside += 1
+        if self._num_active >= self.limits.queue + self.limits.max_batch:
+            raise busy(f"{self._num_active} requests are active")
+        self._num_active += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self._num_active -= 1
 
     async def decode(self, content: bytes, model: str | None = None) -> Image.Image:
-        """As `uploads.decode`, in one of a few threads."""
-        settings = self._settings[model or self.names[0]]
+        """Run `uploads.decode` in a thread."""
+        settings = self._image_settings[model or self.model_names[0]]
         return await asyncio.get_running_loop().run_in_executor(
             self._decoders, uploads.decode, content, self.limits, settings
         )
 
-    async def ask(
-        self, content: bytes, texts: Sequence[str], *, model: str = "", alternatives: int = 0, look: str | None = None
-    ) -> list[Told]:
-        """An answer to each question about the picture of a file's bytes.
+    async def answer(
+        self,
+        content: bytes,
+        texts: Sequence[str],
+        *,
+        model: str | None = None,
+        alternatives: int = 0,
+        attribution: str | None = None,
+    ) -> list[QuestionAnswer]:
+        """Answer questions about an image.
 
         Args:
-            model: one of the names; "": the first.
-            alternatives, look: as of `Asked`.
+            content: bytes of the image file.
+            texts: one text per question.
+            model: name of the model; None: the first.
+            alternatives, attribution: see `PendingRequest`.
 
         Raises:
-            Refused: what was sent cannot be answered, or not now.
+            RequestError: the request is invalid, or the server is busy.
         """
-        model = model or self.names[0]
-        if look not in (None, *METHODS):
-            raise Refused(422, f"look={look[:40]} is unknown; use {' or '.join(METHODS)}, or leave it out")
+        model = model or self.model_names[0]
+        if attribution not in (None, *METHODS):
+            raise RequestError(
+                422, f"attribution={attribution[:40]} is unknown; use {' or '.join(METHODS)}, or leave it out"
+            )
         if not 0 <= alternatives <= self.limits.alternatives:
-            raise Refused(422, f"{alternatives} alternatives are asked for; ask for 0 to {self.limits.alternatives}")
-        questions = uploads.questions(texts, self.limits, self._marks[model])
+            raise RequestError(422, f"alternatives={alternatives} is out of range; use 0 to {self.limits.alternatives}")
+        questions = uploads.clean_questions(texts, self.limits, self._special_tokens[model])
         try:
             async with asyncio.timeout(self.limits.timeout_s):
-                picture = await self.decode(content, model)
-                submitted = self.batcher.submit(Asked(model, picture, questions, alternatives, look))
-                answered = await asyncio.wrap_future(submitted)  # left here, it is cancelled there
-                drawn = await asyncio.to_thread(_draw, picture, answered)
+                image = await self.decode(content, model)
+                submitted = self.batcher.submit(model, image, questions, alternatives, attribution)
+                results = await asyncio.wrap_future(submitted)  # cancelling this also cancels `submitted`
+                return await asyncio.to_thread(_render, image, questions, results)
         except TimeoutError:
             raise busy(f"there was no answer within {self.limits.timeout_s:g} seconds") from None
-        return [
-            Told(
-                question,
-                one.answer.text,
-                one.answer.probability,
-                one.answer.cut,
-                [(other.text, other.probability) for other in one.alternatives],
-                png,
-            )
-            for question, one, png in zip(questions, answered, drawn, strict=True)
-        ]
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self.batcher.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
 
-def _draw(picture: Image.Image, answered: Sequence[Answered]) -> list[bytes | None]:
-    return [None if one.look is None else overlay.png(picture, one.look) for one in answered]
+def _render(image: Image.Image, questions: Sequence[str], results: Sequence[QuestionResult]) -> list[QuestionAnswer]:
+    return [
+        QuestionAnswer(
+            question=question,
+            text=result.answer.text,
+            probability=result.answer.probability,
+            truncated=result.answer.cut,
+            alternatives=[Alternative(text=one.text, probability=one.probability) for one in result.alternatives],
+            attribution=None if result.attribution is None else _attribution_png(image, result.attribution),
+        )
+        for question, result in zip(questions, results, strict=True)
+    ]
 
 
-def _marks(predictor: Predictor) -> frozenset[str]:
-    """What a tokenizer takes for more than words. A question that holds `<image>` would ask for another picture."""
+def _attribution_png(image: Image.Image, attribution: Attribution) -> str:
+    """Return the image with the attribution map over it, as a PNG in base64.
+
+    Args:
+        image: RGB, upright, as the model received it.
+    """
+    scale = MAP_SIDE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    left, top, right, bottom = attribution.box
+    scale_x, scale_y = width / image.width, height / image.height
+    left, top = min(round(left * scale_x), width - 1), min(round(top * scale_y), height - 1)
+    box = (left, top, max(round(right * scale_x), left + 1), max(round(bottom * scale_y), top + 1))
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    draw(resized, replace(attribution, box=box)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _special_tokens(predictor: Predictor) -> frozenset[str]:
+    """Return texts that a question may not contain; `<image>`, for example, would insert another image."""
     tokenizer = predictor.processor.tokenizer
     return frozenset(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)

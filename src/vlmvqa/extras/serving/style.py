@@ -1,8 +1,14 @@
-"""How the pages look: plain HTML and CSS, the system's own fonts, nothing fetched from elsewhere."""
+"""CSS, templates and scripts of the pages: system fonts, and nothing loaded from other hosts."""
 
 from __future__ import annotations
 
-_PLAIN = """<!doctype html>
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONOSPACE_FONTS = ["ui-monospace", "Consolas", "monospace"]
+GREYS = (
+    *("#fbfbfa", "#f4f5f5", "#e4e7ea", "#d3d8dd", "#a3abb5", "#667180"),
+    *("#4d5764", "#363f4a", "#222931", "#14181e", "#0e1116"),
+)
+_STATIC_PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title><!--title--></title><link rel="icon" href="data:,"><style>
 :root { color-scheme: light dark; --ink: #1c2430; --dim: #5b6675; --paper: #fbfbfa; --line: #dfe2e6; --key: #2f5d8a; }
@@ -11,10 +17,8 @@ _PLAIN = """<!doctype html>
 }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 46rem;
   margin: 0 auto; padding: 2rem 1.25rem 4rem; overflow-wrap: break-word; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; } h3 { font-size: .95rem; color: var(--dim); }
-a { color: var(--key); } code { font-family: ui-monospace, monospace; font-size: .9em; }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-size: .9rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; } pre { overflow-x: auto; }
+a { color: var(--key); } code, pre { font-family: ui-monospace, monospace; font-size: .9em; }
 form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; padding: 1rem; border: 1px solid var(--line);
   border-radius: .5rem; margin: 1.5rem 0; }
 label { display: grid; gap: .25rem; font-size: .85rem; color: var(--dim); flex: 1 1 12rem; min-width: 0; }
@@ -22,19 +26,19 @@ input, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing
 </style></head><body><!--body--></body></html>"""
 
 
-def plain(title: str, body: str) -> str:
-    """A page without scripts."""
-    return _PLAIN.replace("<!--title-->", title).replace("<!--body-->", body)
+def static_page(title: str, body: str) -> str:
+    """Return an HTML page without scripts."""
+    return _STATIC_PAGE.replace("<!--title-->", title).replace("<!--body-->", body)
 
 
-SIGN_IN = plain(
+SIGN_IN = static_page(
     "vlmvqa: sign in",
-    """<h1>This page asks for a token</h1><p>It is what the server was started with, as <code>token=...</code>.</p>
+    """<h1>Sign in</h1><p>Enter the token that the server was started with (<code>token=...</code>).</p>
 <form action="sign-in" method="post"><label>Token <input type="password" name="token" required autofocus></label>
-<button>Go on</button></form><p role="alert"><!--said--></p>""",
+<button>Sign in</button></form><p role="alert"><!--message--></p>""",
 )
 
-# Over gradio's own variables, so that light and dark come from its theme.
+# Uses gradio's variables, so that its theme sets light and dark colors.
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1140px !important; margin: 0 auto !important;
   padding: 0 0 48px !important; }
@@ -54,8 +58,8 @@ CSS = """
   border-radius: 8px; }
 .vq-drop b { display: block; font-weight: 600; }
 .vq-drop span { color: var(--body-text-color-subdued); font-size: .9rem; }
-.vq-said { min-height: 1.3em; margin: 6px 2px 0; font-size: .9rem; color: var(--error-text-color, #b42318); }
-.dark .vq-said { color: #ffb4a8; }
+.vq-message { min-height: 1.3em; margin: 6px 2px 0; font-size: .9rem; color: var(--error-text-color, #b42318); }
+.dark .vq-message { color: #ffb4a8; }
 .vq-examples { display: grid; grid-template-columns: repeat(6, 1fr); gap: 8px; margin-top: 2px; }
 .vq-examples button { padding: 0; border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden;
   aspect-ratio: 1; background: none; cursor: pointer; }
@@ -66,7 +70,7 @@ CSS = """
 .vq-card { display: grid; grid-template-columns: 1fr auto; gap: 16px; padding: 16px; border-radius: 12px;
   border: 1px solid var(--border-color-primary); background: var(--block-background-fill); overflow-wrap: anywhere; }
 .vq-card p { margin: 0; } .vq-card > div { min-width: 0; }
-.vq-asked { color: var(--body-text-color-subdued); font-size: .95rem; }
+.vq-question { color: var(--body-text-color-subdued); font-size: .95rem; }
 .vq-answer { font-size: 1.3rem; font-weight: 600; margin-top: 2px !important; }
 .vq-answer small { font-size: .9rem; font-weight: 400; color: var(--body-text-color-subdued); margin-left: 6px; }
 .vq-bar { display: grid; grid-template-columns: minmax(3.5rem, 34%) 1fr auto; gap: 10px; align-items: center;
@@ -84,8 +88,8 @@ CSS = """
 .vq-legend { display: flex; gap: 8px; align-items: center; margin-bottom: 2px; }
 .vq-legend i { flex: 1; height: 9px; border-radius: 3px; border: 1px solid var(--border-color-primary);
   background-color: #fff; }
-/* Gradio has no spinner for HTML that is pending. It copies rules by their cssText, which loses a `border` with a
-   variable that another property changes. */
+/* Gradio has no spinner for pending HTML. It copies rules by their cssText, which loses a `border` with a variable when
+   another property overrides part of it. */
 #ask-answers, #compare-answers { position: relative; }
 #ask-answers:has(.pending)::after, #compare-answers:has(.pending)::after { content: ""; position: absolute; top: 24px;
   left: calc(50% - 16px); width: 32px; height: 32px; border-radius: 50%; animation: vq-turn .8s linear infinite;
@@ -116,51 +120,51 @@ CSS = """
 @media (max-width: 1100px) { .vq-card figure { width: 150px; } }
 @media (max-width: 640px) {
   .vq-card { grid-template-columns: 1fr; } .vq-card figure { width: 100%; } .vq-two { grid-template-columns: 1fr; }
-  #ask-look .wrap { gap: 6px; } #ask-look label { padding: 6px 9px; }
+  #ask-attribution .wrap { gap: 6px; } #ask-attribution label { padding: 6px 9px; }
   .vq-head a { margin-left: 0; } .vq-grid { grid-template-columns: 1fr 1fr; } .vq-drop { min-height: 180px; }
 }
 """
 
-# Handlebars; made anew when the value, a picture's name, changes.
-DROP = """
+# Handlebars template, rendered again when the value (the name of a cached image) changes.
+UPLOAD_TEMPLATE = """
 <label class="vq-drop">
-<input type="file" accept="image/jpeg,image/png,image/webp,image/gif,image/bmp" aria-label="Picture">
-{{#if value}}<img src="picture/{{value}}" alt="the picture that is asked about">
-{{else}}<div><b>Drop a picture here, or choose one</b><span>{{hint}}</span></div>{{/if}}
+<input type="file" accept="image/jpeg,image/png,image/webp,image/gif,image/bmp" aria-label="Image">
+{{#if value}}<img src="image/{{value}}" alt="the uploaded image">
+{{else}}<div><b>Drop an image here, or choose one</b><span>{{hint}}</span></div>{{/if}}
 </label>
-<p class="vq-said" role="alert"></p>
+<p class="vq-message" role="alert"></p>
 <div class="vq-examples">{{{examples}}}</div>
 """
 
-# A picture goes to the server by itself, and the page then asks by its name: no event carries a file.
-DROPPED = """
-const say = (text) => { element.querySelector('.vq-said').textContent = text; };
-const show = (name) => { props.value = name; trigger('change'); };
-async function take(file) {
+# Uploads an image by itself; later events hold only its name, so that no event carries a file.
+UPLOAD_SCRIPT = """
+const showMessage = (text) => { element.querySelector('.vq-message').textContent = text; };
+const setImage = (name) => { props.value = name; trigger('change'); };
+async function upload(file) {
   if (!file) return;
-  if (file.size > props.most) { say(props.too_large); return; }
-  say('');
-  let answer, found;
+  if (file.size > props.max_bytes) { showMessage(props.too_large); return; }
+  showMessage('');
+  let response, result;
   try {
-    answer = await fetch('picture', { method: 'POST', body: file });
-    found = await answer.json();
-  } catch { say('The server cannot be reached.'); return; }
-  if (answer.ok) show(found.name); else say(found.error);
+    response = await fetch('image', { method: 'POST', body: file });
+    result = await response.json();
+  } catch { showMessage('The server cannot be reached.'); return; }
+  if (response.ok) setImage(result.name); else showMessage(result.error);
 }
 element.addEventListener('change', (event) => {
-  if (event.target.type === 'file') { take(event.target.files[0]); event.target.value = ''; }
+  if (event.target.type === 'file') { upload(event.target.files[0]); event.target.value = ''; }
 });
 element.addEventListener('click', (event) => {
-  const example = event.target.closest('[data-picture]');
-  if (example) show(example.dataset.picture);
+  const example = event.target.closest('[data-image]');
+  if (example) setImage(example.dataset.image);
 });
 element.addEventListener('dragover', (event) => { event.preventDefault(); element.classList.add('vq-over'); });
 element.addEventListener('dragleave', () => element.classList.remove('vq-over'));
 element.addEventListener('drop', (event) => {
-  event.preventDefault(); element.classList.remove('vq-over'); take(event.dataTransfer.files[0]);
+  event.preventDefault(); element.classList.remove('vq-over'); upload(event.dataTransfer.files[0]);
 });
 document.addEventListener('paste', (event) => {
-  const file = [...event.clipboardData.files].find((one) => one.type.startsWith('image/'));
-  if (file && element.offsetParent !== null) take(file);
+  const file = [...event.clipboardData.files].find((file) => file.type.startsWith('image/'));
+  if (file && element.offsetParent !== null) upload(file);
 });
 """

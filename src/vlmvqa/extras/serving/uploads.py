@@ -1,7 +1,7 @@
-"""What a client sent, as a picture and questions, or one sentence why not.
+"""Validation of client input: image bytes to an image, texts to questions.
 
-Nothing here opens a path: a file's name is not even read. Only decoders that compute pixels are asked, and no others of
-Pillow's: that of EPS would start another program, and those of rare formats are seldom looked at by anyone.
+No path is opened and file names are not read. Only five formats are decoded: Pillow's EPS decoder starts another
+program, and decoders of rare formats are less tested.
 """
 
 from __future__ import annotations
@@ -16,87 +16,89 @@ from PIL import Image, UnidentifiedImageError
 from vlmvqa.data import images
 from vlmvqa.data.images import DAMAGED, ImageSettings
 from vlmvqa.errors import InputError
-from vlmvqa.extras.serving.limits import Limits, Refused
+from vlmvqa.extras.serving.limits import Limits, RequestError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-# A progressive JPEG is computed anew for each of its scans, and a scan may be a few bytes: 10 MB of them take hours.
-MOST_SCANS = 200
-NAME = "the picture"
+# A progressive JPEG is decoded once per scan, and a scan may have a few bytes: 10 MB of them take hours.
+MAX_JPEG_SCANS = 200
+NAME = "the image"
 
-# Ours is below the limit from which Pillow warns.
+# `Limits.megapixels` is below Pillow's limit for this warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode(content: bytes, limits: Limits, settings: ImageSettings | None = None) -> Image.Image:
-    """The picture as RGB, upright, its first frame if there are several.
+    """Return an image as RGB, upright; the first frame of an animation.
 
     Args:
-        settings: of the model that is asked: one that was trained on JPEGs decoded smaller is shown them so.
+        settings: image settings of the model; with `reduced`, large JPEGs are decoded at a smaller size.
 
     Raises:
-        Refused: it is no picture in a known format, it is damaged, or it is too large.
+        RequestError: the format is unknown, or the image is damaged or too large.
     """
     if not content:
-        raise Refused(400, "the picture is empty (0 bytes); send a picture's file")
+        raise RequestError(400, "the image is empty (0 bytes); send an image file")
     if len(content) > limits.bytes:
         raise too_many_bytes(limits)
-    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MOST_SCANS:
-        raise Refused(400, f"the picture is a JPEG of more than {MOST_SCANS} scans; save it again as a plain one")
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_JPEG_SCANS:
+        raise RequestError(
+            400, f"the image is a JPEG with more than {MAX_JPEG_SCANS} scans; save it as a baseline JPEG"
+        )
+    too_many_pixels = f"over {limits.megapixels:g} megapixels; scale it down"
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > limits.pixels:
-                raise _too_many_pixels(image, limits)
+                size = f"{image.width:,} x {image.height:,} pixels"
+                raise RequestError(413, f"the image has {size}, {too_many_pixels}")
             if image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle":
-                # Pillow fills what such a file leaves out: 1 kB of it may ask for 500 bytes a pixel.
-                raise Refused(415, "the picture is a run-length coded BMP, which is not read; save it as a PNG")
+                # Pillow fills the pixels that such a file skips: 1 kB may need 500 bytes per pixel.
+                raise RequestError(415, "the image is a run-length encoded BMP, which is not supported; save it as PNG")
             if settings is not None and settings.reduced:
                 image.draft(None, (settings.size, settings.size))
             return images.decode(image, NAME)
     except UnidentifiedImageError:
-        raise Refused(415, f"this is no picture that can be read; send {', '.join(FORMATS[:-1])} or BMP") from None
+        raise RequestError(
+            415, f"this is not an image in a supported format; send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        ) from None
     except InputError as error:
-        raise Refused(400, str(error).rstrip(".").replace("fetch it again", "replace the file")) from None
+        raise RequestError(400, str(error).rstrip(".").replace("fetch it again", "replace the file")) from None
     except Image.DecompressionBombError:
-        raise Refused(413, f"the picture has over {limits.megapixels:g} megapixels; scale it down") from None
+        raise RequestError(413, f"the image has {too_many_pixels}") from None
     except (*DAMAGED, MemoryError, OverflowError) as error:
-        said = " ".join(str(error).split())
-        raise Refused(400, f"the picture is damaged ({said}); save it again") from None
+        reason = " ".join(str(error).split())
+        raise RequestError(400, f"the image is damaged ({reason}); save it again") from None
 
 
-def questions(texts: Sequence[str], limits: Limits, marks: Collection[str] = ()) -> tuple[str, ...]:
-    """The questions on one line each.
+def clean_questions(texts: Sequence[str], limits: Limits, special_tokens: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the questions with white space collapsed.
 
     Args:
-        marks: texts that a model's tokenizer takes for more than words, as `<image>`.
+        special_tokens: texts that a question may not contain.
 
     Raises:
-        Refused: there is none, there are too many, or one is empty, too long, or holds what is no text.
+        RequestError: there are no questions or too many, or a question is empty, too long or not plain text.
     """
     if not texts:
-        raise Refused(422, "no question is asked; send at least one")
+        raise RequestError(422, "there is no question; send at least one")
     if len(texts) > limits.questions:
-        raise Refused(422, f"{len(texts)} questions are asked; send at most {limits.questions} about a picture")
-    return tuple(_question(number, text, limits, marks) for number, text in enumerate(texts, start=1))
+        raise RequestError(422, f"there are {len(texts)} questions; send at most {limits.questions} per image")
+    return tuple(_clean(number, text, limits, special_tokens) for number, text in enumerate(texts, start=1))
 
 
-def _question(number: int, text: str, limits: Limits, marks: Collection[str]) -> str:
-    if len(text) > limits.characters:  # first: what follows looks at each of them
-        raise Refused(422, f"question {number} has {len(text):,} characters; ask it in {limits.characters}")
-    line = " ".join(text.split())
-    if not line:
-        raise Refused(422, f"question {number} is empty; ask something")
-    if any(unicodedata.category(one) in ("Cc", "Cs") for one in line):
-        raise Refused(422, f"question {number} holds control characters; send plain text")
-    held = [mark for mark in marks if mark in line]
-    if held:
-        raise Refused(422, f"question {number} holds {held[0]}, which is a mark of the model's own; leave it out")
-    return line
+def _clean(number: int, text: str, limits: Limits, special_tokens: Collection[str]) -> str:
+    if len(text) > limits.characters:  # before the checks whose cost grows with the length
+        raise RequestError(422, f"question {number} has {len(text):,} characters; use at most {limits.characters}")
+    question = " ".join(text.split())
+    if not question:
+        raise RequestError(422, f"question {number} is empty; write a question")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in question):
+        raise RequestError(422, f"question {number} contains control characters; send plain text")
+    for token in special_tokens:
+        if token in question:
+            raise RequestError(422, f"question {number} contains {token}, a special token of the model; remove it")
+    return question
 
 
-def too_many_bytes(limits: Limits) -> Refused:
-    return Refused(413, f"the picture has over {limits.megabytes:g} MB; scale it down, or save it as a JPEG")
-
-
-def _too_many_pixels(image: Image.Image, limits: Limits) -> Refused:
-    size = f"{image.width:,} x {image.height:,} pixels"
-    return Refused(413, f"the picture has {size}, over {limits.megapixels:g} megapixels; scale it down")
+def too_many_bytes(limits: Limits) -> RequestError:
+    """Return the error for an image file over the limit."""
+    return RequestError(413, f"the image has over {limits.megabytes:g} MB; scale it down, or save it as a JPEG")
