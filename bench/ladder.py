@@ -142,7 +142,7 @@ def _recipe_loss(model: VLM, lm: PreTrainedModel, batch: Batch, supervised: int)
     images = model.projector(model.vision(batch["pixel_values"]))
     text = lm.get_input_embeddings()(batch["input_ids"][:, images.shape[1] :])
     attention_mask: Any = (batch["document"] != PADDING).long()
-    if model.mode != "causal":  # transformers has no such mode for Gemma 2, but takes its mask
+    if model.attention_pattern != "causal":  # transformers' Gemma 2 has no such pattern, but takes its mask
         seen = dense_mask(model.tokens(batch), model.tokens(batch))
         added = torch.zeros_like(seen, dtype=text.dtype).masked_fill(~seen, torch.finfo(text.dtype).min)
         attention_mask = {"full_attention": added, "sliding_attention": added}

@@ -54,7 +54,7 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
 
 
 def build_model(
-    name: str, shape: Shape, device: torch.device | str = "cpu", seed: int = 0, mode: str = "causal"
+    name: str, shape: Shape, device: torch.device | str = "cpu", seed: int = 0, attention_pattern: str = "causal"
 ) -> VLM:
     """A `VLM` of random weights in training mode; every part trains.
 
@@ -63,7 +63,7 @@ def build_model(
     Gemma 2 2B in bfloat16. All have Gemma 2's two softcaps.
 
     Args:
-        mode: the attention mode; "causal" is what transformers' Gemma 2 does by itself.
+        attention_pattern: the attention pattern; "causal" is what transformers' Gemma 2 does by itself.
     """
     torch.manual_seed(seed)
     settings = ModelSettings(
@@ -73,7 +73,7 @@ def build_model(
             overrides={"class_token": shape.class_token, **_VISION[name]},
         ),
         language=LanguageSettings(name="gemma2", weights="random", overrides=_LANGUAGE[name]),
-        mode=mode,
+        attention_pattern=attention_pattern,
         dtype=str(dtype_of(name)).removeprefix("torch."),
     )
     with torch.device(device):  # drawing 2.6 billion numbers on a CPU takes minutes
@@ -137,7 +137,7 @@ def make_batch(
     images = torch.tensor([document.image for row in rows for document in row], device=pixels.device)
     numbers = iter(range(len(images)))
     laid = [[Document(next(numbers), document.questions) for document in row] for row in rows]
-    columns = pad_rows([build_row(row, model.vision.tokens, model.mode) for row in laid], multiple)
+    columns = pad_rows([build_row(row, model.vision.tokens, model.attention_pattern) for row in laid], multiple)
     known = {"pixel_values": pixels[images]} if features is None else {"image_features": features[images]}
     return {**known, **{name: column.to(pixels.device) for name, column in columns.items()}}
 
@@ -149,7 +149,7 @@ def needed_flops(model: VLM, batch: Batch) -> int:
     """
     flops = count_flops(model)
     assert flops is not None  # Gemma 2 has no experts
-    counts = count(batch, model.mode, model.language.config.sliding_window).tolist()
+    counts = count(batch, model.attention_pattern, model.language.config.sliding_window).tolist()
     encoded = "pixel_values" in batch
     images = len(batch["pixel_values" if encoded else "image_features"])
     return flops.of({**dict(zip(COUNTED, counts, strict=True)), "images": images, "encoded": images * encoded})

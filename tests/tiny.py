@@ -41,18 +41,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 VISION = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0}
 
 
-def settings(mode: str = "blockwise_prefix", family: str = "gemma2", **language: Any) -> ModelSettings:
+def settings(attention_pattern: str = "blockwise_prefix", family: str = "gemma2", **language: Any) -> ModelSettings:
     return ModelSettings(
         vision=VisionSettings(image_size=IMAGE_SIZE, weights="random", overrides=VISION),
         projector=ProjectorSettings(),
         language=LanguageSettings(name=family, weights="random", overrides={**FAMILIES[family], **language}),
-        mode=mode,
+        attention_pattern=attention_pattern,
     )
 
 
-def model(mode: str = "blockwise_prefix", family: str = "gemma2", seed: int = 0, **language: Any) -> VLM:
+def model(attention_pattern: str = "blockwise_prefix", family: str = "gemma2", seed: int = 0, **language: Any) -> VLM:
     torch.manual_seed(seed)
-    return build(settings(mode, family, **language)).eval()
+    return build(settings(attention_pattern, family, **language)).eval()
 
 
 def images(count: int, seed: int = 0) -> Tensor:
@@ -84,5 +84,5 @@ def apart(given: Sequence[Document]) -> list[list[Document]]:
 
 
 def batch(vlm: VLM, rows: Sequence[Sequence[Document]], pixels: Tensor, multiple: int = 8) -> dict[str, Tensor]:
-    columns = pad_rows([build_row(row, vlm.vision.tokens, vlm.mode) for row in rows], multiple)
+    columns = pad_rows([build_row(row, vlm.vision.tokens, vlm.attention_pattern) for row in rows], multiple)
     return {"pixel_values": pixels, **columns}

@@ -63,7 +63,7 @@ class Case:
     resume: tuple[str, int] | None = None
     saves: bool = True
     clip_percentile: int | None = None
-    mode: str = "blockwise_prefix"
+    attention_pattern: str = "blockwise_prefix"
     row_tokens: int | None = None
     weighting: str = "token"
     trainer: dict[str, Any] | None = None
@@ -77,9 +77,9 @@ LORA = AdapterSettings(rank=8, targets=("language.*.q_proj", "language.*.down_pr
 ADAPTED = {"lora": LORA, "qlora": replace(LORA, bits=4)}
 
 
-def model(mode: str) -> VLM:
+def model(attention_pattern: str) -> VLM:
     torch.manual_seed(0)
-    return build(tiny.settings(mode, initializer_range=0.02, **WIDE))
+    return build(tiny.settings(attention_pattern, initializer_range=0.02, **WIDE))
 
 
 def run(case: Case, root: Path) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
 
 def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     dist = DistSettings(case.strategy, case.offload)
-    vlm = model(case.mode)
+    vlm = model(case.attention_pattern)
     adapt = ADAPTED.get(case.trained)
     if adapt is not None:
         peft_adapters.attach(vlm, adapt)
@@ -124,8 +124,10 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         distributed.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
     given = examples(32)
     tokenizer = train_tokenizer(given, 300)
-    processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
-    most = 1 if case.mode == "prefix_lm" else None
+    processor = Processor(
+        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.attention_pattern
+    )
+    most = 1 if case.attention_pattern == "prefix_lm" else None
     options: dict[str, Any] = {"row_tokens": case.row_tokens, "questions_per_row": most, "weighting": case.weighting}
     return VqaTrainer(
         vlm,
@@ -133,7 +135,7 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         TrainingSet(given, processor, "most_common", 0, BadRecords(), **options),
         processor,
         dist=dist,
-        settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
+        settings=tiny.settings(case.attention_pattern, initializer_range=0.02, **WIDE),
         clip_percentile=case.clip_percentile,
         adapt=adapt,
     )
@@ -151,7 +153,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         **(case.trainer or {}),
     }
     adapt = ADAPTED.get(case.trained)
-    runtime_checks.refuse(runtime_checks.Asked(dist, values, tiny.settings(case.mode), adapt=adapt))
+    runtime_checks.refuse(runtime_checks.Asked(dist, values, tiny.settings(case.attention_pattern), adapt=adapt))
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,

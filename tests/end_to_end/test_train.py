@@ -168,9 +168,11 @@ def test_predict_asks_every_question_about_every_picture(tmp_path: Path, trained
     assert "red.png" in printed and "blue.png" in printed
 
 
-@pytest.mark.parametrize("mode", ["blockwise_prefix", "prefix_lm"])
-def test_show_draws_a_row(tmp_path: Path, data: str, mode: str) -> None:
-    printed = run("show", data, *SHAPES, "sample=1", f"model.mode={mode}", f"run.dir={tmp_path}")
+@pytest.mark.parametrize("attention_pattern", ["blockwise_prefix", "prefix_lm"])
+def test_show_draws_a_row(tmp_path: Path, data: str, attention_pattern: str) -> None:
+    printed = run(
+        "show", data, *SHAPES, "sample=1", f"model.attention_pattern={attention_pattern}", f"run.dir={tmp_path}"
+    )
     assert "image x 10" in printed and "<eos>" in printed and "10 image tokens, then '<bos>" in printed
     with Image.open(tmp_path / "row.png") as picture:
         assert min(picture.size) > 300
@@ -195,12 +197,12 @@ def test_load_answers_and_saves(tmp_path: Path, trained: tuple[Path, str]) -> No
 @pytest.mark.parametrize(
     "changed",
     [
-        ("model.mode=prefix_lm",),
+        ("model.attention_pattern=prefix_lm",),
         *(
             pytest.param(changed, marks=pytest.mark.slow)
             for changed in (
-                ("model.mode=causal", "data.row_tokens=160", "data.questions_per_row=2"),
-                ("model.mode=image_prefix", "model.projector.kind=mlp", "model.projector.dropout=0.1"),
+                ("model.attention_pattern=causal", "data.row_tokens=160", "data.questions_per_row=2"),
+                ("model.attention_pattern=image_prefix", "model.projector.kind=mlp", "model.projector.dropout=0.1"),
                 ("trainer.activation_checkpointing=true", "trainer.bf16=true", "trainer.gradient_accumulation_steps=2"),
             )
         ),

@@ -29,8 +29,8 @@ def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "TURN", 0.0)
 
 
-def job(shape: str = "vqav2", mode: str = "causal", images: int = 3) -> ladder.Job:
-    model = models.build_model("tiny", shapes.SHAPES[shape], mode=mode)
+def job(shape: str = "vqav2", attention_pattern: str = "causal", images: int = 3) -> ladder.Job:
+    model = models.build_model("tiny", shapes.SHAPES[shape], attention_pattern=attention_pattern)
     documents = shapes.draw_documents(shapes.SHAPES[shape], images, models.vocabulary(model))
     return ladder.Job(model, documents, models.draw_pixels(model, images), 6, False)
 
@@ -84,10 +84,10 @@ def gradients(job: ladder.Job, rung: ladder.Rung) -> tuple[float, dict[str, Tens
     return found, {name: p.grad.clone() for name, p in job.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("mode", ["causal", "blockwise_prefix"])
+@pytest.mark.parametrize("attention_pattern", ["causal", "blockwise_prefix"])
 @pytest.mark.parametrize("shape", ["vqav2", "gqa", "docvqa", "coco"])
-def test_every_row_has_the_recipes_loss_and_gradients(shape: str, mode: str) -> None:
-    made = job(shape, mode)
+def test_every_row_has_the_recipes_loss_and_gradients(shape: str, attention_pattern: str) -> None:
+    made = job(shape, attention_pattern)
     recipe, *others = [rung for rung in ladder.rungs(made) if not rung.skipped]
     expected_loss, expected = gradients(made, recipe)
     assert set(expected) == {name for name, _ in made.model.named_parameters()}

@@ -14,7 +14,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.models.generation import Decoding, Generated, alternatives, generate
 from vlmvqa.models.language import language_config
 from vlmvqa.models.vlm import VLM
-from vlmvqa.sequence.masks import MODES
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
 
@@ -166,12 +166,12 @@ def asked_alone(
 @pytest.mark.parametrize("decoding", [Decoding(7), Decoding(7, beams=3), Decoding(7, temperature=1.5)], ids=str)
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("layout", [[[3]], [[1], [5], [2, 4], [2], [1]]], ids=["one row", "five rows"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
 def test_a_batch_that_loses_questions_is_its_questions_alone(
-    mode: str, layout: list[list[int]], ends: str, decoding: Decoding
+    attention_pattern: str, layout: list[list[int]], ends: str, decoding: Decoding
 ) -> None:
-    vlm = tiny.model(mode, seed=1)
-    if mode == "prefix_lm":
+    vlm = tiny.model(attention_pattern, seed=1)
+    if attention_pattern == "prefix_lm":
         layout = [[1] * len(row) for row in layout]
     flat = tiny.without_answers(tiny.documents([count for row in layout for count in row]))
     taken = iter(flat)
@@ -212,10 +212,10 @@ def test_a_step_costs_what_is_still_open(beams: int) -> None:
     assert steps[-1][0] < steps[1][0] and steps[-1][1] < max(counts)
 
 
-@pytest.mark.parametrize("mode", ["blockwise_prefix", "prefix_lm"])
-def test_alternatives_cost_what_the_model_says(mode: str) -> None:
+@pytest.mark.parametrize("attention_pattern", ["blockwise_prefix", "prefix_lm"])
+def test_alternatives_cost_what_the_model_says(attention_pattern: str) -> None:
     """Each beam's log-probability is that of its tokens read as an answer, EOS included; the best come first."""
-    vlm = tiny.model(mode)
+    vlm = tiny.model(attention_pattern)
     (document,) = tiny.without_answers(tiny.documents([1]))
     batch = tiny.batch(vlm, [[document]], tiny.images(1))
     decoding = Decoding(5, beams=4)

@@ -37,11 +37,11 @@ def examples(counts: Sequence[int] = (2, 1, 5, 3, 1, 4)) -> list[Example]:
     return found
 
 
-def predictor(mode: str = "blockwise_prefix", **decoding: Any) -> Predictor:
-    vlm = tiny.model(mode, vocab_size=VOCABULARY)
-    settings = tiny.settings(mode, vocab_size=VOCABULARY)
+def predictor(attention_pattern: str = "blockwise_prefix", **decoding: Any) -> Predictor:
+    vlm = tiny.model(attention_pattern, vocab_size=VOCABULARY)
+    settings = tiny.settings(attention_pattern, vocab_size=VOCABULARY)
     images = ImageSettings(28, (0.5,) * 3, (0.5,) * 3)
-    processor = Processor(train_tokenizer(examples(), VOCABULARY), images, vlm.vision.tokens, mode)
+    processor = Processor(train_tokenizer(examples(), VOCABULARY), images, vlm.vision.tokens, attention_pattern)
     return Predictor(vlm, processor, "{question}\n", settings, Decoding(**{"max_new_tokens": 4, **decoding}))
 
 

@@ -20,7 +20,7 @@ from tests.unit.test_trainer import model, trainer
 from vlmvqa.models import flops
 from vlmvqa.models.flops import COUNTED, count, count_flops, matrix_rate
 from vlmvqa.models.vlm import VLM, set_trainable
-from vlmvqa.sequence.masks import MODES, Tokens, visible
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS, Tokens, visible
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 from vlmvqa.training.log import read_log
 from vlmvqa.training.throughput import (
@@ -76,7 +76,7 @@ def test_counts_of_a_batch_by_hand(tmp_path: Path) -> None:
         [Document(1, [TokenizedQuestion([5, 6], [7, 1])])],
     ]
     batch = tiny.batch(vlm, rows, tiny.images(2), multiple=8)
-    found = dict(zip(COUNTED, count(batch, vlm.mode).tolist(), strict=True))
+    found = dict(zip(COUNTED, count(batch, vlm.attention_pattern).tolist(), strict=True))
     assert batch["labels"].shape == (2, 32)
     assert found["questions"] == 3 and found["supervised_tokens"] == 3 + 2 + 2
     assert found["tokens"] == (17 + 5 + 5) + (17 + 3)
@@ -93,16 +93,16 @@ def test_counts_of_a_batch_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 6, 19])
-@pytest.mark.parametrize("mode", MODES)
-def test_pairs_are_those_that_the_mask_lets_through(mode: str, window: int | None) -> None:
-    vlm = tiny.model(mode)
-    each = [1, 1] if mode == "prefix_lm" else [3, 2]
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+def test_pairs_are_those_that_the_mask_lets_through(attention_pattern: str, window: int | None) -> None:
+    vlm = tiny.model(attention_pattern)
+    each = [1, 1] if attention_pattern == "prefix_lm" else [3, 2]
     documents = tiny.documents(each)
     batch = tiny.batch(vlm, [documents, [documents[1]]], tiny.images(2))
-    tokens = Tokens.of(*(batch[name] for name in ("document", "branch", "role", "position")), mode)
+    tokens = Tokens.of(*(batch[name] for name in ("document", "branch", "role", "position")), attention_pattern)
     for name, width in (("pairs", None), ("local_pairs", window)):
         seen = visible(tokens.map(lambda t: t[:, :, None]), tokens.map(lambda t: t[:, None, :]), width)
-        found = dict(zip(COUNTED, count(batch, mode, window).tolist(), strict=True))
+        found = dict(zip(COUNTED, count(batch, attention_pattern, window).tolist(), strict=True))
         assert found[name] == int(seen.sum())
 
 
@@ -124,7 +124,7 @@ def as_pytorch_counts(vlm: VLM, batch: dict[str, Tensor]) -> int:
 
 
 def ours(vlm: VLM, batch: dict[str, Tensor], meter: SpeedMeter, dense: bool) -> int:
-    counts = dict(zip(COUNTED, count(batch, vlm.mode).tolist(), strict=True))
+    counts = dict(zip(COUNTED, count(batch, vlm.attention_pattern).tolist(), strict=True))
     if dense:  # eager attention multiplies all tokens with all, and drops what the mask hides
         rows, length = batch["document"].shape
         counts["pairs"] = counts["local_pairs"] = rows * length**2

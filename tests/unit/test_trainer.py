@@ -45,7 +45,9 @@ def examples(count: int = 8) -> list[Example]:
 def trainer(folder: Path, vlm: VLM, rates: Mapping[str, float | None] | None = None, **arguments: Any) -> VqaTrainer:
     given = examples()
     tokenizer = train_tokenizer(given, 300)
-    processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
+    processor = Processor(
+        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.attention_pattern
+    )
     settings = {"per_device_train_batch_size": 2, "max_steps": 4, "report_to": "none", "save_strategy": "no"}
     args = TrainingArguments(
         output_dir=str(folder),

@@ -64,7 +64,7 @@ SHOW = """\
 Most used, each as key=value:
   sample=3 split=val                   the n-th image of a split
   data=... data.root=/folder           of which data set
-  model=... model.mode=causal          as which model reads it
+  model=... model.attention_pattern=causal  as which model reads it
   run.name=look                        row.png goes to runs/look
 
 More: docs/architecture.md (rows, and who sees whom in them)."""

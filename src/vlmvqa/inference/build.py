@@ -89,7 +89,7 @@ def build_predictor(
         data.resize,
         data.reduced_decoding,
     )
-    processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
+    processor = Processor(tokenizer, images, model.vision.tokens, model.attention_pattern, data.max_text_tokens)
     return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()))
 
 
@@ -123,9 +123,9 @@ def without_weights(settings: ModelSettings) -> ModelSettings:
     )
 
 
-def most_questions(data: DataSettings, mode: str) -> int | None:
+def most_questions(data: DataSettings, attention_pattern: str) -> int | None:
     """Return how many questions may share a row: one where the image attends to its question."""
-    return data.questions_per_row if mode in SHAREABLE else 1
+    return data.questions_per_row if attention_pattern in SHAREABLE else 1
 
 
 def build_processor(settings: Settings, data: DataSettings, train_examples: Sequence[Example]) -> Processor:

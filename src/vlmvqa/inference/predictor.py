@@ -287,10 +287,10 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     decoding = build_settings(Decoding, config.get("decoding", {}), "config.json: decoding")
     more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
     if isinstance(model, PretrainedVLM):
-        processor: Processor = PretrainedProcessor.of(text, model.mode, config.get("max_text_tokens"))
+        processor: Processor = PretrainedProcessor.of(text, model.attention_pattern, config.get("max_text_tokens"))
     else:
         images = build_settings(ImageSettings, config["images"], "config.json: images")
-        processor = Processor(text, images, model.vision.tokens, model.mode, config["max_text_tokens"])
+        processor = Processor(text, images, model.vision.tokens, model.attention_pattern, config["max_text_tokens"])
     if "adapter" in config:
         more["adapter"] = build_settings(checkpoint.Adapter, config["adapter"], "config.json: adapter")
     return Predictor(model, processor, config.get("prompt", BARE), settings, decoding, **more)

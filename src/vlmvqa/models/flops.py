@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from vlmvqa.models.language import LanguageModel
 from vlmvqa.models.vision import VisionEncoder
 from vlmvqa.models.vlm import VLM, Batch
-from vlmvqa.sequence.masks import MODES, NONE
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS, NONE
 from vlmvqa.sequence.rows import IGNORE, IMAGE, PADDING, PROMPT
 
 COUNTED = ("questions", "supervised_tokens", "tokens", "pairs", "local_pairs")
 
 
-def count(batch: Batch, mode: str, window: int | None = None) -> Tensor:
+def count(batch: Batch, attention_pattern: str, window: int | None = None) -> Tensor:
     """What a batch holds, `int64[5]` in the order of `COUNTED`, without asking the device for a number.
 
     `pairs` are those of a token and one it sees, itself included: exact, from each token alone. Positions run on from
@@ -37,17 +37,18 @@ def count(batch: Batch, mode: str, window: int | None = None) -> Tensor:
     begins at position s, those seen forwards are, over the whole block, as many as those seen backwards: position - s.
 
     Args:
-        mode: the attention mode (`sequence/masks.py`).
+        attention_pattern: a key of `masks.ATTENTION_PATTERNS`.
         window: of local layers (None: `local_pairs` are the others).
     """
     role, position, real = batch["role"], batch["position"], batch["document"] != PADDING
     supervised = batch["labels"] != IGNORE
     back = position + 1
     ahead = torch.zeros_like(position)
-    for kind, block in enumerate(MODES[mode]):
+    blocks = ATTENTION_PATTERNS[attention_pattern]
+    for kind, block in enumerate(blocks):
         if block != NONE:
             # A question's own block begins where the image has ended: at the number of tokens of any image.
-            begin = 0 if block == MODES[mode][IMAGE] else position.where(role == IMAGE, -1).amax() + 1
+            begin = 0 if block == blocks[IMAGE] else position.where(role == IMAGE, -1).amax() + 1
             ahead = torch.where(role == kind, position - begin, ahead)
     local = back if window is None else back.clamp(max=window)
     found = (supervised & (role == PROMPT), supervised, real, (back + ahead) * real, (local + ahead) * real)

@@ -154,7 +154,7 @@ class OpenQuestions:
             branch=self._place(self.branch[:, None].expand_as(ids), 0),
             role=ids.new_full((len(self.keys.document), self.slots), ANSWER),
             position=self._place(self.position[:, None].expand_as(ids), 0),
-            mode=self.model.mode,
+            attention_pattern=self.model.attention_pattern,
         )
         self.keys = self.keys.append(tokens)
         embeddings = self.model.language.embed(self._place(ids, 0))

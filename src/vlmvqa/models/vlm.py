@@ -24,7 +24,7 @@ from vlmvqa.models.language import LanguageModel, LanguageSettings, build_langua
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.sequence.loss import divided, supervised_loss
-from vlmvqa.sequence.masks import MODES, SHAREABLE, Tokens
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE, Tokens
 from vlmvqa.sequence.rows import IGNORE, NO_IMAGE
 
 Batch = Mapping[str, Tensor]
@@ -48,24 +48,29 @@ class ModelSettings:
     vision: VisionSettings = field(default_factory=VisionSettings)
     projector: ProjectorSettings = field(default_factory=ProjectorSettings)
     language: LanguageSettings = field(default_factory=LanguageSettings)
-    mode: str = "blockwise_prefix"
+    attention_pattern: str = "blockwise_prefix"
     dtype: str = "float32"
 
 
 class VLM(nn.Module):
-    """Vision encoder, projector and language model; `mode` says who sees whom (`sequence/masks.py`)."""
+    """Vision encoder, projector and language model; `attention_pattern` says who sees whom (`sequence/masks.py`)."""
 
     # The loss is divided by the supervised tokens of the whole global batch, which only the trainer knows.
     accepts_loss_kwargs = True
 
-    def __init__(self, vision: VisionEncoder, projector: Projector, language: LanguageModel, mode: str) -> None:
+    def __init__(
+        self, vision: VisionEncoder, projector: Projector, language: LanguageModel, attention_pattern: str
+    ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise InputError(f"model.mode={mode} is unknown; use one of {', '.join(MODES)}{suggest(mode, MODES)}")
+        if attention_pattern not in ATTENTION_PATTERNS:
+            raise InputError(
+                f"model.attention_pattern={attention_pattern} is unknown; use one of {', '.join(ATTENTION_PATTERNS)}"
+                f"{suggest(attention_pattern, ATTENTION_PATTERNS)}"
+            )
         self.vision = vision
         self.projector = projector
         self.language = language
-        self.mode = mode
+        self.attention_pattern = attention_pattern
 
     def image_tokens(self, batch: Batch) -> Tensor:
         """`pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` -> `float[I * N, D]`."""
@@ -85,7 +90,7 @@ class VLM(nn.Module):
 
     def tokens(self, batch: Batch) -> Tokens:
         """What the mask's predicate knows of the batch's tokens."""
-        return Tokens.of(batch["document"], batch["branch"], batch["role"], batch["position"], self.mode)
+        return Tokens.of(batch["document"], batch["branch"], batch["role"], batch["position"], self.attention_pattern)
 
     def decode(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """The last hidden state of every token: `float[B, T, D]`; fills the cache, if one is given."""
@@ -134,7 +139,7 @@ class VLM(nn.Module):
     @property
     def shares_images(self) -> bool:
         """Whether several questions may be asked of an image in one row."""
-        return self.mode in SHAREABLE
+        return self.attention_pattern in SHAREABLE
 
     def get_input_embeddings(self) -> nn.Module:
         """What the Trainer adds NEFTune's noise to."""
@@ -174,7 +179,7 @@ def build(settings: ModelSettings) -> VLM:
 def assemble(vision: VisionEncoder, language: LanguageModel, settings: ModelSettings) -> VLM:
     """Join an encoder and a language model by a new projector."""
     projector = Projector(vision.width, language.width, settings.projector.kind, settings.projector.dropout)
-    return cast_parameters(VLM(vision, projector, language, settings.mode), DTYPES[settings.dtype])
+    return cast_parameters(VLM(vision, projector, language, settings.attention_pattern), DTYPES[settings.dtype])
 
 
 def cast_parameters(model: AnyModel, dtype: torch.dtype) -> AnyModel:

@@ -19,9 +19,9 @@ from vlmvqa.sequence.rows import PADDING
 
 NONE = -1
 SPAN = 64  # queries
-# Attention mode -> the bidirectional block of an image, a prompt and an answer token (NONE: plain causal).
+# Attention pattern -> the bidirectional block of an image, a prompt and an answer token (NONE: plain causal).
 # Tokens of one block (and one branch, or the image) see each other both ways.
-MODES = {
+ATTENTION_PATTERNS = {
     "causal": (NONE, NONE, NONE),
     "image_prefix": (0, NONE, NONE),
     "blockwise_prefix": (0, 1, NONE),
@@ -39,9 +39,11 @@ class Tokens(NamedTuple):
     position: Tensor
 
     @classmethod
-    def of(cls, document: Tensor, branch: Tensor, role: Tensor, position: Tensor, mode: str) -> Tokens:
-        """The columns of a batch, with each role's bidirectional block under `mode`."""
-        return cls(document, branch, torch.tensor(MODES[mode], device=role.device)[role], position)
+    def of(cls, document: Tensor, branch: Tensor, role: Tensor, position: Tensor, attention_pattern: str) -> Tokens:
+        """The columns of a batch, with each role's bidirectional block under `attention_pattern`."""
+        return cls(
+            document, branch, torch.tensor(ATTENTION_PATTERNS[attention_pattern], device=role.device)[role], position
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         return Tokens(*(function(column) for column in self))

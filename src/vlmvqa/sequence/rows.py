@@ -76,13 +76,13 @@ class Row:
             self.columns[name].extend(values[name])
 
 
-def build_row(documents: Sequence[Document], image_tokens: int, mode: str) -> Row:
+def build_row(documents: Sequence[Document], image_tokens: int, attention_pattern: str) -> Row:
     """Lay documents out in one row.
 
     Args:
         documents: images with their questions, in order.
         image_tokens: N, tokens an image.
-        mode: the attention mode (`masks.MODES`); under "prefix_lm" a document is one single branch.
+        attention_pattern: a key of `masks.ATTENTION_PATTERNS`; under "prefix_lm" a document is one single branch.
 
     Raises:
         ValueError: two questions share an image under "prefix_lm", whose image tokens see the question; an
@@ -90,10 +90,10 @@ def build_row(documents: Sequence[Document], image_tokens: int, mode: str) -> Ro
     """
     row = Row()
     for number, document in enumerate(documents):
-        if mode == "prefix_lm" and len(document.questions) > 1:
+        if attention_pattern == "prefix_lm" and len(document.questions) > 1:
             raise ValueError(
                 f"{len(document.questions)} questions share an image under prefix_lm, where the image sees its "
-                "question; give each question its own row (data.questions_per_row=1) or use another attention mode"
+                "question; give each question its own row (data.questions_per_row=1) or use another attention pattern"
             )
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")
@@ -115,7 +115,7 @@ def build_row(documents: Sequence[Document], image_tokens: int, mode: str) -> Ro
                 input_ids=[*question.prompt, *question.answer[:-1]],
                 image_index=[NO_IMAGE] * (prompt + answer),
                 document=[number] * (prompt + answer),
-                branch=[0 if mode == "prefix_lm" else branch] * (prompt + answer),
+                branch=[0 if attention_pattern == "prefix_lm" else branch] * (prompt + answer),
                 role=[PROMPT] * prompt + [ANSWER] * answer,
                 position=range(image_tokens, image_tokens + prompt + answer),
                 labels=[IGNORE] * (prompt - 1) + list(question.answer or [IGNORE]),

@@ -126,7 +126,7 @@ def _attention(trainer: VqaTrainer) -> str:
     language = vlm.language
     runs = language.decoder.config._attn_implementation
     _same("the attention", "flex_attention" if language.attention == "flex" else "dense", _dense_or(runs))
-    return f"{vlm.mode}, {language.attention} ({runs})"
+    return f"{vlm.attention_pattern}, {language.attention} ({runs})"
 
 
 def _dense_or(implementation: str) -> str:

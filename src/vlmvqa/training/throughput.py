@@ -204,7 +204,7 @@ class SpeedMeter(TrainerCallback):
         self.shapes["positions"] += batch["document"].numel()
         self.shapes["images"] += len(batch["pixel_values" if "pixel_values" in batch else "image_features"])
         self.shapes["encoded"] += len(batch.get("pixel_values", ()))
-        self.counts = self.counts.to(batch["role"].device) + count(batch, self.vlm.mode, self.window)
+        self.counts = self.counts.to(batch["role"].device) + count(batch, self.vlm.attention_pattern, self.window)
         self.enter("model" if "model" in self.phases else "language_model")
 
     def backward(self, loss: Tensor) -> None:

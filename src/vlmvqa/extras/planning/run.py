@@ -100,7 +100,7 @@ def _questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> fl
         raise InputError(
             f"how many questions {data.source} asks of an image is not known; give plan.questions_per_image"
         )
-    most = most_questions(data, settings.mode)
+    most = most_questions(data, settings.attention_pattern)
     return float(count if most is None else min(count, most))  # an image with more questions is repeated
 
 

@@ -15,7 +15,7 @@ from vlmvqa.data.tasks import prompts
 from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
-from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, mode_of, pretrained_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, attention_pattern_of, pretrained_config
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import model_folder
@@ -53,7 +53,7 @@ def pretrained_processor(
         library, known = random_processor(known, text, settings.image_splitting)
     else:
         library = load_processor(settings.pretrained, settings.image_splitting)
-    return PretrainedProcessor.of(library, mode_of(known), data.max_text_tokens), known
+    return PretrainedProcessor.of(library, attention_pattern_of(known), data.max_text_tokens), known
 
 
 def _absolute(pretrained: str) -> str:

@@ -100,7 +100,7 @@ class PretrainedVLM(nn.Module):
         self.net = net
         names = {id(module): name for name, module in net.named_modules()}
         self.places = {part: names.get(id(getattr(self, part)), "-") for part in ("vision", "projector", "language")}
-        self.mode = mode_of(net.config)
+        self.attention_pattern = attention_pattern_of(net.config)
 
     # ---- parts
 
@@ -264,7 +264,7 @@ class OneByOne(LogitsProcessor):  # type: ignore[misc] # transformers is not ana
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
-def mode_of(config: PreTrainedConfig) -> str:
+def attention_pattern_of(config: PreTrainedConfig) -> str:
     """Who sees whom in a model of the library's, by the name that it has in `sequence/masks.py`."""
     return "prefix_lm" if config.model_type == "paligemma" else "causal"
 

@@ -50,8 +50,8 @@ class PretrainedProcessor(Processor):
     library: Any = field(kw_only=True)
 
     @classmethod
-    def of(cls, library: Any, mode: str, max_text_tokens: int | None) -> PretrainedProcessor:
-        """The processor of a model in this attention mode.
+    def of(cls, library: Any, attention_pattern: str, max_text_tokens: int | None) -> PretrainedProcessor:
+        """The processor of a model in this attention pattern.
 
         Raises:
             InputError: it has no chat template, and is not PaliGemma's, which needs none.
@@ -72,7 +72,7 @@ class PretrainedProcessor(Processor):
             tuple(images.image_std),
             resize="center_crop" if crops else "squash",
         )
-        return cls(tokenizer, about, 0, mode, max_text_tokens, library=library)
+        return cls(tokenizer, about, 0, attention_pattern, max_text_tokens, library=library)
 
     def tokenize(self, question: Question, answer: str | None) -> Written:  # type: ignore[override]
         """The prompt in the model's format; the tokens of the answer and of what ends it.

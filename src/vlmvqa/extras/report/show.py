@@ -59,4 +59,4 @@ def _processor(config: ShowConfig, data: DataSettings, examples: list[Example]) 
     with torch.device("meta"):
         processor = build_processor(config.model, data, examples)
     own = isinstance(config.model, ModelSettings)
-    return processor, most_questions(data, processor.mode) if own else 1
+    return processor, most_questions(data, processor.attention_pattern) if own else 1
