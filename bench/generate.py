@@ -76,7 +76,7 @@ def embed(model: VLM, asked: Sequence[Asked], pixels: Tensor, encode_once: bool)
     """`inputs_embeds float[B, T, D]` and `attention_mask int64[B, T]`: a question a row, padded on the left."""
     images = [image for image, _ in asked]
     encoded = sorted(set(images)) if encode_once else images
-    features = model.image_tokens({"pixel_values": pixels[encoded]}).unflatten(0, (len(encoded), -1))
+    features = model.image_embeddings({"pixel_values": pixels[encoded]}).unflatten(0, (len(encoded), -1))
     if encode_once:
         features = features[[encoded.index(image) for image in images]]
     texts = [model.language.embed(torch.tensor(question.prompt, device=pixels.device)) for _, question in asked]
@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     lengths = [min(len(answer) + 1, args.tokens) for answer in answers]  # the end token is a step too
     steps = sum(lengths) / len(lengths)
     print(
-        f"{len(job.asked)} questions about {args.images} images of {model.vision.tokens} tokens; {steps:.1f} tokens an "
+        f"{len(job.asked)} questions about {args.images} images of {model.vision.num_image_tokens} tokens; {steps:.1f} "
         f"answer ({'random weights never end one' if not args.ends else f'{len(job.ends)} end tokens'})"
     )
     shown = [

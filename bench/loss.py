@@ -73,7 +73,8 @@ def make_case(args: argparse.Namespace, width: int, vocabulary: int) -> Case:
     shape = shapes.SHAPES[args.shape]
     documents = shapes.apart(shapes.draw_documents(shape, ROWS, vocabulary, args.seed))[:ROWS]
     columns = pad_rows(
-        [build_row([d], shape.image_tokens, args.attention_pattern) for d in documents], shape.image_tokens + TEXT
+        [build_row([d], shape.num_image_tokens, args.attention_pattern) for d in documents],
+        shape.num_image_tokens + TEXT,
     )
     drawn = torch.Generator().manual_seed(args.seed)
     dtype = models.dtype_of(args.model)
@@ -166,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, help="default: 256,000, or what fits; a small one for tiny")
     args = parser.parse_args(argv)
     width, vocabulary = SIZES[args.model]
-    positions = ROWS * (shapes.SHAPES[args.shape].image_tokens + TEXT)
+    positions = ROWS * (shapes.SHAPES[args.shape].num_image_tokens + TEXT)
     args.vocabulary = fitting(args.vocabulary or vocabulary, positions, args.device)
     case = make_case(args, width, args.vocabulary)
     machine = tables.machine(args.device, case.hidden.dtype)

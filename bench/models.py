@@ -137,7 +137,9 @@ def make_batch(
     images = torch.tensor([document.image for row in rows for document in row], device=pixels.device)
     numbers = iter(range(len(images)))
     laid = [[Document(next(numbers), document.questions) for document in row] for row in rows]
-    columns = pad_rows([build_row(row, model.vision.tokens, model.attention_pattern) for row in laid], multiple)
+    columns = pad_rows(
+        [build_row(row, model.vision.num_image_tokens, model.attention_pattern) for row in laid], multiple
+    )
     known = {"pixel_values": pixels[images]} if features is None else {"image_features": features[images]}
     return {**known, **{name: column.to(pixels.device) for name, column in columns.items()}}
 

@@ -148,11 +148,11 @@ def siglip_weights(tower: Any) -> dict[str, Tensor]:
 # --- the same questions twice -----------------------------------------------------------------------------
 
 
-def peer_batch(asked: Sequence[Asked], pixels: Tensor, image_token: int, image_tokens: int) -> dict[str, Tensor]:
+def peer_batch(asked: Sequence[Asked], pixels: Tensor, image_token: int, num_image_tokens: int) -> dict[str, Tensor]:
     """What PaliGemma's processor makes of questions with their answers, padded to the longest."""
     rows = []
     for _, question in asked:
-        prefix = [image_token] * image_tokens + list(question.prompt)
+        prefix = [image_token] * num_image_tokens + list(question.prompt)
         rows.append((prefix + list(question.answer), len(prefix)))
     longest = max(len(ids) for ids, _ in rows)
 
@@ -205,7 +205,7 @@ def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int) -
             record.end_step()
 
     peer.register_forward_hook(lambda _, __, output: record.losses.append(output["loss"].detach()))
-    image_tokens = peer.config.text_config.num_image_tokens
+    num_image_tokens = peer.config.text_config.num_image_tokens
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -225,7 +225,7 @@ def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int) -
         trainer = Trainer(
             peer,
             arguments,
-            data_collator=lambda asked: peer_batch(asked, pixels, peer.config.image_token_id, image_tokens),
+            data_collator=lambda asked: peer_batch(asked, pixels, peer.config.image_token_id, num_image_tokens),
             train_dataset=list(asked),
             callbacks=[Steps()],
         )

@@ -84,5 +84,5 @@ def apart(given: Sequence[Document]) -> list[list[Document]]:
 
 
 def batch(vlm: VLM, rows: Sequence[Sequence[Document]], pixels: Tensor, multiple: int = 8) -> dict[str, Tensor]:
-    columns = pad_rows([build_row(row, vlm.vision.tokens, vlm.attention_pattern) for row in rows], multiple)
+    columns = pad_rows([build_row(row, vlm.vision.num_image_tokens, vlm.attention_pattern) for row in rows], multiple)
     return {"pixel_values": pixels, **columns}

@@ -125,7 +125,7 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     given = examples(32)
     tokenizer = train_tokenizer(given, 300)
     processor = Processor(
-        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.attention_pattern
+        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.num_image_tokens, vlm.attention_pattern
     )
     most = 1 if case.attention_pattern == "prefix_lm" else None
     options: dict[str, Any] = {"row_tokens": case.row_tokens, "questions_per_row": most, "weighting": case.weighting}

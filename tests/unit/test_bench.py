@@ -72,7 +72,7 @@ def test_captions_of_an_image_answer_one_prompt() -> None:
 
 @pytest.mark.parametrize(("name", "tokens"), [("vqav2", 257), ("docvqa", 1024)])
 def test_image_tokens(name: str, tokens: int) -> None:
-    assert shapes.SHAPES[name].image_tokens == tokens
+    assert shapes.SHAPES[name].num_image_tokens == tokens
 
 
 # --- every row of the ladder ---------------------------------------------------------------------------------------
@@ -112,12 +112,12 @@ def test_the_layouts_are_what_the_table_says() -> None:
     made = job()
     rungs = {rung.name: rung for rung in ladder.rungs(made)}
     recipe, dynamic = (rungs[name] for name in ("recipe", "dynamic padding"))
-    image_tokens = made.model.vision.tokens
+    num_image_tokens = made.model.vision.num_image_tokens
     for rung in (recipe, dynamic):
         assert {len(rows) for rows in rung.micro_batches[:-1]} == {6}
         assert all(len(d.questions) == len(row) == 1 for rows in rung.micro_batches for row in rows for d in row)
-    assert {recipe.collate(rows)["input_ids"].shape[1] for rows in recipe.micro_batches} == {image_tokens + 64}
-    assert max(dynamic.collate(rows)["input_ids"].shape[1] for rows in dynamic.micro_batches) < image_tokens + 64
+    assert {recipe.collate(rows)["input_ids"].shape[1] for rows in recipe.micro_batches} == {num_image_tokens + 64}
+    assert max(dynamic.collate(rows)["input_ids"].shape[1] for rows in dynamic.micro_batches) < num_image_tokens + 64
     assert any(len(row) > 1 for rows in rungs["+ packing"].micro_batches for row in rows)
     assert sum(len(rows) for rows in rungs["+ sharing"].micro_batches) == len(made.documents)
     # A question's image is there again for each question, until questions share it.

@@ -32,13 +32,13 @@ def test_register_tokens_are_dropped_and_the_class_token_kept() -> None:
     with torch.no_grad():
         features = with_registers.encoder.forward_features(pixels)
         assert torch.equal(with_registers(pixels), torch.cat([features[:, :1], features[:, 5:]], dim=1))
-    assert with_registers.tokens == plain.tokens == 17
+    assert with_registers.num_image_tokens == plain.num_image_tokens == 17
     assert with_registers(pixels).shape == (1, 17, 32)
 
 
 def test_an_encoder_without_class_token_gives_patches_alone() -> None:
     siglip = encoder("vit_base_patch16_siglip_224", init_values=None)
-    assert siglip.tokens == 16
+    assert siglip.num_image_tokens == 16
     assert siglip(tiny.images(2)).shape == (2, 16, 32)
 
 
@@ -52,7 +52,7 @@ def test_weights_from_a_local_file_at_another_size(tmp_path: Path) -> None:
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(pixels), trained(pixels))
     larger = VisionEncoder(replace(settings, image_size=64)).eval()
-    assert larger.tokens == 1 + 4 * 4
+    assert larger.num_image_tokens == 1 + 4 * 4
     assert larger.encoder.pos_embed.shape[1] == 17
 
 

@@ -161,7 +161,7 @@ def test_the_vision_half_is_transformers_dinov2() -> None:
     with torch.no_grad():
         expected = theirs(pixels).last_hidden_state
         torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
-    assert expected.shape == (2, encoder.tokens, encoder.width) == (2, 17, 32)
+    assert expected.shape == (2, encoder.num_image_tokens, encoder.width) == (2, 17, 32)
 
 
 def siglip_weights(theirs: nn.Module) -> dict[str, Tensor]:
@@ -221,7 +221,7 @@ def test_the_whole_is_paligemma_under_prefix_lm(family: str) -> None:
     question = TokenizedQuestion([2, 40, 41, 42, 43], [50, 51, 52, tiny.EOS])
     pixels = tiny.images(1)
     batch = tiny.batch(vlm, [[Document(0, [question])]], pixels, multiple=1)
-    images, prompt, answer = encoder.tokens, len(question.prompt), len(question.answer)
+    images, prompt, answer = encoder.num_image_tokens, len(question.prompt), len(question.answer)
     ids = torch.tensor([[image_token] * images + list(question.prompt) + list(question.answer)])
     kinds = torch.tensor([[0] * (images + prompt) + [1] * answer])
     labels = torch.where(kinds == 1, ids, -100)

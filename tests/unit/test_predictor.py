@@ -41,7 +41,9 @@ def predictor(attention_pattern: str = "blockwise_prefix", **decoding: Any) -> P
     vlm = tiny.model(attention_pattern, vocab_size=VOCABULARY)
     settings = tiny.settings(attention_pattern, vocab_size=VOCABULARY)
     images = ImageSettings(28, (0.5,) * 3, (0.5,) * 3)
-    processor = Processor(train_tokenizer(examples(), VOCABULARY), images, vlm.vision.tokens, attention_pattern)
+    processor = Processor(
+        train_tokenizer(examples(), VOCABULARY), images, vlm.vision.num_image_tokens, attention_pattern
+    )
     return Predictor(vlm, processor, "{question}\n", settings, Decoding(**{"max_new_tokens": 4, **decoding}))
 
 
@@ -93,7 +95,8 @@ def test_an_image_with_very_many_questions_is_given_several_rows(shapes: list[tu
     answers = model.answer_examples(asked, row_text_tokens=64, batch_size=4)
     assert len(answers) == 201 and sum(questions for _, _, questions in shapes) == 201
     assert sum(rows for rows, _, _ in shapes) > 5
-    assert max(tokens for _, tokens, _ in shapes) <= model.model.vision.tokens + 64 + 7  # rounded up to eights
+    images = model.model.vision.num_image_tokens
+    assert max(tokens for _, tokens, _ in shapes) <= images + 64 + 7  # rounded up to eights
     assert_same(model.answer_examples(asked, row_text_tokens=10**6), answers)
     assert_same(model.answer_examples(asked, row_text_tokens=1), answers)  # a question a row at least
 

@@ -34,7 +34,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def processor(tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> Processor:
-    return Processor(tokenizer, IMAGES, image_tokens=4, attention_pattern="blockwise_prefix", max_text_tokens=limit)
+    return Processor(tokenizer, IMAGES, num_image_tokens=4, attention_pattern="blockwise_prefix", max_text_tokens=limit)
 
 
 def test_only_answers_and_eos_are_supervised(tokenizer: PreTrainedTokenizerFast) -> None:

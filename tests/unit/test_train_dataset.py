@@ -77,7 +77,7 @@ def test_rows_are_filled_up_to_their_tokens(tokenizer: PreTrainedTokenizerFast) 
 def test_a_packed_epoch_is_the_same_loss_and_gradients(tokenizer: PreTrainedTokenizerFast, weighting: str) -> None:
     """As a question a row, as an image a row, and as full rows, with rows that teach nothing at the end."""
     vlm = tiny.model(vocab_size=400)
-    make = replace(processor(tokenizer), image_tokens=vlm.vision.tokens)
+    make = replace(processor(tokenizer), num_image_tokens=vlm.vision.num_image_tokens)
     found = []
     for options in ({"questions_per_row": 1}, {}, {"row_tokens": 150}):
         rows = TrainingSet(many(), make, "most_common", 0, BadRecords(), weighting=weighting, **options)  # type: ignore[arg-type]

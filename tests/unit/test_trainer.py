@@ -46,7 +46,7 @@ def trainer(folder: Path, vlm: VLM, rates: Mapping[str, float | None] | None = N
     given = examples()
     tokenizer = train_tokenizer(given, 300)
     processor = Processor(
-        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.attention_pattern
+        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.num_image_tokens, vlm.attention_pattern
     )
     settings = {"per_device_train_batch_size": 2, "max_steps": 4, "report_to": "none", "save_strategy": "no"}
     args = TrainingArguments(

@@ -42,7 +42,7 @@ class Processor:
 
     Attributes:
         images: size, normalisation and resizing of the vision encoder's input.
-        image_tokens: tokens the vision encoder makes of an image.
+        num_image_tokens: tokens the vision encoder makes of an image.
         attention_pattern: the model's attention pattern.
         max_text_tokens: prompt and answer of one question, at most; what is too long loses tokens of the question,
             never of the image, the template's end or the answer. None: no limit.
@@ -51,7 +51,7 @@ class Processor:
 
     tokenizer: PreTrainedTokenizerBase
     images: ImageSettings
-    image_tokens: int
+    num_image_tokens: int
     attention_pattern: str
     max_text_tokens: int | None = None
     table: TokenTable | None = field(default=None, repr=False, compare=False)
@@ -105,7 +105,7 @@ class Processor:
         `sequence/rows.py`, T a multiple of `multiple`."""
         numbers = count()
         laid = [[Document(next(numbers), encoded.questions) for encoded in row] for row in rows]
-        columns = pad_rows([build_row(row, self.image_tokens, self.attention_pattern) for row in laid], multiple)
+        columns = pad_rows([build_row(row, self.num_image_tokens, self.attention_pattern) for row in laid], multiple)
         images = torch.stack([encoded.image for row in rows for encoded in row])
         return {"pixel_values" if images.ndim == 4 else "image_features": images, **columns}
 

@@ -116,7 +116,7 @@ class TrainingSet(Dataset[list[Encoded]]):
 
     def _measure(self, row_tokens: int | None, questions_per_row: int | None) -> list[int]:
         """Cut the examples into documents; the tokens of each. What cannot be trained on goes now."""
-        image = self.processor.image_tokens
+        image = self.processor.num_image_tokens
         room = None if row_tokens is None else row_tokens - image
         known = iter(self._lengths())
         tokens = []
@@ -158,7 +158,7 @@ class TrainingSet(Dataset[list[Encoded]]):
     def _checked(self, question: Question, length: int, room: int | None) -> int:
         length = length or max(self.processor.length(question, answer) for answer in self._possible(question))
         if room is not None and length > room:
-            image, row = self.processor.image_tokens, room + self.processor.image_tokens
+            image, row = self.processor.num_image_tokens, room + self.processor.num_image_tokens
             raise InputError(
                 f"question {question.id}: with its image it has {image + length} tokens, more than "
                 f"data.row_tokens={row}; raise it"

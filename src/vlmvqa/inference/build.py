@@ -89,7 +89,9 @@ def build_predictor(
         data.resize,
         data.reduced_decoding,
     )
-    processor = Processor(tokenizer, images, model.vision.tokens, model.attention_pattern, data.max_text_tokens)
+    processor = Processor(
+        tokenizer, images, model.vision.num_image_tokens, model.attention_pattern, data.max_text_tokens
+    )
     return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()))
 
 

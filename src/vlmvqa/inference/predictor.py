@@ -290,7 +290,9 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
         processor: Processor = PretrainedProcessor.of(text, model.attention_pattern, config.get("max_text_tokens"))
     else:
         images = build_settings(ImageSettings, config["images"], "config.json: images")
-        processor = Processor(text, images, model.vision.tokens, model.attention_pattern, config["max_text_tokens"])
+        processor = Processor(
+            text, images, model.vision.num_image_tokens, model.attention_pattern, config["max_text_tokens"]
+        )
     if "adapter" in config:
         more["adapter"] = build_settings(checkpoint.Adapter, config["adapter"], "config.json: adapter")
     return Predictor(model, processor, config.get("prompt", BARE), settings, decoding, **more)

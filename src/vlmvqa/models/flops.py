@@ -94,7 +94,7 @@ def count_flops(vlm: VLM) -> Flops | None:
     encoded, flows = _encoder(vlm.vision)
     image = 0
     for layer in vlm.projector.layers:
-        image += vlm.vision.tokens * _matrices(layer, flows)
+        image += vlm.vision.num_image_tokens * _matrices(layer, flows)
         flows |= _trains(layer)
     return Flops(encoded, image, *_language(vlm.language, flows))
 

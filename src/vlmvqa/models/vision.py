@@ -52,7 +52,7 @@ class VisionEncoder(nn.Module):
         self.encoder: Any = _create(settings)  # timm's classes share no type
         self.image_size = settings.image_size
         self.width: int = self.encoder.embed_dim
-        self.tokens: int = int(self.encoder.has_class_token) + self.encoder.patch_embed.num_patches
+        self.num_image_tokens: int = int(self.encoder.has_class_token) + self.encoder.patch_embed.num_patches
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         features: Tensor = self.encoder(pixel_values)  # its head is empty; a call, so that ZeRO-3's hooks see it

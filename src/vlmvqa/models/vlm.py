@@ -72,7 +72,7 @@ class VLM(nn.Module):
         self.language = language
         self.attention_pattern = attention_pattern
 
-    def image_tokens(self, batch: Batch) -> Tensor:
+    def image_embeddings(self, batch: Batch) -> Tensor:
         """`pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` -> `float[I * N, D]`."""
         dtype = next(self.projector.parameters()).dtype
         features = (
@@ -84,7 +84,7 @@ class VLM(nn.Module):
     def embed(self, batch: Batch) -> Tensor:
         """Text and image tokens in place: `float[B, T, D]`. One gather, one where, whatever the data."""
         text = self.language.embed(batch["input_ids"])
-        images = self.image_tokens(batch).to(text.dtype)
+        images = self.image_embeddings(batch).to(text.dtype)
         index = batch["image_index"]
         return torch.where((index != NO_IMAGE)[..., None], images[index.clamp(min=0)], text)
 

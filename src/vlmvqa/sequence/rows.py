@@ -76,12 +76,12 @@ class Row:
             self.columns[name].extend(values[name])
 
 
-def build_row(documents: Sequence[Document], image_tokens: int, attention_pattern: str) -> Row:
+def build_row(documents: Sequence[Document], num_image_tokens: int, attention_pattern: str) -> Row:
     """Lay documents out in one row.
 
     Args:
         documents: images with their questions, in order.
-        image_tokens: N, tokens an image.
+        num_image_tokens: N, tokens an image.
         attention_pattern: a key of `masks.ATTENTION_PATTERNS`; under "prefix_lm" a document is one single branch.
 
     Raises:
@@ -98,14 +98,14 @@ def build_row(documents: Sequence[Document], image_tokens: int, attention_patter
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")
         row.extend(
-            input_ids=[FILL["input_ids"]] * image_tokens,
-            image_index=range(document.image * image_tokens, (document.image + 1) * image_tokens),
-            document=[number] * image_tokens,
-            branch=[0] * image_tokens,
-            role=[IMAGE] * image_tokens,
-            position=range(image_tokens),
-            labels=[IGNORE] * image_tokens,
-            weights=[0.0] * image_tokens,
+            input_ids=[FILL["input_ids"]] * num_image_tokens,
+            image_index=range(document.image * num_image_tokens, (document.image + 1) * num_image_tokens),
+            document=[number] * num_image_tokens,
+            branch=[0] * num_image_tokens,
+            role=[IMAGE] * num_image_tokens,
+            position=range(num_image_tokens),
+            labels=[IGNORE] * num_image_tokens,
+            weights=[0.0] * num_image_tokens,
         )
         for branch, question in enumerate(document.questions, start=1):
             if not question.prompt:
@@ -117,7 +117,7 @@ def build_row(documents: Sequence[Document], image_tokens: int, attention_patter
                 document=[number] * (prompt + answer),
                 branch=[0 if attention_pattern == "prefix_lm" else branch] * (prompt + answer),
                 role=[PROMPT] * prompt + [ANSWER] * answer,
-                position=range(image_tokens, image_tokens + prompt + answer),
+                position=range(num_image_tokens, num_image_tokens + prompt + answer),
                 labels=[IGNORE] * (prompt - 1) + list(question.answer or [IGNORE]),
                 weights=[0.0] * (prompt - 1) + [question.weight] * len(question.answer or [IGNORE]),
             )

@@ -91,7 +91,7 @@ def cache_features(config: PrepareConfig) -> None:
     vision, processor = build_encoder(config, data, examples)
     key = FeatureKey.of(vision, processor.images, config.features.dtype)
     images = len(unique_images(examples))
-    space = forecast(folder, images, (vision.tokens, vision.width), config.features.dtype)
+    space = forecast(folder, images, (vision.num_image_tokens, vision.width), config.features.dtype)
     print(space, flush=True)
     space.refuse()
     options = WriteOptions(

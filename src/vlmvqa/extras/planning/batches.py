@@ -70,7 +70,8 @@ def _vlm_rows(model: VLM, rows: Rows, images_per_row: int) -> dict[str, Tensor]:
     documents = [Document(image, [question] * questions) for image in range(rows.rows * images_per_row)]
     groups = [documents[row * images_per_row :][:images_per_row] for row in range(rows.rows)]
     return pad_rows(
-        [build_row(group, model.vision.tokens, model.attention_pattern) for group in groups], rows.row_tokens or 8
+        [build_row(group, model.vision.num_image_tokens, model.attention_pattern) for group in groups],
+        rows.row_tokens or 8,
     )
 
 

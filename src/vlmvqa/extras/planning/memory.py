@@ -238,7 +238,7 @@ def _primes(model: Model, shape: RowShape) -> tuple[int, int]:
         vision: Any = model.net.config.vision_config
         sizes = {shape.tokens, vision.image_size, vision.image_size // vision.patch_size}
     else:
-        sizes = {shape.tokens, model.vision.tokens, model.vision.image_size}
+        sizes = {shape.tokens, model.vision.num_image_tokens, model.vision.image_size}
     for tensor in (*model.parameters(), *model.buffers()):
         sizes.update(tensor.shape)
 

@@ -15,7 +15,7 @@ from vlmvqa.data.tasks import prompts
 from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
-from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, attention_pattern_of, pretrained_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings, attention_pattern_of, build_pretrained, pretrained_config
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import model_folder
