@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import clock, models, shapes, tables
-from vlmvqa.models.generation import Decoding, generate
+from vlmvqa.models.generation import GenerationSettings, generate
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
@@ -95,7 +95,7 @@ def ours(model: VLM, job: Job) -> Answers:
     for start in range(0, len(job.documents), job.batch):
         rows = [[document] for document in job.documents[start : start + job.batch]]
         batch = models.make_batch(model, rows, job.pixels)
-        answers += [written.tokens for written in generate(model, batch, job.ends, Decoding(job.tokens))]
+        answers += [written.tokens for written in generate(model, batch, job.ends, GenerationSettings(job.tokens))]
     return answers
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from vlmvqa.errors import InputError
-from vlmvqa.models.generation import Decoding, generate
+from vlmvqa.models.generation import GenerationSettings, generate
 from vlmvqa.models.language import LanguageSettings, build_language_model, language_config
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
@@ -180,7 +180,7 @@ def test_bfloat16_weights_compute_and_stay_bfloat16() -> None:
     batch = tiny.batch(vlm, [tiny.documents([2])], tiny.images(1))
     loss = vlm(**batch)["loss"]
     assert loss.dtype == vlm.language.logits(vlm.decode(batch)[0]).dtype == torch.float32
-    assert len(generate(vlm, batch, {tiny.EOS}, Decoding(3))) == 2
+    assert len(generate(vlm, batch, {tiny.EOS}, GenerationSettings(3))) == 2
     expected = vlm.float()(**tiny.batch(vlm, [tiny.documents([2])], tiny.images(1)))["loss"]
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
     with pytest.raises(InputError, match="dtype=float64 is unknown"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
-from vlmvqa.models.generation import Decoding, generate
+from vlmvqa.models.generation import GenerationSettings, generate
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence import masks
 from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE
@@ -77,8 +77,10 @@ def test_scores_that_nobody_may_see_are_left_out_of_nothing_else(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("attention_pattern", SHAREABLE)
-@pytest.mark.parametrize("decoding", [Decoding(12), Decoding(8, beams=3)], ids=["greedy", "beams"])
-def test_every_generated_token(attention_pattern: str, layout: str, decoding: Decoding) -> None:
+@pytest.mark.parametrize(
+    "decoding", [GenerationSettings(12), GenerationSettings(8, num_beams=3)], ids=["greedy", "beams"]
+)
+def test_every_generated_token(attention_pattern: str, layout: str, decoding: GenerationSettings) -> None:
     vlm = tiny.model(attention_pattern)
     rows = [tiny.without_answers(row) for row in lay_out(LAYOUTS[layout])]
     flat = [document for row in rows for document in row]

@@ -18,7 +18,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models import model_folder
 from vlmvqa.models.checkpoint import Settings, read_settings
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.generation import GenerationSettings
 from vlmvqa.models.vlm import DTYPES, ModelSettings, build, cast_parameters
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.settings import build_settings
@@ -64,7 +64,7 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
 
 
 def build_predictor(
-    settings: Settings, data: DataSettings, decoding: Decoding, train_examples: Sequence[Example]
+    settings: Settings, data: DataSettings, decoding: GenerationSettings, train_examples: Sequence[Example]
 ) -> Predictor:
     """Build a model with its tokenizer, image settings and prompt.
 
@@ -136,4 +136,4 @@ def build_processor(settings: Settings, data: DataSettings, train_examples: Sequ
         from vlmvqa.extras.pretrained.build import pretrained_processor
 
         return pretrained_processor(settings, data, train_examples)[0]
-    return build_predictor(without_weights(settings), data, Decoding(), train_examples).processor
+    return build_predictor(without_weights(settings), data, GenerationSettings(), train_examples).processor

@@ -26,7 +26,7 @@ from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.extras.report.calibration import confidence
 from vlmvqa.inference.answer_log import Journal, batch_key
 from vlmvqa.models import checkpoint
-from vlmvqa.models.generation import Decoding, Generated
+from vlmvqa.models.generation import Generated, GenerationSettings
 from vlmvqa.progress import bar
 from vlmvqa.settings import build_settings
 
@@ -66,7 +66,7 @@ class Predictor:
     processor: Processor
     prompt: str
     settings: checkpoint.Settings
-    decoding: Decoding = field(default_factory=Decoding)
+    decoding: GenerationSettings = field(default_factory=GenerationSettings)
     prompts: Mapping[str, str] = field(default_factory=dict)
     started_from: Mapping[str, str] | None = None
     adapter: checkpoint.Adapter | None = None
@@ -101,12 +101,14 @@ class Predictor:
         return listed[0] if isinstance(question, str) else listed
 
     @overload
-    def alternatives(  # type: ignore[overload-overlap]
+    def beam_candidates(  # type: ignore[overload-overlap]
         self, image: ImageSource | str, question: str, most: int = 5
     ) -> list[Answer]: ...
     @overload
-    def alternatives(self, image: ImageSource | str, question: Sequence[str], most: int = 5) -> list[list[Answer]]: ...
-    def alternatives(
+    def beam_candidates(
+        self, image: ImageSource | str, question: Sequence[str], most: int = 5
+    ) -> list[list[Answer]]: ...
+    def beam_candidates(
         self, image: ImageSource | str, question: str | Sequence[str], most: int = 5
     ) -> list[Answer] | list[list[Answer]]:
         """The answers that a search with `most` beams finds, the most probable first; a list for each question.
@@ -117,12 +119,12 @@ class Predictor:
             InputError: as `answer`.
         """
         example = self.asked(image, question)
-        decoding = replace(self.decoding, beams=most, temperature=0.0)
+        decoding = replace(self.decoding, num_beams=most, temperature=0.0)
         found: dict[int | str, list[Answer]] = {}
         for row in self._rows([example], self.processor, ROW_TEXT_TOKENS):
             encoded = self.processor.encode(row, [None] * len(row.questions))
             batch = self.batch([encoded])
-            beams = self.model.alternatives(batch, self.processor.ends, decoding)
+            beams = self.model.beam_candidates(batch, self.processor.ends, decoding)
             for asked, written in zip(row.questions, beams, strict=True):
                 told: dict[str, Answer] = {}
                 for answer in sorted(self._written(written, decoding), key=lambda answer: -answer.log_probability):
@@ -261,7 +263,7 @@ class Predictor:
         written = self.model.generate(self._on_device(columns), self.processor.ends, self.decoding, ids)
         return dict(zip(ids, self._written(written, self.decoding), strict=True))
 
-    def _written(self, written: Sequence[Generated], decoding: Decoding) -> list[Answer]:
+    def _written(self, written: Sequence[Generated], decoding: GenerationSettings) -> list[Answer]:
         """Token ids as text."""
         texts = self.processor.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
         most = decoding.max_new_tokens  # EOS counts
@@ -284,7 +286,7 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, settings, text, config = checkpoint.load(path_or_hub_id, device)
-    decoding = build_settings(Decoding, config.get("decoding", {}), "config.json: decoding")
+    decoding = build_settings(GenerationSettings, config.get("decoding", {}), "config.json: decoding")
     more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
     if isinstance(model, PretrainedVLM):
         processor: Processor = PretrainedProcessor.of(text, model.attention_pattern, config.get("max_text_tokens"))

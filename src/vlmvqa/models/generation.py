@@ -37,28 +37,30 @@ NONE = -1  # the question that wrote a column of padding
 
 
 @dataclass(frozen=True)
-class Decoding:
+class GenerationSettings:
     """How answers are written.
 
     Attributes:
         max_new_tokens: tokens an answer, at most (EOS counts).
-        beams: 1 for greedy decoding or sampling, more for beam search.
+        num_beams: 1 for greedy decoding or sampling, more for beam search.
         temperature: 0 for the most probable token, above for sampling (one beam).
         length_penalty: beam search divides a log-probability by length ** length_penalty (transformers' rule).
         seed: of the sampling. Each question draws from a stream of its own, whatever it is asked together with.
     """
 
     max_new_tokens: int = 20
-    beams: int = 1
+    num_beams: int = 1
     temperature: float = 0.0
     length_penalty: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.beams < 1 or self.temperature < 0:
-            raise InputError("decoding: max_new_tokens and beams must be at least 1, temperature at least 0")
-        if self.beams > 1 and self.temperature > 0:
-            raise InputError("decoding: beam search does not sample; set decoding.temperature=0 or decoding.beams=1")
+        if self.max_new_tokens < 1 or self.num_beams < 1 or self.temperature < 0:
+            raise InputError("decoding: max_new_tokens and num_beams must be at least 1, temperature at least 0")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise InputError(
+                "decoding: beam search does not sample; set decoding.temperature=0 or decoding.num_beams=1"
+            )
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ class Generated:
 
 @torch.no_grad()
 def generate(
-    model: VLM, batch: Batch, eos: Collection[int], decoding: Decoding, keys: Sequence[int | str] | None = None
+    model: VLM,
+    batch: Batch,
+    eos: Collection[int],
+    decoding: GenerationSettings,
+    keys: Sequence[int | str] | None = None,
 ) -> list[Generated]:
     """Answer every question of a batch of rows without answers, in row order.
 
@@ -81,16 +87,18 @@ def generate(
         keys: what tells the questions' streams of random numbers apart, in row order, used for sampling only
             (default: their place in the batch).
     """
-    if decoding.beams > 1:
-        return [best[0] for best in alternatives(model, batch, eos, decoding)]
+    if decoding.num_beams > 1:
+        return [best[0] for best in beam_candidates(model, batch, eos, decoding)]
     with _answering(model):
         questions = OpenQuestions(model, batch)
         return _one_by_one(questions, sorted(eos), decoding, range(len(questions)) if keys is None else keys)
 
 
 @torch.no_grad()
-def alternatives(model: VLM, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[list[Generated]]:
-    """The finished beams of every question, at most `decoding.beams` of them, the best first; as `generate`."""
+def beam_candidates(
+    model: VLM, batch: Batch, eos: Collection[int], decoding: GenerationSettings
+) -> list[list[Generated]]:
+    """The finished beams of every question, at most `decoding.num_beams` of them, the best first; as `generate`."""
     with _answering(model):
         return _beam_search(OpenQuestions(model, batch), sorted(eos), decoding)
 
@@ -228,7 +236,7 @@ def _last_prompt_tokens(batch: Batch) -> Tensor:
     return is_prompt & ~follows
 
 
-def streams_of(decoding: Decoding, keys: Sequence[int | str]) -> list[random.Random]:
+def streams_of(decoding: GenerationSettings, keys: Sequence[int | str]) -> list[random.Random]:
     """Each question's own stream of random numbers."""
     return [random.Random(f"{decoding.seed}-{key}") for key in keys]
 
@@ -250,7 +258,7 @@ def pick(log_probs: Tensor, drawn: Tensor, temperature: float) -> tuple[Tensor, 
 
 
 def _one_by_one(
-    questions: OpenQuestions, eos: list[int], decoding: Decoding, keys: Sequence[int | str]
+    questions: OpenQuestions, eos: list[int], decoding: GenerationSettings, keys: Sequence[int | str]
 ) -> list[Generated]:
     """Greedy decoding, or sampling at a temperature."""
     ends = torch.tensor(eos, device=questions.number.device)
@@ -277,13 +285,13 @@ def _one_by_one(
     ]
 
 
-def _beam_search(questions: OpenQuestions, eos: list[int], decoding: Decoding) -> list[list[Generated]]:
+def _beam_search(questions: OpenQuestions, eos: list[int], decoding: GenerationSettings) -> list[list[Generated]]:
     """Beam search with transformers' rules (`early_stopping=False`): W running and W finished beams a question.
 
     A finished beam scores its log-probability / length ** length_penalty, EOS counted. A question is done when
     its best running beam, at its present length, no longer beats its worst finished one.
     """
-    width, device = decoding.beams, questions.number.device
+    width, device = decoding.num_beams, questions.number.device
     ends = torch.tensor(eos, device=device)
     running = torch.zeros(len(questions), 1, device=device)
     written = torch.full((len(questions), 1, 0), -1, device=device)

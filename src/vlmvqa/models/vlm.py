@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.models.generation import Decoding, Generated, alternatives, generate
+from vlmvqa.models.generation import Generated, GenerationSettings, beam_candidates, generate
 from vlmvqa.models.language import LanguageModel, LanguageSettings, build_language_model
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
@@ -117,14 +117,16 @@ class VLM(nn.Module):
         }
 
     def generate(
-        self, batch: Batch, eos: Collection[int], decoding: Decoding, keys: Sequence[int | str] | None = None
+        self, batch: Batch, eos: Collection[int], decoding: GenerationSettings, keys: Sequence[int | str] | None = None
     ) -> list[Generated]:
         """Answer every question of a batch of rows without answers (`generation.py`)."""
         return generate(self, batch, eos, decoding, keys)
 
-    def alternatives(self, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[list[Generated]]:
-        """The best beams of every question, `decoding.beams` of them, the best first."""
-        return alternatives(self, batch, eos, decoding)
+    def beam_candidates(
+        self, batch: Batch, eos: Collection[int], decoding: GenerationSettings
+    ) -> list[list[Generated]]:
+        """The best beams of every question, `decoding.num_beams` of them, the best first."""
+        return beam_candidates(self, batch, eos, decoding)
 
     @property
     def blocks(self) -> list[nn.Module]:

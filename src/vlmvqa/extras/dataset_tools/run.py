@@ -24,7 +24,7 @@ from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
 from vlmvqa.extras.feature_cache.writer import WriteOptions, unique_images, write
 from vlmvqa.extras.shards import shards
 from vlmvqa.inference.build import build_processor
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.generation import GenerationSettings
 from vlmvqa.models.vision import VisionEncoder
 from vlmvqa.models.vlm import DTYPES, ModelSettings
 
@@ -66,7 +66,7 @@ class PrepareConfig:
     run: RunSettings
     data: DataSettings
     model: AnyModelSettings
-    decoding: Decoding
+    decoding: GenerationSettings
     features: FeatureSettings
     pack: PackSettings
     check: CheckSettings

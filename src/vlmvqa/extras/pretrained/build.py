@@ -19,11 +19,11 @@ from vlmvqa.extras.pretrained.model import PretrainedSettings, attention_pattern
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import model_folder
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.generation import GenerationSettings
 
 
 def build_predictor(
-    settings: PretrainedSettings, data: DataSettings, decoding: Decoding, train_examples: Sequence[Example]
+    settings: PretrainedSettings, data: DataSettings, decoding: GenerationSettings, train_examples: Sequence[Example]
 ) -> Predictor:
     """Build a pretrained model with its processor."""
     processor, known = pretrained_processor(settings, data, train_examples)

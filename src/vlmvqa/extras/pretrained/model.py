@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, unread
-from vlmvqa.models.generation import Decoding, Generated, pick, streams_of
+from vlmvqa.models.generation import Generated, GenerationSettings, pick, streams_of
 from vlmvqa.models.language import final_logits, recompute_activations, refuse_unknown_head
 from vlmvqa.models.vlm import DTYPES, Batch, Part
 from vlmvqa.progress import loading_bar
@@ -177,15 +177,15 @@ class PretrainedVLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, eos: Collection[int], decoding: Decoding, keys: Sequence[int | str] | None = None
+        self, batch: Batch, eos: Collection[int], decoding: GenerationSettings, keys: Sequence[int | str] | None = None
     ) -> list[Generated]:
         """Answer every row, by transformers' own `generate`; as `generation.generate`.
 
         Args:
             batch: rows without answers, padded on the left.
         """
-        if decoding.beams > 1:
-            return [best[0] for best in self.alternatives(batch, eos, decoding)]
+        if decoding.num_beams > 1:
+            return [best[0] for best in self.beam_candidates(batch, eos, decoding)]
         rows, read = batch["input_ids"].shape
         greedy = OneByOne(decoding, sorted(eos), range(rows) if keys is None else keys, batch["input_ids"].device)
         found = self._generated(batch, eos, decoding, greedy)
@@ -195,9 +195,11 @@ class PretrainedVLM(nn.Module):
         ]
 
     @torch.no_grad()
-    def alternatives(self, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[list[Generated]]:
-        """Every row's finished beams, `decoding.beams` of them, the best first; as `generation.alternatives`."""
-        if decoding.beams == 1:
+    def beam_candidates(
+        self, batch: Batch, eos: Collection[int], decoding: GenerationSettings
+    ) -> list[list[Generated]]:
+        """Every row's finished beams, `decoding.num_beams` of them, the best first; as `generation.beam_candidates`."""
+        if decoding.num_beams == 1:
             return [[one] for one in self.generate(batch, eos, decoding)]
         read = batch["input_ids"].shape[1]
         found = self._generated(batch, eos, decoding)
@@ -206,18 +208,18 @@ class PretrainedVLM(nn.Module):
             answer = _until(tokens, eos)
             length = min(len(answer) + 1, len(tokens))  # EOS counts
             beams.append(Generated(answer, score * length**decoding.length_penalty))
-        return [beams[first : first + decoding.beams] for first in range(0, len(beams), decoding.beams)]
+        return [beams[first : first + decoding.num_beams] for first in range(0, len(beams), decoding.num_beams)]
 
     def _generated(
-        self, batch: Batch, eos: Collection[int], decoding: Decoding, greedy: LogitsProcessor | None = None
+        self, batch: Batch, eos: Collection[int], decoding: GenerationSettings, greedy: LogitsProcessor | None = None
     ) -> Any:
         """What transformers' `generate` gives: chosen by `greedy`, or every row's best beams."""
         training, net = self.training, cast("Any", self.net)
         published = net.generation_config
         config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
-            num_beams=decoding.beams,
-            num_return_sequences=1 if greedy else decoding.beams,
+            num_beams=decoding.num_beams,
+            num_return_sequences=1 if greedy else decoding.num_beams,
             length_penalty=decoding.length_penalty,
             early_stopping=False,
             do_sample=False,
@@ -250,7 +252,9 @@ class PretrainedVLM(nn.Module):
 class OneByOne(LogitsProcessor):  # type: ignore[misc] # transformers is not analysed
     """Chooses each row's next token as our own generation does, and adds up what the choices cost."""
 
-    def __init__(self, decoding: Decoding, eos: list[int], keys: Sequence[int | str], device: torch.device) -> None:
+    def __init__(
+        self, decoding: GenerationSettings, eos: list[int], keys: Sequence[int | str], device: torch.device
+    ) -> None:
         self.decoding, self.streams = decoding, streams_of(decoding, keys)
         self.ends = torch.tensor(eos, device=device)
         self.total = torch.zeros(len(keys), device=device)

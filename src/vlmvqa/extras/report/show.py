@@ -15,7 +15,7 @@ from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.row_drawing import describe, draw
 from vlmvqa.inference.build import build_processor, most_questions
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.generation import GenerationSettings
 from vlmvqa.models.vlm import ModelSettings
 
 
@@ -26,7 +26,7 @@ class ShowConfig:
     run: RunSettings
     data: DataSettings
     model: AnyModelSettings
-    decoding: Decoding
+    decoding: GenerationSettings
     split: str = "train"
     sample: int = 0
     given: frozenset[str] = frozenset()
