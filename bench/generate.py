@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import clock, models, shapes, tables
-from vlmvqa.models.generation import GenerationSettings, generate
+from vlmvqa.models.generation import generate
+from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 

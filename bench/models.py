@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.shapes import Shape
-from vlmvqa.models.flops import COUNTED, count, count_flops
+from vlmvqa.models.build import build
+from vlmvqa.models.flops import COUNTED, count
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
-from vlmvqa.models.vlm import VLM, Batch, ModelSettings, build
-from vlmvqa.sequence.rows import Document, build_row, pad_rows
+from vlmvqa.models.vlm import VLM, ModelSettings
+from vlmvqa.sequence.rows import Batch, Document, build_row, pad_rows
 
 MODELS = ("tiny", "mid", "real")
 # Pixels a patch: small images have as many patches as the real ones, but for "tiny", which has 4 x 4 of them.
@@ -149,7 +150,7 @@ def needed_flops(model: VLM, batch: Batch) -> int:
 
     What is frozen now counts as frozen; of images whose features are in the batch, the encoder takes none.
     """
-    flops = count_flops(model)
+    flops = model.flops()
     assert flops is not None  # Gemma 2 has no experts
     counts = count(batch, model.attention_pattern, model.language.config.sliding_window).tolist()
     encoded = "pixel_values" in batch

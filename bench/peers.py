@@ -42,10 +42,12 @@ from transformers import (
 )
 
 from bench import clock, models, shapes, tables
+from vlmvqa.models.build import build_vision_encoder
+from vlmvqa.models.interface import cast_parameters
 from vlmvqa.models.language import LanguageModel
 from vlmvqa.models.projector import Projector
-from vlmvqa.models.vision import VisionEncoder, VisionSettings
-from vlmvqa.models.vlm import VLM, cast_parameters
+from vlmvqa.models.vision import VisionSettings
+from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import IGNORE, Document, TokenizedQuestion
 
 Asked = tuple[int, TokenizedQuestion]  # the number of the image, and the question
@@ -116,7 +118,7 @@ def build_ours(peer: Peer, attention_pattern: str) -> VLM:
     }
     parameter = next(peer.parameters())
     with parameter.device:
-        vision = VisionEncoder(
+        vision = build_vision_encoder(
             VisionSettings("vit_base_patch16_siglip_224", tower.image_size, weights="random", overrides=overrides)
         )
         causal_lm = AutoModelForCausalLM.from_config(copy.deepcopy(text))

@@ -26,7 +26,7 @@ from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.extras.serving.openapi import Alternative, QuestionAnswer
 from vlmvqa.extras.serving.service import Service
 from vlmvqa.inference.predictor import Answer, Predictor
-from vlmvqa.models.generation import GenerationSettings
+from vlmvqa.models.interface import GenerationSettings
 
 
 def vlm_predictor() -> Predictor:

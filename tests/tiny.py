@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmvqa.models.build import build
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
-from vlmvqa.models.vlm import VLM, ModelSettings, ProjectorSettings, build
+from vlmvqa.models.vlm import VLM, ModelSettings, ProjectorSettings
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
 VOCABULARY, EOS = 96, 1

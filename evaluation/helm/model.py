@@ -22,7 +22,7 @@ from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Answer, Predictor
-from vlmvqa.models.generation import GenerationSettings
+from vlmvqa.models.interface import GenerationSettings
 
 # Seconds that a batch waits to become as large as the one before: those threads are on their way back.
 PATIENCE = 0.05

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmvqa.inference.predictor import Answer as Answer
     from vlmvqa.inference.predictor import Predictor as Predictor
     from vlmvqa.inference.predictor import load as load
-    from vlmvqa.models.generation import GenerationSettings as GenerationSettings
+    from vlmvqa.models.interface import GenerationSettings as GenerationSettings
 
 # `vlmvqa.evaluation` is a folder next to src/ in a checkout, and inside the package in a wheel.
 if not Path(__file__).with_name("evaluation").is_dir():
@@ -50,7 +50,7 @@ __all__ = [
 _MODULES = {
     "Answer": "inference.predictor",
     "Attribution": "extras.report.attribution",
-    "GenerationSettings": "models.generation",
+    "GenerationSettings": "models.interface",
     "Example": "data.example",
     "InputError": "errors",
     "Predictor": "inference.predictor",

@@ -34,7 +34,9 @@ from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-from vlmvqa.models.vlm import VLM, build, set_trainable
+from vlmvqa.models.build import build
+from vlmvqa.models.interface import set_trainable
+from vlmvqa.models.vlm import VLM
 from vlmvqa.training import distributed, runtime_checks
 from vlmvqa.training.checkpoint_state import WEIGHTS
 from vlmvqa.training.log import read_log

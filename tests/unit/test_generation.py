@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests import tiny
 from vlmvqa.errors import InputError
-from vlmvqa.models.generation import Generated, GenerationSettings, beam_candidates, generate
-from vlmvqa.models.language import language_config
+from vlmvqa.models.build import language_config
+from vlmvqa.models.generation import beam_candidates, generate
+from vlmvqa.models.interface import Generated, GenerationSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import ATTENTION_PATTERNS
 from vlmvqa.sequence.rows import Document, TokenizedQuestion

@@ -73,7 +73,7 @@ def test_spans_reach_exactly_as_far_as_any_row_sees(attention_pattern: str, monk
     rows = pad_rows([build_row(given, 4, attention_pattern), build_row(given[:1], 4, attention_pattern)], multiple=64)
     found = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], attention_pattern)
     seen = visible(found.map(lambda t: t[:, :, None]), found.map(lambda t: t[:, None, :]))
-    spans = masks.spans(found)
+    spans = masks.key_spans(found)
     places = torch.arange(seen.shape[1])
     assert torch.equal(torch.cat([places[queries] for queries, _ in spans]), places)
     for queries, keys in spans:

@@ -29,7 +29,7 @@ from vlmvqa.extras.merging.merge import Merge
 from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.inference import build
 from vlmvqa.inference.predictor import load
-from vlmvqa.models.vlm import DTYPES, cast_parameters
+from vlmvqa.models.interface import DTYPES, cast_parameters
 
 ONES = torch.ones(2)
 

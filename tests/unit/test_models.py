@@ -12,16 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from vlmvqa.errors import InputError
-from vlmvqa.models.generation import GenerationSettings, generate
-from vlmvqa.models.language import LanguageSettings, build_language_model, language_config
+from vlmvqa.models.build import build, build_language_model, build_vision_encoder, language_config
+from vlmvqa.models.generation import generate
+from vlmvqa.models.interface import GenerationSettings, set_trainable
+from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
-from vlmvqa.models.vlm import VLM, build, set_trainable
+from vlmvqa.models.vlm import VLM
 
 
 def encoder(name: str = VisionSettings.name, size: int = 28, **overrides: object) -> VisionEncoder:
     arguments = {**tiny.VISION, **overrides}
-    return VisionEncoder(VisionSettings(name, size, weights="random", overrides=arguments)).eval()
+    return build_vision_encoder(VisionSettings(name, size, weights="random", overrides=arguments)).eval()
 
 
 def test_register_tokens_are_dropped_and_the_class_token_kept() -> None:
@@ -45,13 +47,13 @@ def test_an_encoder_without_class_token_gives_patches_alone() -> None:
 def test_weights_from_a_local_file_at_another_size(tmp_path: Path) -> None:
     """timm interpolates the position embedding; at the same size the features are the same."""
     settings = VisionSettings("test_vit", 32, weights="random")  # timm's own small one: 300,096 parameters
-    trained = VisionEncoder(settings).eval()
+    trained = build_vision_encoder(settings).eval()
     save_file(trained.encoder.state_dict(), tmp_path / "weights.safetensors")
     settings = replace(settings, weights=str(tmp_path / "weights.safetensors"))
-    again = VisionEncoder(settings).eval()
+    again = build_vision_encoder(settings).eval()
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(pixels), trained(pixels))
-    larger = VisionEncoder(replace(settings, image_size=64)).eval()
+    larger = build_vision_encoder(replace(settings, image_size=64)).eval()
     assert larger.num_image_tokens == 1 + 4 * 4
     assert larger.encoder.pos_embed.shape[1] == 17
 
@@ -59,7 +61,7 @@ def test_weights_from_a_local_file_at_another_size(tmp_path: Path) -> None:
 def test_trained_weights_keep_their_shape(tmp_path: Path) -> None:
     for weights in ("hub", str(tmp_path / "weights.safetensors")):
         with pytest.raises(InputError, match=r"overrides would change the shape of .* model\.vision\.weights=random"):
-            VisionEncoder(VisionSettings(weights=weights, overrides={"depth": 3}))
+            build_vision_encoder(VisionSettings(weights=weights, overrides={"depth": 3}))
 
 
 def test_positions_begin_as_large_as_patches() -> None:
@@ -79,9 +81,9 @@ def test_what_is_no_vision_transformer_is_refused() -> None:
     with pytest.raises(InputError, match="does not take these settings"):
         encoder(depht=3)
     with pytest.raises(InputError, match="no such file"):
-        VisionEncoder(VisionSettings(weights="/nowhere.safetensors"))
+        build_vision_encoder(VisionSettings(weights="/nowhere.safetensors"))
     with pytest.raises(InputError, match=r"not a vision transformer|does not take"):
-        VisionEncoder(VisionSettings("resnet18", 224, weights="random"))
+        build_vision_encoder(VisionSettings("resnet18", 224, weights="random"))
 
 
 def test_projectors() -> None:

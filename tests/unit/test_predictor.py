@@ -20,7 +20,7 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Answer, Predictor, load
-from vlmvqa.models.generation import Generated, GenerationSettings
+from vlmvqa.models.interface import Generated, GenerationSettings
 from vlmvqa.models.vlm import VLM
 
 WORDS = ("what", "color", "is", "the", "big", "dog", "left", "of", "it")

@@ -20,8 +20,7 @@ from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, bu
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import checkpoint
-from vlmvqa.models.generation import GenerationSettings
-from vlmvqa.models.vlm import set_trainable
+from vlmvqa.models.interface import GenerationSettings, set_trainable
 from vlmvqa.sequence.rows import IGNORE, IMAGE
 
 OURS = ("labels", "weights", "role", "position", "branch", "document")
@@ -252,7 +251,7 @@ def test_a_published_penalty_changes_nothing(loaded: Loaded) -> None:
 def test_a_blank_copy_has_the_same_weights(loaded: Loaded) -> None:
     """No more and no fewer: a tied head stays tied, and a copy of all weights computes the same."""
     model, processor = loaded
-    blank = checkpoint.blank_like(model, PretrainedSettings("-"))
+    blank = checkpoint.uninitialized_like(model, PretrainedSettings("-"))
     given = dict(model.named_parameters())
     here = dict(blank.named_parameters())
     assert here.keys() == given.keys()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from omegaconf import OmegaConf
 
-from vlmvqa.models.vlm import ModelSettings, build
+from vlmvqa.models.build import build
+from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.places import CONF
 from vlmvqa.settings import build_settings
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests import tiny
-from vlmvqa.models.generation import GenerationSettings, generate
+from vlmvqa.models.generation import generate
+from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence import masks
 from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE
@@ -65,7 +66,7 @@ def test_scores_that_nobody_may_see_are_left_out_of_nothing_else(
     rows = tiny.apart([document for row in rows for document in row]) if attention_pattern == "prefix_lm" else rows
     batch = tiny.batch(vlm, rows, tiny.images(sum(map(len, rows))))
     monkeypatch.setattr(masks, "SPAN", 4)
-    hidden = [keys.stop - keys.start < batch["labels"].shape[1] for _, keys in masks.spans(vlm.tokens(batch))]
+    hidden = [keys.stop - keys.start < batch["labels"].shape[1] for _, keys in masks.key_spans(vlm.tokens(batch))]
     assert len(hidden) > 2 and any(hidden)
     loss, gradients = loss_and_gradients(vlm, batch)
     monkeypatch.setattr(type(vlm.language), "_spans", lambda *_: {})

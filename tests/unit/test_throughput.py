@@ -17,9 +17,9 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
-from vlmvqa.models import flops
-from vlmvqa.models.flops import COUNTED, count, count_flops, matrix_rate
-from vlmvqa.models.vlm import VLM, set_trainable
+from vlmvqa.models.flops import COUNTED, count, matrix_rate
+from vlmvqa.models.interface import set_trainable
+from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import ATTENTION_PATTERNS, Tokens, visible
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 from vlmvqa.training.log import read_log
@@ -128,7 +128,7 @@ def ours(vlm: VLM, batch: dict[str, Tensor], meter: SpeedMeter, dense: bool) -> 
     if dense:  # eager attention multiplies all tokens with all, and drops what the mask hides
         rows, length = batch["document"].shape
         counts["pairs"] = counts["local_pairs"] = rows * length**2
-    counted = count_flops(vlm)
+    counted = vlm.flops()
     assert counted is not None and meter.shapes["images"] == len(batch["labels"])
     return counted.of({**meter.shapes, **counts})
 
@@ -170,13 +170,13 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, frozen: str, c
 
 
 def test_an_output_head_of_its_own_counts_at_supervised_tokens_only() -> None:
-    tied, untied = count_flops(wide(tie_word_embeddings=True)), count_flops(wide(tie_word_embeddings=False))
+    tied, untied = wide(tie_word_embeddings=True).flops(), wide(tie_word_embeddings=False).flops()
     assert tied is not None and tied == untied
     assert tied.supervised == 3 * 2 * 64 * tiny.VOCABULARY
 
 
 def test_local_layers_are_counted_apart() -> None:
-    alternating, local = count_flops(tiny.model(family="gemma2")), count_flops(tiny.model(family="mistral"))
+    alternating, local = tiny.model(family="gemma2").flops(), tiny.model(family="mistral").flops()
     assert alternating is not None and alternating.pair == alternating.local_pair == 2 * 3 * 4 * 32
     assert local is not None and local.pair == 0 and local.local_pair == 4 * 3 * 4 * 32
 
@@ -408,7 +408,7 @@ def test_experts_are_not_guessed(tmp_path: Path) -> None:
     """Which of them a token meets is not known, so nothing is said of the operations."""
     vlm = model()
     vlm.language.decoder.layers[0].mlp.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
-    assert flops.count_flops(vlm) is None
+    assert vlm.flops() is None
     meter = started(vlm, tmp_path)
     step(meter, vlm, shared(vlm))
     assert "mfu" not in meter.report()

@@ -19,7 +19,8 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenizer import train_tokenizer
 from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
-from vlmvqa.models.vlm import VLM, set_trainable
+from vlmvqa.models.interface import set_trainable
+from vlmvqa.models.vlm import VLM
 from vlmvqa.training import checkpoints, optimizer_state
 from vlmvqa.training.banner import banner
 from vlmvqa.training.clipping import Clipping

@@ -198,8 +198,8 @@ RULES: Sequence[Rule] = (
         lambda r: r.own and r.own.attention_pattern not in SHAREABLE and r.questions_per_row not in (None, 1),
         lambda r: (
             f"model.attention_pattern={r.own and r.own.attention_pattern} lets the image see its question, so "
-            f"data.questions_per_row={r.questions_per_row} questions cannot share one; set data.questions_per_row=1, or "
-            "model.attention_pattern=blockwise_prefix"
+            f"data.questions_per_row={r.questions_per_row} questions cannot share one; set "
+            "data.questions_per_row=1, or model.attention_pattern=blockwise_prefix"
         ),
     ),
 )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from vlmvqa.errors import InputError
-from vlmvqa.models.generation import GenerationSettings
+from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.places import CONF
 from vlmvqa.settings import build_settings
 

@@ -1,7 +1,8 @@
 """Frozen dataclasses of the configuration: one for each command of the core, one for each group.
 
 `compose.py` builds them from the values that Hydra composed. Functions receive the part that they need. The groups that
-describe a model are next to it: `models.vlm.ModelSettings`, `models.generation.GenerationSettings`. An extra keeps its own.
+describe a model are next to it: `models.vlm.ModelSettings`, `models.interface.GenerationSettings`. An extra keeps its
+own.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.models.generation import GenerationSettings
+from vlmvqa.models.interface import GenerationSettings
 
 if TYPE_CHECKING:
     from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-    from vlmvqa.models.checkpoint import Settings as AnyModelSettings
+    from vlmvqa.models.interface import Settings as AnyModelSettings
 else:  # built by their own packages, which are imported when a config names them
     AdapterSettings = AnyModelSettings = Any
 

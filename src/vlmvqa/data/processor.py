@@ -6,7 +6,7 @@ Legend: B rows, T tokens, I images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from typing import Any
@@ -21,6 +21,7 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError
+from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
 
@@ -108,6 +109,20 @@ class Processor:
         columns = pad_rows([build_row(row, self.num_image_tokens, self.attention_pattern) for row in laid], multiple)
         images = torch.stack([encoded.image for row in rows for encoded in row])
         return {"pixel_values" if images.ndim == 4 else "image_features": images, **columns}
+
+    @property
+    def shares_images(self) -> bool:
+        """Whether one row may hold several questions about an image."""
+        return self.attention_pattern in SHAREABLE
+
+    @property
+    def processing_class(self) -> Any:
+        """The object of transformers that is saved with the model: the tokenizer."""
+        return self.tokenizer
+
+    def with_images(self, resize: str, reduced: bool) -> Processor:
+        """Return the processor with other options of `ImageSettings`."""
+        return replace(self, images=replace(self.images, resize=resize, reduced=reduced))
 
     @cached_property
     def ends(self) -> set[int]:

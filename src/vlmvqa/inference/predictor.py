@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -16,19 +16,19 @@ from torch.utils.data import DataLoader
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource, Question, count_questions
-from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.packing import split
 from vlmvqa.data.processor import Encoded, Processor, QuestionSet
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError
-from vlmvqa.extras.pretrained.model import PretrainedVLM
-from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.extras.report.calibration import confidence
 from vlmvqa.inference.answer_log import Journal, batch_key
 from vlmvqa.models import checkpoint
-from vlmvqa.models.generation import Generated, GenerationSettings
+from vlmvqa.models.interface import Generated, GenerationSettings, Model, Settings
 from vlmvqa.progress import bar
 from vlmvqa.settings import build_settings
+
+if TYPE_CHECKING:
+    from vlmvqa.extras.adapters.peft_adapters import Adapter
 
 ROW_TEXT_TOKENS = 512
 BARE = "{question}"  # the prompt of a model of which none is known
@@ -62,14 +62,14 @@ class Predictor:
         started_from: the saved model that training went on from: its name, and the fingerprint of its file of weights.
     """
 
-    model: checkpoint.Model
+    model: Model
     processor: Processor
     prompt: str
-    settings: checkpoint.Settings
+    settings: Settings
     decoding: GenerationSettings = field(default_factory=GenerationSettings)
     prompts: Mapping[str, str] = field(default_factory=dict)
     started_from: Mapping[str, str] | None = None
-    adapter: checkpoint.Adapter | None = None
+    adapter: Adapter | None = None
 
     def prompt_for(self, source: str, otherwise: str) -> str:
         """The template that a source's questions are put into: that of its training, or the only one there was.
@@ -222,16 +222,15 @@ class Predictor:
         """
         if self.adapter is not None:
             raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
-        checkpoint.save(Path(folder), self.model, self.settings, self._text(), self._extra(), weights)
+        checkpoint.save(
+            Path(folder), self.model, self.settings, self.processor.processing_class, self._extra(), weights
+        )
 
     def describe(self, folder: Path) -> None:
         """The same but for the weights, which are in the folder already."""
-        checkpoint.describe(folder, self.model, self.settings, self._text(), self._extra(), self.adapter)
-
-    def _text(self) -> checkpoint.Text:
-        """What is saved with the model to read its words."""
-        processor = self.processor
-        return processor.library if isinstance(processor, PretrainedProcessor) else processor.tokenizer
+        checkpoint.describe(
+            folder, self.model, self.settings, self.processor.processing_class, self._extra(), self.adapter
+        )
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -288,15 +287,9 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     model, settings, text, config = checkpoint.load(path_or_hub_id, device)
     decoding = build_settings(GenerationSettings, config.get("decoding", {}), "config.json: decoding")
     more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
-    if isinstance(model, PretrainedVLM):
-        processor: Processor = PretrainedProcessor.of(text, model.attention_pattern, config.get("max_text_tokens"))
-    else:
-        images = build_settings(ImageSettings, config["images"], "config.json: images")
-        processor = Processor(
-            text, images, model.vision.num_image_tokens, model.attention_pattern, config["max_text_tokens"]
-        )
+    processor: Processor = checkpoint.family(settings.family).make_processor(text, model, config)
     if "adapter" in config:
-        more["adapter"] = build_settings(checkpoint.Adapter, config["adapter"], "config.json: adapter")
+        more["adapter"] = build_settings(checkpoint.adapters().Adapter, config["adapter"], "config.json: adapter")
     return Predictor(model, processor, config.get("prompt", BARE), settings, decoding, **more)
 
 

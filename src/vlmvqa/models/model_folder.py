@@ -15,7 +15,7 @@ BASE = "base"  # a folder of a run's: what its adapters lie over, where that lie
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
-def kept_base(folder: Path, base: str) -> Path | None:
+def stored_base(folder: Path, base: str) -> Path | None:
     """Where a base lies that is named as it is seen from its adapters' folder; None: it is named by itself."""
     return (folder / base).resolve() if base.startswith(".") else None
 

@@ -1,4 +1,4 @@
-"""Examples to token rows: one image, then under it its questions, each a branch of its own.
+"""Token rows: images, each followed by its questions, with every question in its own branch.
 
      token      i  i  i  i | q  q  q | a  a | q  q | a  a | i  i  i  i | q  q | a |  .   .
      document   0  0  0  0   0  0  0   0  0   0  0   0  0   1  1  1  1   1  1   1   -1  -1
@@ -6,30 +6,32 @@
      role       I  I  I  I   P  P  P   A  A   P  P   A  A   I  I  I  I   P  P   A    .   .
      position   0  1  2  3   4  5  6   7  8   4  5   6  7   0  1  2  3   4  5   6    .   .
 
-A document is an image with its questions; a row holds one or more. Every branch counts its positions
-on from the image, as if it were alone, so a shared row computes what separate rows would.
+A document is an image with its questions; a row holds one or more. The positions of every branch
+continue those of the image, so that a shared row computes the same as separate rows.
 
-Labels stand at the position that predicts them: the last prompt token carries the first answer token,
-the last answer token carries EOS. EOS itself is never an input, since nothing is predicted from it.
+Labels are stored at the position that predicts them: the last prompt token has the first answer token
+as its label, the last answer token has EOS. EOS is never an input, because nothing is predicted from it.
 
-Legend: B rows, T tokens a row, N image tokens.
+Legend: B rows, T tokens per row, N tokens per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Batch = Mapping[str, Tensor]  # columns `[B, T]` by name, and the images
+
 IMAGE, PROMPT, ANSWER = 0, 1, 2  # roles
 PADDING = -1  # the document of a padding token
 IGNORE = -100  # the label of an unsupervised position (torch's convention)
 NO_IMAGE = -1  # the image_index of a text token
 
-# What stands in each column where a row has ended.
+# Padding value of each column.
 FILL = {
     "input_ids": 0,
     "image_index": NO_IMAGE,
@@ -38,15 +40,18 @@ FILL = {
     "role": PROMPT,
     "position": 0,
     "labels": IGNORE,
-    "weights": 0.0,  # of a label in the loss: the one column of float32, all others are int64
+    "weights": 0.0,  # weight of a label in the loss: float32, all other columns are int64
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedQuestion:
-    """A question as token ids; `answer` ends with EOS, or is empty where the model is to write it.
+    """A question as token ids.
 
-    `weight` is what each of its supervised tokens counts in the loss (`loss.py`).
+    Attributes:
+        prompt: BOS and the question in the prompt template.
+        answer: the answer with EOS; empty if the model is to generate it.
+        weight: weight of each supervised token in the loss.
     """
 
     prompt: Sequence[int]
@@ -56,7 +61,7 @@ class TokenizedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """An image, by its number in the batch, and the questions that share it."""
+    """An image, by its index in the batch, and the questions that share it."""
 
     image: int
     questions: Sequence[TokenizedQuestion]
@@ -64,29 +69,31 @@ class Document:
 
 @dataclass(slots=True)
 class Row:
-    """Columns of one row, all of the same length T (the diagram above)."""
+    """Columns of one row, all of length T (see the diagram above)."""
 
     columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in FILL})
 
     def __len__(self) -> int:
+        """Return T."""
         return len(self.columns["input_ids"])
 
     def extend(self, **values: Sequence[float]) -> None:
+        """Append values to every column."""
         for name in FILL:
             self.columns[name].extend(values[name])
 
 
 def build_row(documents: Sequence[Document], num_image_tokens: int, attention_pattern: str) -> Row:
-    """Lay documents out in one row.
+    """Build one row of documents.
 
     Args:
-        documents: images with their questions, in order.
-        num_image_tokens: N, tokens an image.
-        attention_pattern: a key of `masks.ATTENTION_PATTERNS`; under "prefix_lm" a document is one single branch.
+        documents: images with their questions.
+        num_image_tokens: N.
+        attention_pattern: a key of `masks.ATTENTION_PATTERNS`; under "prefix_lm" a document is a single branch.
 
     Raises:
-        ValueError: two questions share an image under "prefix_lm", whose image tokens see the question; an
-            image has no question; or a question has no token to read.
+        ValueError: two questions share an image under "prefix_lm", where image tokens see the question; an image has
+            no question; or a question has no prompt token.
     """
     row = Row()
     for number, document in enumerate(documents):
@@ -125,7 +132,7 @@ def build_row(documents: Sequence[Document], num_image_tokens: int, attention_pa
 
 
 def pad_rows(rows: Sequence[Row], multiple: int = 1, left: bool = False) -> dict[str, Tensor]:
-    """Stack rows into `[B, T]` columns, padded to the longest (rounded up to a multiple), on the right or the left."""
+    """Stack rows into `[B, T]` columns, padded on the right or left to the longest, rounded up to a multiple."""
     length = max(len(row) for row in rows)
     length = -(-length // multiple) * multiple
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vlmvqa import ranks
-from vlmvqa.models.checkpoint import saved_name
 
 if TYPE_CHECKING:
     from vlmvqa.training.trainer import VqaTrainer
@@ -42,14 +41,14 @@ def write_weights(trainer: VqaTrainer, path: Path) -> None:
     """Write the whole weights in the model's own type, from rank 0; all ranks together."""
     whole = whole_weights(trainer)
     if ranks.is_first():
-        named = {saved_name(name): weight.contiguous() for name, weight in whole.items()}
+        named = {trainer.vlm.saved_name(name): weight.contiguous() for name, weight in whole.items()}
         save_file(named, path, {"format": "pt"})
 
 
 def put_weights(trainer: VqaTrainer, path: Path) -> None:
     """Put back what `write_weights` wrote; all ranks together."""
     saved = load_file(path)
-    trainer.whole.put_weights({name: saved[saved_name(name)] for name in trainer.saved})
+    trainer.whole.put_weights({name: saved[trainer.vlm.saved_name(name)] for name in trainer.saved})
 
 
 def write(trainer: VqaTrainer, folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from vlmvqa import ranks
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
 from vlmvqa.training import optimizer_state
 
 Named = Iterator[tuple[str, Tensor]]

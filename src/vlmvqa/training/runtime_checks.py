@@ -17,9 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlmvqa import ranks
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError, counted
-from vlmvqa.extras.adapters.peft_adapters import elements
-from vlmvqa.extras.pretrained.model import PretrainedVLM
-from vlmvqa.models.attention import SOFTCAP
+from vlmvqa.models.interface import num_weights
 
 if TYPE_CHECKING:
     from vlmvqa.training.trainer import VqaTrainer
@@ -52,7 +50,7 @@ def check(trainer: VqaTrainer) -> str:
         "strategy": _strategy(trainer),
         "parameters": _held(trainer, parameters),
         "computed in": _computed_in(trainer),
-        "attention": _attention(trainer),
+        "attention": trainer.vlm.describe_attention(),
         "optimizer": _optimizer(trainer),
         "trained": _trained(trainer, parameters),
         "global batch": _batch(trainer),
@@ -97,7 +95,7 @@ def _held(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) -> 
             _same(f"elements of {name} on rank {ranks.rank()}", -(-whole // world), mine)
             local, total = local + mine, total + whole
         else:
-            local, total = local + elements(parameter), total + elements(parameter)
+            local, total = local + num_weights(parameter), total + num_weights(parameter)
     return f"{total:,}, of which {local:,} on this rank" if local != total else f"{total:,}, whole on every rank"
 
 
@@ -117,20 +115,6 @@ def _computed_in(trainer: VqaTrainer) -> str:
     if args.torch_compile:
         extras.append(f"compiled by {args.torch_compile_backend}")
     return ", ".join([f"{name}, weights kept in {str(trainer.dtype).removeprefix('torch.')}", *extras])
-
-
-def _attention(trainer: VqaTrainer) -> str:
-    vlm = trainer.vlm
-    if isinstance(vlm, PretrainedVLM):
-        return f"the library's own ({vlm.attention})"
-    language = vlm.language
-    runs = language.decoder.config._attn_implementation
-    _same("the attention", "flex_attention" if language.attention == "flex" else "dense", _dense_or(runs))
-    return f"{vlm.attention_pattern}, {language.attention} ({runs})"
-
-
-def _dense_or(implementation: str) -> str:
-    return "dense" if implementation in (SOFTCAP, "sdpa") else implementation
 
 
 def _optimizer(trainer: VqaTrainer) -> str:

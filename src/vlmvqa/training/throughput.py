@@ -46,9 +46,9 @@ from transformers import (
 )
 
 from vlmvqa import ranks
-from vlmvqa.models.checkpoint import Model
-from vlmvqa.models.flops import COUNTED, Flops, count, count_flops, matrix_rate
-from vlmvqa.models.vlm import VLM, Batch
+from vlmvqa.models.flops import COUNTED, Flops, count, matrix_rate
+from vlmvqa.models.interface import PARTS, Model
+from vlmvqa.sequence.rows import Batch
 
 PHASES = ("data", "encoder", "language_model", "loss", "optimizer", "other")
 COMPILED_PHASES = ("data", "model", "optimizer", "other")
@@ -140,7 +140,7 @@ class SpeedMeter(TrainerCallback):
         self.clock = Clock(self.device)  # stopped
         self.phases: tuple[str, ...] = PHASES
         self.hooks: list[RemovableHandle] = []
-        self.window = getattr(vlm.language.config, "sliding_window", None)
+        self.window = getattr(vlm.part("language").module.config, "sliding_window", None)
         self.flops: Flops | None = None
         self.rate = 0.0
         self.forget()
@@ -151,8 +151,7 @@ class SpeedMeter(TrainerCallback):
         self.phases = COMPILED_PHASES if args.torch_compile else PHASES
         if not args.torch_compile:
             self.attach()
-        # transformers' own classes are built in many ways: of them no operations are counted.
-        self.flops = count_flops(self.vlm) if isinstance(self.vlm, VLM) else None
+        self.flops = self.vlm.flops()
         weights = next(self.vlm.parameters()).dtype
         self.rate = matrix_rate(self.device, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights)
         self.forget()
@@ -168,7 +167,7 @@ class SpeedMeter(TrainerCallback):
 
     def attach(self) -> None:
         """Put the hooks on the model's parts; none of them is run again where activations are recomputed."""
-        vision, projector, language = self.vlm.vision, self.vlm.projector, self.vlm.language
+        vision, projector, language = (self.vlm.part(name).module for name in PARTS)
         self.hooks = [
             vision.register_forward_pre_hook(lambda *_: self.enter("encoder")),
             projector.register_forward_pre_hook(lambda *_: self.enter("encoder")),  # of cached features

@@ -21,7 +21,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,8 @@ from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
-from vlmvqa.extras.adapters import peft_adapters
-from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.models import checkpoint
-from vlmvqa.models.checkpoint import Model, Settings
-from vlmvqa.models.vlm import PARTS, cast_parameters
+from vlmvqa.models.interface import PARTS, Model, Settings, cast_parameters
 from vlmvqa.training import checkpoint_state, checkpoints, runtime_checks
 from vlmvqa.training.callbacks import LogFile
 from vlmvqa.training.clipping import Clipping
@@ -48,9 +45,12 @@ from vlmvqa.training.full_state import Whole, WholeZero
 from vlmvqa.training.interrupt import PATIENT, Watch, held_back
 from vlmvqa.training.throughput import SpeedMeter, show_speed
 
+if TYPE_CHECKING:
+    from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+
 
 class VqaTrainer(Trainer):
-    """transformers' Trainer over a `VLM` or `PretrainedVLM` and a `TrainingSet`.
+    """transformers' Trainer for a `Model` and a `TrainingSet`.
 
     Args:
         model: under fsdp already sharded (`parallel.shard`).
@@ -290,9 +290,9 @@ class VqaTrainer(Trainer):
             yield self.vlm
             return
         assert self.settings is not None
-        copy = checkpoint.blank_like(self.vlm, self.settings)
+        copy = checkpoint.uninitialized_like(self.vlm, self.settings)
         if self.adapt is not None:
-            peft_adapters.attach(copy, self.adapt)
+            checkpoint.adapters().attach(copy, self.adapt)
         copy = cast_parameters(copy, torch.bfloat16 if self.args.bf16 else self.dtype).to(self.args.device)
         parameters = dict(copy.named_parameters())
         with torch.no_grad():

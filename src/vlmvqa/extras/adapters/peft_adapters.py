@@ -25,9 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.extras.pretrained.model import PREFIX, PretrainedVLM
+from vlmvqa.models.interface import Model, set_trainable_parts
 from vlmvqa.models.model_folder import WEIGHTS as MODEL_WEIGHTS
-from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.settings import build_settings
 
 METHODS = ("lora", "dora")
@@ -88,8 +87,22 @@ def adapter_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> Ad
     return build_settings(AdapterSettings, values, "adapt")
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter's settings and base model.
+
+    Attributes:
+        base: a hub id or folder; one that begins with "." is relative to the adapter's folder.
+        fingerprint: fingerprint of the base model's weights (`fingerprint.weights_in`).
+    """
+
+    settings: AdapterSettings
+    base: str
+    fingerprint: str
+
+
 def prepare(
-    model: VLM | PretrainedVLM,
+    model: Model,
     trainable: Mapping[str, str | int],
     settings: AdapterSettings | None,
     device: torch.device | str = "cpu",
@@ -109,14 +122,13 @@ def prepare(
     """
     paths = [] if settings is None else attach(model, settings, device)
     chosen = {part: choice for part, choice in trainable.items() if settings is None or choice == "all"}
-    for part, choice in chosen.items():
-        set_trainable(model.part(part), choice, part)
+    set_trainable_parts(model, chosen)
     if settings is not None:
         keep_float32(model, chosen)
     return paths
 
 
-def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.device | str = "cpu") -> list[str]:
+def attach(model: Model, settings: AdapterSettings, device: torch.device | str = "cpu") -> list[str]:
     """Freeze a model, quantise it where that is asked for, and give the modules that the targets name adapters.
 
     Args:
@@ -129,7 +141,7 @@ def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.
         InputError: peft or bitsandbytes is not installed, a pattern matches nothing, or something else got adapters.
     """
     peft = _peft()
-    host = _host(model)
+    host = model.adapter_host
     paths = _chosen(model, settings.targets)
     model.requires_grad_(False)
     if settings.bits == 4:
@@ -156,13 +168,13 @@ def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.
     return list(paths)
 
 
-def keep_float32(model: VLM | PretrainedVLM, parts: Collection[str]) -> None:
+def keep_float32(model: Model, parts: Collection[str]) -> None:
     """Keep parts that train whole beside adapters in float32, as these are, whatever type their base is of."""
     for part in parts:
         for parameter in model.part(part).parameters:
             parameter.data = parameter.data.float()
     if parts and len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
-        for module in (model.vision, model.projector):
+        for module in (model.part("vision").module, model.part("projector").module):
             module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
 
@@ -176,7 +188,7 @@ def _cast_inputs(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any
     return tuple(map(cast, given)), {name: cast(value) for name, value in named.items()}
 
 
-def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Sequence[str]) -> str:
+def describe(model: Model, settings: AdapterSettings, paths: Sequence[str]) -> str:
     """Which modules got adapters, how many parameters these have, and what the base takes."""
     kinds: dict[str, int] = {}
     for path in paths:
@@ -189,7 +201,7 @@ def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Seque
         packed: list[Any] = [module for module in model.modules() if hasattr(module, "quant_storage")]
         numel = sum(module.in_features * module.out_features for module in packed)
         lines.append(f"  over {len(packed)} linear layers in {settings.quantization}, {numel:,} parameters of the base")
-        host: Any = _host(model)
+        host: Any = model.adapter_host
         whole = sorted({host.get_submodule(name).in_features for name in packable(model) if "lora_" not in name})
         if whole:
             widths = ", ".join(map(str, whole))
@@ -200,7 +212,7 @@ def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Seque
 # ---- 4 bits
 
 
-def quantize(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.device | str = "cpu") -> None:
+def quantize(model: Model, settings: AdapterSettings, device: torch.device | str = "cpu") -> None:
     """Keep the linear layers of all blocks in 4 bits, in place: one at a time, so that little is there twice.
 
     What cannot be read back stays whole: bitsandbytes 0.50 mixes up the scales of a layer whose width is no multiple of
@@ -208,7 +220,7 @@ def quantize(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torc
     """
     bitsandbytes = _bitsandbytes()
     dtype = getattr(torch, settings.compute_dtype)
-    host = _host(model)
+    host = model.adapter_host
     for name in packable(model):
         linear: Any = host.get_submodule(name)
         weight = _packed(linear.weight, settings, None).to(device)
@@ -231,10 +243,10 @@ def quantize(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torc
         setattr(host.get_submodule(parent), last, packed.train(linear.training))
 
 
-def packable(model: VLM | PretrainedVLM) -> list[str]:
+def packable(model: Model) -> list[str]:
     """The layers that are kept in 4 bits where any are, by their names in the base: the linear ones of all blocks."""
     inside = {id(module) for block in model.blocks for module in block.modules() if type(module) is nn.Linear}
-    return [name for name, module in _host(model).named_modules() if id(module) in inside]
+    return [name for name, module in model.adapter_host.named_modules() if id(module) in inside]
 
 
 def through_four_bits(weight: Tensor, settings: AdapterSettings) -> Tensor:
@@ -268,26 +280,21 @@ def dequantize(weight: Tensor) -> Tensor:
     return weight.detach() if state is None else _bitsandbytes().functional.dequantize_4bit(weight.data, state)
 
 
-def elements(weight: Tensor) -> int:
-    """How many weights a tensor stands for: in 4 bits two lie in a byte."""
-    state = getattr(weight, "quant_state", None)
-    return weight.numel() if state is None else state.shape.numel()
-
-
 # ---- files
 
 
-def save(folder: Path, model: VLM | PretrainedVLM, base: str, weights: Mapping[str, Tensor]) -> None:
+def save(folder: Path, model: Model, base: str, weights: Mapping[str, Tensor]) -> None:
     """Write peft's two files.
 
     Args:
         base: the base's hub id or folder.
         weights: all that trains, whole, by their names in the model.
     """
-    save_file({peft_name(name): weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
-    host = _host(model)
+    named = {peft_name(model.saved_name(name)): weight.contiguous() for name, weight in weights.items()}
+    save_file(named, folder / WEIGHTS)
+    host = model.adapter_host
     config = host.peft_config[NAME].to_dict()  # type: ignore[index, union-attr]
-    whole = {name.removeprefix(PREFIX).rpartition(".")[0] for name in weights if "lora_" not in name}
+    whole = {model.saved_name(name).rpartition(".")[0] for name in weights if "lora_" not in name}
     # A module that holds a weight of its own beside others (Idefics2's resampler) is saved with all that is in it.
     outermost = sorted(name for name in whole if not any(name.startswith(f"{other}.") for other in whole))
     config |= {
@@ -299,7 +306,7 @@ def save(folder: Path, model: VLM | PretrainedVLM, base: str, weights: Mapping[s
     (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, model: VLM | PretrainedVLM) -> None:
+def load(folder: Path, model: Model) -> None:
     """Put saved weights into a model that has adapters of the same settings.
 
     Raises:
@@ -311,9 +318,9 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy or save the adapter again") from error
     here = dict(model.named_parameters())
-    expected = {peft_name(name): name for name in here if "lora_" in name}
-    named = {peft_name(name): name for name in here}
-    missing, odd = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - named.keys())
+    named = {peft_name(model.saved_name(name)): name for name in here}
+    expected = {saved_as for saved_as in named if "lora_" in saved_as}
+    missing, odd = sorted(expected - saved.keys()), sorted(saved.keys() - named.keys())
     if missing or odd:
         raise InputError(
             f"{path} is of another model: "
@@ -330,15 +337,15 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
             parameter.data = weight.to(parameter.device, parameter.dtype)
 
 
-def _chosen(model: VLM | PretrainedVLM, patterns: Sequence[str]) -> dict[str, str]:
+def _chosen(model: Model, patterns: Sequence[str]) -> dict[str, str]:
     """The linear layers that the patterns name: their paths, and their names in the host.
 
     A head whose weight is the input embedding's is none of them: what it learns could not be merged.
     """
     embedding: Any = model.get_input_embeddings()
     linears = {
-        path_of(model, name): name
-        for name, module in _host(model).named_modules()
+        model.module_path(name): name
+        for name, module in model.adapter_host.named_modules()
         if isinstance(module, nn.Linear) and module.weight is not embedding.weight
     }
     chosen: dict[str, str] = {}
@@ -357,22 +364,6 @@ def _chosen(model: VLM | PretrainedVLM, patterns: Sequence[str]) -> dict[str, st
     return chosen
 
 
-def path_of(model: VLM | PretrainedVLM, name: str) -> str:
-    """A module's path, the same for every model: its part, and its place in it."""
-    if not isinstance(model, PretrainedVLM):
-        return name
-    for part in ("vision", "projector", "language"):
-        inside = model.places[part] + "."
-        if name.startswith(inside):
-            return f"{part}.{name.removeprefix(inside)}"
-    return f"language.{name}"
-
-
-def _host(model: VLM | PretrainedVLM) -> nn.Module:
-    """The module whose names peft's files use."""
-    return model.net if isinstance(model, PretrainedVLM) else model
-
-
 def weights_file(folder: Path) -> Path:
     """Return the file of a saved adapter's weights: a training checkpoint has one name for all models."""
     checkpoint = folder / MODEL_WEIGHTS
@@ -383,9 +374,7 @@ def peft_name(name: str) -> str:
     """Return a parameter's name in peft's file, of its name in the model, in a checkpoint or in that file."""
     if name.startswith(PEFT_PREFIX):
         return name
-    return PEFT_PREFIX + name.removeprefix(PREFIX).replace(f".{NAME}.", ".").replace(
-        "lora_magnitude_vector.weight", "lora_magnitude_vector"
-    )
+    return PEFT_PREFIX + name.replace(f".{NAME}.", ".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def _plain(value: Any) -> Any:

@@ -59,7 +59,7 @@ def resolve_base(base: Path | None, folders: Sequence[Path]) -> Path | None:
     for folder, adapter in recorded.items():
         if adapter["fingerprint"] != first_adapter["fingerprint"]:
             one, two = (
-                model_folder.kept_base(path, entry["base"]) or entry["base"]
+                model_folder.stored_base(path, entry["base"]) or entry["base"]
                 for path, entry in ((folder, adapter), (first, first_adapter))
             )
             raise InputError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import published_sizes
 from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
 from vlmvqa.models.vlm import VLM, ModelSettings
 from vlmvqa.sequence.rows import FILL, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
 
@@ -98,5 +98,5 @@ def dummy_batch(model: Model, shape: RowShape, rows: int, settings: Settings | N
         return published_sizes.dummy_batch(model, settings, rows, shape.tokens, shape.supervised)
     dtypes = {name: torch.float32 if isinstance(fill, float) else torch.int64 for name, fill in FILL.items()}
     batch = {name: torch.zeros(rows, shape.tokens, dtype=dtype) for name, dtype in dtypes.items()}
-    size = model.vision.image_size
+    size = model.part("vision").module.image_size
     return {**batch, "pixel_values": torch.zeros(rows * shape.images, 3, size, size)}

@@ -22,7 +22,7 @@ from vlmvqa.extras.planning.gpus import GIB, Gpu
 from vlmvqa.extras.planning.memory import PassProfile, Precision, build_on_meta, measure
 from vlmvqa.extras.planning.strategy_memory import StrategyMemory, Training, Weight, strategy_memory, weights_of
 from vlmvqa.extras.pretrained.model import PretrainedSettings
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
 from vlmvqa.models.vlm import VLM
 
 CONTEXT = 0.8 * GIB  # assumed size of CUDA's context and NCCL and cuBLAS workspaces
@@ -172,7 +172,7 @@ class Planner:
         """Tokens per image in the decoder's row."""
         if isinstance(self.settings, PretrainedSettings):
             return published_sizes.num_image_tokens(published_sizes.known_config(self.settings), self.settings)
-        return int(self.model.vision.num_image_tokens)  # type: ignore[arg-type]
+        return int(self.model.part("vision").module.num_image_tokens)
 
     @cached_property
     def weights(self) -> list[Weight]:

@@ -11,7 +11,9 @@ from vlmvqa.extras.planning import report, verify
 from vlmvqa.extras.planning.gpus import gpu
 from vlmvqa.extras.planning.planner import Planner, Rows, Settings, Training
 from vlmvqa.extras.planning.published_sizes import known_architecture, known_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.inference.build import most_questions
+from vlmvqa.models.interface import Settings as AnySettings
 from vlmvqa.models.vlm import ModelSettings
 
 # Questions per image: the datasets' published counts.
@@ -79,7 +81,7 @@ def build_planner(config: PlanConfig) -> Planner:
     )
 
 
-def _known_model(settings: Settings) -> Settings:
+def _known_model(settings: AnySettings) -> Settings:
     """Return the model's settings; raise if its sizes are known only to the hub.
 
     Raises:
@@ -87,6 +89,7 @@ def _known_model(settings: Settings) -> Settings:
     """
     if isinstance(settings, ModelSettings):
         return known_architecture(settings)
+    assert isinstance(settings, PretrainedSettings)
     known_config(settings)
     return settings
 

@@ -132,6 +132,20 @@ class PretrainedProcessor(Processor):
             own[name] = self._typed(own[name], found["attention_mask"], columns["role"], real)
         return {**own, **columns, "attention_mask": real.long()}
 
+    @property
+    def shares_images(self) -> bool:
+        """One question per row."""
+        return False
+
+    @property
+    def processing_class(self) -> Any:
+        """The object of transformers that is saved with the model: its processor."""
+        return self.library
+
+    def with_images(self, resize: str, reduced: bool) -> PretrainedProcessor:
+        """Return the processor unchanged: it resizes images as in its training."""
+        return self
+
     @cached_property
     def ends(self) -> set[int]:
         """The token ids that end an answer."""

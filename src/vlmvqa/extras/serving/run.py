@@ -20,7 +20,7 @@ from vlmvqa.extras.serving import browse, uploads
 from vlmvqa.extras.serving.limits import Limits, RequestError
 from vlmvqa.extras.serving.server import Address, ServerContent, check_packages, listen, serve
 from vlmvqa.inference.predictor import Predictor, load
-from vlmvqa.models.generation import GenerationSettings
+from vlmvqa.models.interface import GenerationSettings
 
 EXAMPLES = 6  # images of the browsed run, when no examples are given
 
