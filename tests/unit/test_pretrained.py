@@ -62,6 +62,19 @@ def librarys(model: PretrainedVLM, batch: dict[str, Any], **more: Any) -> Any:
     return model.net(**{**inputs, "input_ids": ids}, labels=labels, **more)
 
 
+def test_image_embeddings_are_what_the_decoder_reads(loaded: Loaded) -> None:
+    model, processor = loaded
+    batch, given = training_batch(processor, pretrained.examples(2)), []
+    hook = model.language.register_forward_pre_hook(
+        lambda _, inputs, named: given.append(inputs[0] if inputs else named["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model.eval().decode(batch)
+        found = model.image_embeddings(batch)
+    hook.remove()
+    assert torch.allclose(given[0][batch["role"] == IMAGE], found, atol=1e-6)
+
+
 def with_ends(batch: dict[str, Any]) -> dict[str, Any]:
     """The rows with the token that ends each answer, which is a label but never an input in ours."""
     wide = dict(batch)
