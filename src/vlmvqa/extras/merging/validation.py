@@ -15,7 +15,7 @@ from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.merging.files import DTYPES, FLOATS, Weights
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.hub import OWN_CODE
-from vlmvqa.models import model_folder, vlm
+from vlmvqa.models import interface, model_folder
 from vlmvqa.models.checkpoint import OURS, base_of, read_config
 from vlmvqa.settings import build_settings
 
@@ -160,7 +160,7 @@ def merged_config(weights: Weights, models: Sequence[Path], started_from: Mappin
 def _dtype(weights: Weights) -> str:
     """Return the dtype of a model's files; float32 if they have several."""
     found = {FLOATS[entry.dtype] for entry in weights.entries.values() if entry.dtype in FLOATS}
-    return next((name for name, dtype in vlm.DTYPES.items() if found == {dtype}), "float32")
+    return next((name for name, dtype in interface.DTYPES.items() if found == {dtype}), "float32")
 
 
 def _text_settings(own_configs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:
