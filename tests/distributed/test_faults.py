@@ -14,7 +14,7 @@ from tests.distributed.harness import losses, train
 from tests.distributed.test_launchers import data, done, follow, whole
 from tests.end_to_end.scripts import call, sentence
 from tests.end_to_end.scripts import done as ended
-from vlmvqa.training.checkpoints import whole_checkpoints
+from vlmvqa.training.checkpoints import complete_checkpoints
 from vlmvqa.training.log import read_log
 
 __all__ = ["data", "whole"]  # fixtures
@@ -80,7 +80,7 @@ def test_a_rank_killed_while_it_saves(tmp_path: Path, data: str, whole: Path, st
         pass
     os.kill(process.pids[0], signal.SIGKILL)
     done(process, code=1)
-    assert whole_checkpoints(folder)
+    assert complete_checkpoints(folder)
     printed = done(forks.ranks(2, train(folder, data, f"dist={strategy}", "resume=auto", "trainer.save_steps=1")))
     assert "resuming from" in printed
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, data: 
     newest.write_bytes(newest.read_bytes()[:-100])
     again = train(folder, data, "resume=auto", "trainer.per_device_train_batch_size=8")
     printed = ended(call("train", *again[1:])).out
-    assert "checkpoint-12 is damaged (optimizer.safetensors is not as it was written)" in printed
+    assert "checkpoint-12 is damaged (optimizer.safetensors has changed since it was written)" in printed
     assert f"resuming from {folder}/checkpoint-9" in printed
     assert losses(folder) == losses(whole)
     assert (folder / "latest").resolve().name == "checkpoint-12"
@@ -137,8 +137,8 @@ def test_a_full_disk_while_two_ranks_save(tmp_path: Path, data: str, whole: Path
     try:
         folder = disk / "run"
         printed = done(forks.ranks(2, train(folder, data, "dist=fsdp")), code=1)
-        assert "is full: checkpoint 6 was not kept" in printed and "checkpoint-3 is whole" in printed
-        assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-3"]
+        assert "is full: checkpoint 6 was not kept" in printed and "checkpoint-3 is complete" in printed
+        assert [path.name for path in complete_checkpoints(folder)] == ["checkpoint-3"]
         subprocess.run(["mount", "-o", f"remount,size={20 * size}", disk], check=True)
         done(forks.ranks(2, train(folder, data, "dist=fsdp", "resume=auto")))
         assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)

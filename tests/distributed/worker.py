@@ -38,7 +38,8 @@ from vlmvqa.models.vlm import VLM, build, set_trainable
 from vlmvqa.training import distributed, runtime_checks
 from vlmvqa.training.checkpoint_state import WEIGHTS
 from vlmvqa.training.log import read_log
-from vlmvqa.training.trainer import VqaTrainer
+from vlmvqa.training.optimizer import optimizer_for
+from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
     if not case.saves:
         return {"losses": losses, "table": runtime_checks.check(trainer)}
     weights = root / case.name / f"checkpoint-{case.steps}" / WEIGHTS
-    with trainer._whole_model() as whole:
+    with trainer._full_model() as whole:
         saved = load_file(weights)
         here = dict(whole.named_parameters())
         same = all(torch.equal(here[name].cpu(), weight.to(here[name].dtype)) for name, weight in saved.items())
@@ -132,10 +133,12 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         arguments,
         TrainingSet(given, processor, "most_common", 0, BadRecords(), **options),
         processor,
-        dist=dist,
-        settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
-        clip_percentile=case.clip_percentile,
-        adapt=adapt,
+        TrainerOptions(
+            dist=dist,
+            clip_percentile=case.clip_percentile,
+            settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
+            adapt=adapt,
+        ),
     )
 
 
@@ -145,7 +148,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         "max_steps": case.steps,
         "learning_rate": 1e-3,
         "save_steps": 2,
-        "optim": runtime_checks.optimizer_for(case.optim, dist),
+        "optim": optimizer_for(case.optim, dist),
         "bf16": case.bf16,
         **({} if case.saves else {"save_strategy": "no"}),
         **(case.trainer or {}),

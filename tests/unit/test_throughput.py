@@ -22,19 +22,17 @@ from vlmvqa.models.flops import COUNTED, count, count_flops, matrix_rate
 from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.sequence.masks import MODES, Tokens, visible
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
-from vlmvqa.training.log import read_log
-from vlmvqa.training.throughput import (
-    COMPILED_PHASES,
-    PHASES,
-    Bar,
-    Clock,
-    Printer,
-    SpeedMeter,
+from vlmvqa.training.console import (
+    LinePrinter,
+    ProgressBar,
     log_line,
+    replace_progress_callbacks,
     rounded,
     short,
-    show_speed,
 )
+from vlmvqa.training.log import read_log
+from vlmvqa.training.phase_clock import PhaseClock
+from vlmvqa.training.throughput import COMPILED_PHASES, PHASES, ThroughputMeter
 
 KEYS = {"questions_per_second", "supervised_tokens_per_second", "padding", "peak_memory_gib", "mfu"}
 
@@ -45,14 +43,14 @@ def small_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlmvqa.training.throughput.matrix_rate", lambda device, dtype: 1e12)
 
 
-def started(vlm: VLM, folder: Path, **arguments: Any) -> SpeedMeter:
-    meter = SpeedMeter(vlm)
+def started(vlm: VLM, folder: Path, **arguments: Any) -> ThroughputMeter:
+    meter = ThroughputMeter(vlm)
     args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **arguments)
     meter.on_train_begin(args, TrainerState(), TrainerControl())
     return meter
 
 
-def step(meter: SpeedMeter, vlm: VLM, batch: dict[str, Tensor]) -> None:
+def step(meter: ThroughputMeter, vlm: VLM, batch: dict[str, Tensor]) -> None:
     """A micro-batch and an optimizer step, as the trainer makes them."""
     meter.begin(batch)
     loss = vlm(**batch)["loss"]
@@ -123,7 +121,7 @@ def as_pytorch_counts(vlm: VLM, batch: dict[str, Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def ours(vlm: VLM, batch: dict[str, Tensor], meter: SpeedMeter, dense: bool) -> int:
+def ours(vlm: VLM, batch: dict[str, Tensor], meter: ThroughputMeter, dense: bool) -> int:
     counts = dict(zip(COUNTED, count(batch, vlm.mode).tolist(), strict=True))
     if dense:  # eager attention multiplies all tokens with all, and drops what the mask hides
         rows, length = batch["document"].shape
@@ -192,7 +190,7 @@ def test_the_devices_rate_is_measured_once() -> None:
 
 
 def test_a_clock_is_in_one_phase_or_stands() -> None:
-    clock = Clock(torch.device("cpu"))
+    clock = PhaseClock(torch.device("cpu"))
     times = iter([0.0, 1.0, 3.0, 10.0, 11.0, 15.0])
     clock._now = lambda: next(times)  # type: ignore[method-assign]
     for phase in ("a", "b", None, "a", "b", "a"):
@@ -345,7 +343,7 @@ def test_every_log_line_tells_the_speed(tmp_path: Path, compiled: bool, capsys: 
         assert line["questions_per_second"] > 0 and 0 <= line["padding"] < 100
         assert line["peak_memory_gib"] > 0.05 and line["mfu"] > 0
         assert all(line[f"time_{phase}"] > 0 for phase in expected if phase != "other")
-    assert run.speed.clock.phase is None and run.speed.hooks == []
+    assert run.throughput.clock.phase is None and run.throughput.hooks == []
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(printed) == 3 and all(len(line) < 100 for line in printed)
     assert re.fullmatch(r"step 2/3, [\d:]+ left: loss \S+, lr \S+, grad norm \S+, \S+ questions/s", printed[1])
@@ -358,10 +356,10 @@ def test_the_bar_fits_the_terminal(
     monkeypatch.setenv("COLUMNS", str(columns))  # what tqdm asks where there is no terminal
     monkeypatch.setenv("LINES", "40")
     run = trainer(tmp_path, model())
-    assert isinstance(run.pop_callback(PrinterCallback), Printer)  # which stands where no bar is wanted
+    assert isinstance(run.pop_callback(PrinterCallback), LinePrinter)  # which stands where no bar is wanted
     run.add_callback(ProgressCallback)
-    show_speed(run)
-    assert [type(callback) for callback in run.callback_handler.callbacks].count(Bar) == 1
+    replace_progress_callbacks(run)
+    assert [type(callback) for callback in run.callback_handler.callbacks].count(ProgressBar) == 1
     run.train()
     out, err = capsys.readouterr()
     drawn = [piece for piece in re.split(r"[\r\n]", err) if "%|" in piece]
@@ -373,7 +371,7 @@ def test_the_bar_fits_the_terminal(
 
 def test_the_bar_of_a_resumed_run_starts_where_it_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Else all steps before count as made in a moment, and the time left is far too short."""
-    bar, state = Bar(), TrainerState(global_step=900, max_steps=1000)
+    bar, state = ProgressBar(), TrainerState(global_step=900, max_steps=1000)
     args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), TrainerControl()
     bar.on_train_begin(args, state, control)
     state.global_step = 901
@@ -418,7 +416,7 @@ def test_experts_are_not_guessed(tmp_path: Path) -> None:
 def test_on_a_gpu_the_time_is_that_of_its_stream(tmp_path: Path) -> None:
     vlm = model().cuda()
     batch = {name: column.cuda() for name, column in shared(vlm).items()}
-    meter = SpeedMeter(vlm)
+    meter = ThroughputMeter(vlm)
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
     meter.on_train_begin(args, TrainerState(), TrainerControl())
     for _ in range(5):
@@ -426,9 +424,9 @@ def test_on_a_gpu_the_time_is_that_of_its_stream(tmp_path: Path) -> None:
     report = meter.report()
     assert sum(report[f"time_{phase}"] for phase in PHASES) == pytest.approx(100, abs=0.1)
     assert all(report[f"time_{phase}"] > 0 for phase in ("encoder", "language_model", "loss"))
-    events = len(meter.clock.spare)
+    events = len(meter.clock.free_events)
     for _ in range(50):
         step(meter, vlm, batch)
         meter.report()
-    assert len(meter.clock.spare) <= events + 20  # used again and again
+    assert len(meter.clock.free_events) <= events + 20  # used again and again
     assert matrix_rate(torch.device("cuda"), torch.bfloat16) > 1e12

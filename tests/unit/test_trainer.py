@@ -21,10 +21,10 @@ from vlmvqa.data.train_dataset import TrainingSet
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.training import checkpoints, optimizer_state
-from vlmvqa.training.banner import banner
-from vlmvqa.training.clipping import Clipping
+from vlmvqa.training.console import parts_table
 from vlmvqa.training.log import read_log
-from vlmvqa.training.trainer import VqaTrainer
+from vlmvqa.training.optimizer import GradientClipping
+from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 COLORS = ("red", "green", "blue", "black")
 
@@ -55,7 +55,7 @@ def trainer(folder: Path, vlm: VLM, rates: Mapping[str, float | None] | None = N
         **{**settings, "learning_rate": 1e-3, "logging_steps": 1, **arguments},
     )
     training_set = TrainingSet(given, processor, "most_common", 0, BadRecords())
-    return VqaTrainer(vlm, args, training_set, processor, learning_rates=rates)
+    return VqaTrainer(vlm, args, training_set, processor, TrainerOptions(learning_rates=rates or {}))
 
 
 def model() -> VLM:
@@ -85,7 +85,7 @@ def test_nothing_that_trains_is_an_error(tmp_path: Path) -> None:
 def test_the_banner_says_what_is_frozen(tmp_path: Path) -> None:
     vlm = model()
     set_trainable(vlm.part("language"), "none", "language")
-    lines = banner(vlm, trainer(tmp_path, vlm, {"vision": 3e-6}).parameter_groups()).splitlines()
+    lines = parts_table(vlm, trainer(tmp_path, vlm, {"vision": 3e-6}).parameter_groups()).splitlines()
     assert [line.split()[0] for line in lines] == ["module", "vision", "projector", "language", "total"]
     assert "3e-06" in lines[1] and "0.001" in lines[2] and "frozen" in lines[3]
     assert f"{sum(p.numel() for p in vlm.parameters()):,}" in lines[4]
@@ -208,16 +208,16 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
         raise RuntimeError  # a kill, a full disk
     assert (tmp_path / "latest").resolve().name == "checkpoint-2"
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in checkpoints.whole_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
-    assert [path.name for path in checkpoints.remove_unfinished(tmp_path)] == ["checkpoint-12.partial"]
-    assert checkpoints.remove_unfinished(tmp_path) == [] and (tmp_path / "checkpoint-best").exists()
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    assert [path.name for path in checkpoints.remove_incomplete(tmp_path)] == ["checkpoint-12.partial"]
+    assert checkpoints.remove_incomplete(tmp_path) == [] and (tmp_path / "checkpoint-best").exists()
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "unreadable"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: str) -> None:
     for step in (2, 4):
         write_checkpoint(tmp_path, step, weights="0123456789")
-    assert checkpoints.newest_sound(tmp_path) == (tmp_path / "checkpoint-4", [])
+    assert checkpoints.newest_intact(tmp_path) == (tmp_path / "checkpoint-4", [])
     weights = tmp_path / "checkpoint-4" / "weights"
     if harm == "cut":
         weights.write_text("01234")
@@ -227,7 +227,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: 
         weights.unlink()
     else:
         (tmp_path / "checkpoint-4" / checkpoints.FILES).write_text("{")
-    newest, complaints = checkpoints.newest_sound(tmp_path)
+    newest, complaints = checkpoints.newest_intact(tmp_path)
     assert newest == tmp_path / "checkpoint-2"
     assert len(complaints) == 1 and "checkpoint-4 is damaged" in complaints[0] and "checkpoint before" in complaints[0]
 
@@ -235,18 +235,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     made = [write_checkpoint(tmp_path, step, weights="x") for step in (1, 2, 3, 4)]
     checkpoints.rotate(tmp_path, None, None)
-    assert checkpoints.whole_checkpoints(tmp_path) == made
+    assert checkpoints.complete_checkpoints(tmp_path) == made
     checkpoints.rotate(tmp_path, 2, str(made[0]))
-    assert checkpoints.whole_checkpoints(tmp_path) == [made[0], made[3]]
+    assert checkpoints.complete_checkpoints(tmp_path) == [made[0], made[3]]
     checkpoints.rotate(tmp_path, 1, str(made[0]))  # the newest stays in any case: a run goes on from it
-    assert checkpoints.whole_checkpoints(tmp_path) == [made[0], made[3]]
+    assert checkpoints.complete_checkpoints(tmp_path) == [made[0], made[3]]
     checkpoints.rotate(tmp_path, 1, str(made[3]))
-    assert checkpoints.whole_checkpoints(tmp_path) == [made[3]]
+    assert checkpoints.complete_checkpoints(tmp_path) == [made[3]]
 
 
 def test_the_percentile_of_the_last_hundred_norms() -> None:
     """As bitsandbytes' `percentile_clipping` chose it: the 95th of 100 sorted norms, the newest among them."""
-    clipping = Clipping(max_norm=0.0, percentile=95)
+    clipping = GradientClipping(max_norm=0.0, percentile=95)
     assert (
         clipping.limit(3.0) == 3.0 and clipping.limit(7.0) == 7.0 and clipping.limit(5.0) == 7.0
     )  # nothing is usual yet
@@ -256,13 +256,13 @@ def test_the_percentile_of_the_last_hundred_norms() -> None:
         if number >= 100:
             assert limit == sorted(norms[number - 99 : number + 1])[95]
     assert clipping.norms == norms[-100:]
-    both = Clipping(max_norm=0.5, percentile=95)
+    both = GradientClipping(max_norm=0.5, percentile=95)
     assert both.limit(2.0) == 0.5 and both.limit(0.2) == 0.5
-    assert Clipping().limit(4.0) == float("inf")
+    assert GradientClipping().limit(4.0) == float("inf")
     both.limit(float("inf"))  # under fp16: the scaler skips that step
     assert both.norms == [2.0, 0.2]
     with pytest.raises(InputError, match="clip_percentile=0 must lie between 1 and 100"):
-        Clipping(percentile=0)
+        GradientClipping(percentile=0)
 
 
 def test_the_gradient_is_clipped_to_the_percentile(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if ranks.is_first():
-            log.cut(self.path, state.global_step)
+            log.truncate(self.path, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if ranks.is_first() and self.path.parent.exists():
