@@ -1,4 +1,4 @@
-"""Combinations that cannot work are refused with the nearest one that does; and what runs is what was asked for."""
+"""Unsupported combinations are refused with the nearest supported one; the built model matches the config."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_what_works_is_not(given: RunRequest) -> None:
     refuse(given)
 
 
-def test_started_again_is_told_by_the_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A restart by torchrun resumes the run that this launch began, and with no other."""
+def test_a_restart_is_recognised_by_its_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart by torchrun resumes the run that this launch started, and no other."""
     config = train_config()
     assert not going_on(tmp_path, config)
     monkeypatch.setenv(LAUNCH, "this")
@@ -130,10 +130,10 @@ def test_a_resumed_run_may_only_be_extended(
 def test_one_process_under_fsdp_starts_without_a_warning(
     monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """Nobody has to set OMP_NUM_THREADS, of which accelerate warns."""
+    """accelerate warns if OMP_NUM_THREADS is unset, which users need not set."""
     group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     for name in group:
-        monkeypatch.setenv(name, "")  # so that what is set here is unset afterwards
+        monkeypatch.setenv(name, "")  # so that monkeypatch unsets it afterwards
         monkeypatch.delenv(name)
     threads = torch.get_num_threads()
     PartialState._reset_state()
@@ -162,7 +162,7 @@ def test_torchao_steps_where_bitsandbytes_cannot() -> None:
 
 
 def test_a_difference_stops_before_the_first_step(tmp_path: Path) -> None:
-    """Promise 6: a model that nobody sharded, an optimizer that lost a parameter, another one than asked for."""
+    """A model that isn't sharded, an optimizer without one parameter, another optimizer than configured."""
     given = trainer(tmp_path / "a", model())
     given.dist = DistSettings("fsdp")
     with pytest.raises(InputError, match="FSDP2 units: the config asks for 7, but 0 was built"):
@@ -193,7 +193,7 @@ def test_the_table_of_one_process(tmp_path: Path) -> None:
     assert lines[6].endswith("2 rows (2 a rank x 1 accumulated x 1 rank)")
 
 
-def test_a_task_of_slurm_knows_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slurm_task_knows_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scontrol").write_text("#!/bin/sh\n[ \"$3\" = 'node[1-2]' ] && printf 'node1\\nnode2\\n'\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")

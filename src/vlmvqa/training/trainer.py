@@ -279,8 +279,12 @@ class VqaTrainer(Trainer):
         """Generate and score answers, instead of the Trainer's loop over logits."""
         if self.options.score is None:
             raise InputError("the trainer was built without questions to evaluate on")
-        paused = self.stop_handler.paused(), self.throughput.paused()
-        with paused[0], paused[1], blocked_signals(BATCH_SYSTEM_SIGNALS), self._full_model() as model:
+        with (
+            self.stop_handler.paused(),
+            self.throughput.paused(),
+            blocked_signals(BATCH_SYSTEM_SIGNALS),
+            self._full_model() as model,
+        ):
             metrics = {f"eval_{name}": value for name, value in self.options.score(model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
