@@ -4,9 +4,9 @@ Checkpoints contain full tensors, so any strategy and number of ranks can resume
 
 `torch.distributed.checkpoint.state_dict` does not replace the DDP and FSDP2 half (`FullState`):
 - optimizer: `get_optimizer_state_dict` returns 8-bit moments as their library stores them (bitsandbytes' nested
-  `__bnb_optimizer_quant_state__`, torchao's codes and scales of each shard), while checkpoints contain fp32 moments
-  that any optimizer loads. `set_optimizer_state_dict` first steps the optimizer with zero gradients, which needs the
-  memory of all gradients when a run resumes, and it expects `param_groups` in the file.
+  `__bnb_optimizer_quant_state__`, torchao's `OptimState8bit`), while checkpoints contain fp32 moments that any
+  optimizer loads. `set_optimizer_state_dict` first steps the optimizer with zero gradients, which needs the memory of
+  all gradients when a run resumes, and it expects `param_groups` in the file.
 - weights: `get_model_state_dict` also lists the quantization tensors of 4-bit base weights, and returns all weights at
   once. `FullState.weights` yields one at a time, so evaluating a sharded model needs no second full copy.
 So this module uses DTensor's primitives (`full_tensor`, `distribute_tensor`), one tensor at a time.
