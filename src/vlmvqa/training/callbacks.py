@@ -128,10 +128,10 @@ class Tracking(TrainerCallback):
         self.step = 0
 
     def start(self, run: RunInfo) -> None:
-        """Open all, or resume those that the run's folder names. For rank 0 alone.
+        """Open the loggers, or resume those whose ids are in the run's folder; only rank 0 calls this.
 
         Raises:
-            InputError: one of them cannot be had.
+            InputError: a logger is unavailable.
         """
         self.step = run.step
         atexit.register(self.finish)  # for runs that fail
@@ -170,5 +170,5 @@ class Tracking(TrainerCallback):
 
 
 def run_ids(folder: Path) -> list[Path]:
-    """Where the loggers keep what this folder's run is called with them, for a new run to forget."""
+    """Return the files with the loggers' run ids, which a new run in this folder deletes."""
     return [folder / name for name in RUN_ID_FILES.values()]
