@@ -1,8 +1,8 @@
-"""What each rank runs: small trainings of the real classes, one after the other in one process group.
+"""Program of each rank: small trainings with the real classes, one after the other in one process group.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.distributed.worker FOLDER CASES.json
 
-A case names a strategy and what to turn; its result is written by rank 0 into FOLDER/results.json.
+A case names a strategy and settings; rank 0 writes its result to FOLDER/results.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from vlmvqa.models.vlm import VLM, build, set_trainable
 from vlmvqa.training import distributed, runtime_checks
 from vlmvqa.training.checkpoint_state import WEIGHTS
 from vlmvqa.training.log import read_log
-from vlmvqa.training.trainer import VqaTrainer
+from vlmvqa.training.optimizer import optimizer_for
+from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Case:
     """One training.
 
     Attributes:
-        batch: rows a rank.
-        resume: the name of the case whose checkpoint it goes on from, and the step.
-        saves: whether it writes checkpoints; what only its losses are wanted of need not.
-        trainer: more of TrainingArguments.
+        batch: rows per rank.
+        resume: name of the case whose checkpoint it resumes from, and the step.
+        saves: whether it writes checkpoints; false where a test only needs its losses.
+        trainer: additional TrainingArguments.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Case:
     trainer: dict[str, Any] | None = None
 
 
-# Wide enough for 8-bit states: they begin at 4,096 elements, of a shard too.
+# Wide enough for 8-bit states, which start at 4,096 elements, per shard too.
 WIDE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
 
 
@@ -83,7 +84,7 @@ def model(mode: str) -> VLM:
 
 
 def run(case: Case, root: Path) -> dict[str, Any]:
-    """Train; the losses by step, what the checks printed, and the final weights' file."""
+    """Train; return the losses by step, the table of the runtime checks, and the path of the final weights."""
     trainer = make_trainer(case, root / case.name)
     start = str(root / case.resume[0] / f"checkpoint-{case.resume[1]}") if case.resume else None
     trainer.train(resume_from_checkpoint=start)
@@ -92,7 +93,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
     if not case.saves:
         return {"losses": losses, "table": runtime_checks.check(trainer)}
     weights = root / case.name / f"checkpoint-{case.steps}" / WEIGHTS
-    with trainer._whole_model() as whole:
+    with trainer._full_model() as whole:
         saved = load_file(weights)
         here = dict(whole.named_parameters())
         same = all(torch.equal(here[name].cpu(), weight.to(here[name].dtype)) for name, weight in saved.items())
@@ -132,10 +133,12 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         arguments,
         TrainingSet(given, processor, "most_common", 0, BadRecords(), **options),
         processor,
-        dist=dist,
-        settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
-        clip_percentile=case.clip_percentile,
-        adapt=adapt,
+        TrainerOptions(
+            dist=dist,
+            clip_percentile=case.clip_percentile,
+            settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
+            adapt=adapt,
+        ),
     )
 
 
@@ -145,7 +148,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         "max_steps": case.steps,
         "learning_rate": 1e-3,
         "save_steps": 2,
-        "optim": runtime_checks.optimizer_for(case.optim, dist),
+        "optim": optimizer_for(case.optim, dist),
         "bf16": case.bf16,
         **({} if case.saves else {"save_strategy": "no"}),
         **(case.trainer or {}),
@@ -170,18 +173,18 @@ def main(root: Path, cases: list[Case]) -> None:
     # This is set here, not on import: tests that import this module compile for real.
     torch.compile = functools.partial(torch.compile, backend="eager")
     transformers_logging.set_verbosity_error()
-    gc.freeze()  # each training collects garbage: it need not look through all that was imported
+    gc.freeze()  # excludes the imported modules from the garbage collection after each training
     needs_group = any(case.strategy != "ddp" for case in cases)
     distributed.start(DistSettings("zero2" if needs_group else "ddp"), cpu=True)
     results: dict[str, Any] = {}
     for case in cases:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which a training before has left
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by the training before
         try:
             results[case.name] = {"case": asdict(case), **run(case, root)}
         except InputError as error:
             results[case.name] = {"case": asdict(case), "refused": str(error)}
         except Exception:
-            # All ranks fail alike here; a rank that fails alone ends them all.
+            # Expected to fail on all ranks alike; a rank that fails alone ends the test.
             results[case.name] = {"case": asdict(case), "failed": traceback.format_exc()}
         gc.collect()
         ranks.barrier()

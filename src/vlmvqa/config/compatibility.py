@@ -21,8 +21,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.training import callbacks
-from vlmvqa.training.optimizer_state import OPTIMIZERS
-from vlmvqa.training.runtime_checks import CLASSES, optimizer_for
+from vlmvqa.training.optimizer import CLASSES, OPTIMIZERS, optimizer_for
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def _checksum(body: bytes | memoryview) -> bytes:
 
 @once
 def _say_unwritable(folder: Path, reason: str) -> None:
-    ranks.say(
+    ranks.print_on_rank0(
         f"the cache {folder} cannot be written ({reason}), so the next run reads and tokenises again; "
         "free space, or set VLMVQA_CACHE to another folder"
     )

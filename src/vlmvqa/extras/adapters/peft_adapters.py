@@ -268,12 +268,6 @@ def dequantize(weight: Tensor) -> Tensor:
     return weight.detach() if state is None else _bitsandbytes().functional.dequantize_4bit(weight.data, state)
 
 
-def elements(weight: Tensor) -> int:
-    """How many weights a tensor stands for: in 4 bits two lie in a byte."""
-    state = getattr(weight, "quant_state", None)
-    return weight.numel() if state is None else state.shape.numel()
-
-
 # ---- files
 
 
