@@ -34,7 +34,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from vlmvqa import ranks
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.data.train_dataset import TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
@@ -50,7 +50,7 @@ from vlmvqa.training.throughput import SpeedMeter, show_speed
 
 
 class VqaTrainer(Trainer):
-    """transformers' Trainer over a `VLM` or `PretrainedVLM` and a `TrainingSet`.
+    """transformers' Trainer over a `VLM` or `PretrainedVLM` and a `TrainDataset`.
 
     Args:
         model: under fsdp already sharded (`parallel.shard`).
@@ -70,7 +70,7 @@ class VqaTrainer(Trainer):
         self,
         model: Model,
         args: TrainingArguments,
-        training_set: TrainingSet,
+        training_set: TrainDataset,
         processor: Processor,
         learning_rates: Mapping[str, float | None] | None = None,
         score: Callable[[Model], Mapping[str, float]] | None = None,
@@ -109,7 +109,7 @@ class VqaTrainer(Trainer):
             callbacks=[LogFile(self.folder / "log.jsonl"), self.watch, self.speed],
         )
         show_speed(self)
-        training_set.fill_steps(self.global_batch)
+        training_set.pad_to_multiple(self.global_batch)
         # The Trainer would delete the newest checkpoint when training ends and only one is to be kept beside the best.
         self.keep, args.save_total_limit = args.save_total_limit, None
         # For the Trainer, a model that arrives sharded: it neither wraps nor moves it.
