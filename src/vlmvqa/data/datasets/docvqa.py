@@ -49,15 +49,7 @@ def read(
     The training target is the most frequent answer (the first of equally frequent ones); the question type is the
     first of `question_types`.
 
-    Args:
-        root: the folder of the official files.
-        split: `train`, `val` or `test`, with an optional slice over the questions in file order: `train[:10%]`.
-        prompt: the template of the model's input, with `{question}`.
-        max_samples: limit on the number of questions, from the start of the slice.
-        bad_records: policy for records that cannot be used (default: stop).
-
-    Raises:
-        InputError: files are missing or cannot be read, or a record cannot be used.
+    Splits: `train`, `val` and `test`. Arguments and errors: see `datasets/__init__.py`.
     """
     selected = parse_split(split, SPLITS, "DocVQA", max_samples)
     template = PromptTemplate(prompt)

@@ -53,16 +53,8 @@ def read(
     `question_type` is the structural type, `answer_type` the semantic one. Outside the training splits `details` holds
     the official record: question, answer, imageId, isBalanced, types, groups, entailed, semantic.
 
-    Args:
-        root: the folder of the official files.
-        split: `train`, `val`, `testdev` (balanced), `train_all`, `val_all` or `testdev_all`, with an optional slice
-            over the questions in file order: `train[:10%]`.
-        prompt: the template of the model's input, with `{question}`.
-        max_samples: limit on the number of questions, from the start of the slice.
-        bad_records: policy for records that cannot be used (default: stop).
-
-    Raises:
-        InputError: files are missing or cannot be read, or a record cannot be used.
+    Splits: `train`, `val`, `testdev` (balanced), `train_all`, `val_all` and `testdev_all`. Arguments and errors: see
+    `datasets/__init__.py`.
     """
     selected = parse_split(split, SPLITS, "GQA", max_samples)
     with_details = not selected.name.startswith("train")

@@ -54,16 +54,8 @@ def read(
     The training target is the most frequent answer (the first of equally frequent ones). This reader has no `files`, so
     it is not cached: images may be in any folder, and checking them all would take as long as reading.
 
-    Args:
-        root: a folder with a file for each split, or one file.
-        split: the file's name without `.jsonl`, or `all` of one file, with an optional slice over the lines:
-            `train[:10%]`.
-        prompt: the template of the model's input, with `{question}`.
-        max_samples: limit on the number of questions, from the start of the slice.
-        bad_records: policy for lines that cannot be used (default: stop).
-
-    Raises:
-        InputError: the file is missing or cannot be read, or a line cannot be used.
+    `root` is a folder with a file per split, or one file, whose split is `all`; slices are over the lines.
+    Arguments and errors: see `datasets/__init__.py`.
     """
     path, selected = _find(root, split, max_samples)
     template = PromptTemplate(prompt)

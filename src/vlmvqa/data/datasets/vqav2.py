@@ -49,16 +49,7 @@ def read(
 ) -> list[Example]:
     """Read the questions of a split, grouped by image in order of first appearance.
 
-    Args:
-        root: the folder of the official files.
-        split: `train`, `val`, `test` or `test-dev`, with an optional slice over the questions in file order:
-            `train[:10%]`, `val[100:200]`, `train[10%:20%]`.
-        prompt: the template of the model's input, with `{question}`.
-        max_samples: limit on the number of questions, from the start of the slice.
-        bad_records: policy for records that cannot be used (default: stop).
-
-    Raises:
-        InputError: files are missing or cannot be read, or a record cannot be used.
+    Splits: `train`, `val`, `test` and `test-dev`. Arguments and errors: see `datasets/__init__.py`.
     """
     selected = parse_split(split, SPLITS, "VQAv2", max_samples)
     folder = SPLITS[selected.name][1]
