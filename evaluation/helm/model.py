@@ -139,7 +139,7 @@ def _fingerprint_settings(predictor: Predictor) -> str:
         "settings": asdict(predictor.settings),
         "language": predictor.model.language.config.to_dict(),
         "images": asdict(processor.images),
-        "text": [processor.max_text_tokens, processor.mode],
+        "text": [processor.max_text_tokens, processor.attention_pattern],
         "tokenizer": [processor.tokenizer.backend_tokenizer.to_str(), processor.tokenizer.special_tokens_map],
         "versions": [vlmvqa.__version__, torch.__version__, transformers.__version__],
     }

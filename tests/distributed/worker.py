@@ -29,8 +29,8 @@ from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.tokenizer import train_tokenizer
-from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.data.tokenization import train_tokenizer
+from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
@@ -127,11 +127,11 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     tokenizer = train_tokenizer(given, 300)
     processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
     most = 1 if case.mode == "prefix_lm" else None
-    options: dict[str, Any] = {"row_tokens": case.row_tokens, "questions_per_row": most, "weighting": case.weighting}
+    rows = RowSettings(row_tokens=case.row_tokens, questions_per_row=most, loss_weighting=case.weighting)
     return VqaTrainer(
         vlm,
         arguments,
-        TrainingSet(given, processor, "most_common", 0, BadRecords(), **options),
+        TrainDataset(given, processor, rows, BadRecords()),
         processor,
         TrainerOptions(
             dist=dist,

@@ -16,8 +16,8 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.tokenizer import train_tokenizer
-from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.data.tokenization import train_tokenizer
+from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.training import checkpoints, optimizer_state
@@ -54,7 +54,7 @@ def trainer(folder: Path, vlm: VLM, rates: Mapping[str, float | None] | None = N
         disable_tqdm=True,
         **{**settings, "learning_rate": 1e-3, "logging_steps": 1, **arguments},
     )
-    training_set = TrainingSet(given, processor, "most_common", 0, BadRecords())
+    training_set = TrainDataset(given, processor, RowSettings(), BadRecords())
     return VqaTrainer(vlm, args, training_set, processor, TrainerOptions(learning_rates=rates or {}))
 
 

@@ -13,7 +13,7 @@ from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import prompts
-from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmvqa.data.tokenization import load_tokenizer, train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models import model_folder

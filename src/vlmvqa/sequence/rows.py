@@ -56,9 +56,13 @@ class TokenizedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """An image, by its number in the batch, and the questions that share it."""
+    """An image and the tokenized questions that share it.
 
-    image: int
+    `image` is whatever the collate function stacks: `float[3, H, H]` pixels, cached features `float[N, Dv]`, a decoded
+    PIL image for a pretrained model, or an index into tensors that already exist.
+    """
+
+    image: Any
     questions: Sequence[TokenizedQuestion]
 
 
@@ -76,13 +80,14 @@ class Row:
             self.columns[name].extend(values[name])
 
 
-def build_row(documents: Sequence[Document], image_tokens: int, mode: str) -> Row:
+def build_row(documents: Sequence[Document], image_tokens: int, mode: str, first_image: int = 0) -> Row:
     """Lay documents out in one row.
 
     Args:
         documents: images with their questions, in order.
         image_tokens: N, tokens an image.
         mode: the attention mode (`masks.MODES`); under "prefix_lm" a document is one single branch.
+        first_image: index in the batch of the first document's image; the other images follow it.
 
     Raises:
         ValueError: two questions share an image under "prefix_lm", whose image tokens see the question; an
@@ -99,7 +104,7 @@ def build_row(documents: Sequence[Document], image_tokens: int, mode: str) -> Ro
             raise ValueError("an image without questions cannot be laid out in a row")
         row.extend(
             input_ids=[FILL["input_ids"]] * image_tokens,
-            image_index=range(document.image * image_tokens, (document.image + 1) * image_tokens),
+            image_index=range((first_image + number) * image_tokens, (first_image + number + 1) * image_tokens),
             document=[number] * image_tokens,
             branch=[0] * image_tokens,
             role=[IMAGE] * image_tokens,

@@ -23,7 +23,7 @@ from vlmvqa.config.compose import to_dict, to_yaml
 from vlmvqa.config.schema import DistSettings, TrainConfig
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.tasks import Task, read_tasks
-from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.inference.build import build_predictor, continue_from, with_saved_model
 from vlmvqa.inference.evaluate import EvalSpec
@@ -203,7 +203,7 @@ def build(session: Session) -> tuple[Predictor, Any]:
 
 def training_set(
     config: TrainConfig, predictor: Predictor, tasks: Sequence[Task], bad_records: BadRecords
-) -> TrainingSet:
+) -> TrainDataset:
     """Return the rows that the run trains on."""
     data, examples = config.data, [example for task in tasks for example in task.train]
     features = None
@@ -211,19 +211,11 @@ def training_set(
         from vlmvqa.extras.feature_cache.training import open_features
 
         features = open_features(data, predictor, examples)
+    questions_per_row = data.questions_per_row if predictor.model.shares_images else 1
+    settings = RowSettings(data.target, config.seed, data.row_tokens, questions_per_row, config.loss_weighting)
+    repeats = [task.weight for task in tasks for _ in task.train]
     with ranks.local_main_first():  # texts are tokenized at first use
-        return TrainingSet(
-            examples,
-            predictor.processor,
-            data.target,
-            config.seed,
-            bad_records,
-            row_tokens=data.row_tokens,
-            questions_per_row=data.questions_per_row if predictor.model.shares_images else 1,
-            weighting=config.loss_weighting,
-            features=features,
-            repeats=[task.weight for task in tasks for _ in task.train],
-        )
+        return TrainDataset(examples, predictor.processor, settings, bad_records, features=features, repeats=repeats)
 
 
 def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequence[Task]) -> str | None:

@@ -34,7 +34,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from vlmvqa import ranks
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.data.train_dataset import TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
@@ -73,7 +73,7 @@ class TrainerOptions:
 
 
 class VqaTrainer(Trainer):
-    """transformers' Trainer for a `VLM` or `PretrainedVLM` and a `TrainingSet`.
+    """transformers' Trainer for a `VLM` or `PretrainedVLM` and a `TrainDataset`.
 
     Args:
         model: already sharded under fsdp (`distributed.shard`).
@@ -86,7 +86,7 @@ class VqaTrainer(Trainer):
         self,
         model: Model,
         args: TrainingArguments,
-        training_set: TrainingSet,
+        training_set: TrainDataset,
         processor: Processor,
         options: TrainerOptions | None = None,
     ) -> None:
@@ -115,7 +115,7 @@ class VqaTrainer(Trainer):
             callbacks=[LogFile(self.folder / "log.jsonl"), self.stop_handler, self.throughput],
         )
         replace_progress_callbacks(self)
-        training_set.fill_steps(self.global_batch)
+        training_set.pad_to_multiple(self.global_batch)
         # With a limit of 1 the Trainer would delete the newest checkpoint at the end and keep only the best.
         self.save_limit, args.save_total_limit = args.save_total_limit, None
         # Makes the Trainer neither wrap nor move a model that arrives sharded.

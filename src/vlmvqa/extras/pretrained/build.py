@@ -12,7 +12,7 @@ from vlmvqa import fingerprint
 from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
 from vlmvqa.data.tasks import prompts
-from vlmvqa.data.tokenizer import train_tokenizer
+from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, mode_of, pretrained_config

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode
-from vlmvqa.data.processor import Encoded, Processor
+from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
-from vlmvqa.sequence.rows import ANSWER, IGNORE, IMAGE, NO_IMAGE, PADDING, PROMPT, Row, pad_rows
+from vlmvqa.sequence.rows import ANSWER, IGNORE, IMAGE, NO_IMAGE, PADDING, PROMPT, Document, Row, pad_rows
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ class PretrainedProcessor(Processor):
             question = self._shortened(question, over, len(target)) if over > 0 else question
         return Written(self._asked(question.prompt), target)
 
-    def image(self, example: Example) -> Image:  # type: ignore[override]
+    def load_image(self, example: Example) -> Image:  # type: ignore[override]
         """The decoded picture; the library's processor resizes it in `collate`."""
         return decode(example.image, example.name)
 
-    def length(self, question: Question, answer: str) -> int:
+    def count_tokens(self, question: Question, answer: str) -> int:
         """Tokens of a question with its answer, image tokens and the template's words not counted."""
         return len(self._ids(question.prompt)) + len(self.tokenize(question, answer).answer) - 1
 
-    def collate(self, rows: Sequence[Sequence[Encoded]], multiple: int = 8) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Sequence[Document]], multiple: int = 8) -> dict[str, Tensor]:
         """The network's own inputs, and our columns (`sequence/rows.py`) `[B, T]`, but for `image_index`.
 
         Rows are padded on the right; on the left where none has an answer, so that all can go on together.
@@ -133,7 +133,7 @@ class PretrainedProcessor(Processor):
         return {**own, **columns, "attention_mask": real.long()}
 
     @cached_property
-    def ends(self) -> set[int]:
+    def end_token_ids(self) -> set[int]:
         """The token ids that end an answer."""
         return {self.tokenizer.eos_token_id, self._target(Question(0, "", ""), "yes")[-1]}
 

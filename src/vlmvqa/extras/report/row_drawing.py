@@ -75,7 +75,7 @@ def draw(batch: Mapping[str, Tensor], processor: Processor, path: Path, title: s
     for label, index in zip(axes.get_yticklabels(), text, strict=True):
         label.set_color(COLORS[columns["role"][index]])
     axes.set_xticks([])
-    axes.set_title(f"{title}\n{processor.mode}: queries down, keys across; token and position", fontsize=9)
+    axes.set_title(f"{title}\n{processor.attention_pattern}: queries down, keys across; token and position", fontsize=9)
     handles = [Patch(color=COLORS[role], label=f"attends to {name}") for role, name in ROLES.items()]
     handles.append(Patch(fill=False, edgecolor="black", label="supervised"))
     axes.legend(handles=handles, loc="upper right", fontsize=8)
@@ -84,7 +84,7 @@ def draw(batch: Mapping[str, Tensor], processor: Processor, path: Path, title: s
 
 def _mask(batch: Mapping[str, Tensor], processor: Processor, row: int) -> Tensor:
     document, branch, role, position = (batch[n][row : row + 1] for n in ("document", "branch", "role", "position"))
-    tokens = Tokens.of(document, branch, role, position, processor.mode)
+    tokens = Tokens.of(document, branch, role, position, processor.attention_pattern)
     return visible(tokens.map(lambda t: t[0, :, None]), tokens.map(lambda t: t[0, None, :]))
 
 
