@@ -17,7 +17,6 @@ from vlmvqa.config.compatibility import RunRequest, refuse
 from vlmvqa.config.compose import to_yaml
 from vlmvqa.config.launcher import LAUNCH, slurm_task
 from vlmvqa.config.schema import DistSettings, TrainConfig
-from vlmvqa.config.trainer_arguments import OURS
 from vlmvqa.errors import InputError
 from vlmvqa.training import checkpoints, distributed
 from vlmvqa.training.optimizer import optimizer_for
@@ -53,7 +52,6 @@ def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "d
             "trainable.vision=4: an encoder whose output is cached cannot train; set",
         ),
         (asked(average_tokens_across_devices=False), "would weigh ranks equally, not tokens; leave it out"),
-        *((asked(**{key: True}), f"trainer.{key} cannot be set: ") for key in OURS),
     ],
 )
 def test_what_cannot_work_is_refused(given: RunRequest, said: str) -> None:

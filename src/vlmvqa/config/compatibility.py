@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from vlmvqa.config.schema import AnyModelSettings, DistSettings, TrainConfig
-from vlmvqa.config.trainer_arguments import problems
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
@@ -247,7 +246,6 @@ def refuse(asked: RunRequest) -> None:
 
 
 def _sentences(asked: RunRequest) -> Iterator[str]:
-    yield from problems(asked.trainer)
     yield from callbacks.problems(asked.trainer.get("report_to"))
     rules = list(RULES)
     for applies, module in EXTRAS:
