@@ -72,10 +72,8 @@ WAYS: dict[str, Callable[[Case], Tensor]] = {
 def make_case(args: argparse.Namespace, width: int, vocabulary: int) -> Case:
     shape = shapes.SHAPES[args.shape]
     documents = shapes.apart(shapes.draw_documents(shape, ROWS, vocabulary, args.seed))[:ROWS]
-    columns = pad_rows(
-        [build_row([d], shape.num_image_tokens, args.attention_pattern) for d in documents],
-        shape.num_image_tokens + TEXT,
-    )
+    rows = [build_row([d], shape.num_image_tokens, args.attention_pattern, d.image) for d in documents]
+    columns = pad_rows(rows, shape.num_image_tokens + TEXT)
     drawn = torch.Generator().manual_seed(args.seed)
     dtype = models.dtype_of(args.model)
     hidden = torch.randn(*columns["labels"].shape, width, generator=drawn).to(args.device, dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def build_model(
     Gemma 2 2B in bfloat16. All have Gemma 2's two softcaps.
 
     Args:
-        attention_pattern: the attention pattern; "causal" is what transformers' Gemma 2 does by itself.
+        attention_pattern: the attention attention_pattern; "causal" is what transformers' Gemma 2 does by itself.
     """
     torch.manual_seed(seed)
     settings = ModelSettings(
@@ -136,11 +137,12 @@ def make_batch(
         features: float[I, N, Dv], the encoder's output, if it is known.
     """
     images = torch.tensor([document.image for row in rows for document in row], device=pixels.device)
-    numbers = iter(range(len(images)))
-    laid = [[Document(next(numbers), document.questions) for document in row] for row in rows]
-    columns = pad_rows(
-        [build_row(row, model.vision.num_image_tokens, model.attention_pattern) for row in laid], multiple
-    )
+    firsts = accumulate(map(len, rows), initial=0)  # index of each row's first image
+    built = [
+        build_row(row, model.vision.num_image_tokens, model.attention_pattern, first)
+        for row, first in zip(rows, firsts, strict=False)
+    ]
+    columns = pad_rows(built, multiple)
     known = {"pixel_values": pixels[images]} if features is None else {"image_features": features[images]}
     return {**known, **{name: column.to(pixels.device) for name, column in columns.items()}}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
 
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.tokenizer import train_tokenizer
+from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
@@ -87,7 +87,7 @@ def examples(count: int = 4) -> list[Example]:
 
 def apart(given: Sequence[Example]) -> list[Example]:
     """A question each."""
-    return [one.part(place, place + 1) for one in given for place in range(len(one.questions))]
+    return [one.with_questions(place, place + 1) for one in given for place in range(len(one.questions))]
 
 
 def save(family: str, folder: Path, seed: int = 0) -> Path:

@@ -20,8 +20,7 @@ from helm.proxy.retry import NonRetriableException
 
 from vlmvqa.data.example import Question
 from vlmvqa.errors import InputError
-
-from .model import Model, digest, load
+from vlmvqa.evaluation.helm.model import Model, digest, load
 
 PROMPT = "answer en {question}\n"  # of a model that was trained without questions
 # What a failed request does: nothing that would succeed the next time, and no score without it.

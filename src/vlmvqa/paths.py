@@ -30,6 +30,12 @@ def refuse_missing(key: str, given: str) -> None:
         raise InputError(f"{key}={given} does not exist; the nearest existing path to {path} is {nearest(path)}")
 
 
+def refuse_no_root(where: str, root: str | None, hub: str | None, packed: str | None) -> None:
+    """Raise if a data set names no source to read it from."""
+    if root is None and hub is None and packed is None:
+        raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
+
+
 def refuse_missing_model(given: str) -> None:
     """Raise if a model's name is a local path that does not exist; possible Hub ids are left to the loader.
 

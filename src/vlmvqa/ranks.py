@@ -1,6 +1,6 @@
-"""The processes of a run: which one this is, how many there are, what they tell each other.
+"""The processes of a run: rank, world size and communication between them.
 
-Everything works in a single process too, so that no caller asks whether there are several.
+Every function also works in a single process, so callers need no special case.
 """
 
 from __future__ import annotations
@@ -14,60 +14,65 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 T = TypeVar("T")
-# The first rank to fail leaves its sentence here, so that the others stay silent about what follows from it.
+# The first rank to fail stores its error here, so that the other ranks don't report the errors that follow from it.
 FAILURE = "vlmvqa/failure"
 
 
 def rank() -> int:
+    """Return this process's rank."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
+    """Return this process's rank on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def is_first() -> bool:
+    """Return whether this is rank 0."""
     return rank() == 0
 
 
-def say(text: str) -> None:
-    """Print, once for all ranks."""
+def print_on_rank0(text: str) -> None:
+    """Print a text once."""
     if is_first():
         print(text, flush=True)
 
 
 def is_distributed() -> bool:
-    """Whether there is anyone to talk to."""
+    """Return whether there are several ranks in a process group."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if is_distributed():
         dist.barrier()
 
 
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
-    """What rank 0 makes, on every rank; the others wait for it. What it raises is raised on all."""
-    made: list[Any] = [None, None]
+    """Call `make` on rank 0 and return its result on every rank; an exception is raised on every rank."""
+    result_and_error: list[Any] = [None, None]
     if is_first():
         try:
-            made[0] = make()
+            result_and_error[0] = make()
         except Exception as error:
-            made[1] = error
+            result_and_error[1] = error
     if is_distributed():
-        dist.broadcast_object_list(made, src=0)
-    if made[1] is not None:
-        raise made[1]
-    found: T = made[0]
-    return found
+        dist.broadcast_object_list(result_and_error, src=0)
+    if result_and_error[1] is not None:
+        raise result_and_error[1]
+    result: T = result_and_error[0]
+    return result
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, on every rank, in order of rank."""
+    """Return every rank's value on every rank, in order of rank."""
     values: list[Any] = [value] * world_size()
     if is_distributed():
         dist.all_gather_object(values, value)
@@ -76,7 +81,7 @@ def gather(value: T) -> list[T]:
 
 @contextmanager
 def local_main_first() -> Iterator[None]:
-    """Run the block on the first rank of each machine, then on its others: for what is made once and then read."""
+    """Run the block on each machine's first rank before its other ranks, for example to fill a cache."""
     if local_rank() > 0:
         barrier()
     yield
@@ -85,13 +90,17 @@ def local_main_first() -> Iterator[None]:
 
 
 def claim_failure(sentence: str) -> str | None:
-    """Say that this rank failed. None if it is the first to, as far as can be known; else what the first one said."""
+    """Report that this rank failed.
+
+    Returns:
+        None if this is the first failure, or that is unknown; otherwise the sentence of the first.
+    """
     if not is_distributed():
         return None
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set_timeout(timedelta(seconds=5))
         first = store.compare_set(FAILURE, "", f"rank {rank()}: {sentence}").decode()
-    except RuntimeError:  # the store is gone with rank 0: better said twice than not at all
+    except RuntimeError:  # the store is gone with rank 0: an error reported twice is better than none
         return None
     return None if first == f"rank {rank()}: {sentence}" else first

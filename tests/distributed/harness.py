@@ -27,7 +27,7 @@ ENVIRONMENT = os.environ | {
 
 
 def start(command: Sequence[str], **more: str) -> subprocess.Popen[str]:
-    """Start a command; what it prints, errors among it, is in `stdout`."""
+    """Start a command, with stderr redirected to stdout."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -39,19 +39,19 @@ def start(command: Sequence[str], **more: str) -> subprocess.Popen[str]:
 
 
 def torchrun(ranks: int, *more: str) -> list[str]:
-    """Its own free port, so that tests may run side by side."""
+    """Return a torchrun command with its own free port, so that tests can run in parallel."""
     return [str(BIN / "torchrun"), "--standalone", f"--nproc_per_node={ranks}", *more]
 
 
 def train(folder: Path, data: str, *more: str) -> list[str]:
-    """The arguments of a small training: 12 steps of 8 images over 2 ranks."""
+    """Return the arguments of a small training: 12 steps of 8 images over 2 ranks."""
     batch = "trainer.per_device_train_batch_size=4"
     steps = "trainer.max_steps=12"
     return ["launch/train.py", f"run.dir={folder}", data, *LONGER, batch, steps, "trainer.report_to=none", *more]
 
 
 def work(folder: Path, cases: Sequence[Case], ranks: int) -> dict[str, Any]:
-    """Run cases of `worker.py` one after the other in one process group; their results by name."""
+    """Run cases of `worker.py` one after the other in one process group; return their results by name."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
     process = forks.ranks(ranks, ["-m", "tests.distributed.worker", str(folder), str(folder / "cases.json")])

@@ -1,6 +1,6 @@
-"""Answers of several ranks are those of one, to the bit.
+"""Several ranks generate bit for bit the same answers as one.
 
-Run as a module, this file is what each rank does:
+Run as a module, this file is the program of each rank:
 python -m torch.distributed.run --nproc_per_node 2 -m tests.distributed.test_answers FOLDER
 """
 
@@ -21,7 +21,7 @@ from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.training import distributed
 
-# Questions of each image, and how they are answered.
+# Number of questions per image, and generation settings.
 CASES: dict[str, dict[str, Any]] = {
     "an uneven number of batches": {"counts": (2, 1, 5, 3, 1, 4, 2), "batch_size": 3},
     "fewer batches than ranks": {"counts": (2, 1, 5), "batch_size": 8},
@@ -52,7 +52,7 @@ def answer(
     answers = model.answer_examples(asked, bad_records=bad, **how)
     return {
         "batches": ranks.gather(batches),  # images of each batch of each rank
-        # A list, because order counts; `hex` tells every bit.
+        # A list, because order matters; `hex` shows every bit.
         "answers": [(name, one.text, one.log_probability.hex()) for name, one in answers.items()],
         "skipped": sorted(bad.listed()),
     }
@@ -69,7 +69,7 @@ def work(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The folder of results by the number of ranks."""
+    """Folder of results by number of ranks."""
     folders = {}
     for count in (1, 2):
         folders[count] = tmp_path_factory.mktemp(f"ranks{count}")

@@ -1,4 +1,4 @@
-"""What goes wrong on real machines: a rank that fails, hangs or is killed, a full disk, a damaged checkpoint."""
+"""Failures on real machines: a rank that fails, hangs or is killed, a full disk, a damaged checkpoint."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.distributed.harness import losses, train
 from tests.distributed.test_launchers import data, done, follow, whole
 from tests.end_to_end.scripts import call, sentence
 from tests.end_to_end.scripts import done as ended
-from vlmvqa.training.checkpoints import whole_checkpoints
+from vlmvqa.training.checkpoints import complete_checkpoints
 from vlmvqa.training.log import read_log
 
 __all__ = ["data", "whole"]  # fixtures
 
 
-# Runs the script in its arguments, on rank 0 a little later.
+# Runs the script in its arguments, on rank 0 two seconds later.
 LATE = """\
 import os, runpy, sys, time
 if os.environ["LOCAL_RANK"] == "0":
@@ -33,7 +33,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path: Path, data: str, whole: Path) -> None:
-    """A picture that only one rank reads is cut in half: one sentence, from the rank that met it."""
+    """Truncate an image that only one rank reads: expect one error, from that rank."""
     root = tmp_path / "shapes"
     subprocess.run(["cp", "-r", data.removeprefix("data.root="), root], check=True)
     for picture in sorted((root / "train2014").iterdir())[:1]:
@@ -41,11 +41,11 @@ def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path: Path, data: str
     printed = done(forks.ranks(2, train(tmp_path / "run", f"data.root={root}", "dist=zero3")), code=1)
     said = [line for line in printed.splitlines() if "error: " in line and "elastic" not in line]
     assert len(said) == 1 and ".jpg" in said[0] and "data.on_bad_record=skip" in said[0], printed
-    assert "InputError" not in printed  # no traceback but torchrun's own
+    assert "InputError" not in printed  # no traceback except torchrun's
 
 
-def test_a_mistake_is_said_once(tmp_path: Path, data: str) -> None:
-    """By the first rank, however late it is: the launcher ends all at the first exit."""
+def test_a_user_error_is_printed_once(tmp_path: Path, data: str) -> None:
+    """By the first rank, however late it is: the launcher ends all ranks at the first exit."""
     late = tmp_path / "late.py"
     late.write_text(LATE)
     given = train(tmp_path / "run", data, "dist=fsdp", "trainer.optim=lion")
@@ -55,7 +55,7 @@ def test_a_mistake_is_said_once(tmp_path: Path, data: str) -> None:
 
 @pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_hangs_is_named(tmp_path: Path, data: str, whole: Path, which: int) -> None:
-    """A stopped process neither answers nor dies; the others do not wait for it for ever."""
+    """A stopped process neither answers nor exits; the other ranks do not wait for it forever."""
     folder = tmp_path / "run"
     process = forks.ranks(2, train(folder, data, "dist=fsdp", "dist.timeout_minutes=0.3"))
     follow(process, folder, 4)
@@ -72,7 +72,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, data: str, whole: Path, whic
     ],
 )
 def test_a_rank_killed_while_it_saves(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
-    """What was being written is never resumed from."""
+    """An incomplete checkpoint is never resumed from."""
     folder = tmp_path / "run"
     process = forks.ranks(2, train(folder, data, f"dist={strategy}", "trainer.save_steps=1"))
     follow(process, folder, 3)
@@ -80,27 +80,27 @@ def test_a_rank_killed_while_it_saves(tmp_path: Path, data: str, whole: Path, st
         pass
     os.kill(process.pids[0], signal.SIGKILL)
     done(process, code=1)
-    assert whole_checkpoints(folder)
+    assert complete_checkpoints(folder)
     printed = done(forks.ranks(2, train(folder, data, f"dist={strategy}", "resume=auto", "trainer.save_steps=1")))
     assert "resuming from" in printed
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, data: str, whole: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, data: str, whole: Path) -> None:
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", whole, folder], check=True)
     newest = folder / "checkpoint-12" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     again = train(folder, data, "resume=auto", "trainer.per_device_train_batch_size=8")
     printed = ended(call("train", *again[1:])).out
-    assert "checkpoint-12 is damaged (optimizer.safetensors is not as it was written)" in printed
+    assert "checkpoint-12 is damaged (optimizer.safetensors has changed since it was written)" in printed
     assert f"resuming from {folder}/checkpoint-9" in printed
     assert losses(folder) == losses(whole)
     assert (folder / "latest").resolve().name == "checkpoint-12"
 
 
-def test_a_changed_run_does_not_go_on(tmp_path: Path, data: str, whole: Path) -> None:
-    """Refused with the keys' names; and what was there is still there."""
+def test_a_run_with_changed_settings_is_not_resumed(tmp_path: Path, data: str, whole: Path) -> None:
+    """The error names the changed keys, and the run's files are unchanged."""
     folder = tmp_path / "run"
     subprocess.run(["cp", "-r", whole, folder], check=True)
 
@@ -120,12 +120,12 @@ def test_a_changed_run_does_not_go_on(tmp_path: Path, data: str, whole: Path) ->
     forced = train(folder, data, *changed, "resume_force=true", "trainer.max_steps=14")
     assert "resuming from" in ended(call("train", *forced[1:])).out and max(losses(folder)) == 14
     rates = {record["step"]: record["learning_rate"] for record in read_log(folder / "log.jsonl") if "loss" in record}
-    assert rates[1] == 0 < rates[14] < rates[13] < 1e-4  # where it stood in the schedule, of the rate given now
+    assert rates[1] == 0 < rates[14] < rates[13] < 1e-4  # the schedule's step of before, with the new base rate
 
 
 @pytest.mark.slow
 def test_a_full_disk_while_two_ranks_save(tmp_path: Path, data: str, whole: Path) -> None:
-    """One sentence, and the checkpoint before is whole."""
+    """One error, and the previous checkpoint is complete."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in (whole / "checkpoint-12").iterdir())
@@ -137,8 +137,8 @@ def test_a_full_disk_while_two_ranks_save(tmp_path: Path, data: str, whole: Path
     try:
         folder = disk / "run"
         printed = done(forks.ranks(2, train(folder, data, "dist=fsdp")), code=1)
-        assert "is full: checkpoint 6 was not kept" in printed and "checkpoint-3 is whole" in printed
-        assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-3"]
+        assert "is full: checkpoint 6 was not kept" in printed and "checkpoint-3 is complete" in printed
+        assert [path.name for path in complete_checkpoints(folder)] == ["checkpoint-3"]
         subprocess.run(["mount", "-o", f"remount,size={20 * size}", disk], check=True)
         done(forks.ranks(2, train(folder, data, "dist=fsdp", "resume=auto")))
         assert losses(folder) == pytest.approx(losses(whole), abs=1e-4)

@@ -1,4 +1,4 @@
-"""The users' commands, on two ranks of this machine; what they leave is scored."""
+"""The users' commands on two ranks of this machine, and the score of the saved model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
-    """The run that is never stopped, of one process with the batch of two ranks."""
+    """An uninterrupted run in one process with the batch of two ranks."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     ended(call("train", *train(folder, data, "trainer.per_device_train_batch_size=8")[1:]))
     return folder
@@ -47,7 +47,7 @@ def follow(process: subprocess.Popen[str] | forks.Ranks, folder: Path, step: int
 
 
 def ranks_of(folder: Path, rank: int) -> list[int]:
-    """The processes of this machine that are that rank of the run in this folder."""
+    """Return the processes on this machine that have this rank in the run of this folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -86,7 +86,7 @@ def test_deepspeed_picks_zero2(tmp_path: Path, data: str, whole: Path) -> None:
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dist"]["strategy"] == "zero2"
 
 
-def test_eval_shares_the_questions(tmp_path: Path, data: str, whole: Path) -> None:
+def test_eval_splits_the_questions(tmp_path: Path, data: str, whole: Path) -> None:
     asked = [f"checkpoint={whole}", "data=shapes", data, *SHAPES, "split=val", f"run.dir={tmp_path}/scored"]
     done(forks.ranks(2, ["launch/eval.py", *asked]))
     ours, theirs = tmp_path / "scored", whole
@@ -119,7 +119,7 @@ def test_accelerates_config_file_is_obeyed(
     assert f"strategy      {expected}, 2 ranks on cpu" in printed
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=1e-4)
     other = start(["accelerate", "launch", "--config_file", str(file), *train(tmp_path / "x", data, "+dist=zero1")])
-    if expected != "ddp":  # accelerate starts ranks for DDP too when it is told nothing
+    if expected != "ddp":  # accelerate starts ranks for DDP without any setting too
         said = f"accelerate's config file asks for {expected}, the command for zero1"
         assert said in done(other, code=1)
 
@@ -129,8 +129,8 @@ def test_accelerates_config_file_is_obeyed(
     pytest.param("zero3", marks=pytest.mark.slow),
     *(pytest.param(name, marks=pytest.mark.long) for name in ("ddp", "zero1", "zero2")),
 ])  # fmt: skip
-def test_killed_and_resumed_is_never_stopped(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
-    """Promise 5: kill -9 of one rank ends all; resumed, the run's losses are those it would have had."""
+def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path, data: str, whole: Path, strategy: str) -> None:
+    """kill -9 of one rank ends all; the resumed run has the losses of an uninterrupted one."""
     folder = tmp_path / "run"
     process = forks.ranks(2, train(folder, data, f"dist={strategy}", "dist.timeout_minutes=2"))
     follow(process, folder, 7)
@@ -146,7 +146,7 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, data: str, whole: P
 @pytest.mark.slow
 @pytest.mark.parametrize("dist", sorted(path.stem for path in (ROOT / "conf" / "dist").glob("*.yaml")))
 def test_one_process_under(tmp_path: Path, data: str, whole: Path, dist: str) -> None:
-    """`python launch/train.py dist=...`: the real strategy with a world of one; under ddp it just trains."""
+    """`python launch/train.py dist=...` runs the strategy with one rank; ddp trains without a process group."""
     batch = "trainer.per_device_train_batch_size=8"
     printed = done(forks.script(train(tmp_path / "run", data, f"+dist={dist}", batch)))
     name = dist.removesuffix("_offload")
@@ -157,7 +157,7 @@ def test_one_process_under(tmp_path: Path, data: str, whole: Path, dist: str) ->
 
 @pytest.mark.long
 def test_two_machines_and_a_worker_that_comes_back(tmp_path: Path, data: str, whole: Path) -> None:
-    """Two torchrun agents of one process each, as on two machines; a worker killed with -9 is started again."""
+    """Two torchrun agents with one process each, as on two machines; a worker killed with -9 is restarted."""
     folder, port = tmp_path / "run", free_port()
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--max-restarts=2", "--rdzv_backend=c10d", "--rdzv_id=two",
                   f"--rdzv_endpoint=127.0.0.1:{port}"]  # fmt: skip
@@ -173,13 +173,13 @@ def test_two_machines_and_a_worker_that_comes_back(tmp_path: Path, data: str, wh
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_preempted_run_saves_and_ends_well(tmp_path: Path, data: str, whole: Path, number: signal.Signals) -> None:
-    """SLURM's notice: one rank hears it, all stop after the same step, and the run goes on as if never stopped."""
+def test_a_preempted_run_saves_and_exits_with_0(tmp_path: Path, data: str, whole: Path, number: signal.Signals) -> None:
+    """SLURM's signal: one rank receives it, all stop after the same step, and the run can be resumed."""
     folder = tmp_path / "run"
     more = ("dist=fsdp", "trainer.dataloader_num_workers=1", "trainer.save_total_limit=1")
     process = forks.ranks(2, train(folder, data, *more))
     follow(process, folder, 4)
-    os.killpg(process.pids[1], number)  # and with it the workers that read for it: as SLURM and torchrun do it
+    os.killpg(process.pids[1], number)  # with its data workers, as SLURM and torchrun do
     printed = done(process)
     assert f"stopped by {number.name}, saved in {folder}/latest" in printed
     stopped = max(losses(folder))

@@ -1,4 +1,4 @@
-"""Every strategy with every kind of training: it saves, resumes and loads elsewhere, or is refused with its sentence.
+"""Every strategy with every kind of training saves, resumes and loads under another strategy, or is refused.
 
 The table in docs/scaling.md is written by this test (VLMVQA_WRITE_DOCS=1) and compared with it otherwise.
 """
@@ -42,7 +42,7 @@ def named(row: tuple[str, bool]) -> str:
 
 
 def three(row: tuple[str, bool], name: str, elsewhere: tuple[str, bool], **turned: Any) -> list[Case]:
-    """A training that saves, and two that go on from its second step: as it was, and under another strategy."""
+    """Return a training that saves, and two that resume from its second step: unchanged, and under another strategy."""
     more = {**turned, "resume": (name, 2), "saves": False}
     return [
         Case(name, *row, **turned),
@@ -61,7 +61,7 @@ def cases() -> list[Case]:
 def adapter_cases() -> list[Case]:
     found = []
     for row, (kind, turned) in product(ROWS, ADAPTERS.items()):
-        # What works for all: weights of 4 bits are refused under some.
+        # A strategy that supports all kinds: some refuse 4-bit weights.
         elsewhere = ("zero2", False) if row == ("ddp", False) else ("ddp", False)
         trainings = three(row, f"{named(row)}, {kind}", elsewhere, **turned)
         refused = turned["trained"] == "qlora" and row[0] in ("fsdp", "zero3")
@@ -96,7 +96,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def cell(results: dict[str, Any], name: str) -> str:
-    """What holds of a combination; asserts that it does."""
+    """Return the table's text for a combination, and assert that it is true."""
     saved = results[name]
     if "refused" in saved:
         return f"refused: {saved['refused']}"
@@ -104,7 +104,7 @@ def cell(results: dict[str, Any], name: str) -> str:
     rest = {step: loss for step, loss in saved["losses"].items() if step > 2}
     assert len(rest) == 2 and saved["whole_model_is_the_checkpoint"], name
     assert resumed["losses"] == pytest.approx(rest, abs=1e-5), name
-    # Another strategy rounds elsewhere; and cuts 8-bit moments into other blocks.
+    # Another strategy rounds differently, and divides 8-bit moments into other blocks.
     assert elsewhere["losses"] == pytest.approx(rest, abs=1e-2 if "bf16" in name else 1e-3), name
     weights = load_file(saved["weights"])
     if "LoRA" in name:
@@ -159,12 +159,12 @@ def compare(found: str, begin: str, end: str) -> None:
     if os.environ.get("VLMVQA_WRITE_DOCS"):
         Path(DOCS).write_text(f"{before}{begin}{found}{end}{after}")
     else:
-        assert written == found, "docs/scaling.md: write the table anew with VLMVQA_WRITE_DOCS=1"
+        assert written == found, "docs/scaling.md: rewrite the table with VLMVQA_WRITE_DOCS=1"
 
 
 @pytest.mark.long
 def test_every_attention_mode_under_every_strategy(tmp_path: Path) -> None:
-    """prefix_lm with one question an image, the others with several."""
+    """prefix_lm with one question per image, the others with several."""
     named_cases = [
         Case(
             f"{attention_pattern}-{named(row)}",
@@ -188,4 +188,4 @@ def test_every_attention_mode_under_every_strategy(tmp_path: Path) -> None:
             )
     assert len({found[f"{attention_pattern}-ddp"]["losses"][2] for attention_pattern in ATTENTION_PATTERNS}) == len(
         ATTENTION_PATTERNS
-    )  # they are not the same thing
+    )  # the patterns differ

@@ -1,4 +1,4 @@
-"""A pretrained model, trained whole where it is sharded: what it scores meanwhile is what the saved model scores."""
+"""A pretrained model, trained in full while sharded: its score during training is the saved model's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = ("trainer.max_steps=20", "trainer.eval_steps=20", "trainer.per_device_tr
         pytest.param("zero3", marks=pytest.mark.slow),
     ],
 )
-def test_the_score_meanwhile_is_the_saved_models(dist: str, tmp_path: Path) -> None:
+def test_the_score_during_training_is_the_saved_models(dist: str, tmp_path: Path) -> None:
     given = ("model=tiny_paligemma", f"dist={dist}", f"data.root={tmp_path / 'shapes'}", *DATA, *QUIET, *STEPS)
     process = forks.ranks(2, ["launch/train.py", *given, f"run.dir={tmp_path / 'run'}"])
     printed, _ = process.communicate()

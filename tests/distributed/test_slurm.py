@@ -31,7 +31,7 @@ case "$1" in show) echo 127.0.0.1 ;; requeue) echo "$2" >> requeued ;; esac
 
 
 @pytest.mark.slow
-def test_a_job_of_slurm_saves_and_comes_back(tmp_path: Path, data: str, whole: Path) -> None:
+def test_a_slurm_job_saves_and_is_requeued(tmp_path: Path, data: str, whole: Path) -> None:
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)

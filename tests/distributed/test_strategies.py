@@ -1,4 +1,4 @@
-"""DDP = FSDP = ZeRO-1 = ZeRO-2 = ZeRO-3 = one process with the whole batch, and any of them resumes any other."""
+"""DDP = FSDP = ZeRO-1 = ZeRO-2 = ZeRO-3 = one process, and each resumes the others' checkpoints."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from tests.distributed.worker import Case, model
 from vlmvqa.config.schema import STRATEGIES
 
 STEPS = 8
-# The one of the next row resumes what this one saved.
+# The strategy that resumes each strategy's checkpoint.
 NEXT = dict(zip(STRATEGIES, (*STRATEGIES[1:], STRATEGIES[0]), strict=True))
-# An epoch is 14 rows and 2 that fill up its fourth step: in that, a rank's micro-batch has no supervised token.
+# An epoch has 14 rows and 2 that fill its fourth step, in which one rank's micro-batch has no supervised token.
 PACKED: dict[str, Any] = {"row_tokens": 80, "weighting": "question_sqrt", "steps": 6}
 TURNED: dict[str, dict[str, Any]] = {
     "accumulated": {"batch": 1, "trainer": {"gradient_accumulation_steps": 2}},
     "recomputed": {"trainer": {"activation_checkpointing": True}},
-    # SGD, because AdamW hardly notices how long a gradient is.
+    # SGD, because AdamW is nearly invariant to the gradient's norm.
     "percentile": {"clip_percentile": 50, "optim": "sgd", "trainer": {"learning_rate": 0.3, "max_grad_norm": 0.0}},
     "image_prefix": {"attention_pattern": "image_prefix"},
     "partial": {"trained": "projector"},
     "half": {"bf16": True, "optim": "adamw_bnb_8bit"},
 }
 
-# Traced and differentiated; inductor's C++ takes minutes to build. Refused under zero3.
+# Traced and differentiated only, since inductor takes minutes to build C++. Refused under zero3.
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 COMPILING = [strategy for strategy in STRATEGIES if strategy != "zero3"]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Each strategy on 2 ranks, as it is, resuming from another's checkpoint, and with packed rows."""
+    """Each strategy on 2 ranks: plain, resuming from another's checkpoint, and with packed rows."""
     cases = [Case(strategy, strategy, steps=STEPS) for strategy in STRATEGIES]
     cases += [Case(f"{NEXT[s]}-on-{s}", NEXT[s], steps=STEPS, resume=(s, 4)) for s in STRATEGIES]
     cases += [Case(f"{strategy}-packed", strategy, **PACKED) for strategy in STRATEGIES]
@@ -45,14 +45,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory, two: dict[str, Any]) -> dict[str, Any]:
-    """The same on one, with the batch of both; and a run of 2 ranks that goes on there."""
+    """The same in one process with the global batch; and checkpoints of 2 ranks resumed in one process."""
     folder = tmp_path_factory.mktemp("one")
     alone = [Case("plain", batch=4, steps=STEPS), Case("packed", batch=4, **PACKED)]
     for strategy in STRATEGIES:
         saved = Path(two[strategy]["weights"]).parent.with_name("checkpoint-4")
         (folder / strategy).mkdir()
         (folder / strategy / saved.name).symlink_to(saved)
-        # As many rows a step as the two ranks saw, cut into accumulated halves.
+        # As many rows per step as on two ranks, in two accumulated micro-batches.
         halves = {"gradient_accumulation_steps": 2}
         alone.append(Case(f"on-{strategy}", steps=STEPS, resume=(strategy, 4), trainer=halves))
     return work(folder, alone, 1)
@@ -60,7 +60,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, two: dict[str, Any]) -> dict[s
 
 @pytest.fixture(scope="module")
 def two_turned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Each strategy on 2 ranks, with each thing turned."""
+    """Each strategy on 2 ranks, with each variant of the settings."""
     cases = [Case(f"{s}-{name}", s, **turned) for s in STRATEGIES for name, turned in TURNED.items()]
     cases.append(Case("fsdp-percentile-on-ddp", "fsdp", resume=("ddp-percentile", 2), **TURNED["percentile"]))
     cases += [Case(f"{strategy}-offload", strategy, offload=True) for strategy in ("fsdp", "zero3")]
@@ -70,21 +70,21 @@ def two_turned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one_turned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same on one, with the batch of both."""
+    """The same in one process with the global batch."""
     turned = {name: {**values, "batch": 2 * values.get("batch", 2)} for name, values in TURNED.items()}
     return work(tmp_path_factory.mktemp("one"), [Case(name, **values) for name, values in turned.items()], 1)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_are_one(two: dict[str, Any], one: dict[str, Any], strategy: str) -> None:
-    """Promise 4: losses, gradient norms and the weights after 8 steps."""
+    """Losses, gradient norms and the weights after 8 steps."""
     expected, found = one["plain"], two[strategy]
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4) and len(found["losses"]) == STEPS
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
     weights, whole = load_file(found["weights"]), load_file(expected["weights"])
     start = dict(model("blockwise_prefix").named_parameters())
     assert max(float((whole[name] - start[name].detach()).abs().max()) for name in whole) > 2e-3
-    # AdamW divides by the gradient's size, so rounding shows where a gradient is next to nothing.
+    # AdamW divides by the gradient's magnitude, which amplifies rounding where a gradient is close to zero.
     worst = {name: float((weights[name] - whole[name]).abs().max()) for name in whole}
     assert max(worst.values()) < 1e-3, max(worst, key=lambda name: worst[name])
 
@@ -103,7 +103,7 @@ def test_whatever_is_turned(two_turned: dict[str, Any], one_turned: dict[str, An
 
 
 def test_packed_rows_go_on_where_they_stood(two: dict[str, Any]) -> None:
-    """From the middle of an epoch, under another strategy, into the next epoch."""
+    """Resume in the middle of an epoch, under another strategy, and continue into the next epoch."""
     rest = {step: loss for step, loss in two["ddp-packed"]["losses"].items() if step > 2}
     assert two["fsdp-packed-on-ddp"]["losses"] == pytest.approx(rest, abs=1e-4) and len(rest) == 4
 
@@ -128,7 +128,7 @@ def test_compiled_is_the_same(two_turned: dict[str, Any], strategy: str) -> None
 def test_percentile_clipping_is_of_the_global_norm(
     two_turned: dict[str, Any], one_turned: dict[str, Any], strategy: str
 ) -> None:
-    """The norms that it remembers are the logged ones, on every strategy those of one process."""
+    """The recorded norms are the logged ones, and under every strategy those of one process."""
     result = two_turned[f"{strategy}-percentile"]
     assert result["limits"] == pytest.approx(list(result["norms"].values()), rel=1e-4)
     assert result["limits"] == pytest.approx(one_turned["percentile"]["limits"], rel=1e-3)
@@ -136,7 +136,7 @@ def test_percentile_clipping_is_of_the_global_norm(
 
 @pytest.mark.slow
 def test_the_norms_are_remembered(two_turned: dict[str, Any]) -> None:
-    """A resumed run clips by the norms of before, too: the same bounds, so the same losses."""
+    """A resumed run restores the norm history: the same bounds, so the same losses."""
     before, resumed = two_turned["ddp-percentile"], two_turned["fsdp-percentile-on-ddp"]
     assert resumed["limits"] == pytest.approx(before["limits"], rel=1e-4) and len(resumed["limits"]) == 4
     rest = {step: loss for step, loss in before["losses"].items() if step > 2}
@@ -145,7 +145,7 @@ def test_the_norms_are_remembered(two_turned: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_checkpoint_goes_on_elsewhere(two: dict[str, Any], one: dict[str, Any], strategy: str) -> None:
-    """Promise 7: under the next strategy, and in one process, from the same example and with the same losses."""
+    """Under the next strategy and in one process: the same next example and the same losses."""
     rest = {step: loss for step, loss in two[strategy]["losses"].items() if step > 4}
     elsewhere = two[f"{NEXT[strategy]}-on-{strategy}"]["losses"]
     assert elsewhere == pytest.approx(rest, abs=1e-4) and len(elsewhere) == 4
@@ -154,7 +154,7 @@ def test_a_checkpoint_goes_on_elsewhere(two: dict[str, Any], one: dict[str, Any]
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_weights_are_whole_and_load_on_one_cpu(two: dict[str, Any], strategy: str) -> None:
-    """A checkpoint's weights are those that are evaluated, under plain names, in the model's own type."""
+    """A checkpoint contains the weights that are evaluated, under plain names, in the model's own dtype."""
     assert two[strategy]["whole_model_is_the_checkpoint"]
     assert not model("blockwise_prefix").load_state_dict(load_file(two[strategy]["weights"])).missing_keys
 
@@ -186,7 +186,7 @@ def test_the_table_says_that_it_is_halved(two_turned: dict[str, Any], strategy: 
     half = two_turned[f"{strategy}-half"]["table"]
     assert "bfloat16, weights kept in float32" in half and "8-bit moments" in half
     assert ("adamw_bnb_8bit cannot step on shards" in half) == (strategy == "fsdp")
-    # DeepSpeed's images are halved, but not what a token counts: what the loss is divided by is not, either.
+    # DeepSpeed casts images, but not the loss weights, whose sum divides the loss.
     types = two_turned[f"{strategy}-half"]["types_of_the_batch"]
     assert types["weights"] == "torch.float32"
     assert types["pixel_values"] == ("torch.bfloat16" if strategy.startswith("zero") else "torch.float32")

@@ -1,8 +1,8 @@
-"""What each rank runs: small trainings of the real classes, one after the other in one process group.
+"""Program of each rank: small trainings with the real classes, one after the other in one process group.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.distributed.worker FOLDER CASES.json
 
-A case names a strategy and what to turn; its result is written by rank 0 into FOLDER/results.json.
+A case names a strategy and settings; rank 0 writes its result to FOLDER/results.json.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.tokenizer import train_tokenizer
-from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.data.tokenization import train_tokenizer
+from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
@@ -40,7 +40,8 @@ from vlmvqa.models.vlm import VLM
 from vlmvqa.training import distributed, runtime_checks
 from vlmvqa.training.checkpoint_state import WEIGHTS
 from vlmvqa.training.log import read_log
-from vlmvqa.training.trainer import VqaTrainer
+from vlmvqa.training.optimizer import optimizer_for
+from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Case:
     """One training.
 
     Attributes:
-        batch: rows a rank.
-        resume: the name of the case whose checkpoint it goes on from, and the step.
-        saves: whether it writes checkpoints; what only its losses are wanted of need not.
-        trainer: more of TrainingArguments.
+        batch: rows per rank.
+        resume: name of the case whose checkpoint it resumes from, and the step.
+        saves: whether it writes checkpoints; false where a test only needs its losses.
+        trainer: additional TrainingArguments.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Case:
     trainer: dict[str, Any] | None = None
 
 
-# Wide enough for 8-bit states: they begin at 4,096 elements, of a shard too.
+# Wide enough for 8-bit states, which start at 4,096 elements, per shard too.
 WIDE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
 
 
@@ -85,7 +86,7 @@ def model(attention_pattern: str) -> VLM:
 
 
 def run(case: Case, root: Path) -> dict[str, Any]:
-    """Train; the losses by step, what the checks printed, and the final weights' file."""
+    """Train; return the losses by step, the table of the runtime checks, and the path of the final weights."""
     trainer = make_trainer(case, root / case.name)
     start = str(root / case.resume[0] / f"checkpoint-{case.resume[1]}") if case.resume else None
     trainer.train(resume_from_checkpoint=start)
@@ -94,7 +95,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
     if not case.saves:
         return {"losses": losses, "table": runtime_checks.check(trainer)}
     weights = root / case.name / f"checkpoint-{case.steps}" / WEIGHTS
-    with trainer._whole_model() as whole:
+    with trainer._full_model() as whole:
         saved = load_file(weights)
         here = dict(whole.named_parameters())
         same = all(torch.equal(here[name].cpu(), weight.to(here[name].dtype)) for name, weight in saved.items())
@@ -130,16 +131,18 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.num_image_tokens, vlm.attention_pattern
     )
     most = 1 if case.attention_pattern == "prefix_lm" else None
-    options: dict[str, Any] = {"row_tokens": case.row_tokens, "questions_per_row": most, "weighting": case.weighting}
+    rows = RowSettings(row_tokens=case.row_tokens, questions_per_row=most, loss_weighting=case.weighting)
     return VqaTrainer(
         vlm,
         arguments,
-        TrainingSet(given, processor, "most_common", 0, BadRecords(), **options),
+        TrainDataset(given, processor, rows, BadRecords()),
         processor,
-        dist=dist,
-        settings=tiny.settings(case.attention_pattern, initializer_range=0.02, **WIDE),
-        clip_percentile=case.clip_percentile,
-        adapt=adapt,
+        TrainerOptions(
+            dist=dist,
+            clip_percentile=case.clip_percentile,
+            settings=tiny.settings(case.attention_pattern, initializer_range=0.02, **WIDE),
+            adapt=adapt,
+        ),
     )
 
 
@@ -149,7 +152,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         "max_steps": case.steps,
         "learning_rate": 1e-3,
         "save_steps": 2,
-        "optim": runtime_checks.optimizer_for(case.optim, dist),
+        "optim": optimizer_for(case.optim, dist),
         "bf16": case.bf16,
         **({} if case.saves else {"save_strategy": "no"}),
         **(case.trainer or {}),
@@ -174,18 +177,18 @@ def main(root: Path, cases: list[Case]) -> None:
     # This is set here, not on import: tests that import this module compile for real.
     torch.compile = functools.partial(torch.compile, backend="eager")
     transformers_logging.set_verbosity_error()
-    gc.freeze()  # each training collects garbage: it need not look through all that was imported
+    gc.freeze()  # excludes the imported modules from the garbage collection after each training
     needs_group = any(case.strategy != "ddp" for case in cases)
     distributed.start(DistSettings("zero2" if needs_group else "ddp"), cpu=True)
     results: dict[str, Any] = {}
     for case in cases:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which a training before has left
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # set by the training before
         try:
             results[case.name] = {"case": asdict(case), **run(case, root)}
         except InputError as error:
             results[case.name] = {"case": asdict(case), "refused": str(error)}
         except Exception:
-            # All ranks fail alike here; a rank that fails alone ends them all.
+            # Expected to fail on all ranks alike; a rank that fails alone ends the test.
             results[case.name] = {"case": asdict(case), "failed": traceback.format_exc()}
         gc.collect()
         ranks.barrier()

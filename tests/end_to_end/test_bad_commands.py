@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.end_to_end.scripts import SMALL, TRAIN_IMAGE, call, content, done, launch, sentence, truncate
-from vlmvqa.training.checkpoints import whole_checkpoints
+from vlmvqa.training.checkpoints import complete_checkpoints
 from vlmvqa.training.log import read_log
 
 # --- checkpoints and run folders ----------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_a_loss_that_is_not_a_number_stops_training_at_the_last_good_checkpoint(
     changed = ("trainer.max_steps=8", "trainer.save_steps=1", "trainer.save_total_limit=8")
     data = ("data=vqav2", f"data.root={whole}", f"run.dir={folder}")
     ended = call("train", *data, *SMALL, *changed, "trainer.learning_rate=1e30")
-    kept = whole_checkpoints(folder)
+    kept = complete_checkpoints(folder)
     said = sentence(ended)
     assert kept and f"the last good checkpoint is {kept[-1]};" in said
     assert "nan" in said or "inf" in said
@@ -193,7 +193,7 @@ def test_a_full_disk_costs_one_sentence_and_no_good_checkpoint(tmp_path: Path, w
     script = f'{inside}; "$@"; status=$?; cp -r {disk}/run {kept}; exit $status'
     before = (*namespace[:1], f"SIZE={room}", *namespace[2:], script, "sh")
     said = sentence(launch("train", *data, f"run.dir={disk / 'run'}", before=before))
-    assert "full" in said and f"{disk / 'run' / 'checkpoint-1'} is whole" in said and "resume=auto" in said
+    assert "full" in said and f"{disk / 'run' / 'checkpoint-1'} is complete" in said and "resume=auto" in said
     assert [path.name for path in kept.glob("*checkpoint*")] == ["checkpoint-1"]
-    assert [path.name for path in whole_checkpoints(kept)] == ["checkpoint-1"]
+    assert [path.name for path in complete_checkpoints(kept)] == ["checkpoint-1"]
     assert sorted(path.name for path in (kept / "checkpoint-1").iterdir()) == sorted(sizes)

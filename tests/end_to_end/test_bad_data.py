@@ -1,4 +1,4 @@
-"""Data that is wrong, odd, or without answers: one sentence that names it and exit status 1, or all goes well."""
+"""Bad, unusual and unanswered data: one sentence that names the record and exit status 1, or success."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def drop(name: str, key: str) -> Callable[[Path], None]:
     return lambda root: change(root / name, edit)
 
 
-# what is wrong: (how it comes about, what the sentence must name)
+# what is wrong: (damage to the files, parts of the sentence)
 DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "missing image": (
         lambda root: (root / TRAIN_IMAGE).unlink(),
@@ -67,7 +67,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "not an image": (
         lambda root: (root / TRAIN_IMAGE).write_text("<html>404 Not Found</html>"),
-        (f"{TRAIN_IMAGE} is not a picture",),
+        (f"{TRAIN_IMAGE} is not an image",),
     ),
     "empty image": (lambda root: (root / TRAIN_IMAGE).write_bytes(b""), (f"{TRAIN_IMAGE} is empty",)),
     "no annotations file": (
@@ -76,7 +76,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "question without annotation": (
         drop(TRAIN_ANNOTATIONS, "annotations"),
-        (f"{TRAIN_QUESTIONS}, question 3000: {TRAIN_ANNOTATIONS} does not answer it",),
+        (f"{TRAIN_QUESTIONS}, question 3000: {TRAIN_ANNOTATIONS} has no annotation for it",),
     ),
     "annotation without question": (
         drop(TRAIN_QUESTIONS, "questions"),
@@ -112,13 +112,13 @@ def test_damaged_data_stops_training_with_one_sentence(tmp_path: Path, root: Pat
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_truncated_jpeg_met_in_the_dataloader_is_named(tmp_path: Path, root: Path, split: str, workers: int) -> None:
-    picture = root / (TRAIN_IMAGE if split == "train" else VAL_IMAGE)
-    truncate(picture)
+    image = root / (TRAIN_IMAGE if split == "train" else VAL_IMAGE)
+    truncate(image)
     changed = (*SMALL, f"trainer.dataloader_num_workers={workers}")
-    # In one of the cases as a user meets it, with the progress bar.
+    # One case in a process of its own, with the progress bar, as for a user.
     start = launch if (split, workers) == ("train", 1) else call
     ended = start("train", "data=vqav2", f"data.root={root}", f"run.dir={tmp_path / 'run'}", *changed)
-    assert sentence(ended).startswith(f"error: {picture} cannot be read (")
+    assert sentence(ended).startswith(f"error: {image} cannot be read (")
     assert "data.on_bad_record=skip" in sentence(ended)
 
 
@@ -139,13 +139,13 @@ def test_show_and_predict_name_the_image(tmp_path: Path, root: Path, trained: Pa
     page = tmp_path / "page.jpg"
     page.write_text("<html>404 Not Found</html>")
     ended = launch("predict", f"checkpoint={trained}", f"image={page}", "question=What is it?", folder)
-    assert sentence(ended).startswith(f"error: {page} is not a picture") and str(page) not in ended.out
+    assert sentence(ended).startswith(f"error: {page} is not an image") and str(page) not in ended.out
     for image, problem in ((tmp_path / "none.jpg", "does not exist"), (tmp_path / "vqav2", "holds no image files")):
         ended = call("predict", f"checkpoint={trained}", f"image={image}", "question=What is it?", folder)
         assert f"{image} {problem}" in sentence(ended)
 
 
-def test_predict_keeps_the_answers_of_before_when_it_is_refused(tmp_path: Path, trained: Path, root: Path) -> None:
+def test_a_failed_predict_keeps_the_previous_answers(tmp_path: Path, trained: Path, root: Path) -> None:
     asked = ("question=What is it?", f"run.dir={tmp_path / 'out'}", f"checkpoint={trained}")
     done(call("predict", f"image={root / TRAIN_IMAGE}", *asked))
     before = content(tmp_path / "out")
@@ -166,11 +166,11 @@ def test_data_must_be_chosen_to_evaluate(tmp_path: Path, trained: Path) -> None:
     assert "data" in sentence(ended) and "shapes" in sentence(ended) and "vqav2" in sentence(ended)
 
 
-# --- odd, but good ------------------------------------------------------------------------------------
+# --- unusual, but valid ---------------------------------------------------------------------------------
 
 
-def odd_pictures() -> dict[str, bytes]:
-    """Bytes of pictures as they are met among photographs; the data set names them all .jpg."""
+def odd_images() -> dict[str, bytes]:
+    """Unusual image files that occur in collections of photographs, all named .jpg."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -192,12 +192,12 @@ def _encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def test_odd_pictures_long_questions_and_other_scripts_are_trained_and_scored(tmp_path: Path) -> None:
+def test_odd_images_long_questions_and_other_scripts_are_trained_and_scored(tmp_path: Path) -> None:
     root = synthetic_vqav2.write(tmp_path / "vqav2", train_images=8, val_images=7, questions_per_image=2)
     texts = ["word " * 5000 + "?", "Какого цвета 猫? 🐈"]
     for split in ("train2014", "val2014"):
-        for path, picture in zip(sorted((root / split).iterdir()), odd_pictures().values(), strict=False):
-            path.write_bytes(picture)
+        for path, image in zip(sorted((root / split).iterdir()), odd_images().values(), strict=False):
+            path.write_bytes(image)
 
         def ask(parsed: Any) -> None:
             for record, text in zip(parsed["questions"], texts, strict=False):
@@ -221,8 +221,8 @@ def test_odd_pictures_long_questions_and_other_scripts_are_trained_and_scored(tm
 
 
 def test_bad_records_are_left_out_counted_and_listed(tmp_path: Path, root: Path) -> None:
-    for picture in (TRAIN_IMAGE, VAL_IMAGE):
-        truncate(root / picture)
+    for image in (TRAIN_IMAGE, VAL_IMAGE):
+        truncate(root / image)
     skip = ("data=vqav2", f"data.root={root}", "data.on_bad_record=skip")
     folder = tmp_path / "run"
     ended = done(call("train", *skip, f"run.dir={folder}", *SMALL, "trainer.dataloader_num_workers=1"))
@@ -240,7 +240,7 @@ def test_bad_records_are_left_out_counted_and_listed(tmp_path: Path, root: Path)
     assert metrics(folder)["metrics"]["vqa_accuracy"]["overall"] is not None
 
 
-def test_mended_data_are_no_longer_said_to_be_left_out(tmp_path: Path, root: Path, whole: Path, trained: Path) -> None:
+def test_repaired_data_are_no_longer_listed_as_skipped(tmp_path: Path, root: Path, whole: Path, trained: Path) -> None:
     truncate(root / VAL_IMAGE)
     asked = (
         f"checkpoint={trained}",
@@ -262,7 +262,7 @@ def test_mended_data_are_no_longer_said_to_be_left_out(tmp_path: Path, root: Pat
 
 @pytest.fixture
 def with_test(root: Path) -> Path:
-    """The data set with a test split: the questions of val, which nobody answered."""
+    """The dataset with a test split: the questions of val without answers."""
     (root / "test2015").mkdir()
     for path in (root / "val2014").iterdir():
         shutil.copy(path, root / "test2015" / path.name.replace("val2014", "test2015"))

@@ -85,7 +85,7 @@ def test_a_command_that_cannot_be_meant_is_refused(tmp_path: Path, arguments: tu
     ("damage", "expected"),
     [
         ("no root", "elsewhere does not exist"),
-        ("too many", "'val[random:1000]' cannot be drawn from its 6 questions; choose another number"),
+        ("too many", "'val[random:1000]' cannot be sampled from its 6 questions; choose another number"),
         ("missing image", "is missing (1 of the 4 images are); download it"),
         ("half an image", "COCO_val2014_000001000002.jpg cannot be read"),
         ("no punkt_tab", "nltk's punkt_tab, which HELM cuts answers into words with, is not installed; fetch it once"),

@@ -16,7 +16,7 @@ from PIL import Image
 import vlmvqa
 import vlmvqa.hub
 from tests.end_to_end.scripts import SMALL, call, done, sentence
-from vlmvqa.data.tokenizer import load_tokenizer
+from vlmvqa.data.tokenization import load_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hub import dataset
 from vlmvqa.extras.hub.upload import refuse_upload

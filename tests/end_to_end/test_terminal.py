@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests import forks
 from tests.end_to_end.scripts import LONGER, command, losses
-from vlmvqa.training.checkpoints import step_of, whole_checkpoints
+from vlmvqa.training.checkpoints import complete_checkpoints, step_of
 
 # The keyboard interrupts every process of its terminal: the one that trains, and those that read for it.
 GIVEN = (*LONGER, "trainer.num_train_epochs=400", "trainer.eval_strategy=no", "trainer.save_steps=100000")
@@ -42,7 +42,7 @@ def test_a_bar_at_a_terminal_and_ctrl_c_that_saves(tmp_path: Path) -> None:
     assert "Traceback" not in printed
     assert printed.count("Ctrl-C: finishing this step and saving, then stopping; press it again to stop at once") == 1
     assert f"stopped by Ctrl-C, saved in {folder / 'latest'}; resume with resume=auto" in printed
-    (checkpoint,) = whole_checkpoints(folder)
+    (checkpoint,) = complete_checkpoints(folder)
     assert step_of(checkpoint) == max(losses(folder)) < 800
 
 

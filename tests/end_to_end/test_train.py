@@ -21,7 +21,7 @@ import vlmvqa
 from tests.end_to_end.scripts import LONGER, SHAPES, call, complaints, done, launch, losses, start
 from vlmvqa.data.datasets import vqav2
 from vlmvqa.metrics.registry import score
-from vlmvqa.training.checkpoints import whole_checkpoints
+from vlmvqa.training.checkpoints import complete_checkpoints
 from vlmvqa.training.log import read_log
 
 
@@ -55,7 +55,7 @@ def test_a_run_leaves_what_the_design_lists(trained: tuple[Path, str]) -> None:
     assert metrics["prompt"] == "{question}\n" and metrics["split"] == "val"
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_steps"] == 12
     assert sorted(losses(folder)) == list(range(1, 13))
-    assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-9", "checkpoint-12"]
+    assert [path.name for path in complete_checkpoints(folder)] == ["checkpoint-9", "checkpoint-12"]
     assert "vision" in printed and "frozen" not in printed and "VQA accuracy" in printed
     assert list((folder / "runs").rglob("events.out.tfevents*"))
     HTMLParser().feed((folder / "report.html").read_text())
@@ -127,7 +127,7 @@ def test_the_best_checkpoint_is_known_and_may_be_the_model(tmp_path: Path, data:
     best = max(scores, key=lambda step: (scores[step], -step))  # of equal ones the first
     assert (folder / "best").resolve().name == f"checkpoint-{best}"
     assert (folder / "latest").resolve().name == "checkpoint-12"
-    assert {path.name for path in whole_checkpoints(folder)} == {f"checkpoint-{best}", "checkpoint-12"}
+    assert {path.name for path in complete_checkpoints(folder)} == {f"checkpoint-{best}", "checkpoint-12"}
     weights = load_file(folder / "best" / "model.safetensors")
     model = load_file(folder / "model" / "model.safetensors")
     assert all(torch.equal(weights[name], weight) for name, weight in model.items())

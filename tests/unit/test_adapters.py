@@ -27,7 +27,7 @@ from vlmvqa.extras.pretrained.model import OURS, PretrainedSettings, PretrainedV
 from vlmvqa.models.build import build
 from vlmvqa.models.interface import DTYPES, PARTS, cast_parameters, set_trainable
 from vlmvqa.models.vlm import VLM
-from vlmvqa.training.banner import banner
+from vlmvqa.training.console import parts_table
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")
@@ -427,5 +427,5 @@ def test_weights_in_four_bits_count_whole(folder: Path) -> None:
     for settings in (LORA, QLORA):
         model, _ = pretrained.load(folder)
         peft_adapters.attach(model, settings)
-        totals.append(banner(model, []).splitlines()[-1].split()[1:3])
+        totals.append(parts_table(model, []).splitlines()[-1].split()[1:3])
     assert totals[0] == totals[1]

@@ -1,4 +1,4 @@
-"""The cache on disk: what comes out is what went in or nothing, and no run stops over it."""
+"""Disk cache: entries load unchanged or not at all, and no error of the disk stops a run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_arrays_are_found_under_their_kind_and_key_alone(cache: Cache) -> None:
     assert cache.load("tokens", {**KEY, "max_samples": 1}) is None
 
 
-def test_an_entry_with_a_byte_changed_or_missing_is_made_anew(cache: Cache) -> None:
+def test_an_entry_with_a_byte_changed_or_missing_is_not_loaded(cache: Cache) -> None:
     cache.save("tokens", KEY, COLUMNS)
     path = entry(cache)
     content = path.read_bytes()
@@ -102,7 +102,7 @@ def test_a_user_without_a_home_folder_has_no_cache(monkeypatch: pytest.MonkeyPat
 
 @contextmanager
 def small_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond so many bytes: what a full disk does, without filling one."""
+    """Limit the size of files, which fails like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -129,7 +129,7 @@ def test_a_folder_that_cannot_be_made_costs_one_sentence(tmp_path: Path, capsys:
     assert cache.load("tokens", KEY) is None
 
 
-def test_what_a_killed_process_left_goes_after_a_day(cache: Cache) -> None:
+def test_unfinished_entries_of_killed_processes_are_deleted_after_a_day(cache: Cache) -> None:
     assert cache.folder is not None
     cache.folder.mkdir()
     old, new = cache.folder / ".tokens-old", cache.folder / ".tokens-new"
@@ -140,14 +140,14 @@ def test_what_a_killed_process_left_goes_after_a_day(cache: Cache) -> None:
     assert not old.exists() and new.exists()
 
 
-def test_the_entries_not_used_for_longest_make_room(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_entries_are_deleted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         cache.save("tokens", number, COLUMNS)
         assert cache.folder is not None
         newest = max(cache.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
         os.utime(newest, (time.time() - 1000 + number,) * 2)
     cache.load("tokens", 0)  # the oldest, but just used
-    monkeypatch.setattr(cache_module, "LARGEST", int(3.5 * newest.stat().st_size))
+    monkeypatch.setattr(cache_module, "MAX_BYTES", int(3.5 * newest.stat().st_size))
     cache.save("tokens", 3, COLUMNS)
     assert [cache.load("tokens", number) is not None for number in range(4)] == [True, False, True, True]
 
@@ -178,7 +178,7 @@ TEXTS = {9000: "What colour\tis the café? \ud83d", 7000: "Is it 日本? 🐈", 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """VQAv2's files, with all that is strange in them."""
+    """VQAv2's files, with unusual characters, empty types and half a surrogate pair."""
     root = tmp_path / "vqav2"
     asked = [(image, key, TEXTS.get(key, text), answer) for image, key, text, answer in ASKED]
     questions = [{"image_id": image, "question_id": key, "question": text} for image, key, text, _ in asked]
@@ -218,7 +218,7 @@ def read(cache: Cache, root: Path) -> Reader:
 
 
 @pytest.mark.parametrize("split", ["val", "val[1:4]", "test"])
-def test_what_comes_from_the_cache_is_what_was_read(read: Reader, split: str) -> None:
+def test_cached_examples_equal_those_that_were_read(read: Reader, split: str) -> None:
     expected = vqav2.read(read.root, split)
     assert read(split) == expected
     assert read(split) == expected
@@ -227,8 +227,8 @@ def test_what_comes_from_the_cache_is_what_was_read(read: Reader, split: str) ->
     assert [type(value) for value in (question.id, question.answers)] == [int, tuple]
 
 
-def test_all_that_examples_hold_is_kept() -> None:
-    """A new field of `Question` that is no text, or any of `Example`, needs its own column."""
+def test_all_fields_of_examples_are_cached() -> None:
+    """A new field of `Question` that is not text, or any of `Example`, needs its own column."""
     assert [field.name for field in fields(Example)] == ["image", "image_id", "questions"]
     assert all(field.type in ("str", "str | None") for field in fields(Question) if field.name in cache_module.TEXTS)
 
@@ -313,16 +313,18 @@ def test_files_changed_while_they_are_read_are_not_kept(read: Reader, cache: Cac
     assert cache.folder is not None and not cache.folder.exists()
 
 
-def test_a_damaged_entry_is_read_anew(read: Reader, cache: Cache) -> None:
+def test_a_damaged_entry_is_read_again(read: Reader, cache: Cache) -> None:
     expected = read()
     entry(cache).write_bytes(b"PK")
     assert read() == expected and read() == expected
     assert read.calls == 2
 
 
-def test_ids_may_be_texts(read: Reader, cache: Cache) -> None:
+def test_ids_may_be_texts_or_large_numbers(read: Reader, cache: Cache) -> None:
     examples = [
         replace(example, image_id=f"n{number}", questions=tuple(replace(q, id=f"q{q.id}") for q in example.questions))
+        if number != 0
+        else replace(example, image_id=2**70)
         if number != 1
         else example
         for number, example in enumerate(vqav2.read(read.root, "val"))
@@ -337,11 +339,11 @@ def test_ids_may_be_texts(read: Reader, cache: Cache) -> None:
     [
         Example(b"a picture", 1, ()),
         Example(Path("elsewhere/1.jpg"), 1, ()),
-        Example(Path("vqav2/1.jpg"), 2**70, ()),
+        Example(Path("vqav2/1.jpg"), b"1", ()),  # type: ignore[arg-type]
         Example(Path("vqav2/1.jpg"), 1, (Question(1, "?", "?", target=3),)),  # type: ignore[arg-type]
     ],
 )
-def test_what_columns_cannot_hold_is_read_each_time(read: Reader, cache: Cache, example: Example) -> None:
+def test_examples_that_columns_cannot_hold_are_read_each_time(read: Reader, cache: Cache, example: Example) -> None:
     files = vqav2.files(read.root, "val")
     for _ in range(2):
         assert read_once(lambda: [example], files, Path("vqav2"), {}, BadRecords(), cache) == [example]

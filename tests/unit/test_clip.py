@@ -95,7 +95,7 @@ def test_pictures_in_files_and_bytes(folder: Path, tmp_path: Path) -> None:
         ({1: "a"}, {1: "x.png", 2: "y.png"}, r"1 of 2 questions have no caption \(2\)"),
         ({1: None}, {1: "x.png"}, "predictions are not text"),
         ({1: "a"}, {1: "nowhere.png"}, "nowhere.png does not exist"),
-        ({"q": "a"}, {"q": b"GIF?"}, "the image of 'q' is not a picture"),
+        ({"q": "a"}, {"q": b"GIF?"}, "the image of 'q' is not an image"),
     ],
 )
 def test_bad_input_gets_one_sentence(folder: Path, predictions: Any, images: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""COCO captions' official files and Karpathy's: what is read, what is said of files that cannot be, what is drawn."""
+"""Reader of COCO captions' official files and Karpathy's: examples, errors, synthetic files."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_the_files_may_lie_in_either_folder(root: Path) -> None:
 
 
 def test_a_prompt_has_no_place_for_a_question(root: Path) -> None:
-    with pytest.raises(InputError, match="captions have none"):
+    with pytest.raises(InputError, match=r"\{question\}, but captions have none"):
         coco_captions.read(root, "val2017", prompt="answer en {question}\n")
     assert train_data("data=coco_captions", "data.root=x").prompt == "caption en\n"
     with pytest.raises(InputError, match="must hold no braces: coco_captions asks nothing"):
@@ -170,7 +170,7 @@ OFFICIAL: dict[str, tuple[Callable[[Any], None], str]] = {
     "caption is no object": (lambda content: content["annotations"].__setitem__(1, 3), "annotation number 1: a JSON"),
     "no captions": (
         lambda content: content.update(annotations=[one for one in content["annotations"] if one["image_id"] != 7]),
-        "image 7: no caption describes it",
+        "image 7: it has no caption",
     ),
 }
 
@@ -193,7 +193,7 @@ KARPATHYS: dict[str, tuple[Callable[[Any], None], str]] = {
     "no id": (edit("images", 1, cocoid=...), "image number 1: it has no 'cocoid'"),
     "id used twice": (edit("images", 1, cocoid=9), "image 9: its cocoid is used twice"),
     "no split": (edit("images", 1, split=...), "image 7: it has no 'split'"),
-    "no sentences": (edit("images", 1, sentences=[]), "image 7: no caption describes it"),
+    "no sentences": (edit("images", 1, sentences=[]), "image 7: it has no caption"),
     "empty sentence": (edit("images", 1, sentences=[{"raw": " "}]), "7: one of its sentences has no text in 'raw'"),
     "sentence of wrong type": (edit("images", 1, sentences=[{"raw": 3}]), "one of its sentences has no text in 'raw'"),
     "missing image": (edit("images", 1, filename="x.jpg"), "val2014/x.jpg is missing (1 of the 2 images are)"),

@@ -1,4 +1,4 @@
-"""What only a GPU can show. `python -m pytest tests/unit/test_cuda.py` on a machine that has one."""
+"""Tests that need a GPU: `python -m pytest tests/unit/test_cuda.py` on a machine that has one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests import tiny
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: FlexAttention has no backward pass on the CPU"
 )
-# Packed rows of several images, each with several questions; of a few lengths, rounded to FlexAttention's blocks.
+# Questions per image of each packed row; row lengths are rounded to FlexAttention's blocks.
 ROWS = [[1, 5, 3], [2, 2], [7], [4, 1, 1, 3]]
 
 
@@ -29,7 +29,7 @@ def loss_and_gradients(attention: str, dtype: torch.dtype) -> tuple[torch.Tensor
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)], ids=str)
-def test_flex_attention_is_dense_attention_backward_too(dtype: torch.dtype, tolerance: float) -> None:
+def test_flex_attention_equals_dense_attention_forward_and_backward(dtype: torch.dtype, tolerance: float) -> None:
     dense, flex = (loss_and_gradients(attention, dtype) for attention in ("dense", "flex"))
     assert flex[0].item() == pytest.approx(dense[0].item(), rel=tolerance)
     assert flex[1].keys() == dense[1].keys()
@@ -39,7 +39,7 @@ def test_flex_attention_is_dense_attention_backward_too(dtype: torch.dtype, tole
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 3e-2)], ids=str)
-def test_the_fused_loss_is_the_chunked_one(dtype: torch.dtype, tolerance: float) -> None:
+def test_the_fused_loss_equals_the_chunked_loss(dtype: torch.dtype, tolerance: float) -> None:
     found = []
     for loss in ("chunked", "fused"):
         vlm = tiny.model(head_dim=16, vocab_size=512, final_logit_softcapping=3.0).to("cuda", dtype).train()

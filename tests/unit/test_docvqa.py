@@ -1,4 +1,4 @@
-"""DocVQA's official files: what is read, what is said of files that cannot be, and the small ones drawn for trying."""
+"""Reader of DocVQA's official files: examples, errors, synthetic files."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ BAD_RECORDS: dict[str, tuple[Callable[[list[Any]], None], str, str]] = {
     "no answers": (edit(answers=...), WHERE, "it has no 'answers'"),
     "empty list of answers": (edit(answers=[]), WHERE, "its list of answers is empty"),
     "empty answer": (edit(answers=["", " "]), WHERE, "its answer is empty"),
-    "answer of wrong type": (edit(answers=["a", 3]), WHERE, "one of its answers is no text"),
+    "answer of wrong type": (edit(answers=["a", 3]), WHERE, "one of its answers is not text"),
 }
 
 

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from vlmvqa.config.early_checks import prepare_job, refuse_mistakes
 from vlmvqa.config.overrides import compose
-from vlmvqa.config.trainer_arguments import NUMBERS, _kinds, argument_types, problems
+from vlmvqa.config.trainer_arguments import NUMBERS, OURS, _kinds, argument_types, problems
 from vlmvqa.errors import InputError
 from vlmvqa.paths import nearest, refuse_missing_model
 
@@ -115,6 +115,12 @@ def test_types_are_those_that_transformers_declares() -> None:
     for name, annotation in argument_types().items():
         kinds = {kind.__name__ for kind in get_args(hints[name]) or [hints[name]] if hasattr(kind, "__name__")}
         assert (_kinds(annotation) <= NUMBERS) == (kinds - {"NoneType"} <= NUMBERS), name
+
+
+@pytest.mark.parametrize("key", OURS)
+def test_an_argument_that_another_setting_replaces_is_refused(key: str) -> None:
+    (sentence,) = problems({key: True})
+    assert sentence.startswith(f"trainer.{key} cannot be set: ")
 
 
 def test_a_key_that_only_a_recipe_has_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""GQA's official files: what is read, what is said of files that cannot be, and the small ones drawn for trying."""
+"""Reader of GQA's official files: examples, errors, synthetic files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind become one kind of tensor; what is no picture gets one sentence."""
+"""Image decoding: all formats give one kind of tensor; other files give one sentence."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ HALF = (0.5, 0.5, 0.5)
 RED = (200, 30, 40)
 
 
-def picture(width: int = 40, height: int = 24) -> Image.Image:
-    """Noise, so that a JPEG of it has many bytes to lose."""
+def noise_image(width: int = 40, height: int = 24) -> Image.Image:
+    """Noise, whose JPEG has many bytes to damage."""
     noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -41,13 +41,13 @@ def close(pixel: object, color: tuple[int, int, int], by: int = 8) -> bool:
 # --- decode: what is read -----------------------------------------------------------------------------
 
 
-def test_a_path_its_bytes_and_a_pil_image_give_the_same_picture(tmp_path: Path) -> None:
+def test_a_path_its_bytes_and_a_pil_image_give_the_same_image(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
-    picture().save(path, quality=95)
+    noise_image().save(path, quality=95)
     with Image.open(path) as opened:
-        pictures = [decode(path, "a"), decode(path.read_bytes(), "a"), decode(opened, "a")]
-    assert [(image.mode, image.size) for image in pictures] == [("RGB", (40, 24))] * 3
-    assert len({image.tobytes() for image in pictures}) == 1
+        images = [decode(path, "a"), decode(path.read_bytes(), "a"), decode(opened, "a")]
+    assert [(image.mode, image.size) for image in images] == [("RGB", (40, 24))] * 3
+    assert len({image.tobytes() for image in images}) == 1
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I"])
@@ -58,7 +58,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 @pytest.mark.parametrize(
     ("mode", "form"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("P", "GIF"), ("RGBA", "PNG"), ("RGB", "WEBP")]
 )
-def test_a_red_picture_stays_red(mode: str, form: str) -> None:
+def test_a_red_image_stays_red(mode: str, form: str) -> None:
     expected = (80, 80, 80) if mode == "L" else RED  # Rec. 601 luma of the red
     image = Image.new("RGB", (16, 16), RED).convert(mode, palette=Image.Palette.ADAPTIVE)
     assert close(decode(encoded(image, form), "x").getpixel((8, 8)), expected)
@@ -79,8 +79,8 @@ def test_exif_rotation_is_applied_and_the_given_image_left_alone() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, of what is tested
-def test_unreadable_exif_data_do_not_cost_a_good_picture() -> None:
-    assert decode(encoded(picture(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0"), "x").size == (40, 24)
+def test_unreadable_exif_data_do_not_cost_a_good_image() -> None:
+    assert decode(encoded(noise_image(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0"), "x").size == (40, 24)
 
 
 def test_transparent_parts_become_white() -> None:
@@ -107,7 +107,7 @@ def test_16_bit_grey_keeps_its_shades(form: str) -> None:
     assert np.array_equal(np.asarray(decoded)[..., 0].ravel(), np.arange(256))
 
 
-def test_a_single_pixel_and_a_very_wide_picture_are_read() -> None:
+def test_a_single_pixel_and_a_very_wide_image_are_read() -> None:
     for size in ((1, 1), (20_000, 1), (20_000, 30)):
         assert decode(encoded(Image.new("RGB", size, RED), "JPEG"), "x").size == size
 
@@ -117,16 +117,16 @@ def test_a_single_pixel_and_a_very_wide_picture_are_read() -> None:
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"])
 def test_a_truncated_file_is_refused_and_never_filled_with_grey(tmp_path: Path, form: str) -> None:
-    content = encoded(picture(200, 100), form)
+    content = encoded(noise_image(200, 100), form)
     path = tmp_path / "cut"
     path.write_bytes(content[: int(len(content) * 0.6)])
-    with pytest.raises(InputError, match=f"^{path} (cannot be read|is not a picture)") as caught:
+    with pytest.raises(InputError, match=f"^{path} (cannot be read|is not an image)") as caught:
         decode(path, str(path))
     assert "\n" not in str(caught.value) and "fetch it again" in str(caught.value)
 
 
 def test_a_lazily_opened_pil_image_that_is_truncated_is_refused() -> None:
-    content = encoded(picture(200, 100), "JPEG")
+    content = encoded(noise_image(200, 100), "JPEG")
     with (
         Image.open(io.BytesIO(content[: len(content) // 2])) as opened,
         pytest.raises(InputError, match=r"^row 3 cannot"),
@@ -135,10 +135,10 @@ def test_a_lazily_opened_pil_image_that_is_truncated_is_refused() -> None:
 
 
 @pytest.mark.parametrize("content", [b"<html>404 Not Found</html>", b"\0" * 1000, b"\xff\xd8\xff"])
-def test_a_file_that_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "page.jpg"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=f"^{path} (is not a picture in a known format|cannot be read)"):
+    with pytest.raises(InputError, match=f"^{path} (is not an image in a known format|cannot be read)"):
         decode(path, str(path))
 
 
@@ -183,7 +183,7 @@ def test_pixels_of_unknown_range_are_refused() -> None:
 
 def test_random_damage_never_raises_anything_but_an_input_error() -> None:
     rng = np.random.default_rng(0)
-    contents = [encoded(picture(), form) for form in ("JPEG", "PNG", "WEBP", "TIFF")]
+    contents = [encoded(noise_image(), form) for form in ("JPEG", "PNG", "WEBP", "TIFF")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow tells of damage in its own words, too
         for number in range(300):
@@ -218,14 +218,14 @@ def reducing(size: int, **change: Any) -> ImageSettings:
 def test_a_jpeg_is_reduced_as_far_as_both_sides_allow(
     resize: str, given: tuple[int, int], size: int, expected: tuple[int, int]
 ) -> None:
-    content = encoded(picture(*given), "JPEG")
+    content = encoded(noise_image(*given), "JPEG")
     assert decode(content, "x", reducing(size, resize=resize)).size == expected
     assert decode(content, "x").size == decode(content, "x", ImageSettings(size, HALF, HALF)).size == given
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"mode": "L"}, {"mode": "CMYK"}])
 @pytest.mark.parametrize("resize", ["squash", "center_crop"])
-def test_a_reduced_picture_shows_the_same_thing(options: dict[str, Any], resize: str) -> None:
+def test_a_reduced_image_shows_the_same_thing(options: dict[str, Any], resize: str) -> None:
     y, x = np.mgrid[0:480, 0:640]
     values = np.stack([127 + 120 * np.sin(x / 40), 127 + 120 * np.cos(y / 30), (x + y) / 5], axis=-1)
     image = Image.fromarray(values.astype(np.uint8)).convert(options.pop("mode", "RGB"))
@@ -237,7 +237,7 @@ def test_a_reduced_picture_shows_the_same_thing(options: dict[str, Any], resize:
     assert difference.mean() < 1 and difference.max() < 12  # grey levels
 
 
-def test_a_reduced_picture_is_turned_as_its_exif_data_say() -> None:
+def test_a_reduced_image_is_turned_as_its_exif_data_say() -> None:
     image = Image.new("RGB", (400, 200), "white")
     image.paste(RED, (0, 0, 200, 200))
     exif = Image.Exif()
@@ -250,7 +250,7 @@ def test_a_reduced_picture_is_turned_as_its_exif_data_say() -> None:
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.95])
 def test_a_cut_jpeg_is_refused_at_every_scale_with_the_same_words(options: dict[str, bool], kept: float) -> None:
-    content = encoded(picture(200, 100), "JPEG", **options)
+    content = encoded(noise_image(200, 100), "JPEG", **options)
     said = set()
     for settings in (None, *(reducing(size) for size in (10, 20, 40, 90))):
         with pytest.raises(InputError, match=r"^x cannot be read") as caught:
@@ -261,7 +261,7 @@ def test_a_cut_jpeg_is_refused_at_every_scale_with_the_same_words(options: dict[
 
 def test_random_damage_is_an_input_error_at_a_reduced_scale_too() -> None:
     rng = np.random.default_rng(0)
-    content = encoded(picture(), "JPEG")
+    content = encoded(noise_image(), "JPEG")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow tells of damage in its own words, too
         for _ in range(100):
@@ -279,30 +279,30 @@ def test_what_is_too_large_is_refused_before_it_is_reduced(monkeypatch: pytest.M
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is an error
         with pytest.raises(InputError, match=r"too many pixels"):
-            decode(encoded(picture(150, 100), "JPEG"), "x", reducing(10))
+            decode(encoded(noise_image(150, 100), "JPEG"), "x", reducing(10))
 
 
 def test_a_given_pil_image_and_other_formats_are_not_reduced() -> None:
     settings = reducing(10)
-    with Image.open(io.BytesIO(encoded(picture(80, 80), "JPEG"))) as opened:
+    with Image.open(io.BytesIO(encoded(noise_image(80, 80), "JPEG"))) as opened:
         assert decode(opened, "x", settings).size == (80, 80)
         assert opened.size == (80, 80)
     for form in ("PNG", "WEBP", "GIF", "TIFF"):
-        assert decode(encoded(picture(80, 80), form), "x", settings).size == (80, 80)
+        assert decode(encoded(noise_image(80, 80), form), "x", settings).size == (80, 80)
 
 
 # --- to_tensor ----------------------------------------------------------------------------------------
 
 
-def test_the_tensor_is_the_normalised_picture_channels_first() -> None:
-    image = picture(32, 32)
+def test_the_tensor_is_the_normalised_image_channels_first() -> None:
+    image = noise_image(32, 32)
     tensor = to_tensor(image, ImageSettings(32, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
     expected = (np.asarray(image) / 255 - np.array([0.1, 0.2, 0.3])) / np.array([0.5, 0.6, 0.7])
     assert tensor.shape == (3, 32, 32) and tensor.dtype == torch.float32 and tensor.is_contiguous()
     torch.testing.assert_close(tensor, torch.from_numpy(expected.transpose(2, 0, 1)).float())
 
 
-def test_squash_keeps_the_whole_picture_and_center_crop_the_middle_square() -> None:
+def test_squash_keeps_the_whole_image_and_center_crop_the_middle_square() -> None:
     image = Image.new("RGB", (60, 20), "black")
     image.paste((255, 255, 255), (20, 0, 40, 20))  # the middle third is white
     squashed = to_tensor(image, ImageSettings(30, HALF, HALF, interpolation="nearest"))
@@ -315,7 +315,7 @@ def test_squash_keeps_the_whole_picture_and_center_crop_the_middle_square() -> N
 def test_center_crop_is_resizing_the_shorter_side_and_then_cropping(
     size: tuple[int, int], box: tuple[int, int, int, int]
 ) -> None:
-    image = picture(*size)
+    image = noise_image(*size)
     tensor = to_tensor(image, ImageSettings(20, HALF, HALF, resize="center_crop"))
     smaller = image.resize((size[0] * 2 // 3, size[1] * 2 // 3), Image.Resampling.BICUBIC)
     whole = to_tensor(smaller.crop(box), ImageSettings(20, HALF, HALF))
@@ -324,7 +324,7 @@ def test_center_crop_is_resizing_the_shorter_side_and_then_cropping(
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("resize", ["squash", "center_crop"])
-def test_making_a_picture_smaller_averages_it(interpolation: str, resize: str) -> None:
+def test_making_a_image_smaller_averages_it(interpolation: str, resize: str) -> None:
     checkers = Image.fromarray(((np.indices((128, 128)).sum(0) % 2) * 255).astype(np.uint8)).convert("RGB")
     tensor = to_tensor(checkers, ImageSettings(16, HALF, HALF, interpolation, resize))
     assert tensor.abs().max() < 0.05
@@ -332,7 +332,7 @@ def test_making_a_picture_smaller_averages_it(interpolation: str, resize: str) -
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (3, 2)])
 @pytest.mark.parametrize("resize", ["squash", "center_crop"])
-def test_extreme_pictures_keep_their_colour(size: tuple[int, int], resize: str) -> None:
+def test_extreme_images_keep_their_colour(size: tuple[int, int], resize: str) -> None:
     tensor = to_tensor(Image.new("RGB", size, "white"), ImageSettings(224, HALF, HALF, resize=resize))
     assert tensor.shape == (3, 224, 224) and tensor.eq(1).all()
 

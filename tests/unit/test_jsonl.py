@@ -1,4 +1,4 @@
-"""Your own data as JSON lines: what is read, and what is said of lines that cannot be."""
+"""Reader of JSONL files: examples, errors and skipped lines."""
 
 from __future__ import annotations
 
@@ -117,10 +117,10 @@ def test_missing_files_are_named(root: Path) -> None:
         jsonl.read(root, "trian")
     with pytest.raises(InputError, match=r"images holds no .jsonl file; put train.jsonl there"):
         jsonl.read(root / "images", "train")
-    with pytest.raises(InputError, match=r"nowhere does not exist; let data.root name"):
+    with pytest.raises(InputError, match=r"nowhere does not exist; set data.root to a folder"):
         jsonl.read(root / "nowhere", "train")
     (root / "empty.jsonl").write_text("\n\n")
-    with pytest.raises(InputError, match=r"empty.jsonl holds no usable line; write one JSON object a line"):
+    with pytest.raises(InputError, match=r"empty.jsonl holds no usable line; write one JSON object per line"):
         jsonl.read(root, "empty")
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import count_questions
-from vlmvqa.data.tokenizer import train_tokenizer
+from vlmvqa.data.tokenization import train_tokenizer
 
 QUESTIONS, IMAGES = 443_757, 82_783
 DIFFERENT = 152_000  # questions; the others repeat one of them, as in VQAv2
@@ -39,7 +39,7 @@ from data_from_config import DataSettings, read_examples
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.images import ImageSettings
-from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 
 root, tokenizer = sys.argv[1], AutoTokenizer.from_pretrained(sys.argv[2])
 processor = Processor(tokenizer, ImageSettings(224, (0.5,) * 3, (0.5,) * 3), 257, "blockwise_prefix", 64)
@@ -51,7 +51,7 @@ def lap(name):
 
 examples = read_examples(DataSettings("vqav2", root), "train", None, BadRecords())
 lap("read")
-rows = TrainingSet(examples, processor, "most_common", 0, BadRecords(), row_tokens=2048)
+rows = TrainDataset(examples, processor, RowSettings(row_tokens=2048), BadRecords())
 plan = rows.packing.plan(0)
 lap("tokenise and pack")
 

@@ -1,4 +1,4 @@
-"""A small data set of a user's own is repeated until training makes enough steps."""
+"""Small datasets are repeated until training takes `data.min_steps` steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmvqa.training.run import repeat_small_data
 
 
 def test_a_small_data_set_is_repeated(tmp_path: Path) -> None:
-    """Eight rows at two a step; never where the command says how long."""
+    """Eight rows, two per step; not if the command sets the number of epochs or steps."""
     task, vlm = Task("", DataSettings("jsonl", "mine", min_steps=10), [], []), model()
     longer = trainer(tmp_path, vlm, max_steps=-1, num_train_epochs=1)
     assert repeat_small_data(longer, frozenset(), [task]) == (

@@ -1,4 +1,4 @@
-"""Several tasks in one run: what the command line says of them, and what an epoch sees."""
+"""Mixtures of several tasks: settings, errors, and how often an epoch contains each task."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def test_an_epoch_sees_each_part_as_often_as_its_weight_says(tmp_path: Path) -> 
     predictor = build.build_predictor(config.model, config.data, config.decoding, examples)
     assert predictor.prompts == {"vqav2": "answer en {question}\n", "gqa": "answer en {question}\n"}
     rows = training_set(config, predictor, tasks, BadRecords())
-    drawn = []
+    seen = []
     for epoch in (0, 1):
         rows.set_epoch(epoch)
         order = rows._plan().order.tolist()
-        images = [rows.documents[document][0] for document in order]
+        images = [rows.documents[document].example for document in order]
         assert sum(image < 20 for image in images) == 10
         assert sorted(image for image in images if image >= 20) == sorted([*range(20, 30)] * 2)
-        drawn.append({image for image in images if image < 20})
-    assert drawn[0] != drawn[1]
+        seen.append({image for image in images if image < 20})
+    assert seen[0] != seen[1]
     assert len(rows[0]) and "weight 0.5" in str(tasks[0])

@@ -104,7 +104,7 @@ def test_a_checkpoints_checksums_cover_its_folders(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint-2"
     assert checkpoints.damage(checkpoint) is None
     (checkpoint / "tokenizer" / "tokenizer.json").write_text("{}")
-    assert checkpoints.damage(checkpoint) == "tokenizer/tokenizer.json is not as it was written"
+    assert checkpoints.damage(checkpoint) == "tokenizer/tokenizer.json has changed since it was written"
 
 
 # --- the hub ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Rows are full, the same number every epoch, and mixed anew."""
+"""Packing: little padding, the same number of rows every epoch, documents shuffled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 from numpy.typing import NDArray
 
-from vlmvqa.data.packing import Packing, split
+from vlmvqa.data.packing import Packing, split_questions
 
 
 def vqav2(images: int) -> NDArray[np.int64]:
@@ -27,7 +27,7 @@ def row_lengths(packing: Packing, epoch: int) -> list[int]:
     ("budget", "batch", "multiple"), [(1024, 4, 8), (2048, 1, 8), (2048, 8, 8), (4096, 4, 8), (4096, 4, 128)]
 )
 def test_padding_at_vqav2s_lengths_is_at_most_3_percent(budget: int, batch: int, multiple: int) -> None:
-    """Padded to the longest row of its batch, rounded up as the trainer does it, for FlexAttention to 128."""
+    """Padded to the longest row of the batch, rounded up as by the trainer (for FlexAttention to 128)."""
     lengths = row_lengths(Packing(vqav2(8000).tolist(), budget, seed=0), epoch=0)
     assert max(lengths) <= budget
     batches = [lengths[start : start + batch] for start in range(0, len(lengths), batch)]
@@ -54,15 +54,15 @@ def test_every_document_is_in_one_row_of_every_epoch(lengths: list[int], budget:
 def test_a_plan_depends_on_seed_and_epoch_alone() -> None:
     lengths = vqav2(500).tolist()
 
-    def drawn(seed: int, epoch: int) -> list[int]:
+    def order(seed: int, epoch: int) -> list[int]:
         return Packing(lengths, 2048, seed).plan(epoch).order.tolist()
 
-    assert drawn(0, 3) == drawn(0, 3)
-    assert drawn(0, 3) != drawn(0, 4) and drawn(0, 3) != drawn(1, 3)
+    assert order(0, 3) == order(0, 3)
+    assert order(0, 3) != order(0, 4) and order(0, 3) != order(1, 3)
 
 
-def test_neighbours_travel_far_between_epochs() -> None:
-    """Images that share a row are parted, and land anywhere: about as far apart as two drawn at random (a third)."""
+def test_documents_of_a_row_are_far_apart_in_the_next_epoch() -> None:
+    """Documents that share a row in one epoch are as far apart in the next as two random rows (a third of all)."""
     packing = Packing(vqav2(4000).tolist(), 2048, seed=0)
     rows = np.zeros((2, 4000), dtype=int)
     for epoch in (0, 1):
@@ -76,12 +76,12 @@ def test_neighbours_travel_far_between_epochs() -> None:
     assert abs(np.corrcoef(rows[0], rows[1])[0, 1]) < 0.05
 
 
-def test_questions_that_do_not_fit_go_on_in_another_row() -> None:
-    assert list(split([5, 5, 5, 5], room=10, most=None)) == [(0, 2), (2, 4)]
-    assert list(split([5, 5, 5, 5, 5], room=None, most=2)) == [(0, 2), (2, 4), (4, 5)]
-    assert list(split([5, 5, 5], room=None, most=None)) == [(0, 3)]
-    assert list(split([20, 5, 5], room=10, most=None)) == [(0, 1), (1, 3)]
-    assert list(split([], room=10, most=3)) == []
+def test_questions_that_do_not_fit_continue_in_another_row() -> None:
+    assert list(split_questions([5, 5, 5, 5], room=10, most=None)) == [(0, 2), (2, 4)]
+    assert list(split_questions([5, 5, 5, 5, 5], room=None, most=2)) == [(0, 2), (2, 4), (4, 5)]
+    assert list(split_questions([5, 5, 5], room=None, most=None)) == [(0, 3)]
+    assert list(split_questions([20, 5, 5], room=10, most=None)) == [(0, 1), (1, 3)]
+    assert list(split_questions([], room=10, most=3)) == []
 
 
 def test_a_document_longer_than_a_row_is_an_error() -> None:

@@ -161,7 +161,7 @@ def test_only_answer_and_end_are_supervised(loaded: Loaded, family: str) -> None
         places = [place for place, label in enumerate(row) if label != IGNORE]
         assert all(inputs[place + 1] == row[place] for place in places[:-1])
         assert places == list(range(places[0], places[-1] + 1)) and batch["weights"].sum() == len(places)
-        assert labels[-1].item() in processor.ends
+        assert labels[-1].item() in processor.end_token_ids
 
 
 def test_image_tokens_are_all_there(loaded: Loaded, family: str) -> None:
@@ -218,14 +218,14 @@ def test_the_log_probability_is_that_of_the_answer(loaded: Loaded, decoding: dic
     given = pretrained.apart(pretrained.examples(3))
     written = model.generate(
         asked_batch(processor, given),
-        processor.ends,
+        processor.end_token_ids,
         GenerationSettings(max_new_tokens=6, **decoding),
         keys=range(len(given)),
     )
     for one, answer in zip(given, written, strict=True):
         encoded = processor.encode(one, [None])
         ended = len(answer.tokens) < 6
-        for end in sorted(processor.ends) if ended else [processor.tokenizer.eos_token_id]:
+        for end in sorted(processor.end_token_ids) if ended else [processor.tokenizer.eos_token_id]:
             tokens = [*answer.tokens, end]
             forced = dataclasses.replace(encoded.questions[0], answer=tokens)  # type: ignore[type-var]
             batch = processor.collate([[dataclasses.replace(encoded, questions=[forced])]])
@@ -241,13 +241,13 @@ def test_the_log_probability_is_that_of_the_answer(loaded: Loaded, decoding: dic
 def test_greedy_is_the_librarys_greedy(loaded: Loaded) -> None:
     model, processor = loaded
     batch = asked_batch(processor, pretrained.examples())
-    ours = model.generate(batch, processor.ends, GenerationSettings(max_new_tokens=5))
+    ours = model.generate(batch, processor.end_token_ids, GenerationSettings(max_new_tokens=5))
     inputs = {n: v for n, v in batch.items() if n not in OURS}
     theirs = model.net.generate(  # type: ignore[operator]
-        **inputs, max_new_tokens=5, do_sample=False, eos_token_id=sorted(processor.ends), pad_token_id=0
+        **inputs, max_new_tokens=5, do_sample=False, eos_token_id=sorted(processor.end_token_ids), pad_token_id=0
     )
     for one, row in zip(ours, theirs[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-        cut = next((place for place, token in enumerate(row) if token in processor.ends), len(row))
+        cut = next((place for place, token in enumerate(row) if token in processor.end_token_ids), len(row))
         assert one.tokens == row[:cut]
 
 
@@ -255,9 +255,9 @@ def test_a_published_penalty_changes_nothing(loaded: Loaded) -> None:
     """Decoding is what the run's record says; the model's own settings are saved as they came."""
     model, processor = loaded
     batch = asked_batch(processor, pretrained.examples())
-    plain = model.generate(batch, processor.ends, GenerationSettings(max_new_tokens=5))
+    plain = model.generate(batch, processor.end_token_ids, GenerationSettings(max_new_tokens=5))
     model.net.generation_config.repetition_penalty = 5.0
-    assert model.generate(batch, processor.ends, GenerationSettings(max_new_tokens=5)) == plain
+    assert model.generate(batch, processor.end_token_ids, GenerationSettings(max_new_tokens=5)) == plain
     assert model.net.generation_config.repetition_penalty == 5.0
 
 

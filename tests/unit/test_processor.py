@@ -1,4 +1,4 @@
-"""Examples become batches: what is supervised, what is cut, what is drawn anew."""
+"""Processor: supervised tokens, truncation, bad images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
-from vlmvqa.data.processor import Processor, QuestionSet
-from vlmvqa.data.tokenizer import train_tokenizer
+from vlmvqa.data.processor import EvalDataset, Processor
+from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError
 
 IMAGES = ImageSettings(28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -38,7 +38,7 @@ def processor(tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> P
 
 
 def test_only_answers_and_eos_are_supervised(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Decode what the model is trained to write, and what it reads."""
+    """Decode the supervised tokens and the first prompt."""
     make = processor(tokenizer)
     questions = (ask(1, "what color is the shape", "dark red"), ask(2, "how many shapes are there", "3"))
     batch = make.collate([[make.encode(example(*questions), ["dark red", "3"])]])
@@ -81,10 +81,10 @@ def test_any_text_survives_the_trained_tokenizer(tokenizer: PreTrainedTokenizerF
 
 def test_a_bad_image_has_no_questions_to_answer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"not an image")
     skip = BadRecords("skip", tmp_path / "skipped.jsonl")
     examples = [Example(broken, 1, (ask(1, "what"),)), example(ask(2, "how many"), image_id=2)]
-    questions = QuestionSet(examples, processor(tokenizer), skip)
+    questions = EvalDataset(examples, processor(tokenizer), skip)
     assert questions[0] is None and questions[1] is not None
     assert len(skip.listed()) == 1 and "broken.jpg" in skip.listed()[0]
 

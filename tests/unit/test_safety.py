@@ -19,7 +19,7 @@ import vlmvqa
 from tests import pretrained, tiny
 from tests.conftest import ROOT
 from tests.unit.test_predictor import predictor
-from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmvqa.data.tokenization import load_tokenizer, train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.pretrained.hf_processor import load_processor

@@ -1,4 +1,4 @@
-"""Defaults of a script's process, and the imports that it is spared."""
+"""Process defaults of the scripts, and the imports that they avoid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.utils import import_utils
 from tests.conftest import ROOT
 from vlmvqa import startup
 
-# Prints which of the given modules a training script has imported, its own imports done.
+# Prints which of the given modules a training script has imported after its own imports.
 IMPORTS = """\
 import json, runpy, sys
 from vlmvqa import cli
@@ -24,7 +24,7 @@ print(json.dumps(sorted(name for name in {names!r} if sys.modules.get(name))))
 """
 
 
-def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     startup.prepare()
     assert startup.os.environ["GOMP_SPINCOUNT"] == "7"
@@ -33,8 +33,8 @@ def test_what_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert startup.os.environ["GOMP_SPINCOUNT"] == "10000"
 
 
-def test_packages_are_hidden_within_the_block_alone() -> None:
-    """Whoever took a function within keeps one that says no, but for packages that are looked up later."""
+def test_packages_are_hidden_only_within_the_block() -> None:
+    """Functions imported within the block keep returning False, except for packages that are looked up later."""
     before = import_utils.is_peft_available
     with startup.fewer_imports():
         peft, torchao = transformers.utils.is_peft_available, import_utils.is_torchao_available

@@ -1,4 +1,4 @@
-"""The speed in every log record: exact counts, shares of the time that add up, operations as PyTorch counts them."""
+"""Throughput in every log record: exact counts, time shares that add up, FLOPs as PyTorch counts them."""
 
 from __future__ import annotations
 
@@ -22,38 +22,36 @@ from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import ATTENTION_PATTERNS, Tokens, visible
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
-from vlmvqa.training.log import read_log
-from vlmvqa.training.throughput import (
-    COMPILED_PHASES,
-    PHASES,
-    Bar,
-    Clock,
-    Printer,
-    SpeedMeter,
+from vlmvqa.training.console import (
+    LinePrinter,
+    ProgressBar,
     log_line,
+    replace_progress_callbacks,
     rounded,
     short,
-    show_speed,
 )
+from vlmvqa.training.log import read_log
+from vlmvqa.training.phase_clock import PhaseClock
+from vlmvqa.training.throughput import COMPILED_PHASES, PHASES, ThroughputMeter
 
 KEYS = {"questions_per_second", "supervised_tokens_per_second", "padding", "peak_memory_gib", "mfu"}
 
 
 @pytest.fixture(autouse=True)
 def small_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the device can do is measured once, in a test of its own."""
+    """Replace the measurement of peak FLOPs, which has a test of its own."""
     monkeypatch.setattr("vlmvqa.training.throughput.matrix_rate", lambda device, dtype: 1e12)
 
 
-def started(vlm: VLM, folder: Path, **arguments: Any) -> SpeedMeter:
-    meter = SpeedMeter(vlm)
+def started(vlm: VLM, folder: Path, **arguments: Any) -> ThroughputMeter:
+    meter = ThroughputMeter(vlm)
     args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **arguments)
     meter.on_train_begin(args, TrainerState(), TrainerControl())
     return meter
 
 
-def step(meter: SpeedMeter, vlm: VLM, batch: dict[str, Tensor]) -> None:
-    """A micro-batch and an optimizer step, as the trainer makes them."""
+def step(meter: ThroughputMeter, vlm: VLM, batch: dict[str, Tensor]) -> None:
+    """Run a micro-batch and an optimizer step like the trainer."""
     meter.begin(batch)
     loss = vlm(**batch)["loss"]
     meter.backward(loss)
@@ -110,22 +108,22 @@ def test_pairs_are_those_that_the_mask_lets_through(attention_pattern: str, wind
 
 
 def wide(**language: Any) -> VLM:
-    """Without a window, and with a vocabulary that shows in the sum."""
+    """Return a model without sliding window whose vocabulary is large enough to matter in the sum."""
     return tiny.model(family="llama", hidden_size=64, intermediate_size=160, **language)
 
 
 def as_pytorch_counts(vlm: VLM, batch: dict[str, Tensor]) -> int:
     for block in vlm.vision.blocks:
-        block.attn.fused_attn = False  # a fused kernel's backward pass makes the scores again, and is counted for it
+        block.attn.fused_attn = False  # the fused backward pass recomputes the scores, which is counted
     vlm.language.decoder.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         vlm(**batch)["loss"].backward()
     return counter.get_total_flops()
 
 
-def ours(vlm: VLM, batch: dict[str, Tensor], meter: SpeedMeter, dense: bool) -> int:
+def ours(vlm: VLM, batch: dict[str, Tensor], meter: ThroughputMeter, dense: bool) -> int:
     counts = dict(zip(COUNTED, count(batch, vlm.attention_pattern).tolist(), strict=True))
-    if dense:  # eager attention multiplies all tokens with all, and drops what the mask hides
+    if dense:  # eager attention multiplies all pairs of tokens, then masks
         rows, length = batch["document"].shape
         counts["pairs"] = counts["local_pairs"] = rows * length**2
     counted = vlm.flops()
@@ -143,15 +141,15 @@ FROZEN: dict[str, dict[str, str | int]] = {
 }
 
 
-# An encoder that trains has no features to keep.
+# A trained encoder cannot use cached features.
 CASES = [(frozen, cached) for frozen, parts in FROZEN.items() for cached in {False, parts.get("vision") == "none"}]
 
 
 @pytest.mark.parametrize(("frozen", "cached"), CASES)
 def test_operations_are_those_that_pytorch_counts(tmp_path: Path, frozen: str, cached: bool) -> None:
-    """Where there is no padding and attention is counted dense, as eager attention multiplies it.
+    """Without padding, and with attention counted as dense, which is what eager attention computes.
 
-    The numbers are equal, but for the rotary angles where transformers makes them by a matrix product.
+    The numbers are equal except for rotary angles that transformers computes by a matrix product.
     """
     vlm = wide(tie_word_embeddings=True)
     for part, choice in FROZEN[frozen].items():
@@ -185,14 +183,14 @@ def test_the_devices_rate_is_measured_once() -> None:
     state = torch.get_rng_state()
     rate = matrix_rate(torch.device("cpu"), torch.float32)
     assert 1e8 < rate < 1e15 and matrix_rate(torch.device("cpu"), torch.float32) == rate
-    assert torch.equal(torch.get_rng_state(), state)  # the run draws the same numbers with it as without
+    assert torch.equal(torch.get_rng_state(), state)  # measuring doesn't change the run's random numbers
 
 
 # ---- time
 
 
-def test_a_clock_is_in_one_phase_or_stands() -> None:
-    clock = Clock(torch.device("cpu"))
+def test_a_clock_is_in_one_phase_or_stopped() -> None:
+    clock = PhaseClock(torch.device("cpu"))
     times = iter([0.0, 1.0, 3.0, 10.0, 11.0, 15.0])
     clock._now = lambda: next(times)  # type: ignore[method-assign]
     for phase in ("a", "b", None, "a", "b", "a"):
@@ -202,7 +200,7 @@ def test_a_clock_is_in_one_phase_or_stands() -> None:
 
 
 def phases(vlm: VLM, batch: dict[str, Tensor], folder: Path) -> list[str | None]:
-    """The phases that a step goes through, without repetitions."""
+    """Return the phases of a step, without repetitions."""
     meter = started(vlm, folder)
     passed: list[str | None] = []
     switch = meter.clock.switch
@@ -223,7 +221,7 @@ FORWARD, BACKWARD = ["language_model", "encoder", "language_model", "loss"], ["l
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_step_goes_through_the_model_and_back(tmp_path: Path, cached: bool, recomputed: bool) -> None:
-    """Activations that are made again in the backward pass belong to the part they are of."""
+    """Recomputing activations in the backward pass counts as time of their part."""
     vlm = model().train()
     batch = shared(vlm)
     if cached:
@@ -251,7 +249,7 @@ def test_frozen_parts_have_the_time_that_they_take(tmp_path: Path, frozen: list[
 
 
 def test_the_time_of_each_part_is_its_own(tmp_path: Path) -> None:
-    """By a clock that moves only where a part is made to take long: the decoder forward, the encoder backward."""
+    """With a fake clock that advances in the decoder's forward and the encoder's backward pass."""
     vlm = model()
     meter = started(vlm, tmp_path)
     now = [0.0]
@@ -276,7 +274,7 @@ def test_the_time_of_each_part_is_its_own(tmp_path: Path) -> None:
     assert report["questions_per_second"] == 6 / 8
 
 
-def test_what_is_not_training_does_not_count(tmp_path: Path) -> None:
+def test_pauses_are_not_counted(tmp_path: Path) -> None:
     vlm = model()
     meter = started(vlm, tmp_path)
     step(meter, vlm, shared(vlm))
@@ -292,7 +290,7 @@ def test_what_is_not_training_does_not_count(tmp_path: Path) -> None:
     assert meter.clock.phase is None
 
 
-def test_hooks_are_put_on_once_and_taken_off(tmp_path: Path) -> None:
+def test_hooks_are_added_once_and_removed(tmp_path: Path) -> None:
     vlm = model()
 
     def hooks() -> int:
@@ -301,14 +299,14 @@ def test_hooks_are_put_on_once_and_taken_off(tmp_path: Path) -> None:
     meter = started(vlm, tmp_path)
     assert hooks() == 4
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    meter.on_train_begin(args, TrainerState(), TrainerControl())  # a training that was broken off, and another
+    meter.on_train_begin(args, TrainerState(), TrainerControl())  # a second training after one that failed
     assert hooks() == 4
     meter.on_train_end(args, TrainerState(), TrainerControl())
     assert hooks() == 0
 
 
 def test_no_tensor_outlives_its_step(tmp_path: Path) -> None:
-    """Without the garbage collector: on a GPU it would come too late."""
+    """Without the garbage collector, which would be too late on a GPU."""
     vlm = model()
     meter = started(vlm, tmp_path)
     alive: list[weakref.ref[Tensor]] = []
@@ -332,7 +330,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_every_log_line_tells_the_speed(tmp_path: Path, compiled: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_log_line_has_the_throughput(tmp_path: Path, compiled: bool, capsys: pytest.CaptureFixture[str]) -> None:
     more = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
     run = trainer(tmp_path, model(), gradient_accumulation_steps=2, max_steps=3, save_strategy="steps", **more)
     run.train()
@@ -345,7 +343,7 @@ def test_every_log_line_tells_the_speed(tmp_path: Path, compiled: bool, capsys: 
         assert line["questions_per_second"] > 0 and 0 <= line["padding"] < 100
         assert line["peak_memory_gib"] > 0.05 and line["mfu"] > 0
         assert all(line[f"time_{phase}"] > 0 for phase in expected if phase != "other")
-    assert run.speed.clock.phase is None and run.speed.hooks == []
+    assert run.throughput.clock.phase is None and run.throughput.hooks == []
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(printed) == 3 and all(len(line) < 100 for line in printed)
     assert re.fullmatch(r"step 2/3, [\d:]+ left: loss \S+, lr \S+, grad norm \S+, \S+ questions/s", printed[1])
@@ -355,25 +353,25 @@ def test_every_log_line_tells_the_speed(tmp_path: Path, compiled: bool, capsys: 
 def test_the_bar_fits_the_terminal(
     tmp_path: Path, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", str(columns))  # what tqdm asks where there is no terminal
+    monkeypatch.setenv("COLUMNS", str(columns))  # what tqdm reads without a terminal
     monkeypatch.setenv("LINES", "40")
     run = trainer(tmp_path, model())
-    assert isinstance(run.pop_callback(PrinterCallback), Printer)  # which stands where no bar is wanted
+    assert isinstance(run.pop_callback(PrinterCallback), LinePrinter)  # used without a bar
     run.add_callback(ProgressCallback)
-    show_speed(run)
-    assert [type(callback) for callback in run.callback_handler.callbacks].count(Bar) == 1
+    replace_progress_callbacks(run)
+    assert [type(callback) for callback in run.callback_handler.callbacks].count(ProgressBar) == 1
     run.train()
     out, err = capsys.readouterr()
-    drawn = [piece for piece in re.split(r"[\r\n]", err) if "%|" in piece]
-    assert drawn and all(len(piece) < columns for piece in drawn)
-    assert all(len(piece.split("|")[1]) >= 8 for piece in drawn)
-    assert re.search(r"\| 4/4, [\d:]+ left, loss \S+, lr \S+, \S+ questions/s$", drawn[-1])
+    bars = [piece for piece in re.split(r"[\r\n]", err) if "%|" in piece]
+    assert bars and all(len(piece) < columns for piece in bars)
+    assert all(len(piece.split("|")[1]) >= 8 for piece in bars)
+    assert re.search(r"\| 4/4, [\d:]+ left, loss \S+, lr \S+, \S+ questions/s$", bars[-1])
     assert re.search(r"^step 4/4: loss \S+, lr \S+, grad norm \S+, \S+ questions/s$", out, re.MULTILINE)
 
 
 def test_the_bar_of_a_resumed_run_starts_where_it_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Else all steps before count as made in a moment, and the time left is far too short."""
-    bar, state = Bar(), TrainerState(global_step=900, max_steps=1000)
+    """Otherwise the steps before would count as done in no time, and the time left would be far too short."""
+    bar, state = ProgressBar(), TrainerState(global_step=900, max_steps=1000)
     args, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), TrainerControl()
     bar.on_train_begin(args, state, control)
     state.global_step = 901
@@ -404,8 +402,8 @@ def test_numbers_are_short() -> None:
     assert short(float("inf")) == "inf" and short("text") == "text"
 
 
-def test_experts_are_not_guessed(tmp_path: Path) -> None:
-    """Which of them a token meets is not known, so nothing is said of the operations."""
+def test_flops_of_experts_are_not_reported(tmp_path: Path) -> None:
+    """It is unknown which experts a token uses."""
     vlm = model()
     vlm.language.decoder.layers[0].mlp.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
     assert vlm.flops() is None
@@ -415,10 +413,10 @@ def test_experts_are_not_guessed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_time_is_that_of_its_stream(tmp_path: Path) -> None:
+def test_on_a_gpu_the_clock_times_its_stream(tmp_path: Path) -> None:
     vlm = model().cuda()
     batch = {name: column.cuda() for name, column in shared(vlm).items()}
-    meter = SpeedMeter(vlm)
+    meter = ThroughputMeter(vlm)
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
     meter.on_train_begin(args, TrainerState(), TrainerControl())
     for _ in range(5):
@@ -426,9 +424,9 @@ def test_on_a_gpu_the_time_is_that_of_its_stream(tmp_path: Path) -> None:
     report = meter.report()
     assert sum(report[f"time_{phase}"] for phase in PHASES) == pytest.approx(100, abs=0.1)
     assert all(report[f"time_{phase}"] > 0 for phase in ("encoder", "language_model", "loss"))
-    events = len(meter.clock.spare)
+    events = len(meter.clock.free_events)
     for _ in range(50):
         step(meter, vlm, batch)
         meter.report()
-    assert len(meter.clock.spare) <= events + 20  # used again and again
+    assert len(meter.clock.free_events) <= events + 20  # used again and again
     assert matrix_rate(torch.device("cuda"), torch.bfloat16) > 1e12

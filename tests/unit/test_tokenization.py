@@ -1,4 +1,4 @@
-"""The table of all texts: what the tokenizer says of each, once."""
+"""TokenTable and trained tokenizers: equal to tokenizing each text alone, and cached."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from vlmvqa.data import tokenization as texts_module
-from vlmvqa.data import tokenizer as tokenizer_module
+from vlmvqa.data import tokenization
 from vlmvqa.data.cache import Cache
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.tokenization import TokenTable, fingerprint
-from vlmvqa.data.tokenizer import train_tokenizer
+from vlmvqa.data.tokenization import TokenTable, fingerprint, train_tokenizer
 
 TEXTS = ["answer en What colour is the café?\n", "rouge", "", "日本 🐈", "<bos>", "rouge", " two  spaces\t"]
 
@@ -24,8 +22,8 @@ TEXTS = ["answer en What colour is the café?\n", "rouge", "", "日本 🐈", "<
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, and a cache even of few texts."""
-    monkeypatch.setattr(texts_module, "CHUNK", 4)
-    monkeypatch.setattr(texts_module, "FEW", 2)
+    monkeypatch.setattr(tokenization, "CHUNK", 4)
+    monkeypatch.setattr(tokenization, "MIN_CACHED_TEXTS", 2)
 
 
 def train(*texts: str) -> PreTrainedTokenizerFast:
@@ -44,7 +42,7 @@ def cache(tmp_path: Path) -> Cache:
 
 def test_each_text_has_the_tokens_that_it_has_alone(tokenizer: PreTrainedTokenizerFast, cache: Cache) -> None:
     alone = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS}
-    for _ in range(2):  # made, and from the cache
+    for _ in range(2):  # built, and from the cache
         table = TokenTable.build(iter(TEXTS), tokenizer, cache)
         assert {text: table.get(text) for text in TEXTS} == alone
         lengths = table.lengths(TEXTS)
@@ -60,9 +58,7 @@ def test_a_text_that_is_not_in_the_table_is_none_or_an_error(tokenizer: PreTrain
         assert table.lengths([]).tolist() == []
 
 
-def test_a_tokenizer_that_was_told_to_cut_and_pad_does_neither(
-    tokenizer: PreTrainedTokenizerFast, cache: Cache
-) -> None:
+def test_the_tokenizers_truncation_and_padding_are_ignored(tokenizer: PreTrainedTokenizerFast, cache: Cache) -> None:
     expected = tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=500)
@@ -74,12 +70,12 @@ def kept(cache: Cache) -> int:
     return len(list(cache.folder.iterdir()))
 
 
-def test_the_second_time_nothing_is_tokenised(
+def test_the_second_build_tokenizes_nothing(
     tokenizer: PreTrainedTokenizerFast, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     TokenTable.build(TEXTS, tokenizer, cache)
-    monkeypatch.setattr(texts_module, "_tokenize", lambda *_: pytest.fail("tokenised again"))
-    same = train(*TEXTS)  # as another process makes or loads it
+    monkeypatch.setattr(tokenization, "_tokenize", lambda *_: pytest.fail("tokenized again"))
+    same = train(*TEXTS)  # as in another process
     assert TokenTable.build(TEXTS, same, cache).get("rouge") == same("rouge")["input_ids"]
 
 
@@ -106,12 +102,12 @@ def test_added_tokens_make_another_tokenizer(tokenizer: PreTrainedTokenizerFast,
 def test_few_texts_are_not_kept(
     tokenizer: PreTrainedTokenizerFast, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts_module, "FEW", 100)
+    monkeypatch.setattr(tokenization, "MIN_CACHED_TEXTS", 100)
     assert TokenTable.build(TEXTS, tokenizer, cache).get("rouge") == tokenizer("rouge")["input_ids"]
     assert kept(cache) == 0
 
 
-def test_a_tokenizer_written_in_python_tokenises_too(cache: Cache) -> None:
+def test_a_tokenizer_written_in_python_works_too(cache: Cache) -> None:
     tokenizer = ByT5Tokenizer()
     table = TokenTable.build(TEXTS, tokenizer, cache)
     assert {text: table.get(text) for text in TEXTS} == {
@@ -120,7 +116,7 @@ def test_a_tokenizer_written_in_python_tokenises_too(cache: Cache) -> None:
     assert kept(cache) == 0
 
 
-def test_a_table_survives_the_way_to_another_process(tokenizer: PreTrainedTokenizerFast, cache: Cache) -> None:
+def test_a_table_can_be_pickled(tokenizer: PreTrainedTokenizerFast, cache: Cache) -> None:
     table = TokenTable.build(TEXTS, tokenizer, cache)
     assert pickle.loads(pickle.dumps(table)).get("rouge") == table.get("rouge")
 
@@ -147,23 +143,23 @@ assert [list(row) for row in DataLoader(Rows(), batch_size=None, num_workers=2)]
 
 
 @pytest.mark.slow
-def test_workers_forked_after_the_table_tokenise_without_a_word(
+def test_workers_forked_after_building_tokenize_without_warnings(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Rust's threads do not survive a fork: neither its warning nor a deadlock may reach the user."""
+    """Rust's threads do not survive a fork, which must cause neither a warning nor a deadlock."""
     tokenizer.save_pretrained(tmp_path)
     done = subprocess.run([sys.executable, "-c", WORKERS, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if "tokenising" not in line]  # a slow machine shows its bar
+    said = [line for line in done.stderr.splitlines() if "tokenizing" not in line]  # a slow machine shows its bar
     assert (done.returncode, said) == (0, [])
 
 
 def test_a_tokenizer_is_trained_once_for_the_same_texts(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = [Example(b"", 1, tuple(Question(1, text, text, text, ("rouge",)) for text in TEXTS if text))]
     trained = train_tokenizer(examples, 300, cache)
-    monkeypatch.setattr(tokenizer_module, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(tokenization, "_train", lambda *_: pytest.fail("trained again"))
     known = train_tokenizer(iter(examples), 300, cache)
     assert known.backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
     assert (known.pad_token_id, known.eos_token_id, known.bos_token_id) == (0, 1, 2)
-    for other, vocabulary in ((examples * 2, 300), (examples, 301)):  # counts decide what is merged
+    for other, vocabulary in ((examples * 2, 300), (examples, 301)):  # the merges depend on the counts
         with pytest.raises(pytest.fail.Exception, match="trained again"):
             train_tokenizer(other, vocabulary, cache)

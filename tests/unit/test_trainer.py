@@ -1,4 +1,4 @@
-"""The Trainer's subclass: groups of parameters, accumulation, logs, and which checkpoints are whole."""
+"""VqaTrainer: parameter groups, accumulation, logs, checkpoints and clipping."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.tokenizer import train_tokenizer
-from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.data.tokenization import train_tokenizer
+from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training import checkpoints, optimizer_state
-from vlmvqa.training.banner import banner
-from vlmvqa.training.clipping import Clipping
+from vlmvqa.training.console import parts_table
 from vlmvqa.training.log import read_log
-from vlmvqa.training.trainer import VqaTrainer
+from vlmvqa.training.optimizer import GradientClipping
+from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 COLORS = ("red", "green", "blue", "black")
 
@@ -57,8 +57,8 @@ def trainer(folder: Path, vlm: VLM, rates: Mapping[str, float | None] | None = N
         disable_tqdm=True,
         **{**settings, "learning_rate": 1e-3, "logging_steps": 1, **arguments},
     )
-    training_set = TrainingSet(given, processor, "most_common", 0, BadRecords())
-    return VqaTrainer(vlm, args, training_set, processor, learning_rates=rates)
+    training_set = TrainDataset(given, processor, RowSettings(), BadRecords())
+    return VqaTrainer(vlm, args, training_set, processor, TrainerOptions(learning_rates=rates or {}))
 
 
 def model() -> VLM:
@@ -79,16 +79,16 @@ def test_parts_have_their_own_learning_rates_and_norms_do_not_decay(tmp_path: Pa
     assert {"projector.layers.0.bias", "language.decoder.norm.weight", "vision.encoder.norm.weight"} <= still
 
 
-def test_nothing_that_trains_is_an_error(tmp_path: Path) -> None:
+def test_training_no_parameter_is_an_error(tmp_path: Path) -> None:
     vlm = model().requires_grad_(False)
     with pytest.raises(InputError, match="nothing trains"):
         trainer(tmp_path, vlm).parameter_groups()
 
 
-def test_the_banner_says_what_is_frozen(tmp_path: Path) -> None:
+def test_the_parts_table_shows_what_is_frozen(tmp_path: Path) -> None:
     vlm = model()
     set_trainable(vlm.part("language"), "none", "language")
-    lines = banner(vlm, trainer(tmp_path, vlm, {"vision": 3e-6}).parameter_groups()).splitlines()
+    lines = parts_table(vlm, trainer(tmp_path, vlm, {"vision": 3e-6}).parameter_groups()).splitlines()
     assert [line.split()[0] for line in lines] == ["module", "vision", "projector", "language", "total"]
     assert "3e-06" in lines[1] and "0.001" in lines[2] and "frozen" in lines[3]
     assert f"{sum(p.numel() for p in vlm.parameters()):,}" in lines[4]
@@ -111,8 +111,8 @@ def weights_after(folder: Path, batch: int, accumulation: int) -> dict[str, torc
     return {name: p.detach() for name, p in vlm.named_parameters()}
 
 
-def test_accumulated_steps_are_one_big_batch(tmp_path: Path) -> None:
-    """Loss is divided by the supervised tokens of the whole batch, however it is cut (promise 4, one process)."""
+def test_accumulated_steps_equal_one_large_batch(tmp_path: Path) -> None:
+    """The loss is divided by the supervised tokens of the global batch, however it is accumulated."""
     whole = weights_after(tmp_path / "whole", 8, 1)
     pieces = weights_after(tmp_path / "pieces", 2, 4)
     start = dict(model().named_parameters())
@@ -122,7 +122,7 @@ def test_accumulated_steps_are_one_big_batch(tmp_path: Path) -> None:
 
 
 def test_the_fused_optimizer_takes_the_same_steps(tmp_path: Path) -> None:
-    """The tiny model's `adamw_torch_fused`: all tensors of a group in one operation."""
+    """`adamw_torch_fused`, the tiny model's optimizer, updates all tensors of a group in one operation."""
     losses, weights = [], []
     for optim in ("adamw_torch", "adamw_torch_fused"):
         vlm = model()
@@ -139,16 +139,16 @@ def test_the_fused_optimizer_takes_the_same_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "before", "now", "step", "place"),
     [
-        (100, 64, 10, 4, (2, 0)),  # two whole epochs of 64 + 36 rows
+        (100, 64, 10, 4, (2, 0)),  # two full epochs of 64 + 36 rows
         (48, 48, 16, 3, (3, 0)),
-        (100, 10, 20, 3, (0, 2)),  # after 30 rows: the 10 that are left of a step are not made again
+        (100, 10, 20, 3, (0, 2)),  # after 30 rows, rounded up to 40: no row is repeated
         (100, 60, 10, 3, (1, 6)),
     ],
 )
-def test_another_global_batch_goes_on_from_the_same_row(
+def test_another_global_batch_resumes_at_the_same_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, before: int, now: int, step: int, place: tuple[int, int]
 ) -> None:
-    """Rows that fill up the last step of an epoch are not rows that were trained on."""
+    """Rows that fill the last step of an epoch don't count as trained on."""
     given = trainer(tmp_path, model(), per_device_train_batch_size=now)
     monkeypatch.setattr(given.training_set, "packing", range(rows))
     monkeypatch.setattr(Trainer, "_init_training_state", lambda *_: (0, 0))
@@ -157,7 +157,7 @@ def test_another_global_batch_goes_on_from_the_same_row(
     assert given._init_training_state(1000, -(-rows // now), 10, str(tmp_path), None) == place
 
 
-def test_the_log_holds_a_line_a_step(tmp_path: Path) -> None:
+def test_the_log_has_one_line_per_step(tmp_path: Path) -> None:
     trainer(tmp_path, model()).train()
     records = [record for record in read_log(tmp_path / "log.jsonl") if "loss" in record]
     assert [record["step"] for record in records] == [1, 2, 3, 4]
@@ -170,7 +170,7 @@ def test_the_log_holds_a_line_a_step(tmp_path: Path) -> None:
 def test_an_extended_run_follows_the_schedule_of_its_new_length(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And says how the learning rate changes; resumed as it was, nothing changes."""
+    """And prints how the learning rate changes; without an extension nothing changes."""
     cosine = {"lr_scheduler_type": "cosine", "save_strategy": "steps", "save_steps": 2}
     trainer(tmp_path, model(), **cosine).train()
     before = read_log(tmp_path / "log.jsonl")
@@ -186,7 +186,7 @@ def test_an_extended_run_follows_the_schedule_of_its_new_length(
     assert rates[5] == pytest.approx(0.0005) and rates[8] < rates[7] < rates[6] < rates[5]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_updated(tmp_path: Path) -> None:
     vlm = model()
     with torch.no_grad():
         vlm.projector.layers[0].weight[0, 0] = float("nan")
@@ -202,7 +202,7 @@ def write_checkpoint(folder: Path, step: int, **files: str) -> Path:
     return folder / f"checkpoint-{step}"
 
 
-def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+def test_incomplete_checkpoints_are_ignored(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 10, weights="a")
     write_checkpoint(tmp_path, 2, weights="b")
     assert (tmp_path / "latest").resolve().name == "checkpoint-2"
@@ -211,16 +211,16 @@ def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
         raise RuntimeError  # a kill, a full disk
     assert (tmp_path / "latest").resolve().name == "checkpoint-2"
     (tmp_path / "checkpoint-best").mkdir()
-    assert [path.name for path in checkpoints.whole_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
-    assert [path.name for path in checkpoints.remove_unfinished(tmp_path)] == ["checkpoint-12.partial"]
-    assert checkpoints.remove_unfinished(tmp_path) == [] and (tmp_path / "checkpoint-best").exists()
+    assert [path.name for path in checkpoints.complete_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
+    assert [path.name for path in checkpoints.remove_incomplete(tmp_path)] == ["checkpoint-12.partial"]
+    assert checkpoints.remove_incomplete(tmp_path) == [] and (tmp_path / "checkpoint-best").exists()
 
 
 @pytest.mark.parametrize("harm", ["cut", "flipped", "missing", "unreadable"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, harm: str) -> None:
     for step in (2, 4):
         write_checkpoint(tmp_path, step, weights="0123456789")
-    assert checkpoints.newest_sound(tmp_path) == (tmp_path / "checkpoint-4", [])
+    assert checkpoints.newest_intact(tmp_path) == (tmp_path / "checkpoint-4", [])
     weights = tmp_path / "checkpoint-4" / "weights"
     if harm == "cut":
         weights.write_text("01234")
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: 
         weights.unlink()
     else:
         (tmp_path / "checkpoint-4" / checkpoints.FILES).write_text("{")
-    newest, complaints = checkpoints.newest_sound(tmp_path)
+    newest, complaints = checkpoints.newest_intact(tmp_path)
     assert newest == tmp_path / "checkpoint-2"
     assert len(complaints) == 1 and "checkpoint-4 is damaged" in complaints[0] and "checkpoint before" in complaints[0]
 
@@ -238,34 +238,32 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm: 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     made = [write_checkpoint(tmp_path, step, weights="x") for step in (1, 2, 3, 4)]
     checkpoints.rotate(tmp_path, None, None)
-    assert checkpoints.whole_checkpoints(tmp_path) == made
+    assert checkpoints.complete_checkpoints(tmp_path) == made
     checkpoints.rotate(tmp_path, 2, str(made[0]))
-    assert checkpoints.whole_checkpoints(tmp_path) == [made[0], made[3]]
-    checkpoints.rotate(tmp_path, 1, str(made[0]))  # the newest stays in any case: a run goes on from it
-    assert checkpoints.whole_checkpoints(tmp_path) == [made[0], made[3]]
+    assert checkpoints.complete_checkpoints(tmp_path) == [made[0], made[3]]
+    checkpoints.rotate(tmp_path, 1, str(made[0]))  # the newest is always kept: a run resumes from it
+    assert checkpoints.complete_checkpoints(tmp_path) == [made[0], made[3]]
     checkpoints.rotate(tmp_path, 1, str(made[3]))
-    assert checkpoints.whole_checkpoints(tmp_path) == [made[3]]
+    assert checkpoints.complete_checkpoints(tmp_path) == [made[3]]
 
 
 def test_the_percentile_of_the_last_hundred_norms() -> None:
-    """As bitsandbytes' `percentile_clipping` chose it: the 95th of 100 sorted norms, the newest among them."""
-    clipping = Clipping(max_norm=0.0, percentile=95)
-    assert (
-        clipping.limit(3.0) == 3.0 and clipping.limit(7.0) == 7.0 and clipping.limit(5.0) == 7.0
-    )  # nothing is usual yet
+    """Like bitsandbytes' `percentile_clipping`: index 95 of 100 sorted norms, the current one included."""
+    clipping = GradientClipping(max_norm=0.0, percentile=95)
+    assert clipping.limit(3.0) == 3.0 and clipping.limit(7.0) == 7.0 and clipping.limit(5.0) == 7.0  # a short history
     norms = torch.rand(250, generator=torch.Generator().manual_seed(0)).tolist()
     for number, norm in enumerate(norms):
         limit = clipping.limit(norm)
         if number >= 100:
             assert limit == sorted(norms[number - 99 : number + 1])[95]
     assert clipping.norms == norms[-100:]
-    both = Clipping(max_norm=0.5, percentile=95)
+    both = GradientClipping(max_norm=0.5, percentile=95)
     assert both.limit(2.0) == 0.5 and both.limit(0.2) == 0.5
-    assert Clipping().limit(4.0) == float("inf")
+    assert GradientClipping().limit(4.0) == float("inf")
     both.limit(float("inf"))  # under fp16: the scaler skips that step
     assert both.norms == [2.0, 0.2]
     with pytest.raises(InputError, match="clip_percentile=0 must lie between 1 and 100"):
-        Clipping(percentile=0)
+        GradientClipping(percentile=0)
 
 
 def test_the_gradient_is_clipped_to_the_percentile(tmp_path: Path) -> None:
@@ -281,7 +279,7 @@ def test_the_gradient_is_clipped_to_the_percentile(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit", "sgd"])
 def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(tmp_path: Path, optim: str) -> None:
-    """Into the next epoch, with dropout and the percentile of the norms: all that a step depends on is restored."""
+    """Into the next epoch, with dropout and percentile clipping: everything that a step depends on is restored."""
 
     def losses(name: str, resume: str | None = None) -> dict[int, float]:
         vlm = model()
@@ -302,8 +300,8 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_not_stopped(tmp_path: Path
 
 
 @pytest.mark.parametrize("numbers", [2, 256, 1000])
-def test_eight_bit_moments_come_back_as_they_were(numbers: int) -> None:
-    """Codes and scales of a real bitsandbytes step, read as fp32 and written again."""
+def test_8_bit_moments_survive_reading_and_writing(numbers: int) -> None:
+    """Codes and scales of bitsandbytes, read as fp32 and quantized again."""
     from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 
     for signed in (True, False):

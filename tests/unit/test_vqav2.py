@@ -1,4 +1,4 @@
-"""VQAv2's official files: what is read, and what is said of files that cannot be."""
+"""Reader of VQAv2's official files: parsed examples, errors and skipped records."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def edit_question(**changes: Any) -> Callable[[Path], None]:
 
 
 def edit_annotation(**changes: Any) -> Callable[[Path], None]:
-    """Change the annotation of question 9001, the third of its file too."""
+    """Change the annotation of question 9001, the third of its file."""
     return lambda root: change(root / ANNOTATIONS, lambda content: _edit(content["annotations"][2], changes))
 
 
@@ -268,7 +268,7 @@ BAD_RECORDS = {
         THIRD_ANNOTATION,
         f"{QUESTIONS} has no such question",
     ),
-    "question without annotation": (drop(ANNOTATIONS, "annotations"), THIRD, f"{ANNOTATIONS} does not answer it"),
+    "question without annotation": (drop(ANNOTATIONS, "annotations"), THIRD, f"{ANNOTATIONS} has no annotation for it"),
     "empty question": (edit_question(question=""), THIRD, "the question is empty"),
     "blank question": (edit_question(question=" \n"), THIRD, "the question is empty"),
     "no question": (edit_question(question=...), THIRD, "it has no 'question'"),
@@ -339,7 +339,9 @@ def test_a_bad_record_is_left_out_and_listed_and_the_rest_is_read(root: Path, ca
 @pytest.mark.parametrize(("name", "key"), [(QUESTIONS, "questions"), (ANNOTATIONS, "annotations")])
 def test_an_id_used_twice_is_an_error_or_its_first_record_counts(root: Path, name: str, key: str) -> None:
     change(root / name, lambda content: content[key].append(content[key][2]))
-    with pytest.raises(InputError, match=f"{name}, question 9001: .* twice; keep one of them, or set"):
+    with pytest.raises(
+        InputError, match=f"{name}, {key[:-1]} 9001: its question_id is used twice; keep one of them, or"
+    ):
         vqav2.read(root, "val")
     bad_records = BadRecords("skip")
     assert sorted(map(str, ids(vqav2.read(root, "val", bad_records=bad_records)))) == sorted(str(a[1]) for a in ASKED)

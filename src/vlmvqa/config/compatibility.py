@@ -16,13 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from vlmvqa.config.schema import AnyModelSettings, DistSettings, TrainConfig
-from vlmvqa.config.trainer_arguments import problems
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.training import callbacks
-from vlmvqa.training.optimizer_state import OPTIMIZERS
-from vlmvqa.training.runtime_checks import CLASSES, optimizer_for
+from vlmvqa.training.optimizer import CLASSES, OPTIMIZERS, optimizer_for
 
 
 @dataclass(frozen=True)
@@ -248,7 +246,6 @@ def refuse(asked: RunRequest) -> None:
 
 
 def _sentences(asked: RunRequest) -> Iterator[str]:
-    yield from problems(asked.trainer)
     yield from callbacks.problems(asked.trainer.get("report_to"))
     rules = list(RULES)
     for applies, module in EXTRAS:

@@ -12,7 +12,7 @@ from typing import Any
 
 from vlmvqa.config.trainer_arguments import problems
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.paths import refuse_missing, refuse_missing_model
+from vlmvqa.paths import refuse_missing, refuse_missing_model, refuse_no_root
 
 # The first word of prepare.py, which names the job.
 PREPARE = ("download", "check", "pack", "features")
@@ -74,12 +74,6 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
     reads_data = f"prepare {values['job']}" if command == "prepare" else command
     if reads_data in READS_DATA and values.get("data") is not None:
         _refuse_missing_data(values["data"], "data")
-
-
-def refuse_no_root(where: str, root: str | None, hub: str | None, packed: str | None) -> None:
-    """Raise if a data set names no source to read it from."""
-    if root is None and hub is None and packed is None:
-        raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
 
 
 def read_questions(

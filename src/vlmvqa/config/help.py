@@ -155,7 +155,7 @@ cannot be used.
     python launch/prepare.py check data=vqav2 data.root=/data/vqav2 check.pictures=true
 
 Seconds for questions and missing pictures; with check.pictures=true every picture is decoded, which takes minutes. The
-table goes to the screen, every problem to check.dir/problems.txt, and the exit status is 1 where a split is not whole.
+table goes to the screen, every problem to check.dir/problems.txt, and the exit status is 1 where a split is incomplete.
 """
 
 DOWNLOAD = """\

@@ -68,7 +68,7 @@ class Sweep:
             start: runs the job; returns True if a signal stopped it, which ends the sweep.
         """
         overrides = [one.lstrip("+") for one in HydraConfig.get().overrides.task if _key(one) in self.keys]
-        ranks.say(f"\njob {HydraConfig.get().job.num}: {' '.join(overrides)}")
+        ranks.print_on_rank0(f"\njob {HydraConfig.get().job.num}: {' '.join(overrides)}")
         if self.output is not None:
             job = replace(job, values=_in_own_folder(job.values, self.output, overrides))
         error, stopped, before = None, None, set(os.environ)

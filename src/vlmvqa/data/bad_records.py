@@ -1,4 +1,4 @@
-"""One policy for records that cannot be used: stop at the first, or leave them out and say so."""
+"""Policy for records that cannot be used: stop at the first, or skip and list them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,31 @@ POLICIES = ("error", "skip")
 
 @dataclass
 class BadRecords:
-    """Stops at a bad record (`policy="error"`) or leaves it out, counted and listed (`"skip"`).
+    """Raise an error at a bad record (`policy="error"`), or skip, count and list it (`"skip"`).
 
-    The listing is a file of JSON lines, one short append a record, because bad images are met in
-    the DataLoader's worker processes, which share nothing else with the run.
+    Attributes:
+        listing: a JSONL file. Bad images are found in the DataLoader's worker processes, so each record is appended
+            with one short write, and all processes share the file.
+        seen: the bad records of this process.
+        advice: appended to each error: the option that skips bad records.
     """
 
     policy: str = "error"
     listing: Path | None = None
     seen: list[str] = field(default_factory=list)
-    advice: str = ", or set data.on_bad_record=skip to leave it out"  # where that can be set
+    advice: str = ", or set data.on_bad_record=skip to leave it out"
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise InputError(f"data.on_bad_record={self.policy} is unknown; use one of {', '.join(POLICIES)}.")
 
     def add(self, where: str, problem: str, remedy: str = "fix it") -> None:
-        """Report a record: `where` names file and record, `problem` what is wrong with it.
+        """Report a bad record.
+
+        Args:
+            where: file and record.
+            problem: what is wrong with it.
+            remedy: what the user can do.
 
         Raises:
             InputError: under the policy "error".
@@ -38,19 +46,30 @@ class BadRecords:
         self.add_error(InputError(f"{where}: {problem}; {remedy}"))
 
     def add_error(self, error: InputError) -> None:
-        """The same, for a record whose sentence is already written."""
+        """Report a bad record by an error that names file, record and problem.
+
+        Raises:
+            InputError: under the policy "error".
+        """
         if self.policy == "error":
             raise InputError(f"{str(error).rstrip('.')}{self.advice}") from error
         self.seen.append(str(error))
-        self._list(str(error))
+        self._append(str(error))
 
     def list_in(self, listing: Path) -> None:
-        """List here from now on, and what was left out so far: for a folder that is made once all input was read."""
+        """Set the listing and write the records seen so far, for a run folder that is created after reading."""
         self.listing = listing
         for record in self.seen:
-            self._list(record)
+            self._append(record)
 
-    def _list(self, record: str) -> None:
+    def listed(self) -> list[str]:
+        """Return the distinct bad records of all processes that share the listing, sorted."""
+        records = list(self.seen)
+        if self.listing is not None and self.listing.exists():
+            records += [json.loads(line)["record"] for line in self.listing.read_text().splitlines()]
+        return sorted(set(records))
+
+    def _append(self, record: str) -> None:
         if self.listing is None:
             return
         self.listing.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +79,3 @@ class BadRecords:
             os.write(descriptor, line)
         finally:
             os.close(descriptor)
-
-    def listed(self) -> list[str]:
-        """The records left out so far, each once, by this process and by all that share the listing; sorted, because
-        in which order they were met depends on the processes."""
-        records = list(self.seen)
-        if self.listing is not None and self.listing.exists():
-            records += [json.loads(line)["record"] for line in self.listing.read_text().splitlines()]
-        return sorted(set(records))

@@ -1,8 +1,7 @@
-"""What every source yields: an image with the questions asked about it.
+"""The dataset-independent form of the data: an image with the questions asked about it.
 
-A source (one file in this folder) reads its benchmark's files into `Example`s grouped by image;
-nothing after it knows which benchmark they came from. Images are decoded late, in the
-DataLoader's workers (`images.py`).
+Each reader in `datasets/` parses its benchmark's files into `Example`s grouped by image; no later step depends on the
+benchmark. Images are decoded late, in the DataLoader's workers (`images.py`).
 """
 
 from __future__ import annotations
@@ -15,13 +14,15 @@ from typing import Any, Protocol
 from PIL.Image import Image
 
 
-class StoredPicture(Protocol):
-    """What gives the bytes of a picture's file when asked: a path, a place in a shard (`packed.py`)."""
+class StoredImage(Protocol):
+    """An encoded image file that is read on demand: a path, or a position in a shard (`extras/shards`)."""
 
-    def read_bytes(self) -> bytes: ...
+    def read_bytes(self) -> bytes:
+        """Return the bytes of the image file."""
+        ...
 
 
-ImageSource = Path | bytes | Image | StoredPicture
+ImageSource = Path | bytes | Image | StoredImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +30,14 @@ class Question:
     """One question about an image.
 
     Attributes:
-        id: the benchmark's own id, as its result file wants it.
-        text: the question as the data set has it.
-        prompt: what the model reads: `text` in the task's template.
-        target: the answer to train on (None: no answers are known, as in a test split).
-        answers: all reference answers, as the metric takes them (empty in a test split).
+        id: the benchmark's id, as its results file expects it.
+        text: the question as in the dataset.
+        prompt: the model's input: `text` in the task's template.
+        target: the answer to train on (None: unknown, as in a test split).
+        answers: all reference answers, for the metric (empty in a test split).
         question_type, answer_type: the benchmark's categories, for the tables of the report.
-        details: what the benchmark's metric needs besides, in the words of its official files; of GQA's evaluation
-            splits, None elsewhere.
+        details: further fields that the benchmark's metric needs, named as in the official files: set by GQA's
+            evaluation splits, None elsewhere.
     """
 
     id: int | str
@@ -51,27 +52,27 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An image and its questions; `image_id` is the benchmark's, for shuffling and for errors."""
+    """An image and its questions; `image_id` is the benchmark's id, used for shuffling and in errors."""
 
     image: ImageSource
     image_id: int | str
     questions: tuple[Question, ...]
 
-    def part(self, first: int, end: int) -> Example:
-        """The same image with some of its questions."""
+    def with_questions(self, first: int, end: int) -> Example:
+        """Return the image with questions `first` to `end` (exclusive) only."""
         return replace(self, questions=self.questions[first:end])
 
     @property
     def name(self) -> str:
-        """How an error names this record's image."""
+        """Return the name of the image in error messages."""
         return str(self.image) if isinstance(self.image, Path) else f"image {self.image_id}"
 
 
 def count_questions(examples: Iterable[Example]) -> int:
-    """Number of questions over all images."""
+    """Return the number of questions of all images."""
     return sum(len(example.questions) for example in examples)
 
 
 def all_answered(examples: Iterable[Example]) -> bool:
-    """Whether there are references to score against; a test split has none."""
+    """Return whether all questions have reference answers to score against; a test split has none."""
     return all(question.answers for example in examples for question in example.questions)

@@ -1,9 +1,9 @@
-"""From a file, bytes or a PIL image to the tensor that the vision encoder reads.
+"""Decode an image file, bytes or a PIL image into the tensor that the vision encoder reads.
 
-    decode      any picture -> RGB, upright, 8 bits      or one sentence that names the file
+    decode      any image format -> RGB, upright, 8 bits      or one sentence that names the file
     to_tensor   RGB -> float[3, size, size], normalised
 
-A picture that cannot be read whole is refused, never filled with grey: a model would learn the grey.
+A truncated image is an error; Pillow could fill the missing part with grey, which a model would learn.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ INTERPOLATIONS = {
 }
 RESIZES = ("squash", "center_crop")
 
-# Pillow's decoders let all of these through when a file is damaged.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
+# Everything that Pillow's decoders raise for a damaged file.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What the vision encoder was trained on.
+    """Image preprocessing of the vision encoder.
 
     Attributes:
         size: side of the square input in pixels.
         mean, std: normalisation of red, green and blue in 0..1.
         interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`.
-        resize: `squash` keeps the whole picture and loses its proportions, `center_crop` the reverse.
-        reduced: let a JPEG be decoded at a half, a quarter or an eighth, never smaller than `size` on either side.
-            Faster (`python -m bench.data` says by how much), but not the same pixels: on photographs of 640 x 480
-            made 224 they differ by about 3 of 255, so it is off where nothing is said, as in a model trained without.
+        resize: `squash` keeps the full image but not its aspect ratio, `center_crop` the reverse.
+        reduced: decode a JPEG at 1/2, 1/4 or 1/8 scale, never below `size` on either side. Faster (`python -m
+            bench.data` measures it), but the pixels differ: by about 3 of 255 for photographs of 640 x 480 resized to
+            224. Off by default, for models that were trained without.
     """
 
     size: int
@@ -71,48 +71,48 @@ class ImageSettings:
 
 
 def decode(source: ImageSource, name: str, settings: ImageSettings | None = None) -> Image.Image:
-    """The picture as RGB, upright, its first frame if there are several.
+    """Return an image as RGB, upright; the first frame if there are several.
 
     Args:
-        source: a path, an encoded file's bytes, or a PIL image (which is left as it is, and never reduced).
-        name: how an error names the picture.
-        settings: what `to_tensor` will make of it, so that it may be decoded smaller (None: whole).
+        source: a path, the bytes of an image file, or a PIL image (which is not modified, and never reduced).
+        name: the name of the image in errors.
+        settings: the settings that `to_tensor` will get, which may allow decoding at a smaller scale (None: full size).
 
     Raises:
-        InputError: there is no such file, it is no picture, it is damaged, or it is too large.
+        InputError: the file does not exist, is not an image, is damaged, or is too large.
     """
     try:
         if isinstance(source, Image.Image):
-            _refuse_too_large(source, name)
+            _check_size(source, name)
             return _upright_rgb(source, name)
         content = source if isinstance(source, bytes) else source.read_bytes()
         if not content:
             raise InputError(f"{name} is empty (0 bytes); fetch it again.")
         with Image.open(io.BytesIO(content)) as image:
-            _refuse_too_large(image, name)  # before it is reduced, so that the same files are refused either way
+            _check_size(image, name)  # before reducing it, so that the same files are errors with and without
             if settings is not None and settings.reduced:
-                # Both ways of resizing need the shorter side to have `size` pixels, and a turned picture's is the same.
-                image.draft(None, (settings.size, settings.size))  # does nothing but to a JPEG
+                # Both kinds of resizing need `size` pixels on the shorter side, which rotation does not change.
+                image.draft(None, (settings.size, settings.size))  # JPEG only; no effect on other formats
             return _upright_rgb(image, name)
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{name} does not exist; fetch it, or correct the path.") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name} is not a picture in a known format; fetch it again or convert it.") from None
+        raise InputError(f"{name} is not an image in a known format; fetch it again or convert it.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _too_large(name) from None
-    except DAMAGED as error:
+    except DECODE_ERRORS as error:
         raise InputError(f"{name} cannot be read ({_reason(error)}); fetch it again.") from None
 
 
 def to_tensor(image: Image.Image, settings: ImageSettings) -> torch.Tensor:
-    """`image` (RGB) resized and normalised: float[3, size, size]."""
+    """Return an RGB image resized and normalised: `float[3, size, size]`."""
     width, height = image.size
     box = (0, 0, width, height)
     if settings.resize == "center_crop":
-        # Cropped in the same call, which gives the pixels of "resize the shorter side, then crop" without
-        # ever making them: a 20,000 x 1 picture would first become 20,000 * size^2 of them.
+        # Cropping in the same call gives the pixels of "resize the shorter side, then crop" without the intermediate
+        # image: a 20,000 x 1 image would first become 20,000 * size^2 pixels.
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
@@ -124,12 +124,12 @@ def to_tensor(image: Image.Image, settings: ImageSettings) -> torch.Tensor:
 
 @cache
 def _normalisation(settings: ImageSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and std, `float[3, 1, 1]` each: making them anew takes a tenth of a small picture's time."""
+    """Return mean and std, `float[3, 1, 1]` each; creating them takes a tenth of a small image's time."""
     return torch.tensor(settings.mean).view(3, 1, 1), torch.tensor(settings.std).view(3, 1, 1)
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """A new RGB image: turned as its EXIF data say, transparent parts white."""
+    """Return a new RGB image, rotated by its EXIF orientation, with transparent parts white."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise InputError(f"{name} holds floating-point pixels, whose range is unknown; convert it to 8 or 16 bits.")
@@ -143,15 +143,15 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image, name: str) -> Image.Image:
-    """The high byte of each 16-bit grey value (Pillow's own conversion of mode I clips instead)."""
+    """Return the high byte of each 16-bit grey value (Pillow's own conversion of mode I clips instead)."""
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise InputError(f"{name} holds 32-bit pixels, whose range is unknown; convert it to 8 or 16 bits.")
     return Image.fromarray((values.astype(np.int64) >> 8).astype(np.uint8))
 
 
-def _refuse_too_large(image: Image.Image, name: str) -> None:
-    """Pillow itself only warns up to twice its limit."""
+def _check_size(image: Image.Image, name: str) -> None:
+    """Raise an InputError above Pillow's limit, where Pillow itself only warns up to twice the limit."""
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise _too_large(name)
 
@@ -161,6 +161,6 @@ def _too_large(name: str) -> InputError:
 
 
 def _reason(error: Exception) -> str:
-    """Pillow's or the system's words, on one line."""
+    """Return Pillow's or the system's message on one line."""
     strerror = error.strerror if isinstance(error, OSError) else None
     return " ".join((strerror or str(error) or type(error).__name__).split())

@@ -1,11 +1,11 @@
-"""Which documents share a row, and in which order the rows come.
+"""Pack documents into rows, and order the rows of each epoch.
 
-A document is an image with its questions. Documents are dealt out longest first, each to the row that is shortest so
-far, over as few rows as hold them within a budget of tokens (Graham 1969, "longest processing time first"). All rows of
-a run are then nearly equally long, so a batch is hardly padded, and each mixes long documents with short ones.
+A document is an image with its questions. Documents are assigned longest first, each to the row with the fewest tokens
+so far, over as few rows as hold them within a token budget (Graham 1969, "longest processing time first"). All rows
+then have nearly the same length, so batches need little padding, and each row mixes long and short documents.
 
-To which row the i-th longest document goes depends on the lengths alone: every epoch has the same number of rows. Which
-of the equally long documents it is, and the order of the rows, is drawn anew each epoch from the seed.
+Which row the i-th longest document is assigned to depends on the lengths alone, so every epoch has the same number of
+rows. Documents of equal length, and the rows, are shuffled each epoch with the seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from heapq import heapreplace
 import numpy as np
 from numpy.typing import NDArray
 
-PRECISION = 0.005  # of the number of rows: half a percent more than the fewest that were found to do
+PRECISION = 0.005  # the search for the fewest rows stops within half a percent of the smallest feasible number
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,27 @@ class Plan:
         return len(self.starts) - 1
 
     def __getitem__(self, row: int) -> list[int]:
-        found: list[int] = self.order[self.starts[row] : self.starts[row + 1]].tolist()
-        return found
+        documents: list[int] = self.order[self.starts[row] : self.starts[row + 1]].tolist()
+        return documents
 
 
 class Packing:
-    """The rows of every epoch.
+    """The assignment of documents to rows, the same in every epoch.
 
     Args:
         lengths: tokens of each document, none above the budget.
-        budget: tokens a row, at most; None: a row for each document.
-        seed: with the epoch, all that the order is drawn from.
-        repeats: how often an epoch has each document (None: once). Of a fraction, as many as it comes to: 0.5 is half
-            of the documents of every length, other ones in each epoch; 1.5 is all of them, and half of them again.
+        budget: limit on the tokens of a row; None: one row per document.
+        seed: seed of the shuffles, with the epoch.
+        repeats: how often an epoch contains each document (None: once). Fractions are rounded over all documents of a
+            length: 0.5 is half of them, different ones each epoch; 1.5 is all of them, and half of them again.
     """
 
     def __init__(
         self, lengths: Sequence[int], budget: int | None, seed: int, repeats: Sequence[float] | None = None
     ) -> None:
         self.lengths, self.seed = np.asarray(lengths, dtype=np.int64), seed
-        self._copies = _Copies(self.lengths, repeats)
-        descending = self._copies.lengths.tolist()
+        self._sampler = _DocumentSampler(self.lengths, repeats)
+        descending = self._sampler.lengths.tolist()
         if budget is None:
             self._row = np.arange(len(descending))
         else:
@@ -60,19 +60,20 @@ class Packing:
             self._row = _fewest_rows(descending, budget)
 
     def __len__(self) -> int:
-        """Rows an epoch."""
+        """Return the number of rows of an epoch."""
         return int(self._row.max(initial=-1)) + 1
 
     def plan(self, epoch: int) -> Plan:
-        drawn = np.random.default_rng([self.seed, epoch])
-        documents = self._copies.draw(drawn)
-        row = drawn.permutation(len(self))[self._row]
+        """Return the rows of an epoch."""
+        generator = np.random.default_rng([self.seed, epoch])
+        documents = self._sampler.sample(generator)
+        row = generator.permutation(len(self))[self._row]
         starts = np.concatenate([[0], np.bincount(row, minlength=len(self)).cumsum()])
         return Plan(documents[np.argsort(row, kind="stable")], starts)
 
 
-class _Copies:
-    """The documents of an epoch, the longest first: always so many of each length, drawn from all that are as long.
+class _DocumentSampler:
+    """Sample the documents of an epoch, longest first: a fixed number of each length, from all of that length.
 
     Attributes:
         lengths: tokens of an epoch's documents, in descending order.
@@ -82,32 +83,35 @@ class _Copies:
         times = np.ones(len(lengths)) if repeats is None else np.asarray(repeats, dtype=np.float64)
         copies = np.ceil(times).astype(np.int64)
         self._document = np.repeat(np.arange(len(lengths)), copies)
-        # The number of each copy of a document: whole copies come before the one that only some are given.
+        # Number of each copy of a document: full copies come before the one that only some documents get.
         self._copy = np.arange(len(self._document)) - np.repeat(np.cumsum(copies) - copies, copies)
-        # Documents of one length, that are given as often, make a group; groups stand in the order of their lengths.
+        # Documents with the same length and repeats form a group; groups are sorted by length, longest first.
         kinds, group = np.unique(np.stack([-lengths, times], axis=1), axis=0, return_inverse=True)
         self._group = group.reshape(-1)[self._document]
         due = np.bincount(group.reshape(-1), minlength=len(kinds)) * kinds[:, 1] if len(lengths) else np.zeros(0)
         taken = np.zeros(len(kinds), dtype=np.int64)
-        for often in np.unique(times):  # what a group's rounding leaves is the next one's
-            same = kinds[:, 1] == often
+        for repeat in np.unique(times):  # a group's rounding error carries over to the next one
+            same = kinds[:, 1] == repeat
             taken[same] = np.diff(np.floor(np.cumsum(due[same]) + 0.5 + 1e-9), prepend=0)
         candidates = np.bincount(self._group, minlength=len(kinds))
-        place = np.arange(len(self._document)) - np.repeat(np.cumsum(candidates) - candidates, candidates)
-        self._taken = place < np.repeat(taken, candidates)
+        rank = np.arange(len(self._document)) - np.repeat(np.cumsum(candidates) - candidates, candidates)
+        self._taken = rank < np.repeat(taken, candidates)
         self.lengths = np.repeat(-kinds[:, 0].astype(np.int64), taken)
 
-    def draw(self, drawn: np.random.Generator) -> NDArray[np.int64]:
-        """An epoch's documents, in the order of `lengths`."""
-        shuffled = drawn.permutation(len(self._document))
+    def sample(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """Return an epoch's documents, in the order of `lengths`."""
+        shuffled = generator.permutation(len(self._document))
         ordered = shuffled[np.lexsort((self._copy[shuffled], self._group[shuffled]))]
         return self._document[ordered][self._taken]
 
 
-def split(lengths: Sequence[int], room: int | None, most: int | None) -> Iterator[tuple[int, int]]:
-    """Cut the questions of an image into runs of at most `most` questions and `room` tokens: (first, end) of each.
+def split_questions(lengths: Sequence[int], room: int | None, most: int | None) -> Iterator[tuple[int, int]]:
+    """Split the questions of an image into runs, one per document: yield (first, end) of each.
 
-    A question longer than the room is a run of its own.
+    Args:
+        lengths: tokens of each question.
+        room: limit on the tokens of a run (a longer question is a run alone); None: no limit.
+        most: limit on the questions of a run; None: no limit.
     """
     first = taken = 0
     for end, length in enumerate(lengths):
@@ -121,31 +125,32 @@ def split(lengths: Sequence[int], room: int | None, most: int | None) -> Iterato
 
 
 def _fewest_rows(descending: list[int], budget: int) -> NDArray[np.int64]:
-    """The row of each length, for about the fewest rows within the budget."""
+    """Return the row of each document, for nearly the fewest rows within the budget (binary search)."""
     if not descending:
         return np.zeros(0, dtype=np.int64)
     least = -(-sum(descending) // budget)
-    low, high = least - 1, 2 * least  # so many always do: none is then more than half full when a short one comes
-    best = _deal(descending, high, budget)
+    # Twice the least always suffices: the shortest row is then at most half full whenever a short document comes.
+    low, high = least - 1, 2 * least
+    best = _assign(descending, high, budget)
     assert best is not None
     while high - low > max(1, PRECISION * high):
         middle = (low + high) // 2
-        dealt = _deal(descending, middle, budget)
-        if dealt is None:
+        rows = _assign(descending, middle, budget)
+        if rows is None:
             low = middle
         else:
-            high, best = middle, dealt
+            high, best = middle, rows
     return np.asarray(best, dtype=np.int64)
 
 
-def _deal(descending: list[int], rows: int, budget: int) -> list[int] | None:
-    """The row of each length, when each goes to the shortest row so far; None: one grew beyond the budget."""
-    shortest = [(0, row) for row in range(min(rows, len(descending)))]
-    dealt = []
+def _assign(descending: list[int], rows: int, budget: int) -> list[int] | None:
+    """Assign each document to the shortest of `rows` rows; return its row, or None if one exceeds the budget."""
+    heap = [(0, row) for row in range(min(rows, len(descending)))]
+    assigned = []
     for length in descending:
-        tokens, row = shortest[0]
+        tokens, row = heap[0]
         if tokens + length > budget:
             return None
-        heapreplace(shortest, (tokens + length, row))
-        dealt.append(row)
-    return dealt
+        heapreplace(heap, (tokens + length, row))
+        assigned.append(row)
+    return assigned

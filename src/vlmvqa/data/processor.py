@@ -1,6 +1,6 @@
-"""Examples to the batch the model takes: tokenised questions, decoded images, padded rows.
+"""Tokenize questions, load images and collate both into the model's batch.
 
-Legend: B rows, T tokens, I images.
+Legend: B rows, T tokens, I images, N image tokens, H image height and width, Dv vision width.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,28 +26,17 @@ from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_row
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A document ready for a row: its image and its questions as token ids.
-
-    `image` is `float[3, H, H]`, a frozen encoder's cached output `float[N, Dv]`, or, for a pretrained model, the
-    decoded picture.
-    """
-
-    image: Any
-    questions: list[TokenizedQuestion]
-
-
-@dataclass(frozen=True)
 class Processor:
-    """Turns examples into batches, the same way in training, evaluation and `answer`.
+    """Convert examples to batches; training, evaluation and `Predictor.answer` share it.
 
     Attributes:
+        tokenizer: the language model's tokenizer.
         images: size, normalisation and resizing of the vision encoder's input.
-        num_image_tokens: tokens the vision encoder makes of an image.
-        attention_pattern: the model's attention pattern.
-        max_text_tokens: prompt and answer of one question, at most; what is too long loses tokens of the question,
-            never of the image, the template's end or the answer. None: no limit.
-        table: texts that are tokenised already; any other is tokenised when it comes.
+        num_image_tokens: N, tokens of one image.
+        attention_pattern: the model's attention pattern (`masks.ATTENTION_PATTERNS`).
+        max_text_tokens: limit on prompt plus answer tokens of one question (None: no limit). A longer question is
+            truncated; the image, the end of the template and the answer never are.
+        table: texts that are tokenized already; others are tokenized on demand.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,13 +47,13 @@ class Processor:
     table: TokenTable | None = field(default=None, repr=False, compare=False)
 
     def tokenize(self, question: Question, answer: str | None) -> TokenizedQuestion:
-        """BOS, prompt; then the answer and EOS (`answer=None`: nothing, the model is to write it).
+        """Return BOS and the prompt; then the answer and EOS, or nothing where the model generates (`answer=None`).
 
         Raises:
-            InputError: an empty answer, or one that alone exceeds `max_text_tokens`.
+            InputError: the answer is empty, or leaves no room for the question within `max_text_tokens`.
         """
         ids = self._ids(question.prompt)
-        bos, eos = self._special
+        bos, eos = self._special_ids
         prompt = [*bos, *ids]  # PaliGemma's order: image, BOS, prompt
         target: list[int] = []
         if answer is not None:
@@ -72,7 +61,7 @@ class Processor:
             if len(target) == 1:
                 raise InputError(f"question {question.id}: its answer is empty, so nothing is supervised")
         if self.max_text_tokens is not None and len(prompt) + len(target) > self.max_text_tokens:
-            # Captions have no question to shorten.
+            # Captions have no question to truncate.
             ending = self._ids(question.prompt.rpartition(question.text)[2]) if question.text else prompt
             room = self.max_text_tokens - len(target) - len(ending)
             if room < 2:
@@ -83,32 +72,38 @@ class Processor:
             prompt = prompt[:room] + ending
         return TokenizedQuestion(prompt, target)
 
-    def encode(self, example: Example, answers: Sequence[str | None]) -> Encoded:
-        """Decode the image and tokenise the questions, each with its training answer or None.
+    def encode(self, example: Example, answers: Sequence[str | None]) -> Document:
+        """Load the image and tokenize the questions, each with its training answer or None.
 
         Raises:
             InputError: the image cannot be read, or an answer cannot be trained on.
         """
         pairs = zip(example.questions, answers, strict=True)
-        return Encoded(self.image(example), [self.tokenize(question, answer) for question, answer in pairs])
+        return Document(self.load_image(example), [self.tokenize(question, answer) for question, answer in pairs])
 
-    def image(self, example: Example) -> Tensor:
-        """The decoded image: `float[3, H, H]`."""
+    def load_image(self, example: Example) -> Tensor:
+        """Return the image, resized and normalised: `float[3, H, H]`."""
         return to_tensor(decode(example.image, example.name, self.images), self.images)
 
-    def length(self, question: Question, answer: str) -> int:
-        """Tokens of a question with its answer in a row; EOS is a label, never an input."""
+    def count_tokens(self, question: Question, answer: str) -> int:
+        """Return how many tokens a question and its answer take in a row; EOS is a label, never an input."""
         tokens = self.tokenize(question, answer)
         return len(tokens.prompt) + len(tokens.answer) - 1
 
-    def collate(self, rows: Sequence[Sequence[Encoded]], multiple: int = 8) -> dict[str, Tensor]:
-        """The batch: `pixel_values float[I, 3, H, H]` or `image_features float[I, N, Dv]`, and the `[B, T]` columns of
-        `sequence/rows.py`, T a multiple of `multiple`."""
-        numbers = count()
-        laid = [[Document(next(numbers), encoded.questions) for encoded in row] for row in rows]
-        columns = pad_rows([build_row(row, self.num_image_tokens, self.attention_pattern) for row in laid], multiple)
-        images = torch.stack([encoded.image for row in rows for encoded in row])
-        return {"pixel_values" if images.ndim == 4 else "image_features": images, **columns}
+    def collate(self, rows: Sequence[Sequence[Document]], multiple: int = 8) -> dict[str, Tensor]:
+        """Return the batch of some rows of documents.
+
+        Returns:
+            `pixel_values float[I, 3, H, H]` or `image_features float[I, N, Dv]`, and the `[B, T]` columns of
+            `sequence/rows.py`, T a multiple of `multiple`.
+        """
+        images = torch.stack([document.image for row in rows for document in row])
+        first_images = accumulate(map(len, rows), initial=0)  # index in the batch of each row's first image
+        built = [
+            build_row(row, self.num_image_tokens, self.attention_pattern, first)
+            for row, first in zip(rows, first_images, strict=False)
+        ]
+        return {"pixel_values" if images.ndim == 4 else "image_features": images, **pad_rows(built, multiple)}
 
     @property
     def shares_images(self) -> bool:
@@ -125,25 +120,25 @@ class Processor:
         return replace(self, images=replace(self.images, resize=resize, reduced=reduced))
 
     @cached_property
-    def ends(self) -> set[int]:
-        """The token ids that end an answer."""
+    def end_token_ids(self) -> set[int]:
+        """Return the token ids that end an answer."""
         return {self.tokenizer.eos_token_id}
 
     @cached_property
-    def _special(self) -> tuple[list[int], int]:
-        """BOS, where the tokenizer has one, and EOS: asking it for them takes as long as a lookup in the table."""
+    def _special_ids(self) -> tuple[list[int], int]:
+        """Return BOS, if the tokenizer has one, and EOS; reading them takes as long as a lookup in the table."""
         bos = self.tokenizer.bos_token_id
         return [] if bos is None else [bos], self.tokenizer.eos_token_id
 
     def _ids(self, text: str) -> list[int]:
-        found = self.table.get(text) if self.table is not None else None
-        if found is None:
-            found = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+        ids: list[int] | None = self.table.get(text) if self.table is not None else None
+        if ids is None:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
 
-class QuestionSet(Dataset[Encoded | None]):
-    """Encoded examples without answers, for evaluation; None where the image is bad and left out."""
+class EvalDataset(Dataset[Document | None]):
+    """Examples encoded without answers; None for an image that cannot be read (with `on_bad_record=skip`)."""
 
     def __init__(self, examples: Sequence[Example], processor: Processor, bad_records: BadRecords) -> None:
         self.examples, self.processor, self.bad_records = examples, processor, bad_records
@@ -151,7 +146,7 @@ class QuestionSet(Dataset[Encoded | None]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Encoded | None:
+    def __getitem__(self, index: int) -> Document | None:
         example = self.examples[index]
         try:
             return self.processor.encode(example, [None] * len(example.questions))

@@ -1,11 +1,11 @@
-"""What the readers of official files share: JSON, what is wrong with a record, images with their questions."""
+"""Helpers of the dataset readers: load JSON, validate records, group questions by image."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,10 +23,10 @@ WORDS = {int: "a whole number", str: "text", list: "a list", dict: "an object", 
 
 
 def refuse_missing(root: Path, files: Sequence[Path], images: Path, benchmark: str) -> None:
-    """Stop unless all of a split's files and the folder of its images are there.
+    """Check that all files of a split and its image folder exist.
 
     Raises:
-        InputError: it names what is missing, and what belongs there.
+        InputError: names the missing files and those that the folder should hold.
     """
     paths = [*files, images]
     names = [path.relative_to(root).as_posix() for path in paths]
@@ -42,14 +42,14 @@ def refuse_missing(root: Path, files: Sequence[Path], images: Path, benchmark: s
 
 
 def load_json(path: Path, **hooks: Any) -> Any:
-    """The content of an official JSON file.
+    """Load an official JSON file.
 
     Args:
-        hooks: `object_hook` or `object_pairs_hook`, as `json.load` takes them: records in thousands are made small
-            while they are parsed.
+        path: the file.
+        hooks: `object_hook` or `object_pairs_hook` of `json.load`, to shrink large records while they are parsed.
 
     Raises:
-        InputError: it is no JSON (with line and column), no UTF-8, or cannot be read.
+        InputError: it is not JSON (with line and column), not UTF-8, or cannot be read.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -65,15 +65,18 @@ def load_json(path: Path, **hooks: Any) -> Any:
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
-    """The sentence for a file that the system does not give."""
+    """Return the InputError for a file that the system cannot read."""
     return InputError(f"{path} cannot be read ({error.strerror}); fix the file or its permissions.")
 
 
 def list_under(content: Any, key: str, path: Path, description: str) -> list[Any]:
-    """The list under `key` of a file's content.
+    """Return the list under `key` of a file's content.
 
     Args:
-        description: what the file should be, "VQAv2's official questions file".
+        content: the parsed file.
+        key: the key of the list.
+        path: the file, for errors.
+        description: the kind of file that was expected, such as "VQAv2's official questions file".
 
     Raises:
         InputError: there is none, or it is empty.
@@ -89,58 +92,85 @@ def list_under(content: Any, key: str, path: Path, description: str) -> list[Any
 # --- records ------------------------------------------------------------------------------------------
 
 
+def unique_records(
+    records: list[Any], key: str, path: Path, bad_records: BadRecords, kind: str = "question"
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield index and record of those with a distinct integer id; report the others.
+
+    Readers apply it to the full file, whatever the slice: duplicate ids are errors of the file.
+
+    Args:
+        records: the records in file order.
+        key: the key of the id.
+        path: the file, for errors.
+        bad_records: where records without an id and repeated ids are reported.
+        kind: the kind of record, for errors.
+    """
+    seen = set()
+    for number, record in enumerate(records):
+        problem = find_problem(record, {key: int})
+        if problem:
+            bad_records.add(f"{path}, {kind} number {number}", problem)
+        elif record[key] in seen:
+            bad_records.add(f"{path}, {kind} {record[key]}", f"its {key} is used twice", "keep one of them")
+        else:
+            seen.add(record[key])
+            yield number, record
+
+
 def find_problem(record: Any, kinds: Kinds) -> str | None:
-    """What is wrong with the structure of a record out of JSON: a key it lacks, a value of another type."""
+    """Return what is wrong with a parsed JSON record, such as a missing key or a value of another type; or None."""
     if not isinstance(record, dict):
         return f"a JSON object was expected, not {json.dumps(record)[:40]}"
     for key, kind in kinds.items():
         if key not in record:
             return f"it has no '{key}'"
         wanted = kind if isinstance(kind, tuple) else (kind,)
-        if type(record[key]) not in wanted:  # not isinstance: true is a whole number to it, and true is no id
+        if type(record[key]) not in wanted:  # isinstance would accept true as an integer
             words = " or ".join(WORDS[one] for one in wanted)
             return f"its '{key}' should be {words}, not {json.dumps(record[key])[:40]}"
     return None
 
 
 def find_question_problem(record: Any, kinds: Kinds) -> str | None:
-    """The same for a record with a 'question', which must not be empty."""
+    """Return what is wrong with a record that also needs a non-empty 'question'; or None."""
     problem = find_problem(record, {**kinds, "question": str})
     return problem or (None if record["question"].strip() else "the question is empty")
 
 
 def find_answers_problem(record: Mapping[str, Any], key: str = "answers") -> str | None:
-    """The same for a list of texts, the most frequent of which is trained on."""
+    """Return what is wrong with a record's list of answers, the most frequent of which is the target; or None."""
     problem = find_problem(record, {key: list})
     if problem:
         return problem
     if not record[key]:
         return f"its list of {key} is empty"
     if not all(isinstance(answer, str) for answer in record[key]):
-        return f"one of its {key} is no text"
+        return f"one of its {key} is not text"
     return None if most_common(record[key]).strip() else "its answer is empty"
 
 
 def most_common(answers: Sequence[str]) -> str:
-    """The most frequent answer; of equally frequent ones the first."""
+    """Return the most frequent answer, the first one of equally frequent ones."""
     return Counter(answers).most_common(1)[0][0]
 
 
-class Prompts:
-    """Questions in the task's template; equal ones are one string.
+class PromptTemplate:
+    """The task's template, called with a question's text; equal prompts are one string object.
 
     Raises:
-        InputError: the template has no place for the question.
+        InputError: the template has no `{question}`.
     """
 
     def __init__(self, template: str) -> None:
         if "{question}" not in template:
             raise InputError(f"the prompt {template!r} has no {{question}}; put it where the question belongs.")
         self.before, self.after = template.split("{question}", 1)
-        self.made: dict[str, str] = {}
+        self.prompts: dict[str, str] = {}
 
     def __call__(self, text: str) -> str:
-        return self.made.setdefault(text, self.before + text + self.after)
+        """Return the prompt of a question."""
+        return self.prompts.setdefault(text, self.before + text + self.after)
 
 
 # --- images -------------------------------------------------------------------------------------------
@@ -154,31 +184,33 @@ def group_by_image(
     bad_records: BadRecords,
     place_of: Callable[[int | str], str] = "question {}".format,
 ) -> list[Example]:
-    """Examples in order of each image's first question.
+    """Group questions into examples, in order of each image's first question.
 
     Args:
-        questions: each with the id of its image.
-        path_of: where the image with this id is.
-        where: the file of the questions, for errors; `split` too.
-        place_of: where in the file the question with this id is, for errors.
+        questions: pairs of image id and question.
+        path_of: returns the image file of an image id.
+        where: the file of the questions, for errors.
+        split: the split, for errors.
+        bad_records: where questions whose image is missing are reported.
+        place_of: returns the place in the file of a question id, for errors.
 
     Raises:
-        InputError: an image is missing (as `bad_records` has it), or nothing is left.
+        InputError: an image is missing (under the policy "error"), or no question is left.
     """
     by_image: dict[Id, list[Question]] = {}
     for image_id, question in questions:
         by_image.setdefault(image_id, []).append(question)
     paths = {image_id: path_of(image_id) for image_id in by_image}
-    # One listing of a folder: on a network disk, asking for 82,783 files one by one takes minutes.
+    # One directory listing instead of 82,783 calls of `exists`, which take minutes on a network disk.
     present = {folder: _names(folder) for folder in {path.parent for path in paths.values()}}
     missing = {image_id for image_id, path in paths.items() if path.name not in present[path.parent]}
     examples = []
-    for image_id, asked in by_image.items():
+    for image_id, grouped in by_image.items():
         if image_id not in missing:
-            examples.append(Example(paths[image_id], image_id, tuple(asked)))
+            examples.append(Example(paths[image_id], image_id, tuple(grouped)))
         else:
             bad_records.add(
-                f"{where}, {place_of(asked[0].id)}",
+                f"{where}, {place_of(grouped[0].id)}",
                 f"its image {paths[image_id]} is missing ({len(missing)} of the {len(by_image)} images are)",
                 "download it",
             )
@@ -186,9 +218,9 @@ def group_by_image(
 
 
 def refuse_empty(examples: list[Example], where: Path | str, split: str) -> list[Example]:
-    """The examples, unless there are none."""
+    """Return the examples; raise an InputError if there are none."""
     if not examples:
-        raise InputError(f"{where}: no usable question is left in {split}; see the bad records' listing.")
+        raise InputError(f"{where}: no usable question is left in {split}; see the listing of bad records.")
     return examples
 
 

@@ -1,7 +1,7 @@
-"""`train[:10%]`: the name of a split and a part of it, the same way for every source.
+"""Split names with an optional part, such as `train[:10%]`; the syntax is the same for every dataset.
 
 val[:10%], val[100:200], val[-500:]    a slice, in file order
-val[random:1000]                       so many drawn by chance, always the same ones: those that HELM draws
+val[random:1000]                       a fixed random sample: the one that HELM selects
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 from vlmvqa.errors import InputError, suggest
 
 BOUND = r"-?\d+(?:_\d+)*|-?\d+(?:\.\d+)?%"
-PART = rf"random:(?P<drawn>\d+)|(?P<start>{BOUND})?:(?P<stop>{BOUND})?"
+PART = rf"random:(?P<random>\d+)|(?P<start>{BOUND})?:(?P<stop>{BOUND})?"
 SPLIT = re.compile(rf"(?P<name>[^\[\]]*)(?:\[(?:{PART})\])?")
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Some of a split.
+    """A split, or a part of one.
 
     Attributes:
-        text: as it was given, for errors.
-        name: the split's.
-        start, stop: the bounds as they were given, "10%" or "100"; None where the slice is open.
-        max_samples: at most so many of the slice, the first.
-        drawn: how many are drawn by chance; None where none are.
+        text: the split as written in the config, for errors.
+        name: the split's name.
+        start, stop: the bounds as written, "10%" or "100"; None where the slice is open.
+        max_samples: limit on the number of selected records, from the start of the slice.
+        random_count: size of a random sample; None: no sampling.
     """
 
     text: str
@@ -37,53 +37,55 @@ class Slice:
     start: str | None = None
     stop: str | None = None
     max_samples: int | None = None
-    drawn: int | None = None
+    random_count: int | None = None
 
-    def chosen(self, total: int, where: Path | str, unit: str = "questions") -> range | list[int]:
-        """The numbers, from 0 and ascending, of what is selected.
+    def indices(self, total: int, where: Path | str, unit: str = "questions") -> range | list[int]:
+        """Return the selected indices, ascending.
 
-        Percentages are rounded to the nearest, as `datasets` does. Of a draw, fewer are some of the same: HELM's own
-        (`downsample_eval_instances` of crfm-helm 0.5.16) for as many instances.
+        Percentages are rounded to the nearest index, as in `datasets`. A random sample equals HELM's for that number
+        of instances (`downsample_eval_instances` of crfm-helm 0.5.16); a smaller sample is a subset of a larger one.
 
         Args:
-            total: what there is to select from, in file order.
-            where: how an error names the file.
-            unit: what is counted.
+            total: the number of records to select from, in file order.
+            where: the file, for errors.
+            unit: what is counted, for errors.
 
         Raises:
-            InputError: the slice selects nothing, or reaches beyond the total.
+            InputError: the slice is empty, or extends beyond the total.
         """
-        if self.drawn is not None:
-            if not 0 < self.drawn <= total:
+        if self.random_count is not None:
+            if not 0 < self.random_count <= total:
                 raise InputError(
-                    f"{where}: '{self.text}' cannot be drawn from its {total} {unit}; choose another number."
+                    f"{where}: '{self.text}' cannot be sampled from its {total} {unit}; choose another number."
                 )
-            some = min(self.drawn, self.max_samples or self.drawn)
-            return sorted(np.random.RandomState(0).permutation(total)[:some].tolist())
-        numbers: list[int | None] = []
+            count = min(self.random_count, self.max_samples or self.random_count)
+            return sorted(np.random.RandomState(0).permutation(total)[:count].tolist())
+        bounds: list[int | None] = []
         for bound in (self.start, self.stop):
             if bound is None:
-                numbers.append(None)
+                bounds.append(None)
                 continue
             number = float(bound[:-1]) * total / 100 if bound.endswith("%") else int(bound)
             if abs(number) > total:
                 raise InputError(f"{where}: '{self.text}' reaches beyond its {total} {unit}; choose a smaller slice.")
-            numbers.append(round(number))
-        found = range(total)[slice(*numbers)]
-        if not found:
+            bounds.append(round(number))
+        selected = range(total)[slice(*bounds)]
+        if not selected:
             raise InputError(f"{where}: '{self.text}' selects none of its {total} {unit}; choose a larger slice.")
-        return found[: self.max_samples]
+        return selected[: self.max_samples]
 
 
 def parse_split(split: str, known: Iterable[str], benchmark: str, max_samples: int | None = None) -> Slice:
-    """A split as it is written in a config: `train`, `val[:10%]`, `val[100:200]`, `val[random:1000]`.
+    """Parse a split as written in a config: `train`, `val[:10%]`, `val[100:200]`, `val[random:1000]`.
 
     Args:
-        known: the names that there are.
-        benchmark: how an error names the data set.
+        split: the split.
+        known: the names of the dataset's splits.
+        benchmark: the name of the dataset, for errors.
+        max_samples: limit on the number of selected records (None: no limit).
 
     Raises:
-        InputError: there is no such split, its slice is malformed, or `max_samples` selects nothing.
+        InputError: the split is unknown, its slice is malformed, or `max_samples` is below 1.
     """
     known = list(known)
     match = SPLIT.fullmatch(split)
@@ -96,12 +98,12 @@ def parse_split(split: str, known: Iterable[str], benchmark: str, max_samples: i
         raise InputError(f"the slice in '{split}' is malformed; write it like {like}.")
     if max_samples is not None and max_samples < 1:
         raise InputError(f"max_samples={max_samples} selects nothing; use 1 or more, or null for all questions.")
-    drawn = match["drawn"]
-    return Slice(split, name, match["start"], match["stop"], max_samples, None if drawn is None else int(drawn))
+    count = match["random"]
+    return Slice(split, name, match["start"], match["stop"], max_samples, None if count is None else int(count))
 
 
 def _parts_of(known: list[str]) -> str:
-    """The advice to evaluate on a part of the training split, if there is no split to evaluate on."""
+    """Return the advice to evaluate on a part of the training split if there is no evaluation split."""
     if len(known) > 1 and ("train" not in known or "val" in known):
         return ""
     split = known[0] if len(known) == 1 else "train"

@@ -1,4 +1,4 @@
-"""Result files as the benchmarks' servers and scripts read them: there whole or not at all."""
+"""Write results files for the benchmarks' servers and scripts, atomically."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 
 def write_json(path: Path, results: list[dict[str, Any]]) -> None:
-    """A list of results as one JSON file."""
+    """Write a list of results as one JSON file."""
     replace_file(path, json.dumps(results))
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file under another name, then give it its own: a reader finds the old one or the new one."""
+    """Write a file under a temporary name, then rename it: a reader finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -25,6 +25,6 @@ def replace_file(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def number(key: int | str) -> int | str:
-    """An id as the number that it was before it became text on its way (a key of a JSON object); else as it is."""
+def numeric_id(key: int | str) -> int | str:
+    """Convert an id that became a string (as a key of a JSON object) back to a number; return others unchanged."""
     return int(key) if isinstance(key, str) and key.isdecimal() else key

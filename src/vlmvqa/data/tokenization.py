@@ -1,8 +1,9 @@
-"""All texts of a split as token ids, tokenised once: for planning the rows, and for every epoch after."""
+"""Tokenizers, and a table of the token ids of all texts of a split."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
@@ -11,23 +12,107 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vlmvqa.data.cache import Cache, Columns, pack
+from vlmvqa.data.cache import Cache, Columns, code_fingerprint, pack_strings, unpack_strings
+from vlmvqa.data.example import Example
+from vlmvqa.errors import InputError
+from vlmvqa.hub import OWN_CODE, hub_or_cache, unread
 from vlmvqa.progress import bar
 
-CHUNK = 8192  # texts at a time: enough for all threads, and little memory for what the library returns beside the ids
-FEW = 4096  # below, tokenising takes less than a fingerprint of Gemma's tokenizer
-BAR_AFTER = 2.0  # seconds
+SPECIAL = ["<pad>", "<eos>", "<bos>"]  # ids 0, 1, 2 of a trained tokenizer
+CHUNK = 8192  # texts per call: keeps all threads busy, and the library's Encoding objects take little memory
+MIN_CACHED_TEXTS = 4096  # tokenizing fewer takes less time than a fingerprint of Gemma's tokenizer
+BAR_DELAY = 2.0  # seconds
 
 _fingerprints: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub id or local folder.
+
+    Raises:
+        InputError: it cannot be read, or has no EOS token to end answers with.
+    """
+    try:
+        with hub_or_cache(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
+    except (OSError, ValueError) as error:
+        raise unread(f"the tokenizer of {name}", error) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {name} has no EOS token, which ends every answer; choose another")
+    return tokenizer
+
+
+def train_tokenizer(
+    examples: Iterable[Example], vocabulary: int, cache: Cache | None = None
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of at most `vocabulary` tokens on the questions and answers, or load it from the cache.
+
+    Bytes are tokens, so no text is unknown.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocabulary < len(SPECIAL) + len(alphabet):
+        raise InputError(
+            f"a byte-level tokenizer needs at least {len(SPECIAL) + len(alphabet)} tokens, not {vocabulary}"
+        )
+    cache, counts = cache or Cache(), Counter(_texts(examples))
+    versions = {"tokenizers": tokenizers.__version__, "code": code_fingerprint()}
+    key = {"texts": list(counts.items()), "vocabulary": vocabulary, **versions}
+    cached = cache.load("tokenizer", key)
+    if cached is None:
+        tokenizer = _train(counts, vocabulary, alphabet)
+        cache.save("tokenizer", key, pack_strings([tokenizer.to_str()]))
+    else:
+        tokenizer = Tokenizer.from_str(unpack_strings(cached)[0])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[1], bos_token=SPECIAL[2]
+    )
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Hash everything that affects tokenization; Gemma's 30 MB are hashed once per process."""
+    size, digest = _fingerprints.get(tokenizer, (None, ""))
+    if size != len(tokenizer):  # tokens were added
+        settings = f"{tokenizers.__version__} {tokenizer.split_special_tokens}"
+        digest = _digest(settings.encode(), tokenizer.backend_tokenizer.to_str().encode())
+        _fingerprints[tokenizer] = len(tokenizer), digest
+    return digest
+
+
+def _texts(examples: Iterable[Example]) -> Iterator[str]:
+    """Yield every text that a model trained on these examples reads or generates."""
+    for example in examples:
+        for question in example.questions:
+            yield question.prompt
+            yield question.target or ""
+            yield from question.answers
+
+
+def _train(counts: Counter[str], vocabulary: int, alphabet: list[str]) -> Tokenizer:
+    """Train on each text as often as it occurs."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(counts.elements(), trainer)
+    return tokenizer
+
+
+# --- token ids ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TokenTable:
     """Token ids by text, without special tokens: text number n has `ids[starts[n] : starts[n + 1]]`.
 
-    Two arrays and a dict of strings that the examples hold anyway: a DataLoader's forked workers share them.
+    Two arrays, and a dict of strings that the examples hold anyway: a DataLoader's forked workers share them.
     """
 
     numbers: dict[str, int]
@@ -36,17 +121,17 @@ class TokenTable:
 
     @classmethod
     def build(cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, cache: Cache | None = None) -> TokenTable:
-        """Tokenise each different text, on all cores where the tokenizer can, or take it from the cache."""
+        """Tokenize each distinct text, on all cores if the tokenizer can, or load the table from the cache."""
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        different = list(numbers)
-        if len(different) < FEW or not isinstance(tokenizer, PreTrainedTokenizerFast):
-            return cls(numbers, **_tokenize(different, tokenizer))
+        distinct = list(numbers)
+        if len(distinct) < MIN_CACHED_TEXTS or not isinstance(tokenizer, PreTrainedTokenizerFast):
+            return cls(numbers, **_tokenize(distinct, tokenizer))
         cache = cache or Cache()
-        key = {"texts": _digest(*(column.tobytes() for column in pack(different).values()))}
+        key = {"texts": _digest(*(column.tobytes() for column in pack_strings(distinct).values()))}
         key["tokenizer"] = fingerprint(tokenizer)
         columns = cache.load("tokens", key)
         if columns is None:
-            columns = _tokenize(different, tokenizer)
+            columns = _tokenize(distinct, tokenizer)
             cache.save("tokens", key, columns)
         return cls(numbers, **columns)
 
@@ -54,31 +139,21 @@ class TokenTable:
         return len(self.numbers)
 
     def get(self, text: str) -> list[int] | None:
-        """The token ids of a text; None if it is not in the table."""
+        """Return the token ids of a text, or None if it is not in the table."""
         number = self.numbers.get(text)
         if number is None:
             return None
-        found: list[int] = self.ids[self.starts[number] : self.starts[number + 1]].tolist()
-        return found
+        ids: list[int] = self.ids[self.starts[number] : self.starts[number + 1]].tolist()
+        return ids
 
     def lengths(self, texts: Iterable[str]) -> NDArray[np.int64]:
-        """Tokens of each text, `int64[texts]`.
+        """Return the number of tokens of each text, `int64[texts]`.
 
         Raises:
-            KeyError: one is not in the table.
+            KeyError: a text is not in the table.
         """
-        places = np.fromiter((self.numbers[text] for text in texts), np.int64)
-        return self.starts[places + 1] - self.starts[places]
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of all that decides what a tokenizer makes of a text; Gemma's 30 MB are hashed once a process."""
-    size, digest = _fingerprints.get(tokenizer, (None, ""))
-    if size != len(tokenizer):  # tokens were added
-        settings = f"{tokenizers.__version__} {tokenizer.split_special_tokens}"
-        digest = _digest(settings.encode(), tokenizer.backend_tokenizer.to_str().encode())
-        _fingerprints[tokenizer] = len(tokenizer), digest
-    return digest
+        numbers = np.fromiter((self.numbers[text] for text in texts), np.int64)
+        return self.starts[numbers + 1] - self.starts[numbers]
 
 
 def _digest(*parts: bytes) -> str:
@@ -89,21 +164,22 @@ def _digest(*parts: bytes) -> str:
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Columns:
+    """Return the columns `ids` and `starts` of a `TokenTable`."""
     ids, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
-    with bar(doing="tokenising", unit="texts", total=len(texts), delay=BAR_AFTER) as progress:
+    with bar(doing="tokenizing", unit="texts", total=len(texts), delay=BAR_DELAY) as progress:
         for start in range(0, len(texts), CHUNK):
-            found = _tokenize_chunk(texts[start : start + CHUNK], tokenizer)
-            ids.append(np.fromiter(chain.from_iterable(found), np.int32))
-            lengths.append(np.array([len(one) for one in found], np.int64))
-            progress.update(len(found))
+            chunk = _tokenize_chunk(texts[start : start + CHUNK], tokenizer)
+            ids.append(np.fromiter(chain.from_iterable(chunk), np.int32))
+            lengths.append(np.array([len(text_ids) for text_ids in chunk], np.int64))
+            progress.update(len(chunk))
     return {"ids": np.concatenate(ids), "starts": np.concatenate(lengths).cumsum()}
 
 
 def _tokenize_chunk(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    # All of a list at once, in the Rust library's own threads.
-    found: list[list[int]] = tokenizer(
+    # One call for all texts, which the Rust library tokenizes in its own threads.
+    ids: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
     )["input_ids"]
-    return found
+    return ids

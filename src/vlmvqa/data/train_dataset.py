@@ -1,4 +1,4 @@
-"""What a run trains on: the rows of an epoch, planned over all examples, encoded one by one.
+"""The training dataset: an epoch's rows are planned over all examples and encoded one at a time.
 
 Legend: H image height and width, N image tokens, Dv vision width.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,16 +19,14 @@ from torch.utils.data import Dataset
 
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.packing import Packing, Plan, split
-from vlmvqa.data.processor import Encoded, Processor
+from vlmvqa.data.packing import Packing, Plan, split_questions
+from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError, counted, suggest
-
-if TYPE_CHECKING:
-    from vlmvqa.extras.feature_cache.store import FeatureStore
+from vlmvqa.sequence.rows import Document
 
 TARGETS = ("most_common", "sampled")
-# What a supervised token counts in the loss, from the tokens of its answer and the questions of its image.
+# Loss weight of each supervised token, from the tokens of its answer and the questions of its image.
 WEIGHTINGS: dict[str, Callable[[int, int], float]] = {
     "token": lambda tokens, questions: 1.0,
     "question": lambda tokens, questions: 1 / tokens,
@@ -36,169 +34,214 @@ WEIGHTINGS: dict[str, Callable[[int, int], float]] = {
 }
 
 
-class TrainingSet(Dataset[list[Encoded]]):
-    """The rows of an epoch, encoded in the DataLoader's workers. Read in order: the order is drawn here.
+class ImageFeatures(Protocol):
+    """The vision encoder's cached output `float[N, Dv]` by image id (`extras/feature_cache`)."""
+
+    def __getitem__(self, image_id: int | str, /) -> Tensor: ...
+
+
+class DocumentSpan(NamedTuple):
+    """A document as indices: questions `first` to `end` (exclusive) of `TrainDataset.examples[example]`."""
+
+    example: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """How examples become rows.
+
+    Attributes:
+        target: "most_common" trains on `Question.target`; "sampled" on one of the annotators' answers, sampled each
+            epoch from seed, epoch and question id (big_vision's choice for VQAv2).
+        seed: seed of the row order and of sampled answers.
+        row_tokens: rows are packed with documents up to this many tokens (`packing.py`); None: one document per row.
+        questions_per_row: limit on the questions of one document; None: all questions of the image that fit.
+        loss_weighting: loss weight of each supervised token (`WEIGHTINGS`).
+    """
+
+    target: str = "most_common"
+    seed: int = 0
+    row_tokens: int | None = None
+    questions_per_row: int | None = None
+    loss_weighting: str = "token"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("data.target", self.target, TARGETS),
+            ("loss_weighting", self.loss_weighting, WEIGHTINGS),
+        ):
+            if value not in known:
+                raise InputError(f"{name}={value} is unknown; use one of {', '.join(known)}{suggest(value, known)}")
+
+
+class TrainDataset(Dataset[list[Document]]):
+    """The rows of an epoch, encoded in the DataLoader's workers. Read it in order: it shuffles the rows itself.
 
     Args:
-        target: "most_common" trains on `Question.target`; "sampled" on one of the annotators' answers, drawn anew
-            each epoch from seed, epoch and question (big_vision's choice for VQAv2).
-        bad_records: what happens to what cannot be trained on. Under "skip" it is left out; a row of which nothing is
-            left gets an image without supervised tokens, so that every rank makes the same number of steps.
-        row_tokens: rows are filled with documents up to so many tokens (`packing.py`); None: a document a row.
-        questions_per_row: a document has at most so many of its image's questions; None: all, as far as they fit.
-        weighting: what a supervised token counts (`WEIGHTINGS`).
-        features: the vision encoder's cached output, in place of the images (`features.py`).
-        repeats: how often an epoch sees each example (None: once); of a fraction, other ones in each epoch.
+        bad_records: policy for questions and images that cannot be used. Under "skip" they are left out; a row that
+            loses all its documents gets one without supervised tokens, so that all ranks run the same number of steps.
+        features: replaces the images by the vision encoder's cached output.
+        repeats: how often an epoch contains each example (None: once). A fraction selects different ones each epoch.
+
+    Raises:
+        InputError: there is nothing to train on, or a bad record under the policy "error".
     """
 
     def __init__(
         self,
         examples: Sequence[Example],
         processor: Processor,
-        target: str,
-        seed: int,
+        settings: RowSettings,
         bad_records: BadRecords,
         *,
-        row_tokens: int | None = None,
-        questions_per_row: int | None = None,
-        weighting: str = "token",
-        features: FeatureStore | None = None,
+        features: ImageFeatures | None = None,
         repeats: Sequence[float] | None = None,
     ) -> None:
-        for name, value, known in (("data.target", target, TARGETS), ("loss_weighting", weighting, WEIGHTINGS)):
-            if value not in known:
-                raise InputError(f"{name}={value} is unknown; use one of {', '.join(known)}{suggest(value, known)}")
-        if not examples:
-            raise InputError("the training split holds no examples; check data.train_split and data.max_train_samples")
-        unanswered = [question.id for example in examples for question in example.questions if question.target is None]
-        if unanswered:
-            missing = counted(len(unanswered), "question")
-            raise InputError(
-                f"the training split has no answers to {missing} (the first is {unanswered[0]}); "
-                "set data.train_split to a split with answers"
-            )
-        self.processor, self.target, self.seed = processor, target, seed
-        self.bad_records, self.weigh, self.features = bad_records, WEIGHTINGS[weighting], features
+        _check_answered(examples)
+        self.processor, self.settings, self.bad_records, self.features = processor, settings, bad_records, features
         self.examples = list(examples)
-        self.documents: list[tuple[int, int, int]] = []  # an example's number, its questions from and to
-        lengths = self._measure(row_tokens, questions_per_row)
-        each = None if repeats is None else [repeats[number] for number, _, _ in self.documents]
-        self.packing = Packing(lengths, row_tokens, seed, each)
+        self.documents: list[DocumentSpan] = []
+        lengths = self._split_into_documents()
+        per_document = None if repeats is None else [repeats[span.example] for span in self.documents]
+        self.packing = Packing(lengths, settings.row_tokens, settings.seed, per_document)
         if not len(self.packing):
             raise InputError("an epoch has no images at these data.weights; raise them")
         self.multiple = 1
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
-        self._planned: tuple[int, Plan] | None = None
+        self._current_plan: tuple[int, Plan] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's DataLoader before it reads an epoch."""
+        """Set the epoch; accelerate's DataLoader calls this before it reads one."""
         self.epoch.fill_(epoch)
 
-    def fill_steps(self, rows: int) -> None:
-        """End every epoch with a whole step of so many rows: what is missing are rows without supervised tokens."""
+    def pad_to_multiple(self, rows: int) -> None:
+        """Pad every epoch with rows without supervised tokens, so that it ends with a full step of `rows` rows."""
         self.multiple = rows
 
     def __len__(self) -> int:
         return -(-len(self.packing) // self.multiple) * self.multiple
 
-    def __getitem__(self, index: int) -> list[Encoded]:
+    def __getitem__(self, index: int) -> list[Document]:
         if index >= len(self.packing):
             return [self._unsupervised(index % len(self.documents))]
-        documents = self._plan()[index]
-        encoded = [self._encode(number) for number in documents]
-        return [one for one in encoded if one is not None] or [self._unsupervised(documents[0])]
+        numbers = self._plan()[index]
+        encoded = [self._encode(number) for number in numbers]
+        return [document for document in encoded if document is not None] or [self._unsupervised(numbers[0])]
 
     def _plan(self) -> Plan:
         epoch = int(self.epoch)
-        if self._planned is None or self._planned[0] != epoch:
-            self._planned = epoch, self.packing.plan(epoch)
-        return self._planned[1]
+        if self._current_plan is None or self._current_plan[0] != epoch:
+            self._current_plan = epoch, self.packing.plan(epoch)
+        return self._current_plan[1]
 
-    def _measure(self, row_tokens: int | None, questions_per_row: int | None) -> list[int]:
-        """Cut the examples into documents; the tokens of each. What cannot be trained on goes now."""
-        image = self.processor.num_image_tokens
-        room = None if row_tokens is None else row_tokens - image
-        known = iter(self._lengths())
-        tokens = []
+    # --- documents ------------------------------------------------------------------------------------
+
+    def _split_into_documents(self) -> list[int]:
+        """Drop questions that cannot be trained on, split the others into documents and return their token counts."""
+        num_image_tokens, settings = self.processor.num_image_tokens, self.settings
+        room = None if settings.row_tokens is None else settings.row_tokens - num_image_tokens
+        all_lengths = iter(self._question_lengths())
+        document_lengths = []
         for number, example in enumerate(self.examples):
-            lengths, kept = [], []
-            for question, length in zip(example.questions, known, strict=False):
+            lengths, usable = [], []
+            for question, length in zip(example.questions, all_lengths, strict=False):
                 try:
-                    lengths.append(self._checked(question, length, room))
-                    kept.append(question)
+                    lengths.append(self._check_length(question, length, room))
+                    usable.append(question)
                 except InputError as error:
                     self.bad_records.add_error(error)
-            if len(kept) < len(example.questions):
-                self.examples[number] = replace(example, questions=tuple(kept))
-            for first, end in split(lengths, room, questions_per_row):
-                self.documents.append((number, first, end))
-                tokens.append(image + sum(lengths[first:end]))
-        if not tokens:
+            if len(usable) < len(example.questions):
+                self.examples[number] = replace(example, questions=tuple(usable))
+            for first, end in split_questions(lengths, room, settings.questions_per_row):
+                self.documents.append(DocumentSpan(number, first, end))
+                document_lengths.append(num_image_tokens + sum(lengths[first:end]))
+        if not document_lengths:
             raise InputError("no training question can be used; see the listing of skipped records")
-        return tokens
+        return document_lengths
 
-    def _lengths(self) -> list[int]:
-        """Tokens of each question with its answer in a row, of the longest answer that may be drawn; 0: look closer."""
+    def _question_lengths(self) -> list[int]:
+        """Return the tokens of each question with its longest possible answer; 0 where `_check_length` must count them.
+
+        Those are questions with an empty answer or more than `max_text_tokens`. All texts are tokenized here, once.
+        """
         questions = [question for example in self.examples for question in example.questions]
-        answers = [self._possible(question) for question in questions]
+        answers = [self._possible_answers(question) for question in questions]
         texts = chain((question.prompt for question in questions), chain.from_iterable(answers))
         table = TokenTable.build(texts, self.processor.tokenizer)
         self.processor = replace(self.processor, table=table)
-        counts = [len(several) for several in answers]
+        counts = [len(possible) for possible in answers]
         starts = np.cumsum([0, *counts[:-1]])
-        answer = table.lengths(chain.from_iterable(answers))
-        longest, shortest = np.maximum.reduceat(answer, starts), np.minimum.reduceat(answer, starts)
-        prompt = table.lengths(question.prompt for question in questions)
-        total = prompt + (self.processor.tokenizer.bos_token_id is not None) + longest
+        answer_lengths = table.lengths(chain.from_iterable(answers))
+        longest, shortest = np.maximum.reduceat(answer_lengths, starts), np.minimum.reduceat(answer_lengths, starts)
+        prompt_lengths = table.lengths(question.prompt for question in questions)
+        total = prompt_lengths + (self.processor.tokenizer.bos_token_id is not None) + longest
         limit = self.processor.max_text_tokens
-        odd = (shortest == 0) | (False if limit is None else total + 1 > limit)  # EOS counts there
-        lengths: list[int] = np.where(odd, 0, total).tolist()
+        unusual = (shortest == 0) | (False if limit is None else total + 1 > limit)  # EOS counts towards the limit
+        lengths: list[int] = np.where(unusual, 0, total).tolist()
         return lengths
 
-    def _checked(self, question: Question, length: int, room: int | None) -> int:
-        length = length or max(self.processor.length(question, answer) for answer in self._possible(question))
+    def _check_length(self, question: Question, length: int, room: int | None) -> int:
+        """Return the tokens of a question with its longest answer; raise an InputError if no row has room for them."""
+        length = length or max(
+            self.processor.count_tokens(question, answer) for answer in self._possible_answers(question)
+        )
         if room is not None and length > room:
-            image, row = self.processor.num_image_tokens, room + self.processor.num_image_tokens
+            num_image_tokens = self.processor.num_image_tokens
             raise InputError(
-                f"question {question.id}: with its image it has {image + length} tokens, more than "
-                f"data.row_tokens={row}; raise it"
+                f"question {question.id}: with its image it has {num_image_tokens + length} tokens, more than "
+                f"data.row_tokens={self.settings.row_tokens}; raise it"
             )
         return length
 
-    def _possible(self, question: Question) -> Sequence[str]:
-        """The answers that may be trained on."""
-        return (self.target == "sampled" and question.answers) or (question.target or "",)
+    # --- encoding -------------------------------------------------------------------------------------
 
-    def _encode(self, number: int, supervised: bool = True) -> Encoded | None:
-        """A document, or None where its image is left out."""
-        place, first, end = self.documents[number]
-        example = self.examples[place]
+    def _possible_answers(self, question: Question) -> Sequence[str]:
+        return (self.settings.target == "sampled" and question.answers) or (question.target or "",)
+
+    def _answer(self, question: Question) -> str | None:
+        """Return the answer to train on in this epoch."""
+        if self.settings.target != "sampled":
+            return question.target
+        generator = random.Random(f"{self.settings.seed}-{int(self.epoch)}-{question.id}")
+        return generator.choice(self._possible_answers(question))
+
+    def _encode(self, number: int, supervised: bool = True) -> Document | None:
+        """Return a document, or None if its image cannot be read and is skipped."""
+        index, first, end = self.documents[number]
+        example = self.examples[index]
         try:
-            image = self._image(example)
+            features = self.features
+            image = self.processor.load_image(example) if features is None else features[example.image_id]
         except InputError as error:
             self.bad_records.add_error(error)
             return None
+        weigh = WEIGHTINGS[self.settings.loss_weighting]
         questions = []
         for question in example.questions[first:end]:
             tokens = self.processor.tokenize(question, self._answer(question) if supervised else None)
-            weight = self.weigh(len(tokens.answer), len(example.questions)) if supervised else 0.0
+            weight = weigh(len(tokens.answer), len(example.questions)) if supervised else 0.0
             questions.append(replace(tokens, weight=weight))
-        return Encoded(image, questions)
+        return Document(image, questions)
 
-    def _unsupervised(self, number: int) -> Encoded:
-        """The first document from here on whose image can be read, with nothing to learn from it."""
+    def _unsupervised(self, number: int) -> Document:
+        """Return the first document from `number` on whose image can be read, without supervised tokens."""
         for offset in range(len(self.documents)):
-            encoded = self._encode((number + offset) % len(self.documents), supervised=False)
-            if encoded is not None:
-                return encoded
+            document = self._encode((number + offset) % len(self.documents), supervised=False)
+            if document is not None:
+                return document
         raise InputError("no training example could be read; see the listing of skipped records")
 
-    def _image(self, example: Example) -> Tensor:
-        if self.features is not None:
-            return self.features[example.image_id]
-        return self.processor.image(example)
 
-    def _answer(self, question: Question) -> str | None:
-        if self.target == "sampled":
-            return random.Random(f"{self.seed}-{int(self.epoch)}-{question.id}").choice(self._possible(question))
-        return question.target
+def _check_answered(examples: Sequence[Example]) -> None:
+    """Raise an InputError if there are no examples, or questions without an answer to train on."""
+    if not examples:
+        raise InputError("the training split holds no examples; check data.train_split and data.max_train_samples")
+    unanswered = [question.id for example in examples for question in example.questions if question.target is None]
+    if unanswered:
+        missing = counted(len(unanswered), "question")
+        raise InputError(
+            f"the training split has no answers to {missing} (the first is {unanswered[0]}); "
+            "set data.train_split to a split with answers"
+        )

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource, Question, count_questions
-from vlmvqa.data.packing import split
-from vlmvqa.data.processor import Encoded, Processor, QuestionSet
+from vlmvqa.data.packing import split_questions
+from vlmvqa.data.processor import EvalDataset, Processor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.calibration import confidence
@@ -25,6 +25,7 @@ from vlmvqa.inference.answer_log import Journal, batch_key
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import Generated, GenerationSettings, Model, Settings
 from vlmvqa.progress import bar
+from vlmvqa.sequence.rows import Document
 from vlmvqa.settings import build_settings
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Predictor:
         for row in self._rows([example], self.processor, ROW_TEXT_TOKENS):
             encoded = self.processor.encode(row, [None] * len(row.questions))
             batch = self.batch([encoded])
-            beams = self.model.beam_candidates(batch, self.processor.ends, decoding)
+            beams = self.model.beam_candidates(batch, self.processor.end_token_ids, decoding)
             for asked, written in zip(row.questions, beams, strict=True):
                 told: dict[str, Answer] = {}
                 for answer in sorted(self._written(written, decoding), key=lambda answer: -answer.log_probability):
@@ -147,7 +148,7 @@ class Predictor:
         )
         return Example(Path(image) if isinstance(image, str) else image, "given", questions)
 
-    def batch(self, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+    def batch(self, encoded: Sequence[Document]) -> dict[str, Tensor]:
         """Encoded examples, a row each, as the model takes them, on its device."""
         return self._on_device(self.processor.collate([[one] for one in encoded]))
 
@@ -195,7 +196,7 @@ class Predictor:
             batches = [batch for batch, key in zip(batches, keys, strict=True) if key not in kept]
         mine = batches[ranks.rank() :: ranks.world_size()] if ranks.is_distributed() else batches
         loader = DataLoader(
-            QuestionSet(rows, processor, bad_records or BadRecords(advice="")),
+            EvalDataset(rows, processor, bad_records or BadRecords(advice="")),
             batch_sampler=mine,
             collate_fn=partial(_collated, processor),
             num_workers=workers,
@@ -222,15 +223,13 @@ class Predictor:
         """
         if self.adapter is not None:
             raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
-        checkpoint.save(
-            Path(folder), self.model, self.settings, self.processor.processing_class, self._extra(), weights
-        )
+        own = self.processor.processing_class
+        checkpoint.save(Path(folder), self.model, self.settings, own, self._extra(), weights)
 
     def describe(self, folder: Path) -> None:
         """The same but for the weights, which are in the folder already."""
-        checkpoint.describe(
-            folder, self.model, self.settings, self.processor.processing_class, self._extra(), self.adapter
-        )
+        own = self.processor.processing_class
+        checkpoint.describe(folder, self.model, self.settings, own, self._extra(), self.adapter)
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -248,8 +247,8 @@ class Predictor:
         rows: list[tuple[int, Example]] = []
         for example in examples:
             lengths = [_text_tokens(question, processor) for question in example.questions]
-            for first, end in split(lengths, room, most):
-                rows.append((sum(lengths[first:end]), example.part(first, end)))
+            for first, end in split_questions(lengths, room, most):
+                rows.append((sum(lengths[first:end]), example.with_questions(first, end)))
         return [example for _, example in sorted(rows, key=lambda row: -row[0])]
 
     def _answer_batch(
@@ -259,7 +258,7 @@ class Predictor:
         if not columns:
             return {}
         ids = [question.id for question in _questions(row for row, one in zip(rows, readable, strict=True) if one)]
-        written = self.model.generate(self._on_device(columns), self.processor.ends, self.decoding, ids)
+        written = self.model.generate(self._on_device(columns), self.processor.end_token_ids, self.decoding, ids)
         return dict(zip(ids, self._written(written, self.decoding), strict=True))
 
     def _written(self, written: Sequence[Generated], decoding: GenerationSettings) -> list[Answer]:
@@ -293,7 +292,7 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     return Predictor(model, processor, config.get("prompt", BARE), settings, decoding, **more)
 
 
-def _collated(processor: Processor, encoded: Sequence[Encoded | None]) -> tuple[list[bool], dict[str, Tensor]]:
+def _collated(processor: Processor, encoded: Sequence[Document | None]) -> tuple[list[bool], dict[str, Tensor]]:
     """Which images could be read, and the batch of them."""
     rows = [[one] for one in encoded if one is not None]
     return [one is not None for one in encoded], processor.collate(rows) if rows else {}

@@ -240,12 +240,6 @@ def set_trainable_parts(model: Model, trainable: Mapping[str, str | int]) -> Non
         set_trainable(model.part(name), choice, name)
 
 
-def num_weights(tensor: Tensor) -> int:
-    """Return the number of weights that a tensor stores: in 4 bits, two per byte."""
-    state = getattr(tensor, "quant_state", None)
-    return tensor.numel() if state is None else int(state.shape.numel())
-
-
 def cast_parameters(model: AnyModule, dtype: torch.dtype) -> AnyModule:
     """Cast the weights, but not the buffers: rotary frequencies rounded to bfloat16 are other frequencies."""
     for parameter in model.parameters():

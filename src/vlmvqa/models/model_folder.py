@@ -40,9 +40,9 @@ def find(path_or_hub_id: str | Path) -> Path:
 def _newest_checkpoint(folder: Path) -> Path:
     """Return the newest undamaged checkpoint of a run without `model/`, and print its name."""
     from vlmvqa import ranks
-    from vlmvqa.training.checkpoints import newest_sound
+    from vlmvqa.training.checkpoints import newest_intact
 
-    checkpoint, complaints = newest_sound(folder)
+    checkpoint, complaints = newest_intact(folder)
     if checkpoint is None or not (checkpoint / CONFIG).is_file():
         reason = f"no checkpoint is whole ({complaints[0]})" if complaints else _why_not(checkpoint or folder)
         raise InputError(f"{checkpoint or folder} is not a saved model: {reason}; {EXPECTED}")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmvqa.data.tokenization import load_tokenizer, train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.hub import OWN_CODE, unread
 from vlmvqa.models.build import build, build_uninitialized

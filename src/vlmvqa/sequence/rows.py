@@ -61,9 +61,13 @@ class TokenizedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """An image, by its index in the batch, and the questions that share it."""
+    """An image and the tokenized questions that share it.
 
-    image: int
+    `image` is whatever the collate function stacks: `float[3, H, H]` pixels, cached features `float[N, Dv]`, a decoded
+    PIL image for a pretrained model, or an index into tensors that already exist.
+    """
+
+    image: Any
     questions: Sequence[TokenizedQuestion]
 
 
@@ -83,13 +87,16 @@ class Row:
             self.columns[name].extend(values[name])
 
 
-def build_row(documents: Sequence[Document], num_image_tokens: int, attention_pattern: str) -> Row:
+def build_row(
+    documents: Sequence[Document], num_image_tokens: int, attention_pattern: str, first_image: int = 0
+) -> Row:
     """Build one row of documents.
 
     Args:
         documents: images with their questions.
         num_image_tokens: N.
         attention_pattern: a key of `masks.ATTENTION_PATTERNS`; under "prefix_lm" a document is a single branch.
+        first_image: index in the batch of the first document's image; the other images follow it.
 
     Raises:
         ValueError: two questions share an image under "prefix_lm", where image tokens see the question; an image has
@@ -102,11 +109,12 @@ def build_row(documents: Sequence[Document], num_image_tokens: int, attention_pa
                 f"{len(document.questions)} questions share an image under prefix_lm, where the image sees its "
                 "question; give each question its own row (data.questions_per_row=1) or use another attention pattern"
             )
+        image = first_image + number
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")
         row.extend(
             input_ids=[FILL["input_ids"]] * num_image_tokens,
-            image_index=range(document.image * num_image_tokens, (document.image + 1) * num_image_tokens),
+            image_index=range(image * num_image_tokens, (image + 1) * num_image_tokens),
             document=[number] * num_image_tokens,
             branch=[0] * num_image_tokens,
             role=[IMAGE] * num_image_tokens,

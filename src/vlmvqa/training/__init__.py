@@ -1,9 +1,9 @@
-"""transformers' Trainer, thinly subclassed, the ways to spread it over GPUs, and what a run leaves while it trains."""
+"""Training: transformers' Trainer extended for VLMs, distribution over GPUs, checkpoints and logs."""
 
 import os
 
 import torch
 
-# DeepSpeed warns of a missing GPU when it is only imported, and no user can change that.
+# Otherwise importing DeepSpeed warns about a missing GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

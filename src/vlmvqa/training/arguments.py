@@ -11,7 +11,7 @@ from vlmvqa.config.schema import MIXTURE, DistSettings, TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.training import callbacks
 from vlmvqa.training.distributed import correct_deepspeed, deepspeed_config
-from vlmvqa.training.runtime_checks import optimizer_for
+from vlmvqa.training.optimizer import optimizer_for
 
 
 def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArguments:

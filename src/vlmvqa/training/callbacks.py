@@ -1,14 +1,14 @@
-"""What a run tells those who watch it: numbers, sample answers, its configuration and the code it ran.
+"""`log.jsonl` and the experiment loggers, which get metrics, sample answers, the config and the code's git state.
 
-`logger=tensorboard`, `wandb`, `mlflow`, `csv` or several: each is told the same numbers by the same names,
+`logger=tensorboard`, `wandb`, `mlflow`, `csv` or several of them get the same metrics under the same names, which are
+transformers' names where it has any:
 
-train/...   what a logging step says: train/loss, train/learning_rate, train/questions_per_second
-eval/...    an evaluation on the way: eval/vqa_accuracy
-final/...   the scores that the run ends with: final/vqav2_vqa_accuracy
+train/...   a logging step: train/loss, train/learning_rate, train/questions_per_second
+eval/...    an evaluation during training: eval/vqa_accuracy
+final/...   the scores of the saved model: final/vqav2_vqa_accuracy
 
-which are transformers' names, where it has any. Its own callbacks are not used for these four: each would name, resume
-and place things in its own way. Any other service that transformers knows (`logger=comet_ml`) is left to it.
-`log.jsonl` is written whatever is chosen.
+transformers' own callbacks are not used for these four, because names, resuming and locations differ between them. Any
+other service that transformers supports (`logger=comet_ml`) uses its callback. `log.jsonl` is always written.
 """
 
 from __future__ import annotations
@@ -75,14 +75,14 @@ def open_logger(name: str, run: RunInfo) -> Logger:
 
 
 def chosen(loggers: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Ours among the loggers that a config names, and those that transformers has to bring."""
+    """Return the loggers of a config that this project implements, and those that transformers implements."""
     named = [loggers] if isinstance(loggers, str) else list(loggers or ())
     ours = [name for name in LOGGERS if name in named]
     return ours, [name for name in named if name not in (*LOGGERS, "none")]
 
 
 def problems(loggers: str | Sequence[str] | None) -> Iterator[str]:
-    """What to say of loggers that are unknown, or whose package is missing."""
+    """Yield an error for each logger that is unknown or whose package is missing."""
     ours, others = chosen(loggers)
     for name in others:
         if name not in INTEGRATION_TO_CALLBACK:
@@ -94,7 +94,7 @@ def problems(loggers: str | Sequence[str] | None) -> Iterator[str]:
 
 
 def named(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record of the Trainer by the names above."""
+    """Return the numbers of a record of the Trainer under the names above."""
     found = {}
     for key, value in record.items():
         if isinstance(value, int | float) and key != "step":
@@ -103,22 +103,24 @@ def named(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class LogFile(TrainerCallback):
-    """Every logged record as a line of `log.jsonl`; a resumed run cuts what came after its checkpoint."""
+    """Write every logged record to `log.jsonl`; a resumed run removes the records after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Remove the records after the current step."""
         if ranks.is_first():
-            log.cut(self.path, state.global_step)
+            log.truncate(self.path, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Append a record."""
         if ranks.is_first() and self.path.parent.exists():
             log.append(self.path, [{"step": state.global_step, **(logs or {})}])
 
 
 class Tracking(TrainerCallback):
-    """The loggers of a run, open on rank 0 from before the first step until the final scores."""
+    """The loggers of a run, open on rank 0 from before the first step until the final scores are known."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
@@ -126,36 +128,38 @@ class Tracking(TrainerCallback):
         self.step = 0
 
     def start(self, run: RunInfo) -> None:
-        """Open all, or resume those that the run's folder names. For rank 0 alone.
+        """Open the loggers, or resume those whose ids are in the run's folder; only rank 0 calls this.
 
         Raises:
-            InputError: one of them cannot be had.
+            InputError: a logger is unavailable.
         """
         self.step = run.step
-        atexit.register(self.finish)  # of what fails
+        atexit.register(self.finish)  # for runs that fail
         for name in self.names:
             self.open.append(open_logger(name, run))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Log a record's numbers."""
         self.step = state.global_step
         for logger in self.open:
             logger.log_metrics(named(logs or {}), self.step)
 
     @property
     def shows_samples(self) -> bool:
-        """Whether any of the loggers has a place for pictures."""
+        """Whether any of the loggers can show images."""
         return any(logger.shows_samples for logger in self.open)
 
     def samples(self, samples: Sequence[Sample], step: int) -> None:
+        """Log sample answers where they can be shown."""
         for logger in self.open:
             if samples and logger.shows_samples:
                 logger.log_samples(samples, step)
 
     def finish(self, scores: Mapping[str, float | None] | None = None) -> None:
-        """Close all.
+        """Log the final scores and close the loggers.
 
         Args:
-            scores: what the run ends with, by name; None: it was stopped, or failed.
+            scores: final scores by name; None for a run that was stopped or failed.
         """
         final = {f"final/{name}": value for name, value in (scores or {}).items() if value is not None}
         for logger in self.open:
@@ -166,5 +170,5 @@ class Tracking(TrainerCallback):
 
 
 def run_ids(folder: Path) -> list[Path]:
-    """Where the loggers keep what this folder's run is called with them, for a new run to forget."""
+    """Return the files with the loggers' run ids, which a new run in this folder deletes."""
     return [folder / name for name in RUN_ID_FILES.values()]

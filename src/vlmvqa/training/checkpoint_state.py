@@ -1,11 +1,11 @@
-"""What the files of a checkpoint hold: the same under every strategy and number of ranks, so that any resumes from any.
+"""Save and load the files of a checkpoint, which are the same under every strategy and number of ranks.
 
-model.safetensors       every weight, whole, in the model's own type; of a model with adapters, what trains
-optimizer.safetensors   AdamW's moments by parameter name, whole, in fp32; how many steps they have seen
-scheduler.pt            the place in the learning rates' schedule
-scaler.pt               fp16's loss scale, under ddp (DeepSpeed finds its own again within a few steps)
-rng_state*.pth          each rank's random state
-progress.json           ranks, global batch, the last gradient norms, the fingerprint of what adapters lie over
+model.safetensors       full weights in the model's own dtypes; with adapters, only the trained weights
+optimizer.safetensors   AdamW's full moments in fp32 by parameter name, and their number of steps
+scheduler.pt            the learning rate schedule
+scaler.pt               fp16's loss scale under ddp (DeepSpeed finds its own again within a few steps)
+rng_state*.pth          random state of each rank
+progress.json           number of ranks, global batch, last gradient norms, fingerprint of the adapters' base model
 trainer_state.json      transformers' own: step, epoch, best score
 config.json, tokenizer  as in `model/` (models/checkpoint.py), so that a checkpoint loads like a saved model
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,101 +24,98 @@ from torch import Tensor
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vlmvqa import ranks
-
-if TYPE_CHECKING:
-    from vlmvqa.training.trainer import VqaTrainer
+from vlmvqa.training.interface import TrainerInterface
 
 WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 
 
-def whole_weights(trainer: VqaTrainer) -> dict[str, Tensor]:
-    """The weights that are saved, whole, in the types they had before a strategy changed them; on rank 0 alone."""
-    found = trainer.whole.weights(trainer.saved)
-    return {name: weight.to("cpu", trainer.saved[name]) for name, weight in found if ranks.is_first()}
+def full_weights(trainer: TrainerInterface) -> dict[str, Tensor]:
+    """Return the full weights that are saved, in host memory and their original dtypes; empty except on rank 0."""
+    gathered = trainer.full_state.weights(trainer.saved_dtypes)
+    return {name: weight.to("cpu", trainer.saved_dtypes[name]) for name, weight in gathered if ranks.is_first()}
 
 
-def write_weights(trainer: VqaTrainer, path: Path) -> None:
-    """Write the whole weights in the model's own type, from rank 0; all ranks together."""
-    whole = whole_weights(trainer)
+def save_weights(trainer: TrainerInterface, path: Path) -> None:
+    """Save the full weights in the model's own dtypes; every rank must call this, rank 0 writes."""
+    weights = full_weights(trainer)
     if ranks.is_first():
-        named = {trainer.vlm.saved_name(name): weight.contiguous() for name, weight in whole.items()}
+        named = {trainer.vlm.saved_name(name): weight.contiguous() for name, weight in weights.items()}
         save_file(named, path, {"format": "pt"})
 
 
-def put_weights(trainer: VqaTrainer, path: Path) -> None:
-    """Put back what `write_weights` wrote; all ranks together."""
+def load_weights(trainer: TrainerInterface, path: Path) -> None:
+    """Load what `save_weights` saved; every rank must call this."""
     saved = load_file(path)
-    trainer.whole.put_weights({name: saved[trainer.vlm.saved_name(name)] for name in trainer.saved})
+    trainer.full_state.load_weights({name: saved[trainer.vlm.saved_name(name)] for name in trainer.saved_dtypes})
 
 
-def write(trainer: VqaTrainer, folder: Path) -> None:
-    """Write all that a run needs to resume; all ranks together."""
-    write_weights(trainer, folder / WEIGHTS)
-    moments = {name: moment.float().cpu() for name, moment in trainer.whole.moments() if ranks.is_first()}
+def save(trainer: TrainerInterface, folder: Path) -> None:
+    """Save everything that resuming a run needs; every rank must call this."""
+    save_weights(trainer, folder / WEIGHTS)
+    moments = {name: moment.float().cpu() for name, moment in trainer.full_state.moments() if ranks.is_first()}
     trainer._save_rng_state(str(folder))
     if not ranks.is_first():
         return
     contiguous = {name: moment.contiguous() for name, moment in moments.items()}
-    save_file(contiguous, folder / MOMENTS, {"step": str(trainer.whole.step())})
-    schedule: Any = trainer.lr_scheduler
-    torch.save(schedule.state_dict(), folder / SCHEDULER_NAME)
+    save_file(contiguous, folder / MOMENTS, {"step": str(trainer.full_state.step())})
+    torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
     trainer._save_scaler(str(folder))
-    seen = {
+    progress = {
         "world_size": ranks.world_size(),
         "global_batch": trainer.global_batch,
         "norms": trainer.clipping.norms,
-        "base": trainer.base,
+        "base": trainer.base_fingerprint,
     }
-    (folder / PROGRESS).write_text(json.dumps(seen) + "\n")
-    exported: Any = trainer.state.stateful_callbacks
-    exported["TrainerControl"] = trainer.control.state()
+    (folder / PROGRESS).write_text(json.dumps(progress) + "\n")
+    trainer.state.stateful_callbacks["TrainerControl"] = trainer.control.state()
     trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
     if trainer.describe is not None:
         trainer.describe(folder)
 
 
-def load(trainer: VqaTrainer, folder: Path) -> None:
-    """Put back what `write` wrote, into a trainer that is ready for its first step."""
-    put_weights(trainer, folder / WEIGHTS)
+def load(trainer: TrainerInterface, folder: Path) -> None:
+    """Load what `save` saved into a trainer that is ready for its first step; every rank must call this."""
+    load_weights(trainer, folder / WEIGHTS)
     with safe_open(folder / MOMENTS, framework="pt") as file:
         step = int(file.metadata()["step"])
-        trainer.whole.put_moments({name: file.get_tensor(name) for name in file.keys()}, step)  # noqa: SIM118
+        trainer.full_state.load_moments({name: file.get_tensor(name) for name in file.keys()}, step)  # noqa: SIM118
     _load_schedule(trainer, folder)
-    if getattr(trainer.accelerator, "scaler", None) is not None:  # DeepSpeed begins with its own anew
+    if getattr(trainer.accelerator, "scaler", None) is not None:  # DeepSpeed starts with a new one
         trainer._load_scaler(str(folder))
     trainer.clipping.norms = progress(folder)["norms"]
 
 
 def progress(folder: Path) -> dict[str, Any]:
-    """Ranks, global batch, last gradient norms and the adapters' base when a checkpoint was written."""
+    """Return a checkpoint's progress.json: world_size, global_batch, norms, base."""
     found: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
     return found
 
 
 def total_steps(folder: Path) -> int:
-    """How many optimizer steps the run that wrote a checkpoint was to make."""
+    """Return the planned number of optimizer steps of the run that saved a checkpoint."""
     found: int = json.loads((folder / TRAINER_STATE_NAME).read_text())["max_steps"]
     return found
 
 
-def _load_schedule(trainer: VqaTrainer, folder: Path) -> None:
-    """Take the place in the schedule from the checkpoint, length and rates from this run, and print what that changes.
+def _load_schedule(trainer: TrainerInterface, folder: Path) -> None:
+    """Load the schedule's step; its length and base rates come from this run's config.
 
-    Both are the checkpoint's own, unless the run is extended or resumed by resume_force.
+    They equal the checkpoint's unless the run is extended or resumed with resume_force; a changed learning rate is
+    printed.
     """
-    schedule: Any = trainer.lr_scheduler
+    schedule = trainer.lr_scheduler
     saved = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
-    before, place = [float(rate) for rate in saved["_last_lr"]], saved["last_epoch"]
+    before, step = [float(rate) for rate in saved["_last_lr"]], saved["last_epoch"]
     pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    rates = [float(base) * scale(place) for base, scale in pairs]
+    rates = [float(base) * scale(step) for base, scale in pairs]
     if [float(rate) for rate in saved["base_lrs"]] == [float(rate) for rate in schedule.base_lrs]:
         schedule.load_state_dict(saved)
-    schedule.last_epoch = place
+    schedule.last_epoch = step
     if len(before) == len(rates) and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(before, rates, strict=True)):
-        rates = before  # to the last bit
+        rates = before  # bit for bit
     else:
         kind = str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type))
-        ranks.say(
+        ranks.print_on_rank0(
             f"learning rate after step {trainer.state.global_step:,}: {max(before):.3g} before, {max(rates):.3g} now "
             f"(the {kind} schedule spans {trainer.state.max_steps:,} steps)"
         )

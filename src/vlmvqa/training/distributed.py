@@ -1,13 +1,13 @@
-"""How a model is spread over processes: DDP, FSDP2 or DeepSpeed ZeRO. The model itself knows nothing of it.
+"""Distribution of a model over processes: DDP, FSDP2 or DeepSpeed ZeRO. The model itself has no code for it.
 
-strategy  parameters   gradients    optimizer states   whose code
-ddp       whole        whole        whole              PyTorch's DistributedDataParallel
-fsdp      sharded      sharded      sharded            PyTorch's fully_shard, a unit a transformer block
-zero1     whole        whole        sharded            DeepSpeed
-zero2     whole        sharded      sharded            DeepSpeed
+strategy  parameters   gradients    optimizer states   implementation
+ddp       replicated   replicated   replicated         PyTorch's DistributedDataParallel
+fsdp      sharded      sharded      sharded            PyTorch's fully_shard, one unit per transformer block
+zero1     replicated   replicated   sharded            DeepSpeed
+zero2     replicated   sharded      sharded            DeepSpeed
 zero3     sharded      sharded      sharded            DeepSpeed
 
-FSDP2 is applied here and not through accelerate, which without a GPU would silently train under DDP instead.
+FSDP2 is applied here and not through accelerate, which silently trains under DDP on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -36,10 +36,15 @@ from vlmvqa.models.interface import Model
 
 
 def start(settings: DistSettings, cpu: bool) -> None:
-    """Join the process group that the launcher's environment describes; alone, where the strategy needs one, make it.
+    """Join the process group described by the launcher's environment.
+
+    Without a launcher, create a group of one process if the strategy needs a group.
 
     Args:
         cpu: train on the CPU although there is a GPU.
+
+    Raises:
+        InputError: more processes than GPUs were started on this machine, or not all ranks appeared.
     """
     if "RANK" not in os.environ:
         if settings.strategy == "ddp":
@@ -48,104 +53,110 @@ def start(settings: DistSettings, cpu: bool) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     gpu = torch.cuda.is_available() and not cpu
     if gpu:
-        local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", local + 1)))
-        if started > here:
-            raise InputError(f"{started} processes were started on a machine with {counted(here, 'GPU')}; start {here}")
-        torch.cuda.set_device(local)
-    timeout = timedelta(minutes=settings.timeout_minutes + 2)  # after the watch, which names who is missing
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        started = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", local_rank + 1)))
+        if started > gpus:
+            raise InputError(f"{started} processes were started on a machine with {counted(gpus, 'GPU')}; start {gpus}")
+        torch.cuda.set_device(local_rank)
+    # Longer than that of StopHandler, which names the missing ranks.
+    timeout = timedelta(minutes=settings.timeout_minutes + 2)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = meet(rank, world, timeout)
+        store = rendezvous(rank, world, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
-    # accelerate shares the cores among this machine's ranks, and warns of it.
+    # accelerate divides the cores among this machine's ranks, and warns about it.
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
     for name in [name for name in os.environ if name.startswith(ACCELERATES)]:
-        del os.environ[name]  # read above; accelerate would wrap the model a second time
+        del os.environ[name]  # config/launcher.py has read them; accelerate would wrap the model a second time
     if settings.is_zero:
-        _quieten_deepspeed()
+        _silence_deepspeed()
 
 
 def correct_deepspeed() -> None:
-    """What DeepSpeed's integration gets wrong, put right as soon as there are TrainingArguments.
+    """Correct errors of accelerate's DeepSpeed integration; call this once there are TrainingArguments.
 
-    Without a GPU these know nothing of DeepSpeed under use_cpu, and without use_cpu they count one process, so that
-    every rank would train on the same data. And under ZeRO-3 every model of transformers that is built later would be
-    partitioned: the one that is only looked at, too.
+    Without a GPU they ignore DeepSpeed under use_cpu, and without use_cpu they count one process, so that every rank
+    would train on the same data. Under ZeRO-3, every transformers model that is built afterwards would be partitioned,
+    including unsharded copies for evaluation.
     """
     PartialState().distributed_type = DistributedType.DEEPSPEED
     unset_hf_deepspeed_config()
 
 
-def _quieten_deepspeed() -> None:
+def _silence_deepspeed() -> None:
     import deepspeed
 
-    # It warns of its own defaults and of what accelerate sets for it; what really runs is checked in preflight.py.
+    # It warns about its own defaults and about values that accelerate sets; runtime_checks.py checks what runs.
     deepspeed.utils.logger.setLevel("ERROR")
-    # Shared-memory collectives for CPUs: they would be compiled first, and gloo does.
+    # Shared-memory collectives for CPUs would be compiled first; gloo works without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def meet(rank: int, world: int, timeout: timedelta) -> dist.Store:
-    """A part of torchrun's store for this attempt alone.
+def rendezvous(rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """Return a section of torchrun's store that only this attempt's ranks use.
 
-    torchrun tells attempts apart by how often each machine has restarted its workers, and where the machines disagree,
-    as they may after a failure, PyTorch's ranks wait for each other in different places. Here each rank leaves a token,
-    rank 0 publishes the tokens it sees under a fresh name, and who finds his own there answers; when all have answered,
-    they have met. A token that a dead process has left is replaced, and the name with it.
+    torchrun numbers attempts by how often each machine has restarted its workers. After a failure machines may disagree
+    on that number, and then PyTorch's ranks wait for each other at different keys. Here each rank stores a token. Rank
+    0 publishes all tokens it finds under a new random name; a rank that finds its own token there confirms, and when
+    all have confirmed, the name becomes the prefix of the returned store. When a restarted rank replaces the token of a
+    dead one, rank 0 publishes again under another name.
+
+    Raises:
+        InputError: not all ranks have confirmed within the timeout.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
     os.environ[LAUNCH] = store.compare_set("vlmvqa/launch", "", uuid.uuid4().hex).decode()
-    mine, name, published = uuid.uuid4().hex, "", [""]
-    store.set(f"vlmvqa/token/{rank}", mine)
+    token, name, published = uuid.uuid4().hex, "", [""]
+    store.set(f"vlmvqa/token/{rank}", token)
     end = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < end:
         if rank == 0:
-            tokens = [_peek(store, f"vlmvqa/token/{other}") for other in range(world)]
+            tokens = [_get_if_set(store, f"vlmvqa/token/{other}") for other in range(world)]
             if tokens != published:
                 name, published = uuid.uuid4().hex, tokens
                 store.set("vlmvqa/meeting", " ".join([name, *published]))
             if store.check([f"vlmvqa/{name}/{other}" for other in range(world)]):
                 store.set(f"vlmvqa/{name}/all", "here")
         else:
-            name, *published = _peek(store, "vlmvqa/meeting").split(" ")
-        if published[rank : rank + 1] == [mine]:
+            name, *published = _get_if_set(store, "vlmvqa/meeting").split(" ")
+        if published[rank : rank + 1] == [token]:
             store.set(f"vlmvqa/{name}/{rank}", "here")
             if store.check([f"vlmvqa/{name}/all"]):
                 return dist.PrefixStore(f"vlmvqa/{name}", store)
         time.sleep(0.05)
-    raise InputError(f"rank {rank}: not all of {world} ranks came within {timeout}; look at what the others print")
+    raise InputError(f"rank {rank}: not all {world} ranks started within {timeout}; look at the output of the others")
 
 
-def _peek(store: dist.Store, key: str) -> str:
-    """What a key holds now, without waiting for it."""
+def _get_if_set(store: dist.Store, key: str) -> str:
+    """Return a key's value without waiting; empty if it isn't set."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
 def shard(model: Model, device: torch.device, dtype: torch.dtype | None, offload: bool) -> None:
-    """FSDP2 in place: a unit an encoder block and a decoder layer, and one of all the rest.
+    """Apply FSDP2 in place: one unit per encoder block and decoder layer, and one for the rest.
 
     Args:
-        dtype: what is computed in, where it is not the weights' own; gradients are reduced in fp32 all the same.
+        dtype: compute dtype, where it differs from the weights'; gradients are reduced in fp32 in any case.
+        offload: keep the shards in host memory.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
-    keep = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    offload_policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=keep)
-    # The root's inputs stay as they are: in bfloat16 the number of supervised tokens would lose its last digits.
-    root = replace(precision, cast_forward_inputs=False)
-    fully_shard(model, mesh=mesh, mp_policy=root, offload_policy=keep)
-    # Gathered when the forward pass begins, needed again when it ends: kept in between.
+        fully_shard(block, mesh=mesh, mp_policy=precision, offload_policy=offload_policy)
+    # The root's inputs aren't cast: in bfloat16 the number of supervised tokens would lose its last digits.
+    root_precision = replace(precision, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=root_precision, offload_policy=offload_policy)
+    # The root's parameters are used at the start and the end of the forward pass, so they stay gathered in between.
     model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
 
 
 def deepspeed_config(settings: DistSettings) -> dict[str, Any]:
-    """DeepSpeed's configuration; "auto" is filled in by transformers from the trainer's arguments."""
+    """Return DeepSpeed's configuration; transformers fills in "auto" from the TrainingArguments."""
     zero: dict[str, Any] = {"stage": settings.stage, "overlap_comm": torch.cuda.is_available()}
     if settings.offload:
         place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -157,7 +168,8 @@ def deepspeed_config(settings: DistSettings) -> dict[str, Any]:
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
         "zero_optimization": zero,
-        # Ours, with a learning rate a part; torch's AdamW where it is offloaded, which needs no compiler.
+        # Our own optimizer, with a learning rate per part. When offloaded, torch's AdamW instead of DeepSpeed's CPU
+        # Adam, which would need a compiler.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -165,15 +177,16 @@ def deepspeed_config(settings: DistSettings) -> dict[str, Any]:
     return _merged(config, settings.options)
 
 
-def _merged(config: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in more.items():
+def _merged(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge overrides into nested dictionaries, in place."""
+    for key, value in overrides.items():
         nested = isinstance(value, Mapping) and isinstance(config.get(key), dict)
         config[key] = _merged(config[key], value) if nested else value
     return config
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
         return port

@@ -1,9 +1,9 @@
-"""A run that is asked to stop, and ranks that no longer answer.
+"""Stop signals and hanging ranks.
 
-SIGTERM, SIGUSR1 (what SLURM sends before it takes a machine away) and Ctrl-C let the step at work end, save, and stop;
-a second Ctrl-C, or one during an evaluation, stops at once. Ranks wait for each other at every step: a rank that hangs
-would hang all. Each rank says where it stands, and when nothing has moved for too long, the run ends with a sentence
-that names who is missing.
+After SIGTERM, SIGUSR1 (sent by SLURM before it ends a job) or Ctrl-C, a run finishes its step, saves a checkpoint and
+stops; a second Ctrl-C, or one during an evaluation, stops at once. Ranks wait for each other in every step, so one that
+hangs would block all. Each rank publishes its progress, and when nothing has moved for the timeout, the run ends with
+an error that names the ranks that are behind.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from vlmvqa import ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-PATIENT = SIGNALS[:2]  # who sends these can wait for an evaluation to end; someone at a keyboard need not
+BATCH_SYSTEM_SIGNALS = SIGNALS[:2]  # their sender waits until an evaluation ends; a user at a keyboard need not
 
 
 @contextmanager
-def held_back(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Keep notices to stop until the end of the block. Processes that are forked in it never hear of any.
+def blocked_signals(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Defer signals until the block ends. Processes forked inside it never receive them.
 
-    They come to whole process groups: a run saves before it stops, and needs until then the workers that read for it.
-    PyTorch cannot end such a worker either, if it hangs: it goes with the run.
+    Signals are sent to process groups, but a run that saves before it stops still needs its data workers. PyTorch
+    cannot terminate such a worker either if it hangs; it is killed when the run ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -44,128 +44,131 @@ def held_back(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_workers() -> None:
-    """Python is about to end them with SIGTERM, which `held_back` keeps from them, and to wait for it to work."""
+def _kill_workers() -> None:
+    """Kill data workers at exit: Python would send SIGTERM, which `blocked_signals` blocks, and wait forever."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler calls a worker's end an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler reports a worker's end as an error
     for worker in workers:
         worker.kill()
 
 
-Finalize(None, _end_workers, exitpriority=0)  # after pools have ended their own
+Finalize(None, _kill_workers, exitpriority=0)  # after pools have ended their own workers
 
 
-class Watch(TrainerCallback):
-    """Both of the above, for one run.
+class StopHandler(TrainerCallback):
+    """Stop a run after a signal, or with an error when a rank hangs.
 
     Args:
-        timeout_minutes: how long nothing may move.
+        timeout_minutes: time without progress after which a rank counts as hanging.
     """
 
     def __init__(self, timeout_minutes: float) -> None:
         self.timeout = 60 * timeout_minutes
-        self.signal: str | None = None  # the one that asked this rank to stop
-        self.stopped_by: str | None = None  # the one that all ranks agreed to stop for
-        self.place = 0  # micro-batches begun
+        self.signal: str | None = None  # received by this rank
+        self.stopped_by: str | None = None  # that all ranks agreed to stop for
+        self.batches = 0  # micro-batches started
         self.step = 0
-        self.waits = False  # whether standing still is in order
-        self.before: dict[int, Any] = {}
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.is_paused = False  # no progress is expected
+        self.previous_handlers: dict[int, Any] = {}
+        self.finished = threading.Event()
+        self.thread = threading.Thread(target=self._monitor, daemon=True)
 
     def start(self) -> None:
-        """Listen for signals; with several ranks, begin to say where this one stands."""
+        """Install the signal handlers; with several ranks, start publishing this rank's progress."""
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job in the background, whom no keyboard stops
-                self.before[number] = signal.signal(number, self._asked)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, for example, by a shell's background jobs
+                self.previous_handlers[number] = signal.signal(number, self._handle)
         if ranks.is_distributed():
             self.thread.start()
-            atexit.register(self._finish)  # a thread inside PyTorch's store when Python ends would abort the process
+            atexit.register(self._finish)  # a thread inside PyTorch's store at exit would abort the process
 
-    def beat(self, step: int) -> None:
-        """A micro-batch begins, in this optimizer step."""
-        self.place, self.step = self.place + 1, step + 1
+    def heartbeat(self, step: int) -> None:
+        """Record that a micro-batch of the step after `step` starts."""
+        self.batches, self.step = self.batches + 1, step + 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For what ranks do each at their own pace."""
-        self.waits = True
+        """Suspend the timeout where ranks work at their own pace (evaluation, saving)."""
+        self.is_paused = True
         yield
-        self.waits = False
-        self.place += 1
+        self.is_paused = False
+        self.batches += 1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop all ranks after the same step if any of them was asked to."""
-        asked = torch.tensor(SIGNALS.index(signal.Signals[self.signal]) + 1 if self.signal else 0)
+        """Stop all ranks after the same step if any rank received a signal."""
+        received = torch.tensor(SIGNALS.index(signal.Signals[self.signal]) + 1 if self.signal else 0)
         if ranks.is_distributed():
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if asked:
-            self.stopped_by = SIGNALS[int(asked) - 1].name
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+        if received:
+            self.stopped_by = SIGNALS[int(received) - 1].name
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.stopped_by:  # it has saved, and there is no time to evaluate
+        """Skip the epoch's checkpoint and evaluation after a signal: the step has saved already."""
+        if self.stopped_by:
             control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Restore the previous signal handlers."""
         self._finish()
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
     def _finish(self) -> None:
-        self.over.set()
+        self.finished.set()
         if self.thread.is_alive():
             self.thread.join(timeout=5)
 
-    def _asked(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and (self.waits or self.signal == "SIGINT"):
+    def _handle(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and (self.is_paused or self.signal == "SIGINT"):
             raise KeyboardInterrupt
-        if number == signal.SIGINT and ranks.is_first():  # not by print, which may be what was interrupted
+        if number == signal.SIGINT and ranks.is_first():  # not with print, which the signal may have interrupted
             os.write(2, b"\nCtrl-C: finishing this step and saving, then stopping; press it again to stop at once\n")
         self.signal = signal.Signals(number).name
 
-    def _watch(self) -> None:
+    def _monitor(self) -> None:
+        """Publish this rank's progress and compare it with the others' until training ends."""
         store = dist.PrefixStore("vlmvqa/watch", dist.distributed_c10d._get_default_store())
-        everyone = [str(rank) for rank in range(ranks.world_size())]
-        seen: dict[str, tuple[str, float]] = {rank: ("", time.monotonic()) for rank in everyone}
-        place, moved = self.place, time.monotonic()
+        all_ranks = [str(rank) for rank in range(ranks.world_size())]
+        seen: dict[str, tuple[str, float]] = {rank: ("", time.monotonic()) for rank in all_ranks}
+        batches, moved = self.batches, time.monotonic()
         number = 0
-        while not self.over.wait(min(self.timeout / 8, 5.0)):
+        while not self.finished.wait(min(self.timeout / 8, 5.0)):
             number += 1
             now = time.monotonic()
-            if self.waits or self.place != place:
-                place, moved = self.place, now
+            if self.is_paused or self.batches != batches:
+                batches, moved = self.batches, now
             try:
-                store.set(str(ranks.rank()), f"{number} {self.place} {self.step}")
-                for rank in everyone:
-                    said = store.get(rank).decode() if store.check([rank]) else ""
-                    if said != seen[rank][0]:
-                        seen[rank] = (said, now)
-            except RuntimeError:  # rank 0, which holds the store, is gone: PyTorch says so itself
+                store.set(str(ranks.rank()), f"{number} {self.batches} {self.step}")
+                for rank in all_ranks:
+                    published = store.get(rank).decode() if store.check([rank]) else ""
+                    if published != seen[rank][0]:
+                        seen[rank] = (published, now)
+            except RuntimeError:  # rank 0, which hosts the store, is gone; PyTorch reports that
                 return
-            silent = [rank for rank in everyone if now - seen[rank][1] > self.timeout]
+            silent = [rank for rank in all_ranks if now - seen[rank][1] > self.timeout]
             if silent:
-                self._end(f"rank {', '.join(silent)} has not answered for {self.timeout / 60:g} minutes")
+                self._exit(f"rank {', '.join(silent)} has not answered for {self.timeout / 60:g} minutes")
             if now - moved > self.timeout:
-                self._end(self._who_is_behind({rank: said for rank, (said, _) in seen.items()}))
+                self._exit(self._describe_hang({rank: published for rank, (published, _) in seen.items()}))
 
-    def _who_is_behind(self, said: dict[str, str]) -> str:
-        places = {rank: int(line.split()[1]) for rank, line in said.items()}
-        behind = [rank for rank in said if places[rank] == min(places.values())]
-        where = f"for {self.timeout / 60:g} minutes"
-        if len(behind) == len(said):
-            return f"all ranks have stood at step {self.step} {where}"
-        steps = ", ".join(f"rank {rank} (step {said[rank].split()[2]})" for rank in behind)
-        return f"the others have waited {where} for {steps}"
+    def _describe_hang(self, published: dict[str, str]) -> str:
+        batches = {rank: int(line.split()[1]) for rank, line in published.items()}
+        behind = [rank for rank in published if batches[rank] == min(batches.values())]
+        duration = f"for {self.timeout / 60:g} minutes"
+        if len(behind) == len(published):
+            return f"all ranks have been at step {self.step} {duration}"
+        steps = ", ".join(f"rank {rank} (step {published[rank].split()[2]})" for rank in behind)
+        return f"the other ranks have waited {duration} for {steps}"
 
-    def _end(self, sentence: str) -> None:
+    def _exit(self, sentence: str) -> None:
         first = ranks.claim_failure(sentence)
         if first is None or "minutes" not in first:
             print(
-                f"\nerror: {sentence}; look at what that rank was doing, and resume with resume=auto "
-                "(dist.timeout_minutes sets the wait)",
+                f"\nerror: {sentence}; find out why it hangs, and resume with resume=auto "
+                "(dist.timeout_minutes sets the timeout)",
                 file=sys.stderr,
                 flush=True,
             )

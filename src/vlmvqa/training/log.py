@@ -1,4 +1,4 @@
-"""`log.jsonl`, one line a logging step; and what of such a file counts when a run resumes from a checkpoint."""
+"""JSON lines files of a run, such as `log.jsonl` with one line per logging step."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 
 def append(path: Path, records: list[dict[str, Any]]) -> None:
-    """Add a line a record, all of them at once."""
+    """Append records, one line each, in a single write."""
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def cut(path: Path, step: int) -> None:
-    """Keep the records up to a step (0: none) of a file of JSON lines, which is made if it is missing."""
+def truncate(path: Path, step: int) -> None:
+    """Keep the records up to a step (0: none); create the file if it is missing."""
     kept = [record for record in read_log(path) if record["step"] <= step] if step else []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a `log.jsonl`, without a last line that a kill cut short."""
+    """Return the records of a file, without a last line that a kill has cut off; none if the file is missing."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

@@ -23,7 +23,7 @@ from vlmvqa.config.compose import to_dict, to_yaml
 from vlmvqa.config.schema import DistSettings, TrainConfig
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.tasks import Task, read_tasks
-from vlmvqa.data.train_dataset import TrainingSet
+from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.inference.build import build_predictor, continue_from, with_saved_model
 from vlmvqa.inference.evaluate import EvalSpec
@@ -34,14 +34,13 @@ from vlmvqa.models.interface import Model, set_trainable
 from vlmvqa.models.model_folder import BASE, CONFIG
 from vlmvqa.training import distributed, samples
 from vlmvqa.training.arguments import training_arguments
-from vlmvqa.training.banner import banner
 from vlmvqa.training.callbacks import RunInfo, Tracking, chosen
-from vlmvqa.training.checkpoint_state import WEIGHTS, whole_weights, write_weights
-from vlmvqa.training.checkpoints import step_of, whole_checkpoints
-from vlmvqa.training.log import cut
+from vlmvqa.training.checkpoint_state import WEIGHTS, full_weights, save_weights
+from vlmvqa.training.checkpoints import complete_checkpoints, step_of
+from vlmvqa.training.console import parts_table, rounded
+from vlmvqa.training.log import truncate
 from vlmvqa.training.run_folder import going_on, open_run, record_start, refuse_other_base, refuse_run
-from vlmvqa.training.throughput import rounded
-from vlmvqa.training.trainer import VqaTrainer
+from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def train(config: TrainConfig) -> bool:
     if stopped_by:
         session.tracking.finish()
         by = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by
-        ranks.say(f"stopped by {by}, saved in {session.folder / 'latest'}; resume with resume=auto")
+        ranks.print_on_rank0(f"stopped by {by}, saved in {session.folder / 'latest'}; resume with resume=auto")
         if stopped_by == "SIGINT" and not ranks.is_distributed():  # a launcher would report a failed rank
             sys.exit(128 + signal.SIGINT)  # as a shell expects: `train && eval` stops here
         return True
@@ -119,7 +118,10 @@ def fit(session: Session) -> str | None:
     if session.dist.strategy == "fsdp":
         compute_dtype = torch.bfloat16 if arguments.bf16 else None
         distributed.shard(predictor.model, arguments.device, compute_dtype, session.dist.offload)
-    shown = [samples.Shown.of(task.evaluated, config.log_samples, config.seed, task.name) for task in session.tasks]
+    shown = [
+        samples.SampledQuestions.choose(task.evaluated, config.log_samples, config.seed, task.name)
+        for task in session.tasks
+    ]
 
     def evaluate(model: Model) -> dict[str, float]:
         numbers, seen = score_now(session, replace(predictor, model=model), shown)
@@ -133,15 +135,17 @@ def fit(session: Session) -> str | None:
         arguments,
         dataset,
         predictor.processor,
-        learning_rates=config.learning_rates,
-        score=evaluate,
-        dist=session.dist,
-        settings=predictor.settings,
-        clip_percentile=config.clip_percentile,
-        adapt=predictor.adapter.settings if predictor.adapter else None,
-        describe=predictor.describe,
+        TrainerOptions(
+            dist=session.dist,
+            learning_rates=config.learning_rates,
+            clip_percentile=config.clip_percentile,
+            score=evaluate,
+            settings=predictor.settings,
+            adapt=predictor.adapter.settings if predictor.adapter else None,
+            describe=predictor.describe,
+        ),
     )
-    table = banner(predictor.model, trainer.parameter_groups())
+    table = parts_table(predictor.model, trainer.parameter_groups())
     # Only now, with the whole command checked, is anything written or replaced.
     checkpoint, messages = ranks.broadcast_from_rank0(
         lambda: open_run(folder, config, trainer.global_batch, ranks.world_size())
@@ -152,17 +156,17 @@ def fit(session: Session) -> str | None:
         if unsaved_base is not None:
             fingerprint = unsaved_base.write(folder / BASE, resumed=checkpoint is not None)
             predictor.adapter = replace(predictor.adapter, fingerprint=fingerprint)
-        trainer.base = predictor.adapter.fingerprint
+        trainer.base_fingerprint = predictor.adapter.fingerprint
         refuse_other_base(checkpoint, predictor.adapter)
     if ranks.is_first():
         session.bad_records.list_in(folder / "skipped.jsonl")
     session.bad_records.listing = folder / "skipped.jsonl"
     repeated = repeat_small_data(trainer, config.given, session.tasks)
-    ranks.say("\n".join([*messages, *([repeated] if repeated else []), table]))
-    ranks.say("\n".join(map(str, session.tasks)) + f"; results in {folder}")
+    ranks.print_on_rank0("\n".join([*messages, *([repeated] if repeated else []), table]))
+    ranks.print_on_rank0("\n".join(map(str, session.tasks)) + f"; results in {folder}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.watch.stopped_by:
-        return trainer.watch.stopped_by
+    if trainer.stop_handler.stopped_by:
+        return trainer.stop_handler.stopped_by
     save_model(folder / "model", predictor, trainer)
     return None
 
@@ -175,7 +179,7 @@ def build(session: Session) -> tuple[Predictor, Any]:
     """
     config, saved_base = session.config, session.folder / BASE
     examples = [example for task in session.tasks for example in task.train]
-    resumed = going_on(session.folder, config) and whole_checkpoints(session.folder)
+    resumed = going_on(session.folder, config) and complete_checkpoints(session.folder)
     if resumed and (saved_base / CONFIG).is_file():  # adapters whose base this run has saved at its start
         predictor = replace(load(saved_base, "cpu"), settings=config.model)
     elif config.init_from is not None:
@@ -198,7 +202,7 @@ def build(session: Session) -> tuple[Predictor, Any]:
 
 def training_set(
     config: TrainConfig, predictor: Predictor, tasks: Sequence[Task], bad_records: BadRecords
-) -> TrainingSet:
+) -> TrainDataset:
     """Return the rows that the run trains on."""
     data, examples = config.data, [example for task in tasks for example in task.train]
     features = None
@@ -206,19 +210,11 @@ def training_set(
         from vlmvqa.extras.feature_cache.training import open_features
 
         features = open_features(data, predictor, examples)
+    questions_per_row = data.questions_per_row if predictor.model.shares_images else 1
+    settings = RowSettings(data.target, config.seed, data.row_tokens, questions_per_row, config.loss_weighting)
+    repeats = [task.weight for task in tasks for _ in task.train]
     with ranks.local_main_first():  # texts are tokenized at first use
-        return TrainingSet(
-            examples,
-            predictor.processor,
-            data.target,
-            config.seed,
-            bad_records,
-            row_tokens=data.row_tokens,
-            questions_per_row=data.questions_per_row if predictor.model.shares_images else 1,
-            weighting=config.loss_weighting,
-            features=features,
-            repeats=[task.weight for task in tasks for _ in task.train],
-        )
+        return TrainDataset(examples, predictor.processor, settings, bad_records, features=features, repeats=repeats)
 
 
 def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequence[Task]) -> str | None:
@@ -243,7 +239,7 @@ def _open_logs(session: Session, checkpoint: Path | None) -> None:
     session.tracking.start(run)
     record_start(folder, step)
     if (folder / samples.FILE).exists():
-        cut(folder / samples.FILE, step)
+        truncate(folder / samples.FILE, step)
 
 
 def save_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> None:
@@ -252,11 +248,11 @@ def save_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     if predictor.adapter is None:
-        write_weights(trainer, folder / WEIGHTS)
+        save_weights(trainer, folder / WEIGHTS)
     else:
         from vlmvqa.extras.adapters import peft_adapters
 
-        weights = whole_weights(trainer)
+        weights = full_weights(trainer)
         if ranks.is_first():
             peft_adapters.save(folder, predictor.model, predictor.adapter.base, weights)
     if ranks.is_first():
@@ -267,7 +263,7 @@ def save_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> None:
 
 
 def score_now(
-    session: Session, predictor: Predictor, shown: Sequence[samples.Shown]
+    session: Session, predictor: Predictor, shown: Sequence[samples.SampledQuestions]
 ) -> tuple[dict[str, float], list[samples.Sample]]:
     """Score each task during training.
 

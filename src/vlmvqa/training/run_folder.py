@@ -27,7 +27,7 @@ from vlmvqa.errors import InputError, counted
 from vlmvqa.inference.scoring import versions
 from vlmvqa.training.callbacks import run_ids
 from vlmvqa.training.checkpoint_state import progress, total_steps
-from vlmvqa.training.checkpoints import LATEST, newest_sound, point, remove_unfinished
+from vlmvqa.training.checkpoints import LATEST, newest_intact, point, remove_incomplete
 from vlmvqa.training.samples import FILE as SAMPLES
 
 if TYPE_CHECKING:
@@ -116,9 +116,9 @@ def open_run(folder: Path, config: TrainConfig, global_batch: int, world: int) -
             left.unlink(missing_ok=True)  # by a run that ended before its first step
     said = [
         f"{unfinished} is incomplete (writing it was interrupted) and was removed"
-        for unfinished in remove_unfinished(folder)
+        for unfinished in remove_incomplete(folder)
     ]
-    checkpoint, complaints = newest_sound(folder) if resumed else (None, [])
+    checkpoint, complaints = newest_intact(folder) if resumed else (None, [])
     if checkpoint is not None:
         if not config.resume_force:
             _refuse_changes(folder, config, checkpoint)

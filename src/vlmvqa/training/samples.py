@@ -1,11 +1,11 @@
-"""A few answers to look at, of the same questions at every evaluation: `samples.jsonl`, and the loggers' pictures.
+"""A few answers to inspect, to the same questions at every evaluation: `samples.jsonl` and the loggers' images.
 
-They are taken from the answers that the evaluation has anyway, so they cost nothing but their pictures, which are
-decoded once.
+They are taken from the answers that the evaluation generates anyway; only their images are decoded additionally, once.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,22 +18,21 @@ from PIL.Image import Image
 from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
-from vlmvqa.extras.report.calibration import confidence
 from vlmvqa.training.log import append
 
 FILE = "samples.jsonl"  # in a run's folder
-SIDE = 320  # pixels: a thumbnail
+THUMBNAIL_SIZE = 320  # pixels
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer to look at.
+    """An answer to inspect.
 
     Attributes:
-        name: the same at every evaluation: its task, if there are several, and its place.
-        log_probability: of the whole answer.
-        score: its own, in the metric's unit; None where a question has none.
-        picture: small; None where none is shown.
+        name: the same at every evaluation: its task, if there are several, and its index.
+        log_probability: of the answer's tokens together.
+        score: in the metric's unit; None if the question has none.
+        picture: a thumbnail; None if no image is shown.
     """
 
     name: str
@@ -49,84 +48,78 @@ class Sample:
 
     @property
     def probability(self) -> float:
-        return confidence(self.log_probability)
+        """The answer's probability; rounding may leave the logarithm slightly above 0."""
+        return math.exp(min(self.log_probability, 0.0))
 
     def text(self) -> str:
-        """What is asked, answered and expected, a line each."""
-        known = list(dict.fromkeys(self.answers))
+        """Return question, answer and expected answers, one line each."""
+        expected = list(dict.fromkeys(self.answers))
         score = "" if self.score is None else f", scored {self.score:.0f}"
         return (
             f"question   {self.question}\nanswer     {self.answer}  (p {self.probability:.2f}{score})\n"
-            f"expected   {', '.join(known)}"
+            f"expected   {', '.join(expected)}"
         )
 
     def record(self, step: int) -> dict[str, Any]:
-        """As a line of `samples.jsonl`."""
-        return {
-            "step": step,
-            "task": self.task,
-            "question_id": self.question_id,
-            "image_id": self.image_id,
-            "question": self.question,
-            "answer": self.answer,
-            "log_probability": self.log_probability,
-            "score": self.score,
-            "answers": list(self.answers),
-        }
+        """Return the sample as a record of `samples.jsonl`."""
+        return {"step": step, **{key: value for key, value in vars(self).items() if key not in ("name", "picture")}}
 
 
 @dataclass
-class Shown:
-    """The questions of a task whose answers are shown: at most so many, each about another image, drawn by seed."""
+class SampledQuestions:
+    """Questions of a task whose answers are shown, each about another image."""
 
     task: str
     chosen: Sequence[tuple[Example, Question]]
-    pictures: dict[int, Image] = field(default_factory=dict)
+    thumbnails: dict[int, Image] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, examples: Sequence[Example], most: int, seed: int, task: str = "") -> Shown:
-        draw = random.Random(seed)
-        asked = [example for example in {one.image_id: one for one in examples}.values() if example.questions]
-        drawn = draw.sample(asked, min(most, len(asked)))
-        return cls(task, [(example, draw.choice(example.questions)) for example in drawn])
+    def choose(cls, examples: Sequence[Example], count: int, seed: int, task: str = "") -> SampledQuestions:
+        """Choose up to `count` questions at random."""
+        rng = random.Random(seed)
+        with_questions = [one for one in {one.image_id: one for one in examples}.values() if one.questions]
+        chosen = rng.sample(with_questions, min(count, len(with_questions)))
+        return cls(task, [(example, rng.choice(example.questions)) for example in chosen])
 
     def samples(self, answers: Mapping[Any, Any], scores: Mapping[Any, float], pictures: bool) -> list[Sample]:
-        """Those among the answers (`predict.Answer` by question id); a picture that cannot be read is left out.
+        """Return the chosen questions' samples; one whose image was skipped has no answer and is left out.
 
         Args:
-            scores: of each question, as far as it has one.
-            pictures: whether they are wanted.
+            answers: `predictor.Answer` by question id.
+            scores: by question id, for questions that have one.
+            pictures: whether to add thumbnails; an unreadable image is left out.
         """
         found = []
-        for place, (example, question) in enumerate(self.chosen):
-            if question.id not in answers:  # its image was left out
+        for index, (example, question) in enumerate(self.chosen):
+            if question.id not in answers:
                 continue
             answer = answers[question.id]
             found.append(
                 Sample(
-                    f"{self.task}-{place + 1}" if self.task else str(place + 1),
-                    self.task,
-                    question.id,
-                    example.image_id,
-                    question.text,
-                    answer.text,
-                    answer.log_probability,
-                    scores.get(question.id),
-                    question.answers,
-                    self._picture(place, example) if pictures else None,
+                    name=f"{self.task}-{index + 1}" if self.task else str(index + 1),
+                    task=self.task,
+                    question_id=question.id,
+                    image_id=example.image_id,
+                    question=question.text,
+                    answer=answer.text,
+                    log_probability=answer.log_probability,
+                    score=scores.get(question.id),
+                    answers=question.answers,
+                    picture=self._thumbnail(index, example) if pictures else None,
                 )
             )
         return found
 
-    def _picture(self, place: int, example: Example) -> Image | None:
-        if place not in self.pictures:
+    def _thumbnail(self, index: int, example: Example) -> Image | None:
+        if index not in self.thumbnails:
             with suppress(InputError):
-                small = images.decode(example.image, example.name).copy()  # it may be the data's own
-                small.thumbnail((SIDE, SIDE))
-                self.pictures[place] = small
-        return self.pictures.get(place)
+                # A copy: `decode` returns an image that is in memory already as it is.
+                thumbnail = images.decode(example.image, example.name).copy()
+                thumbnail.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+                self.thumbnails[index] = thumbnail
+        return self.thumbnails.get(index)
 
 
 def write(folder: Path, samples: Sequence[Sample], step: int) -> None:
-    """Add them to the run's `samples.jsonl`."""
+    """Append samples to the run's `samples.jsonl`."""
     append(folder / FILE, [sample.record(step) for sample in samples])

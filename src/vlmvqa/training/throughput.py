@@ -1,23 +1,23 @@
-"""Throughput, where the time goes, memory and MFU: a part of every record of `log.jsonl` and of the loggers.
+"""Throughput, time per phase, memory and MFU, for every training record of `log.jsonl` and the loggers.
 
 questions_per_second, tokens_per_second, supervised_tokens_per_second   over all ranks
-padding          percent of the token positions that hold none
-time_data        percent of the time: reading and packing, to a batch on the device; on CUDA what it could not hide
+padding          percent of token positions that are padding
+time_data        percent of the time spent reading and packing until a batch is on the device; on CUDA only what wasn't
+                 hidden behind computation
 time_encoder     vision encoder and projector, forward and backward
 time_language_model   embeddings and decoder, forward and backward
 time_loss        output head and cross-entropy, forward and backward
-time_model       instead of these three under torch.compile, where a hook inside would cut the graph
-time_optimizer   after the backward pass: waiting for the other ranks' gradients, clipping, the step
+time_model       instead of these three under torch.compile, where a hook inside the model would break the graph
+time_optimizer   after the backward pass: waiting for other ranks' gradients, clipping, optimizer step
 time_other       writing the log
-peak_memory_gib  the rank that needs most: what CUDA allocated since the last line; on a CPU the process so far
-peak_rss_gib     host memory: the most that any rank's process has been resident with so far
-mfu              model FLOPs utilisation, percent (`flops.py`)
+peak_memory_gib  highest rank: memory that CUDA allocated since the last record; on a CPU, the process's peak so far
+peak_rss_gib     host memory: highest resident size of any rank's process so far
+mfu              model FLOPs utilisation in percent (`models/flops.py`)
 
-Evaluations and checkpoints are left out of all of them. Rank 0's time is split.
-
-The time is cut where the work passes from part to part: by hooks on the modules in the forward pass, on the tensors
-between them in the backward pass, which a gradient reaches in the opposite order. A clock is always in one phase, so
-the shares add up to the whole. (One seam is rough: the embedding's gradient is made last, and counts as encoder.)
+Evaluations and checkpoints are excluded. The time per phase is rank 0's. Phases change at hooks on the modules in the
+forward pass, and in the backward pass at hooks on the tensors between them, which gradients reach in reverse order. The
+clock is always in exactly one phase, so the percentages add up to 100. (One boundary is approximate: the gradient of
+the embeddings is computed last and counts as encoder.)
 """
 
 from __future__ import annotations
@@ -25,96 +25,29 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-import textwrap
-import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from tqdm import tqdm
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlmvqa import ranks
 from vlmvqa.models.flops import COUNTED, Flops, count, matrix_rate
 from vlmvqa.models.interface import PARTS, Model
 from vlmvqa.sequence.rows import Batch
+from vlmvqa.training.console import rounded
+from vlmvqa.training.phase_clock import PhaseClock
 
 PHASES = ("data", "encoder", "language_model", "loss", "optimizer", "other")
 COMPILED_PHASES = ("data", "model", "optimizer", "other")
-# What is printed of a training step, and with how many digits; `log.jsonl` and the loggers have all of it.
-PRINTED = {
-    "loss": ("loss {}", 4),
-    "learning_rate": ("lr {}", 3),
-    "grad_norm": ("grad norm {}", 3),
-    "questions_per_second": ("{} questions/s", 3),
-}
-WIDTH = 99  # columns of a printed line
-BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 GIB = 2**30
 
 
-class Clock:
-    """Seconds by phase; it is in one phase at a time, or stopped (None).
-
-    On CUDA the phases are those of the device's stream: events are put into it and read once they have passed, so
-    that nobody waits for the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.seconds: dict[str, float] = {}
-        self.marks: deque[tuple[str | None, Any]] = deque()  # a phase and its beginning
-        self.spare: list[torch.cuda.Event] = []
-
-    @property
-    def phase(self) -> str | None:
-        return self.marks[-1][0] if self.marks else None
-
-    def switch(self, phase: str | None) -> None:
-        """What follows is `phase`."""
-        self.marks.append((phase, self._now()))
-        while len(self.marks) > 1 and (not self.cuda or self.marks[1][1].query()):
-            self._settle()
-
-    def read(self) -> dict[str, float]:
-        """The seconds of each phase since the last reading, up to the last switch."""
-        if self.cuda and self.marks:
-            self.marks[-1][1].synchronize()
-        while len(self.marks) > 1:
-            self._settle()
-        seconds, self.seconds = self.seconds, {}
-        return seconds
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = self.spare.pop() if self.spare else torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _settle(self) -> None:
-        phase, begin = self.marks.popleft()
-        end = self.marks[0][1]
-        if phase is not None:
-            passed = begin.elapsed_time(end) / 1000 if self.cuda else end - begin
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + passed
-        if self.cuda:
-            self.spare.append(begin)
-
-
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA the most allocated since the last call, on a CPU the most resident since the process began."""
+    """Return the peak bytes: allocated since the last call on CUDA, resident since the process started on a CPU."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -123,83 +56,88 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peak_resident() -> int:
-    """Bytes of host memory: the most resident since the process began."""
+    """Return the highest resident size of this process so far, in bytes."""
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else 1024 * resident
 
 
-class SpeedMeter(TrainerCallback):
-    """Measures a training: a callback of the trainer, which tells it of each micro-batch (`begin`, `backward`).
+class ThroughputMeter(TrainerCallback):
+    """Measure a training. The trainer calls `begin` and `backward` for each micro-batch.
 
-    Its hooks stay while a training lasts, and do nothing while it is paused.
+    The hooks stay on the model until training ends, and do nothing while the clock is paused.
     """
 
     def __init__(self, vlm: Model) -> None:
         self.vlm = vlm
         self.device = torch.device("cpu")
-        self.clock = Clock(self.device)  # stopped
+        self.clock = PhaseClock(self.device)  # stopped
         self.phases: tuple[str, ...] = PHASES
         self.hooks: list[RemovableHandle] = []
         self.window = getattr(vlm.part("language").module.config, "sliding_window", None)
         self.flops: Flops | None = None
-        self.rate = 0.0
-        self.forget()
+        self.peak_flops = 0.0  # per second
+        self.reset()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Add the hooks, measure the device's peak FLOPs and start the clock."""
         self.detach()
-        self.device, self.clock = args.device, Clock(args.device)
+        self.device, self.clock = args.device, PhaseClock(args.device)
         self.phases = COMPILED_PHASES if args.torch_compile else PHASES
         if not args.torch_compile:
             self.attach()
         self.flops = self.vlm.flops()
         weights = next(self.vlm.parameters()).dtype
-        self.rate = matrix_rate(self.device, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights)
-        self.forget()
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights
+        self.peak_flops = matrix_rate(self.device, dtype)
+        self.reset()
         peak_memory(self.device)
         self.clock.switch("data")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start waiting for the next batch."""
         self.enter("data")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.clock = Clock(self.device)
+        """Stop the clock and remove the hooks."""
+        self.clock = PhaseClock(self.device)
         self.detach()
 
     def attach(self) -> None:
-        """Put the hooks on the model's parts; none of them is run again where activations are recomputed."""
+        """Add hooks to the model's parts; activation checkpointing doesn't run them a second time."""
         vision, projector, language = (self.vlm.part(name).module for name in PARTS)
         self.hooks = [
             vision.register_forward_pre_hook(lambda *_: self.enter("encoder")),
-            projector.register_forward_pre_hook(lambda *_: self.enter("encoder")),  # of cached features
-            projector.register_forward_hook(lambda _, __, images: self._between("encoder", images, "language_model")),
-            language.register_forward_hook(lambda _, __, hidden: self._between("language_model", hidden, "loss")),
+            projector.register_forward_pre_hook(lambda *_: self.enter("encoder")),  # with cached features
+            projector.register_forward_hook(lambda _, __, output: self._handover("encoder", output, "language_model")),
+            language.register_forward_hook(lambda _, __, output: self._handover("language_model", output, "loss")),
         ]
 
     def detach(self) -> None:
+        """Remove the hooks."""
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
 
-    def forget(self) -> None:
-        """Begin to count anew."""
+    def reset(self) -> None:
+        """Set the counts to zero."""
         self.shapes: Counter[str] = Counter()
         self.counts = torch.zeros(len(COUNTED), dtype=torch.int64)
 
     def enter(self, phase: str) -> None:
-        """What follows is `phase`, unless the clock stands."""
+        """Start a phase, unless the clock is stopped."""
         if self.clock.phase is not None:
             self.clock.switch(phase)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is not training."""
+        """Stop the clock for work that isn't training."""
         phase = self.clock.phase
         self.clock.switch(None)
         yield
         self.clock.switch(phase)
 
     def begin(self, batch: Batch) -> None:
-        """A micro-batch is here, and goes into the model."""
+        """Count a micro-batch that is about to enter the model."""
         self.shapes["positions"] += batch["document"].numel()
         self.shapes["images"] += len(batch["pixel_values" if "pixel_values" in batch else "image_features"])
         self.shapes["encoded"] += len(batch.get("pixel_values", ()))
@@ -207,116 +145,39 @@ class SpeedMeter(TrainerCallback):
         self.enter("model" if "model" in self.phases else "language_model")
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass of this loss comes next; the optimizer's phase begins where it ends.
+        """Start the optimizer's phase at the end of this loss's backward pass.
 
-        Not when the trainer's `training_step` returns: DeepSpeed takes its step in there.
+        DeepSpeed runs its optimizer step inside the trainer's `training_step`, so that method's end would be too late.
         """
         queue = torch.autograd.Variable._execution_engine.queue_callback
         loss.register_hook(lambda _: queue(lambda: self.enter("optimizer")))
 
-    def _between(self, before: str, handed: Any, after: str) -> None:
-        """`handed` is what one part hands to the next; its gradient comes back the other way."""
+    def _handover(self, before: str, output: Any, after: str) -> None:
+        """Enter phase `after`, and in the backward pass `before`, where the gradient of `output` is ready."""
         self.enter(after)
-        passed = handed if isinstance(handed, Tensor) else handed[0]
-        if passed.requires_grad:
-            passed.register_hook(lambda _: self.enter(before))
+        tensor = output if isinstance(output, Tensor) else output[0]
+        if tensor.requires_grad:
+            tensor.register_hook(lambda _: self.enter(before))
 
     def report(self) -> dict[str, float]:
-        """The keys at the top of this file, of all since the last report; every rank has to ask."""
+        """Return the values listed at the top of this file since the last report; every rank must call this."""
         self.enter("other")
         seconds = self.clock.read()
         total = sum(seconds.values())
         counts = {**self.shapes, **dict(zip(COUNTED, self.counts.tolist(), strict=True))}
-        self.forget()
-        used = self.flops.of(counts) / (total * self.rate) if self.flops else 0.0
-        everyone = ranks.gather((Counter(counts), used, peak_memory(self.device), peak_resident()))
-        sums = sum((found for found, *_ in everyone), Counter[str]())
+        self.reset()
+        used = self.flops.of(counts) / (total * self.peak_flops) if self.flops else 0.0
+        gathered = ranks.gather((Counter(counts), used, peak_memory(self.device), peak_resident()))
+        sums = sum((rank_counts for rank_counts, *_ in gathered), Counter[str]())
         values = {
             "questions_per_second": sums["questions"] / total,
             "tokens_per_second": sums["tokens"] / total,
             "supervised_tokens_per_second": sums["supervised_tokens"] / total,
             "padding": 100 * (1 - sums["tokens"] / sums["positions"]),
             **{f"time_{phase}": 100 * seconds.get(phase, 0.0) / total for phase in self.phases},
-            "peak_memory_gib": max(peak for _, _, peak, _ in everyone) / GIB,
-            "peak_rss_gib": max(resident for *_, resident in everyone) / GIB,
+            "peak_memory_gib": max(peak for _, _, peak, _ in gathered) / GIB,
+            "peak_rss_gib": max(resident for *_, resident in gathered) / GIB,
         }
         if self.flops:
-            values["mfu"] = 100 * sum(used for _, used, *_ in everyone) / len(everyone)
+            values["mfu"] = 100 * sum(used for _, used, *_ in gathered) / len(gathered)
         return {name: rounded(value) for name, value in values.items()}
-
-
-def rounded(value: float) -> float:
-    """Four digits that mean something; a whole number where it has more before the point."""
-    return round(value) if abs(value) >= 1000 else float(f"{value:.4g}")
-
-
-def short(value: Any, digits: int = 4) -> str:
-    """A number with so many significant digits, without an exponent up to a million."""
-    if not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,.0f}" if 10**digits - 0.5 <= abs(value) < 1e6 else f"{value:.{digits}g}"
-
-
-def in_words(logs: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Those of a log record's values that it has, as they are printed."""
-    found = [(name, *PRINTED.get(name, (f"{name} {{}}", 4))) for name in names if name in logs]
-    return ", ".join(text.format(short(logs[name], digits)) for name, text, digits in found)
-
-
-def log_line(logs: Mapping[str, Any], state: TrainerState, left: str = "") -> str:
-    """A log record as it is printed: of a training step what `PRINTED` names, of an evaluation all.
-
-    Args:
-        left: how long the run takes from here on, where no bar shows it.
-    """
-    names = PRINTED if "loss" in logs else [name for name in logs if name != "epoch"]
-    left = f", {left} left" if left else ""
-    line = f"step {state.global_step:,}/{state.max_steps:,}{left}: {in_words(logs, names)}"
-    return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-
-
-class Bar(ProgressCallback):
-    """The Trainer's progress bar, with the last logged loss, learning rate and speed behind it.
-
-    It starts at the step that a run resumes from, so that the time left is that of the steps made now.
-    """
-
-    training_bar: Any
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.current_step = state.global_step
-        if state.is_world_process_zero:
-            self.training_bar = tqdm(
-                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=BAR_FORMAT
-            )
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        if self.training_bar is None or not logs:
-            return
-        self.training_bar.write(log_line(logs, state))
-        if "loss" in logs:
-            self.training_bar.set_postfix_str(in_words(logs, ("loss", "learning_rate", "questions_per_second")))
-
-
-class Printer(PrinterCallback):
-    """The same lines where there is no bar, with the time left."""
-
-    def __init__(self) -> None:
-        self.began, self.first = 0.0, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self.began, self.first = time.monotonic(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        made, missing = state.global_step - self.first, state.max_steps - state.global_step
-        left = tqdm.format_interval((time.monotonic() - self.began) / made * missing) if made else ""
-        print(log_line(logs, state, left), flush=True)
-
-
-def show_speed(trainer: Trainer) -> None:
-    """Put ours in the place of the Trainer's own bar or printer."""
-    for theirs, ours in ((ProgressCallback, Bar), (PrinterCallback, Printer)):
-        if trainer.pop_callback(theirs) is not None:
-            trainer.add_callback(ours)

@@ -1,12 +1,12 @@
-"""GQA from its official files, and its official results file.
+"""GQA: official files and official results file.
 
     root/train_balanced_questions.json    {"02930152": {question, imageId, answer, types, groups, entailed, ...}, ...}
     root/train_all_questions/             the 14 million questions before balancing, in ten such files
     root/images/2354786.jpg               the image with imageId 2354786
-    root/val_choices.json                 {"05515938": {"valid": [...], "plausible": [...]}, ...}; may be missing
+    root/val_choices.json                 {"05515938": {"valid": [...], "plausible": [...]}, ...}; optional
 
-A record is made small as soon as it is parsed: a training question keeps five of its strings, one to be evaluated
-what the metric needs.
+Records are reduced while parsing: a training question keeps five of its strings, an evaluation question also the
+fields that the metric needs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 from vlmvqa.data import submissions
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import Prompts, find_question_problem, group_by_image, load_json, refuse_missing
+from vlmvqa.data.records import PromptTemplate, find_question_problem, group_by_image, load_json, refuse_missing
 from vlmvqa.data.splits import parse_split
 from vlmvqa.errors import InputError
 
-# split: its part of the file's name; the balanced questions are the benchmark
+# split: its part of the file name; the balanced questions are the benchmark
 SPLITS = {
     "train": "train_balanced",
     "val": "val_balanced",
@@ -36,7 +36,7 @@ SPLITS = {
 }
 TRAIN_ALL_FILES = 10
 KINDS = {"imageId": str, "answer": str, "types": dict}
-# What the official evaluation reads of a question besides.
+# Further fields that the official evaluation reads.
 DETAILS = {"isBalanced": bool, "types": dict, "groups": dict, "entailed": list, "semantic": list}
 
 
@@ -48,35 +48,28 @@ def read(
     max_samples: int | None = None,
     bad_records: BadRecords | None = None,
 ) -> list[Example]:
-    """The questions of a split, grouped by image in order of first appearance.
+    """Read the questions of a split, grouped by image in order of first appearance.
 
     `question_type` is the structural type, `answer_type` the semantic one. Outside the training splits `details` holds
     the official record: question, answer, imageId, isBalanced, types, groups, entailed, semantic.
 
-    Args:
-        split: `train`, `val`, `testdev` (balanced), `train_all`, `val_all` or `testdev_all`, with an optional slice
-            over the questions in file order: `train[:10%]`.
-        prompt: what the model reads; `{question}` stands for the question.
-        max_samples: take only the first so many questions of the slice.
-        bad_records: what to do with a record that cannot be used; stop, unless it says otherwise.
-
-    Raises:
-        InputError: files are missing or cannot be read, or a record cannot be used.
+    Splits: `train`, `val`, `testdev` (balanced), `train_all`, `val_all` and `testdev_all`. Arguments and errors: see
+    `datasets/__init__.py`.
     """
     selected = parse_split(split, SPLITS, "GQA", max_samples)
-    evaluated = not selected.name.startswith("train")
-    prompts = Prompts(prompt)
+    with_details = not selected.name.startswith("train")
+    template = PromptTemplate(prompt)
     bad_records = bad_records or BadRecords()
     *paths, images = files(root, split)
     where = paths[0] if len(paths) == 1 else paths[0].parent
-    records = _load(paths, evaluated, bad_records)
-    chosen = selected.chosen(len(records), where)
-    questions = _questions([records[number] for number in chosen], evaluated, prompts, bad_records)
+    records = _load(paths, with_details, bad_records)
+    records = [records[index] for index in selected.indices(len(records), where)]
+    questions = _questions(records, with_details, template, bad_records)
     return group_by_image(questions, lambda image_id: images / f"{image_id}.jpg", where, split, bad_records)
 
 
 def files(root: Path, split: str) -> list[Path]:
-    """The files and the folder that a split is read from: while they stay, so does what `read` returns.
+    """Return the files and the image folder of a split; while they are unchanged, `read` returns the same.
 
     Raises:
         InputError: one is missing.
@@ -91,26 +84,26 @@ def files(root: Path, split: str) -> list[Path]:
 
 
 def scoring(root: Path, split: str) -> dict[str, Any]:
-    """What the metric takes besides answers and questions: the official choices, where their file is in `root`."""
+    """Return the metric's options: the official choices, if their file is in `root`."""
     path = root / f"{parse_split(split, SPLITS, 'GQA').name.removesuffix('_all')}_choices.json"
     return {"choices": load_json(path)} if path.exists() else {}
 
 
 def arrange(examples: list[Example], split: str) -> list[Example]:
-    """Examples of the hub's parquet form, with details as the official files have them."""
+    """Convert the details of the hub's parquet form to those of the official files."""
     return [replace(example, questions=tuple(map(_official, example.questions))) for example in examples]
 
 
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     """Write the official results file, `[{"questionId": "02930152", "prediction": "yes"}, ...]`.
 
-    The answers stay as the model gave them; ids are text, as in the questions' files.
+    The answers are not modified; ids are strings, as in the official questions files.
     """
     submissions.write_json(path, [{"questionId": str(key), "prediction": text} for key, text in answers.items()])
 
 
 def _official(question: Question) -> Question:
-    """In parquet `entailed` is one text; out of `datasets` 3 `semantic` is an object of lists, not the reverse."""
+    """Undo the parquet form: `entailed` is one string, and `datasets` 3 turns `semantic` into an object of lists."""
     if question.details is None:
         return question
     details = dict(question.details)
@@ -125,8 +118,8 @@ def _official(question: Question) -> Question:
 # --- the files ----------------------------------------------------------------------------------------
 
 
-class Slim(NamedTuple):
-    """A usable record as it is kept until it becomes a `Question`."""
+class ParsedQuestion(NamedTuple):
+    """The fields of a usable record that a `Question` needs."""
 
     image: str
     text: str
@@ -137,12 +130,16 @@ class Slim(NamedTuple):
 
 
 class Parser:
-    """`json`'s hook for each object: a question's becomes a `Slim`, if it is usable; of equal keys the first counts."""
+    """`object_pairs_hook` of `json`: convert usable questions to `ParsedQuestion`, and collect repeated keys.
 
-    def __init__(self, evaluated: bool) -> None:
-        self.evaluated, self.repeated = evaluated, list[str]()
+    Of equal keys the first counts.
+    """
+
+    def __init__(self, with_details: bool) -> None:
+        self.with_details, self.repeated = with_details, list[str]()
 
     def __call__(self, pairs: list[tuple[str, Any]]) -> Any:
+        """Return the value of a JSON object."""
         record = dict(pairs)
         if len(record) < len(pairs):
             record = {}
@@ -150,16 +147,16 @@ class Parser:
                 if key in record:
                     self.repeated.append(key)
                 record.setdefault(key, value)
-        if "imageId" not in record or _find_problem(record, self.evaluated):
+        if "imageId" not in record or _find_problem(record, self.with_details):
             return record
         types = record["types"]
-        return Slim(
+        return ParsedQuestion(
             intern(record["imageId"]),
             intern(record["question"]),
             intern(record["answer"]),
             _interned(types.get("structural")),
             _interned(types.get("semantic")),
-            {key: record[key] for key in DETAILS} if self.evaluated else None,
+            {key: record[key] for key in DETAILS} if self.with_details else None,
         )
 
 
@@ -167,51 +164,39 @@ def _interned(value: Any) -> str | None:
     return intern(value) if isinstance(value, str) else None
 
 
-def _find_problem(record: Any, evaluated: bool) -> str | None:
-    problem = find_question_problem(record, {**KINDS, **DETAILS} if evaluated else KINDS)
+def _find_problem(record: Any, with_details: bool) -> str | None:
+    problem = find_question_problem(record, {**KINDS, **DETAILS} if with_details else KINDS)
     return problem or (None if record["answer"].strip() else "its answer is empty")
 
 
-def _load(paths: Sequence[Path], evaluated: bool, bad_records: BadRecords) -> list[tuple[Path, str, Any]]:
-    """File, id and record of all questions in file order, each id once."""
-    found: list[tuple[Path, str, Any]] = []
+def _load(paths: Sequence[Path], with_details: bool, bad_records: BadRecords) -> list[tuple[Path, str, Any]]:
+    """Return file, id and record of all questions in file order, each id once."""
+    records: list[tuple[Path, str, Any]] = []
     seen: set[str] = set()
     for path in paths:
-        parser = Parser(evaluated)
+        parser = Parser(with_details)
         content = load_json(path, object_pairs_hook=parser)
         if not isinstance(content, dict) or not content:
             raise InputError(f"{path} holds no object of questions by id; is it GQA's official questions file?")
         for key in [*(key for key in parser.repeated if key in content), *(key for key in content if key in seen)]:
             bad_records.add(f"{path}, question {key}", "its id is used twice", "keep one of them")
-        found += [(path, key, record) for key, record in content.items() if key not in seen]
+        records += [(path, key, record) for key, record in content.items() if key not in seen]
         seen.update(content)
-    return found
+    return records
 
 
 def _questions(
-    records: Sequence[tuple[Path, str, Any]], evaluated: bool, prompts: Prompts, bad_records: BadRecords
+    records: Sequence[tuple[Path, str, Any]], with_details: bool, template: PromptTemplate, bad_records: BadRecords
 ) -> Iterator[tuple[str, Question]]:
-    """Image id and question, for each usable record."""
+    """Yield image id and question of each usable record."""
     for path, key, record in records:
-        if not isinstance(record, Slim):
-            bad_records.add(f"{path}, question {key}", _find_problem(record, evaluated) or "it cannot be used")
+        if not isinstance(record, ParsedQuestion):
+            bad_records.add(f"{path}, question {key}", _find_problem(record, with_details) or "it cannot be used")
             continue
-        details = record.details and {
-            "question": record.text,
-            "answer": record.answer,
-            "imageId": record.image,
-            **record.details,
-        }
+        text, answer = record.text, record.answer
+        official = {"question": text, "answer": answer, "imageId": record.image}
+        details = record.details and {**official, **record.details}
         yield (
             record.image,
-            Question(
-                key,
-                record.text,
-                prompts(record.text),
-                record.answer,
-                (record.answer,),
-                record.structural,
-                record.semantic,
-                details,
-            ),
+            Question(key, text, template(text), answer, (answer,), record.structural, record.semantic, details),
         )

@@ -1,11 +1,10 @@
-"""Your own data: a line of JSON for each question.
+"""Your own data: a JSONL file with one question per line.
 
     root/train.jsonl    {"image": "images/1.jpg", "question": "What is it?", "answers": ["a cat", "cat"], "id": 1}
 
-Paths are relative to the file. `id` is optional, the line's number where there is none; `question_type` too, for tables
-and the prior control; so is `answers` in a file that
-has them nowhere, a test split. `data.root` may also name one such file: its split is `all`, with slices of it
-(`data.train_split=all[:90%] data.eval_split=all[90%:]`).
+Image paths are relative to the file. `id` is optional (default: the line number), and so is `question_type`, for the
+tables and the prior control. A file without any `answers` is a test split. `data.root` may also be one file, whose
+split is `all`, with slices of it (`data.train_split=all[:90%] data.eval_split=all[90%:]`).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from vlmvqa.data import submissions
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
-    Prompts,
+    PromptTemplate,
     find_answers_problem,
     find_problem,
     find_question_problem,
@@ -30,12 +29,12 @@ from vlmvqa.data.records import (
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import InputError
 
-WHOLE = "all"  # the split of a single file
+SINGLE = "all"  # the split of a single file
 LINE = '{"image": "images/1.jpg", "question": "What is it?", "answers": ["a cat"]}'
 
 
 class Record(NamedTuple):
-    """A line's number, its question's id, its content."""
+    """A parsed line: its number, the question's id, the JSON value."""
 
     line: int
     id: int | str
@@ -50,31 +49,25 @@ def read(
     max_samples: int | None = None,
     bad_records: BadRecords | None = None,
 ) -> list[Example]:
-    """The questions of a file, grouped by image in order of first appearance.
+    """Read the questions of a file, grouped by image in order of first appearance.
 
-    The training target is the most frequent answer, of equally frequent ones the first. The images may lie anywhere,
-    so nothing says cheaply whether they are still there: the file is read anew each time.
+    The training target is the most frequent answer (the first of equally frequent ones). This reader has no `files`, so
+    it is not cached: images may be in any folder, and checking them all would take as long as reading.
 
-    Args:
-        root: a folder with a file for each split, or one file.
-        split: the file's name without `.jsonl`, or `all` of one file, with an optional slice over the lines:
-            `train[:10%]`.
-        prompt: what the model reads; `{question}` stands for the question.
-        max_samples: take only the first so many questions of the slice.
-        bad_records: what to do with a line that cannot be used; stop, unless it says otherwise.
-
-    Raises:
-        InputError: the file is missing or cannot be read, or a line cannot be used.
+    `root` is a folder with a file per split, or one file, whose split is `all`; slices are over the lines.
+    Arguments and errors: see `datasets/__init__.py`.
     """
     path, selected = _find(root, split, max_samples)
-    prompts = Prompts(prompt)
+    template = PromptTemplate(prompt)
     bad_records = bad_records or BadRecords()
     records = _load(path, bad_records)
     if not records:
-        raise InputError(f"{path} holds no usable line; write one JSON object a line, with image, question and answers")
-    chosen = selected.chosen(len(records), path, "lines")
+        raise InputError(
+            f"{path} holds no usable line; write one JSON object per line, with image, question and answers"
+        )
+    indices = selected.indices(len(records), path, "lines")
     answered = any(record.content.get("answers") is not None for record in records)
-    questions = _questions([records[number] for number in chosen], path, answered, prompts, bad_records)
+    questions = _questions([records[index] for index in indices], path, answered, template, bad_records)
     lines = {record.id: record.line for record in records}
     return group_by_image(
         questions, lambda image: path.parent / image, path, split, bad_records, lambda key: f"line {lines[key]}"
@@ -82,35 +75,35 @@ def read(
 
 
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
-    """Write a line of JSON for each answer, `{"id": 1, "answer": "a cat"}`, with the answers as they are."""
+    """Write one JSON line per answer, `{"id": 1, "answer": "a cat"}`, with unmodified answers."""
     lines = [json.dumps({"id": key, "answer": answer}, ensure_ascii=False) + "\n" for key, answer in answers.items()]
     submissions.replace_file(path, "".join(lines))
 
 
 def _find(root: Path, split: str, max_samples: int | None) -> tuple[Path, Slice]:
-    """The file of a split."""
+    """Return the file of a split, and its slice."""
     if root.is_file():
-        _refuse_list(root)
-        # Not "train" and "val": both would be the whole file, and the score that of the training questions.
-        if split.partition("[")[0] != WHOLE:
+        _check_not_list(root)
+        # `train` and `val` are errors: both would be the full file, with the score of the training questions.
+        if split.partition("[")[0] != SINGLE:
             raise InputError(
-                f"{root} is one file, whose split is '{WHOLE}', not '{split}'; set data.train_split={WHOLE}[:90%] "
-                f"data.eval_split={WHOLE}[90%:], or let data.root name a folder of .jsonl files."
+                f"{root} is one file, whose split is '{SINGLE}', not '{split}'; set data.train_split={SINGLE}[:90%] "
+                f"data.eval_split={SINGLE}[90%:], or set data.root to a folder of .jsonl files."
             )
-        return root, parse_split(split, [WHOLE], str(root), max_samples)
+        return root, parse_split(split, [SINGLE], str(root), max_samples)
     if not root.is_dir():
-        raise InputError(f"{root} does not exist; let data.root name a folder with train.jsonl, or a .jsonl file.")
+        raise InputError(f"{root} does not exist; set data.root to a folder with train.jsonl, or to a .jsonl file.")
     known = sorted(path.stem for path in root.glob("*.jsonl"))
     if not known:
         for path in sorted(root.glob("*.json")):
-            _refuse_list(path)
+            _check_not_list(path)
         raise InputError(f"{root} holds no .jsonl file; put train.jsonl there, or set data.root.")
     selected = parse_split(split, known, str(root), max_samples)
     return root / f"{selected.name}.jsonl", selected
 
 
-def _refuse_list(path: Path) -> None:
-    """Stop at a file that is one JSON list, as LLaVA's are."""
+def _check_not_list(path: Path) -> None:
+    """Raise an InputError if a file is one JSON list, such as LLaVA's."""
     try:
         with path.open("rb") as file:
             start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -121,15 +114,15 @@ def _refuse_list(path: Path) -> None:
 
 
 def _refuse_format(where: Path | str, llava: bool) -> NoReturn:
-    """Show the form that is read."""
+    """Raise the InputError that shows the expected format."""
     format = "in LLaVA's format ('conversations'), which is not supported yet" if llava else "a JSON list"
     raise InputError(f"{where} is {format}; write a file of JSON lines, a line for each question: {LINE}")
 
 
 def _load(path: Path, bad_records: BadRecords) -> list[Record]:
-    """The lines in file order, each id once; an empty line is none."""
-    _refuse_list(path)
-    found: list[Record] = []
+    """Parse the lines in file order, each id once; skip empty lines."""
+    _check_not_list(path)
+    records: list[Record] = []
     seen: set[int | str] = set()
     try:
         lines = path.read_bytes().split(b"\n")
@@ -156,19 +149,19 @@ def _load(path: Path, bad_records: BadRecords) -> list[Record]:
             bad_records.add(f"{path}, line {number}", problem)
         else:
             seen.add(key)
-            found.append(Record(number, key, record))
-    return found
+            records.append(Record(number, key, record))
+    return records
 
 
 def _questions(
-    records: list[Record], path: Path, answered: bool, prompts: Prompts, bad_records: BadRecords
+    records: list[Record], path: Path, answered: bool, template: PromptTemplate, bad_records: BadRecords
 ) -> Iterator[tuple[str, Question]]:
-    """Image and question, for each usable record."""
+    """Yield image path and question of each usable record."""
     for line, key, record in records:
-        if isinstance(record, dict) and isinstance(record.get("answers"), str):
+        if isinstance(record.get("answers"), str):
             record = {**record, "answers": [record["answers"]]}
-        typed = {"question_type": str} if isinstance(record, dict) and "question_type" in record else {}
-        problem = find_question_problem(record, {"image": str, **typed})
+        optional = {"question_type": str} if "question_type" in record else {}
+        problem = find_question_problem(record, {"image": str, **optional})
         if not problem and answered:
             problem = find_answers_problem(record)
         if problem:
@@ -176,4 +169,4 @@ def _questions(
             continue
         text, answers = record["question"], tuple(record.get("answers") or ())
         target = most_common(answers) if answers else None
-        yield record["image"], Question(key, text, prompts(text), target, answers, record.get("question_type"))
+        yield record["image"], Question(key, text, template(text), target, answers, record.get("question_type"))

@@ -1,16 +1,16 @@
-"""VQAv2 from its official files, and its official results file.
+"""VQAv2: official files and official results file.
 
     root/v2_OpenEnded_mscoco_train2014_questions.json    questions[{image_id, question, question_id}]
     root/v2_mscoco_train2014_annotations.json            annotations[{question_id, answers[...], ...}]
     root/train2014/COCO_train2014_000000000009.jpg       the image with image_id 9
 
-The training split has 443,757 questions with ten answers each, so the reader keeps every repeated
-string once and drops each answer record as soon as it is parsed.
+The training split has 443,757 questions with ten answers each, so the reader keeps one copy of every repeated string
+and drops each answer record while parsing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from sys import intern
 from typing import Any
@@ -19,22 +19,23 @@ from vlmvqa.data import submissions
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
-    Prompts,
+    PromptTemplate,
     find_problem,
     find_question_problem,
     group_by_image,
     list_under,
     load_json,
     refuse_missing,
+    unique_records,
 )
-from vlmvqa.data.splits import parse_split
+from vlmvqa.data.splits import Slice, parse_split
 
 # split: (name in the file names, folder of the images, has annotations)
 SPLITS = {
     "train": ("train2014", "train2014", True),
     "val": ("val2014", "val2014", True),
     "test": ("test2015", "test2015", False),
-    "test-dev": ("test-dev2015", "test2015", False),  # test-dev asks about a part of the test images
+    "test-dev": ("test-dev2015", "test2015", False),  # questions about some of the test images
 }
 
 
@@ -46,40 +47,26 @@ def read(
     max_samples: int | None = None,
     bad_records: BadRecords | None = None,
 ) -> list[Example]:
-    """The questions of a split, grouped by image in order of first appearance.
+    """Read the questions of a split, grouped by image in order of first appearance.
 
-    Args:
-        split: `train`, `val`, `test` or `test-dev`, with an optional slice over the questions in file
-            order: `train[:10%]`, `val[100:200]`, `train[10%:20%]`.
-        prompt: what the model reads; `{question}` stands for the question.
-        max_samples: take only the first so many questions of the slice.
-        bad_records: what to do with a record that cannot be used; stop, unless it says otherwise.
-
-    Raises:
-        InputError: files are missing or cannot be read, or a record cannot be used.
+    Splits: `train`, `val`, `test` and `test-dev`. Arguments and errors: see `datasets/__init__.py`.
     """
     selected = parse_split(split, SPLITS, "VQAv2", max_samples)
-    _, folder, annotated = SPLITS[selected.name]
-    prompts = Prompts(prompt)
+    folder = SPLITS[selected.name][1]
+    template = PromptTemplate(prompt)
     bad_records = bad_records or BadRecords()
-    files = _find(root, selected.name)
-
-    annotations = _annotations(files["annotations"], bad_records) if annotated else {}
-    records = _load(files["questions"], "questions")
-    chosen = selected.chosen(len(records), files["questions"])
-    ids = _check_ids(records, annotations, files, bad_records)
-    questions = _questions(records, chosen, ids, annotations, files, prompts, bad_records)
+    paths = _find(root, selected.name)
     return group_by_image(
-        questions,
-        lambda image_id: files["images"] / f"COCO_{folder}_{image_id:012d}.jpg",
-        files["questions"],
+        _questions(paths, selected, template, bad_records),
+        lambda image_id: paths["images"] / f"COCO_{folder}_{image_id:012d}.jpg",
+        paths["questions"],
         split,
         bad_records,
     )
 
 
 def files(root: Path, split: str) -> list[Path]:
-    """The files and the folder that a split is read from: while they stay, so does what `read` returns.
+    """Return the files and the image folder of a split; while they are unchanged, `read` returns the same.
 
     Raises:
         InputError: one is missing.
@@ -90,11 +77,11 @@ def files(root: Path, split: str) -> list[Path]:
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     """Write the official results file, `[{"question_id": 1, "answer": "yes"}, ...]`.
 
-    The answers stay as the model gave them: the official evaluation normalises them itself. Ids that
-    became text on their way (keys of a JSON object) become the numbers that it expects again.
+    The answers are not modified: the official evaluation normalises them. Ids that became strings (as keys of a JSON
+    object) become numbers again.
     """
     submissions.write_json(
-        path, [{"question_id": submissions.number(key), "answer": answer} for key, answer in answers.items()]
+        path, [{"question_id": submissions.numeric_id(key), "answer": answer} for key, answer in answers.items()]
     )
 
 
@@ -102,7 +89,7 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
 
 
 def _find(root: Path, name: str) -> dict[str, Path]:
-    """Paths of a split's questions, annotations and images; all of them exist."""
+    """Return the paths of a split's questions, annotations and images, all of which exist."""
     subset, folder, annotated = SPLITS[name]
     files = {"questions": root / f"v2_OpenEnded_mscoco_{subset}_questions.json"}
     if annotated:
@@ -112,12 +99,12 @@ def _find(root: Path, name: str) -> dict[str, Path]:
 
 
 def _load(path: Path, key: str) -> list[Any]:
-    """The list under `key` of one of the two JSON files."""
-    return list_under(load_json(path, object_hook=_slim), key, path, f"VQAv2's official {key} file")
+    """Load the list under `key` of one of the two JSON files."""
+    return list_under(load_json(path, object_hook=_keep_answer), key, path, f"VQAv2's official {key} file")
 
 
-def _slim(record: dict[str, Any]) -> Any:
-    """An annotator's record becomes its answer while parsing: kept, 4.4 million of them take 1.4 GB more."""
+def _keep_answer(record: dict[str, Any]) -> Any:
+    """Replace an annotator's record by its answer while parsing; all 4.4 million records would take 1.4 GB more."""
     answer = record.get("answer")
     return intern(answer) if isinstance(answer, str) else record
 
@@ -125,35 +112,28 @@ def _slim(record: dict[str, Any]) -> Any:
 # --- the records --------------------------------------------------------------------------------------
 
 Annotation = tuple[str, tuple[str, ...], str, str]  # target, all answers, question type, answer type
+SAME_SPLIT = "use two files of the same split and version"
 
 
 def _annotations(path: Path, bad_records: BadRecords) -> dict[int, Annotation | None]:
-    """Annotations by question id; None for one that was left out (so that its question goes silently too)."""
-    found: dict[int, Annotation | None] = {}
-    once: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for number, record in enumerate(_load(path, "annotations")):
-        problem = find_problem(record, {"question_id": int})
-        if problem:
-            bad_records.add(f"{path}, annotation number {number}", problem)
-            continue
+    """Return annotations by question id; None for a bad one, whose question is then left out without a report."""
+    annotations: dict[int, Annotation | None] = {}
+    answer_lists: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for _, record in unique_records(_load(path, "annotations"), "question_id", path, bad_records, "annotation"):
         key = record["question_id"]
-        where = f"{path}, question {key}"
-        if key in found:
-            bad_records.add(where, "this question_id is annotated twice", "keep one of them")
-            continue
         problem = _annotation_problem(record)
         if problem:
-            bad_records.add(where, problem)
-            found[key] = None
+            bad_records.add(f"{path}, question {key}", problem)
+            annotations[key] = None
             continue
         answers = tuple(record["answers"])
-        found[key] = (
+        annotations[key] = (
             intern(record["multiple_choice_answer"]),
-            once.setdefault(answers, answers),
+            answer_lists.setdefault(answers, answers),
             intern(record["question_type"]),
             intern(record["answer_type"]),
         )
-    return found
+    return annotations
 
 
 def _annotation_problem(record: dict[str, Any]) -> str | None:
@@ -170,68 +150,38 @@ def _annotation_problem(record: dict[str, Any]) -> str | None:
     return None
 
 
-def _check_ids(
-    records: list[Any],
-    annotations: Mapping[int, Annotation | None],
-    files: Mapping[str, Path],
-    bad_records: BadRecords,
-) -> list[int | None]:
-    """The id of each question, None where there is none or it is a repetition.
-
-    Over the whole file, whatever the slice: two files that do not belong together must not go
-    unnoticed because the first questions happen to fit.
-    """
-    path = files["questions"]
-    ids: list[int | None] = []
-    seen: set[int] = set()
-    for number, record in enumerate(records):
-        ids.append(None)
-        problem = find_problem(record, {"question_id": int})
-        if problem:
-            bad_records.add(f"{path}, question number {number}", problem)
-        elif record["question_id"] in seen:
-            where = f"{path}, question {record['question_id']}"
-            bad_records.add(where, "its question_id is used twice", "keep one of them")
-        else:
-            ids[-1] = record["question_id"]
-            seen.add(record["question_id"])
-    for key in annotations:
-        if key not in seen:
-            where = f"{files['annotations']}, question {key}"
-            bad_records.add(where, f"{path.name} has no such question", "use two files of the same split and version")
-    return ids
-
-
 def _questions(
-    records: list[Any],
-    chosen: Iterable[int],
-    ids: list[int | None],
-    annotations: Mapping[int, Annotation | None],
-    files: Mapping[str, Path],
-    prompts: Prompts,
-    bad_records: BadRecords,
+    paths: Mapping[str, Path], selected: Slice, template: PromptTemplate, bad_records: BadRecords
 ) -> Iterator[tuple[int, Question]]:
-    """Image id and question, for each usable one of the chosen records."""
-    for number in chosen:
-        record, key = records[number], ids[number]
-        if key is None:
-            continue
-        where = f"{files['questions']}, question {key}"
+    """Yield image id and question of each usable one of the selected records."""
+    path, annotated = paths["questions"], "annotations" in paths
+    annotations = _annotations(paths["annotations"], bad_records) if annotated else {}
+    records = _load(path, "questions")
+    indices = selected.indices(len(records), path)
+    by_index = dict(unique_records(records, "question_id", path, bad_records))
+    _check_same_split(by_index, annotations, paths, bad_records)
+    for record in (by_index[index] for index in indices if index in by_index):
+        key = record["question_id"]
         problem = find_question_problem(record, {"image_id": int})
         if problem:
-            bad_records.add(where, problem)
-            continue
-        annotation: Annotation | None = None
-        if "annotations" in files:
-            if key not in annotations:
-                name = files["annotations"].name
-                bad_records.add(where, f"{name} does not answer it", "use two files of the same split and version")
-                continue
-            annotation = annotations[key]
-            if annotation is None:
-                continue
-        text = intern(record["question"])
-        if annotation is None:
-            yield record["image_id"], Question(key, text, prompts(text))
-        else:
-            yield record["image_id"], Question(key, text, prompts(text), *annotation)
+            bad_records.add(f"{path}, question {key}", problem)
+        elif annotated and key not in annotations:
+            name = paths["annotations"].name
+            bad_records.add(f"{path}, question {key}", f"{name} has no annotation for it", SAME_SPLIT)
+        elif not annotated or annotations[key] is not None:
+            text = intern(record["question"])
+            yield record["image_id"], Question(key, text, template(text), *(annotations.get(key) or ()))
+
+
+def _check_same_split(
+    by_index: Mapping[int, dict[str, Any]],
+    annotations: Mapping[int, Annotation | None],
+    paths: Mapping[str, Path],
+    bad_records: BadRecords,
+) -> None:
+    """Report annotations without a question, in the full file: a slice may fit annotations of another split."""
+    known = {record["question_id"] for record in by_index.values()}
+    for key in annotations:
+        if key not in known:
+            where = f"{paths['annotations']}, question {key}"
+            bad_records.add(where, f"{paths['questions'].name} has no such question", SAME_SPLIT)

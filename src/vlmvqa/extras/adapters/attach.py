@@ -35,7 +35,7 @@ def attach_adapters(config: TrainConfig, predictor: Predictor, device: torch.dev
         unsaved = Base(predictor)
     predictor.adapter = Adapter(settings, base, known)
     paths = peft_adapters.prepare(predictor.model, config.trainable, settings, device)
-    ranks.say(peft_adapters.describe(predictor.model, settings, paths))
+    ranks.print_on_rank0(peft_adapters.describe(predictor.model, settings, paths))
     return unsaved
 
 

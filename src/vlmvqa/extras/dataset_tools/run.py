@@ -102,7 +102,7 @@ def cache_features(config: PrepareConfig) -> None:
         progress=True,
     )
     try:
-        store = write(folder, key, vision, examples, processor.image, bad_records, options)
+        store = write(folder, key, vision, examples, processor.load_image, bad_records, options)
     except torch.OutOfMemoryError as error:
         raise InputError(f"the GPU's memory is full at batch_size={config.batch_size}; make it smaller") from error
     print(f"{counted(len(store), 'image')}; train on them with data.feature_cache={folder} trainable.vision=none")

@@ -17,7 +17,7 @@ from typing import Any
 
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import Prompts, most_common, refuse_empty
+from vlmvqa.data.records import PromptTemplate, most_common, refuse_empty
 from vlmvqa.data.splits import Slice
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hub.parquet import MAX_ROWS, Table, open_split, selected_rows
@@ -87,7 +87,7 @@ def read(
     if images and not columns.image_id:
         raise InputError("data.hub_images needs data.columns.image_id to match images with questions; set it")
     bad_records = bad_records or BadRecords()
-    to_prompt: Callable[[str], str] = Prompts(prompt) if columns.question else lambda _: prompt
+    to_prompt: Callable[[str], str] = PromptTemplate(prompt) if columns.question else lambda _: prompt
     table, selected = open_split(hub, config, split, streaming, max_samples)
     if selected.name.startswith("train"):
         columns = replace(columns, details=())

@@ -76,12 +76,12 @@ def selected_rows(selected: Slice, table: Table) -> range:
     Raises:
         InputError: the slice is a random sample, or depends on the number of rows, which is unknown for a stream.
     """
-    if selected.drawn is not None:
+    if selected.random_count is not None:
         raise InputError(
             f"{table.where}: rows cannot be sampled at random ('{selected.text}'); use a slice, or data.root"
         )
     if table.total is not None:
-        numbers = selected.chosen(table.total, table.where, "rows")
+        numbers = selected.indices(table.total, table.where, "rows")
         assert isinstance(numbers, range)
         return numbers
     bounds = (selected.start, selected.stop)

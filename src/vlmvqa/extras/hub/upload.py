@@ -61,7 +61,7 @@ def upload(folder: Path, target: str) -> str:
 
     base = _base_name(folder)
     if base.startswith(("/", "~")):
-        ranks.say(
+        ranks.print_on_rank0(
             f"its base model {base} is not uploaded; publish it too, or merge first: launch/merge.py adapter={folder} "
             "output=..."
         )

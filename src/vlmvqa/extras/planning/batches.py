@@ -69,10 +69,10 @@ def _vlm_rows(model: VLM, rows: Rows, images_per_row: int) -> dict[str, Tensor]:
     questions = rows.max_questions if rows.row_tokens is None else max(1, int(rows.questions))
     documents = [Document(image, [question] * questions) for image in range(rows.rows * images_per_row)]
     groups = [documents[row * images_per_row :][:images_per_row] for row in range(rows.rows)]
-    return pad_rows(
-        [build_row(group, model.vision.num_image_tokens, model.attention_pattern) for group in groups],
-        rows.row_tokens or 8,
-    )
+    built = [
+        build_row(group, model.vision.num_image_tokens, model.attention_pattern, group[0].image) for group in groups
+    ]
+    return pad_rows(built, rows.row_tokens or 8)
 
 
 def vlm_batch(model: VLM, rows: Rows, images_per_row: int = 1) -> dict[str, Tensor]:

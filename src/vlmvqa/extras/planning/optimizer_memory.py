@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from vlmvqa.training.runtime_checks import CLASSES
+from vlmvqa.training.optimizer import CLASSES
 
 BLOCK = 256  # elements per scale in 8-bit states, in bitsandbytes and torchao
 SMALLEST_8BIT = 4096  # smaller tensors keep fp32 states, in both

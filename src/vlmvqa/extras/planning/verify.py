@@ -18,7 +18,7 @@ from vlmvqa.extras.planning.planner import Planner
 from vlmvqa.extras.planning.strategy_memory import Training
 from vlmvqa.models.interface import Model
 from vlmvqa.models.vlm import VLM
-from vlmvqa.training.runtime_checks import CLASSES
+from vlmvqa.training.optimizer import CLASSES
 
 STEPS = 3
 MICRO_BATCHES = 2  # at most; more need no more memory

@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from vlmvqa import fingerprint
 from vlmvqa.data.example import Example
-from vlmvqa.data.tokenizer import train_tokenizer
+from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
 from vlmvqa.extras.pretrained.model import (

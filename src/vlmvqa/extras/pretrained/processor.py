@@ -21,9 +21,9 @@ from torch import Tensor
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode
-from vlmvqa.data.processor import Encoded, Processor
+from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
-from vlmvqa.sequence.rows import ANSWER, IGNORE, IMAGE, NO_IMAGE, PADDING, PROMPT, Row, pad_rows
+from vlmvqa.sequence.rows import ANSWER, IGNORE, IMAGE, NO_IMAGE, PADDING, PROMPT, Document, Row, pad_rows
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ class PretrainedProcessor(Processor):
             question = self._shortened(question, over, len(target)) if over > 0 else question
         return PromptedQuestion(self._prompt_text(question.prompt), target)
 
-    def image(self, example: Example) -> Image:  # type: ignore[override]
+    def load_image(self, example: Example) -> Image:  # type: ignore[override]
         """Decode the image; the library's processor resizes it in `collate`."""
         return decode(example.image, example.name)
 
-    def length(self, question: Question, answer: str) -> int:
+    def count_tokens(self, question: Question, answer: str) -> int:
         """Return the number of tokens of a question with its answer, without image tokens and chat template."""
         return len(self._ids(question.prompt)) + len(self.tokenize(question, answer).answer) - 1
 
-    def collate(self, rows: Sequence[Sequence[Encoded]], multiple: int = 8) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Sequence[Document]], multiple: int = 8) -> dict[str, Tensor]:
         """Return the network's inputs and the columns of `sequence/rows.py`, `[B, T]`, except for `image_index`.
 
         Rows are padded on the right; on the left if none has an answer, so that generation continues all of them at
@@ -148,7 +148,7 @@ class PretrainedProcessor(Processor):
         return self
 
     @cached_property
-    def ends(self) -> set[int]:
+    def end_token_ids(self) -> set[int]:
         """Token ids that end an answer."""
         return {self.tokenizer.eos_token_id, self._target(Question(0, "", ""), "yes")[-1]}
 

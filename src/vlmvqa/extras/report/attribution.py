@@ -131,7 +131,7 @@ def _answered_row(predictor: Predictor, example: Example, answer: str) -> dict[s
     batch = predictor.batch([predictor.processor.encode(example, [None])])
     prompt = (batch["role"] == PROMPT) & (batch["document"] != PADDING)
     last = (prompt * batch["position"]).argmax(-1, keepdim=True)
-    ends = torch.full_like(last, min(predictor.processor.ends))
+    ends = torch.full_like(last, min(predictor.processor.end_token_ids))
     return {**batch, "labels": batch["labels"].scatter(1, last, ends)}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.data.packing import split
+from vlmvqa.data.packing import split_questions
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import InputError
@@ -39,7 +39,9 @@ def show(config: ShowConfig) -> None:
     bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
     examples = read_examples(data, config.split, None, bad_records)
     processor, most = _processor(config, data, examples)
-    parts = [one.part(*ends) for one in examples for ends in split([0] * len(one.questions), None, most)]
+    parts = [
+        one.with_questions(*span) for one in examples for span in split_questions([0] * len(one.questions), None, most)
+    ]
     if not 0 <= config.sample < len(parts):
         raise InputError(f"sample={config.sample}: {config.split} has samples 0 to {len(parts) - 1}")
     example = parts[config.sample]

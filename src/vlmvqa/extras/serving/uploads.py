@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from PIL import Image, UnidentifiedImageError
 
 from vlmvqa.data import images
-from vlmvqa.data.images import DAMAGED, ImageSettings
+from vlmvqa.data.images import DECODE_ERRORS, ImageSettings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.serving.limits import Limits, RequestError
 
@@ -64,7 +64,7 @@ def decode(content: bytes, limits: Limits, settings: ImageSettings | None = None
         raise RequestError(400, str(error).rstrip(".").replace("fetch it again", "replace the file")) from None
     except Image.DecompressionBombError:
         raise RequestError(413, f"the image has {too_many_pixels}") from None
-    except (*DAMAGED, MemoryError, OverflowError) as error:
+    except (*DECODE_ERRORS, MemoryError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise RequestError(400, f"the image is damaged ({reason}); save it again") from None
 

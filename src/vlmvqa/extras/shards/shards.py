@@ -27,7 +27,7 @@ from PIL.Image import Image
 
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import Prompts, refuse_empty
+from vlmvqa.data.records import PromptTemplate, refuse_empty
 from vlmvqa.errors import InputError
 from vlmvqa.progress import bar
 
@@ -130,7 +130,7 @@ def read(folder: Path, key: Mapping[str, Any], prompt: str, *, has_questions: bo
     total = int(shards[0].stem.rpartition("-of-")[2])
     if len(shards) != total:
         raise InputError(f"data.shards={folder} has {len(shards)} of {total} shards of {key['split']}; copy the others")
-    to_prompt: Callable[[str], str] = Prompts(prompt) if has_questions else lambda _: prompt
+    to_prompt: Callable[[str], str] = PromptTemplate(prompt) if has_questions else lambda _: prompt
     examples: list[Example] = []
     for shard in shards:
         try:

@@ -1,0 +1,109 @@
+"""Optimizers: supported names, parameter groups and gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vlmvqa.config.schema import DistSettings
+from vlmvqa.errors import InputError
+from vlmvqa.models.interface import PARTS, Model
+
+# Package, class and install extra of each optimizer.
+CLASSES = {
+    "adamw_torch": ("torch.optim", "AdamW", None),
+    "adamw_torch_fused": ("torch.optim", "AdamW", None),
+    "adamw_bnb_8bit": ("bitsandbytes", "AdamW", "8bit"),
+    "adamw_torch_8bit": ("torchao", "AdamW8bit", "8bit"),
+    "paged_adamw_32bit": ("bitsandbytes", "AdamW", "8bit"),
+    "paged_adamw_8bit": ("bitsandbytes", "AdamW", "8bit"),
+    "sgd": ("torch.optim", "SGD", None),
+}
+OPTIMIZERS = tuple(name for name in CLASSES if name != "sgd")  # those that optimizer_state.py saves moments of
+NORM_WINDOW = 100  # gradient norms that the clipping percentile is taken of
+
+
+def optimizer_for(name: str, dist: DistSettings) -> str:
+    """Return the optimizer to use for `trainer.optim`.
+
+    bitsandbytes' kernels do not support DTensors, so torchao's 8-bit AdamW of the same blocks replaces it under FSDP2.
+    """
+    return "adamw_torch_8bit" if dist.strategy == "fsdp" and name == "adamw_bnb_8bit" else name
+
+
+def parameter_groups(
+    model: Model,
+    learning_rates: Mapping[str, float | None],
+    default_rate: float,
+    weight_decay: float,
+    decayed: Collection[str],
+) -> list[dict[str, Any]]:
+    """Return one or two parameter groups per model part: with and without weight decay.
+
+    Args:
+        learning_rates: by part; None or missing: `default_rate`.
+        decayed: names of the parameters with weight decay.
+
+    Returns:
+        groups with `params`, `lr`, `weight_decay`, and the part as `name`.
+
+    Raises:
+        InputError: no parameter is trained.
+    """
+    groups = []
+    for part in PARTS:
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and model.part_of(n) == part]
+        rate = learning_rates.get(part)
+        for decay, has_decay in ((weight_decay, True), (0.0, False)):
+            params = [p for n, p in trained if (n in decayed) == has_decay]
+            lr = default_rate if rate is None else rate
+            if params:
+                groups.append({"params": params, "lr": lr, "weight_decay": decay, "name": part})
+    if not groups:
+        raise InputError("nothing trains: every part is set to trainable=none; set one to all")
+    return groups
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
+
+
+@dataclass
+class GradientClipping:
+    """Clip the global gradient norm to a fixed bound and to a percentile of the run's last norms.
+
+    Percentile clipping was an option of bitsandbytes' optimizers until 0.45, which kept the last 100 norms of each
+    tensor, the current one included. Here one history of the global norm is kept. It starts empty instead of as zeros,
+    which scaled the first steps to zero; until it is full, the percentile is taken of the norms so far.
+
+    Attributes:
+        max_norm: upper bound; 0: none.
+        percentile: percentile of the last `NORM_WINDOW` norms, 1 to 100; None: no such bound.
+        norms: the last norms before clipping, oldest first; saved in checkpoints.
+    """
+
+    max_norm: float = 0.0
+    percentile: int | None = None
+    norms: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.percentile is not None and not 0 < self.percentile <= 100:
+            raise InputError(f"clip_percentile={self.percentile} must lie between 1 and 100; null turns it off")
+
+    def limit(self, norm: float) -> float:
+        """Record this step's norm before clipping and return the norm to clip to (infinity: no clipping)."""
+        if math.isfinite(norm):  # under fp16 the scaler skips steps with other norms
+            self.norms = [*self.norms, norm][-NORM_WINDOW:]
+        bounds = [self.max_norm] if self.max_norm > 0 else []
+        if self.percentile is not None and self.norms:
+            ordered = sorted(self.norms)
+            bounds.append(ordered[min(len(ordered) * self.percentile // 100, len(ordered) - 1)])
+        return min(bounds, default=float("inf"))
