@@ -33,7 +33,7 @@ from vlmvqa.extras.planning.gpus import GIB, GPUS, gpu
 from vlmvqa.extras.planning.memory import Precision, build_on_meta, measure
 from vlmvqa.extras.planning.memory_tracker import MemoryTracker
 from vlmvqa.extras.planning.optimizer_memory import OPTIMIZERS, state_bytes
-from vlmvqa.extras.planning.planner import STRATEGIES, Planner, RunSettings, Training
+from vlmvqa.extras.planning.planner import STRATEGIES, Planner, RunChoice, Training
 from vlmvqa.extras.planning.published_sizes import known_architecture
 from vlmvqa.extras.planning.run import PlanConfig, build_planner
 from vlmvqa.extras.planning.strategy_memory import Weight, strategy_memory, weights_of
@@ -362,7 +362,7 @@ def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
     assert fsdp.parameters == pytest.approx(4 * quarter, rel=0.001) and fsdp.gradients == fsdp.parameters
     assert fsdp.optimizer == pytest.approx(2.03125 * quarter, rel=0.01)
     assert ddp.parameters == 4 * 2_701_838_592
-    assert "dist=fsdp trainer.per_device_train_batch_size=6" in report.overrides(RunSettings("fsdp", 6, True, 10))
+    assert "dist=fsdp trainer.per_device_train_batch_size=6" in report.overrides(RunChoice("fsdp", 6, True, 10))
     # The projector alone: frozen weights have no gradients and states.
     projector = replace(recipe, gpus=1, trainable={"vision": "none", "projector": "all", "language": "none"})
     alone = projector.memory("ddp", 6, True)

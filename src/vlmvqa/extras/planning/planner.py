@@ -39,7 +39,7 @@ STRATEGIES: dict[str, DistSettings] = {
 }
 
 
-class RunSettings(NamedTuple):
+class RunChoice(NamedTuple):
     """The settings that the planner recommends."""
 
     strategy: str
@@ -276,7 +276,7 @@ class Planner:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
-    def seconds(self, run: RunSettings) -> float:
+    def seconds(self, run: RunChoice) -> float:
         """Estimate the time of an optimizer step; transfers within a pass overlap with computation."""
         dist = self.strategies[run.strategy]
         fixed = self.strategy_memory(dist)
@@ -288,7 +288,7 @@ class Planner:
         last = fixed.sent_each_step / (self.gpu.link * 1e9) + fixed.stepped_on_host * HOST_STEP / HOST_RATE
         return run.accumulation * max(computing, sending + copying) + last
 
-    def questions_per_second(self, run: RunSettings) -> float:
+    def questions_per_second(self, run: RunChoice) -> float:
         """Estimate the training speed."""
         questions = run.rows * run.accumulation * self.gpus * self.images_per_row * self.rows.questions
         return questions / self.seconds(run)
@@ -296,7 +296,7 @@ class Planner:
     def plan(self, name: str, checkpointing: bool) -> Plan:
         """Return a strategy's plan for the configured batch."""
         plan = self.memory(name, self.rows.rows, checkpointing)
-        run = RunSettings(name, self.rows.rows, checkpointing, self.training.accumulation)
+        run = RunChoice(name, self.rows.rows, checkpointing, self.training.accumulation)
         speed = self.questions_per_second(run)
         return replace(
             plan,
@@ -326,7 +326,7 @@ class Planner:
         """Return the plans of all strategies."""
         return [self.plan(name, checkpointing) for name in self.names()]
 
-    def fastest(self, chosen: str) -> RunSettings | None:
+    def fastest(self, chosen: str) -> RunChoice | None:
         """Return the fastest run with the configured number of rows per step, or None if none fits.
 
         It needs at most `HEADROOM` of the memory. Micro-batches smaller than configured are used only if no strategy
@@ -339,9 +339,9 @@ class Planner:
             for checkpointing in (False, True):
                 largest = min(self.max_rows(name, checkpointing, HEADROOM), rows)
                 sizes = [size for size in range(1, largest + 1) if rows % size == 0]
-                runs += [RunSettings(name, size, checkpointing, rows // size) for size in sizes]
+                runs += [RunChoice(name, size, checkpointing, rows // size) for size in sizes]
 
-        def speed(run: RunSettings) -> float:
+        def speed(run: RunChoice) -> float:
             return self.questions_per_second(run) * (1.05 if run.strategy == chosen else 1.0)
 
         return max([run for run in runs if run.rows >= self.rows.rows] or runs, key=speed, default=None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmvqa.errors import counted
 from vlmvqa.extras.planning.gpus import GIB
-from vlmvqa.extras.planning.planner import CONTEXT, FRAGMENTATION, Plan, Planner, RunSettings
+from vlmvqa.extras.planning.planner import CONTEXT, FRAGMENTATION, Plan, Planner, RunChoice
 
 SIZES = ("parameters", "gradients", "optimizer", "buffers", "activations", "logits", "temporary")
 HEADINGS = ("strategy", "needed", "fits", "host", "questions/s", "max rows", "with checkpointing", "peak in")
@@ -102,7 +102,7 @@ def _summary(plan: Plan) -> list[str]:
     ]
 
 
-def overrides(run: RunSettings) -> str:
+def overrides(run: RunChoice) -> str:
     """Return the overrides of launch/train.py for a run."""
     return (
         f"dist={run.strategy} trainer.per_device_train_batch_size={run.rows} "
@@ -114,7 +114,7 @@ def overrides(run: RunSettings) -> str:
 def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
     """Return the recommended settings and the reasons, one per line."""
     plan = next(plan for plan in plans if plan.strategy == chosen)
-    run = RunSettings(chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
+    run = RunChoice(chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
     if plan.fits:
         lines = [f"Set {overrides(run)}: it fits, {_gib(plan.needed)} of {_gib(plan.capacity)} GiB."]
     else:
@@ -140,7 +140,7 @@ def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
     return "\n".join(lines)
 
 
-def _checkpointing(planner: Planner, plan: Plan, run: RunSettings) -> list[str]:
+def _checkpointing(planner: Planner, plan: Plan, run: RunChoice) -> list[str]:
     other = planner.memory(plan.strategy, plan.rows, not plan.checkpointing)
     if plan.checkpointing and plan.fits:
         without = f"Without activation checkpointing it needs {_gib(other.needed)} GiB, which"

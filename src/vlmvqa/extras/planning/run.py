@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from vlmvqa.config.schema import DataSettings, TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import report, verify
+from vlmvqa.extras.planning.batches import Rows, Settings
 from vlmvqa.extras.planning.gpus import gpu
-from vlmvqa.extras.planning.planner import Planner, Rows, Settings, Training
+from vlmvqa.extras.planning.planner import Planner, Training
 from vlmvqa.extras.planning.published_sizes import known_architecture, known_config
 from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.inference.build import most_questions
