@@ -6,9 +6,9 @@
     padded batches     the same, `--batch` questions a call, padded on the left
     ..., encoded once  the same, but an image passes the vision encoder once a call, not once a question
     shared rows        ours: `--batch` images a call, each in one row with all its questions
-    shared rows, MODE  ours in the attention mode `--mode`, our default one: another function, timed beside it
+    shared rows, PATTERN  ours under `--attention-pattern`, by default our default: another function, timed as well
 
-Same weights, same questions, greedy, a KV cache everywhere. Mode `causal` is compared, because there transformers'
+Same weights, same questions, greedy, a KV cache everywhere. Pattern `causal` is compared, because there transformers'
 own mask is the same function as ours; the answers that are equal token for token are counted.
 
 Random weights never end an answer, so each has `--tokens` tokens for every contender: 4 unless told, more than
@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import clock, models, shapes, tables
-from vlmvqa.models.generation import Decoding, generate
+from vlmvqa.models.generation import generate
+from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
@@ -76,7 +77,7 @@ def embed(model: VLM, asked: Sequence[Asked], pixels: Tensor, encode_once: bool)
     """`inputs_embeds float[B, T, D]` and `attention_mask int64[B, T]`: a question a row, padded on the left."""
     images = [image for image, _ in asked]
     encoded = sorted(set(images)) if encode_once else images
-    features = model.image_tokens({"pixel_values": pixels[encoded]}).unflatten(0, (len(encoded), -1))
+    features = model.image_embeddings({"pixel_values": pixels[encoded]}).unflatten(0, (len(encoded), -1))
     if encode_once:
         features = features[[encoded.index(image) for image in images]]
     texts = [model.language.embed(torch.tensor(question.prompt, device=pixels.device)) for _, question in asked]
@@ -95,7 +96,7 @@ def ours(model: VLM, job: Job) -> Answers:
     for start in range(0, len(job.documents), job.batch):
         rows = [[document] for document in job.documents[start : start + job.batch]]
         batch = models.make_batch(model, rows, job.pixels)
-        answers += [written.tokens for written in generate(model, batch, job.ends, Decoding(job.tokens))]
+        answers += [written.tokens for written in generate(model, batch, job.ends, GenerationSettings(job.tokens))]
     return answers
 
 
@@ -120,22 +121,22 @@ class Contender:
     same: bool = True
 
 
-def contenders(model: VLM, other_mode: str) -> list[Contender]:
+def contenders(model: VLM, other_pattern: str) -> list[Contender]:
     causal_lm: Any = models.causal_lm(model).eval()
 
-    def in_other_mode(job: Job) -> Answers:
-        mode, model.mode = model.mode, other_mode
+    def under_other_pattern(job: Job) -> Answers:
+        attention_pattern, model.attention_pattern = model.attention_pattern, other_pattern
         try:
             return ours(model, job)
         finally:
-            model.mode = mode
+            model.attention_pattern = attention_pattern
 
     return [
         Contender("one at a time", lambda job: theirs(model, causal_lm, replace(job, batch=1))),
         Contender("padded batches", lambda job: theirs(model, causal_lm, job)),
         Contender("padded batches, encoded once", lambda job: theirs(model, causal_lm, job, encode_once=True)),
         Contender("shared rows", lambda job: ours(model, job)),
-        Contender(f"shared rows, {other_mode}", in_other_mode, same=False),
+        Contender(f"shared rows, {other_pattern}", under_other_pattern, same=False),
     ]
 
 
@@ -191,7 +192,7 @@ def least_seconds(model: VLM, job: Job, answers: Answers, machine: tables.Row) -
 
 def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     parser = tables.parser("generate", __doc__)
-    parser.set_defaults(mode="blockwise_prefix")
+    parser.set_defaults(attention_pattern="blockwise_prefix")
     parser.add_argument("--batch", type=int, default=16, help="rows a call (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=4, help="tokens an answer, at most (default: %(default)s)")
     parser.add_argument("--ends", type=float, default=0.0, help="share of answers made to end (default: %(default)s)")
@@ -208,11 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
 
     answers = ours(model, job)
     floor = least_seconds(model, job, answers, machine)
-    rows = compare(contenders(model, args.mode), job, args.repeats, floor)
+    rows = compare(contenders(model, args.attention_pattern), job, args.repeats, floor)
     lengths = [min(len(answer) + 1, args.tokens) for answer in answers]  # the end token is a step too
     steps = sum(lengths) / len(lengths)
     print(
-        f"{len(job.asked)} questions about {args.images} images of {model.vision.tokens} tokens; {steps:.1f} tokens an "
+        f"{len(job.asked)} questions about {args.images} images of {model.vision.num_image_tokens} tokens; {steps:.1f} "
         f"answer ({'random weights never end one' if not args.ends else f'{len(job.ends)} end tokens'})"
     )
     shown = [

@@ -43,14 +43,14 @@ class Job:
     @property
     def tokens(self) -> int:
         """Of a micro-batch of the recipe."""
-        return self.batch * (self.model.vision.tokens + TEXT)
+        return self.batch * (self.model.vision.num_image_tokens + TEXT)
 
     @property
     def cuda(self) -> bool:
         return self.pixels.device.type == "cuda"
 
     def length(self, row: Sequence[Document]) -> int:
-        return sum(shapes.length(d, self.model.vision.tokens) for d in row)
+        return sum(shapes.length(d, self.model.vision.num_image_tokens) for d in row)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _recipe(job: Job, name: str, micro_batches: list[Rows], text: int | None) ->
         text: tokens that text is padded to (None: to the longest).
     """
     lm = models.causal_lm(job.model)
-    multiple = 1 if text is None else job.model.vision.tokens + text
+    multiple = 1 if text is None else job.model.vision.num_image_tokens + text
 
     def collate(rows: Rows) -> Batch:
         # EOS is an input here: a token after it, of which only the label is used, which the recipe makes itself.
@@ -142,7 +142,7 @@ def _recipe_loss(model: VLM, lm: PreTrainedModel, batch: Batch, supervised: int)
     images = model.projector(model.vision(batch["pixel_values"]))
     text = lm.get_input_embeddings()(batch["input_ids"][:, images.shape[1] :])
     attention_mask: Any = (batch["document"] != PADDING).long()
-    if model.mode != "causal":  # transformers has no such mode for Gemma 2, but takes its mask
+    if model.attention_pattern != "causal":  # transformers' Gemma 2 has no such pattern, but takes its mask
         seen = dense_mask(model.tokens(batch), model.tokens(batch))
         added = torch.zeros_like(seen, dtype=text.dtype).masked_fill(~seen, torch.finfo(text.dtype).min)
         attention_mask = {"full_attention": added, "sliding_attention": added}

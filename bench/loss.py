@@ -72,8 +72,8 @@ WAYS: dict[str, Callable[[Case], Tensor]] = {
 def make_case(args: argparse.Namespace, width: int, vocabulary: int) -> Case:
     shape = shapes.SHAPES[args.shape]
     documents = shapes.apart(shapes.draw_documents(shape, ROWS, vocabulary, args.seed))[:ROWS]
-    rows = [build_row([d], shape.image_tokens, args.mode, d.image) for d in documents]
-    columns = pad_rows(rows, shape.image_tokens + TEXT)
+    rows = [build_row([d], shape.num_image_tokens, args.attention_pattern, d.image) for d in documents]
+    columns = pad_rows(rows, shape.num_image_tokens + TEXT)
     drawn = torch.Generator().manual_seed(args.seed)
     dtype = models.dtype_of(args.model)
     hidden = torch.randn(*columns["labels"].shape, width, generator=drawn).to(args.device, dtype)
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, help="default: 256,000, or what fits; a small one for tiny")
     args = parser.parse_args(argv)
     width, vocabulary = SIZES[args.model]
-    positions = ROWS * (shapes.SHAPES[args.shape].image_tokens + TEXT)
+    positions = ROWS * (shapes.SHAPES[args.shape].num_image_tokens + TEXT)
     args.vocabulary = fitting(args.vocabulary or vocabulary, positions, args.device)
     case = make_case(args, width, args.vocabulary)
     machine = tables.machine(args.device, case.hidden.dtype)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench.shapes import Shape
-from vlmvqa.models.flops import COUNTED, count, count_flops
+from vlmvqa.models.build import build
+from vlmvqa.models.flops import COUNTED, count
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
-from vlmvqa.models.vlm import VLM, Batch, ModelSettings, build
-from vlmvqa.sequence.rows import Document, build_row, pad_rows
+from vlmvqa.models.vlm import VLM, ModelSettings
+from vlmvqa.sequence.rows import Batch, Document, build_row, pad_rows
 
 MODELS = ("tiny", "mid", "real")
 # Pixels a patch: small images have as many patches as the real ones, but for "tiny", which has 4 x 4 of them.
@@ -55,7 +56,7 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
 
 
 def build_model(
-    name: str, shape: Shape, device: torch.device | str = "cpu", seed: int = 0, mode: str = "causal"
+    name: str, shape: Shape, device: torch.device | str = "cpu", seed: int = 0, attention_pattern: str = "causal"
 ) -> VLM:
     """A `VLM` of random weights in training mode; every part trains.
 
@@ -64,7 +65,7 @@ def build_model(
     Gemma 2 2B in bfloat16. All have Gemma 2's two softcaps.
 
     Args:
-        mode: the attention mode; "causal" is what transformers' Gemma 2 does by itself.
+        attention_pattern: the attention attention_pattern; "causal" is what transformers' Gemma 2 does by itself.
     """
     torch.manual_seed(seed)
     settings = ModelSettings(
@@ -74,7 +75,7 @@ def build_model(
             overrides={"class_token": shape.class_token, **_VISION[name]},
         ),
         language=LanguageSettings(name="gemma2", weights="random", overrides=_LANGUAGE[name]),
-        mode=mode,
+        attention_pattern=attention_pattern,
         dtype=str(dtype_of(name)).removeprefix("torch."),
     )
     with torch.device(device):  # drawing 2.6 billion numbers on a CPU takes minutes
@@ -137,7 +138,10 @@ def make_batch(
     """
     images = torch.tensor([document.image for row in rows for document in row], device=pixels.device)
     firsts = accumulate(map(len, rows), initial=0)  # index of each row's first image
-    built = [build_row(row, model.vision.tokens, model.mode, first) for row, first in zip(rows, firsts, strict=False)]
+    built = [
+        build_row(row, model.vision.num_image_tokens, model.attention_pattern, first)
+        for row, first in zip(rows, firsts, strict=False)
+    ]
     columns = pad_rows(built, multiple)
     known = {"pixel_values": pixels[images]} if features is None else {"image_features": features[images]}
     return {**known, **{name: column.to(pixels.device) for name, column in columns.items()}}
@@ -148,9 +152,9 @@ def needed_flops(model: VLM, batch: Batch) -> int:
 
     What is frozen now counts as frozen; of images whose features are in the batch, the encoder takes none.
     """
-    flops = count_flops(model)
+    flops = model.flops()
     assert flops is not None  # Gemma 2 has no experts
-    counts = count(batch, model.mode, model.language.config.sliding_window).tolist()
+    counts = count(batch, model.attention_pattern, model.language.config.sliding_window).tolist()
     encoded = "pixel_values" in batch
     images = len(batch["pixel_values" if encoded else "image_features"])
     return flops.of({**dict(zip(COUNTED, counts, strict=True)), "images": images, "encoded": images * encoded})

@@ -4,8 +4,8 @@
 
     PaliGemma and Trainer   `PaliGemmaForConditionalGeneration`: a question a row, each with its own copy of the image,
                             padded to the longest of its batch; logits for every position
-    ours, a question a row  the same function: mode `prefix_lm`, an encoder of SigLIP's form
-    ours, shared rows       an image's questions in one row, in our default mode (`--mode`): another function, because
+    ours, a question a row  the same function: pattern `prefix_lm`, an encoder of SigLIP's form
+    ours, shared rows       an image's questions in one row, under `--attention-pattern`: another function, because
                             PaliGemma's image sees the question, so that no two questions can share it
 
 All start from the same weights (PaliGemma's, copied) and take the same questions in every optimizer step:
@@ -42,10 +42,12 @@ from transformers import (
 )
 
 from bench import clock, models, shapes, tables
+from vlmvqa.models.build import build_vision_encoder
+from vlmvqa.models.interface import cast_parameters
 from vlmvqa.models.language import LanguageModel
 from vlmvqa.models.projector import Projector
-from vlmvqa.models.vision import VisionEncoder, VisionSettings
-from vlmvqa.models.vlm import VLM, cast_parameters
+from vlmvqa.models.vision import VisionSettings
+from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import IGNORE, Document, TokenizedQuestion
 
 Asked = tuple[int, TokenizedQuestion]  # the number of the image, and the question
@@ -103,7 +105,7 @@ def build_peer(like: VLM, seed: int = 0) -> Peer:
     return peer
 
 
-def build_ours(peer: Peer, mode: str) -> VLM:
+def build_ours(peer: Peer, attention_pattern: str) -> VLM:
     """The same model in our parts, with a copy of the weights."""
     tower, text = peer.config.vision_config, peer.config.text_config
     overrides = {
@@ -116,7 +118,7 @@ def build_ours(peer: Peer, mode: str) -> VLM:
     }
     parameter = next(peer.parameters())
     with parameter.device:
-        vision = VisionEncoder(
+        vision = build_vision_encoder(
             VisionSettings("vit_base_patch16_siglip_224", tower.image_size, weights="random", overrides=overrides)
         )
         causal_lm = AutoModelForCausalLM.from_config(copy.deepcopy(text))
@@ -124,7 +126,7 @@ def build_ours(peer: Peer, mode: str) -> VLM:
     vision.encoder.load_state_dict(siglip_weights(peer.model.vision_tower))
     causal_lm.get_decoder().load_state_dict(peer.model.language_model.state_dict())
     projector.layers[0].load_state_dict(peer.model.multi_modal_projector.linear.state_dict())
-    model = VLM(vision, projector, LanguageModel(causal_lm), mode).to(parameter.device)
+    model = VLM(vision, projector, LanguageModel(causal_lm), attention_pattern).to(parameter.device)
     return cast_parameters(model, parameter.dtype)
 
 
@@ -148,11 +150,11 @@ def siglip_weights(tower: Any) -> dict[str, Tensor]:
 # --- the same questions twice -----------------------------------------------------------------------------
 
 
-def peer_batch(asked: Sequence[Asked], pixels: Tensor, image_token: int, image_tokens: int) -> dict[str, Tensor]:
+def peer_batch(asked: Sequence[Asked], pixels: Tensor, image_token: int, num_image_tokens: int) -> dict[str, Tensor]:
     """What PaliGemma's processor makes of questions with their answers, padded to the longest."""
     rows = []
     for _, question in asked:
-        prefix = [image_token] * image_tokens + list(question.prompt)
+        prefix = [image_token] * num_image_tokens + list(question.prompt)
         rows.append((prefix + list(question.answer), len(prefix)))
     longest = max(len(ids) for ids, _ in rows)
 
@@ -205,7 +207,7 @@ def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int) -
             record.end_step()
 
     peer.register_forward_hook(lambda _, __, output: record.losses.append(output["loss"].detach()))
-    image_tokens = peer.config.text_config.num_image_tokens
+    num_image_tokens = peer.config.text_config.num_image_tokens
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -225,7 +227,7 @@ def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int) -
         trainer = Trainer(
             peer,
             arguments,
-            data_collator=lambda asked: peer_batch(asked, pixels, peer.config.image_token_id, image_tokens),
+            data_collator=lambda asked: peer_batch(asked, pixels, peer.config.image_token_id, num_image_tokens),
             train_dataset=list(asked),
             callbacks=[Steps()],
         )
@@ -265,7 +267,7 @@ class Contender:
     same: bool = True
 
 
-def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, mode: str) -> list[Contender]:
+def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, attention_pattern: str) -> list[Contender]:
     work = (asked, pixels, batch)
     return [
         Contender("PaliGemma and Trainer", lambda peer: peer, lambda model: train_peer(model, *work)),
@@ -275,8 +277,8 @@ def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, mode: str) ->
             lambda model: train_ours(model, *work, share=False),
         ),
         Contender(
-            f"ours, shared rows, {mode}",
-            lambda peer: build_ours(peer, mode),
+            f"ours, shared rows, {attention_pattern}",
+            lambda peer: build_ours(peer, attention_pattern),
             lambda model: train_ours(model, *work, share=True),
             same=False,
         ),
@@ -337,7 +339,7 @@ def least_seconds(model: VLM, asked: Sequence[Asked], pixels: Tensor, batch: int
 
 def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     parser = tables.parser("peers", __doc__, images=12, repeats=3)
-    parser.set_defaults(mode="blockwise_prefix")
+    parser.set_defaults(attention_pattern="blockwise_prefix")
     parser.add_argument("--batch", type=int, default=16, help="questions a step (default: %(default)s)")
     args = parser.parse_args(arguments)
     require_trainer()
@@ -353,8 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     machine = tables.machine(args.device, next(like.parameters()).dtype)
     print(tables.describe(machine))
 
-    found = contenders(asked, pixels, args.batch, args.mode)
-    model = build_ours(build_peer(like, args.seed), args.mode)
+    found = contenders(asked, pixels, args.batch, args.attention_pattern)
+    model = build_ours(build_peer(like, args.seed), args.attention_pattern)
     floor = least_seconds(model, asked, pixels, args.batch, machine)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     del model

@@ -60,7 +60,7 @@ _model = lru_cache(maxsize=1)(models.build_model)
 
 def measure(args: argparse.Namespace, setting: Setting) -> tables.Row:
     shape = replace(shapes.SHAPES[args.shape], image_size=setting.image_size)
-    model = _model(args.model, shape, args.device, args.seed, args.mode)
+    model = _model(args.model, shape, args.device, args.seed, args.attention_pattern)
     rows = [[document] for document in documents(setting, models.vocabulary(model))]
     batch = models.make_batch(model, rows, models.draw_pixels(model, setting.images, args.seed))
 

@@ -61,7 +61,7 @@ class Shape:
     same_prompt: bool = False
 
     @property
-    def image_tokens(self) -> int:
+    def num_image_tokens(self) -> int:
         return (self.image_size // 14) ** 2 + self.class_token
 
 
@@ -110,6 +110,6 @@ def questions_in(documents: Iterable[Document]) -> int:
     return sum(len(document.questions) for document in documents)
 
 
-def length(document: Document, image_tokens: int) -> int:
+def length(document: Document, num_image_tokens: int) -> int:
     """Tokens of a document in a row."""
-    return image_tokens + sum(len(q.prompt) + max(len(q.answer) - 1, 0) for q in document.questions)
+    return num_image_tokens + sum(len(q.prompt) + max(len(q.answer) - 1, 0) for q in document.questions)

@@ -31,7 +31,9 @@ def parser(name: str, description: str | None, images: int = 8, repeats: int = 3
     )
     made.add_argument("--model", choices=MODELS, default="real" if cuda else "mid", help="default: %(default)s")
     made.add_argument("--shape", choices=SHAPES, default="vqav2", help="whose lengths (default: %(default)s)")
-    made.add_argument("--mode", choices=SHAREABLE, default="causal", help="attention mode (default: %(default)s)")
+    made.add_argument(
+        "--attention-pattern", choices=SHAREABLE, default="causal", help="attention pattern (default: %(default)s)"
+    )
     made.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
     made.add_argument("--images", type=int, default=images, help="how many (default: %(default)s)")
     made.add_argument("--repeats", type=int, default=repeats, help="the fastest is printed (default: %(default)s)")

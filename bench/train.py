@@ -165,7 +165,7 @@ def summary(rows: Sequence[tables.Row]) -> str:
 
 def make_job(args: argparse.Namespace) -> Job:
     shape = shapes.SHAPES[args.shape]
-    model = models.build_model(args.model, shape, args.device, args.seed, args.mode)
+    model = models.build_model(args.model, shape, args.device, args.seed, args.attention_pattern)
     documents = shapes.draw_documents(shape, args.images, models.vocabulary(model), args.seed)
     pixels = models.draw_pixels(model, args.images, args.seed)
     return Job(model, documents, pixels, args.batch, args.compile)

@@ -1,7 +1,7 @@
 """Look at one sample as the model reads it: tokens, roles, supervision, positions, and who sees whom.
 
 python launch/show.py sample=3
-python launch/show.py model.mode=causal data=vqav2 data.root=/data/vqav2
+python launch/show.py model.attention_pattern=causal data=vqav2 data.root=/data/vqav2
 python launch/show.py model=tiny_paligemma data.row_tokens=null
 """
 

@@ -126,7 +126,7 @@ def load(folder: Path, max_text_tokens: int | None = None) -> tuple[PretrainedVL
     """The model of a folder and its processor."""
     settings = PretrainedSettings(str(folder))
     model = build_pretrained(settings, pretrained_config(settings)).eval()
-    return model, PretrainedProcessor.of(load_processor(str(folder)), model.mode, max_text_tokens)
+    return model, PretrainedProcessor.of(load_processor(str(folder)), model.attention_pattern, max_text_tokens)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -26,7 +26,7 @@ from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.extras.serving.openapi import Alternative, QuestionAnswer
 from vlmvqa.extras.serving.service import Service
 from vlmvqa.inference.predictor import Answer, Predictor
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.interface import GenerationSettings
 
 
 def vlm_predictor() -> Predictor:
@@ -38,7 +38,7 @@ def paligemma(folder: Path) -> Predictor:
     """Return a tiny PaliGemma, saved in `folder`."""
     model, processor = pretrained.load(pretrained.save("paligemma", folder))
     settings = PretrainedSettings(str(folder))
-    return Predictor(model, processor, "answer en {question}\n", settings, Decoding(max_new_tokens=4))
+    return Predictor(model, processor, "answer en {question}\n", settings, GenerationSettings(max_new_tokens=4))
 
 
 @contextmanager

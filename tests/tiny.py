@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmvqa.models.build import build
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
-from vlmvqa.models.vlm import VLM, ModelSettings, ProjectorSettings, build
+from vlmvqa.models.vlm import VLM, ModelSettings, ProjectorSettings
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
 VOCABULARY, EOS = 96, 1
@@ -41,18 +42,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 VISION = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2, "init_values": 1.0}
 
 
-def settings(mode: str = "blockwise_prefix", family: str = "gemma2", **language: Any) -> ModelSettings:
+def settings(attention_pattern: str = "blockwise_prefix", family: str = "gemma2", **language: Any) -> ModelSettings:
     return ModelSettings(
         vision=VisionSettings(image_size=IMAGE_SIZE, weights="random", overrides=VISION),
         projector=ProjectorSettings(),
         language=LanguageSettings(name=family, weights="random", overrides={**FAMILIES[family], **language}),
-        mode=mode,
+        attention_pattern=attention_pattern,
     )
 
 
-def model(mode: str = "blockwise_prefix", family: str = "gemma2", seed: int = 0, **language: Any) -> VLM:
+def model(attention_pattern: str = "blockwise_prefix", family: str = "gemma2", seed: int = 0, **language: Any) -> VLM:
     torch.manual_seed(seed)
-    return build(settings(mode, family, **language)).eval()
+    return build(settings(attention_pattern, family, **language)).eval()
 
 
 def images(count: int, seed: int = 0) -> Tensor:
@@ -86,5 +87,5 @@ def apart(given: Sequence[Document]) -> list[list[Document]]:
 def batch(vlm: VLM, rows: Sequence[Sequence[Document]], pixels: Tensor, multiple: int = 8) -> dict[str, Tensor]:
     """Rows whose documents hold indices into `pixels`, consecutive within a row."""
     assert all([document.image - row[0].image for document in row] == list(range(len(row))) for row in rows)
-    built = [build_row(row, vlm.vision.tokens, vlm.mode, row[0].image) for row in rows]
+    built = [build_row(row, vlm.vision.num_image_tokens, vlm.attention_pattern, row[0].image) for row in rows]
     return {"pixel_values": pixels, **pad_rows(built, multiple)}

@@ -70,7 +70,7 @@ class VLMClient(CachingClient):
             whole; None: that which the model was trained with, cut where training cut it.
         source: of `data.source`: whose template that is, where it was trained on several.
         batch_size: questions at a time; no more than HELM has threads come together.
-        decoding: keys of `Decoding` in place of the model's own; the temperature is HELM's, and so is the most tokens.
+        decoding: keys of `GenerationSettings` in place of the model's own; HELM sets temperature and token limit.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Answer, Predictor
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.interface import GenerationSettings
 
 # Seconds that a batch waits to become as large as the one before: those threads are on their way back.
 PATIENCE = 0.05
@@ -39,17 +39,17 @@ class Model:
     def __init__(self, predictor: Predictor, batch_size: int) -> None:
         self.predictor, self.batch_size = predictor, batch_size
         self.weights, self.about = fingerprint.weights(predictor.model), _fingerprint_settings(predictor)
-        self.waiting: SimpleQueue[tuple[Example, Decoding, Future[Answer]]] = SimpleQueue()
+        self.waiting: SimpleQueue[tuple[Example, GenerationSettings, Future[Answer]]] = SimpleQueue()
         # Its own, because tokenizers are not for several threads.
         self.tokenizer, self.tokenizing = deepcopy(predictor.processor.tokenizer), threading.Lock()
         threading.Thread(target=self._work, name="vlmvqa model", daemon=True).start()
 
-    def decoding(self, given: Mapping[str, Any], most_tokens: int, temperature: float) -> Decoding:
+    def decoding(self, given: Mapping[str, Any], most_tokens: int, temperature: float) -> GenerationSettings:
         """The model's own, but for what is given, and within HELM's limits."""
         own = replace(self.predictor.decoding, **given)
         return replace(own, max_new_tokens=min(own.max_new_tokens, most_tokens), temperature=temperature)
 
-    def ask(self, image: bytes, name: str, question: Question, decoding: Decoding) -> Answer:
+    def ask(self, image: bytes, name: str, question: Question, decoding: GenerationSettings) -> Answer:
         """The answer; waits for it.
 
         Args:
@@ -85,7 +85,7 @@ class Model:
             for decoding in {decoding: None for _, decoding, _ in batch}:
                 self._answer([(example, future) for example, asked, future in batch if asked == decoding], decoding)
 
-    def _answer(self, group: Sequence[tuple[Example, Future[Answer]]], decoding: Decoding) -> None:
+    def _answer(self, group: Sequence[tuple[Example, Future[Answer]]], decoding: GenerationSettings) -> None:
         """Answer a batch; where that fails, all of it has failed."""
         predictor = replace(self.predictor, decoding=decoding)
         once = {example.questions[0].id: example for example, _ in group}

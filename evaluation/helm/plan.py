@@ -16,7 +16,7 @@ from vlmvqa.data.example import Example, all_answered
 from vlmvqa.data.tasks import new_lines, read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.models import model_folder
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.interface import GenerationSettings
 
 ENTRIES = ("vqav2", "gqa")  # run_specs.py has a run entry for each
 OBEYED = ("data.source", "data.root", "data.synthetic", "data.options")
@@ -35,7 +35,7 @@ class HelmConfig:
 
     run: RunSettings
     data: DataSettings
-    decoding: Decoding
+    decoding: GenerationSettings
     checkpoint: str | None = None
     predictions: str | None = None
     max_instances: int = 1000

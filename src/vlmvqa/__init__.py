@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlmvqa.inference.predictor import Answer as Answer
     from vlmvqa.inference.predictor import Predictor as Predictor
     from vlmvqa.inference.predictor import load as load
-    from vlmvqa.models.generation import Decoding as Decoding
+    from vlmvqa.models.interface import GenerationSettings as GenerationSettings
 
 # `vlmvqa.evaluation` is a folder next to src/ in a checkout, and inside the package in a wheel.
 if not Path(__file__).with_name("evaluation").is_dir():
@@ -35,8 +35,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "Attribution",
-    "Decoding",
     "Example",
+    "GenerationSettings",
     "InputError",
     "Predictor",
     "Question",
@@ -50,7 +50,7 @@ __all__ = [
 _MODULES = {
     "Answer": "inference.predictor",
     "Attribution": "extras.report.attribution",
-    "Decoding": "models.generation",
+    "GenerationSettings": "models.interface",
     "Example": "data.example",
     "InputError": "errors",
     "Predictor": "inference.predictor",

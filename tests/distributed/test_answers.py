@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fewer batches than ranks": {"counts": (2, 1, 5), "batch_size": 8},
     "no batch": {"counts": (), "batch_size": 8},
     "an image over several rows": {"counts": (30, 1, 2), "batch_size": 2, "row_text_tokens": 32},
-    "beams": {"counts": (2, 1, 5, 3), "batch_size": 1, "decoding": {"beams": 2}},
+    "beams": {"counts": (2, 1, 5, 3), "batch_size": 1, "decoding": {"num_beams": 2}},
     "sampled": {"counts": (2, 1, 5, 3), "batch_size": 1, "decoding": {"temperature": 1.0}},
     "workers": {"counts": (2, 1, 5, 3, 1), "batch_size": 1, "workers": 1},
     "unreadable images": {"counts": (2, 1, 5, 3, 1, 4), "batch_size": 2, "missing": (2, 5)},

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.distributed.harness import work
 from tests.distributed.worker import Case, model
 from vlmvqa.config.schema import STRATEGIES
-from vlmvqa.sequence.masks import MODES
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS
 
 DOCS, BEGIN, END = ROOT / "docs" / "scaling.md", "<!-- matrix -->\n", "<!-- end of matrix -->"
 ROWS = [*((strategy, False) for strategy in STRATEGIES), ("fsdp", True), ("zero3", True)]
@@ -166,14 +166,26 @@ def compare(found: str, begin: str, end: str) -> None:
 def test_every_attention_mode_under_every_strategy(tmp_path: Path) -> None:
     """prefix_lm with one question per image, the others with several."""
     named_cases = [
-        Case(f"{mode}-{named(row)}", row[0], row[1], mode=mode, steps=2, saves=False)
-        for mode, row in product(MODES, ROWS)
+        Case(
+            f"{attention_pattern}-{named(row)}",
+            row[0],
+            row[1],
+            attention_pattern=attention_pattern,
+            steps=2,
+            saves=False,
+        )
+        for attention_pattern, row in product(ATTENTION_PATTERNS, ROWS)
     ]
     found = work(tmp_path / "two", named_cases, 2)
-    for mode in MODES:
-        expected = found[f"{mode}-ddp"]["losses"]
+    for attention_pattern in ATTENTION_PATTERNS:
+        expected = found[f"{attention_pattern}-ddp"]["losses"]
         assert len(expected) == 2
         for row in ROWS:
-            assert found[f"{mode}-{named(row)}"]["losses"] == pytest.approx(expected, abs=1e-4)
-            assert f"attention     {mode}, dense (softcap)" in found[f"{mode}-{named(row)}"]["table"]
-    assert len({found[f"{mode}-ddp"]["losses"][2] for mode in MODES}) == len(MODES)  # the modes differ
+            assert found[f"{attention_pattern}-{named(row)}"]["losses"] == pytest.approx(expected, abs=1e-4)
+            assert (
+                f"attention     {attention_pattern}, dense (softcap)"
+                in found[f"{attention_pattern}-{named(row)}"]["table"]
+            )
+    assert len({found[f"{attention_pattern}-ddp"]["losses"][2] for attention_pattern in ATTENTION_PATTERNS}) == len(
+        ATTENTION_PATTERNS
+    )  # the patterns differ

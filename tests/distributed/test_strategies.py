@@ -23,7 +23,7 @@ TURNED: dict[str, dict[str, Any]] = {
     "recomputed": {"trainer": {"activation_checkpointing": True}},
     # SGD, because AdamW is nearly invariant to the gradient's norm.
     "percentile": {"clip_percentile": 50, "optim": "sgd", "trainer": {"learning_rate": 0.3, "max_grad_norm": 0.0}},
-    "image_prefix": {"mode": "image_prefix"},
+    "image_prefix": {"attention_pattern": "image_prefix"},
     "partial": {"trained": "projector"},
     "half": {"bf16": True, "optim": "adamw_bnb_8bit"},
 }

@@ -34,7 +34,9 @@ from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-from vlmvqa.models.vlm import VLM, build, set_trainable
+from vlmvqa.models.build import build
+from vlmvqa.models.interface import set_trainable
+from vlmvqa.models.vlm import VLM
 from vlmvqa.training import distributed, runtime_checks
 from vlmvqa.training.checkpoint_state import WEIGHTS
 from vlmvqa.training.log import read_log
@@ -64,7 +66,7 @@ class Case:
     resume: tuple[str, int] | None = None
     saves: bool = True
     clip_percentile: int | None = None
-    mode: str = "blockwise_prefix"
+    attention_pattern: str = "blockwise_prefix"
     row_tokens: int | None = None
     weighting: str = "token"
     trainer: dict[str, Any] | None = None
@@ -78,9 +80,9 @@ LORA = AdapterSettings(rank=8, targets=("language.*.q_proj", "language.*.down_pr
 ADAPTED = {"lora": LORA, "qlora": replace(LORA, bits=4)}
 
 
-def model(mode: str) -> VLM:
+def model(attention_pattern: str) -> VLM:
     torch.manual_seed(0)
-    return build(tiny.settings(mode, initializer_range=0.02, **WIDE))
+    return build(tiny.settings(attention_pattern, initializer_range=0.02, **WIDE))
 
 
 def run(case: Case, root: Path) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
 
 def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     dist = DistSettings(case.strategy, case.offload)
-    vlm = model(case.mode)
+    vlm = model(case.attention_pattern)
     adapt = ADAPTED.get(case.trained)
     if adapt is not None:
         peft_adapters.attach(vlm, adapt)
@@ -125,8 +127,10 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         distributed.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
     given = examples(32)
     tokenizer = train_tokenizer(given, 300)
-    processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
-    most = 1 if case.mode == "prefix_lm" else None
+    processor = Processor(
+        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.num_image_tokens, vlm.attention_pattern
+    )
+    most = 1 if case.attention_pattern == "prefix_lm" else None
     rows = RowSettings(row_tokens=case.row_tokens, questions_per_row=most, loss_weighting=case.weighting)
     return VqaTrainer(
         vlm,
@@ -136,7 +140,7 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         TrainerOptions(
             dist=dist,
             clip_percentile=case.clip_percentile,
-            settings=tiny.settings(case.mode, initializer_range=0.02, **WIDE),
+            settings=tiny.settings(case.attention_pattern, initializer_range=0.02, **WIDE),
             adapt=adapt,
         ),
     )
@@ -154,7 +158,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         **(case.trainer or {}),
     }
     adapt = ADAPTED.get(case.trained)
-    runtime_checks.refuse(runtime_checks.Asked(dist, values, tiny.settings(case.mode), adapt=adapt))
+    runtime_checks.refuse(runtime_checks.Asked(dist, values, tiny.settings(case.attention_pattern), adapt=adapt))
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,

@@ -72,7 +72,7 @@ def test_a_run_that_failed_before_its_first_step_does_not_keep_its_name(tmp_path
     [
         "data.root=/nowhere",
         "data.prompt=what",
-        "model.mode=prefixlm",
+        "model.attention_pattern=prefixlm",
         "model.vision.name=vit_bas_patch14_dinov2",
         "trainable.vision=7",
         "trainer.optim=adam",
@@ -102,7 +102,7 @@ MISSPELT: dict[str, tuple[str, ...]] = {
     "modle=tiny": ("no key 'modle'; did you mean 'model=tiny'?",),
     "+foo=1": ("no key 'foo'",),
     "+trainer.foo=1": ("no key 'trainer.foo'",),
-    "model.mode=prefixlm": ("model.mode=prefixlm is unknown", "did you mean 'prefix_lm'?"),
+    "model.attention_pattern=prefixlm": ("model.attention_pattern=prefixlm is unknown", "did you mean 'prefix_lm'?"),
     "model.vision.overrides.depht=3": ("model.vision.overrides", "'depht'", "did you mean 'depth'?"),
     "model.language.overrides.hiden_size=3": (
         "model.language.overrides",

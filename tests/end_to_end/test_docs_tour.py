@@ -62,7 +62,7 @@ def test_a_shared_row_has_the_losses_of_its_questions_alone(executed: tuple[Any,
 
 def test_it_asks_and_looks(executed: tuple[Any, Path]) -> None:
     notebook, _ = executed
-    assert printed(notebook, "model.alternatives").count("what color is the") == 2
+    assert printed(notebook, "model.beam_candidates").count("what color is the") == 2
     assert pictures(notebook, "draw(picture, attribute(") == 1
     assert "exchanged pictures" in printed(notebook, "def right")
 

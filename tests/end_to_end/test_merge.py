@@ -46,8 +46,8 @@ def test_a_model_is_trained_on_from_where_it_was_saved(home: Path) -> None:
 
 def test_what_start_from_refuses(home: Path, tmp_path: Path) -> None:
     given = ("train", f"run.dir={tmp_path / 'run'}", f"data.root={home / 'shapes'}", *SHAPES, *ON)
-    said = sentence(call(*given, f"init_from={home / 'base'}", "model.mode=causal"))
-    assert "model.mode cannot be set here: the model of init_from is as it was saved" in said
+    said = sentence(call(*given, f"init_from={home / 'base'}", "model.attention_pattern=causal"))
+    assert "model.attention_pattern cannot be set here: the model of init_from is as it was saved" in said
     nowhere = home / "no" / "where"
     assert f"no model at {nowhere}; the nearest is {home};" in sentence(call(*given, f"init_from={nowhere}"))
 

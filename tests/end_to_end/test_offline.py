@@ -23,8 +23,9 @@ from vlmvqa.extras.hub.upload import refuse_upload
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, pretrained_config
 from vlmvqa.metrics import clip_similarity
-from vlmvqa.models.language import LanguageSettings, language_config
-from vlmvqa.models.vision import VisionEncoder, VisionSettings
+from vlmvqa.models.build import build_vision_encoder, language_config
+from vlmvqa.models.language import LanguageSettings
+from vlmvqa.models.vision import VisionSettings
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ PLACES: dict[str, Callable[[], object]] = {
     "pretrained": lambda: pretrained_config(PretrainedSettings("no/where")),
     "processor": lambda: load_processor("no/where"),
     "tokenizer": lambda: load_tokenizer("no/where"),
-    "encoder": lambda: VisionEncoder(VisionSettings("vit_tiny_patch16_224.augreg_in21k", weights="hub")),
+    "encoder": lambda: build_vision_encoder(VisionSettings("vit_tiny_patch16_224.augreg_in21k", weights="hub")),
     "clip": lambda: clip_similarity({1: "a dog"}, {1: Image.new("RGB", (8, 8))}, model="no/where"),
     "data": lambda: dataset.read("no/where", "train", columns=dataset.Columns(), prompt="{question}"),
     "publish": lambda: refuse_upload("no/where"),

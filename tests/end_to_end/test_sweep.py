@@ -27,9 +27,18 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_each_job_has_its_own_run(home: Path, whole: Path) -> None:
     """A job that is refused is in the table, and the others are trained."""
     data = ("data=vqav2", f"data.root={whole}", *SMALL, "attributions=0", "log_samples=0")
-    ended = call("train", "-m", "run.name=s", "model.mode=causal,prefix_lm,prefixlm", "data.questions_per_row=1", *data)
+    ended = call(
+        "train",
+        "-m",
+        "run.name=s",
+        "model.attention_pattern=causal,prefix_lm,prefixlm",
+        "data.questions_per_row=1",
+        *data,
+    )
     assert ended.status == 1 and "Traceback" not in ended.err
-    names = [f"model.mode={mode}" for mode in ("causal", "prefix_lm", "prefixlm")]
+    names = [
+        f"model.attention_pattern={attention_pattern}" for attention_pattern in ("causal", "prefix_lm", "prefixlm")
+    ]
     table = ended.out.rpartition("\n\n")[2].splitlines()
     assert table[0].split() == ["job", "score", "[95", "%", "interval]", "report"] and len(table) == 4
     for name, row in zip(names[:2], table[1:], strict=False):
@@ -42,7 +51,9 @@ def test_each_job_has_its_own_run(home: Path, whole: Path) -> None:
     assert [path.name for path in home.iterdir()] == ["runs"]
 
     before = content(home / "runs" / "s" / names[0])
-    again = call("train", "-m", "run.name=s", "model.mode=causal,prefix_lm", "data.questions_per_row=1", *data)
+    again = call(
+        "train", "-m", "run.name=s", "model.attention_pattern=causal,prefix_lm", "data.questions_per_row=1", *data
+    )
     assert again.status == 1 and again.out.count("already holds a run") == 2
     assert content(home / "runs" / "s" / names[0]) == before
 

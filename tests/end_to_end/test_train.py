@@ -141,10 +141,10 @@ def test_eval_gives_what_training_gave(tmp_path: Path, trained: tuple[Path, str]
     launch("eval", f"checkpoint={folder}", "data=shapes", data, *SHAPES, "split=val", f"run.dir={tmp_path}/e")
     ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "e", folder))
     assert ours["metrics"] == theirs["metrics"] and ours["controls"] == theirs["controls"]
-    sliced = ["split=val[:50%]", "decoding.beams=2", f"run.dir={tmp_path}/half"]
+    sliced = ["split=val[:50%]", "decoding.num_beams=2", f"run.dir={tmp_path}/half"]
     run("eval", f"checkpoint={folder}/model", "data=shapes", data, *SHAPES, *sliced)
     half = json.loads((tmp_path / "half" / "metrics.json").read_text())
-    assert half["n"] == round(theirs["n"] / 2) and half["decoding"]["beams"] == 2
+    assert half["n"] == round(theirs["n"] / 2) and half["decoding"]["num_beams"] == 2
 
 
 def test_predict_asks_every_question_about_every_picture(tmp_path: Path, trained: tuple[Path, str]) -> None:
@@ -168,9 +168,11 @@ def test_predict_asks_every_question_about_every_picture(tmp_path: Path, trained
     assert "red.png" in printed and "blue.png" in printed
 
 
-@pytest.mark.parametrize("mode", ["blockwise_prefix", "prefix_lm"])
-def test_show_draws_a_row(tmp_path: Path, data: str, mode: str) -> None:
-    printed = run("show", data, *SHAPES, "sample=1", f"model.mode={mode}", f"run.dir={tmp_path}")
+@pytest.mark.parametrize("attention_pattern", ["blockwise_prefix", "prefix_lm"])
+def test_show_draws_a_row(tmp_path: Path, data: str, attention_pattern: str) -> None:
+    printed = run(
+        "show", data, *SHAPES, "sample=1", f"model.attention_pattern={attention_pattern}", f"run.dir={tmp_path}"
+    )
     assert "image x 10" in printed and "<eos>" in printed and "10 image tokens, then '<bos>" in printed
     with Image.open(tmp_path / "row.png") as picture:
         assert min(picture.size) > 300
@@ -195,12 +197,12 @@ def test_load_answers_and_saves(tmp_path: Path, trained: tuple[Path, str]) -> No
 @pytest.mark.parametrize(
     "changed",
     [
-        ("model.mode=prefix_lm",),
+        ("model.attention_pattern=prefix_lm",),
         *(
             pytest.param(changed, marks=pytest.mark.slow)
             for changed in (
-                ("model.mode=causal", "data.row_tokens=160", "data.questions_per_row=2"),
-                ("model.mode=image_prefix", "model.projector.kind=mlp", "model.projector.dropout=0.1"),
+                ("model.attention_pattern=causal", "data.row_tokens=160", "data.questions_per_row=2"),
+                ("model.attention_pattern=image_prefix", "model.projector.kind=mlp", "model.projector.dropout=0.1"),
                 ("trainer.activation_checkpointing=true", "trainer.bf16=true", "trainer.gradient_accumulation_steps=2"),
             )
         ),
@@ -221,7 +223,7 @@ def unusual(tmp_path_factory: pytest.TempPathFactory, data: str) -> Path:
     """A run of 2 steps whose prompt, image settings and decoding are not the default ones."""
     folder = tmp_path_factory.mktemp("runs") / "unusual"
     asked = [f"data.{key}={value}" for key, value in ASKED.items()]
-    more = ("data.target=sampled", "trainer.adam_beta2=0.95", "decoding.beams=2", "decoding.max_new_tokens=6")
+    more = ("data.target=sampled", "trainer.adam_beta2=0.95", "decoding.num_beams=2", "decoding.max_new_tokens=6")
     run("train", f"run.dir={folder}", data, *LONGER, "trainer.max_steps=2", *asked, *more)
     return folder
 
@@ -232,7 +234,7 @@ def test_eval_changes_only_the_decoding_it_is_given_and_records_the_models_own(
     asked = ("split=val[:3]", "decoding.max_new_tokens=4", f"run.dir={tmp_path}/e")
     run("eval", f"checkpoint={unusual}", "data=shapes", data, *SHAPES, *asked)
     trained = vlmvqa.load(unusual).decoding
-    assert (trained.beams, trained.max_new_tokens) == (2, 6)
+    assert (trained.num_beams, trained.max_new_tokens) == (2, 6)
     config = yaml.safe_load((tmp_path / "e" / "config.yaml").read_text())
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert config["decoding"] == metrics["decoding"] == asdict(replace(trained, max_new_tokens=4))
@@ -242,7 +244,7 @@ def test_eval_changes_only_the_decoding_it_is_given_and_records_the_models_own(
 def test_predict_changes_only_the_decoding_it_is_given(tmp_path: Path, unusual: Path) -> None:
     picture, question = tmp_path / "red.png", "What color is it?"
     Image.new("RGB", (50, 40), "red").save(picture)
-    asked = (f"image={picture}", f"question={question}", "decoding.beams=1", "decoding.temperature=1")
+    asked = (f"image={picture}", f"question={question}", "decoding.num_beams=1", "decoding.temperature=1")
     run("predict", f"checkpoint={unusual}", *asked, f"run.dir={tmp_path}/p")
     written = json.loads((tmp_path / "p" / "predictions.jsonl").read_text())["log_probability"]
     model = vlmvqa.load(unusual)
@@ -250,9 +252,9 @@ def test_predict_changes_only_the_decoding_it_is_given(tmp_path: Path, unusual: 
     def log_probability(**changed: int) -> float:
         return replace(model, decoding=replace(model.decoding, **changed)).answer(picture, question).log_probability
 
-    assert written == pytest.approx(log_probability(beams=1, temperature=1), abs=1e-4)
+    assert written == pytest.approx(log_probability(num_beams=1, temperature=1), abs=1e-4)
     # The comparison has teeth: without what was given, or without what the model keeps, it is another number.
-    for other in ({}, {"beams": 1, "temperature": 1, "max_new_tokens": 20}):
+    for other in ({}, {"num_beams": 1, "temperature": 1, "max_new_tokens": 20}):
         assert written != pytest.approx(log_probability(**other), abs=1e-2)
 
 

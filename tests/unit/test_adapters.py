@@ -24,8 +24,9 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.pretrained.model import OURS, PretrainedSettings, PretrainedVLM
-from vlmvqa.models import checkpoint
-from vlmvqa.models.vlm import DTYPES, PARTS, VLM, build, cast_parameters, set_trainable
+from vlmvqa.models.build import build
+from vlmvqa.models.interface import DTYPES, PARTS, cast_parameters, set_trainable
+from vlmvqa.models.vlm import VLM
 from vlmvqa.training.console import parts_table
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
@@ -245,7 +246,7 @@ def saved(folder: Path, kind: str, to: Path) -> tuple[PretrainedVLM, dict[str, A
     to.mkdir()
     peft_adapters.save(to, model, str(folder), {name: p.detach() for name, p in pretrained.trained(model).items()})
     one = predictor(model, processor)
-    one.adapter = checkpoint.Adapter(settings, str(folder), fingerprint.weights_in(folder))
+    one.adapter = peft_adapters.Adapter(settings, str(folder), fingerprint.weights_in(folder))
     one.describe(to)
     return model, batch_of(model, folder)
 
@@ -259,7 +260,7 @@ def test_saved_alone_and_loaded_over_the_base(folder: Path, kind: str, tmp_path:
     assert torch.equal(logits(again.model, batch), logits(model, batch))
     assert again.prompt == "answer en {question}\n"
     (tmp_path / "adapter" / peft_adapters.WEIGHTS).unlink()  # in a training checkpoint names are the model's
-    named = {checkpoint.saved_name(name): weight for name, weight in pretrained.trained(model).items()}
+    named = {model.saved_name(name): weight for name, weight in pretrained.trained(model).items()}
     save_file(named, tmp_path / "adapter" / "model.safetensors")
     assert torch.equal(logits(vlmvqa.load(tmp_path / "adapter", "cpu").model, batch), logits(model, batch))
 
@@ -290,7 +291,7 @@ def with_a_part_whole(family: str, dtype: str, folder: Path, part: str = "projec
     peft_adapters.save(folder / "adapter", model, str(base), pretrained.trained(model))
     one = predictor(model, processor)
     one.settings = PretrainedSettings("somewhere", dtype=dtype)
-    one.adapter = checkpoint.Adapter(LORA, str(base), fingerprint.weights_in(base))
+    one.adapter = peft_adapters.Adapter(LORA, str(base), fingerprint.weights_in(base))
     one.describe(folder / "adapter")
     return model, folder / "adapter"
 

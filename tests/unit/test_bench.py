@@ -29,8 +29,8 @@ def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "TURN", 0.0)
 
 
-def job(shape: str = "vqav2", mode: str = "causal", images: int = 3) -> ladder.Job:
-    model = models.build_model("tiny", shapes.SHAPES[shape], mode=mode)
+def job(shape: str = "vqav2", attention_pattern: str = "causal", images: int = 3) -> ladder.Job:
+    model = models.build_model("tiny", shapes.SHAPES[shape], attention_pattern=attention_pattern)
     documents = shapes.draw_documents(shapes.SHAPES[shape], images, models.vocabulary(model))
     return ladder.Job(model, documents, models.draw_pixels(model, images), 6, False)
 
@@ -72,7 +72,7 @@ def test_captions_of_an_image_answer_one_prompt() -> None:
 
 @pytest.mark.parametrize(("name", "tokens"), [("vqav2", 257), ("docvqa", 1024)])
 def test_image_tokens(name: str, tokens: int) -> None:
-    assert shapes.SHAPES[name].image_tokens == tokens
+    assert shapes.SHAPES[name].num_image_tokens == tokens
 
 
 # --- every row of the ladder ---------------------------------------------------------------------------------------
@@ -84,10 +84,10 @@ def gradients(job: ladder.Job, rung: ladder.Rung) -> tuple[float, dict[str, Tens
     return found, {name: p.grad.clone() for name, p in job.model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("mode", ["causal", "blockwise_prefix"])
+@pytest.mark.parametrize("attention_pattern", ["causal", "blockwise_prefix"])
 @pytest.mark.parametrize("shape", ["vqav2", "gqa", "docvqa", "coco"])
-def test_every_row_has_the_recipes_loss_and_gradients(shape: str, mode: str) -> None:
-    made = job(shape, mode)
+def test_every_row_has_the_recipes_loss_and_gradients(shape: str, attention_pattern: str) -> None:
+    made = job(shape, attention_pattern)
     recipe, *others = [rung for rung in ladder.rungs(made) if not rung.skipped]
     expected_loss, expected = gradients(made, recipe)
     assert set(expected) == {name for name, _ in made.model.named_parameters()}
@@ -112,12 +112,12 @@ def test_the_layouts_are_what_the_table_says() -> None:
     made = job()
     rungs = {rung.name: rung for rung in ladder.rungs(made)}
     recipe, dynamic = (rungs[name] for name in ("recipe", "dynamic padding"))
-    image_tokens = made.model.vision.tokens
+    num_image_tokens = made.model.vision.num_image_tokens
     for rung in (recipe, dynamic):
         assert {len(rows) for rows in rung.micro_batches[:-1]} == {6}
         assert all(len(d.questions) == len(row) == 1 for rows in rung.micro_batches for row in rows for d in row)
-    assert {recipe.collate(rows)["input_ids"].shape[1] for rows in recipe.micro_batches} == {image_tokens + 64}
-    assert max(dynamic.collate(rows)["input_ids"].shape[1] for rows in dynamic.micro_batches) < image_tokens + 64
+    assert {recipe.collate(rows)["input_ids"].shape[1] for rows in recipe.micro_batches} == {num_image_tokens + 64}
+    assert max(dynamic.collate(rows)["input_ids"].shape[1] for rows in dynamic.micro_batches) < num_image_tokens + 64
     assert any(len(row) > 1 for rows in rungs["+ packing"].micro_batches for row in rows)
     assert sum(len(rows) for rows in rungs["+ sharing"].micro_batches) == len(made.documents)
     # A question's image is there again for each question, until questions share it.

@@ -29,6 +29,7 @@ from vlmvqa.extras.feature_cache import writer
 from vlmvqa.extras.feature_cache.forecast import forecast
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore, stored_dtype
 from vlmvqa.extras.feature_cache.writer import WriteOptions, write
+from vlmvqa.models.build import build_vision_encoder
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 
 SETTINGS = ImageSettings(tiny.IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
@@ -170,12 +171,14 @@ def test_an_image_of_several_examples_is_stored_once(tmp_path: Path, encoder: Vi
 
 def bigger(encoder: VisionEncoder) -> VisionEncoder:
     torch.manual_seed(0)
-    return VisionEncoder(VisionSettings(image_size=42, weights="random", overrides=tiny.VISION))
+    return build_vision_encoder(VisionSettings(image_size=42, weights="random", overrides=tiny.VISION))
 
 
 def more_heads(encoder: VisionEncoder) -> VisionEncoder:
     """Return an encoder with the same weights in the same shapes that computes another function."""
-    other = VisionEncoder(VisionSettings(image_size=28, weights="random", overrides={**tiny.VISION, "num_heads": 4}))
+    other = build_vision_encoder(
+        VisionSettings(image_size=28, weights="random", overrides={**tiny.VISION, "num_heads": 4})
+    )
     other.load_state_dict(encoder.state_dict())
     return other
 
@@ -187,7 +190,7 @@ def one_weight(encoder: VisionEncoder) -> VisionEncoder:
 
 
 def another(encoder: VisionEncoder) -> VisionEncoder:
-    return VisionEncoder(VisionSettings("vit_tiny_patch16_224", 28, "random", tiny.VISION))
+    return build_vision_encoder(VisionSettings("vit_tiny_patch16_224", 28, "random", tiny.VISION))
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests import tiny
 from vlmvqa.errors import InputError
-from vlmvqa.models.generation import Decoding, Generated, alternatives, generate
-from vlmvqa.models.language import language_config
+from vlmvqa.models.build import language_config
+from vlmvqa.models.generation import beam_candidates, generate
+from vlmvqa.models.interface import Generated, GenerationSettings
 from vlmvqa.models.vlm import VLM
-from vlmvqa.sequence.masks import MODES
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
 
@@ -34,7 +35,7 @@ def both(seed: int, family: str = "gemma2") -> tuple[VLM, PreTrainedModel]:
 def test_transformers_writes_the_same(beams: int, seed: int) -> None:
     vlm, causal_lm = both(seed)
     rows = tiny.batch(vlm, [tiny.without_answers(tiny.documents([1], seed))], tiny.images(1, seed), multiple=1)
-    (ours,) = generate(vlm, rows, {tiny.EOS}, Decoding(10, beams=beams))
+    (ours,) = generate(vlm, rows, {tiny.EOS}, GenerationSettings(10, num_beams=beams))
     with torch.no_grad():
         expected = causal_lm.generate(
             inputs_embeds=vlm.embed(rows),
@@ -58,7 +59,7 @@ def test_the_length_penalty_is_transformers_own(length_penalty: float) -> None:
     vlm, causal_lm = both(0)
     ends = list(range(1, tiny.VOCABULARY, 6))  # beams of many lengths
     rows = tiny.batch(vlm, [tiny.without_answers(tiny.documents([1]))], tiny.images(1), multiple=1)
-    (ours,) = alternatives(vlm, rows, ends, Decoding(8, beams=4, length_penalty=length_penalty))
+    (ours,) = beam_candidates(vlm, rows, ends, GenerationSettings(8, num_beams=4, length_penalty=length_penalty))
     with torch.no_grad():
         expected = causal_lm.generate(
             inputs_embeds=vlm.embed(rows),
@@ -81,21 +82,21 @@ def prepared() -> tuple[VLM, dict[str, torch.Tensor]]:
 
 def test_answers_end_at_eos_and_at_the_limit() -> None:
     vlm, rows = prepared()
-    free = [answer.tokens for answer in generate(vlm, rows, {tiny.EOS}, Decoding(6))]
+    free = [answer.tokens for answer in generate(vlm, rows, {tiny.EOS}, GenerationSettings(6))]
     assert all(len(tokens) <= 6 for tokens in free)
     stop = next(tokens[2] for tokens in free if len(tokens) > 2)
-    stopped = [answer.tokens for answer in generate(vlm, rows, {tiny.EOS, stop}, Decoding(6))]
+    stopped = [answer.tokens for answer in generate(vlm, rows, {tiny.EOS, stop}, GenerationSettings(6))]
     expected = [tokens[: tokens.index(stop)] if stop in tokens else tokens for tokens in free]
     assert stopped == expected
-    assert all(len(a.tokens) == 1 or not a.tokens for a in generate(vlm, rows, {tiny.EOS}, Decoding(1)))
+    assert all(len(a.tokens) == 1 or not a.tokens for a in generate(vlm, rows, {tiny.EOS}, GenerationSettings(1)))
 
 
 def test_the_log_probability_is_the_models() -> None:
     """Scored again as a training row, the answer's tokens have the loss that generation reported."""
     vlm, rows = prepared()
     documents = tiny.documents([2, 3])
-    stop = generate(vlm, rows, set(), Decoding(4))[0].tokens[3]  # the first answer ends there
-    found = generate(vlm, rows, {stop}, Decoding(30))
+    stop = generate(vlm, rows, set(), GenerationSettings(4))[0].tokens[3]  # the first answer ends there
+    found = generate(vlm, rows, {stop}, GenerationSettings(30))
     assert len(found[0].tokens) <= 3
     answers = iter(found)
     for document in documents:
@@ -112,33 +113,35 @@ def test_sampling_follows_its_seed_and_its_temperature() -> None:
     vlm, rows = prepared()
 
     def sample(temperature: float, seed: int) -> list[list[int]]:
-        return [a.tokens for a in generate(vlm, rows, {tiny.EOS}, Decoding(6, temperature=temperature, seed=seed))]
+        return [
+            a.tokens for a in generate(vlm, rows, {tiny.EOS}, GenerationSettings(6, temperature=temperature, seed=seed))
+        ]
 
     assert sample(2.0, 0) == sample(2.0, 0) != sample(2.0, 1)
-    assert sample(1e-4, 0) == [a.tokens for a in generate(vlm, rows, {tiny.EOS}, Decoding(6))]
+    assert sample(1e-4, 0) == [a.tokens for a in generate(vlm, rows, {tiny.EOS}, GenerationSettings(6))]
 
 
 def test_generating_leaves_the_model_as_it_was() -> None:
     vlm, rows = prepared()
     for training in (True, False):
         vlm.train(training)
-        generate(vlm, rows, {tiny.EOS}, Decoding(2))
+        generate(vlm, rows, {tiny.EOS}, GenerationSettings(2))
         assert vlm.training == training and vlm.language.attention == "dense"
 
 
 def test_decodings_that_make_no_sense() -> None:
     with pytest.raises(InputError, match="does not sample"):
-        Decoding(beams=2, temperature=1.0)
+        GenerationSettings(num_beams=2, temperature=1.0)
     with pytest.raises(InputError, match="at least 1"):
-        Decoding(max_new_tokens=0)
+        GenerationSettings(max_new_tokens=0)
 
 
 def test_other_families_share_in_generation() -> None:
     for family in ("llama", "qwen2"):
         vlm = tiny.model("blockwise_prefix", family)
         given = tiny.without_answers(tiny.documents([3]))
-        shared = generate(vlm, tiny.batch(vlm, [given], tiny.images(1)), {tiny.EOS}, Decoding(6))
-        alone = generate(vlm, tiny.batch(vlm, tiny.apart(given), tiny.images(1)), {tiny.EOS}, Decoding(6))
+        shared = generate(vlm, tiny.batch(vlm, [given], tiny.images(1)), {tiny.EOS}, GenerationSettings(6))
+        alone = generate(vlm, tiny.batch(vlm, tiny.apart(given), tiny.images(1)), {tiny.EOS}, GenerationSettings(6))
         assert [a.tokens for a in shared] == [a.tokens for a in alone]
 
 
@@ -153,7 +156,7 @@ ENDS = {
 
 
 def asked_alone(
-    vlm: VLM, flat: Sequence[Document], ends: Collection[int], decoding: Decoding, keys: Sequence[int | str]
+    vlm: VLM, flat: Sequence[Document], ends: Collection[int], decoding: GenerationSettings, keys: Sequence[int | str]
 ) -> list[Generated]:
     pixels = tiny.images(len(flat))
     questions = [(pixels[d.image][None], q) for d in flat for q in d.questions]
@@ -163,15 +166,19 @@ def asked_alone(
     ]
 
 
-@pytest.mark.parametrize("decoding", [Decoding(7), Decoding(7, beams=3), Decoding(7, temperature=1.5)], ids=str)
+@pytest.mark.parametrize(
+    "decoding",
+    [GenerationSettings(7), GenerationSettings(7, num_beams=3), GenerationSettings(7, temperature=1.5)],
+    ids=str,
+)
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("layout", [[[3]], [[1], [5], [2, 4], [2], [1]]], ids=["one row", "five rows"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
 def test_a_batch_that_loses_questions_is_its_questions_alone(
-    mode: str, layout: list[list[int]], ends: str, decoding: Decoding
+    attention_pattern: str, layout: list[list[int]], ends: str, decoding: GenerationSettings
 ) -> None:
-    vlm = tiny.model(mode, seed=1)
-    if mode == "prefix_lm":
+    vlm = tiny.model(attention_pattern, seed=1)
+    if attention_pattern == "prefix_lm":
         layout = [[1] * len(row) for row in layout]
     flat = tiny.without_answers(tiny.documents([count for row in layout for count in row]))
     taken = iter(flat)
@@ -182,7 +189,7 @@ def test_a_batch_that_loses_questions_is_its_questions_alone(
     assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
     for answer, expected in zip(together, alone, strict=True):
         assert answer.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
-    if ends == "mixed" and len(layout) > 1 and decoding.beams == 1:
+    if ends == "mixed" and len(layout) > 1 and decoding.num_beams == 1:
         assert len({len(answer.tokens) for answer in together}) > 2  # they do end at different steps
 
 
@@ -190,7 +197,7 @@ def test_a_batch_that_loses_questions_is_its_questions_alone(
 def test_a_step_costs_what_is_still_open(beams: int) -> None:
     """As many slots as the row with most open questions has; no row once it has none and a quarter are like it."""
     vlm = tiny.model()
-    counts, ends, decoding = [1, 5, 2, 4, 2, 1], range(1, 96, 2), Decoding(7, beams=beams)
+    counts, ends, decoding = [1, 5, 2, 4, 2, 1], range(1, 96, 2), GenerationSettings(7, num_beams=beams)
     flat = tiny.without_answers(tiny.documents(counts))
     steps: list[tuple[int, int]] = []
     hook = vlm.language.register_forward_pre_hook(lambda module, given: steps.append(tuple(given[0].shape[:2])))
@@ -212,14 +219,14 @@ def test_a_step_costs_what_is_still_open(beams: int) -> None:
     assert steps[-1][0] < steps[1][0] and steps[-1][1] < max(counts)
 
 
-@pytest.mark.parametrize("mode", ["blockwise_prefix", "prefix_lm"])
-def test_alternatives_cost_what_the_model_says(mode: str) -> None:
+@pytest.mark.parametrize("attention_pattern", ["blockwise_prefix", "prefix_lm"])
+def test_beam_candidates_cost_what_the_model_says(attention_pattern: str) -> None:
     """Each beam's log-probability is that of its tokens read as an answer, EOS included; the best come first."""
-    vlm = tiny.model(mode)
+    vlm = tiny.model(attention_pattern)
     (document,) = tiny.without_answers(tiny.documents([1]))
     batch = tiny.batch(vlm, [[document]], tiny.images(1))
-    decoding = Decoding(5, beams=4)
-    (beams,) = alternatives(vlm, batch, {tiny.EOS}, decoding)
+    decoding = GenerationSettings(5, num_beams=4)
+    (beams,) = beam_candidates(vlm, batch, {tiny.EOS}, decoding)
     assert len({tuple(beam.tokens) for beam in beams}) == len(beams) == 4
     rates = [beam.log_probability / min(len(beam.tokens) + 1, 5) for beam in beams]
     assert rates == sorted(rates, reverse=True)
@@ -237,7 +244,7 @@ def test_beams_that_are_done_early_cost_no_more() -> None:
     vlm, rows = prepared()
     steps: list[int] = []
     hook = vlm.language.register_forward_pre_hook(lambda module, given: steps.append(len(given[0])))
-    generate(vlm, rows, range(tiny.VOCABULARY), Decoding(7, beams=3))
+    generate(vlm, rows, range(tiny.VOCABULARY), GenerationSettings(7, num_beams=3))
     hook.remove()
     assert len(steps) == 1  # every beam ended with its first token
 
@@ -245,7 +252,7 @@ def test_beams_that_are_done_early_cost_no_more() -> None:
 def test_what_is_sampled_does_not_depend_on_the_company() -> None:
     vlm = tiny.model()
     flat = tiny.without_answers(tiny.documents([2, 3, 1]))
-    pixels, decoding = tiny.images(3), Decoding(6, temperature=2.0)
+    pixels, decoding = tiny.images(3), GenerationSettings(6, temperature=2.0)
     keys = [["a", "b"], ["c", 4, 5], ["f"]]
 
     def sample(order: Sequence[int]) -> dict[str | int, list[int]]:
@@ -262,7 +269,7 @@ def test_equal_questions_are_sampled_apart_and_as_the_model_says() -> None:
     vlm = tiny.model(initializer_range=0.05)
     (document,) = tiny.without_answers(tiny.documents([1]))
     rows = tiny.batch(vlm, [[Document(0, [*document.questions] * 600)]], tiny.images(1))
-    drawn = Counter(a.tokens[0] for a in generate(vlm, rows, set(), Decoding(1, temperature=0.5)))
+    drawn = Counter(a.tokens[0] for a in generate(vlm, rows, set(), GenerationSettings(1, temperature=0.5)))
     one = tiny.batch(vlm, [[document]], tiny.images(1), multiple=1)
     with torch.no_grad():
         probable = (vlm.language.logits(vlm.decode(one)[0, -1:])[0] / 0.5).softmax(-1)
@@ -274,7 +281,7 @@ def test_equal_questions_are_sampled_apart_and_as_the_model_says() -> None:
 def test_the_output_head_is_met_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers do not depend on how many questions are read at once."""
     vlm, rows = prepared()
-    for decoding in (Decoding(5), Decoding(5, beams=2)):
+    for decoding in (GenerationSettings(5), GenerationSettings(5, num_beams=2)):
         whole = generate(vlm, rows, {tiny.EOS}, decoding)
         monkeypatch.setattr("vlmvqa.models.generation.CHUNK", 2)
         pieces = generate(vlm, rows, {tiny.EOS}, decoding)

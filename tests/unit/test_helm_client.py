@@ -226,7 +226,7 @@ def test_a_retrained_model_and_a_changed_picture_are_asked_again(
 
     assert again() == [False] * 3 and again() == [True] * 3
     assert again(prompt="so: {question}\n") == [False] * 3
-    assert again(decoding={"beams": 2}) == [False] * 3
+    assert again(decoding={"num_beams": 2}) == [False] * 3
     config = json.loads((saved / "config.json").read_text())
     config["language_config"]["final_logit_softcapping"] = 1.0  # the same weights, and another model
     (saved / "config.json").write_text(json.dumps(config))

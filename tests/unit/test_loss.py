@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from vlmvqa.errors import InputError
-from vlmvqa.models.language import LanguageModel, language_config
-from vlmvqa.sequence.loss import divided, supervised_loss
+from vlmvqa.models.build import language_config
+from vlmvqa.models.language import LanguageModel
+from vlmvqa.sequence.loss import divide_loss, supervised_loss
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
@@ -55,10 +56,10 @@ def test_weights_weigh() -> None:
 def test_a_batch_may_weigh_less_than_one() -> None:
     """Only a divisor of 0 is replaced by 1, whether it is the batch's own weight or that of the global batch."""
     loss = torch.tensor(3.0)
-    assert divided(loss, torch.tensor(0.25), None) == 12
-    assert divided(loss, torch.tensor(2.0), torch.tensor(0.5)) == 6
-    assert divided(loss, torch.tensor(2.0), 4) == 0.75
-    assert divided(torch.tensor(0.0), torch.tensor(0.0), None) == 0
+    assert divide_loss(loss, torch.tensor(0.25), None) == 12
+    assert divide_loss(loss, torch.tensor(2.0), torch.tensor(0.5)) == 6
+    assert divide_loss(loss, torch.tensor(2.0), 4) == 0.75
+    assert divide_loss(torch.tensor(0.0), torch.tensor(0.0), None) == 0
 
 
 def test_the_fused_kernel_is_the_chunked_loss() -> None:

@@ -8,17 +8,17 @@ import torch
 from tests import tiny
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence import masks
-from vlmvqa.sequence.masks import MODES, SHAREABLE, Tokens, block_mask, dense_mask, visible
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE, Tokens, block_mask, dense_mask, visible
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
 WORDS = {1: "what", 2: "color", 3: "red", 4: "how", 5: "many", 6: "two", 7: "of", 8: "them"}
 
 
-def sees(mode: str, shared: bool = True, window: int | None = None) -> dict[str, str]:
+def sees(attention_pattern: str, shared: bool = True, window: int | None = None) -> dict[str, str]:
     """For every word of a small row, the words it sees, in order; `i` is an image token."""
     questions = [TokenizedQuestion([1, 2], [3, 9]), TokenizedQuestion([4, 5], [6, 7, 9])]
-    rows = pad_rows([build_row([Document(0, questions if shared else questions[:1])], 2, mode)])
-    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], mode)
+    rows = pad_rows([build_row([Document(0, questions if shared else questions[:1])], 2, attention_pattern)])
+    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], attention_pattern)
     mask = visible(tokens.map(lambda t: t[0, :, None]), tokens.map(lambda t: t[0, None, :]), window)
     names = [WORDS.get(token, "i") for token in rows["input_ids"][0].tolist()]
     return {name: " ".join(n for n, seen in zip(names, mask[q], strict=True) if seen) for q, name in enumerate(names)}
@@ -39,8 +39,8 @@ def test_causal() -> None:
 
 def test_image_prefix_lets_image_tokens_see_each_other() -> None:
     rows = pad_rows([build_row(tiny.documents([1]), 3, "image_prefix")])
-    for mode, expected in (("causal", [1, 2, 3]), ("image_prefix", [3, 3, 3])):
-        tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], mode)
+    for attention_pattern, expected in (("causal", [1, 2, 3]), ("image_prefix", [3, 3, 3])):
+        tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], attention_pattern)
         mask = dense_mask(tokens, tokens)[0, 0]
         assert mask[:3].sum(1).tolist() == expected
 
@@ -66,14 +66,14 @@ def test_the_window_counts_restarted_positions() -> None:
     assert seen["of"] == "many two of"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_spans_reach_exactly_as_far_as_any_row_sees(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+def test_spans_reach_exactly_as_far_as_any_row_sees(attention_pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "SPAN", 3)
-    given = tiny.documents([1, 1] if mode == "prefix_lm" else [3, 2])
-    rows = pad_rows([build_row(given, 4, mode), build_row(given[:1], 4, mode)], multiple=64)
-    found = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], mode)
+    given = tiny.documents([1, 1] if attention_pattern == "prefix_lm" else [3, 2])
+    rows = pad_rows([build_row(given, 4, attention_pattern), build_row(given[:1], 4, attention_pattern)], multiple=64)
+    found = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], attention_pattern)
     seen = visible(found.map(lambda t: t[:, :, None]), found.map(lambda t: t[:, None, :]))
-    spans = masks.spans(found)
+    spans = masks.key_spans(found)
     places = torch.arange(seen.shape[1])
     assert torch.equal(torch.cat([places[queries] for queries, _ in spans]), places)
     for queries, keys in spans:
@@ -93,12 +93,12 @@ def test_padding_is_seen_by_nobody_and_gives_no_nan() -> None:
     assert mask.any(-1).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
 @pytest.mark.parametrize("window", [None, 5])
-def test_the_block_mask_is_the_dense_mask(mode: str, window: int | None) -> None:
-    given = tiny.documents([1, 1] if mode == "prefix_lm" else [3, 2])
-    rows = pad_rows([build_row(given, 4, mode), build_row(given[:1], 4, mode)], multiple=64)
-    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], mode)
+def test_the_block_mask_is_the_dense_mask(attention_pattern: str, window: int | None) -> None:
+    given = tiny.documents([1, 1] if attention_pattern == "prefix_lm" else [3, 2])
+    rows = pad_rows([build_row(given, 4, attention_pattern), build_row(given[:1], 4, attention_pattern)], multiple=64)
+    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], attention_pattern)
     flex = block_mask(tokens, window)
     row, query, key = torch.meshgrid(*(torch.arange(n) for n in (2, 64, 64)), indexing="ij")
     spelled_out = flex.mask_mod(row, torch.zeros(()), query, key)
@@ -123,12 +123,12 @@ def earlier_is_unchanged(vlm: VLM, rows: dict[str, torch.Tensor], at: int) -> No
     torch.testing.assert_close(before[~may_change & real], after[~may_change & real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
 @pytest.mark.parametrize("backend", ["dense", "flex"])
-def test_a_later_token_never_changes_an_earlier_one(mode: str, backend: str) -> None:
-    vlm = tiny.model(mode)
+def test_a_later_token_never_changes_an_earlier_one(attention_pattern: str, backend: str) -> None:
+    vlm = tiny.model(attention_pattern)
     vlm.language.set_attention(backend)
-    given = tiny.documents([1] if mode == "prefix_lm" else [3])
+    given = tiny.documents([1] if attention_pattern == "prefix_lm" else [3])
     rows = tiny.batch(vlm, [given], tiny.images(1))
     answers = (rows["role"][0] == 2).nonzero()[:, 0].tolist()
     with torch.compiler.set_stance("force_eager"):  # FlexAttention's reference, without a minute of compiling
@@ -136,19 +136,21 @@ def test_a_later_token_never_changes_an_earlier_one(mode: str, backend: str) -> 
             earlier_is_unchanged(vlm, rows, at)
 
 
-@pytest.mark.parametrize("mode", SHAREABLE)
-def test_a_question_never_changes_its_neighbours(mode: str) -> None:
-    vlm = tiny.model(mode)
+@pytest.mark.parametrize("attention_pattern", SHAREABLE)
+def test_a_question_never_changes_its_neighbours(attention_pattern: str) -> None:
+    vlm = tiny.model(attention_pattern)
     rows = tiny.batch(vlm, [tiny.documents([3, 2])], tiny.images(2))
     for at in (rows["role"][0] == 1).nonzero()[:, 0].tolist()[:6]:
         earlier_is_unchanged(vlm, rows, at)
 
 
-def assert_flex_is_dense(mode: str) -> None:
+def assert_flex_is_dense(attention_pattern: str) -> None:
     """Softcap and window included; rows of whole blocks, as a training has them."""
-    vlm = tiny.model(mode)
+    vlm = tiny.model(attention_pattern)
     given = tiny.documents([2, 2])
-    rows = tiny.batch(vlm, tiny.apart(given) if mode == "prefix_lm" else [given], tiny.images(2), multiple=128)
+    rows = tiny.batch(
+        vlm, tiny.apart(given) if attention_pattern == "prefix_lm" else [given], tiny.images(2), multiple=128
+    )
     real = rows["document"] >= 0
     with torch.no_grad():
         dense = vlm.decode(rows)[real]
@@ -157,19 +159,19 @@ def assert_flex_is_dense(mode: str) -> None:
     torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_flex_attention_is_dense_attention(mode: str) -> None:
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+def test_flex_attention_is_dense_attention(attention_pattern: str) -> None:
     """FlexAttention's reference, which runs the mask without a compiler."""
     with torch.compiler.set_stance("force_eager"):
-        assert_flex_is_dense(mode)
+        assert_flex_is_dense(attention_pattern)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_compiled_flex_attention_is_dense_attention(mode: str) -> None:
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+def test_compiled_flex_attention_is_dense_attention(attention_pattern: str) -> None:
     """Forward only: FlexAttention has no backward pass on the CPU."""
     torch.compiler.reset()  # each shape is compiled as it is: on CPU, the kernel for changing shapes does not build
     compiled = torch._dynamo.utils.counters["aot_autograd"]
     compiled.clear()
-    assert_flex_is_dense(mode)
+    assert_flex_is_dense(attention_pattern)
     assert compiled.total() > 0, "nothing was compiled"

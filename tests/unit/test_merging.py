@@ -29,7 +29,7 @@ from vlmvqa.extras.merging.merge import Merge
 from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.inference import build
 from vlmvqa.inference.predictor import load
-from vlmvqa.models.vlm import DTYPES, cast_parameters
+from vlmvqa.models.interface import DTYPES, cast_parameters
 
 ONES = torch.ones(2)
 
@@ -484,8 +484,8 @@ def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
 def test_what_start_from_refuses(merged_in_halves: Path) -> None:
     with pytest.raises(InputError, match=r"model\.dtype=float61 is unknown; use one of float32, bfloat16, float16"):
         initialised_from(merged_in_halves, "model.dtype=float61")
-    with pytest.raises(InputError, match=r"model\.mode cannot be set here"):
-        initialised_from(merged_in_halves, "model.mode=causal", "model.dtype=float32")
+    with pytest.raises(InputError, match=r"model\.attention_pattern cannot be set here"):
+        initialised_from(merged_in_halves, "model.attention_pattern=causal", "model.dtype=float32")
     with pytest.raises(InputError, match=r"model= cannot be set together with init_from=.*with trainer=<its name>"):
         initialised_from(merged_in_halves, "model=tiny_paligemma")
     assert initialised_from(merged_in_halves, "trainer=paligemma_3b").trainer["learning_rate"] == 2e-5

@@ -28,10 +28,9 @@ from vlmvqa.extras.merging.logit_diff import LogitDiff, answer_logits, logit_dif
 from vlmvqa.extras.merging.merge import Merge
 from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.inference.predictor import Predictor, load
-from vlmvqa.models import checkpoint
-from vlmvqa.models.checkpoint import saved_name
+from vlmvqa.models.build import build
+from vlmvqa.models.interface import DTYPES, cast_parameters
 from vlmvqa.models.model_folder import WEIGHTS
-from vlmvqa.models.vlm import DTYPES, build, cast_parameters
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")
@@ -85,7 +84,7 @@ def over(
             if "lora_" in name:
                 noise = 0.1 * torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(parameter * (1 + noise) if "magnitude" in name else noise)
-    predictor.adapter = checkpoint.Adapter(settings, str(base), fingerprint.weights_in(base))
+    predictor.adapter = peft_adapters.Adapter(settings, str(base), fingerprint.weights_in(base))
     predictor.prompts = {f"task{seed}": f"{seed} {{question}}\n"}
     folder.mkdir(parents=True)
     peft_adapters.save(folder, predictor.model, str(base), pretrained.trained(predictor.model))
@@ -182,7 +181,10 @@ def test_a_merged_model_is_of_the_type_of_its_files(
         predictor.save(tmp_path / "base")
     else:  # as published: no vlmvqa entry in its config
         shutil.copytree(bases[family], tmp_path / "base")
-        save_file({saved_name(n): p.data for n, p in predictor.model.named_parameters()}, tmp_path / "base" / WEIGHTS)
+        save_file(
+            {predictor.model.saved_name(n): p.data for n, p in predictor.model.named_parameters()},
+            tmp_path / "base" / WEIGHTS,
+        )
     for kept in {"float32", "float16"} - {stored}:
         over(tmp_path / "base", tmp_path / kept, kept=kept)
         Merge(None, [tmp_path / kept], ADD).run(tmp_path / f"{kept}-merged")

@@ -12,16 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from vlmvqa.errors import InputError
-from vlmvqa.models.generation import Decoding, generate
-from vlmvqa.models.language import LanguageSettings, build_language_model, language_config
+from vlmvqa.models.build import build, build_language_model, build_vision_encoder, language_config
+from vlmvqa.models.generation import generate
+from vlmvqa.models.interface import GenerationSettings, set_trainable
+from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
-from vlmvqa.models.vlm import VLM, build, set_trainable
+from vlmvqa.models.vlm import VLM
 
 
 def encoder(name: str = VisionSettings.name, size: int = 28, **overrides: object) -> VisionEncoder:
     arguments = {**tiny.VISION, **overrides}
-    return VisionEncoder(VisionSettings(name, size, weights="random", overrides=arguments)).eval()
+    return build_vision_encoder(VisionSettings(name, size, weights="random", overrides=arguments)).eval()
 
 
 def test_register_tokens_are_dropped_and_the_class_token_kept() -> None:
@@ -32,34 +34,34 @@ def test_register_tokens_are_dropped_and_the_class_token_kept() -> None:
     with torch.no_grad():
         features = with_registers.encoder.forward_features(pixels)
         assert torch.equal(with_registers(pixels), torch.cat([features[:, :1], features[:, 5:]], dim=1))
-    assert with_registers.tokens == plain.tokens == 17
+    assert with_registers.num_image_tokens == plain.num_image_tokens == 17
     assert with_registers(pixels).shape == (1, 17, 32)
 
 
 def test_an_encoder_without_class_token_gives_patches_alone() -> None:
     siglip = encoder("vit_base_patch16_siglip_224", init_values=None)
-    assert siglip.tokens == 16
+    assert siglip.num_image_tokens == 16
     assert siglip(tiny.images(2)).shape == (2, 16, 32)
 
 
 def test_weights_from_a_local_file_at_another_size(tmp_path: Path) -> None:
     """timm interpolates the position embedding; at the same size the features are the same."""
     settings = VisionSettings("test_vit", 32, weights="random")  # timm's own small one: 300,096 parameters
-    trained = VisionEncoder(settings).eval()
+    trained = build_vision_encoder(settings).eval()
     save_file(trained.encoder.state_dict(), tmp_path / "weights.safetensors")
     settings = replace(settings, weights=str(tmp_path / "weights.safetensors"))
-    again = VisionEncoder(settings).eval()
+    again = build_vision_encoder(settings).eval()
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again(pixels), trained(pixels))
-    larger = VisionEncoder(replace(settings, image_size=64)).eval()
-    assert larger.tokens == 1 + 4 * 4
+    larger = build_vision_encoder(replace(settings, image_size=64)).eval()
+    assert larger.num_image_tokens == 1 + 4 * 4
     assert larger.encoder.pos_embed.shape[1] == 17
 
 
 def test_trained_weights_keep_their_shape(tmp_path: Path) -> None:
     for weights in ("hub", str(tmp_path / "weights.safetensors")):
         with pytest.raises(InputError, match=r"overrides would change the shape of .* model\.vision\.weights=random"):
-            VisionEncoder(VisionSettings(weights=weights, overrides={"depth": 3}))
+            build_vision_encoder(VisionSettings(weights=weights, overrides={"depth": 3}))
 
 
 def test_positions_begin_as_large_as_patches() -> None:
@@ -79,9 +81,9 @@ def test_what_is_no_vision_transformer_is_refused() -> None:
     with pytest.raises(InputError, match="does not take these settings"):
         encoder(depht=3)
     with pytest.raises(InputError, match="no such file"):
-        VisionEncoder(VisionSettings(weights="/nowhere.safetensors"))
+        build_vision_encoder(VisionSettings(weights="/nowhere.safetensors"))
     with pytest.raises(InputError, match=r"not a vision transformer|does not take"):
-        VisionEncoder(VisionSettings("resnet18", 224, weights="random"))
+        build_vision_encoder(VisionSettings("resnet18", 224, weights="random"))
 
 
 def test_projectors() -> None:
@@ -180,7 +182,7 @@ def test_bfloat16_weights_compute_and_stay_bfloat16() -> None:
     batch = tiny.batch(vlm, [tiny.documents([2])], tiny.images(1))
     loss = vlm(**batch)["loss"]
     assert loss.dtype == vlm.language.logits(vlm.decode(batch)[0]).dtype == torch.float32
-    assert len(generate(vlm, batch, {tiny.EOS}, Decoding(3))) == 2
+    assert len(generate(vlm, batch, {tiny.EOS}, GenerationSettings(3))) == 2
     expected = vlm.float()(**tiny.batch(vlm, [tiny.documents([2])], tiny.images(1)))["loss"]
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
     with pytest.raises(InputError, match="dtype=float64 is unknown"):

@@ -28,9 +28,10 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from tests import tiny
 from vlmvqa.errors import InputError
 from vlmvqa.models.attention import softcap_attention
-from vlmvqa.models.language import LanguageModel, LanguageSettings, language_config
+from vlmvqa.models.build import build_vision_encoder, language_config
+from vlmvqa.models.language import LanguageModel, LanguageSettings
 from vlmvqa.models.projector import Projector
-from vlmvqa.models.vision import VisionEncoder, VisionSettings
+from vlmvqa.models.vision import VisionSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import Tokens
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
@@ -155,13 +156,13 @@ def test_the_vision_half_is_transformers_dinov2() -> None:
     theirs = Dinov2Model(config).eval()
     enlarge(theirs, 0.3)
     overrides = {"patch_size": 7, "embed_dim": 32, "depth": 3, "num_heads": 4}
-    encoder = VisionEncoder(VisionSettings(image_size=28, weights="random", overrides=overrides)).eval()
+    encoder = build_vision_encoder(VisionSettings(image_size=28, weights="random", overrides=overrides)).eval()
     encoder.encoder.load_state_dict(dinov2_weights(theirs))
     pixels = tiny.images(2)
     with torch.no_grad():
         expected = theirs(pixels).last_hidden_state
         torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
-    assert expected.shape == (2, encoder.tokens, encoder.width) == (2, 17, 32)
+    assert expected.shape == (2, encoder.num_image_tokens, encoder.width) == (2, 17, 32)
 
 
 def siglip_weights(theirs: nn.Module) -> dict[str, Tensor]:
@@ -210,7 +211,7 @@ def test_the_whole_is_paligemma_under_prefix_lm(family: str) -> None:
     # PaliGemma's SigLIP in transformers uses the tanh approximation of GELU, which timm calls so.
     overrides["act_layer"] = "gelu_tanh"
     settings = VisionSettings("vit_base_patch16_siglip_224", 28, weights="random", overrides=overrides)
-    encoder = VisionEncoder(settings)
+    encoder = build_vision_encoder(settings)
     encoder.encoder.load_state_dict(siglip_weights(theirs.model.vision_tower))
     language = AutoModelForCausalLM.from_config(copy.deepcopy(text))  # ours sets another attention
     language.get_decoder().load_state_dict(theirs.model.language_model.state_dict())
@@ -221,7 +222,7 @@ def test_the_whole_is_paligemma_under_prefix_lm(family: str) -> None:
     question = TokenizedQuestion([2, 40, 41, 42, 43], [50, 51, 52, tiny.EOS])
     pixels = tiny.images(1)
     batch = tiny.batch(vlm, [[Document(0, [question])]], pixels, multiple=1)
-    images, prompt, answer = encoder.tokens, len(question.prompt), len(question.answer)
+    images, prompt, answer = encoder.num_image_tokens, len(question.prompt), len(question.answer)
     ids = torch.tensor([[image_token] * images + list(question.prompt) + list(question.answer)])
     kinds = torch.tensor([[0] * (images + prompt) + [1] * answer])
     labels = torch.where(kinds == 1, ids, -100)

@@ -37,7 +37,9 @@ from vlmvqa.extras.planning.planner import STRATEGIES, Planner, RunChoice, Train
 from vlmvqa.extras.planning.published_sizes import known_architecture
 from vlmvqa.extras.planning.run import PlanConfig, build_planner
 from vlmvqa.extras.planning.strategy_memory import Weight, strategy_memory, weights_of
-from vlmvqa.models.vlm import VLM, ModelSettings, build, set_trainable
+from vlmvqa.models.build import build
+from vlmvqa.models.interface import set_trainable
+from vlmvqa.models.vlm import VLM, ModelSettings
 from vlmvqa.training.distributed import shard
 
 ALL = {"vision": "all", "projector": "all", "language": "all"}

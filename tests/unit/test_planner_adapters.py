@@ -22,7 +22,7 @@ from vlmvqa.extras.planning.gpus import GIB, GPUS
 from vlmvqa.extras.planning.memory import Precision, build_on_meta, build_random, measure
 from vlmvqa.extras.planning.memory_tracker import MemoryTracker
 from vlmvqa.extras.planning.planner import STRATEGIES, Planner, Training
-from vlmvqa.extras.planning.published_sizes import PUBLISHED, image_tokens, known_config, row_tokens
+from vlmvqa.extras.planning.published_sizes import PUBLISHED, known_config, num_image_tokens, row_tokens
 from vlmvqa.extras.planning.run import PlanConfig, build_planner
 from vlmvqa.extras.planning.strategy_memory import strategy_memory, weights_of
 from vlmvqa.extras.pretrained.model import PretrainedSettings
@@ -67,13 +67,13 @@ def published(name: str, adapt: AdapterSettings | None, **changes: Any) -> Plann
 )
 def test_published_sizes_need_no_network(name: str, parameters: int, tokens: int) -> None:
     settings = PretrainedSettings(name)
-    assert image_tokens(known_config(settings), settings) == tokens
+    assert num_image_tokens(known_config(settings), settings) == tokens
     assert sum(weight.numel for weight in weights_of(build_on_meta(settings, ALL))) == parameters
 
 
 def test_a_row_is_one_question() -> None:
     whole = PretrainedSettings("HuggingFaceM4/idefics2-8b", image_splitting=False)
-    assert image_tokens(known_config(whole), whole) == 64
+    assert num_image_tokens(known_config(whole), whole) == 64
     settings = PretrainedSettings("google/paligemma-3b-pt-224")
     assert row_tokens(known_config(settings), settings, 64) == 328  # 256 + 2 + 63, in eights
     shape = planner(settings, None, ALL).shape

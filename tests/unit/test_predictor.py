@@ -20,7 +20,7 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Answer, Predictor, load
-from vlmvqa.models.generation import Decoding, Generated
+from vlmvqa.models.interface import Generated, GenerationSettings
 from vlmvqa.models.vlm import VLM
 
 WORDS = ("what", "color", "is", "the", "big", "dog", "left", "of", "it")
@@ -37,12 +37,14 @@ def examples(counts: Sequence[int] = (2, 1, 5, 3, 1, 4)) -> list[Example]:
     return found
 
 
-def predictor(mode: str = "blockwise_prefix", **decoding: Any) -> Predictor:
-    vlm = tiny.model(mode, vocab_size=VOCABULARY)
-    settings = tiny.settings(mode, vocab_size=VOCABULARY)
+def predictor(attention_pattern: str = "blockwise_prefix", **decoding: Any) -> Predictor:
+    vlm = tiny.model(attention_pattern, vocab_size=VOCABULARY)
+    settings = tiny.settings(attention_pattern, vocab_size=VOCABULARY)
     images = ImageSettings(28, (0.5,) * 3, (0.5,) * 3)
-    processor = Processor(train_tokenizer(examples(), VOCABULARY), images, vlm.vision.tokens, mode)
-    return Predictor(vlm, processor, "{question}\n", settings, Decoding(**{"max_new_tokens": 4, **decoding}))
+    processor = Processor(
+        train_tokenizer(examples(), VOCABULARY), images, vlm.vision.num_image_tokens, attention_pattern
+    )
+    return Predictor(vlm, processor, "{question}\n", settings, GenerationSettings(**{"max_new_tokens": 4, **decoding}))
 
 
 def assert_same(found: dict[int | str, Answer], expected: dict[int | str, Answer]) -> None:
@@ -66,7 +68,7 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     return seen
 
 
-@pytest.mark.parametrize("decoding", [{}, {"temperature": 1.0}, {"beams": 2}], ids=str)
+@pytest.mark.parametrize("decoding", [{}, {"temperature": 1.0}, {"num_beams": 2}], ids=str)
 def test_answers_do_not_depend_on_the_company(decoding: dict[str, Any]) -> None:
     """Not on batches, on the order, or on the questions that share the image; they come in the order asked."""
     asked, model = examples(), predictor(**decoding)
@@ -93,7 +95,8 @@ def test_an_image_with_very_many_questions_is_given_several_rows(shapes: list[tu
     answers = model.answer_examples(asked, row_text_tokens=64, batch_size=4)
     assert len(answers) == 201 and sum(questions for _, _, questions in shapes) == 201
     assert sum(rows for rows, _, _ in shapes) > 5
-    assert max(tokens for _, tokens, _ in shapes) <= model.model.vision.tokens + 64 + 7  # rounded up to eights
+    images = model.model.vision.num_image_tokens
+    assert max(tokens for _, tokens, _ in shapes) <= images + 64 + 7  # rounded up to eights
     assert_same(model.answer_examples(asked, row_text_tokens=10**6), answers)
     assert_same(model.answer_examples(asked, row_text_tokens=1), answers)  # a question a row at least
 
@@ -166,22 +169,22 @@ def test_one_picture() -> None:
         model.answer(picture, ["what", " "])
 
 
-def test_alternatives_are_the_best_beams() -> None:
+def test_beam_candidates_are_the_best_beams() -> None:
     model, picture, asked = predictor(), examples()[0].image, ["what color is it", "what"]
-    told = model.alternatives(picture, asked, most=4)
-    best = replace(model, decoding=replace(model.decoding, beams=4)).answer(picture, asked)
+    told = model.beam_candidates(picture, asked, most=4)
+    best = replace(model, decoding=replace(model.decoding, num_beams=4)).answer(picture, asked)
     assert all(one in beams for one, beams in zip(best, told, strict=True))
     for question, beams in zip(asked, told, strict=True):
         assert len({one.text for one in beams}) == len(beams)
-        alone = model.alternatives(picture, question, most=4)
+        alone = model.beam_candidates(picture, question, most=4)
         assert_same(dict(enumerate(alone)), dict(enumerate(beams)))
 
 
-def test_alternatives_are_sorted_by_the_probability_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beam_candidates_are_sorted_by_the_probability_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """The length penalty, which beams come sorted by, decides no more than which are kept."""
     beams = [Generated([40], -3.0), Generated([41], -1.0), Generated([40], -2.0)]
-    monkeypatch.setattr(VLM, "alternatives", lambda *_: [beams])
-    told = predictor().alternatives(examples()[0].image, "what", most=3)
+    monkeypatch.setattr(VLM, "beam_candidates", lambda *_: [beams])
+    told = predictor().beam_candidates(examples()[0].image, "what", most=3)
     assert [one.log_probability for one in told] == [-1.0, -2.0]
 
 

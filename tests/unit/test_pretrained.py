@@ -20,8 +20,7 @@ from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, bu
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import checkpoint
-from vlmvqa.models.generation import Decoding
-from vlmvqa.models.vlm import set_trainable
+from vlmvqa.models.interface import GenerationSettings, set_trainable
 from vlmvqa.sequence.rows import IGNORE, IMAGE
 
 OURS = ("labels", "weights", "role", "position", "branch", "document")
@@ -61,6 +60,19 @@ def librarys(model: PretrainedVLM, batch: dict[str, Any], **more: Any) -> Any:
     ids = batch["input_ids"].clone()
     inputs = {name: value for name, value in batch.items() if name not in OURS}
     return model.net(**{**inputs, "input_ids": ids}, labels=labels, **more)
+
+
+def test_image_embeddings_are_what_the_decoder_reads(loaded: Loaded) -> None:
+    model, processor = loaded
+    batch, given = training_batch(processor, pretrained.examples(2)), []
+    hook = model.language.register_forward_pre_hook(
+        lambda _, inputs, named: given.append(inputs[0] if inputs else named["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model.eval().decode(batch)
+        found = model.image_embeddings(batch)
+    hook.remove()
+    assert torch.allclose(given[0][batch["role"] == IMAGE], found, atol=1e-6)
 
 
 def with_ends(batch: dict[str, Any]) -> dict[str, Any]:
@@ -179,11 +191,11 @@ def test_a_long_question_is_cut_and_never_its_answer(loaded: Loaded) -> None:
 
 
 def predictor(model: PretrainedVLM, processor: PretrainedProcessor, **decoding: Any) -> Predictor:
-    settings = Decoding(**{"max_new_tokens": 5, **decoding})
+    settings = GenerationSettings(**{"max_new_tokens": 5, **decoding})
     return Predictor(model, processor, "answer en {question}\n", PretrainedSettings("somewhere"), settings)
 
 
-@pytest.mark.parametrize("decoding", [{}, {"temperature": 1.0}, {"beams": 3}], ids=str)
+@pytest.mark.parametrize("decoding", [{}, {"temperature": 1.0}, {"num_beams": 3}], ids=str)
 def test_a_batch_answers_as_one_at_a_time(loaded: Loaded, decoding: dict[str, Any]) -> None:
     """Left padding, the order and the company change nothing."""
     model = predictor(*loaded, **decoding)
@@ -196,7 +208,9 @@ def test_a_batch_answers_as_one_at_a_time(loaded: Loaded, decoding: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "decoding", [{}, {"temperature": 1.0, "seed": 3}, {"beams": 3}, {"beams": 2, "length_penalty": 0.5}], ids=str
+    "decoding",
+    [{}, {"temperature": 1.0, "seed": 3}, {"num_beams": 3}, {"num_beams": 2, "length_penalty": 0.5}],
+    ids=str,
 )
 def test_the_log_probability_is_that_of_the_answer(loaded: Loaded, decoding: dict[str, Any]) -> None:
     """The one that the loss gives the same tokens."""
@@ -205,7 +219,7 @@ def test_the_log_probability_is_that_of_the_answer(loaded: Loaded, decoding: dic
     written = model.generate(
         asked_batch(processor, given),
         processor.end_token_ids,
-        Decoding(max_new_tokens=6, **decoding),
+        GenerationSettings(max_new_tokens=6, **decoding),
         keys=range(len(given)),
     )
     for one, answer in zip(given, written, strict=True):
@@ -227,7 +241,7 @@ def test_the_log_probability_is_that_of_the_answer(loaded: Loaded, decoding: dic
 def test_greedy_is_the_librarys_greedy(loaded: Loaded) -> None:
     model, processor = loaded
     batch = asked_batch(processor, pretrained.examples())
-    ours = model.generate(batch, processor.end_token_ids, Decoding(max_new_tokens=5))
+    ours = model.generate(batch, processor.end_token_ids, GenerationSettings(max_new_tokens=5))
     inputs = {n: v for n, v in batch.items() if n not in OURS}
     theirs = model.net.generate(  # type: ignore[operator]
         **inputs, max_new_tokens=5, do_sample=False, eos_token_id=sorted(processor.end_token_ids), pad_token_id=0
@@ -241,16 +255,16 @@ def test_a_published_penalty_changes_nothing(loaded: Loaded) -> None:
     """Decoding is what the run's record says; the model's own settings are saved as they came."""
     model, processor = loaded
     batch = asked_batch(processor, pretrained.examples())
-    plain = model.generate(batch, processor.end_token_ids, Decoding(max_new_tokens=5))
+    plain = model.generate(batch, processor.end_token_ids, GenerationSettings(max_new_tokens=5))
     model.net.generation_config.repetition_penalty = 5.0
-    assert model.generate(batch, processor.end_token_ids, Decoding(max_new_tokens=5)) == plain
+    assert model.generate(batch, processor.end_token_ids, GenerationSettings(max_new_tokens=5)) == plain
     assert model.net.generation_config.repetition_penalty == 5.0
 
 
 def test_a_blank_copy_has_the_same_weights(loaded: Loaded) -> None:
     """No more and no fewer: a tied head stays tied, and a copy of all weights computes the same."""
     model, processor = loaded
-    blank = checkpoint.blank_like(model, PretrainedSettings("-"))
+    blank = checkpoint.uninitialized_like(model, PretrainedSettings("-"))
     given = dict(model.named_parameters())
     here = dict(blank.named_parameters())
     assert here.keys() == given.keys()
@@ -293,17 +307,17 @@ def test_an_untrained_one_is_asked_as_the_data_say(loaded: Loaded, family: str, 
     assert model.answer(pretrained.picture(1), "what colour is it?").text is not None
 
 
-def test_alternatives_are_the_best_beams(loaded: Loaded) -> None:
+def test_beam_candidates_are_the_best_beams(loaded: Loaded) -> None:
     model, picture, asked = predictor(*loaded), pretrained.picture(1), ["what colour is it?", "is it?"]
-    told = model.alternatives(picture, asked, most=3)
-    best = dataclasses.replace(model, decoding=dataclasses.replace(model.decoding, beams=3))
+    told = model.beam_candidates(picture, asked, most=3)
+    best = dataclasses.replace(model, decoding=dataclasses.replace(model.decoding, num_beams=3))
     for beams, question in zip(told, asked, strict=True):
         alone = best.answer(picture, question)
         (same,) = [beam for beam in beams if beam.text == alone.text]
         assert same.log_probability == pytest.approx(alone.log_probability, abs=1e-4)
         assert beams == sorted(beams, key=lambda one: -one.probability)
         assert len({one.text for one in beams}) == len(beams)
-        (greedy,) = model.alternatives(picture, question, most=1)
+        (greedy,) = model.beam_candidates(picture, question, most=1)
         assert greedy.text == model.answer(picture, question).text
 
 

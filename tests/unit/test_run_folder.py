@@ -13,7 +13,7 @@ from vlmvqa.config.compose import to_yaml
 from vlmvqa.errors import InputError
 from vlmvqa.training.run_folder import open_run
 
-GIVEN = ("resume=auto", "trainer.per_device_train_batch_size=2", "model.mode=causal")
+GIVEN = ("resume=auto", "trainer.per_device_train_batch_size=2", "model.attention_pattern=causal")
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def resumed_from(checkpoint: Path, *changed: str, **how: int) -> Path | None:
     "changed",
     [
         "init_from=there",
-        "model.mode=prefix_lm",
+        "model.attention_pattern=prefix_lm",
         "adapt=lora",
         "data.target=sampled",
         "seed=1",

@@ -24,8 +24,10 @@ from vlmvqa.training.run_folder import STARTED, going_on, open_run
 from vlmvqa.training.runtime_checks import check
 
 
-def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "dense", **more: Any) -> RunRequest:
-    settings = tiny.settings(mode)
+def asked(
+    dist: str = "ddp", attention_pattern: str = "blockwise_prefix", attention: str = "dense", **more: Any
+) -> RunRequest:
+    settings = tiny.settings(attention_pattern)
     changes = {"attention": attention, "loss": more.pop("loss", "chunked")}
     language = type(settings.language)(**{**vars(settings.language), **changes})
     values = {key: more.pop(key) for key in list(more) if key in RunRequest.__dataclass_fields__}
@@ -45,7 +47,10 @@ def asked(dist: str = "ddp", mode: str = "blockwise_prefix", attention: str = "d
         (asked(dtype="float16"), "weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)"),
         (asked("zero3", torch_compile=True), "use dist=fsdp or zero2"),
         (asked(attention="flex"), "no backward pass on the CPU; use model.language.attention=dense"),
-        (asked(mode="prefix_lm", questions_per_row=4), "set data.questions_per_row=1, or model.mode=blockwise_prefix"),
+        (
+            asked(attention_pattern="prefix_lm", questions_per_row=4),
+            "set data.questions_per_row=1, or model.attention_pattern=blockwise_prefix",
+        ),
         (asked(loss="fused"), "its kernel needs a GPU; use model.language.loss=chunked"),
         (
             asked(cached=True, trained_vision="4"),
@@ -67,8 +72,8 @@ def test_what_cannot_work_is_refused(given: RunRequest, said: str) -> None:
         asked("zero3", optim="adamw_bnb_8bit", bf16=True, dtype="bfloat16"),
         asked("zero2", fp16=True, gpu=True),
         asked(attention="flex", gpu=True),
-        asked(mode="prefix_lm", questions_per_row=1),
-        asked(mode="causal", questions_per_row=4),
+        asked(attention_pattern="prefix_lm", questions_per_row=1),
+        asked(attention_pattern="causal", questions_per_row=4),
         asked(cached=True, trained_vision="none"),
     ],
 )

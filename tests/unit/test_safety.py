@@ -24,8 +24,9 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, pretrained_config
-from vlmvqa.models.language import LanguageSettings, build_language_model, language_config
-from vlmvqa.models.vision import VisionEncoder, VisionSettings
+from vlmvqa.models.build import build_language_model, build_vision_encoder, language_config
+from vlmvqa.models.language import LanguageSettings
+from vlmvqa.models.vision import VisionSettings
 from vlmvqa.training import checkpoint_state
 
 FILES = sorted(path for folder in ("src", "launch", "evaluation", "bench") for path in (ROOT / folder).rglob("*.py"))
@@ -165,7 +166,7 @@ def test_pickled_weights_of_an_encoder_are_not_read(name: str, tmp_path: Path, m
     """Nor with another file suffix."""
     said = "cannot be read" if name == "x.safetensors" else "is no .safetensors, and pickled weights"
     with pytest.raises(InputError, match=said):
-        VisionEncoder(VisionSettings("test_vit", 32, weights=str(plant(tmp_path / name, marker))))
+        build_vision_encoder(VisionSettings("test_vit", 32, weights=str(plant(tmp_path / name, marker))))
 
 
 def test_pickled_adapters_are_not_read(tmp_path: Path, marker: Path) -> None:
@@ -236,7 +237,7 @@ def test_a_tokenizer_with_a_custom_class_is_refused(tmp_path: Path, marker: Path
 
 
 def test_safe_weights_are_read(tmp_path: Path) -> None:
-    encoder = VisionEncoder(VisionSettings("test_vit", 32, weights="random"))
+    encoder = build_vision_encoder(VisionSettings("test_vit", 32, weights="random"))
     save_file(encoder.encoder.state_dict(), tmp_path / "x.safetensors")
-    again = VisionEncoder(VisionSettings("test_vit", 32, weights=str(tmp_path / "x.safetensors")))
+    again = build_vision_encoder(VisionSettings("test_vit", 32, weights=str(tmp_path / "x.safetensors")))
     assert torch.equal(again.encoder.norm.weight, encoder.encoder.norm.weight)

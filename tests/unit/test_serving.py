@@ -67,7 +67,7 @@ def test_answers_equal_the_predictors(model: Predictor) -> None:
         found = ask(client, image_file(image), *QUESTIONS, alternatives="3", attribution="attention")
     assert found.status_code == 200
     alone = model.answer(image, QUESTIONS)
-    searched = model.alternatives(image, QUESTIONS, 4)
+    searched = model.beam_candidates(image, QUESTIONS, 4)
     for row, text, answer, others in zip(found.json()["answers"], QUESTIONS, alone, searched, strict=True):
         assert (row["question"], row["text"], row["truncated"]) == (text, answer.text, answer.cut)
         assert 0 <= row["probability"] <= 1

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from tests import tiny
-from vlmvqa.models.generation import Decoding, generate
+from vlmvqa.models.generation import generate
+from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence import masks
-from vlmvqa.sequence.masks import MODES, SHAREABLE
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE
 from vlmvqa.sequence.rows import Document
 
 LAYOUTS = {
@@ -49,23 +50,23 @@ def shared_is_apart(vlm: VLM, rows: Sequence[Sequence[Document]]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", SHAREABLE)
-def test_loss_and_every_gradient(mode: str, layout: str) -> None:
-    shared_is_apart(tiny.model(mode), lay_out(LAYOUTS[layout]))
+@pytest.mark.parametrize("attention_pattern", SHAREABLE)
+def test_loss_and_every_gradient(attention_pattern: str, layout: str) -> None:
+    shared_is_apart(tiny.model(attention_pattern), lay_out(LAYOUTS[layout]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
 def test_scores_that_nobody_may_see_are_left_out_of_nothing_else(
-    mode: str, layout: str, monkeypatch: pytest.MonkeyPatch
+    attention_pattern: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and gradients with the queries in spans are those of one span that sees all keys."""
-    vlm = tiny.model(mode)
+    vlm = tiny.model(attention_pattern)
     rows = lay_out(LAYOUTS[layout])
-    rows = tiny.apart([document for row in rows for document in row]) if mode == "prefix_lm" else rows
+    rows = tiny.apart([document for row in rows for document in row]) if attention_pattern == "prefix_lm" else rows
     batch = tiny.batch(vlm, rows, tiny.images(sum(map(len, rows))))
     monkeypatch.setattr(masks, "SPAN", 4)
-    hidden = [keys.stop - keys.start < batch["labels"].shape[1] for _, keys in masks.spans(vlm.tokens(batch))]
+    hidden = [keys.stop - keys.start < batch["labels"].shape[1] for _, keys in masks.key_spans(vlm.tokens(batch))]
     assert len(hidden) > 2 and any(hidden)
     loss, gradients = loss_and_gradients(vlm, batch)
     monkeypatch.setattr(type(vlm.language), "_spans", lambda *_: {})
@@ -76,10 +77,12 @@ def test_scores_that_nobody_may_see_are_left_out_of_nothing_else(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", SHAREABLE)
-@pytest.mark.parametrize("decoding", [Decoding(12), Decoding(8, beams=3)], ids=["greedy", "beams"])
-def test_every_generated_token(mode: str, layout: str, decoding: Decoding) -> None:
-    vlm = tiny.model(mode)
+@pytest.mark.parametrize("attention_pattern", SHAREABLE)
+@pytest.mark.parametrize(
+    "decoding", [GenerationSettings(12), GenerationSettings(8, num_beams=3)], ids=["greedy", "beams"]
+)
+def test_every_generated_token(attention_pattern: str, layout: str, decoding: GenerationSettings) -> None:
+    vlm = tiny.model(attention_pattern)
     rows = [tiny.without_answers(row) for row in lay_out(LAYOUTS[layout])]
     flat = [document for row in rows for document in row]
     pixels = tiny.images(len(flat))
@@ -103,7 +106,7 @@ def test_the_loss_of_prefix_lm_would_differ() -> None:
     rows = tiny.apart(tiny.documents([2]))
     pixels = tiny.images(1)
     with torch.no_grad():
-        first, second = (vlm.decode(tiny.batch(vlm, [row], pixels))[0, : vlm.vision.tokens] for row in rows)
+        first, second = (vlm.decode(tiny.batch(vlm, [row], pixels))[0, : vlm.vision.num_image_tokens] for row in rows)
     assert (first - second).abs().max() > 1e-2
 
 

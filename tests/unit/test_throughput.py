@@ -17,10 +17,10 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
-from vlmvqa.models import flops
-from vlmvqa.models.flops import COUNTED, count, count_flops, matrix_rate
-from vlmvqa.models.vlm import VLM, set_trainable
-from vlmvqa.sequence.masks import MODES, Tokens, visible
+from vlmvqa.models.flops import COUNTED, count, matrix_rate
+from vlmvqa.models.interface import set_trainable
+from vlmvqa.models.vlm import VLM
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS, Tokens, visible
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 from vlmvqa.training.console import (
     LinePrinter,
@@ -74,7 +74,7 @@ def test_counts_of_a_batch_by_hand(tmp_path: Path) -> None:
         [Document(1, [TokenizedQuestion([5, 6], [7, 1])])],
     ]
     batch = tiny.batch(vlm, rows, tiny.images(2), multiple=8)
-    found = dict(zip(COUNTED, count(batch, vlm.mode).tolist(), strict=True))
+    found = dict(zip(COUNTED, count(batch, vlm.attention_pattern).tolist(), strict=True))
     assert batch["labels"].shape == (2, 32)
     assert found["questions"] == 3 and found["supervised_tokens"] == 3 + 2 + 2
     assert found["tokens"] == (17 + 5 + 5) + (17 + 3)
@@ -91,16 +91,16 @@ def test_counts_of_a_batch_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 6, 19])
-@pytest.mark.parametrize("mode", MODES)
-def test_pairs_are_those_that_the_mask_lets_through(mode: str, window: int | None) -> None:
-    vlm = tiny.model(mode)
-    each = [1, 1] if mode == "prefix_lm" else [3, 2]
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+def test_pairs_are_those_that_the_mask_lets_through(attention_pattern: str, window: int | None) -> None:
+    vlm = tiny.model(attention_pattern)
+    each = [1, 1] if attention_pattern == "prefix_lm" else [3, 2]
     documents = tiny.documents(each)
     batch = tiny.batch(vlm, [documents, [documents[1]]], tiny.images(2))
-    tokens = Tokens.of(*(batch[name] for name in ("document", "branch", "role", "position")), mode)
+    tokens = Tokens.of(*(batch[name] for name in ("document", "branch", "role", "position")), attention_pattern)
     for name, width in (("pairs", None), ("local_pairs", window)):
         seen = visible(tokens.map(lambda t: t[:, :, None]), tokens.map(lambda t: t[:, None, :]), width)
-        found = dict(zip(COUNTED, count(batch, mode, window).tolist(), strict=True))
+        found = dict(zip(COUNTED, count(batch, attention_pattern, window).tolist(), strict=True))
         assert found[name] == int(seen.sum())
 
 
@@ -122,11 +122,11 @@ def as_pytorch_counts(vlm: VLM, batch: dict[str, Tensor]) -> int:
 
 
 def ours(vlm: VLM, batch: dict[str, Tensor], meter: ThroughputMeter, dense: bool) -> int:
-    counts = dict(zip(COUNTED, count(batch, vlm.mode).tolist(), strict=True))
+    counts = dict(zip(COUNTED, count(batch, vlm.attention_pattern).tolist(), strict=True))
     if dense:  # eager attention multiplies all pairs of tokens, then masks
         rows, length = batch["document"].shape
         counts["pairs"] = counts["local_pairs"] = rows * length**2
-    counted = count_flops(vlm)
+    counted = vlm.flops()
     assert counted is not None and meter.shapes["images"] == len(batch["labels"])
     return counted.of({**meter.shapes, **counts})
 
@@ -168,13 +168,13 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, frozen: str, c
 
 
 def test_an_output_head_of_its_own_counts_at_supervised_tokens_only() -> None:
-    tied, untied = count_flops(wide(tie_word_embeddings=True)), count_flops(wide(tie_word_embeddings=False))
+    tied, untied = wide(tie_word_embeddings=True).flops(), wide(tie_word_embeddings=False).flops()
     assert tied is not None and tied == untied
     assert tied.supervised == 3 * 2 * 64 * tiny.VOCABULARY
 
 
 def test_local_layers_are_counted_apart() -> None:
-    alternating, local = count_flops(tiny.model(family="gemma2")), count_flops(tiny.model(family="mistral"))
+    alternating, local = tiny.model(family="gemma2").flops(), tiny.model(family="mistral").flops()
     assert alternating is not None and alternating.pair == alternating.local_pair == 2 * 3 * 4 * 32
     assert local is not None and local.pair == 0 and local.local_pair == 4 * 3 * 4 * 32
 
@@ -406,7 +406,7 @@ def test_flops_of_experts_are_not_reported(tmp_path: Path) -> None:
     """It is unknown which experts a token uses."""
     vlm = model()
     vlm.language.decoder.layers[0].mlp.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
-    assert flops.count_flops(vlm) is None
+    assert vlm.flops() is None
     meter = started(vlm, tmp_path)
     step(meter, vlm, shared(vlm))
     assert "mfu" not in meter.report()

@@ -19,7 +19,8 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import InputError
-from vlmvqa.models.vlm import VLM, set_trainable
+from vlmvqa.models.interface import set_trainable
+from vlmvqa.models.vlm import VLM
 from vlmvqa.training import checkpoints, optimizer_state
 from vlmvqa.training.console import parts_table
 from vlmvqa.training.log import read_log
@@ -45,7 +46,9 @@ def examples(count: int = 8) -> list[Example]:
 def trainer(folder: Path, vlm: VLM, rates: Mapping[str, float | None] | None = None, **arguments: Any) -> VqaTrainer:
     given = examples()
     tokenizer = train_tokenizer(given, 300)
-    processor = Processor(tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.tokens, vlm.mode)
+    processor = Processor(
+        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.num_image_tokens, vlm.attention_pattern
+    )
     settings = {"per_device_train_batch_size": 2, "max_steps": 4, "report_to": "none", "save_strategy": "no"}
     args = TrainingArguments(
         output_dir=str(folder),

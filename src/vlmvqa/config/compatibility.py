@@ -193,11 +193,11 @@ RULES: Sequence[Rule] = (
         lambda r: "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'",
     ),
     Rule(
-        lambda r: r.own and r.own.mode not in SHAREABLE and r.questions_per_row not in (None, 1),
+        lambda r: r.own and r.own.attention_pattern not in SHAREABLE and r.questions_per_row not in (None, 1),
         lambda r: (
-            f"model.mode={r.own and r.own.mode} lets the image see its question, so data.questions_per_row="
-            f"{r.questions_per_row} questions cannot share one; set data.questions_per_row=1, or "
-            "model.mode=blockwise_prefix"
+            f"model.attention_pattern={r.own and r.own.attention_pattern} lets the image see its question, so "
+            f"data.questions_per_row={r.questions_per_row} questions cannot share one; set "
+            "data.questions_per_row=1, or model.attention_pattern=blockwise_prefix"
         ),
     ),
 )

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from vlmvqa.errors import InputError
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.places import CONF
 from vlmvqa.settings import build_settings
 
@@ -72,7 +72,9 @@ def with_launcher(dist: dict[str, Any] | None, launcher: tuple[str, str] | None)
     return dist
 
 
-def override_decoding(trained: Decoding, decoding: Decoding, given: Iterable[str]) -> Decoding:
+def override_decoding(
+    trained: GenerationSettings, decoding: GenerationSettings, given: Iterable[str]
+) -> GenerationSettings:
     """Return the settings a model was trained with, except for those that the command line sets."""
     keys = [key.removeprefix("decoding.") for key in given if key.startswith("decoding.")]
     return replace(trained, **{key: getattr(decoding, key) for key in keys})

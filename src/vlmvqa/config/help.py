@@ -43,7 +43,7 @@ One of the three:
 
 Most used, each as key=value:
   on what        data=... data.root=/folder split=val      also a slice or a draw: split=val[random:1000]
-  how            decoding.beams=3 decoding.max_new_tokens=10 batch_size=64
+  how            decoding.num_beams=3 decoding.max_new_tokens=10 batch_size=64
   beside it      blank_images=true variants=true           a control; what other toolkits would print
   where          run.name=scored run.overwrite=true
 
@@ -55,7 +55,7 @@ Most used, each as key=value:
   image=photo.jpg                      a file or a folder; give it again for more
   question="what is this?"             give it again for more; each is asked about each image
   questions=questions.txt              a file, one question a line
-  decoding.beams=3 decoding.max_new_tokens=10
+  decoding.num_beams=3 decoding.max_new_tokens=10
   run.name=asked                       predictions.jsonl goes to runs/asked
 
 More: README.md; docs/api.md (the same from Python)."""
@@ -64,7 +64,7 @@ SHOW = """\
 Most used, each as key=value:
   sample=3 split=val                   the n-th image of a split
   data=... data.root=/folder           of which data set
-  model=... model.mode=causal          as which model reads it
+  model=... model.attention_pattern=causal  as which model reads it
   run.name=look                        row.png goes to runs/look
 
 More: docs/architecture.md (rows, and who sees whom in them)."""

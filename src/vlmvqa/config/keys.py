@@ -64,7 +64,7 @@ ALIASES = {
     "adapt.rank": "lora_r lora_rank",
     "adapt.alpha": "lora_alpha",
     "adapt.dropout": "lora_dropout",
-    "decoding.beams": "beams num_beams",
+    "decoding.num_beams": "beams",
     "decoding.max_new_tokens": "max_new_tokens",
     "image": "img images image_path",
     "question": "prompt text",

@@ -1,7 +1,8 @@
 """Frozen dataclasses of the configuration: one for each command of the core, one for each group.
 
 `compose.py` builds them from the values that Hydra composed. Functions receive the part that they need. The groups that
-describe a model are next to it: `models.vlm.ModelSettings`, `models.generation.Decoding`. An extra keeps its own.
+describe a model are next to it: `models.vlm.ModelSettings`, `models.interface.GenerationSettings`. An extra keeps its
+own.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.interface import GenerationSettings
 
 if TYPE_CHECKING:
     from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-    from vlmvqa.models.checkpoint import Settings as AnyModelSettings
+    from vlmvqa.models.interface import Settings as AnyModelSettings
 else:  # built by their own packages, which are imported when a config names them
     AdapterSettings = AnyModelSettings = Any
 
@@ -146,7 +147,7 @@ class TrainConfig:
     data: DataSettings
     model: AnyModelSettings
     trainer: Mapping[str, Any]
-    decoding: Decoding
+    decoding: GenerationSettings
     dist: DistSettings | None = None
     adapt: AdapterSettings | None = None
     init_from: str | None = None
@@ -170,7 +171,7 @@ class EvalConfig:
     """What is scored, and how; conf/eval.yaml documents its keys."""
 
     run: RunSettings
-    decoding: Decoding
+    decoding: GenerationSettings
     data: DataSettings | None = None
     checkpoint: str | None = None
     predictions: str | None = None
@@ -192,7 +193,7 @@ class PredictConfig:
 
     run: RunSettings
     checkpoint: str
-    decoding: Decoding
+    decoding: GenerationSettings
     image: Sequence[str] = ()
     question: Sequence[str] = ()
     questions: str | None = None

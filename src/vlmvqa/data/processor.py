@@ -6,9 +6,10 @@ Legend: B rows, T tokens, I images, N image tokens, H image height and width, Dv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError
+from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
 
@@ -31,7 +33,7 @@ class Processor:
         tokenizer: the language model's tokenizer.
         images: size, normalisation and resizing of the vision encoder's input.
         num_image_tokens: N, tokens of one image.
-        attention_pattern: the model's attention pattern (`masks.MODES`).
+        attention_pattern: the model's attention pattern (`masks.ATTENTION_PATTERNS`).
         max_text_tokens: limit on prompt plus answer tokens of one question (None: no limit). A longer question is
             truncated; the image, the end of the template and the answer never are.
         table: texts that are tokenized already; others are tokenized on demand.
@@ -102,6 +104,20 @@ class Processor:
             for row, first in zip(rows, first_images, strict=False)
         ]
         return {"pixel_values" if images.ndim == 4 else "image_features": images, **pad_rows(built, multiple)}
+
+    @property
+    def shares_images(self) -> bool:
+        """Whether one row may hold several questions about an image."""
+        return self.attention_pattern in SHAREABLE
+
+    @property
+    def processing_class(self) -> Any:
+        """The object of transformers that is saved with the model: the tokenizer."""
+        return self.tokenizer
+
+    def with_images(self, resize: str, reduced: bool) -> Processor:
+        """Return the processor with other options of `ImageSettings`."""
+        return replace(self, images=replace(self.images, resize=resize, reduced=reduced))
 
     @cached_property
     def end_token_ids(self) -> set[int]:

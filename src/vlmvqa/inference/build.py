@@ -10,27 +10,20 @@ from typing import Any
 from vlmvqa import fingerprint
 from vlmvqa.config.schema import DataSettings, TrainConfig
 from vlmvqa.data.example import Example
-from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import prompts
-from vlmvqa.data.tokenization import load_tokenizer, train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Predictor, load
-from vlmvqa.models import model_folder
-from vlmvqa.models.checkpoint import Settings, read_settings
-from vlmvqa.models.generation import Decoding
-from vlmvqa.models.vlm import DTYPES, ModelSettings, build, cast_parameters
+from vlmvqa.models import checkpoint, model_folder
+from vlmvqa.models.interface import DTYPES, GenerationSettings, Settings, cast_parameters
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.settings import build_settings
 
 
 def model_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> Settings:
     """Return the `model` group."""
-    if "pretrained" in values:
-        from vlmvqa.extras.pretrained.model import PretrainedSettings
-
-        return build_settings(PretrainedSettings, values, "model")
-    return build_settings(ModelSettings, values, "model")
+    settings: Settings = build_settings(checkpoint.family_of(values).SETTINGS, values, "model")
+    return settings
 
 
 def with_saved_model(config: TrainConfig) -> TrainConfig:
@@ -50,10 +43,8 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
         if key.startswith("model.") and key != "model.dtype":
             raise InputError(f"{key} cannot be set here: the model of init_from is as it was saved; leave it out")
     folder = model_folder.find(config.init_from).resolve()
-    _, settings = read_settings(folder)
-    if isinstance(settings, ModelSettings):
-        language = replace(settings.language, tokenizer=str(folder / model_folder.TOKENIZER))
-        settings = replace(settings, language=language)
+    _, settings = checkpoint.read_settings(folder)
+    settings = checkpoint.family(settings.family).continued_settings(settings, folder)
     if config.adapt is not None or "model.dtype" in config.given:  # frozen weights may be kept in fewer bytes
         if config.model.dtype not in DTYPES:
             raise InputError(f"model.dtype={config.model.dtype} is unknown; use one of {', '.join(DTYPES)}")
@@ -64,33 +55,15 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
 
 
 def build_predictor(
-    settings: Settings, data: DataSettings, decoding: Decoding, train_examples: Sequence[Example]
+    settings: Settings, data: DataSettings, decoding: GenerationSettings, train_examples: Sequence[Example]
 ) -> Predictor:
     """Build a model with its tokenizer, image settings and prompt.
 
     Args:
         train_examples: the texts that a tokenizer is trained on, where the settings ask for one.
     """
-    if not isinstance(settings, ModelSettings):
-        from vlmvqa.extras.pretrained.build import build_predictor
-
-        return build_predictor(settings, data, decoding, train_examples)
-    model = build(settings)
-    if settings.language.tokenizer == "trained":
-        tokenizer = train_tokenizer(train_examples, model.language.config.vocab_size)
-    else:
-        tokenizer = load_tokenizer(settings.language.tokenizer or settings.language.name)
-    known = model.vision.data_config
-    images = ImageSettings(
-        settings.vision.image_size,
-        tuple(known["mean"]),
-        tuple(known["std"]),
-        known["interpolation"],
-        data.resize,
-        data.reduced_decoding,
-    )
-    processor = Processor(tokenizer, images, model.vision.tokens, model.mode, data.max_text_tokens)
-    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()))
+    model, processor, started_from = checkpoint.family(settings.family).compose(settings, data, train_examples)
+    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()), started_from)
 
 
 def continue_from(config: TrainConfig) -> Predictor:
@@ -99,9 +72,7 @@ def continue_from(config: TrainConfig) -> Predictor:
     data, folder = config.data, model_folder.find(config.init_from)
     found = load(folder, "cpu")
     processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
-    if isinstance(found.settings, ModelSettings):
-        images = replace(processor.images, resize=data.resize, reduced=data.reduced_decoding)
-        processor = replace(processor, images=images)
+    processor = processor.with_images(data.resize, data.reduced_decoding)
     return replace(
         found,
         model=cast_parameters(found.model, DTYPES[config.model.dtype]),
@@ -114,24 +85,11 @@ def continue_from(config: TrainConfig) -> Predictor:
     )
 
 
-def without_weights(settings: ModelSettings) -> ModelSettings:
-    """Return the settings of the same architecture with random weights: nothing is downloaded for it."""
-    return replace(
-        settings,
-        vision=replace(settings.vision, weights="random"),
-        language=replace(settings.language, weights="random"),
-    )
-
-
-def most_questions(data: DataSettings, mode: str) -> int | None:
+def most_questions(data: DataSettings, attention_pattern: str) -> int | None:
     """Return how many questions may share a row: one where the image attends to its question."""
-    return data.questions_per_row if mode in SHAREABLE else 1
+    return data.questions_per_row if attention_pattern in SHAREABLE else 1
 
 
 def build_processor(settings: Settings, data: DataSettings, train_examples: Sequence[Example]) -> Processor:
     """Return the processor that `build_predictor` would build, without loading or downloading weights."""
-    if not isinstance(settings, ModelSettings):
-        from vlmvqa.extras.pretrained.build import pretrained_processor
-
-        return pretrained_processor(settings, data, train_examples)[0]
-    return build_predictor(without_weights(settings), data, Decoding(), train_examples).processor
+    return checkpoint.family(settings.family).compose_processor(settings, data, train_examples)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -16,20 +16,20 @@ from torch.utils.data import DataLoader
 from vlmvqa import ranks
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource, Question, count_questions
-from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.packing import split_questions
 from vlmvqa.data.processor import EvalDataset, Processor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError
-from vlmvqa.extras.pretrained.model import PretrainedVLM
-from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.extras.report.calibration import confidence
 from vlmvqa.inference.answer_log import Journal, batch_key
 from vlmvqa.models import checkpoint
-from vlmvqa.models.generation import Decoding, Generated
+from vlmvqa.models.interface import Generated, GenerationSettings, Model, Settings
 from vlmvqa.progress import bar
 from vlmvqa.sequence.rows import Document
 from vlmvqa.settings import build_settings
+
+if TYPE_CHECKING:
+    from vlmvqa.extras.adapters.peft_adapters import Adapter
 
 ROW_TEXT_TOKENS = 512
 BARE = "{question}"  # the prompt of a model of which none is known
@@ -63,14 +63,14 @@ class Predictor:
         started_from: the saved model that training went on from: its name, and the fingerprint of its file of weights.
     """
 
-    model: checkpoint.Model
+    model: Model
     processor: Processor
     prompt: str
-    settings: checkpoint.Settings
-    decoding: Decoding = field(default_factory=Decoding)
+    settings: Settings
+    decoding: GenerationSettings = field(default_factory=GenerationSettings)
     prompts: Mapping[str, str] = field(default_factory=dict)
     started_from: Mapping[str, str] | None = None
-    adapter: checkpoint.Adapter | None = None
+    adapter: Adapter | None = None
 
     def prompt_for(self, source: str, otherwise: str) -> str:
         """The template that a source's questions are put into: that of its training, or the only one there was.
@@ -102,12 +102,14 @@ class Predictor:
         return listed[0] if isinstance(question, str) else listed
 
     @overload
-    def alternatives(  # type: ignore[overload-overlap]
+    def beam_candidates(  # type: ignore[overload-overlap]
         self, image: ImageSource | str, question: str, most: int = 5
     ) -> list[Answer]: ...
     @overload
-    def alternatives(self, image: ImageSource | str, question: Sequence[str], most: int = 5) -> list[list[Answer]]: ...
-    def alternatives(
+    def beam_candidates(
+        self, image: ImageSource | str, question: Sequence[str], most: int = 5
+    ) -> list[list[Answer]]: ...
+    def beam_candidates(
         self, image: ImageSource | str, question: str | Sequence[str], most: int = 5
     ) -> list[Answer] | list[list[Answer]]:
         """The answers that a search with `most` beams finds, the most probable first; a list for each question.
@@ -118,12 +120,12 @@ class Predictor:
             InputError: as `answer`.
         """
         example = self.asked(image, question)
-        decoding = replace(self.decoding, beams=most, temperature=0.0)
+        decoding = replace(self.decoding, num_beams=most, temperature=0.0)
         found: dict[int | str, list[Answer]] = {}
         for row in self._rows([example], self.processor, ROW_TEXT_TOKENS):
             encoded = self.processor.encode(row, [None] * len(row.questions))
             batch = self.batch([encoded])
-            beams = self.model.alternatives(batch, self.processor.end_token_ids, decoding)
+            beams = self.model.beam_candidates(batch, self.processor.end_token_ids, decoding)
             for asked, written in zip(row.questions, beams, strict=True):
                 told: dict[str, Answer] = {}
                 for answer in sorted(self._written(written, decoding), key=lambda answer: -answer.log_probability):
@@ -221,16 +223,13 @@ class Predictor:
         """
         if self.adapter is not None:
             raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
-        checkpoint.save(Path(folder), self.model, self.settings, self._text(), self._extra(), weights)
+        own = self.processor.processing_class
+        checkpoint.save(Path(folder), self.model, self.settings, own, self._extra(), weights)
 
     def describe(self, folder: Path) -> None:
         """The same but for the weights, which are in the folder already."""
-        checkpoint.describe(folder, self.model, self.settings, self._text(), self._extra(), self.adapter)
-
-    def _text(self) -> checkpoint.Text:
-        """What is saved with the model to read its words."""
-        processor = self.processor
-        return processor.library if isinstance(processor, PretrainedProcessor) else processor.tokenizer
+        own = self.processor.processing_class
+        checkpoint.describe(folder, self.model, self.settings, own, self._extra(), self.adapter)
 
     def _extra(self) -> dict[str, Any]:
         return {
@@ -262,7 +261,7 @@ class Predictor:
         written = self.model.generate(self._on_device(columns), self.processor.end_token_ids, self.decoding, ids)
         return dict(zip(ids, self._written(written, self.decoding), strict=True))
 
-    def _written(self, written: Sequence[Generated], decoding: Decoding) -> list[Answer]:
+    def _written(self, written: Sequence[Generated], decoding: GenerationSettings) -> list[Answer]:
         """Token ids as text."""
         texts = self.processor.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
         most = decoding.max_new_tokens  # EOS counts
@@ -285,15 +284,11 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, settings, text, config = checkpoint.load(path_or_hub_id, device)
-    decoding = build_settings(Decoding, config.get("decoding", {}), "config.json: decoding")
+    decoding = build_settings(GenerationSettings, config.get("decoding", {}), "config.json: decoding")
     more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
-    if isinstance(model, PretrainedVLM):
-        processor: Processor = PretrainedProcessor.of(text, model.mode, config.get("max_text_tokens"))
-    else:
-        images = build_settings(ImageSettings, config["images"], "config.json: images")
-        processor = Processor(text, images, model.vision.tokens, model.mode, config["max_text_tokens"])
+    processor: Processor = checkpoint.family(settings.family).make_processor(text, model, config)
     if "adapter" in config:
-        more["adapter"] = build_settings(checkpoint.Adapter, config["adapter"], "config.json: adapter")
+        more["adapter"] = build_settings(checkpoint.adapters().Adapter, config["adapter"], "config.json: adapter")
     return Predictor(model, processor, config.get("prompt", BARE), settings, decoding, **more)
 
 

@@ -1,10 +1,10 @@
-"""Dense attention for decoders that cap their scores (Gemma 2), which PyTorch's fused attention cannot do.
+"""Dense attention for decoders that cap their scores (Gemma 2), which PyTorch's fused attention doesn't support.
 
-The same numbers as transformers' eager attention in four passes over the T x K scores instead of seven: both factors
-before the cap are in the queries, the factor after it and the mask are one operation. Keys are not repeated for the
-heads that share them, and no scores are computed of keys before or after all that a span of queries may see.
+It equals transformers' eager attention, with four passes over the T x K scores instead of seven: both factors before
+the cap are applied to the queries, and the factor after it is applied together with the mask. Keys are not repeated for
+the heads that share them, and scores are computed only within the range of keys that a span of queries sees.
 
-Legend: B rows, T queries, K keys, H heads, G heads of keys and values, D head width.
+Legend: B rows, T queries, K keys, H heads, G groups of heads that share keys and values, D head width.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from vlmvqa.errors import InputError
 
-SOFTCAP = "softcap"  # its name in transformers
+SOFTCAP = "softcap"  # the implementation's name in transformers
 
 
 def softcap_attention(
@@ -34,44 +35,44 @@ def softcap_attention(
     spans: Sequence[tuple[slice, slice]] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls an attention function.
+    """Compute attention with capped scores; the signature is transformers'.
 
     Args:
         query: float[B, H, T, D].
         key, value: float[B, G, K, D].
         attention_mask: float[B, 1, T, K], added to the scores.
-        spans: each span of queries with the keys that it may see (`sequence/masks.py`); None: one of all.
+        spans: spans of queries, each with the range of keys that it sees (`masks.key_spans`); None: all.
 
     Returns:
         float[B, T, H, D], and no weights.
 
     Raises:
-        InputError: the layer has no cap, though its config does.
+        InputError: the layer has no softcap, although its config does.
     """
     if softcap is None:
         raise InputError(
             f"model.language: {type(module).__name__} does not cap its scores, though its config has "
             "attn_logit_softcapping; choose another model"
         )
-    # Both factors before the cap. Then a span at a time: fewer scores, and the rest of them are hidden anyway.
-    query, found = query * (scaling / softcap), []
+    query = query * (scaling / softcap)  # both factors before the cap
+    found = []
     for queries, keys in spans or [(slice(None), slice(None))]:
         part = query[:, :, queries], key[:, :, keys], value[:, :, keys], attention_mask[:, :, queries, keys]
         found.append(_attend(*part, softcap, dropout if module.training else 0.0))
-    return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
+    return rearrange(torch.cat(found, dim=2), "b h t d -> b t h d").contiguous(), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float, dropout: float) -> Tensor:
-    """`float[B, H, T, D]`, of queries that are scaled."""
-    rows, heads, queries, width = query.shape
-    groups = key.shape[1]
-    each = (rows, groups, heads // groups, queries, -1)  # the heads that share keys, and their queries
-    together = (rows, groups, heads // groups * queries, -1)
-    capped = torch.tanh(query.reshape(*together) @ key.mT)
-    scores = torch.add(mask[:, :, None], capped.view(*each), alpha=softcap)
+    """Attend with scaled queries: `float[B, H, T, D]`."""
+    groups, length = key.shape[1], query.shape[2]
+    # The heads of a group, and their queries, are one axis of one matrix product with the group's keys.
+    grouped = rearrange(query, "b (g h) t d -> b g (h t) d", g=groups)
+    capped = rearrange(torch.tanh(grouped @ key.mT), "b g (h t) k -> b g h t k", t=length)
+    scores = torch.add(mask[:, :, None], capped, alpha=softcap)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     weights = F.dropout(weights, dropout)
-    return (weights.view(*together) @ value).view(rows, heads, queries, width)
+    found = rearrange(weights, "b g h t k -> b g (h t) k") @ value
+    return rearrange(found, "b g (h t) d -> b (g h) t d", t=length)
 
 
 AttentionInterface.register(SOFTCAP, softcap_attention)

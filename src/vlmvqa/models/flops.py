@@ -1,13 +1,14 @@
-"""What a training step has to compute, counted from the model's shapes and the batch; and what the device can compute.
+"""Floating-point operations of a training step, and of what the device can compute per second.
 
-As in PaLM (Chowdhery et al. 2022, appendix B), model FLOPs utilisation is the first over the second: the operations
-that the model needs, however it is run. A matrix takes 2 for each of its numbers a token forward, and in the backward
-pass 2 for its gradient and 2 for its input's; attention takes 4 x heads x head_dim for each pair of tokens forward, and
-twice that backward; norms, softmax and the embedding's lookup take none; recomputed activations are not counted twice.
+As in PaLM (Chowdhery et al. 2022, appendix B), model FLOPs utilisation is the operations that the model needs, however
+it is run, over what the device can compute. Per token, a matrix takes 2 operations per element in the forward pass; in
+the backward pass 2 for its gradient and 2 for its input's. Per pair of tokens, attention takes 4 x heads x head_dim
+forward, and twice that backward. Norms, softmax and the embedding's lookup take none. Recomputed activations are not
+counted twice.
 
-Unlike PaLM's formula, the vision encoder counts; pairs count only where one token sees the other; padding does not
-count; the output head only at supervised tokens; and in the backward pass only gradients that are made, so nothing
-in a frozen encoder and no gradients of frozen weights. What the device can do is measured, not taken from its maker.
+Unlike PaLM's formula, the vision encoder is counted; pairs are counted only if one token sees the other; padding is not
+counted; the output head is counted only at supervised tokens; and the backward pass counts only gradients that are
+computed: nothing in a frozen encoder, and no gradients of frozen weights. The device's rate is measured.
 """
 
 from __future__ import annotations
@@ -21,33 +22,35 @@ import torch
 from torch import Tensor, nn
 
 from vlmvqa.models.language import LanguageModel
+from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder
-from vlmvqa.models.vlm import VLM, Batch
-from vlmvqa.sequence.masks import MODES, NONE
-from vlmvqa.sequence.rows import IGNORE, IMAGE, PADDING, PROMPT
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS, NONE
+from vlmvqa.sequence.rows import IGNORE, IMAGE, PADDING, PROMPT, Batch
 
 COUNTED = ("questions", "supervised_tokens", "tokens", "pairs", "local_pairs")
 
 
-def count(batch: Batch, mode: str, window: int | None = None) -> Tensor:
-    """What a batch holds, `int64[5]` in the order of `COUNTED`, without asking the device for a number.
+def count(batch: Batch, attention_pattern: str, window: int | None = None) -> Tensor:
+    """Count the contents of a batch: `int64[5]` in the order of `COUNTED`, without a synchronization of the device.
 
-    `pairs` are those of a token and one it sees, itself included: exact, from each token alone. Positions run on from
-    the image as if a question were alone, so position + 1 tokens are seen backwards. In a bidirectional block that
-    begins at position s, those seen forwards are, over the whole block, as many as those seen backwards: position - s.
+    `pairs` are those of a token and one that it sees, itself included; the count is exact and computed from each token
+    alone. The positions of a question continue those of the image, so that position + 1 tokens are seen backwards. In a
+    bidirectional block that begins at position s, as many are seen forwards, over all of the block, as backwards:
+    position - s.
 
     Args:
-        mode: the attention mode (`sequence/masks.py`).
-        window: of local layers (None: `local_pairs` are the others).
+        attention_pattern: a key of `masks.ATTENTION_PATTERNS`.
+        window: number of positions that local layers see back (None: `local_pairs` equals `pairs`).
     """
     role, position, real = batch["role"], batch["position"], batch["document"] != PADDING
     supervised = batch["labels"] != IGNORE
     back = position + 1
     ahead = torch.zeros_like(position)
-    for kind, block in enumerate(MODES[mode]):
+    blocks = ATTENTION_PATTERNS[attention_pattern]
+    for kind, block in enumerate(blocks):
         if block != NONE:
             # A question's own block begins where the image has ended: at the number of tokens of any image.
-            begin = 0 if block == MODES[mode][IMAGE] else position.where(role == IMAGE, -1).amax() + 1
+            begin = 0 if block == blocks[IMAGE] else position.where(role == IMAGE, -1).amax() + 1
             ahead = torch.where(role == kind, position - begin, ahead)
     local = back if window is None else back.clamp(max=window)
     found = (supervised & (role == PROMPT), supervised, real, (back + ahead) * real, (local + ahead) * real)
@@ -59,11 +62,11 @@ class Flops:
     """Floating-point operations of a forward and backward pass.
 
     Attributes:
-        encoded: of an image through the encoder.
-        image: of an image through the projector.
-        token: of a token through the decoder's matrices.
-        supervised: of a supervised token through the output head.
-        pair, local_pair: of a pair of tokens that see each other, in all global and all local layers.
+        encoded: per image, in the encoder.
+        image: per image, in the projector.
+        token: per token, in the decoder's matrices.
+        supervised: per supervised token, in the output head.
+        pair, local_pair: per pair of tokens that see each other, in all global and all local layers.
     """
 
     encoded: int
@@ -74,7 +77,7 @@ class Flops:
     local_pair: int
 
     def of(self, counts: Mapping[str, int]) -> int:
-        """Of everything counted."""
+        """Return the operations for the given counts."""
         return (
             self.encoded * counts["encoded"]
             + self.image * counts["images"]
@@ -85,21 +88,25 @@ class Flops:
         )
 
 
-def count_flops(vlm: VLM) -> Flops | None:
-    """From the modules' shapes and what trains; None for experts, of which a token meets only some."""
-    if any(parameter.ndim > 2 for parameter in vlm.language.decoder.parameters()):
+def count_flops(vision: VisionEncoder, projector: Projector, language: LanguageModel) -> Flops | None:
+    """Count operations from the modules' shapes and from which parameters train.
+
+    Returns:
+        None for a mixture of experts, whose tokens pass only some of the matrices.
+    """
+    if any(parameter.ndim > 2 for parameter in language.decoder.parameters()):
         return None
-    # In the order of the forward pass: a gradient flows back only as far as there is something upstream that trains.
-    encoded, flows = _encoder(vlm.vision)
+    # In the order of the forward pass: a gradient flows back only if something before it trains.
+    encoded, flows = _encoder(vision)
     image = 0
-    for layer in vlm.projector.layers:
-        image += vlm.vision.tokens * _matrices(layer, flows)
+    for layer in projector.layers:
+        image += vision.num_image_tokens * _matrices(layer, flows)
         flows |= _trains(layer)
-    return Flops(encoded, image, *_language(vlm.language, flows))
+    return Flops(encoded, image, *_language(language, flows))
 
 
 def _encoder(vision: VisionEncoder) -> tuple[int, bool]:
-    """Of an image, and whether the projector makes a gradient for what comes out."""
+    """Return the operations per image, and whether the projector computes a gradient for its input."""
     encoder = vision.encoder
     patches = encoder.patch_embed.num_patches
     tokens = patches + encoder.num_prefix_tokens
@@ -112,7 +119,7 @@ def _encoder(vision: VisionEncoder) -> tuple[int, bool]:
 
 
 def _language(language: LanguageModel, flows: bool) -> tuple[int, int, int, int]:
-    """Of a token, a supervised token, a pair in global layers and one in local layers."""
+    """Return the operations per token, per supervised token, per pair in global and per pair in local layers."""
     config, embedding = language.config, language.decoder.get_input_embeddings()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -130,15 +137,15 @@ def _language(language: LanguageModel, flows: bool) -> tuple[int, int, int, int]
 
 
 def _matrices(part: nn.Module, flows: bool) -> int:
-    """Of a token, or a patch, through all matrices of a part.
+    """Return the operations per token or patch in all matrices of a part.
 
     Args:
-        flows: whether a gradient is made for what goes in.
+        flows: whether a gradient is computed for the input.
     """
     total = 0
     for module in part.modules():
         if isinstance(module, nn.Linear):
-            numbers = module.in_features * module.out_features  # not the weight's shape: ZeRO-3 keeps it elsewhere
+            numbers = module.in_features * module.out_features  # not the weight's shape: under ZeRO-3 it is empty
         elif isinstance(module, nn.Conv2d):
             kernel = module.kernel_size[0] * module.kernel_size[1]
             numbers = module.in_channels // module.groups * module.out_channels * kernel
@@ -149,22 +156,23 @@ def _matrices(part: nn.Module, flows: bool) -> int:
 
 
 def _attention(width: int, flows: bool) -> int:
-    """Of a pair of tokens in one layer: scores and weighted values, and what their gradients are made of."""
+    """Return the operations per pair of tokens in one layer: scores, weighted values, and their gradients."""
     return 4 * width * (1 + 2 * flows)
 
 
 def _trains(part: nn.Module) -> bool:
+    """Return whether any parameter trains."""
     return any(parameter.requires_grad for parameter in part.parameters())
 
 
-def _trains_before(whole: nn.Module, part: VisionEncoder | LanguageModel) -> bool:
-    """Whether anything of an encoder or decoder trains that comes before its blocks."""
+def _trains_before(network: nn.Module, part: VisionEncoder | LanguageModel) -> bool:
+    """Return whether a parameter before the blocks of an encoder or decoder trains."""
     after = {id(parameter) for module in (*part.blocks, part.final_norm) for parameter in module.parameters()}
-    return any(parameter.requires_grad for parameter in whole.parameters() if id(parameter) not in after)
+    return any(parameter.requires_grad for parameter in network.parameters() if id(parameter) not in after)
 
 
 def _layer_kinds(language: LanguageModel) -> list[str]:
-    """Which of the two masks each decoder layer gets (`LanguageModel._masks`)."""
+    """Return the kind of mask of each decoder layer (`LanguageModel._masks`)."""
     kinds = getattr(language.config, "layer_types", None)
     if kinds is not None:
         return list(kinds)
@@ -174,13 +182,13 @@ def _layer_kinds(language: LanguageModel) -> list[str]:
 
 @cache
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the device's best matrix product, measured once a process, in a fraction of a second."""
+    """Measure the operations per second of the device's best matrix product, once per process (under a second)."""
     best = 0.0
     for size in (8192,) if device.type == "cuda" else (512, 1024, 2048):
         operations = 2 * size**3
-        if best and operations / best > 0.2:  # a CPU that computes this type slowly
+        if best and operations / best > 0.2:  # the CPU computes this type slowly
             break
-        # Numbers of their own generator: the run's would be others than without this.
+        # A separate generator, so that the random numbers of the run stay the same.
         generator = torch.Generator(device).manual_seed(0)
         matrix = torch.randn(size, size, device=device, generator=generator).to(dtype)
         product = matrix @ matrix

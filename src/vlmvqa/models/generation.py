@@ -1,13 +1,13 @@
-"""Answers: the same rows and the same predicate, with a KV cache.
+"""Answer generation: the same rows and the same attention predicate as in training, with a KV cache.
 
-Image and questions are read once (prefill); then one step adds one token to every open question. The cache holds
-columns in the order they were computed, whichever branch they belong to: who sees whom is still the predicate's
-word, so a batch equals its questions asked one at a time.
+Images and questions are read once (prefill); each step then adds one token to every open question. Cached columns are
+in the order in which they were computed, whichever question they belong to: the predicate decides which tokens see
+which, so that a batch gives the same answers as its questions one at a time.
 
-A question that has its answer takes part in no further step, and a row goes when its last question has gone:
+A finished question takes part in no further step, and a row is removed when its last question has finished:
 
     step 1    row 0: a b c    row 1: d e    row 2: f        3 rows of 3 slots
-    step 2    row 0: b        row 1: d e                    2 rows of 2 slots: a, c and f have ended
+    step 2    row 0: b        row 1: d e                    2 rows of 2 slots: a, c and f have finished
 
 Legend: B rows, K columns in the cache, S slots (most open questions of a row), Q open questions, W beams,
 V vocabulary, D width.
@@ -18,89 +18,77 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
-from vlmvqa.errors import InputError
+from vlmvqa.models.interface import Generated, GenerationSettings
+from vlmvqa.models.language import LanguageModel
 from vlmvqa.sequence.masks import Tokens
-from vlmvqa.sequence.rows import ANSWER, PADDING, PROMPT
+from vlmvqa.sequence.rows import ANSWER, PADDING, PROMPT, Batch
 
-if TYPE_CHECKING:
-    from vlmvqa.models.vlm import VLM, Batch
-
-CHUNK = 256  # states that meet the output head at once: 256 MiB of fp32 logits at V = 256,000
-NONE = -1  # the question that wrote a column of padding
+CHUNK = 256  # states passed to the output head at once: 256 MiB of fp32 logits at V = 256,000
+NO_QUESTION = -1  # the question of a padding column
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How answers are written.
+class CachedModel(Protocol):
+    """The part of `VLM` that generation uses."""
 
-    Attributes:
-        max_new_tokens: tokens an answer, at most (EOS counts).
-        beams: 1 for greedy decoding or sampling, more for beam search.
-        temperature: 0 for the most probable token, above for sampling (one beam).
-        length_penalty: beam search divides a log-probability by length ** length_penalty (transformers' rule).
-        seed: of the sampling. Each question draws from a stream of its own, whatever it is asked together with.
-    """
+    attention_pattern: str
+    language: LanguageModel
+    training: bool
 
-    max_new_tokens: int = 20
-    beams: int = 1
-    temperature: float = 0.0
-    length_penalty: float = 1.0
-    seed: int = 0
+    def tokens(self, batch: Batch) -> Tokens:
+        """Return the token properties of a batch."""
 
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.beams < 1 or self.temperature < 0:
-            raise InputError("decoding: max_new_tokens and beams must be at least 1, temperature at least 0")
-        if self.beams > 1 and self.temperature > 0:
-            raise InputError("decoding: beam search does not sample; set decoding.temperature=0 or decoding.beams=1")
+    def decode(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Return the last hidden states, and fill the cache."""
 
-
-@dataclass(frozen=True)
-class Generated:
-    """Answer token ids without EOS, and their log-probability, EOS included."""
-
-    tokens: list[int]
-    log_probability: float
+    def train(self, mode: bool = True) -> Any:
+        """Set training or evaluation mode."""
 
 
 @torch.no_grad()
 def generate(
-    model: VLM, batch: Batch, eos: Collection[int], decoding: Decoding, keys: Sequence[int | str] | None = None
+    model: CachedModel,
+    batch: Batch,
+    eos: Collection[int],
+    decoding: GenerationSettings,
+    keys: Sequence[int | str] | None = None,
 ) -> list[Generated]:
-    """Answer every question of a batch of rows without answers, in row order.
+    """Answer every question of rows without answers, in row order.
 
     Args:
-        batch: as the loss takes it, from questions without answers.
+        batch: columns as for the loss, from questions without answers.
         eos: token ids that end an answer.
-        keys: what tells the questions' streams of random numbers apart, in row order, used for sampling only
-            (default: their place in the batch).
+        keys: a key per question, in row order, that selects its random stream for sampling (default: its index in the
+            batch).
     """
-    if decoding.beams > 1:
-        return [best[0] for best in alternatives(model, batch, eos, decoding)]
-    with _answering(model):
+    if decoding.num_beams > 1:
+        return [best[0] for best in beam_candidates(model, batch, eos, decoding)]
+    with _evaluation(model):
         questions = OpenQuestions(model, batch)
-        return _one_by_one(questions, sorted(eos), decoding, range(len(questions)) if keys is None else keys)
+        return _sample(questions, sorted(eos), decoding, range(len(questions)) if keys is None else keys)
 
 
 @torch.no_grad()
-def alternatives(model: VLM, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[list[Generated]]:
-    """The finished beams of every question, at most `decoding.beams` of them, the best first; as `generate`."""
-    with _answering(model):
+def beam_candidates(
+    model: CachedModel, batch: Batch, eos: Collection[int], decoding: GenerationSettings
+) -> list[list[Generated]]:
+    """Return the finished beams of every question, best first, at most `decoding.num_beams`; args as `generate`."""
+    with _evaluation(model):
         return _beam_search(OpenQuestions(model, batch), sorted(eos), decoding)
 
 
 @contextmanager
-def _answering(model: VLM) -> Iterator[None]:
-    """The model as it answers; then as it was."""
+def _evaluation(model: CachedModel) -> Iterator[None]:
+    """Switch to evaluation mode and dense attention within the context."""
     training, attention = model.training, model.language.attention
-    model.eval()
-    model.language.set_attention("dense")  # one query a branch is no case for FlexAttention
+    model.train(False)
+    model.language.set_attention("dense")  # FlexAttention gains nothing from one query per branch
     try:
         yield
     finally:
@@ -109,14 +97,14 @@ def _answering(model: VLM) -> Iterator[None]:
 
 
 class OpenQuestions:
-    """The questions of a batch that have no answer yet.
+    """The questions of a batch whose answers are unfinished.
 
     Attributes:
-        number: int64[Q], their places among all questions of the batch, ascending.
-        hidden: float[Q, W, D], the states that predict each beam's next token (before `branch_out` W = 1).
+        number: int64[Q], their indices among all questions of the batch, ascending.
+        hidden: float[Q, W, D], the states that predict each beam's next token (W = 1 before `expand_beams`).
     """
 
-    def __init__(self, model: VLM, batch: Batch) -> None:
+    def __init__(self, model: CachedModel, batch: Batch) -> None:
         self.model = model
         # `DynamicCache(config=...)` would let Gemma 2's local layers forget by index, not by position.
         self.cache = DynamicCache()
@@ -128,47 +116,49 @@ class OpenQuestions:
         self.document = batch["document"][self.row, column]
         self.branch = batch["branch"][self.row, column]
         self.position = batch["position"][self.row, column]
-        self.beams, self.asked = 1, len(self)
-        self.writer = self.row.new_empty(self._rows(), 0)  # int64[B, columns after the prompts]: a question's number
-        self._take_slots()
+        self.num_beams, self.total = 1, len(self)
+        self.owner = self.row.new_empty(self._rows(), 0)  # int64[B, columns after the prompts]: a column's question
+        self._assign_slots()
 
     def __len__(self) -> int:
+        """Return Q."""
         return len(self.number)
 
-    def read(self, choose: Callable[..., Sequence[Tensor]], *more: Tensor) -> list[Tensor]:
-        """What `choose` makes of the next tokens' log-probabilities, `float32[Q, W, V]`, some questions at a time.
+    def choose(self, function: Callable[..., Sequence[Tensor]], *arguments: Tensor) -> list[Tensor]:
+        """Apply a function to the log-probabilities of the next tokens, `float32[Q, W, V]`, in chunks of questions.
 
         Args:
-            more: further arguments of `choose`, an entry a question.
+            arguments: further arguments of the function, one entry per question.
         """
-        size = max(1, CHUNK // self.beams)
-        pieces = zip(*(tensor.split(size) for tensor in (self.hidden, *more)), strict=True)
-        chosen = [choose(self.model.language.logits(states).log_softmax(-1), *rest) for states, *rest in pieces]
+        size = max(1, CHUNK // self.num_beams)
+        chunks = zip(*(tensor.split(size) for tensor in (self.hidden, *arguments)), strict=True)
+        chosen = [function(self.model.language.logits(states).log_softmax(-1), *rest) for states, *rest in chunks]
         return [torch.cat(column) for column in zip(*chosen, strict=True)]
 
     def step(self, ids: Tensor) -> None:
-        """Add a token to each open question, `int64[Q, W]`."""
+        """Append a token to each open question's beams, `int64[Q, W]`."""
         self.position = self.position + 1
         tokens = Tokens.of(
             document=self._place(self.document[:, None].expand_as(ids), PADDING),
             branch=self._place(self.branch[:, None].expand_as(ids), 0),
             role=ids.new_full((len(self.keys.document), self.slots), ANSWER),
             position=self._place(self.position[:, None].expand_as(ids), 0),
-            mode=self.model.mode,
+            attention_pattern=self.model.attention_pattern,
         )
         self.keys = self.keys.append(tokens)
         embeddings = self.model.language.embed(self._place(ids, 0))
         hidden = self.model.language(embeddings, tokens, self.keys, self.cache)
-        self.hidden = hidden.unflatten(0, (-1, self.beams))[self.row, :, self.slot]
-        writer = self.row.new_full((self._rows(), self.slots), NONE)
-        writer[self.row, self.slot] = self.number
-        self.writer = torch.cat([self.writer, writer], dim=1)
+        self.hidden = rearrange(hidden, "(b w) s d -> b s w d", w=self.num_beams)[self.row, self.slot]
+        owner = self.row.new_full((self._rows(), self.slots), NO_QUESTION)
+        owner[self.row, self.slot] = self.number
+        self.owner = torch.cat([self.owner, owner], dim=1)
 
     def keep(self, open: Tensor) -> None:
-        """Go on with these questions only, `bool[Q]`.
+        """Continue with these questions only, `bool[Q]`.
 
-        Rows without any leave once they are a quarter of all. To leave costs a copy of the keys and values that stay,
-        and a step saves some three copies (growing the cache, repeating its heads, attention) of those that went.
+        Rows without open questions are removed once they are a quarter of all. Removing them costs one copy of the
+        remaining keys and values; a step saves about three copies (growing the cache, repeating its heads, attention)
+        of the removed ones.
         """
         if open.all():
             return
@@ -176,51 +166,51 @@ class OpenQuestions:
         self.document, self.branch = self.document[open], self.branch[open]
         used, row = self.row.unique(return_inverse=True)
         if 4 * len(used) <= 3 * self._rows():
-            beams = torch.arange(self.beams, device=used.device)
-            copies = (used[:, None] * self.beams + beams).flatten()
+            beams = torch.arange(self.num_beams, device=used.device)
+            copies = rearrange(used[:, None] * self.num_beams + beams, "b w -> (b w)")
             self.cache.batch_select_indices(copies)
             self.keys = self.keys.map(lambda t: t[copies])
-            self.row, self.writer = row, self.writer[used]
-        self._take_slots()
+            self.row, self.owner = row, self.owner[used]
+        self._assign_slots()
 
-    def branch_out(self, beams: int) -> None:
-        """Repeat every row W times: beam w of all its questions lives in its w-th copy."""
-        self.beams = beams
-        self.cache.batch_repeat_interleave(beams)
-        self.keys = self.keys.map(lambda t: t.repeat_interleave(beams, dim=0))
+    def expand_beams(self, num_beams: int) -> None:
+        """Repeat every row W times: its w-th copy holds beam w of all its questions."""
+        self.num_beams = num_beams
+        self.cache.batch_repeat_interleave(num_beams)
+        self.keys = self.keys.map(lambda t: t.repeat_interleave(num_beams, dim=0))
 
-    def reorder(self, parent: Tensor) -> None:
-        """Let beam w of question q go on from what beam `parent[q, w]` has written.
+    def reorder_beams(self, parent: Tensor) -> None:
+        """Let beam w of question q continue beam `parent[q, w]`.
 
-        Questions of a row choose their parents apart from each other, so the cache is gathered column by column: a
-        column belongs to one question.
+        Questions that share a row have different parents, so the cache is gathered column by column: each column
+        belongs to one question.
         """
-        beams = torch.arange(self.beams, device=parent.device)
-        parents = beams.repeat(self.asked + 1, 1)  # closed questions and, at the end, padding stay as they are
+        beams = torch.arange(self.num_beams, device=parent.device)
+        parents = beams.repeat(self.total + 1, 1)  # finished questions and, last, padding keep their beams
         parents[self.number] = parent
-        source = parents[self.writer].transpose(1, 2)[:, :, None, :, None]  # [B, W, 1, columns, 1]
+        source = rearrange(parents[self.owner], "b k w -> b w 1 k 1")
         layers: list[Any] = self.cache.layers
         for states in (states for layer in layers for states in (layer.keys, layer.values)):
-            written = states[:, :, -source.shape[3] :].unflatten(0, (-1, self.beams))  # [B, W, heads, columns, Dh]
+            written = states[:, :, -source.shape[3] :].unflatten(0, (-1, self.num_beams))  # a view: [B, W, heads, K, D]
             written.copy_(written.gather(1, source.expand_as(written)))
 
     def _rows(self) -> int:
-        return len(self.keys.document) // self.beams
+        return len(self.keys.document) // self.num_beams
 
-    def _take_slots(self) -> None:
-        """The open questions of each row take its first slots."""
+    def _assign_slots(self) -> None:
+        """Assign each row's open questions to its first slots."""
         self.slot = torch.arange(len(self), device=self.row.device) - torch.searchsorted(self.row, self.row)
         self.slots = int(self.slot.max()) + 1
 
     def _place(self, values: Tensor, fill: int) -> Tensor:
-        """`[Q, W] -> [B * W, S]`: from questions to their slots."""
-        placed = values.new_full((self._rows(), self.beams, self.slots), fill)
-        placed[self.row, :, self.slot] = values
-        return placed.flatten(0, 1)
+        """Move values from questions to their slots: `[Q, W] -> [B * W, S]`."""
+        placed = values.new_full((self._rows(), self.slots, self.num_beams), fill)
+        placed[self.row, self.slot] = values
+        return rearrange(placed, "b s w -> (b w) s")
 
 
 def _last_prompt_tokens(batch: Batch) -> Tensor:
-    """`bool[B, T]`: the prompt tokens that no token of the same branch follows."""
+    """Return which tokens are the last of a prompt, `bool[B, T]`: no token of the same branch follows them."""
     is_prompt = (batch["role"] == PROMPT) & (batch["document"] != PADDING)
     follows = torch.zeros_like(is_prompt)
     same = is_prompt[:, 1:] & (batch["position"][:, 1:] == batch["position"][:, :-1] + 1)
@@ -228,42 +218,46 @@ def _last_prompt_tokens(batch: Batch) -> Tensor:
     return is_prompt & ~follows
 
 
-def streams_of(decoding: Decoding, keys: Sequence[int | str]) -> list[random.Random]:
-    """Each question's own stream of random numbers."""
+def random_streams(decoding: GenerationSettings, keys: Sequence[int | str]) -> list[random.Random]:
+    """Return a random number generator per question."""
     return [random.Random(f"{decoding.seed}-{key}") for key in keys]
 
 
-def pick(log_probs: Tensor, drawn: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The next token of each question, `int64[Q]`, and its log-probability, `float[Q]`.
+def choose_tokens(log_probs: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Choose the next token of each question.
 
     Args:
         log_probs: float[Q, V].
-        drawn: float64[Q], from 0 to 1, used where the temperature is not 0.
+        uniform: float64[Q], random numbers from 0 to 1; used if the temperature is not 0.
+        temperature: as in `GenerationSettings`.
+
+    Returns:
+        The token, `int64[Q]`, and its log-probability, `float[Q]`.
     """
     if temperature == 0:
         chosen = log_probs.argmax(-1)
-    else:  # the token under which the drawn share of all probability lies
-        share = (log_probs / temperature).softmax(-1).double().cumsum(-1)
-        chosen = torch.searchsorted(share, drawn[:, None] * share[:, -1:], right=True)[:, 0]
-        chosen = chosen.clamp(max=share.shape[-1] - 1)
+    else:  # the token at which the cumulative probability exceeds the random number
+        cumulative = (log_probs / temperature).softmax(-1).double().cumsum(-1)
+        chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        chosen = chosen.clamp(max=cumulative.shape[-1] - 1)
     return chosen, log_probs.gather(-1, chosen[:, None])[:, 0]
 
 
-def _one_by_one(
-    questions: OpenQuestions, eos: list[int], decoding: Decoding, keys: Sequence[int | str]
+def _sample(
+    questions: OpenQuestions, eos: list[int], decoding: GenerationSettings, keys: Sequence[int | str]
 ) -> list[Generated]:
-    """Greedy decoding, or sampling at a temperature."""
+    """Generate greedily, or by sampling at a temperature."""
     ends = torch.tensor(eos, device=questions.number.device)
-    streams = streams_of(decoding, keys)
+    streams = random_streams(decoding, keys)
 
-    def choose(log_probs: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        return pick(log_probs[:, 0], drawn, decoding.temperature)
+    def choose(log_probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        return choose_tokens(log_probs[:, 0], uniform, decoding.temperature)
 
     total = torch.zeros(len(questions), device=ends.device)
     written = torch.full((len(questions), decoding.max_new_tokens), -1, device=ends.device)
     for step in range(decoding.max_new_tokens):
-        drawn = [streams[number].random() for number in questions.number.tolist()]
-        chosen, log_prob = questions.read(choose, torch.tensor(drawn, dtype=torch.float64, device=ends.device))
+        uniform = [streams[number].random() for number in questions.number.tolist()]
+        chosen, log_prob = questions.choose(choose, torch.tensor(uniform, dtype=torch.float64, device=ends.device))
         total[questions.number] += log_prob
         open = ~torch.isin(chosen, ends)
         written[questions.number, step] = torch.where(open, chosen, -1)
@@ -277,51 +271,71 @@ def _one_by_one(
     ]
 
 
-def _beam_search(questions: OpenQuestions, eos: list[int], decoding: Decoding) -> list[list[Generated]]:
-    """Beam search with transformers' rules (`early_stopping=False`): W running and W finished beams a question.
+class FinishedBeams:
+    """The best W finished beams of every question, ranked by log-probability / length ** length_penalty."""
 
-    A finished beam scores its log-probability / length ** length_penalty, EOS counted. A question is done when
-    its best running beam, at its present length, no longer beats its worst finished one.
+    def __init__(self, questions: int, decoding: GenerationSettings) -> None:
+        self.decoding = decoding
+        self.beams: list[list[tuple[float, Generated]]] = [[] for _ in range(questions)]
+
+    def add(self, number: Tensor, which: Tensor, scores: Tensor, written: Tensor, length: int) -> None:
+        """Add the beams `written [Q, N, tokens]` that `which [Q, N]` selects.
+
+        Args:
+            number: int64[Q], the questions' indices.
+            scores: float[Q, N], log-probabilities.
+            length: tokens of each beam, EOS included.
+        """
+        numbers = number[which.nonzero()[:, 0]].tolist()
+        for one, score, tokens in zip(numbers, scores[which].tolist(), written[which].tolist(), strict=True):
+            self.beams[one].append((score / length**self.decoding.length_penalty, Generated(tokens, score)))
+        for one in numbers:
+            self.beams[one] = sorted(self.beams[one], key=lambda beam: -beam[0])[: self.decoding.num_beams]
+
+    def is_open(self, number: int, best: float) -> bool:
+        """Return whether a running beam with the length-penalised score `best` can still rank among the finished."""
+        finished = self.beams[number]
+        return len(finished) < self.decoding.num_beams or best >= finished[-1][0]
+
+
+def _beam_search(questions: OpenQuestions, eos: list[int], decoding: GenerationSettings) -> list[list[Generated]]:
+    """Search with W running and W finished beams per question, by transformers' rules (`early_stopping=False`).
+
+    A question is finished when its best running beam, at its present length, is worse than its worst finished one.
     """
-    width, device = decoding.beams, questions.number.device
+    width, device = decoding.num_beams, questions.number.device
     ends = torch.tensor(eos, device=device)
     running = torch.zeros(len(questions), 1, device=device)
     written = torch.full((len(questions), 1, 0), -1, device=device)
-    finished: list[list[tuple[float, Generated]]] = [[] for _ in range(len(questions))]
+    finished = FinishedBeams(len(questions), decoding)
 
     def choose(log_probs: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scores, flat = (running[:, :, None] + log_probs).flatten(1).topk(2 * width)
+        scores, flat = rearrange(running[:, :, None] + log_probs, "q w v -> q (w v)").topk(2 * width)
         return scores, flat // log_probs.shape[-1], flat % log_probs.shape[-1]
 
-    def finish(which: Tensor, scores: Tensor, beams: Tensor, length: int) -> None:
-        """Note the beams `beams [Q, N, tokens]` that `which [Q, N]` points out, the best W of each question."""
-        numbers = questions.number[which.nonzero()[:, 0]].tolist()
-        for number, score, tokens in zip(numbers, scores[which].tolist(), beams[which].tolist(), strict=True):
-            finished[number].append((score / length**decoding.length_penalty, Generated(tokens, score)))
-        for number in numbers:
-            finished[number] = sorted(finished[number], key=lambda beam: -beam[0])[:width]
-
     for length in range(1, decoding.max_new_tokens + 1):
-        scores, parent, token = questions.read(choose, running)
+        scores, parent, token = questions.choose(choose, running)
         is_end = torch.isin(token, ends)
         written = written.gather(1, parent[..., None].expand(-1, -1, length - 1))
-        finish(is_end & (torch.arange(2 * width, device=device) < width), scores, written, length)
+        finished.add(
+            questions.number, is_end & (torch.arange(2 * width, device=device) < width), scores, written, length
+        )
 
         running, kept = scores.masked_fill(is_end, -1e9).topk(width)
         parent, token = parent.gather(1, kept), token.gather(1, kept)
         written = torch.cat([written.gather(1, kept[..., None].expand(-1, -1, length - 1)), token[..., None]], dim=-1)
         best = (running[:, 0] / length**decoding.length_penalty).tolist()
-        found = [finished[number] for number in questions.number.tolist()]
-        open = torch.tensor([len(f) < width or b >= f[-1][0] for f, b in zip(found, best, strict=True)], device=device)
+        candidates = zip(questions.number.tolist(), best, strict=True)
+        open = torch.tensor([finished.is_open(number, score) for number, score in candidates], device=device)
         if length == decoding.max_new_tokens:  # unfinished beams compete as they are
-            finish(open[:, None].expand_as(running), running, written, length)
+            finished.add(questions.number, open[:, None].expand_as(running), running, written, length)
         if length == decoding.max_new_tokens or not open.any():
             break
         questions.keep(open)
         running, written, parent, token = running[open], written[open], parent[open], token[open]
         if length == 1:
-            questions.branch_out(width)
+            questions.expand_beams(width)
         else:
-            questions.reorder(parent)
+            questions.reorder_beams(parent)
         questions.step(token)
-    return [[beam for _, beam in beams] for beams in finished]
+    return [[beam for _, beam in beams] for beams in finished.beams]

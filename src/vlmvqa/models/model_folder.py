@@ -1,4 +1,4 @@
-"""Find a saved model's folder, and name the files in it. `checkpoint.py` reads and writes them."""
+"""The folder of a saved model: how it is found, and the names of its files. `checkpoint.py` reads and writes them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vlmvqa.hub import hub_or_cache, when_offline
 from vlmvqa.paths import EXPECTED, is_hub_id, missing_model
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
-BASE = "base"  # a folder of a run's: what its adapters lie over, where that lies nowhere else
-# Of a hub repository, what is ours or transformers' own: never a pickle, nor the weights once more in another form.
+BASE = "base"  # a run's folder of the base model, if the base isn't stored elsewhere
+# Files that are downloaded from a hub repository: no pickles, and no copies of the weights in other formats.
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
-def kept_base(folder: Path, base: str) -> Path | None:
-    """Where a base lies that is named as it is seen from its adapters' folder; None: it is named by itself."""
+def stored_base(folder: Path, base: str) -> Path | None:
+    """Return the folder of a base that is named relative to its adapter's folder; None for other names."""
     return (folder / base).resolve() if base.startswith(".") else None
 
 
@@ -24,7 +24,7 @@ def find(path_or_hub_id: str | Path) -> Path:
     """Return the folder of a saved model: a run's `model/` (or newest checkpoint), the folder itself, or a download.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no saved model.
     """
     folder = Path(path_or_hub_id).expanduser()
     for found in (folder / "model", folder):
@@ -38,7 +38,7 @@ def find(path_or_hub_id: str | Path) -> Path:
 
 
 def _newest_checkpoint(folder: Path) -> Path:
-    """Return the newest undamaged checkpoint of a run that has no `model/` yet, and print which one it is."""
+    """Return the newest undamaged checkpoint of a run without `model/`, and print its name."""
     from vlmvqa import ranks
     from vlmvqa.training.checkpoints import newest_intact
 
@@ -52,7 +52,7 @@ def _newest_checkpoint(folder: Path) -> Path:
 
 
 def _why_not(path: Path) -> str:
-    """Say what an existing path without `config.json` is."""
+    """Return a clause that describes an existing path without `config.json`."""
     if path.is_file():
         return "it is a file"
     if not any(path.iterdir()):
@@ -65,7 +65,7 @@ def _why_not(path: Path) -> str:
 
 
 def _download(hub_id: str) -> Path:
-    """Return the local snapshot of a hub id; where the hub cannot be reached, the one in the cache."""
+    """Return the local snapshot of a hub id, from the cache if the hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

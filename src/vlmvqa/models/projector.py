@@ -1,6 +1,6 @@
-"""The projector: from the vision encoder's width to the language model's.
+"""The projector from the vision encoder's width to the language model's.
 
-Legend: I images, N patches, Dv vision width, D language width.
+Legend: I images, N tokens per image, Dv vision width, D language width.
 """
 
 from __future__ import annotations
@@ -26,5 +26,6 @@ class Projector(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Project image features."""
         projected: Tensor = self.dropout(self.layers(features))
         return projected

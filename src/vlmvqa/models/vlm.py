@@ -5,37 +5,39 @@
     document, branch, role, position [B, T] ---one predicate---> mask [B, 1, T, T] --^              |
     labels       [B, T]       ---------------supervised positions only: logits [S, V], loss <-------+
 
+`models/build.py` builds it from settings and loads its weights.
+
 Legend: B rows, T tokens, I images, N image tokens, D width, Dv vision width, S supervised tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.models.generation import Decoding, Generated, alternatives, generate
-from vlmvqa.models.language import LanguageModel, LanguageSettings, build_language_model
+from vlmvqa.models.interface import Generated, GenerationSettings, Model, Part
+from vlmvqa.models.language import LanguageModel, LanguageSettings
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
-from vlmvqa.sequence.loss import divided, supervised_loss
-from vlmvqa.sequence.masks import MODES, SHAREABLE, Tokens
-from vlmvqa.sequence.rows import IGNORE, NO_IMAGE
+from vlmvqa.sequence.loss import divide_loss, supervised_loss
+from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE, Tokens
+from vlmvqa.sequence.rows import IGNORE, NO_IMAGE, Batch
 
-Batch = Mapping[str, Tensor]
-AnyModel = TypeVar("AnyModel", bound=nn.Module)
-PARTS = ("vision", "projector", "language")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from vlmvqa.models.flops import Flops
 
 
 @dataclass(frozen=True)
 class ProjectorSettings:
-    """`kind` "linear" or "mlp"; `dropout` on the projected features."""
+    """Settings of the projector: its `kind` ("linear" or "mlp"), and `dropout` on the projected features."""
 
     kind: str = "linear"
     dropout: float = 0.0
@@ -43,165 +45,155 @@ class ProjectorSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """All that builds a `VLM`; `dtype` is that of the weights: "float32", "bfloat16", or frozen ones' "float16"."""
+    """Settings of a `VLM`; `dtype` of the weights: "float32", "bfloat16", or for frozen weights "float16"."""
 
+    family: ClassVar[str] = "vlm"
     vision: VisionSettings = field(default_factory=VisionSettings)
     projector: ProjectorSettings = field(default_factory=ProjectorSettings)
     language: LanguageSettings = field(default_factory=LanguageSettings)
-    mode: str = "blockwise_prefix"
+    attention_pattern: str = "blockwise_prefix"
     dtype: str = "float32"
 
 
-class VLM(nn.Module):
-    """Vision encoder, projector and language model; `mode` says who sees whom (`sequence/masks.py`)."""
+class VLM(Model):
+    """Vision encoder, projector and language model; `attention_pattern` is a key of `masks.ATTENTION_PATTERNS`."""
 
-    # The loss is divided by the supervised tokens of the whole global batch, which only the trainer knows.
-    accepts_loss_kwargs = True
+    text_folder = "tokenizer"
 
-    def __init__(self, vision: VisionEncoder, projector: Projector, language: LanguageModel, mode: str) -> None:
+    def __init__(
+        self, vision: VisionEncoder, projector: Projector, language: LanguageModel, attention_pattern: str
+    ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise InputError(f"model.mode={mode} is unknown; use one of {', '.join(MODES)}{suggest(mode, MODES)}")
+        if attention_pattern not in ATTENTION_PATTERNS:
+            raise InputError(
+                f"model.attention_pattern={attention_pattern} is unknown; use one of {', '.join(ATTENTION_PATTERNS)}"
+                f"{suggest(attention_pattern, ATTENTION_PATTERNS)}"
+            )
         self.vision = vision
         self.projector = projector
         self.language = language
-        self.mode = mode
+        self.attention_pattern = attention_pattern
 
-    def image_tokens(self, batch: Batch) -> Tensor:
-        """`pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` -> `float[I * N, D]`."""
+    # ---- embed, place, mask, decode, loss
+
+    def image_embeddings(self, batch: Batch) -> Tensor:
+        """Project `pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` to `float[I * N, D]`."""
         dtype = next(self.projector.parameters()).dtype
         features = (
             batch["image_features"] if "image_features" in batch else self.vision(batch["pixel_values"].to(dtype))
         )
         projected: Tensor = self.projector(features.to(dtype))
-        return projected.flatten(0, 1)
+        return rearrange(projected, "i n d -> (i n) d")
 
     def embed(self, batch: Batch) -> Tensor:
-        """Text and image tokens in place: `float[B, T, D]`. One gather, one where, whatever the data."""
+        """Return text and image embeddings in place, `float[B, T, D]`: one gather and one where for any batch."""
         text = self.language.embed(batch["input_ids"])
-        images = self.image_tokens(batch).to(text.dtype)
+        images = self.image_embeddings(batch).to(text.dtype)
         index = batch["image_index"]
         return torch.where((index != NO_IMAGE)[..., None], images[index.clamp(min=0)], text)
 
     def tokens(self, batch: Batch) -> Tokens:
-        """What the mask's predicate knows of the batch's tokens."""
-        return Tokens.of(batch["document"], batch["branch"], batch["role"], batch["position"], self.mode)
+        """Return the token properties that decide which tokens see which."""
+        return Tokens.of(batch["document"], batch["branch"], batch["role"], batch["position"], self.attention_pattern)
 
     def decode(self, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """The last hidden state of every token: `float[B, T, D]`; fills the cache, if one is given."""
+        """Return the last hidden state of every token, `float[B, T, D]`; fill `cache` with keys and values."""
         hidden: Tensor = self.language(self.embed(batch), self.tokens(batch), cache=cache)
         return hidden
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply the output head: `float[S, D] -> float32[S, V]`."""
+        return self.language.logits(hidden)
+
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
-        """The loss over supervised positions.
+        """Compute the loss over supervised positions.
 
         Args:
-            num_items_in_batch: what the sum is divided by (default: the weights of this batch's supervised tokens,
-                their number where all weigh the same). The trainer gives that of all accumulation steps and ranks.
-            batch: as `data/processor.py` makes it; `weights` may be left out.
+            num_items_in_batch: divisor of the summed loss. The trainer passes the weight of all accumulation steps and
+                ranks; by default it is the weight of this batch's supervised tokens.
+            batch: as `data/processor.py` collates it; `weights` is optional.
 
         Returns:
-            `loss` (scalar) and `supervised_tokens` (scalar).
+            `loss` and `supervised_tokens`, both scalars.
         """
         hidden, labels = self.decode(batch), batch["labels"]
         fused = self.language.fused_losses if self.language.loss == "fused" else None
-        loss, weight = supervised_loss(hidden, labels, self.language.logits, weights=batch.get("weights"), fused=fused)
+        loss, weight = supervised_loss(hidden, labels, self.logits, weights=batch.get("weights"), fused=fused)
         return {
-            "loss": divided(loss, weight, num_items_in_batch),
+            "loss": divide_loss(loss, weight, num_items_in_batch),
             "supervised_tokens": (labels != IGNORE).sum(),
         }
 
+    # ---- answers
+
     def generate(
-        self, batch: Batch, eos: Collection[int], decoding: Decoding, keys: Sequence[int | str] | None = None
+        self, batch: Batch, eos: Collection[int], decoding: GenerationSettings, keys: Sequence[int | str] | None = None
     ) -> list[Generated]:
-        """Answer every question of a batch of rows without answers (`generation.py`)."""
+        """Answer every question of rows without answers, in row order (see `generation.generate`)."""
+        from vlmvqa.models.generation import generate
+
         return generate(self, batch, eos, decoding, keys)
 
-    def alternatives(self, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[list[Generated]]:
-        """The best beams of every question, `decoding.beams` of them, the best first."""
-        return alternatives(self, batch, eos, decoding)
+    def beam_candidates(
+        self, batch: Batch, eos: Collection[int], decoding: GenerationSettings
+    ) -> list[list[Generated]]:
+        """Return the finished beams of every question, best first, at most `decoding.num_beams`."""
+        from vlmvqa.models.generation import beam_candidates
+
+        return beam_candidates(self, batch, eos, decoding)
+
+    # ---- the rest of the interface
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Every transformer block: what a strategy shards, and what is recomputed."""
+        """Every transformer block of encoder and decoder."""
         return [*self.vision.blocks, *self.language.blocks]
 
     @property
     def attention(self) -> str:
-        """The decoder's backend."""
+        """Name of the decoder's attention backend."""
         return self.language.attention
 
     @property
     def shares_images(self) -> bool:
-        """Whether several questions may be asked of an image in one row."""
-        return self.mode in SHAREABLE
+        """Whether one row may hold several questions about an image."""
+        return self.attention_pattern in SHAREABLE
 
     def get_input_embeddings(self) -> nn.Module:
-        """What the Trainer adds NEFTune's noise to."""
+        """Return the token embedding, to which transformers' Trainer adds NEFTune's noise."""
         embedding: nn.Module = self.language.decoder.get_input_embeddings()
         return embedding
 
-    def part_of(self, name: str) -> str:
-        """Which of "vision", "projector" and "language" a weight is of."""
-        return name.split(".")[0]
-
     def part(self, name: str) -> Part:
-        """A part as `set_trainable` wants it."""
-        module = getattr(self, name)
-        blocks, norm = getattr(module, "blocks", []), getattr(module, "final_norm", None)
-        return Part(list(module.parameters()), blocks, [norm] if norm is not None else [])
+        """Return one of `interface.PARTS`."""
+        if name == "projector":
+            return Part(self.projector, list(self.projector.parameters()))
+        module = self.vision if name == "vision" else self.language
+        return Part(module, list(module.parameters()), module.blocks, [module.final_norm])
 
     def checkpoint_activations(self) -> None:
-        """Trade time for memory: recompute activations of encoder blocks and decoder layers in the backward pass."""
+        """Recompute activations of encoder blocks and decoder layers in the backward pass: less memory, more time."""
         self.vision.checkpoint_activations()
         self.language.checkpoint_activations()
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
-        """What transformers' Trainer calls under `activation_checkpointing=true`."""
-        if activation_checkpointing_kwargs or options.get("every_n_layers", 1) != 1 or options.get("offload"):
-            raise InputError("trainer.activation_checkpointing_kwargs is not supported; leave it out")
-        self.checkpoint_activations()
+    def describe_attention(self) -> str:
+        """Return attention pattern and backend; raise InputError if another backend runs than configured."""
+        return f"{self.attention_pattern}, {self.language.describe_attention()}"
 
+    def eager_attention(self) -> AbstractContextManager[Sequence[nn.Module]]:
+        """Use attention that returns its weights, within the context; yield the decoder's attention modules."""
+        return self.language.eager_attention()
 
-def build(settings: ModelSettings) -> VLM:
-    """A `VLM` from settings, weights included."""
-    if settings.dtype not in DTYPES:
-        raise InputError(f"model.dtype={settings.dtype} is unknown; use one of {', '.join(DTYPES)}")
-    vision = VisionEncoder(settings.vision)
-    return assemble(vision, build_language_model(settings.language, DTYPES[settings.dtype]), settings)
+    def patch_grid(self, batch: Batch) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image."""
+        return self.vision.patch_grid
 
+    def flops(self) -> Flops | None:
+        """Return the floating-point operations per image and token (see `flops.count_flops`)."""
+        from vlmvqa.models.flops import count_flops
 
-def assemble(vision: VisionEncoder, language: LanguageModel, settings: ModelSettings) -> VLM:
-    """Join an encoder and a language model by a new projector."""
-    projector = Projector(vision.width, language.width, settings.projector.kind, settings.projector.dropout)
-    return cast_parameters(VLM(vision, projector, language, settings.mode), DTYPES[settings.dtype])
+        return count_flops(self.vision, self.projector, self.language)
 
-
-def cast_parameters(model: AnyModel, dtype: torch.dtype) -> AnyModel:
-    """The weights in another type; buffers keep theirs, because rotary frequencies rounded to bfloat16 are others."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():  # 4-bit weights are packed into bytes
-            parameter.data = parameter.data.to(dtype)
-    return model
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part's parameters, its transformer blocks, and the norm after them."""
-
-    parameters: Sequence[nn.Parameter]
-    blocks: Sequence[nn.Module] = ()
-    final_norm: Sequence[nn.Module] = ()
-
-
-def set_trainable(part: Part, choice: str | int, name: str) -> None:
-    """Let a part train: "all", "none", or an int n for its last n blocks (the final norm with them)."""
-    if isinstance(choice, bool) or (choice not in ("all", "none") and not isinstance(choice, int)):
-        raise InputError(f"trainable.{name}={choice} is unknown; use all, none, or the number of last blocks")
-    for parameter in part.parameters:
-        parameter.requires_grad_(choice == "all")
-    if isinstance(choice, int):
-        if not 0 < choice <= len(part.blocks):
-            raise InputError(f"trainable.{name}={choice}: no such number of last blocks there; use all or none")
-        for module in (*part.blocks[-choice:], *part.final_norm):
-            module.requires_grad_(True)
+    def saved_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content of `config.json`: the given entries with the decoder's config."""
+        return {**config, "language_config": self.language.config.to_dict()}

@@ -1,7 +1,7 @@
-"""The loss of supervised positions only: no logits where nothing is predicted.
+"""Cross-entropy at supervised positions only, so that no other position needs logits.
 
-Gemma 2's output matrix has 256,000 rows: logits for every position of a batch are gigabytes, and most
-positions (image, question, padding) carry no label.
+Gemma 2's output matrix has 256,000 rows: logits for every position of a batch take gigabytes, and most positions
+(image, question, padding) have no label.
 
 Legend: B rows, T tokens, S supervised tokens, D width, V vocabulary.
 """
@@ -28,21 +28,21 @@ def supervised_loss(
     weights: Tensor | None = None,
     fused: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in fp32 over supervised positions, and what to divide it by for a mean.
+    """Sum the cross-entropy in fp32 over supervised positions.
 
     Args:
         hidden: float[B, T, D], the decoder's last hidden state.
-        labels: int64[B, T], the token each position predicts, -100 where none.
+        labels: int64[B, T], the token that each position predicts; -100 for none.
         logits: float[S, D] -> float32[S, V], the output head with its softcap.
-        chunk: how many positions meet the output head at once; each chunk's logits are recomputed in the
-            backward pass instead of kept, where there is more than one.
-        weights: float32[B, T], what each position counts (None: all the same).
-        fused: (float[S, D], int64[S]) -> float32[S], the cross-entropies by a kernel that holds no logits, in place
-            of `logits` and chunks.
+        chunk: positions passed to the output head at once. If there are several chunks, their logits are recomputed in
+            the backward pass instead of stored.
+        weights: float32[B, T], the weight of each position (None: 1).
+        fused: (float[S, D], int64[S]) -> float32[S], a kernel that computes the cross-entropies without storing
+            logits; replaces `logits` and `chunk`.
 
     Returns:
-        the sum, each term times its weight (0, still attached to the graph, where nothing is supervised), and the sum
-        of the weights (S without any).
+        The weighted sum (0, still attached to the graph, if nothing is supervised), and the sum of the weights, its
+        divisor for a mean.
     """
 
     def chunk_loss(states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -50,19 +50,19 @@ def supervised_loss(
 
     supervised = labels != IGNORE
     states, targets = hidden[supervised], labels[supervised]
-    counted = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights[supervised]
+    weight = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights[supervised]
     if fused is not None and len(targets):
-        return (fused(states, targets) * counted).sum(), counted.sum()
-    pieces = list(zip(states.split(chunk), targets.split(chunk), counted.split(chunk), strict=True))
-    if len(pieces) == 1:
-        losses = [chunk_loss(*pieces[0])]
+        return (fused(states, targets) * weight).sum(), weight.sum()
+    chunks = list(zip(states.split(chunk), targets.split(chunk), weight.split(chunk), strict=True))
+    if len(chunks) == 1:
+        losses = [chunk_loss(*chunks[0])]
     else:
-        losses = [torch.as_tensor(checkpoint(chunk_loss, *piece, use_reentrant=False)) for piece in pieces]
-    return torch.stack(losses).sum(), counted.sum()
+        losses = [torch.as_tensor(checkpoint(chunk_loss, *one, use_reentrant=False)) for one in chunks]
+    return torch.stack(losses).sum(), weight.sum()
 
 
-def divided(loss: Tensor, weight: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """A sum of losses over what the whole global batch weighs, or over its own weight where that is not given."""
+def divide_loss(loss: Tensor, weight: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Divide a summed loss by the weight of the global batch, or by its own weight if that is None."""
     divisor = weight if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=loss.device)
-    # Where nothing is supervised the loss is 0, not 0 / 0.
+    # If nothing is supervised, the loss is 0, not 0 / 0.
     return loss / divisor.where(divisor != 0, 1)

@@ -1,9 +1,9 @@
-"""Who may see whom: one predicate, and the two masks made from it.
+"""Which tokens see which: one predicate, and the dense and block masks built from it.
 
-The predicate is written once, over token properties (`Tokens`), not over indices. A dense boolean mask (any
-device) and a FlexAttention `BlockMask` (CUDA) both evaluate it.
+The predicate is defined over token properties (`Tokens`), not over indices. A dense boolean mask (any device) and a
+FlexAttention `BlockMask` (CUDA) both evaluate it.
 
-Legend: B rows, Q query tokens, K key tokens.
+Legend: B rows, T tokens, Q query tokens, K key tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from vlmvqa.sequence.rows import PADDING
 
 NONE = -1
 SPAN = 64  # queries
-# Attention mode -> the bidirectional block of an image, a prompt and an answer token (NONE: plain causal).
-# Tokens of one block (and one branch, or the image) see each other both ways.
-MODES = {
+# Attention pattern -> the bidirectional block of image, prompt and answer tokens (NONE: causal).
+# Tokens in one block (and in one branch, or the image) see each other in both directions.
+ATTENTION_PATTERNS = {
     "causal": (NONE, NONE, NONE),
     "image_prefix": (0, NONE, NONE),
     "blockwise_prefix": (0, 1, NONE),
@@ -31,7 +31,7 @@ SHAREABLE = ("causal", "image_prefix", "blockwise_prefix")
 
 
 class Tokens(NamedTuple):
-    """What the predicate knows of tokens: `int64` tensors of one shape (see the diagram in `rows.py`)."""
+    """Token properties that the predicate uses: `int64` tensors of one shape (see the diagram in `rows.py`)."""
 
     document: Tensor
     branch: Tensor
@@ -39,23 +39,26 @@ class Tokens(NamedTuple):
     position: Tensor
 
     @classmethod
-    def of(cls, document: Tensor, branch: Tensor, role: Tensor, position: Tensor, mode: str) -> Tokens:
-        """The columns of a batch, with each role's bidirectional block under `mode`."""
-        return cls(document, branch, torch.tensor(MODES[mode], device=role.device)[role], position)
+    def of(cls, document: Tensor, branch: Tensor, role: Tensor, position: Tensor, attention_pattern: str) -> Tokens:
+        """Return the columns of a batch, with each role's bidirectional block under `attention_pattern`."""
+        blocks = torch.tensor(ATTENTION_PATTERNS[attention_pattern], device=role.device)
+        return cls(document, branch, blocks[role], position)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        """Apply a function to every column."""
         return Tokens(*(function(column) for column in self))
 
     def append(self, other: Tokens) -> Tokens:
+        """Concatenate the tokens of two `[B, ...]` along the rows."""
         return Tokens(*(torch.cat(columns, dim=1) for columns in zip(self, other, strict=True)))
 
 
 def visible(query: Tokens, key: Tokens, window: int | None = None) -> Tensor:
-    """Whether `query` sees `key`: `bool`, broadcast over the shapes of both.
+    """Return whether `query` sees `key`: `bool`, broadcast over the shapes of both.
 
     Args:
-        window: Gemma 2's local layers see this many positions back (None: all). Counted on restarted
-            positions, not on indices, so that a question sees the same whichever row it shares.
+        window: number of positions that Gemma 2's local layers see back (None: all). It is counted on restarted
+            positions, not on indices, so that a question sees the same tokens in any shared row.
     """
     same_document = (query.document == key.document) & (key.document != PADDING)
     image_or_own_branch = (key.branch == 0) | (key.branch == query.branch)
@@ -65,27 +68,27 @@ def visible(query: Tokens, key: Tokens, window: int | None = None) -> Tensor:
 
 
 def dense_mask(query: Tokens, key: Tokens, window: int | None = None) -> Tensor:
-    """`bool[B, 1, Q, K]` from tokens `[B, Q]` and `[B, K]`.
+    """Return `bool[B, 1, Q, K]` from tokens `[B, Q]` and `[B, K]`.
 
-    A query that may see nothing (padding) is let see everything: softmax over nothing is NaN, and NaN times the
-    zero gradient of an unused position is NaN in every key. No label stands there, so nothing depends on it.
+    A query that sees nothing (padding) is set to see everything: softmax over nothing is NaN, and NaN times the zero
+    gradient of an unused position is NaN in every key. Padding has no label, so nothing depends on it.
     """
     mask = visible(query.map(lambda t: t[:, :, None]), key.map(lambda t: t[:, None, :]), window)
     return (mask | ~mask.any(-1, keepdim=True))[:, None]
 
 
-def spans(tokens: Tokens) -> list[tuple[slice, slice]]:
-    """Spans of queries, each with the keys from the first to the last that they see in any row.
+def key_spans(tokens: Tokens) -> list[tuple[slice, slice]]:
+    """Return spans of queries, each with the range of keys that they see in any row.
 
-    For tokens `[B, T]` that attend to themselves, padding left out. Text follows all that an image sees, later text
-    follows earlier text, and a document sees no other: dense attention need not compute what no row may see. This reads
-    numbers, for which a GPU would have to be waited for.
+    For tokens `[B, T]` that attend to themselves. Documents and their texts follow each other, so that most scores
+    outside these ranges are hidden and dense attention need not compute them. Padding is left out. Reads values, for
+    which a GPU needs a synchronization.
     """
     seen = visible(tokens.map(lambda t: t[:, :, None]), tokens.map(lambda t: t[:, None, :])).any(0)
     length = len(seen)
-    place = torch.arange(length)
-    firsts = torch.where(seen, place, length).amin(1).split(SPAN)
-    ends = torch.where(seen, place + 1, 1).amax(1).split(SPAN)  # padding in all rows sees nothing
+    index = torch.arange(length)
+    firsts = torch.where(seen, index, length).amin(1).split(SPAN)
+    ends = torch.where(seen, index + 1, 1).amax(1).split(SPAN)  # a query that is padding in all rows sees nothing
     keys = [(int(first.min()), int(end.max())) for first, end in zip(firsts, ends, strict=True)]
     return [
         (slice(SPAN * number, min(SPAN * (number + 1), length)), slice(min(first, end - 1), end))
@@ -94,9 +97,9 @@ def spans(tokens: Tokens) -> list[tuple[slice, slice]]:
 
 
 def block_mask(tokens: Tokens, window: int | None = None) -> BlockMask:
-    """FlexAttention's `BlockMask` over tokens `[B, T]` that attend to themselves.
+    """Return FlexAttention's `BlockMask` over tokens `[B, T]` that attend to themselves.
 
-    T must be a multiple of 128, the block size; training pads its rows accordingly. For other lengths, PyTorch 2.15's
+    T must be a multiple of 128, the block size; training pads its rows to one. For other lengths, PyTorch 2.15's
     compiled CPU kernel computes wrong values (cf. pytorch#159247).
     """
 

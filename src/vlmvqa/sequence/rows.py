@@ -1,4 +1,4 @@
-"""Examples to token rows: one image, then under it its questions, each a branch of its own.
+"""Token rows: images, each followed by its questions, with every question in its own branch.
 
      token      i  i  i  i | q  q  q | a  a | q  q | a  a | i  i  i  i | q  q | a |  .   .
      document   0  0  0  0   0  0  0   0  0   0  0   0  0   1  1  1  1   1  1   1   -1  -1
@@ -6,30 +6,32 @@
      role       I  I  I  I   P  P  P   A  A   P  P   A  A   I  I  I  I   P  P   A    .   .
      position   0  1  2  3   4  5  6   7  8   4  5   6  7   0  1  2  3   4  5   6    .   .
 
-A document is an image with its questions; a row holds one or more. Every branch counts its positions
-on from the image, as if it were alone, so a shared row computes what separate rows would.
+A document is an image with its questions; a row holds one or more. The positions of every branch
+continue those of the image, so that a shared row computes the same as separate rows.
 
-Labels stand at the position that predicts them: the last prompt token carries the first answer token,
-the last answer token carries EOS. EOS itself is never an input, since nothing is predicted from it.
+Labels are stored at the position that predicts them: the last prompt token has the first answer token
+as its label, the last answer token has EOS. EOS is never an input, because nothing is predicted from it.
 
-Legend: B rows, T tokens a row, N image tokens.
+Legend: B rows, T tokens per row, N tokens per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Batch = Mapping[str, Tensor]  # columns `[B, T]` by name, and the images
+
 IMAGE, PROMPT, ANSWER = 0, 1, 2  # roles
 PADDING = -1  # the document of a padding token
 IGNORE = -100  # the label of an unsupervised position (torch's convention)
 NO_IMAGE = -1  # the image_index of a text token
 
-# What stands in each column where a row has ended.
+# Padding value of each column.
 FILL = {
     "input_ids": 0,
     "image_index": NO_IMAGE,
@@ -38,15 +40,18 @@ FILL = {
     "role": PROMPT,
     "position": 0,
     "labels": IGNORE,
-    "weights": 0.0,  # of a label in the loss: the one column of float32, all others are int64
+    "weights": 0.0,  # weight of a label in the loss: float32, all other columns are int64
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedQuestion:
-    """A question as token ids; `answer` ends with EOS, or is empty where the model is to write it.
+    """A question as token ids.
 
-    `weight` is what each of its supervised tokens counts in the loss (`loss.py`).
+    Attributes:
+        prompt: BOS and the question in the prompt template.
+        answer: the answer with EOS; empty if the model is to generate it.
+        weight: weight of each supervised token in the loss.
     """
 
     prompt: Sequence[int]
@@ -68,49 +73,54 @@ class Document:
 
 @dataclass(slots=True)
 class Row:
-    """Columns of one row, all of the same length T (the diagram above)."""
+    """Columns of one row, all of length T (see the diagram above)."""
 
     columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in FILL})
 
     def __len__(self) -> int:
+        """Return T."""
         return len(self.columns["input_ids"])
 
     def extend(self, **values: Sequence[float]) -> None:
+        """Append values to every column."""
         for name in FILL:
             self.columns[name].extend(values[name])
 
 
-def build_row(documents: Sequence[Document], image_tokens: int, mode: str, first_image: int = 0) -> Row:
-    """Lay documents out in one row.
+def build_row(
+    documents: Sequence[Document], num_image_tokens: int, attention_pattern: str, first_image: int = 0
+) -> Row:
+    """Build one row of documents.
 
     Args:
-        documents: images with their questions, in order.
-        image_tokens: N, tokens an image.
-        mode: the attention mode (`masks.MODES`); under "prefix_lm" a document is one single branch.
+        documents: images with their questions.
+        num_image_tokens: N.
+        attention_pattern: a key of `masks.ATTENTION_PATTERNS`; under "prefix_lm" a document is a single branch.
         first_image: index in the batch of the first document's image; the other images follow it.
 
     Raises:
-        ValueError: two questions share an image under "prefix_lm", whose image tokens see the question; an
-            image has no question; or a question has no token to read.
+        ValueError: two questions share an image under "prefix_lm", where image tokens see the question; an image has
+            no question; or a question has no prompt token.
     """
     row = Row()
     for number, document in enumerate(documents):
-        if mode == "prefix_lm" and len(document.questions) > 1:
+        if attention_pattern == "prefix_lm" and len(document.questions) > 1:
             raise ValueError(
                 f"{len(document.questions)} questions share an image under prefix_lm, where the image sees its "
-                "question; give each question its own row (data.questions_per_row=1) or use another attention mode"
+                "question; give each question its own row (data.questions_per_row=1) or use another attention pattern"
             )
+        image = first_image + number
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")
         row.extend(
-            input_ids=[FILL["input_ids"]] * image_tokens,
-            image_index=range((first_image + number) * image_tokens, (first_image + number + 1) * image_tokens),
-            document=[number] * image_tokens,
-            branch=[0] * image_tokens,
-            role=[IMAGE] * image_tokens,
-            position=range(image_tokens),
-            labels=[IGNORE] * image_tokens,
-            weights=[0.0] * image_tokens,
+            input_ids=[FILL["input_ids"]] * num_image_tokens,
+            image_index=range(image * num_image_tokens, (image + 1) * num_image_tokens),
+            document=[number] * num_image_tokens,
+            branch=[0] * num_image_tokens,
+            role=[IMAGE] * num_image_tokens,
+            position=range(num_image_tokens),
+            labels=[IGNORE] * num_image_tokens,
+            weights=[0.0] * num_image_tokens,
         )
         for branch, question in enumerate(document.questions, start=1):
             if not question.prompt:
@@ -120,9 +130,9 @@ def build_row(documents: Sequence[Document], image_tokens: int, mode: str, first
                 input_ids=[*question.prompt, *question.answer[:-1]],
                 image_index=[NO_IMAGE] * (prompt + answer),
                 document=[number] * (prompt + answer),
-                branch=[0 if mode == "prefix_lm" else branch] * (prompt + answer),
+                branch=[0 if attention_pattern == "prefix_lm" else branch] * (prompt + answer),
                 role=[PROMPT] * prompt + [ANSWER] * answer,
-                position=range(image_tokens, image_tokens + prompt + answer),
+                position=range(num_image_tokens, num_image_tokens + prompt + answer),
                 labels=[IGNORE] * (prompt - 1) + list(question.answer or [IGNORE]),
                 weights=[0.0] * (prompt - 1) + [question.weight] * len(question.answer or [IGNORE]),
             )
@@ -130,7 +140,7 @@ def build_row(documents: Sequence[Document], image_tokens: int, mode: str, first
 
 
 def pad_rows(rows: Sequence[Row], multiple: int = 1, left: bool = False) -> dict[str, Tensor]:
-    """Stack rows into `[B, T]` columns, padded to the longest (rounded up to a multiple), on the right or the left."""
+    """Stack rows into `[B, T]` columns, padded on the right or left to the longest, rounded up to a multiple."""
     length = max(len(row) for row in rows)
     length = -(-length // multiple) * multiple
 

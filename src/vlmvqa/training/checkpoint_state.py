@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vlmvqa import ranks
-from vlmvqa.models.checkpoint import saved_name
 from vlmvqa.training.interface import TrainerInterface
 
 WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
@@ -40,14 +39,14 @@ def save_weights(trainer: TrainerInterface, path: Path) -> None:
     """Save the full weights in the model's own dtypes; every rank must call this, rank 0 writes."""
     weights = full_weights(trainer)
     if ranks.is_first():
-        named = {saved_name(name): weight.contiguous() for name, weight in weights.items()}
+        named = {trainer.vlm.saved_name(name): weight.contiguous() for name, weight in weights.items()}
         save_file(named, path, {"format": "pt"})
 
 
 def load_weights(trainer: TrainerInterface, path: Path) -> None:
     """Load what `save_weights` saved; every rank must call this."""
     saved = load_file(path)
-    trainer.full_state.load_weights({name: saved[saved_name(name)] for name in trainer.saved_dtypes})
+    trainer.full_state.load_weights({name: saved[trainer.vlm.saved_name(name)] for name in trainer.saved_dtypes})
 
 
 def save(trainer: TrainerInterface, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
 from vlmvqa.training.full_state import num_elements
 
 # Values printed for a training step, with their format and digits; `log.jsonl` and the loggers get all values.

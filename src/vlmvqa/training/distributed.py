@@ -32,7 +32,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from vlmvqa.config.launcher import ACCELERATES, LAUNCH
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError, counted
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
 
 
 def start(settings: DistSettings, cpu: bool) -> None:

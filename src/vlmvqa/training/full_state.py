@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from vlmvqa import ranks
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
 from vlmvqa.training import optimizer_state
 from vlmvqa.training.optimizer_state import local_tensor
 

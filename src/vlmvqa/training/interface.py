@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from vlmvqa.config.schema import DistSettings
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
 from vlmvqa.training.full_state import FullState
 from vlmvqa.training.optimizer import GradientClipping
 

@@ -11,8 +11,7 @@ import torch
 
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
-from vlmvqa.models.checkpoint import Model
-from vlmvqa.models.vlm import PARTS
+from vlmvqa.models.interface import PARTS, Model
 
 # Package, class and install extra of each optimizer.
 CLASSES = {

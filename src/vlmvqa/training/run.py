@@ -30,9 +30,8 @@ from vlmvqa.inference.evaluate import EvalSpec
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.inference.scoring import Output, ScoredTask, score_and_report
 from vlmvqa.metrics.registry import score
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model, set_trainable
 from vlmvqa.models.model_folder import BASE, CONFIG
-from vlmvqa.models.vlm import set_trainable
 from vlmvqa.training import distributed, samples
 from vlmvqa.training.arguments import training_arguments
 from vlmvqa.training.callbacks import RunInfo, Tracking, chosen

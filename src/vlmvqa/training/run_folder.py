@@ -12,7 +12,7 @@ import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -25,11 +25,13 @@ from vlmvqa.config.schema import TrainConfig
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError, counted
 from vlmvqa.inference.scoring import versions
-from vlmvqa.models.checkpoint import Adapter
 from vlmvqa.training.callbacks import run_ids
 from vlmvqa.training.checkpoint_state import progress, total_steps
 from vlmvqa.training.checkpoints import LATEST, newest_intact, point, remove_incomplete
 from vlmvqa.training.samples import FILE as SAMPLES
+
+if TYPE_CHECKING:
+    from vlmvqa.extras.adapters.peft_adapters import Adapter
 
 SWEEP = "multirun.yaml"  # Hydra's record of a sweep, in the sweep's folder
 RUN = "run.json"  # when, how, on what and from which code it was started, each time

@@ -12,8 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, counted
-from vlmvqa.extras.pretrained.model import PretrainedVLM
-from vlmvqa.models.attention import SOFTCAP
 from vlmvqa.training.full_state import num_elements
 from vlmvqa.training.interface import TrainerInterface
 from vlmvqa.training.optimizer import CLASSES
@@ -30,7 +28,7 @@ def check(trainer: TrainerInterface) -> str:
         "strategy": _check_strategy(trainer),
         "parameters": _check_sharding(trainer, parameters),
         "computed in": _check_precision(trainer),
-        "attention": _check_attention(trainer),
+        "attention": trainer.vlm.describe_attention(),
         "optimizer": _check_optimizer(trainer),
         "trained": _check_trained(trainer, parameters),
         "global batch": _describe_batch(trainer),
@@ -98,17 +96,6 @@ def _check_precision(trainer: TrainerInterface) -> str:
     if args.torch_compile:
         extras.append(f"compiled by {args.torch_compile_backend}")
     return ", ".join([f"{computed_in}, weights kept in {weights}", *extras])
-
-
-def _check_attention(trainer: TrainerInterface) -> str:
-    vlm = trainer.vlm
-    if isinstance(vlm, PretrainedVLM):
-        return f"the library's own ({vlm.attention})"
-    language = vlm.language
-    implementation = language.decoder.config._attn_implementation
-    expected = "flex_attention" if language.attention == "flex" else "dense"
-    _require_equal("attention", expected, "dense" if implementation in (SOFTCAP, "sdpa") else implementation)
-    return f"{vlm.mode}, {language.attention} ({implementation})"
 
 
 def _check_optimizer(trainer: TrainerInterface) -> str:

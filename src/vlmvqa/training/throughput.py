@@ -35,9 +35,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlmvqa import ranks
-from vlmvqa.models.checkpoint import Model
-from vlmvqa.models.flops import COUNTED, Flops, count, count_flops, matrix_rate
-from vlmvqa.models.vlm import VLM, Batch
+from vlmvqa.models.flops import COUNTED, Flops, count, matrix_rate
+from vlmvqa.models.interface import PARTS, Model
+from vlmvqa.sequence.rows import Batch
 from vlmvqa.training.console import rounded
 from vlmvqa.training.phase_clock import PhaseClock
 
@@ -73,7 +73,7 @@ class ThroughputMeter(TrainerCallback):
         self.clock = PhaseClock(self.device)  # stopped
         self.phases: tuple[str, ...] = PHASES
         self.hooks: list[RemovableHandle] = []
-        self.window = getattr(vlm.language.config, "sliding_window", None)
+        self.window = getattr(vlm.part("language").module.config, "sliding_window", None)
         self.flops: Flops | None = None
         self.peak_flops = 0.0  # per second
         self.reset()
@@ -85,8 +85,7 @@ class ThroughputMeter(TrainerCallback):
         self.phases = COMPILED_PHASES if args.torch_compile else PHASES
         if not args.torch_compile:
             self.attach()
-        # FLOPs of transformers' own classes aren't counted: they are built in too many ways.
-        self.flops = count_flops(self.vlm) if isinstance(self.vlm, VLM) else None
+        self.flops = self.vlm.flops()
         weights = next(self.vlm.parameters()).dtype
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights
         self.peak_flops = matrix_rate(self.device, dtype)
@@ -105,7 +104,7 @@ class ThroughputMeter(TrainerCallback):
 
     def attach(self) -> None:
         """Add hooks to the model's parts; activation checkpointing doesn't run them a second time."""
-        vision, projector, language = self.vlm.vision, self.vlm.projector, self.vlm.language
+        vision, projector, language = (self.vlm.part(name).module for name in PARTS)
         self.hooks = [
             vision.register_forward_pre_hook(lambda *_: self.enter("encoder")),
             projector.register_forward_pre_hook(lambda *_: self.enter("encoder")),  # with cached features
@@ -142,7 +141,7 @@ class ThroughputMeter(TrainerCallback):
         self.shapes["positions"] += batch["document"].numel()
         self.shapes["images"] += len(batch["pixel_values" if "pixel_values" in batch else "image_features"])
         self.shapes["encoded"] += len(batch.get("pixel_values", ()))
-        self.counts = self.counts.to(batch["role"].device) + count(batch, self.vlm.mode, self.window)
+        self.counts = self.counts.to(batch["role"].device) + count(batch, self.vlm.attention_pattern, self.window)
         self.enter("model" if "model" in self.phases else "language_model")
 
     def backward(self, loss: Tensor) -> None:

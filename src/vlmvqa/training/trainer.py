@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,17 +36,17 @@ from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.train_dataset import TrainDataset
 from vlmvqa.errors import InputError
-from vlmvqa.extras.adapters import peft_adapters
-from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.models import checkpoint
-from vlmvqa.models.checkpoint import Model, Settings
-from vlmvqa.models.vlm import cast_parameters
+from vlmvqa.models.interface import Model, Settings, cast_parameters
 from vlmvqa.training import checkpoint_state, checkpoints, optimizer, runtime_checks
 from vlmvqa.training.callbacks import LogFile
 from vlmvqa.training.console import replace_progress_callbacks
 from vlmvqa.training.full_state import FullState, ZeroFullState
 from vlmvqa.training.interrupt import BATCH_SYSTEM_SIGNALS, StopHandler, blocked_signals
 from vlmvqa.training.throughput import ThroughputMeter
+
+if TYPE_CHECKING:
+    from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class TrainerOptions:
 
 
 class VqaTrainer(Trainer):
-    """transformers' Trainer for a `VLM` or `PretrainedVLM` and a `TrainDataset`.
+    """transformers' Trainer for a `Model` and a `TrainDataset`.
 
     Args:
         model: already sharded under fsdp (`distributed.shard`).
@@ -300,9 +300,9 @@ class VqaTrainer(Trainer):
             yield self.vlm
             return
         assert self.options.settings is not None
-        copy = checkpoint.blank_like(self.vlm, self.options.settings)
+        copy = checkpoint.uninitialized_like(self.vlm, self.options.settings)
         if self.options.adapt is not None:
-            peft_adapters.attach(copy, self.options.adapt)
+            checkpoint.adapters().attach(copy, self.options.adapt)
         copy = cast_parameters(copy, torch.bfloat16 if self.args.bf16 else self.dtype).to(self.args.device)
         parameters = dict(copy.named_parameters())
         with torch.no_grad():

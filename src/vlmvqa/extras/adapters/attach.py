@@ -12,11 +12,10 @@ from vlmvqa import fingerprint, ranks
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
-from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.extras.adapters.peft_adapters import Adapter, AdapterSettings
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import model_folder
-from vlmvqa.models.checkpoint import Adapter
-from vlmvqa.models.vlm import PARTS
+from vlmvqa.models.interface import PARTS
 
 
 def attach_adapters(config: TrainConfig, predictor: Predictor, device: torch.device) -> Base | None:

@@ -1,12 +1,12 @@
-"""Adapters: small trained matrices beside the frozen ones of a base model, which may be kept in 4 bits.
+"""Adapters: small trainable matrices added to the frozen weights of a base model, which may be stored in 4 bits.
 
-    y = W x  +  scale * B (A x)        LoRA (Hu et al. 2021); DoRA (Liu et al. 2024) learns the norm of rows too
+    y = W x  +  scale * B (A x)        LoRA (Hu et al. 2021); DoRA (Liu et al. 2024) also learns the norm of each row
 
-The layers are peft's and bitsandbytes'; what is ours is which modules get them, checked against what was asked for, and
-the folder they leave:
+The layers are peft's and bitsandbytes'. This module selects the linear layers, checks that these and no others were
+changed, and reads and writes the folder of an adapter:
 
-adapter_config.json, adapter_model.safetensors   as peft reads them, over the same base
-config.json                                      the base, with its fingerprint, and what `checkpoint.py` keeps
+adapter_config.json, adapter_model.safetensors   peft's files; peft loads them over the same base
+config.json                                      the base with its fingerprint, and the entries of `checkpoint.py`
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.extras.pretrained.model import PREFIX, PretrainedVLM
+from vlmvqa.models.interface import Model, set_trainable_parts
 from vlmvqa.models.model_folder import WEIGHTS as MODEL_WEIGHTS
-from vlmvqa.models.vlm import VLM, set_trainable
 from vlmvqa.settings import build_settings
 
 METHODS = ("lora", "dora")
-NAME = "default"  # peft's name of the one adapter there is
+NAME = "default"  # peft's name of the only adapter
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PEFT_PREFIX = "base_model.model."  # before the names of weights in peft's files
+PEFT_PREFIX = "base_model.model."  # precedes the names of weights in peft's files
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -45,14 +44,14 @@ class AdapterSettings:
     Attributes:
         method: "lora" or "dora".
         rank: columns of B, rows of A.
-        alpha: what they are scaled by, over the rank.
-        dropout: of what goes into A.
-        targets: patterns of the linear layers that get adapters, as paths that begin with vision, projector or
-            language; `*` stands for anything.
-        bits: 4 to keep the linear layers of all blocks in 4 bits (null: as they are).
-        quantization: of these, "nf4" or "fp4" (Dettmers et al. 2023).
-        double_quantization: whether the scales are quantised too, 0.37 bits a weight.
-        compute_dtype: what 4-bit weights are multiplied in.
+        alpha: alpha / rank is the scale of the product B A.
+        dropout: dropout on the input of A.
+        targets: patterns of the paths of the linear layers that get adapters; paths begin with vision, projector or
+            language, and `*` matches anything.
+        bits: 4 to store the linear layers of all blocks in 4 bits (null: no quantization).
+        quantization: type of the 4-bit weights, "nf4" or "fp4" (Dettmers et al. 2023).
+        double_quantization: whether the scales are quantized too, which saves 0.37 bits per weight.
+        compute_dtype: data type in which 4-bit weights are multiplied.
     """
 
     method: str = "lora"
@@ -88,48 +87,61 @@ def adapter_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> Ad
     return build_settings(AdapterSettings, values, "adapt")
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter's settings and base model.
+
+    Attributes:
+        base: a hub id or folder; one that begins with "." is relative to the adapter's folder.
+        fingerprint: fingerprint of the base model's weights (`fingerprint.weights_in`).
+    """
+
+    settings: AdapterSettings
+    base: str
+    fingerprint: str
+
+
 def prepare(
-    model: VLM | PretrainedVLM,
+    model: Model,
     trainable: Mapping[str, str | int],
     settings: AdapterSettings | None,
     device: torch.device | str = "cpu",
 ) -> list[str]:
-    """Let a model train as its run says: its parts as `trainable` does, or frozen beside adapters but for whole parts.
+    """Attach adapters, and set which parameters train.
 
     Args:
-        trainable: of each part, as `set_trainable` takes it.
-        settings: of the adapters; None: there are none.
-        device: where 4-bit weights are made.
+        trainable: a choice per part (`interface.set_trainable`); with adapters, "all" trains a part as well.
+        settings: settings of the adapters (None: no adapters).
+        device: device on which weights are quantized.
 
     Returns:
-        the paths of the modules that got an adapter.
+        The paths of the modules that got an adapter.
 
     Raises:
-        InputError: as `attach`.
+        InputError: see `attach`.
     """
     paths = [] if settings is None else attach(model, settings, device)
     chosen = {part: choice for part, choice in trainable.items() if settings is None or choice == "all"}
-    for part, choice in chosen.items():
-        set_trainable(model.part(part), choice, part)
+    set_trainable_parts(model, chosen)
     if settings is not None:
         keep_float32(model, chosen)
     return paths
 
 
-def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.device | str = "cpu") -> list[str]:
-    """Freeze a model, quantise it where that is asked for, and give the modules that the targets name adapters.
+def attach(model: Model, settings: AdapterSettings, device: torch.device | str = "cpu") -> list[str]:
+    """Freeze a model, quantize it if `settings.bits` is set, and attach adapters to the target modules.
 
     Args:
-        device: where 4-bit weights are made; the others stay where they are.
+        device: device on which weights are quantized; the others are not moved.
 
     Returns:
-        the paths of the modules that got one.
+        The paths of the modules that got an adapter.
 
     Raises:
-        InputError: peft or bitsandbytes is not installed, a pattern matches nothing, or something else got adapters.
+        InputError: peft or bitsandbytes is not installed, a pattern matches nothing, or peft changed other modules.
     """
     peft = _peft()
-    host = _host(model)
+    host = model.adapter_host
     paths = _chosen(model, settings.targets)
     model.requires_grad_(False)
     if settings.bits == 4:
@@ -144,7 +156,7 @@ def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.
     )
     peft.inject_adapter_in_model(config, host)
     for name, parameter in host.named_parameters():
-        if "lora_" in name:  # peft gives them the base's type, in which a small step is rounded away
+        if "lora_" in name:  # peft creates them in the base's type, which rounds small steps away
             parameter.data = parameter.data.float()
     got = {name for name, module in host.named_modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)}
     wrong = sorted(got ^ set(paths.values()))
@@ -156,31 +168,31 @@ def attach(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.
     return list(paths)
 
 
-def keep_float32(model: VLM | PretrainedVLM, parts: Collection[str]) -> None:
-    """Keep parts that train whole beside adapters in float32, as these are, whatever type their base is of."""
+def keep_float32(model: Model, parts: Collection[str]) -> None:
+    """Cast the parts that train entirely to float32, like the adapters, whatever the data type of the base."""
     for part in parts:
         for parameter in model.part(part).parameters:
             parameter.data = parameter.data.float()
     if parts and len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
-        for module in (model.vision, model.projector):
+        for module in (model.part("vision").module, model.part("projector").module):
             module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
 
-def _cast_inputs(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What a part is given, in its own type: transformers hands features on in that of the part before it."""
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Cast a part's inputs to its own data type: transformers passes features in that of the part before it."""
     dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return tuple(map(cast, given)), {name: cast(value) for name, value in named.items()}
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
-def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Sequence[str]) -> str:
-    """Which modules got adapters, how many parameters these have, and what the base takes."""
+def describe(model: Model, settings: AdapterSettings, paths: Sequence[str]) -> str:
+    """Return a summary: the modules with adapters, the number of their parameters, and the quantized layers."""
     kinds: dict[str, int] = {}
     for path in paths:
-        kind = ".".join("*" if piece.isdigit() else piece for piece in path.split("."))
+        kind = ".".join("*" if word.isdigit() else word for word in path.split("."))
         kinds[kind] = kinds.get(kind, 0) + 1
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     lines = [f"{settings.method} of rank {settings.rank}, alpha {settings.alpha:g}: {adapters:,} parameters beside"]
@@ -189,7 +201,7 @@ def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Seque
         packed: list[Any] = [module for module in model.modules() if hasattr(module, "quant_storage")]
         numel = sum(module.in_features * module.out_features for module in packed)
         lines.append(f"  over {len(packed)} linear layers in {settings.quantization}, {numel:,} parameters of the base")
-        host: Any = _host(model)
+        host: Any = model.adapter_host
         whole = sorted({host.get_submodule(name).in_features for name in packable(model) if "lora_" not in name})
         if whole:
             widths = ", ".join(map(str, whole))
@@ -200,15 +212,15 @@ def describe(model: VLM | PretrainedVLM, settings: AdapterSettings, paths: Seque
 # ---- 4 bits
 
 
-def quantize(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torch.device | str = "cpu") -> None:
-    """Keep the linear layers of all blocks in 4 bits, in place: one at a time, so that little is there twice.
+def quantize(model: Model, settings: AdapterSettings, device: torch.device | str = "cpu") -> None:
+    """Replace the linear layers of all blocks by 4-bit layers, one at a time, so that little is in memory twice.
 
-    What cannot be read back stays whole: bitsandbytes 0.50 mixes up the scales of a layer whose width is no multiple of
-    64 on CPUs with AVX-512.
+    A layer that cannot be dequantized correctly is left unchanged: on CPUs with AVX-512, bitsandbytes 0.50 mixes up
+    the scales if the width is not a multiple of 64.
     """
     bitsandbytes = _bitsandbytes()
     dtype = getattr(torch, settings.compute_dtype)
-    host = _host(model)
+    host = model.adapter_host
     for name in packable(model):
         linear: Any = host.get_submodule(name)
         weight = _packed(linear.weight, settings, None).to(device)
@@ -225,26 +237,26 @@ def quantize(model: VLM | PretrainedVLM, settings: AdapterSettings, device: torc
         )
         packed.weight, weight.module = weight, packed
         packed.bias = linear.bias
-        # On some CPUs it would repack the weights at the first answer, in a way that training cannot read.
+        # On some CPUs it would repack the weights in the first evaluation, in a format that training cannot read.
         packed.support_avx512bf16_for_cpu = False
         parent, _, last = name.rpartition(".")
         setattr(host.get_submodule(parent), last, packed.train(linear.training))
 
 
-def packable(model: VLM | PretrainedVLM) -> list[str]:
-    """The layers that are kept in 4 bits where any are, by their names in the base: the linear ones of all blocks."""
+def packable(model: Model) -> list[str]:
+    """Return the names, in the adapter host, of the layers that `quantize` replaces: the linear ones of all blocks."""
     inside = {id(module) for block in model.blocks for module in block.modules() if type(module) is nn.Linear}
-    return [name for name, module in _host(model).named_modules() if id(module) in inside]
+    return [name for name, module in model.adapter_host.named_modules() if id(module) in inside]
 
 
 def through_four_bits(weight: Tensor, settings: AdapterSettings) -> Tensor:
-    """What a weight is multiplied as once it is kept in 4 bits: `[out, in]`, of the same type."""
+    """Return a weight quantized to 4 bits and dequantized: `[out, in]`, in the same type."""
     packed = _packed(weight, settings, None).to(weight.device)
     return dequantize(packed) if _reads_back(packed) else weight
 
 
 def _packed(weight: Tensor, settings: AdapterSettings, module: Any) -> Any:
-    """The weight of a 4-bit layer, packed as soon as it is moved to a device."""
+    """Return the weight of a 4-bit layer; it is quantized when it is moved to a device."""
     return _bitsandbytes().nn.Params4bit(
         weight.detach(),
         requires_grad=False,
@@ -255,7 +267,7 @@ def _packed(weight: Tensor, settings: AdapterSettings, module: Any) -> Any:
 
 
 def _reads_back(packed: Any) -> bool:
-    """Whether a 4-bit weight comes out the same whether it is read as a matrix or as one row."""
+    """Return whether a 4-bit weight is dequantized to the same values as a matrix and as a single row."""
     row = copy(packed.quant_state)
     row.shape = torch.Size((1, row.shape.numel()))
     flat = _bitsandbytes().functional.dequantize_4bit(packed.data, row)
@@ -263,7 +275,7 @@ def _reads_back(packed: Any) -> bool:
 
 
 def dequantize(weight: Tensor) -> Tensor:
-    """A 4-bit weight as it is multiplied with: `float[out, in]`; any other as it is."""
+    """Return a 4-bit weight as `float[out, in]`; any other weight unchanged."""
     state = getattr(weight, "quant_state", None)
     return weight.detach() if state is None else _bitsandbytes().functional.dequantize_4bit(weight.data, state)
 
@@ -271,18 +283,19 @@ def dequantize(weight: Tensor) -> Tensor:
 # ---- files
 
 
-def save(folder: Path, model: VLM | PretrainedVLM, base: str, weights: Mapping[str, Tensor]) -> None:
+def save(folder: Path, model: Model, base: str, weights: Mapping[str, Tensor]) -> None:
     """Write peft's two files.
 
     Args:
-        base: the base's hub id or folder.
-        weights: all that trains, whole, by their names in the model.
+        base: hub id or folder of the base.
+        weights: the trained weights by parameter name, unsharded.
     """
-    save_file({peft_name(name): weight.contiguous() for name, weight in weights.items()}, folder / WEIGHTS)
-    host = _host(model)
+    named = {peft_name(model.saved_name(name)): weight.contiguous() for name, weight in weights.items()}
+    save_file(named, folder / WEIGHTS)
+    host = model.adapter_host
     config = host.peft_config[NAME].to_dict()  # type: ignore[index, union-attr]
-    whole = {name.removeprefix(PREFIX).rpartition(".")[0] for name in weights if "lora_" not in name}
-    # A module that holds a weight of its own beside others (Idefics2's resampler) is saved with all that is in it.
+    whole = {model.saved_name(name).rpartition(".")[0] for name in weights if "lora_" not in name}
+    # A module with weights of its own and submodules (Idefics2's resampler) is listed once, without the submodules.
     outermost = sorted(name for name in whole if not any(name.startswith(f"{other}.") for other in whole))
     config |= {
         "base_model_name_or_path": base,
@@ -293,11 +306,11 @@ def save(folder: Path, model: VLM | PretrainedVLM, base: str, weights: Mapping[s
     (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2, default=_plain) + "\n", encoding="utf-8")
 
 
-def load(folder: Path, model: VLM | PretrainedVLM) -> None:
-    """Put saved weights into a model that has adapters of the same settings.
+def load(folder: Path, model: Model) -> None:
+    """Load saved weights into a model with adapters of the same settings.
 
     Raises:
-        InputError: the file is missing or broken, or holds other weights than these.
+        InputError: the file is missing or broken, or belongs to another model.
     """
     path = weights_file(folder)
     try:
@@ -305,9 +318,9 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy or save the adapter again") from error
     here = dict(model.named_parameters())
-    expected = {peft_name(name): name for name in here if "lora_" in name}
-    named = {peft_name(name): name for name in here}
-    missing, odd = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - named.keys())
+    named = {peft_name(model.saved_name(name)): name for name in here}
+    expected = {saved_as for saved_as in named if "lora_" in saved_as}
+    missing, odd = sorted(expected - saved.keys()), sorted(saved.keys() - named.keys())
     if missing or odd:
         raise InputError(
             f"{path} is of another model: "
@@ -324,24 +337,22 @@ def load(folder: Path, model: VLM | PretrainedVLM) -> None:
             parameter.data = weight.to(parameter.device, parameter.dtype)
 
 
-def _chosen(model: VLM | PretrainedVLM, patterns: Sequence[str]) -> dict[str, str]:
-    """The linear layers that the patterns name: their paths, and their names in the host.
+def _chosen(model: Model, patterns: Sequence[str]) -> dict[str, str]:
+    """Return the linear layers that the patterns match: their paths, and their names in the adapter host.
 
-    A head whose weight is the input embedding's is none of them: what it learns could not be merged.
+    An output head that is tied to the input embedding is left out: its adapter could not be merged.
     """
     embedding: Any = model.get_input_embeddings()
     linears = {
-        path_of(model, name): name
-        for name, module in _host(model).named_modules()
+        model.module_path(name): name
+        for name, module in model.adapter_host.named_modules()
         if isinstance(module, nn.Linear) and module.weight is not embedding.weight
     }
     chosen: dict[str, str] = {}
     for pattern in patterns:
         found = {path: name for path, name in linears.items() if fnmatchcase(path, pattern)}
         if not found:
-            kinds = sorted(
-                {".".join("*" if piece.isdigit() else piece for piece in path.split(".")) for path in linears}
-            )
+            kinds = sorted({".".join("*" if word.isdigit() else word for word in path.split(".")) for path in linears})
             near = suggest(pattern, kinds)
             raise InputError(
                 f"adapt.targets: {pattern} matches no linear layer{near}; there are {', '.join(kinds[:12])}"
@@ -351,38 +362,21 @@ def _chosen(model: VLM | PretrainedVLM, patterns: Sequence[str]) -> dict[str, st
     return chosen
 
 
-def path_of(model: VLM | PretrainedVLM, name: str) -> str:
-    """A module's path, the same for every model: its part, and its place in it."""
-    if not isinstance(model, PretrainedVLM):
-        return name
-    for part in ("vision", "projector", "language"):
-        inside = model.places[part] + "."
-        if name.startswith(inside):
-            return f"{part}.{name.removeprefix(inside)}"
-    return f"language.{name}"
-
-
-def _host(model: VLM | PretrainedVLM) -> nn.Module:
-    """The module whose names peft's files use."""
-    return model.net if isinstance(model, PretrainedVLM) else model
-
-
 def weights_file(folder: Path) -> Path:
-    """Return the file of a saved adapter's weights: a training checkpoint has one name for all models."""
+    """Return the file of a saved adapter's weights: in a training checkpoint it has the name used for all models."""
     checkpoint = folder / MODEL_WEIGHTS
     return checkpoint if checkpoint.is_file() else folder / WEIGHTS
 
 
 def peft_name(name: str) -> str:
-    """Return a parameter's name in peft's file, of its name in the model, in a checkpoint or in that file."""
+    """Return a parameter's name in peft's file, given its name in a file of weights or in peft's file."""
     if name.startswith(PEFT_PREFIX):
         return name
-    return PEFT_PREFIX + name.removeprefix(PREFIX).replace(f".{NAME}.", ".").replace(
-        "lora_magnitude_vector.weight", "lora_magnitude_vector"
-    )
+    return PEFT_PREFIX + name.replace(f".{NAME}.", ".").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def _plain(value: Any) -> Any:
+    """Convert a value of peft's config to JSON."""
     return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
 
 

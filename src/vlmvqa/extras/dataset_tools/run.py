@@ -24,9 +24,10 @@ from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
 from vlmvqa.extras.feature_cache.writer import WriteOptions, unique_images, write
 from vlmvqa.extras.shards import shards
 from vlmvqa.inference.build import build_processor
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.build import build_vision_encoder
+from vlmvqa.models.interface import DTYPES, GenerationSettings
 from vlmvqa.models.vision import VisionEncoder
-from vlmvqa.models.vlm import DTYPES, ModelSettings
+from vlmvqa.models.vlm import ModelSettings
 
 MOST_WORKERS = 8
 
@@ -66,7 +67,7 @@ class PrepareConfig:
     run: RunSettings
     data: DataSettings
     model: AnyModelSettings
-    decoding: Decoding
+    decoding: GenerationSettings
     features: FeatureSettings
     pack: PackSettings
     check: CheckSettings
@@ -91,7 +92,7 @@ def cache_features(config: PrepareConfig) -> None:
     vision, processor = build_encoder(config, data, examples)
     key = FeatureKey.of(vision, processor.images, config.features.dtype)
     images = len(unique_images(examples))
-    space = forecast(folder, images, (vision.tokens, vision.width), config.features.dtype)
+    space = forecast(folder, images, (vision.num_image_tokens, vision.width), config.features.dtype)
     print(space, flush=True)
     space.refuse()
     options = WriteOptions(
@@ -117,15 +118,14 @@ def build_encoder(
 ) -> tuple[VisionEncoder, Processor]:
     """Return the encoder with the weights that launch/train.py will give it, and the processor of its input."""
     if not isinstance(config.model, ModelSettings):
-        raise InputError(f"features are cached for models with an encoder of their own, not {config.model.pretrained}")
+        raise InputError(f"features are cached for models of the family vlm, not {config.model.family}")
     if config.model.dtype not in DTYPES:
         raise InputError(f"model.dtype={config.model.dtype} is unknown; use one of {', '.join(DTYPES)}")
     torch.manual_seed(config.seed)
-    vision = VisionEncoder(config.model.vision)  # the first weights that a run initialises
+    vision = build_vision_encoder(config.model.vision)  # the first weights that a run initialises
     for parameter in vision.parameters():
         parameter.data = parameter.data.to(DTYPES[config.model.dtype])
-    with torch.device("meta"):  # the language model is not needed: none of its weights are loaded
-        processor = build_processor(config.model, data, examples)
+    processor = build_processor(config.model, data, examples)
     return vision.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 

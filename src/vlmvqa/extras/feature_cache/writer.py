@@ -98,7 +98,7 @@ def write(
     Raises:
         InputError: the folder holds other features, an image is unreadable, or the disk is full.
     """
-    images, shape = unique_images(examples), (vision.tokens, vision.width)
+    images, shape = unique_images(examples), (vision.num_image_tokens, vision.width)
     if not images:
         raise InputError("the split has no images; check split and data.max_train_samples")
     ids, checksums = list(images), sample_checksums(list(images.values()))

@@ -19,7 +19,7 @@ from vlmvqa import ranks
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import PEFT_CONFIG
 from vlmvqa.hub import hub_or_cache, when_offline
-from vlmvqa.models.model_folder import BASE, CONFIG, kept_base
+from vlmvqa.models.model_folder import BASE, CONFIG, stored_base
 
 
 def refuse_upload(target: str) -> None:
@@ -102,7 +102,7 @@ def _copy_with_base(folder: Path, output: Path, copy: Callable[..., Any]) -> Non
 
 def _own_base(folder: Path) -> Path | None:
     """Return the folder of the adapters' base model if it is stored only in the run's folder."""
-    return kept_base(folder, _base_name(folder))
+    return stored_base(folder, _base_name(folder))
 
 
 def _base_name(folder: Path) -> str:

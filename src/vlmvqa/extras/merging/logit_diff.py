@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from vlmvqa.data.example import Example
-from vlmvqa.extras.pretrained.model import PretrainedVLM
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.sequence.rows import IGNORE
 
@@ -61,8 +60,7 @@ def answer_logits(predictor: Predictor, examples: Sequence[Example]) -> list[Ten
         columns = processor.collate([[processor.encode(example, [example.questions[0].target or "yes"])]])
         batch = {name: column.to(device) for name, column in columns.items()}
         hidden = model.decode(batch)[batch["labels"] != IGNORE]
-        logits = model.logits(hidden) if isinstance(model, PretrainedVLM) else model.language.logits(hidden)
-        found.append(logits.float().cpu())
+        found.append(model.logits(hidden).float().cpu())
     return found
 
 

@@ -25,7 +25,7 @@ from vlmvqa.extras.merging.tensor_names import TensorNames
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.models import model_folder
 from vlmvqa.models.checkpoint import read_config
-from vlmvqa.models.vlm import DTYPES
+from vlmvqa.models.interface import DTYPES
 from vlmvqa.progress import bar
 
 CARD = "README.md"  # the base's model card, whose scores aren't those of the merged model

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
@@ -17,9 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
-from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
-from vlmvqa.models import checkpoint, model_folder
-from vlmvqa.models.vlm import VLM
+from vlmvqa.extras.pretrained import family
+from vlmvqa.extras.pretrained.model import PretrainedVLM, build_pretrained, pretrained_config
+from vlmvqa.models import checkpoint, model_folder, vlm_family
+from vlmvqa.models.interface import Model
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TensorNames:
     """
 
     folder: Path
-    model: PretrainedVLM | VLM | None
+    model: PretrainedVLM | None
 
     @classmethod
     def read(cls, folder: Path) -> TensorNames:
@@ -42,11 +42,10 @@ class TensorNames:
             path.exists()
             and checkpoint.read_config(folder).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         ):
-            _, settings = checkpoint.read_settings(folder)
-            assert isinstance(settings, PretrainedSettings)
+            _, settings = family.saved_settings(folder, checkpoint.read_config(folder))
             settings = replace(settings, attention=None)
             with torch.device("meta"), no_init_weights():
-                return cls(folder, build_pretrained(settings, pretrained_config(settings), blank=True))
+                return cls(folder, build_pretrained(settings, pretrained_config(settings), uninitialized=True))
         return cls(folder, None)
 
     def model_name(self, key: str) -> str | None:
@@ -60,7 +59,7 @@ class TensorNames:
         Raises:
             InputError: Loading would split the tensor or combine it with others.
         """
-        if not isinstance(self.model, PretrainedVLM):
+        if self.model is None:
             return key
         renamings = [one for one in self._transforms if isinstance(one, WeightRenaming)]
         converters = [one for one in self._transforms if isinstance(one, WeightConverter)]
@@ -76,29 +75,24 @@ class TensorNames:
 
     @cached_property
     def _transforms(self) -> list[Any]:
-        assert isinstance(self.model, PretrainedVLM)
+        assert self.model is not None
         return list(get_model_conversion_mapping(self.model.net))
 
     @cached_property
     def _parameters(self) -> dict[str, Tensor]:
         """Parameters by name; tied ones only once."""
-        assert isinstance(self.model, PretrainedVLM)
+        assert self.model is not None
         return dict(self.model.net.named_parameters())
 
     def path(self, name: str) -> str:
         """Return a tensor's path: part (vision, projector, language) and name in it, as in `adapt.targets`."""
-        return name if self.model is None else peft_adapters.path_of(self.model, name)
+        return name if self.model is None else self.model.module_path(name)
 
     def quantizable(self) -> set[str]:
         """Return the names of the weights that adapters over 4 bits quantize."""
-        model = self.model
-        if model is None:  # our own architecture
-            config, settings = checkpoint.read_settings(self.folder)
-            assert not isinstance(settings, PretrainedSettings)
-            known = dict(config["language_config"])
-            vision = replace(settings.vision, weights="random")
+        model: Model | None = self.model
+        if model is None:  # a `VLM`
+            config, settings = vlm_family.saved_settings(self.folder, checkpoint.read_config(self.folder))
             with torch.device("meta"):
-                model = checkpoint.blank(
-                    replace(settings, vision=vision), AutoConfig.for_model(known.pop("model_type"), **known)
-                )
+                model = vlm_family.uninitialized(settings, config)
         return {f"{name}.weight" for name in peft_adapters.packable(model)}

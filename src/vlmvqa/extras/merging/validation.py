@@ -15,7 +15,7 @@ from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.merging.files import DTYPES, FLOATS, Weights
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.hub import OWN_CODE
-from vlmvqa.models import model_folder, vlm
+from vlmvqa.models import interface, model_folder
 from vlmvqa.models.checkpoint import OURS, base_of, read_config
 from vlmvqa.settings import build_settings
 
@@ -59,7 +59,7 @@ def resolve_base(base: Path | None, folders: Sequence[Path]) -> Path | None:
     for folder, adapter in recorded.items():
         if adapter["fingerprint"] != first_adapter["fingerprint"]:
             one, two = (
-                model_folder.kept_base(path, entry["base"]) or entry["base"]
+                model_folder.stored_base(path, entry["base"]) or entry["base"]
                 for path, entry in ((folder, adapter), (first, first_adapter))
             )
             raise InputError(
@@ -160,7 +160,7 @@ def merged_config(weights: Weights, models: Sequence[Path], started_from: Mappin
 def _dtype(weights: Weights) -> str:
     """Return the dtype of a model's files; float32 if they have several."""
     found = {FLOATS[entry.dtype] for entry in weights.entries.values() if entry.dtype in FLOATS}
-    return next((name for name, dtype in vlm.DTYPES.items() if found == {dtype}), "float32")
+    return next((name for name, dtype in interface.DTYPES.items() if found == {dtype}), "float32")
 
 
 def _text_settings(own_configs: Mapping[Path, Mapping[str, Any]]) -> dict[str, Any]:

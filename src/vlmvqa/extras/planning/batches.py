@@ -14,7 +14,7 @@ from torch import Tensor
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import published_sizes
 from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
 from vlmvqa.models.vlm import VLM, ModelSettings
 from vlmvqa.sequence.rows import FILL, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
 
@@ -69,7 +69,9 @@ def _vlm_rows(model: VLM, rows: Rows, images_per_row: int) -> dict[str, Tensor]:
     questions = rows.max_questions if rows.row_tokens is None else max(1, int(rows.questions))
     documents = [Document(image, [question] * questions) for image in range(rows.rows * images_per_row)]
     groups = [documents[row * images_per_row :][:images_per_row] for row in range(rows.rows)]
-    built = [build_row(group, model.vision.tokens, model.mode, group[0].image) for group in groups]
+    built = [
+        build_row(group, model.vision.num_image_tokens, model.attention_pattern, group[0].image) for group in groups
+    ]
     return pad_rows(built, rows.row_tokens or 8)
 
 
@@ -96,5 +98,5 @@ def dummy_batch(model: Model, shape: RowShape, rows: int, settings: Settings | N
         return published_sizes.dummy_batch(model, settings, rows, shape.tokens, shape.supervised)
     dtypes = {name: torch.float32 if isinstance(fill, float) else torch.int64 for name, fill in FILL.items()}
     batch = {name: torch.zeros(rows, shape.tokens, dtype=dtype) for name, dtype in dtypes.items()}
-    size = model.vision.image_size
+    size = model.part("vision").module.image_size
     return {**batch, "pixel_values": torch.zeros(rows * shape.images, 3, size, size)}

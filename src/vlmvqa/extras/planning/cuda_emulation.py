@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmvqa.models.checkpoint import Model
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.interface import Model
 
 
 def use_float32_norms(model: Model) -> None:
@@ -48,7 +47,7 @@ class _FlashAttention(torch.autograd.Function):
         return to_query, to_keys.reshape(shape).sum(2), to_values.reshape(shape).sum(2)
 
 
-def replace_flex_attention(model: VLM) -> None:
+def replace_flex_attention(model: Model) -> None:
     """Replace FlexAttention, which is compiled for CUDA, with `_FlashAttention` without masks."""
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
@@ -56,6 +55,7 @@ def replace_flex_attention(model: VLM) -> None:
 
     name = "planned_flex"
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    model.language.decoder.config._attn_implementation = name
+    language = model.part("language").module
+    language.decoder.config._attn_implementation = name
     masks: Callable[..., Any] = lambda *_: dict.fromkeys(("full_attention", "sliding_attention"))  # noqa: E731
-    model.language._masks = masks  # type: ignore[method-assign]
+    language._masks = masks

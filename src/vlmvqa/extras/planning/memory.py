@@ -29,10 +29,11 @@ from vlmvqa.extras.planning import published_sizes, quantized_memory
 from vlmvqa.extras.planning.batches import RowShape, Settings, dummy_batch
 from vlmvqa.extras.planning.cuda_emulation import replace_flex_attention, use_float32_norms
 from vlmvqa.extras.planning.memory_tracker import MemoryTracker
-from vlmvqa.extras.pretrained.model import PretrainedVLM, build_pretrained
-from vlmvqa.models.checkpoint import Model
-from vlmvqa.models.vlm import Batch, ModelSettings, build
+from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained
+from vlmvqa.models.build import build
+from vlmvqa.models.interface import Model
 from vlmvqa.sequence.loss import CHUNK
+from vlmvqa.sequence.rows import Batch
 
 ROW_PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039)
 TOKEN_PRIMES = (983, 977, 971, 967, 953, 947, 941)  # below CHUNK, so that the loss is computed in one chunk
@@ -125,10 +126,10 @@ class PassProfile:
 
 def build_random(settings: Settings) -> Model:
     """Build the model with random weights."""
-    if isinstance(settings, ModelSettings):
-        vision, language = replace(settings.vision, weights="random"), replace(settings.language, weights="random")
-        return build(replace(settings, vision=vision, language=language))
-    return build_pretrained(replace(settings, weights="random"), published_sizes.known_config(settings))
+    if isinstance(settings, PretrainedSettings):
+        return build_pretrained(replace(settings, weights="random"), published_sizes.known_config(settings))
+    vision, language = replace(settings.vision, weights="random"), replace(settings.language, weights="random")
+    return build(replace(settings, vision=vision, language=language))
 
 
 def build_on_meta(settings: Settings, trainable: Mapping[str, str | int], adapt: AdapterSettings | None = None) -> Any:
@@ -145,8 +146,7 @@ def build_on_meta(settings: Settings, trainable: Mapping[str, str | int], adapt:
 def _allocate(model: Model) -> Model:
     # On the CPU, because the backward pass of CUDA tensors needs a driver.
     model = model.to_empty(device="cpu")
-    if isinstance(model, PretrainedVLM):
-        model.net.tie_weights()
+    model.tie_weights()
     return model
 
 
@@ -178,7 +178,7 @@ def measure(
         model.checkpoint_activations()
     if precision.autocast:
         use_float32_norms(model)
-    if not (isinstance(model, PretrainedVLM) or model.language.attention != "flex"):
+    if model.attention == "flex":
         replace_flex_attention(model)
     # transformers' input checks read tensor values.
     with mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"), fake:
@@ -210,9 +210,10 @@ def profile(
         tracker.mark("decoded")
         tracker.mark_gradient("scored", output if isinstance(output, Tensor) else output.last_hidden_state)
 
+    decoder = model.part("language").module
     hooks: list[Any] = [
-        model.language.register_forward_pre_hook(before_decoder, with_kwargs=True),
-        model.language.register_forward_hook(after_decoder),
+        decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
+        decoder.register_forward_hook(after_decoder),
     ]
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -238,7 +239,8 @@ def _primes(model: Model, shape: RowShape) -> tuple[int, int]:
         vision: Any = model.net.config.vision_config
         sizes = {shape.tokens, vision.image_size, vision.image_size // vision.patch_size}
     else:
-        sizes = {shape.tokens, model.vision.tokens, model.vision.image_size}
+        encoder = model.part("vision").module
+        sizes = {shape.tokens, encoder.num_image_tokens, encoder.image_size}
     for tensor in (*model.parameters(), *model.buffers()):
         sizes.update(tensor.shape)
 

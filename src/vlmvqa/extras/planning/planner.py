@@ -22,7 +22,7 @@ from vlmvqa.extras.planning.gpus import GIB, Gpu
 from vlmvqa.extras.planning.memory import PassProfile, Precision, build_on_meta, measure
 from vlmvqa.extras.planning.strategy_memory import StrategyMemory, Training, Weight, strategy_memory, weights_of
 from vlmvqa.extras.pretrained.model import PretrainedSettings
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
 from vlmvqa.models.vlm import VLM
 
 CONTEXT = 0.8 * GIB  # assumed size of CUDA's context and NCCL and cuBLAS workspaces
@@ -168,11 +168,11 @@ class Planner:
         return model
 
     @cached_property
-    def image_tokens(self) -> int:
+    def num_image_tokens(self) -> int:
         """Tokens per image in the decoder's row."""
         if isinstance(self.settings, PretrainedSettings):
-            return published_sizes.image_tokens(published_sizes.known_config(self.settings), self.settings)
-        return int(self.model.vision.tokens)  # type: ignore[arg-type]
+            return published_sizes.num_image_tokens(published_sizes.known_config(self.settings), self.settings)
+        return int(self.model.part("vision").module.num_image_tokens)
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -199,7 +199,7 @@ class Planner:
     @cached_property
     def images_per_row(self) -> int:
         """Images of average documents that fit in a packed row; 1 without packing."""
-        document = self.image_tokens + self.rows.questions * self.rows.text_tokens
+        document = self.num_image_tokens + self.rows.questions * self.rows.text_tokens
         return max(1, int((self.rows.row_tokens or 0) // document))
 
     def profile(self, dist: DistSettings, checkpointing: bool) -> PassProfile:

@@ -169,7 +169,7 @@ def crops_in(batch: Mapping[str, Tensor]) -> int:
     return values.shape[1] if values.ndim == 5 else 1
 
 
-def image_tokens(config: PreTrainedConfig, settings: PretrainedSettings) -> int:
+def num_image_tokens(config: PreTrainedConfig, settings: PretrainedSettings) -> int:
     """Return the number of tokens of an image in the decoder's row."""
     if config.model_type == "idefics2":
         latents: int = config.perceiver_config.resampler_n_latents
@@ -179,7 +179,7 @@ def image_tokens(config: PreTrainedConfig, settings: PretrainedSettings) -> int:
 
 def row_tokens(config: PreTrainedConfig, settings: PretrainedSettings, text_tokens: int) -> int:
     """Return the length of a row, which is one question: tokens of image, template and text (without EOS)."""
-    tokens = image_tokens(config, settings) + TEMPLATE_TOKENS[config.model_type] + text_tokens - 1
+    tokens = num_image_tokens(config, settings) + TEMPLATE_TOKENS[config.model_type] + text_tokens - 1
     return -(-tokens // MULTIPLE) * MULTIPLE
 
 
@@ -192,7 +192,7 @@ def dummy_batch(
     """
     config: Any = model.net.config
     ids = torch.zeros(rows, tokens, dtype=torch.int64)
-    ids[:, : image_tokens(config, settings)] = config.image_token_id
+    ids[:, : num_image_tokens(config, settings)] = config.image_token_id
     labels = torch.full_like(ids, IGNORE)
     labels[:, -supervised:] = 0
     not_padding = torch.ones_like(ids)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-from vlmvqa.extras.pretrained.model import PretrainedVLM
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.interface import Model
 
 BLOCK, NESTED_BLOCK = 64, 256  # weights per scale, and scales per nested scale
 TABLE, NESTED_TABLE = 16 * 4, 256 * 4  # bytes of a layer's code tables for 4-bit weights and 8-bit scales
@@ -74,9 +73,9 @@ class _QuantizedMatmul(torch.autograd.Function):
         return gradients[0] @ ctx.layer.weight.to(gradients[0].dtype), None, None
 
 
-def quantize(model: VLM | PretrainedVLM, settings: AdapterSettings) -> None:
+def quantize(model: Model, settings: AdapterSettings) -> None:
     """Replace the layers that `adapters.quantize` quantizes with stand-ins."""
-    host = model.net if isinstance(model, PretrainedVLM) else model
+    host = model.adapter_host
     for name in peft_adapters.packable(model):
         parent, _, last = name.rpartition(".")
         linear: Any = host.get_submodule(name)

@@ -32,7 +32,7 @@ def headline(planner: Planner, checkpointing: bool) -> str:
     trained = sum(weight.numel for weight in planner.weights if weight.trained)
     rate = gpu.half if training.mixed else gpu.single
     batch = f"{counted(rows.rows, 'row')} per GPU x {training.accumulation} accumulated"
-    images = f"{planner.images_per_row} x {planner.image_tokens}"
+    images = f"{planner.images_per_row} x {planner.num_image_tokens}"
     questions = f"{rows.max_questions} x {rows.text_tokens}"
     speed = f"{planner.utilisation:.0%} of {rate:g} TFLOP/s, {gpu.link:g} GB/s between GPUs"
     quantized = sum(weight.numel for weight in planner.weights if weight.quantized)

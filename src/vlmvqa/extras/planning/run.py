@@ -12,7 +12,9 @@ from vlmvqa.extras.planning.batches import Rows, Settings
 from vlmvqa.extras.planning.gpus import gpu
 from vlmvqa.extras.planning.planner import Planner, Training
 from vlmvqa.extras.planning.published_sizes import known_architecture, known_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.inference.build import most_questions
+from vlmvqa.models.interface import Settings as AnySettings
 from vlmvqa.models.vlm import ModelSettings
 
 # Questions per image: the datasets' published counts.
@@ -80,7 +82,7 @@ def build_planner(config: PlanConfig) -> Planner:
     )
 
 
-def _known_model(settings: Settings) -> Settings:
+def _known_model(settings: AnySettings) -> Settings:
     """Return the model's settings; raise if its sizes are known only to the hub.
 
     Raises:
@@ -88,6 +90,7 @@ def _known_model(settings: Settings) -> Settings:
     """
     if isinstance(settings, ModelSettings):
         return known_architecture(settings)
+    assert isinstance(settings, PretrainedSettings)
     known_config(settings)
     return settings
 
@@ -101,7 +104,7 @@ def _questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> fl
         raise InputError(
             f"how many questions {data.source} asks of an image is not known; give plan.questions_per_image"
         )
-    most = most_questions(data, settings.mode)
+    most = most_questions(data, settings.attention_pattern)
     return float(count if most is None else min(count, most))  # an image with more questions is repeated
 
 

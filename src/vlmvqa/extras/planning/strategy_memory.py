@@ -23,8 +23,7 @@ from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.extras.planning.optimizer_memory import EIGHT_BIT, OPTIMIZERS, state_bytes, step_bytes
 from vlmvqa.extras.planning.quantized_memory import QuantizedLinear
-from vlmvqa.models.checkpoint import Model
-from vlmvqa.models.vlm import PARTS
+from vlmvqa.models.interface import PARTS, Model
 
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET, MAX_LIVE, SUB_GROUP = int(5e8), int(1e9), int(1e9)

@@ -16,8 +16,8 @@ from vlmvqa.extras.planning.gpus import GIB
 from vlmvqa.extras.planning.memory import build_random
 from vlmvqa.extras.planning.planner import Planner
 from vlmvqa.extras.planning.strategy_memory import Training
-from vlmvqa.extras.pretrained.model import PretrainedVLM
-from vlmvqa.models.checkpoint import Model
+from vlmvqa.models.interface import Model
+from vlmvqa.models.vlm import VLM
 from vlmvqa.training.optimizer import CLASSES
 
 STEPS = 3
@@ -51,11 +51,11 @@ def verify(planner: Planner, checkpointing: bool) -> str:
         model.checkpoint_activations()
     model.to(device)
     torch.cuda.reset_peak_memory_stats(device)
-    if isinstance(model, PretrainedVLM):
+    if isinstance(model, VLM):
+        rows = vlm_batch(model, planner.rows, planner.images_per_row)
+    else:
         rows = dummy_batch(model, planner.shape, planner.rows.rows, planner.settings)
         rows = {name: column.to(device) for name, column in rows.items()}
-    else:
-        rows = vlm_batch(model, planner.rows, planner.images_per_row)
     train_steps(model, rows, alone.training)
     measured = torch.cuda.max_memory_allocated(device)
     return (

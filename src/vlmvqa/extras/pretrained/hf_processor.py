@@ -1,4 +1,4 @@
-"""The processors of pretrained models: as they were published, and for random weights of the same classes."""
+"""transformers' processors of pretrained models: published ones, and new ones for random weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from transformers import (
 from vlmvqa.errors import InputError
 from vlmvqa.hub import OWN_CODE, hub_or_cache, unread
 
-ADDED_TOKENS = 1160  # at most so many of its own does a processor add: PaliGemma's places and segments
+ADDED_TOKENS = 1160  # most tokens that a processor adds: PaliGemma's locations and segments
 
 
 def load_processor(name: str, image_splitting: bool | None = None) -> ProcessorMixin:
-    """The processor of a hub id or local folder.
+    """Load the processor of a hub id or local folder.
 
     Raises:
-        InputError: it cannot be read, or has no pieces to split an image into.
+        InputError: it cannot be read, or does not support `image_splitting`.
     """
     try:
         with hub_or_cache(name):
@@ -47,7 +47,7 @@ def _set_splitting(library: ProcessorMixin, image_splitting: bool) -> None:
     library.image_processor.do_image_splitting = image_splitting
 
 
-# What `transformers` publishes with the weights, for models without any. Each is asked as its published one is.
+# Chat templates for random weights: those that are published with the trained ones.
 TEMPLATES = {
     "idefics2": "{% for turn in messages %}{{ turn.role.capitalize() }}:{% if turn.content[0].type != 'image' %} "
     "{% endif %}{% for part in turn.content %}{{ part.text if part.type == 'text' else '<image>' }}{% endfor %}"
@@ -58,13 +58,13 @@ TEMPLATES = {
 def random_processor(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, image_splitting: bool | None = None
 ) -> tuple[ProcessorMixin, PreTrainedConfig]:
-    """The processor of an architecture for random weights, and the config with the tokens it has added.
+    """Return a processor for an architecture with random weights, and the config with the added tokens.
 
     Args:
-        tokenizer: without the processor's own tokens.
+        tokenizer: a tokenizer without the processor's tokens.
 
     Raises:
-        InputError: an architecture that is not known here, or a vocabulary that is too small.
+        InputError: an unsupported architecture, or a vocabulary that is too small.
     """
     vision = config.vision_config
     if config.model_type == "paligemma":

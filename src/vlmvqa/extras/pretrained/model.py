@@ -1,18 +1,22 @@
-"""Pretrained vision-language models of transformers, behind the methods of our own: `forward` and `generate`.
+"""Pretrained vision-language models of transformers, with the interface of `models/interface.py`.
 
-The network is the library's own class and computes as the library has it: its mask, its image tokens, its positions.
-What is ours is where the loss is computed (supervised positions only, `sequence/loss.py`) and what is asked of it.
+The network is the library's class, with its mask, image tokens and positions. Only the loss is computed here, at
+supervised positions (`sequence/loss.py`), and answers are chosen by the rules of `models/generation.py`.
 
-Legend: B rows, T tokens, D width, S supervised tokens, V vocabulary.
+Legend: B rows, T tokens, I images, N image tokens, D width, S supervised tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
+from einops import rearrange
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -29,35 +33,36 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, unread
-from vlmvqa.models.generation import Decoding, Generated, pick, streams_of
+from vlmvqa.models.generation import choose_tokens, random_streams
+from vlmvqa.models.interface import DTYPES, PARTS, Generated, GenerationSettings, Model, Part
 from vlmvqa.models.language import final_logits, recompute_activations, refuse_unknown_head
-from vlmvqa.models.vlm import DTYPES, Batch, Part
 from vlmvqa.progress import loading_bar
-from vlmvqa.sequence.loss import divided, supervised_loss
-from vlmvqa.sequence.rows import FILL, IGNORE
+from vlmvqa.sequence.loss import divide_loss, supervised_loss
+from vlmvqa.sequence.rows import FILL, IGNORE, Batch
 
-PREFIX = "net."  # before the library's own names of weights
+PREFIX = "net."  # precedes the library's names of weights
 OURS = set(FILL) - {"input_ids"}  # columns of a batch that the network does not take
-# Where the classes of transformers keep what turns an image into the width of the words.
+# Attributes of transformers' classes that map image features to the decoder's width.
 PROJECTORS = ("multi_modal_projector", "connector", "embed_vision", "mm_projector", "aligner")
 
 
 @dataclass(frozen=True)
 class PretrainedSettings:
-    """Which pretrained model.
+    """Settings of a pretrained model.
 
     Attributes:
-        pretrained: a hub id or local folder; or, for random weights, an architecture of transformers ("paligemma",
-            "idefics2") whose config class's defaults then apply.
+        pretrained: a hub id or local folder; for random weights also an architecture of transformers ("paligemma",
+            "idefics2") with its config class's defaults.
         weights: "hub" (also for a local folder) or "random".
-        overrides: fields of the config class, for random weights; parts of it as mappings.
-        image_splitting: whether an image is read in pieces too, where the model can (null: as it was published).
-        attention: transformers' implementation (null: its choice for the model): eager, sdpa, flash_attention_2.
-        dtype: of the weights.
+        overrides: fields of the config class, for random weights; nested configs as mappings.
+        image_splitting: whether images are also encoded in crops, if the model supports it (null: as published).
+        attention: transformers' implementation: eager, sdpa or flash_attention_2 (null: the model's default).
+        dtype: data type of the weights.
         tokenizer: for random weights "trained", on the training questions and answers.
         resolution: part of the names of some published weights (conf/model/paligemma_3b.yaml).
     """
 
+    family: ClassVar[str] = "pretrained"
     pretrained: str
     weights: str = "hub"
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -85,11 +90,16 @@ class PretrainedSettings:
             )
 
 
-class PretrainedVLM(nn.Module):
-    """A class of `AutoModelForImageTextToText`, with the methods of `VLM`; `places` are its parts' names in it."""
+class PretrainedVLM(Model):
+    """A class of `AutoModelForImageTextToText`.
 
-    accepts_loss_kwargs = True  # as `VLM`'s
-    shares_images = False  # a question a row: some of these models let the image see its question
+    Attributes:
+        net: the network.
+        part_names: the names of vision encoder, projector and language model in it.
+    """
+
+    text_folder = "."  # transformers reads the processor's files next to config.json
+    shares_images = False  # one question per row: in some of these models the image sees its question
 
     def __init__(self, net: PreTrainedModel) -> None:
         super().__init__()
@@ -99,181 +109,253 @@ class PretrainedVLM(nn.Module):
         _refuse_saved_buffers(net)
         self.net = net
         names = {id(module): name for name, module in net.named_modules()}
-        self.places = {part: names.get(id(getattr(self, part)), "-") for part in ("vision", "projector", "language")}
-        self.mode = mode_of(net.config)
+        self.part_names = {part: names.get(id(getattr(self, part)), "-") for part in PARTS}
+        self.attention_pattern = attention_pattern_of(net.config)
 
     # ---- parts
 
     @property
     def vision(self) -> nn.Module:
-        """What sees the image."""
+        """The vision encoder."""
         encoder: nn.Module = self.net.get_encoder(modality="image")
         return encoder
 
     @property
     def projector(self) -> nn.Module:
-        """What turns its features into the width of the words; empty where the encoder does it."""
+        """The module that maps image features to the decoder's width; an identity if the encoder does it."""
         base = self.net.base_model
-        return next((getattr(base, name) for name in PROJECTORS if hasattr(base, name)), nn.Identity())
+        found: nn.Module = next((getattr(base, name) for name in PROJECTORS if hasattr(base, name)), nn.Identity())
+        return found
 
     @property
     def language(self) -> Any:
         """The decoder."""
         return self.net.get_decoder()
 
-    def part_of(self, name: str) -> str:
-        """Which of "vision", "projector" and "language" a weight is of; the output head is the language model's."""
-        for part in ("vision", "projector"):
-            if name.startswith(f"{PREFIX}{self.places[part]}."):
-                return part
-        return "language"
+    @property
+    def adapter_host(self) -> nn.Module:
+        """The network, whose parameter names appear in files of weights and adapters."""
+        network: nn.Module = self.net
+        return network
 
     def part(self, name: str) -> Part:
-        """A part as `set_trainable` wants it."""
+        """Return one of `interface.PARTS`."""
         parameters = [p for known, p in self.named_parameters() if self.part_of(known) == name]
-        module = getattr(self, name)
+        module: nn.Module = getattr(self, name)
         norm = next((getattr(module, norm) for norm in ("norm", "post_layernorm") if hasattr(module, norm)), None)
         if norm is None and name == "vision":
             norm = getattr(getattr(module, "vision_model", None), "post_layernorm", None)
         blocks = [] if name == "projector" else _blocks(module)
-        return Part(parameters, blocks, [norm] if norm is not None else [])
+        return Part(module, parameters, blocks, [norm] if norm is not None else [])
+
+    def part_of(self, name: str) -> str:
+        """Return the part that a parameter belongs to; the output head belongs to the language model."""
+        path = name.removeprefix(PREFIX)
+        return next(
+            (part for part in ("vision", "projector") if path.startswith(self.part_names[part] + ".")), "language"
+        )
+
+    def module_path(self, name: str) -> str:
+        """Return a module's part with its name in it, which is the same path in models of either family."""
+        for part in PARTS:
+            inside = self.part_names[part] + "."
+            if name.startswith(inside):
+                return f"{part}.{name.removeprefix(inside)}"
+        return f"language.{name}"
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Every transformer block: what a strategy shards, and what is recomputed."""
+        """Every transformer block of the network."""
         return _blocks(self.net)
 
-    @property
-    def attention(self) -> str:
-        """transformers' implementation of it."""
-        return str(self.language.config._attn_implementation)
-
     def get_input_embeddings(self) -> nn.Module:
-        """What the Trainer adds NEFTune's noise to."""
+        """Return the token embedding, to which transformers' Trainer adds NEFTune's noise."""
         embedding: nn.Module = self.net.get_input_embeddings()
         return embedding
 
-    # ---- the two methods
+    def tie_weights(self) -> None:
+        """Share tied weights again after parameters were replaced."""
+        self.net.tie_weights()
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the blocks' activations in the backward pass."""
+        recompute_activations(self.net)
+
+    # ---- attention and patches
+
+    @property
+    def attention(self) -> str:
+        """Name of transformers' attention implementation."""
+        return str(self.language.config._attn_implementation)
+
+    def describe_attention(self) -> str:
+        """Return the implementation: the network's own choice, so that nothing needs checking."""
+        return f"the library's own ({self.attention})"
+
+    @contextmanager
+    def eager_attention(self) -> Iterator[Sequence[nn.Module]]:
+        """Use attention that returns its weights, within the context; yield the decoder's attention modules."""
+        before = self.attention
+        self.language.set_attn_implementation("eager")
+        try:
+            yield [layer.self_attn for layer in self.language.layers]
+        finally:
+            self.language.set_attn_implementation(before)
+
+    def patch_grid(self, batch: Batch) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image, or of a crop of it."""
+        height, width = batch["pixel_values"].shape[-2:]
+        side = self.net.config.vision_config.patch_size
+        return height // side, width // side
+
+    # ---- loss
+
+    def image_embeddings(self, batch: Batch) -> Tensor:
+        """Return the embeddings of the image tokens, in the order of the rows: `float[I * N, D]`."""
+        network: Any = self.net
+        names = inspect.signature(network.get_image_features).parameters
+        images = {name: column for name, column in batch.items() if name in names}
+        found = network.get_image_features(**images).pooler_output  # [I, N, D], or a list of [N, D]
+        return rearrange(found, "i n d -> (i n) d") if isinstance(found, Tensor) else torch.cat(found)
 
     def decode(self, batch: Batch) -> Tensor:
-        """The last hidden state of every token: `float[B, T, D]`."""
+        """Return the last hidden state of every token: `float[B, T, D]`."""
         base: Any = self.net.base_model
         hidden: Tensor = base(**_inputs(batch), use_cache=False).last_hidden_state
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`float[S, D] -> float32[S, V]`, with the final softcap where the config has one."""
+        """`float[S, D] -> float32[S, V]`, with the final softcap if the config has one."""
         head: Any = self.net.get_output_embeddings()
         return final_logits(head(hidden), self.net.config.get_text_config())
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
-        """The loss over supervised positions; as `VLM.forward`."""
+        """Compute the loss over supervised positions; arguments and result as in `VLM.forward`."""
         hidden, labels = self.decode(batch), batch["labels"]
         loss, weight = supervised_loss(hidden, labels, self.logits, weights=batch.get("weights"))
         return {
-            "loss": divided(loss, weight, num_items_in_batch),
+            "loss": divide_loss(loss, weight, num_items_in_batch),
             "supervised_tokens": (labels != IGNORE).sum(),
         }
 
+    # ---- answers
+
     @torch.no_grad()
     def generate(
-        self, batch: Batch, eos: Collection[int], decoding: Decoding, keys: Sequence[int | str] | None = None
+        self, batch: Batch, eos: Collection[int], decoding: GenerationSettings, keys: Sequence[int | str] | None = None
     ) -> list[Generated]:
-        """Answer every row, by transformers' own `generate`; as `generation.generate`.
+        """Answer every row with transformers' `generate`; arguments and result as in `generation.generate`.
 
         Args:
             batch: rows without answers, padded on the left.
         """
-        if decoding.beams > 1:
-            return [best[0] for best in self.alternatives(batch, eos, decoding)]
-        rows, read = batch["input_ids"].shape
-        greedy = OneByOne(decoding, sorted(eos), range(rows) if keys is None else keys, batch["input_ids"].device)
-        found = self._generated(batch, eos, decoding, greedy)
+        if decoding.num_beams > 1:
+            return [best[0] for best in self.beam_candidates(batch, eos, decoding)]
+        rows, prompt_tokens = batch["input_ids"].shape
+        keys = range(rows) if keys is None else keys
+        sampling = SamplingProcessor(decoding, sorted(eos), keys, batch["input_ids"].device)
+        found = self._generate(batch, eos, decoding, sampling)
         return [
             Generated(_until(tokens, eos), float(total))
-            for tokens, total in zip(found.sequences[:, read:].tolist(), greedy.total, strict=True)
+            for tokens, total in zip(found.sequences[:, prompt_tokens:].tolist(), sampling.total, strict=True)
         ]
 
     @torch.no_grad()
-    def alternatives(self, batch: Batch, eos: Collection[int], decoding: Decoding) -> list[list[Generated]]:
-        """Every row's finished beams, `decoding.beams` of them, the best first; as `generation.alternatives`."""
-        if decoding.beams == 1:
+    def beam_candidates(
+        self, batch: Batch, eos: Collection[int], decoding: GenerationSettings
+    ) -> list[list[Generated]]:
+        """Return every row's finished beams, best first, at most `decoding.num_beams`."""
+        if decoding.num_beams == 1:
             return [[one] for one in self.generate(batch, eos, decoding)]
-        read = batch["input_ids"].shape[1]
-        found = self._generated(batch, eos, decoding)
+        prompt_tokens = batch["input_ids"].shape[1]
+        found = self._generate(batch, eos, decoding)
         beams = []
-        for tokens, score in zip(found.sequences[:, read:].tolist(), found.sequences_scores.tolist(), strict=True):
+        sequences = found.sequences[:, prompt_tokens:].tolist()
+        for tokens, score in zip(sequences, found.sequences_scores.tolist(), strict=True):
             answer = _until(tokens, eos)
             length = min(len(answer) + 1, len(tokens))  # EOS counts
             beams.append(Generated(answer, score * length**decoding.length_penalty))
-        return [beams[first : first + decoding.beams] for first in range(0, len(beams), decoding.beams)]
+        return [beams[first : first + decoding.num_beams] for first in range(0, len(beams), decoding.num_beams)]
 
-    def _generated(
-        self, batch: Batch, eos: Collection[int], decoding: Decoding, greedy: LogitsProcessor | None = None
+    def _generate(
+        self,
+        batch: Batch,
+        eos: Collection[int],
+        decoding: GenerationSettings,
+        sampling: LogitsProcessor | None = None,
     ) -> Any:
-        """What transformers' `generate` gives: chosen by `greedy`, or every row's best beams."""
+        """Call transformers' `generate`: tokens are chosen by `sampling`, or by beam search."""
         training, net = self.training, cast("Any", self.net)
         published = net.generation_config
         config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
-            num_beams=decoding.beams,
-            num_return_sequences=1 if greedy else decoding.beams,
+            num_beams=decoding.num_beams,
+            num_return_sequences=1 if sampling else decoding.num_beams,
             length_penalty=decoding.length_penalty,
             early_stopping=False,
             do_sample=False,
             eos_token_id=sorted(eos),
             pad_token_id=min(eos),
             return_dict_in_generate=True,
-            output_scores=greedy is None,  # of every step: only so are a beam's own told
+            output_scores=sampling is None,  # without them transformers returns no scores of the beams
         )
         self.eval()
-        net.generation_config = GenerationConfig()  # its penalties would fill what ours leaves open
+        net.generation_config = GenerationConfig()  # the published one would fill options that are unset here
         try:
             return net.generate(
-                **_inputs(batch), generation_config=config, logits_processor=[greedy] if greedy else None
+                **_inputs(batch), generation_config=config, logits_processor=[sampling] if sampling else None
             )
         finally:
             net.generation_config = published
             self.train(training)
 
-    def checkpoint_activations(self) -> None:
-        """Recompute the blocks' activations in the backward pass."""
-        recompute_activations(self.net)
+    # ---- files
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
-        """What transformers' Trainer calls under `activation_checkpointing=true`."""
-        if activation_checkpointing_kwargs or options.get("every_n_layers", 1) != 1 or options.get("offload"):
-            raise InputError("trainer.activation_checkpointing_kwargs is not supported; leave it out")
-        self.checkpoint_activations()
+    def saved_name(self, name: str) -> str:
+        """Return the library's name of a parameter."""
+        return name.removeprefix(PREFIX)
+
+    def saved_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return transformers' config of the network, with the given entries as its entry `vlmvqa`."""
+        # A cast leaves the config's dtype unchanged.
+        own = {"architectures": [type(self.net).__name__], "dtype": config["model"]["dtype"]}
+        return {**self.net.config.to_dict(), **own, "vlmvqa": dict(config)}
+
+    def save_extras(self, folder: Path) -> None:
+        """Write the published generation config."""
+        self.net.generation_config.save_pretrained(folder)
 
 
-class OneByOne(LogitsProcessor):  # type: ignore[misc] # transformers is not analysed
-    """Chooses each row's next token as our own generation does, and adds up what the choices cost."""
+class SamplingProcessor(LogitsProcessor):  # type: ignore[misc] # transformers is not analysed
+    """Chooses each row's next token as `generation.choose_tokens` does, and sums the log-probabilities."""
 
-    def __init__(self, decoding: Decoding, eos: list[int], keys: Sequence[int | str], device: torch.device) -> None:
-        self.decoding, self.streams = decoding, streams_of(decoding, keys)
+    def __init__(
+        self, decoding: GenerationSettings, eos: list[int], keys: Sequence[int | str], device: torch.device
+    ) -> None:
+        self.decoding, self.streams = decoding, random_streams(decoding, keys)
         self.ends = torch.tensor(eos, device=device)
         self.total = torch.zeros(len(keys), device=device)
         self.open = torch.ones(len(keys), dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        drawn = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64, device=scores.device)
-        chosen, log_prob = pick(scores.float().log_softmax(-1), drawn, self.decoding.temperature)
+        """Set the scores of all tokens but the chosen one to minus infinity."""
+        uniform = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64, device=scores.device)
+        chosen, log_prob = choose_tokens(scores.float().log_softmax(-1), uniform, self.decoding.temperature)
         self.total += log_prob * self.open
         self.open &= ~torch.isin(chosen, self.ends)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
-def mode_of(config: PreTrainedConfig) -> str:
-    """Who sees whom in a model of the library's, by the name that it has in `sequence/masks.py`."""
+def attention_pattern_of(config: PreTrainedConfig) -> str:
+    """Return the attention pattern of a model of transformers, a key of `masks.ATTENTION_PATTERNS`."""
     return "prefix_lm" if config.model_type == "paligemma" else "causal"
 
 
 def pretrained_config(settings: PretrainedSettings) -> PreTrainedConfig:
-    """The model's config: from the hub or a folder, or an architecture's defaults with overrides.
+    """Return the model's config: from the hub or a folder, or an architecture's defaults with overrides.
 
     Raises:
-        InputError: unknown name or key, unreachable or gated, or not a vision-language model.
+        InputError: an unknown name or key, a config that cannot be read, or not a vision-language model.
     """
     if settings.pretrained in CONFIG_MAPPING_NAMES:
         known = AutoConfig.for_model(settings.pretrained).to_dict()
@@ -295,27 +377,29 @@ def pretrained_config(settings: PretrainedSettings) -> PreTrainedConfig:
     return config
 
 
-def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, blank: bool = False) -> PretrainedVLM:
-    """The model, weights included.
+def build_pretrained(
+    settings: PretrainedSettings, config: PreTrainedConfig, uninitialized: bool = False
+) -> PretrainedVLM:
+    """Build the model with its weights.
 
     Args:
-        config: `pretrained_config`'s.
-        blank: leave the weights to be filled in.
+        config: as `pretrained_config` returns it.
+        uninitialized: skip the weights, which are set afterwards.
 
     Raises:
         InputError: unreachable, gated or broken weights, or a model that takes no image.
     """
-    more: dict[str, Any] = {} if settings.attention is None else {"attn_implementation": settings.attention}
+    options: dict[str, Any] = {} if settings.attention is None else {"attn_implementation": settings.attention}
     dtype = DTYPES[settings.dtype]
     try:
-        if settings.weights == "random" or blank:
-            made = PretrainedVLM(AutoModelForImageTextToText.from_config(config, dtype=dtype, **more))
-            made.net.tie_weights()  # transformers does so where it draws weights, not where they are left blank
-            _tell_latents_apart(made)
+        if settings.weights == "random" or uninitialized:
+            made = PretrainedVLM(AutoModelForImageTextToText.from_config(config, dtype=dtype, **options))
+            made.net.tie_weights()  # transformers does so only when it initializes weights
+            _initialize_latents(made)
             return made
         with hub_or_cache(settings.pretrained), loading_bar():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **more, **SAFE_WEIGHTS
+                settings.pretrained, config=config, dtype=dtype, output_loading_info=True, **options, **SAFE_WEIGHTS
             )
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise unread(f"model.pretrained={settings.pretrained}", error) from error
@@ -330,7 +414,7 @@ def build_pretrained(settings: PretrainedSettings, config: PreTrainedConfig, bla
 
 
 def _refuse_saved_buffers(net: PreTrainedModel) -> None:
-    """Stop at a model whose files hold what is no parameter: only parameters are trained, saved and merged here."""
+    """Raise if a model has persistent buffers: only parameters are trained, saved and merged here."""
     for path, module in net.named_modules():
         for name in module._buffers.keys() - module._non_persistent_buffers_set:
             raise InputError(
@@ -339,21 +423,23 @@ def _refuse_saved_buffers(net: PreTrainedModel) -> None:
             )
 
 
-def _tell_latents_apart(model: PretrainedVLM) -> None:
-    """A resampler's random queries: transformers makes them all ones, and what is the same learns the same."""
+def _initialize_latents(model: PretrainedVLM) -> None:
+    """Initialize a resampler's queries: transformers sets them to ones, and equal queries have equal gradients."""
     latents = getattr(getattr(model.projector, "perceiver_resampler", None), "latents", None)
     if latents is not None:
         nn.init.normal_(latents, std=0.02)
 
 
 def _until(tokens: list[int], eos: Collection[int]) -> list[int]:
-    """The tokens before the one that ends an answer."""
+    """Return the tokens before the one that ends an answer."""
     return tokens[: next((place for place, token in enumerate(tokens) if token in eos), len(tokens))]
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:
+    """Return the columns that the network takes."""
     return {name: column for name, column in batch.items() if name not in OURS}
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the transformer blocks of a module of transformers."""
     return [found for found in module.modules() if isinstance(found, GradientCheckpointingLayer)]

@@ -1,7 +1,7 @@
-"""Examples to the batch that a pretrained model takes, through the processor it was published with.
+"""Batches for pretrained models, made with the processor that was published with them.
 
-The processor lays out image tokens and words; what is supervised is not left to it: the answer's tokens and the one
-that ends them, which are found here as what the words of the whole turn add to those of the prompt.
+The library's processor arranges image tokens and text. Which tokens are supervised is decided here: those of the answer
+and the one that ends it, which are the difference between the tokens of the full turn and those of its prompt.
 
 Legend: B rows, T tokens.
 """
@@ -27,11 +27,12 @@ from vlmvqa.sequence.rows import ANSWER, IGNORE, IMAGE, NO_IMAGE, PADDING, PROMP
 
 
 @dataclass(frozen=True)
-class Written:
-    """A question in the words that the library's processor takes, its image's placeholder among them.
+class PromptedQuestion:
+    """A question as the text that the library's processor takes, with the image's placeholder.
 
-    `answer` are token ids up to the one that ends it, or none where the model is to write it; `weight` as of
-    `TokenizedQuestion`.
+    Attributes:
+        answer: token ids up to the one that ends the answer; empty if the model is to generate it.
+        weight: as in `TokenizedQuestion`.
     """
 
     prompt: str
@@ -41,20 +42,20 @@ class Written:
 
 @dataclass(frozen=True)
 class PretrainedProcessor(Processor):
-    """A `Processor` that asks the library's own.
+    """A `Processor` that uses the library's.
 
     Attributes:
-        library: the model's processor of transformers.
+        library: transformers' processor of the model.
     """
 
     library: Any = field(kw_only=True)
 
     @classmethod
-    def of(cls, library: Any, mode: str, max_text_tokens: int | None) -> PretrainedProcessor:
-        """The processor of a model in this attention mode.
+    def of(cls, library: Any, attention_pattern: str, max_text_tokens: int | None) -> PretrainedProcessor:
+        """Return the processor of a model with this attention pattern.
 
         Raises:
-            InputError: it has no chat template, and is not PaliGemma's, which needs none.
+            InputError: it has no chat template (PaliGemma's needs none), or no EOS token.
         """
         tokenizer, images = library.tokenizer, library.image_processor
         if not _is_paligemma(library) and not (library.chat_template or tokenizer.chat_template):
@@ -72,14 +73,13 @@ class PretrainedProcessor(Processor):
             tuple(images.image_std),
             resize="center_crop" if crops else "squash",
         )
-        return cls(tokenizer, about, 0, mode, max_text_tokens, library=library)
+        return cls(tokenizer, about, 0, attention_pattern, max_text_tokens, library=library)
 
-    def tokenize(self, question: Question, answer: str | None) -> Written:  # type: ignore[override]
-        """The prompt in the model's format; the tokens of the answer and of what ends it.
+    def tokenize(self, question: Question, answer: str | None) -> PromptedQuestion:  # type: ignore[override]
+        """Return the prompt in the model's format, and the tokens of the answer with the one that ends it.
 
         Raises:
-            InputError: an empty answer, or one that alone exceeds `max_text_tokens`; words that the model reads as a
-                special token.
+            InputError: the answer is empty or exceeds `max_text_tokens`, or the text contains a special token.
         """
         if special := self._special_words.search(f"{question.prompt} {answer or ''}"):
             raise InputError(
@@ -91,30 +91,31 @@ class PretrainedProcessor(Processor):
         if self.max_text_tokens is not None:
             over = len(self._ids(question.prompt)) + len(target) - self.max_text_tokens
             question = self._shortened(question, over, len(target)) if over > 0 else question
-        return Written(self._asked(question.prompt), target)
+        return PromptedQuestion(self._prompt_text(question.prompt), target)
 
     def load_image(self, example: Example) -> Image:  # type: ignore[override]
-        """The decoded picture; the library's processor resizes it in `collate`."""
+        """Decode the image; the library's processor resizes it in `collate`."""
         return decode(example.image, example.name)
 
     def count_tokens(self, question: Question, answer: str) -> int:
-        """Tokens of a question with its answer, image tokens and the template's words not counted."""
+        """Return the number of tokens of a question with its answer, without image tokens and chat template."""
         return len(self._ids(question.prompt)) + len(self.tokenize(question, answer).answer) - 1
 
     def collate(self, rows: Sequence[Sequence[Document]], multiple: int = 8) -> dict[str, Tensor]:
-        """The network's own inputs, and our columns (`sequence/rows.py`) `[B, T]`, but for `image_index`.
+        """Return the network's inputs and the columns of `sequence/rows.py`, `[B, T]`, except for `image_index`.
 
-        Rows are padded on the right; on the left where none has an answer, so that all can go on together.
+        Rows are padded on the right; on the left if none has an answer, so that generation continues all of them at
+        the same position.
         """
         encoded = list(chain.from_iterable(rows))
         questions: list[Any] = [one.questions[0] for one in encoded]
         pictures = [[one.image] for one in encoded]
         texts = [question.prompt for question in questions]
         bos = self.tokenizer.bos_token
-        # Where the chat template has written BOS, the tokenizer must not add another; as transformers has it.
+        # If the chat template has written BOS, the tokenizer must not add another (as in transformers).
         more: dict[str, Any] = {"add_special_tokens": False} if bos is not None and texts[0].startswith(bos) else {}
         found = self.library(text=texts, images=pictures, padding=True, return_tensors="pt", **more)
-        found.pop("labels", None)  # PaliGemma's, of a prompt alone
+        found.pop("labels", None)  # PaliGemma's labels of the prompt
         read = [
             ids[mask.bool()].tolist() for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
         ]
@@ -129,15 +130,29 @@ class PretrainedProcessor(Processor):
         del columns["image_index"]
         own = {name: value for name, value in found.items() if name not in ("input_ids", "attention_mask")}
         for name in [name for name, value in own.items() if value.shape == found["input_ids"].shape]:
-            own[name] = self._typed(own[name], found["attention_mask"], columns["role"], real)
+            own[name] = self._extend_types(own[name], found["attention_mask"], columns["role"], real)
         return {**own, **columns, "attention_mask": real.long()}
+
+    @property
+    def shares_images(self) -> bool:
+        """One question per row."""
+        return False
+
+    @property
+    def processing_class(self) -> Any:
+        """The object of transformers that is saved with the model: its processor."""
+        return self.library
+
+    def with_images(self, resize: str, reduced: bool) -> PretrainedProcessor:
+        """Return the processor unchanged: it resizes images as in its training."""
+        return self
 
     @cached_property
     def end_token_ids(self) -> set[int]:
-        """The token ids that end an answer."""
+        """Token ids that end an answer."""
         return {self.tokenizer.eos_token_id, self._target(Question(0, "", ""), "yes")[-1]}
 
-    def _row(self, prompt: list[int], question: Written, number: int) -> Row:
+    def _row(self, prompt: list[int], question: PromptedQuestion, number: int) -> Row:
         answer = list(question.answer)
         read, written = len(prompt), max(len(answer) - 1, 0)
         row = Row()
@@ -153,15 +168,15 @@ class PretrainedProcessor(Processor):
         )
         return row
 
-    def _typed(self, given: Tensor, mask: Tensor, role: Tensor, real: Tensor) -> Tensor:
-        """A column of the network's (`token_type_ids`) for our rows: its own for the prompt, then the answer's type."""
-        suffix = int(_is_paligemma(self.library))  # PaliGemma's answers have a type of their own, causal
+    def _extend_types(self, given: Tensor, mask: Tensor, role: Tensor, real: Tensor) -> Tensor:
+        """Extend a column of the network (`token_type_ids`) from the prompts to the answers."""
+        suffix = int(_is_paligemma(self.library))  # PaliGemma's answers have their own type, which is causal
         typed = torch.full_like(role, suffix)
         typed[real & (role != ANSWER)] = given[mask.bool()].to(typed.dtype)
         return typed.masked_fill(~real, 0)
 
-    def _asked(self, prompt: str, answer: str | None = None) -> str:
-        """The words of the turn, with the image's placeholder."""
+    def _prompt_text(self, prompt: str, answer: str | None = None) -> str:
+        """Return the text of the turn, with the image's placeholder."""
         prompt = prompt.removesuffix("\n")  # PaliGemma's processor adds it, a chat template has its own
         if _is_paligemma(self.library):
             return f"{self.library.image_token}{prompt}"
@@ -172,18 +187,18 @@ class PretrainedProcessor(Processor):
         return asked
 
     def _target(self, question: Question, answer: str) -> list[int]:
-        """Token ids of the answer and of what ends it."""
+        """Return the token ids of the answer and the one that ends it."""
         tokenizer = self.tokenizer
         if _is_paligemma(self.library):
             return [*self._ids(answer), tokenizer.eos_token_id]
-        prompt, whole = self._asked(question.prompt), self._asked(question.prompt, answer)
+        prompt, whole = self._prompt_text(question.prompt), self._prompt_text(question.prompt, answer)
         if not whole.startswith(prompt):
             raise InputError(
                 f"question {question.id}: the model's chat template writes {prompt[-20:]!r} before an answer and "
                 f"{whole[len(prompt) - 20 :][:40]!r} with it, so the answer's tokens cannot be told; choose another"
             )
         read, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
-        # Where the answer's first token would reach back into the prompt, its words stand alone: as when it is asked.
+        # If the answer's first token would merge with the prompt, the answer is tokenized alone, as in generation.
         alone = ids[: len(read)] != read
         written = self._ids(whole.removeprefix(prompt)) if alone else ids[len(read) :]
         special = set(tokenizer.all_special_ids)
@@ -191,7 +206,7 @@ class PretrainedProcessor(Processor):
         return [*written, tokenizer.eos_token_id] if end is None else written[: end + 1]
 
     def _shortened(self, question: Question, over: int, answer: int) -> Question:
-        """The question without its last tokens, as many as are too many."""
+        """Return the question without its last `over` tokens."""
         text = question.text
         places = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         if len(places) - over < 1:

@@ -23,11 +23,9 @@ from torch import Tensor, nn
 from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.data.images import decode
 from vlmvqa.errors import InputError
-from vlmvqa.extras.pretrained.model import PretrainedVLM
 from vlmvqa.extras.report.gallery import Record, choose_gallery, evenly
 from vlmvqa.inference.predictor import Predictor
-from vlmvqa.models.checkpoint import Model
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.interface import Model
 from vlmvqa.progress import bar
 from vlmvqa.sequence.rows import IGNORE, IMAGE, PADDING, PROMPT
 
@@ -141,8 +139,8 @@ def _answered_row(predictor: Predictor, example: Example, answer: str) -> dict[s
 def _attention(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """Return `float[rows, columns]`; the decoder must read each patch as one token."""
     image_tokens = ((batch["role"] == IMAGE) & (batch["document"] != PADDING))[0].nonzero()[:, 0]
-    rows, columns = _grid(model, batch)
-    mixed = any("resampler" in name for name, _ in model.projector.named_modules())  # Idefics2's latents
+    rows, columns = model.patch_grid(batch)
+    mixed = any("resampler" in name for name, _ in model.part("projector").module.named_modules())  # Idefics2's latents
     if mixed or len(image_tokens) - rows * columns not in (0, 1):  # 1: the class token, which comes first
         raise InputError(
             f"the model reads {len(image_tokens)} image tokens that do not correspond one to one to {rows} x {columns} "
@@ -160,26 +158,18 @@ def _attention_weights(model: Model, batch: dict[str, Tensor], queries: Tensor, 
     Uses transformers' eager attention, which returns its weights and applies the softcap. Each layer's weights are
     freed before the next layer runs.
     """
-    decoder = model.language if isinstance(model, PretrainedVLM) else model.language.decoder
     means: list[Tensor] = []
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         means.append(output[1][0][:, queries][..., keys].float().mean((0, 1)))  # weights: float[1, heads, T, T]
 
-    hooks = [layer.self_attn.register_forward_hook(keep) for layer in decoder.layers]
-    before = model.attention
-    if isinstance(model, VLM):
-        model.language.set_attention("dense")  # eager attention takes the same masks
-    decoder.set_attn_implementation("eager")
-    try:
-        model.decode(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if isinstance(model, VLM):
-            model.language.set_attention(before)
-        else:
-            decoder.set_attn_implementation(before)
+    with model.eager_attention() as layers:
+        hooks = [layer.register_forward_hook(keep) for layer in layers]
+        try:
+            model.decode(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
     return means
 
 
@@ -196,7 +186,8 @@ def _gradient(model: Model, batch: dict[str, Tensor]) -> Tensor:
         output.last_hidden_state = features[0]
         return output
 
-    hook = model.vision.register_forward_hook(detach_features)
+    encoder = model.part("vision").module
+    hook = encoder.register_forward_hook(detach_features)
     try:
         with torch.enable_grad():
             loss = model(**batch)["loss"]
@@ -205,26 +196,16 @@ def _gradient(model: Model, batch: dict[str, Tensor]) -> Tensor:
         hook.remove()
     if gradient is None:
         raise InputError(
-            f"the language model does not read the last features of {type(model.vision).__name__}, so their gradient "
+            f"the language model does not read the last features of {type(encoder).__name__}, so their gradient "
             "is undefined; use method=attention"
         )
-    rows, columns = _grid(model, batch)
+    rows, columns = model.patch_grid(batch)
     contribution = -(gradient * features[0].detach()).sum(-1)[-1, -rows * columns :].view(rows, columns)
     if "pixel_attention_mask" not in batch:
         return contribution
     real = batch["pixel_attention_mask"][0, -1]  # [H, W]: tiles are padded to the largest
     across, down = real.any(0).sum() * columns // real.shape[1], real.any(1).sum() * rows // real.shape[0]
     return contribution[:down, :across]
-
-
-def _grid(model: Model, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """Return rows and columns of patches in an image or tile."""
-    if isinstance(model, VLM):
-        rows, columns = model.vision.encoder.patch_embed.grid_size
-        return rows, columns
-    height, width = batch["pixel_values"].shape[-2:]
-    side = model.net.config.vision_config.patch_size
-    return height // side, width // side
 
 
 def _visible_box(image: Image.Image, resize: str) -> tuple[int, int, int, int]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
@@ -14,9 +12,8 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.row_drawing import describe, draw
-from vlmvqa.inference.build import build_processor, most_questions
-from vlmvqa.models.generation import Decoding
-from vlmvqa.models.vlm import ModelSettings
+from vlmvqa.inference.build import build_processor
+from vlmvqa.models.interface import GenerationSettings
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class ShowConfig:
     run: RunSettings
     data: DataSettings
     model: AnyModelSettings
-    decoding: Decoding
+    decoding: GenerationSettings
     split: str = "train"
     sample: int = 0
     given: frozenset[str] = frozenset()
@@ -58,7 +55,5 @@ def show(config: ShowConfig) -> None:
 
 def _processor(config: ShowConfig, data: DataSettings, examples: list[Example]) -> tuple[Processor, int | None]:
     """Return the processor, and how many questions may share a row; no weights are loaded."""
-    with torch.device("meta"):
-        processor = build_processor(config.model, data, examples)
-    own = isinstance(config.model, ModelSettings)
-    return processor, most_questions(data, processor.attention_pattern) if own else 1
+    processor = build_processor(config.model, data, examples)
+    return processor, data.questions_per_row if processor.shares_images else 1

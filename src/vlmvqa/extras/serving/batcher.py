@@ -223,7 +223,7 @@ class Batcher:
         alternatives: Sequence[Sequence[Answer]] = [()] * len(answers)
         if request.alternatives:
             self._check_deadline(request)
-            beams = predictor.alternatives(request.image, list(request.questions), request.alternatives + 1)
+            beams = predictor.beam_candidates(request.image, list(request.questions), request.alternatives + 1)
             alternatives = [
                 [other for other in found if other.text != answer.text][: request.alternatives]
                 for found, answer in zip(beams, answers, strict=True)

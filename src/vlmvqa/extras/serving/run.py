@@ -20,7 +20,7 @@ from vlmvqa.extras.serving import browse, uploads
 from vlmvqa.extras.serving.limits import Limits, RequestError
 from vlmvqa.extras.serving.server import Address, ServerContent, check_packages, listen, serve
 from vlmvqa.inference.predictor import Predictor, load
-from vlmvqa.models.generation import Decoding
+from vlmvqa.models.interface import GenerationSettings
 
 EXAMPLES = 6  # images of the browsed run, when no examples are given
 
@@ -31,7 +31,7 @@ class ServeConfig:
 
     run: RunSettings
     checkpoint: str
-    decoding: Decoding
+    decoding: GenerationSettings
     limits: Limits
     compare: str | None = None
     browse: str | None = None

@@ -1,0 +1,132 @@
+"""The family of pretrained models: how they are loaded and composed for a run (`models.checkpoint.Family`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig, ProcessorMixin
+from transformers.initialization import no_init_weights
+
+from vlmvqa import fingerprint
+from vlmvqa.data.example import Example
+from vlmvqa.data.tokenization import train_tokenizer
+from vlmvqa.errors import InputError
+from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
+from vlmvqa.extras.pretrained.model import (
+    PretrainedSettings,
+    PretrainedVLM,
+    attention_pattern_of,
+    build_pretrained,
+    pretrained_config,
+)
+from vlmvqa.extras.pretrained.processor import PretrainedProcessor
+from vlmvqa.models import model_folder
+from vlmvqa.models.checkpoint import OURS
+from vlmvqa.models.model_folder import CONFIG
+from vlmvqa.settings import build_settings
+
+if TYPE_CHECKING:
+    from vlmvqa.config.schema import DataSettings
+
+SETTINGS = PretrainedSettings
+
+# ---- saved models
+
+
+def saved_settings(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], PretrainedSettings]:
+    """Return vlmvqa's entries of a `config.json`, and the settings that load the model from its folder.
+
+    A folder of adapters has a config.json of vlmvqa, with the settings of its base model.
+    """
+    if "model_type" not in config:
+        return dict(config), build_settings(PretrainedSettings, config["model"], f"{folder / CONFIG}: model")
+    known = config.get(OURS, {})
+    where = f"{folder / CONFIG}: {OURS}.model"
+    settings = build_settings(PretrainedSettings, known.get("model", {"pretrained": str(folder)}), where)
+    return known, dataclasses.replace(
+        settings, pretrained=str(folder), weights="hub", overrides={}, image_splitting=None
+    )
+
+
+def load(folder: Path, settings: PretrainedSettings, config: Mapping[str, Any]) -> PretrainedVLM:
+    """Load a saved model."""
+    return build_pretrained(settings, pretrained_config(settings))
+
+
+def uninitialized_like(model: PretrainedVLM, settings: PretrainedSettings) -> PretrainedVLM:
+    """Build a model like `model`, whose weights are set afterwards."""
+    with no_init_weights():
+        return build_pretrained(settings, deepcopy(model.net.config), uninitialized=True)
+
+
+def load_processing_class(folder: Path) -> ProcessorMixin:
+    """Load transformers' processor of a saved model."""
+    return load_processor(str(folder))
+
+
+def make_processor(library: ProcessorMixin, model: PretrainedVLM, config: Mapping[str, Any]) -> PretrainedProcessor:
+    """Return the processor of a saved model."""
+    return PretrainedProcessor.of(library, model.attention_pattern, config.get("max_text_tokens"))
+
+
+def continued_settings(settings: PretrainedSettings, folder: Path) -> PretrainedSettings:
+    """Return the settings of a run that continues to train a saved model: they name its folder already."""
+    return settings
+
+
+# ---- new models
+
+
+def compose(
+    settings: PretrainedSettings, data: DataSettings, examples: Sequence[Example]
+) -> tuple[PretrainedVLM, PretrainedProcessor, dict[str, str] | None]:
+    """Build a model and its processor for a run.
+
+    Args:
+        examples: the texts that a tokenizer is trained on, if the settings ask for one.
+
+    Returns:
+        The model, its processor, and the name and fingerprint of the weights that training starts from.
+    """
+    processor, config = _processor(settings, data, examples)
+    if settings.weights == "random":
+        return build_pretrained(settings, config), processor, None
+    folder = model_folder.find(settings.pretrained)
+    started_from = {"model": _absolute(settings.pretrained), "weights": fingerprint.weights_in(folder)}
+    return build_pretrained(dataclasses.replace(settings, pretrained=str(folder)), config), processor, started_from
+
+
+def compose_processor(
+    settings: PretrainedSettings, data: DataSettings, examples: Sequence[Example]
+) -> PretrainedProcessor:
+    """Return the processor alone; no weights are loaded."""
+    return _processor(settings, data, examples)[0]
+
+
+def _processor(
+    settings: PretrainedSettings, data: DataSettings, examples: Sequence[Example]
+) -> tuple[PretrainedProcessor, PreTrainedConfig]:
+    """Return the processor of a pretrained model, and the network's config."""
+    if data.resize != "squash" or data.reduced_decoding:
+        raise InputError(
+            f"{settings.pretrained} resizes images as it was trained; leave data.resize and data.reduced_decoding out"
+        )
+    config = pretrained_config(settings)
+    if settings.weights == "random":
+        if settings.tokenizer != "trained":
+            raise InputError("model.weights=random needs model.tokenizer=trained, which is made of the questions")
+        tokenizer = train_tokenizer(examples, config.get_text_config().vocab_size - ADDED_TOKENS)
+        library, config = random_processor(config, tokenizer, settings.image_splitting)
+    else:
+        library = load_processor(settings.pretrained, settings.image_splitting)
+    return PretrainedProcessor.of(library, attention_pattern_of(config), data.max_text_tokens), config
+
+
+def _absolute(pretrained: str) -> str:
+    """Return a folder's absolute path, so that it is found from elsewhere; a hub id unchanged."""
+    folder = Path(pretrained).expanduser()
+    return str(folder.resolve()) if folder.exists() else pretrained
