@@ -137,7 +137,7 @@ def _fingerprint_settings(predictor: Predictor) -> str:
     processor = predictor.processor
     about = {
         "settings": asdict(predictor.settings),
-        "language": predictor.model.language.config.to_dict(),
+        "network": predictor.model.saved_config({}),
         "images": asdict(processor.images),
         "text": [processor.max_text_tokens, processor.attention_pattern],
         "tokenizer": [processor.tokenizer.backend_tokenizer.to_str(), processor.tokenizer.special_tokens_map],

@@ -159,6 +159,6 @@ def table(found: Mapping[str, Any]) -> str:
 
 
 def _shown(one: Mapping[str, Any]) -> str:
-    """0.5831 (0.551 to 0.614)"""
+    """Format a mean with its interval: 0.5831 (0.551 to 0.614)."""
     interval = one["interval"]
     return f"{one['mean']:.4f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")

@@ -45,6 +45,7 @@ PACKAGES = ("crfm-helm", "nltk", "rouge_score", "torch", "transformers", "timm",
 
 
 def main(config: HelmConfig) -> None:
+    """Let HELM score a model, or a file of answers."""
     checks.refuse_missing_helm()
     plan = make_plan(config)
     if (plan.folder / "summary.json").exists() and not config.run.overwrite:

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from tests import tiny
 from tests.unit.test_trainer import examples
 from vlmvqa import ranks
+from vlmvqa.config import compatibility
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.images import ImageSettings
@@ -158,7 +159,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         **(case.trainer or {}),
     }
     adapt = ADAPTED.get(case.trained)
-    runtime_checks.refuse(runtime_checks.Asked(dist, values, tiny.settings(case.attention_pattern), adapt=adapt))
+    compatibility.refuse(compatibility.RunRequest(dist, values, tiny.settings(case.attention_pattern), adapt=adapt))
     return TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,

@@ -210,6 +210,8 @@ def _is_choice(override: str) -> bool:
         InputError: the group has no such file.
     """
     key, _, choice = override.lstrip("+~").partition("=")
+    if key.startswith("hydra/"):  # Hydra's own groups: hydra/launcher=submitit_slurm
+        return True
     group = key.partition("@")[0]  # data@data.parts.gqa=gqa: a choice for another place
     if not (CONF / group).is_dir():
         return False

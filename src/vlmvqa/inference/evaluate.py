@@ -40,6 +40,7 @@ class EvalSpec:
 
     @property
     def questions(self) -> list[Question]:
+        """All questions of the split."""
         return [question for example in self.examples for question in example.questions]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +21,6 @@ from vlmvqa.data.packing import split_questions
 from vlmvqa.data.processor import EvalDataset, Processor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError
-from vlmvqa.extras.report.calibration import confidence
 from vlmvqa.inference.answer_log import Journal, batch_key
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import Generated, GenerationSettings, Model, Settings
@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 ROW_TEXT_TOKENS = 512
 BARE = "{question}"  # the prompt of a model of which none is known
+
+
+def confidence(log_probability: float | None) -> float:
+    """Return the probability of an answer; 0 if it is unknown, for answers of another program."""
+    return 0.0 if log_probability is None else math.exp(min(log_probability, 0.0))  # rounding can exceed 0
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,6 @@ class VisionLanguageModel(Protocol):
 
     Attributes:
         attention_pattern: which tokens see which, a key of `sequence.masks.ATTENTION_PATTERNS`.
-        shares_images: whether one row may hold several questions about an image.
-        attention: name of the decoder's attention implementation.
-        blocks: every transformer block: the units that are sharded and recomputed.
-        adapter_host: the module whose parameter names appear in files of weights and adapters.
         text_folder: subfolder of a saved model that holds its tokenizer or processor.
     """
 
@@ -100,13 +96,20 @@ class VisionLanguageModel(Protocol):
     text_folder: ClassVar[str]
 
     @property
-    def shares_images(self) -> bool: ...
+    def shares_images(self) -> bool:
+        """Whether one row may hold several questions about an image."""
+
     @property
-    def attention(self) -> str: ...
+    def attention(self) -> str:
+        """Name of the decoder's attention implementation."""
+
     @property
-    def blocks(self) -> list[nn.Module]: ...
+    def blocks(self) -> list[nn.Module]:
+        """Every transformer block: the units that are sharded and recomputed."""
+
     @property
-    def adapter_host(self) -> nn.Module: ...
+    def adapter_host(self) -> nn.Module:
+        """The module whose parameter names appear in files of weights and adapters."""
 
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """Return `loss` (supervised losses over `num_items_in_batch`) and `supervised_tokens`, both scalars."""

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vlmvqa.inference.predictor import confidence
+
 BINS = 10
 
 
@@ -40,11 +42,6 @@ class Calibration:
     bins: tuple[Bin, ...]
     n: int
     error: float
-
-
-def confidence(log_probability: float | None) -> float:
-    """Return the probability of an answer; 0 if it is unknown, for answers of another program."""
-    return 0.0 if log_probability is None else math.exp(min(log_probability, 0.0))  # rounding can exceed 0
 
 
 def calibrate(records: Iterable[Mapping[str, Any]], metric: str, bins: int = BINS) -> Calibration | None:

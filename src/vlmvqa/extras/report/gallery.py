@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from vlmvqa.extras.report.calibration import confidence
+from vlmvqa.inference.predictor import confidence
 from vlmvqa.metrics.registry import metric
 
 Record = Mapping[str, Any]
