@@ -11,10 +11,9 @@ with cli.script(__name__, __file__):
 
     from tqdm import tqdm
 
-    from vlmvqa.config.compose import override_decoding
-    from vlmvqa.config.early_checks import read_questions
-    from vlmvqa.config.schema import PredictConfig
+    from vlmvqa.config.schema import PredictConfig, override_decoding
     from vlmvqa.inference.predictor import load
+    from vlmvqa.paths import read_questions
     from vlmvqa.progress import bar
 
 

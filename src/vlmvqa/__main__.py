@@ -12,7 +12,7 @@ import sys
 
 from vlmvqa import __version__
 from vlmvqa.errors import suggest
-from vlmvqa.places import CALLED_AS, HELM_MODULE, LAUNCH, commands
+from vlmvqa.paths import CALLED_AS, HELM_MODULE, LAUNCH, commands
 
 
 def main() -> None:

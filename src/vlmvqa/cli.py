@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from vlmvqa.errors import InputError
-from vlmvqa.places import CALLED_AS, CONF
+from vlmvqa.paths import CALLED_AS, CONF
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -25,7 +25,7 @@ from vlmvqa.extras.adapters.peft_adapters import ATTENTION, FEED_FORWARD
 from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.models.vlm import ModelSettings
-from vlmvqa.places import CONF
+from vlmvqa.paths import CONF
 from vlmvqa.settings import build_settings
 from vlmvqa.training.arguments import training_arguments
 from vlmvqa.training.distributed import deepspeed_config

@@ -11,7 +11,7 @@ import pytest
 
 from tests.configs import values
 from tests.conftest import ROOT
-from vlmvqa.places import CONF
+from vlmvqa.paths import CONF
 
 PAGE = (ROOT / "docs" / "configuration.md").read_text()
 PARTS = ("vision", "projector", "language")  # of a model, whose keys are named one by one

@@ -26,7 +26,7 @@ from vlmvqa.extras.planning.published_sizes import PUBLISHED, known_config, num_
 from vlmvqa.extras.planning.run import PlanConfig, build_planner
 from vlmvqa.extras.planning.strategy_memory import strategy_memory, weights_of
 from vlmvqa.extras.pretrained.model import PretrainedSettings
-from vlmvqa.places import CONF
+from vlmvqa.paths import CONF
 
 ALL = {"vision": "all", "projector": "all", "language": "all"}
 NONE = {"vision": "none", "projector": "none", "language": "none"}

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from vlmvqa.models.build import build
 from vlmvqa.models.vlm import ModelSettings
-from vlmvqa.places import CONF
+from vlmvqa.paths import CONF
 from vlmvqa.settings import build_settings
 
 

@@ -17,7 +17,7 @@ from vlmvqa.config.help import PAGES, page
 from vlmvqa.config.keys import ALIASES, HYDRA_OPTIONS, default_keys, refuse_flags
 from vlmvqa.config.overrides import compose
 from vlmvqa.errors import InputError
-from vlmvqa.places import HELM_MODULE, commands, scripts
+from vlmvqa.paths import HELM_MODULE, commands, scripts
 
 SCRIPTS = scripts()
 PYTHON = [sys.executable]

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from vlmvqa.errors import InputError
-from vlmvqa.models.interface import GenerationSettings
-from vlmvqa.places import CONF
+from vlmvqa.paths import CONF
 from vlmvqa.settings import build_settings
 
 Config = TypeVar("Config")
@@ -70,14 +69,6 @@ def with_launcher(dist: dict[str, Any] | None, launcher: tuple[str, str] | None)
     if name != "the deepspeed launcher" and chosen != choice:
         raise InputError(f"{name} asks for {choice}, the command for {chosen}; change one of them")
     return dist
-
-
-def override_decoding(
-    trained: GenerationSettings, decoding: GenerationSettings, given: Iterable[str]
-) -> GenerationSettings:
-    """Return the settings a model was trained with, except for those that the command line sets."""
-    keys = [key.removeprefix("decoding.") for key in given if key.startswith("decoding.")]
-    return replace(trained, **{key: getattr(decoding, key) for key in keys})
 
 
 def refuse_overrides(given: Iterable[str], reason: str, *keys: str) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from vlmvqa.config.trainer_arguments import problems
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.paths import refuse_missing, refuse_missing_model, refuse_no_root
+from vlmvqa.paths import read_questions, refuse_missing, refuse_missing_model, refuse_no_root
 
 # The first word of prepare.py, which names the job.
 PREPARE = ("download", "check", "pack", "features")
@@ -76,28 +75,6 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
         _refuse_missing_data(values["data"], "data")
 
 
-def read_questions(
-    image: Sequence[str], question: Sequence[str], questions: str | None
-) -> tuple[list[Path], list[str]]:
-    """Return the images and the questions of predict.py's command line.
-
-    Args:
-        image: files and folders.
-        question: questions.
-        questions: a file with one question a line.
-
-    Raises:
-        InputError: there are none, or a file does not exist or cannot be read.
-    """
-    for path in image:
-        refuse_missing("image", str(path))
-    images = [file for path in image for file in _images(Path(path).expanduser())]
-    asked = [*map(str, question), *_lines(questions)]
-    if not images or not asked:
-        raise InputError("nothing to ask: give image=... (a file or folder) and question=... or questions=... (a file)")
-    return images, asked
-
-
 def prepare_job(words: Sequence[str]) -> str:
     """Return the first word of prepare.py's command line, which names its job.
 
@@ -147,30 +124,6 @@ def _refuse_missing_data(data: dict[str, Any], where: str) -> None:
     refuse_no_root(where, root, hub, packed)
     if root is not None and hub is None and packed is None and not data.get("synthetic"):
         refuse_missing(f"{where}.root", str(root))
-
-
-def _images(path: Path) -> list[Path]:
-    """Return the image files of a folder; a file is returned as it is."""
-    if not path.is_dir():
-        return [path]
-    from PIL import Image
-
-    endings = Image.registered_extensions()
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
-    if not found:
-        raise InputError(f"{path} holds no image files")
-    return found
-
-
-def _lines(path: str | None) -> Iterator[str]:
-    if path is None:
-        return
-    refuse_missing("questions", str(path))
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"questions={path} cannot be read as text, one question a line ({error})") from error
-    yield from (line.strip() for line in lines if line.strip())
 
 
 def _listed(value: Any) -> list[Any]:

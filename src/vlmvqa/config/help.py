@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from vlmvqa.places import CALLED_AS, CONF
+from vlmvqa.paths import CALLED_AS, CONF
 
 WIDTH = 120
 

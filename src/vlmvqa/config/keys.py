@@ -15,7 +15,7 @@ import yaml
 
 from vlmvqa.config.trainer_arguments import argument_types
 from vlmvqa.errors import InputError
-from vlmvqa.places import CONF
+from vlmvqa.paths import CONF
 
 # Hydra's own options. argparse takes abbreviations of the long ones, too.
 HYDRA_OPTIONS = (

@@ -7,8 +7,8 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,3 +198,11 @@ class PredictConfig:
     question: Sequence[str] = ()
     questions: str | None = None
     given: frozenset[str] = frozenset()
+
+
+def override_decoding(
+    trained: GenerationSettings, decoding: GenerationSettings, given: Iterable[str]
+) -> GenerationSettings:
+    """Return the settings a model was trained with, except for those that the command line sets."""
+    keys = [key.removeprefix("decoding.") for key in given if key.startswith("decoding.")]
+    return replace(trained, **{key: getattr(decoding, key) for key in keys})

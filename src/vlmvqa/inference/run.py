@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from vlmvqa import ranks
-from vlmvqa.config.compose import override_decoding, refuse_overrides, to_yaml
-from vlmvqa.config.schema import DataSettings, DistSettings, EvalConfig
+from vlmvqa.config.compose import refuse_overrides, to_yaml
+from vlmvqa.config.schema import DataSettings, DistSettings, EvalConfig, override_decoding
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered
 from vlmvqa.data.tasks import metric_options, read_examples, submission_name, training_answers

@@ -10,8 +10,7 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from vlmvqa.config.compose import override_decoding
-from vlmvqa.config.schema import RunSettings
+from vlmvqa.config.schema import RunSettings, override_decoding
 from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.data.tasks import data_settings, read_examples
