@@ -1,15 +1,15 @@
-"""Measurements side by side, each printing a ratio of one run on one machine. Needs torch, timm, transformers, einops.
+"""Benchmarks that print ratios measured in one run on one machine. Need torch, timm, transformers, einops.
 
-python -m bench.train      training, from the way it is written today to ours, step by step
-python -m bench.generate   answering, against transformers' own `generate`
-python -m bench.peers      the same fine-tuning in transformers' PaliGemma and its Trainer (needs accelerate)
-python -m bench.loss       full logits against supervised positions only
-python -m bench.data       are images read as fast as the model takes them?
-python -m bench.scaling    does the cost grow as it should?
-python -m bench.serving    answers over HTTP, together against one at a time (needs a checkpoint and the extra demo)
+python -m bench.train      training, from a plain transformers recipe to ours, step by step
+python -m bench.generate   generation, compared with transformers' `generate`
+python -m bench.peers      the same fine-tuning with transformers' PaliGemma and Trainer (needs accelerate)
+python -m bench.loss       the loss of full logits and of supervised positions only
+python -m bench.data       image loading speed, and the number of workers that the model needs
+python -m bench.scaling    growth of the cost with questions, prompts, image size and batch
+python -m bench.serving    micro-batched HTTP answers (needs a checkpoint and the extra demo)
 
-Each takes --model tiny | mid | real and --device cpu | cuda, prints a table, and writes it as JSON (--out).
+Most take --model tiny | mid | real and --device cpu | cuda; each prints a table and writes it as JSON (--out).
 
-What they share: shapes (what is asked), models (what answers, and the operations it takes), clock (time, memory, what
-the machine can do), tables (options, table, JSON file). The rows of the table of `train` are in ladder.
+Shared modules: shapes (questions), models (models and their FLOPs), clock (time, memory, the machine's peak rates),
+tables (options, table, JSON file). The rows of the table of `train` are defined in ladder.
 """

@@ -1,4 +1,4 @@
-"""What a function takes in time and memory, and what the machine can do at best."""
+"""Time and peak memory of a function, and the machine's peak rates."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Measured(Generic[R]):
-    """What a function took and gave.
+    """Time, memory and result of a function.
 
     Attributes:
-        seconds: of the fastest repeat, since what else the machine does only ever adds to a time.
-        peak: bytes above the start (None where unknown).
-        result: the last one.
-        cpu_seconds: of all threads, the least: what other work on the machine disturbs least.
+        seconds: time of the fastest repeat, because other load on the machine only adds to a time.
+        peak: bytes above the start (None if unknown).
+        result: the last result.
+        cpu_seconds: least processor time of all threads, which other load disturbs least.
     """
 
     seconds: float
@@ -43,13 +43,13 @@ def measure(
     warm: Callable[[], object] | None = None,
     at_least: float = 0.0,
 ) -> Measured[R]:
-    """A function's peak memory, and then its time: looking at the memory takes some.
+    """Measure a function's peak memory, then its time: measuring the memory takes time itself.
 
     Args:
-        repeats: how often it is timed.
-        warm: what runs once before, for the memory (default: the function itself).
-        at_least: seconds; a repeat is the mean of as many calls as take so long, so that a quick function is not
-            faster only because it finds a short moment in which the machine does nothing else.
+        repeats: number of timings.
+        warm: function to run once before, for the memory (default: the function itself).
+        at_least: seconds; a repeat is the mean of as many calls as take this long, so that a short function does not
+            appear faster only because it hit a moment without other load.
     """
     with PeakMemory(device) as memory:
         (warm or function)()
@@ -59,20 +59,20 @@ def measure(
 
 
 def _mean(function: Callable[[], R], device: torch.device, at_least: float) -> tuple[float, float, R]:
-    """Seconds and processor seconds of a call, and the last one's result."""
+    """Return the mean seconds and processor seconds of a call, and the last result."""
     started, cpu_started = _now(device), time.process_time()
     result, calls = function(), 1
     while (seconds := _now(device) - started) < at_least:
-        del result  # the last one's memory is not this one's
+        del result  # free the memory of the previous result
         result, calls = function(), calls + 1
     return seconds / calls, (time.process_time() - cpu_started) / calls, result
 
 
 class PeakMemory:
-    """Peak memory of a block above its start, in bytes; None where it cannot be told.
+    """Peak memory of a block above its start, in bytes; None if it cannot be measured.
 
-    On CUDA PyTorch counts it. On Linux a thread looks at the resident memory of the process every few milliseconds:
-    what PyTorch's operators take inside themselves is counted too, but a shorter peak is missed.
+    On CUDA PyTorch reports it. On Linux a thread samples the resident memory of the process every few milliseconds:
+    this includes the internal buffers of PyTorch's operators, but misses shorter peaks.
     """
 
     INTERVAL = 0.004  # seconds
@@ -88,7 +88,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
         elif sys.platform == "linux":
-            # Else memory that was freed before, but kept, would be taken again without being seen.
+            # Otherwise freed but cached memory would be reused without being counted.
             ctypes.CDLL(None).malloc_trim(0)
             self._start = self._peak = _resident()
             self._stop = threading.Event()
@@ -121,13 +121,13 @@ def _now(device: torch.device) -> float:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the best matrix product now: other work on the machine may leave more of it later."""
+    """Measure the FLOP/s of the best matrix product now; other load on the machine changes over time."""
     flops.matrix_rate.cache_clear()
     return flops.matrix_rate(device, dtype)
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """Measure the bytes per second that a large copy reads and writes."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     target, best = torch.empty_like(source), 0.0
     for _ in range(5):

@@ -1,15 +1,15 @@
-"""How fast images are read, and how many workers it takes so that the model never waits for them.
+"""Image loading speed, and the number of workers with which the model never waits for images.
 
     python -m bench.data --model mid
 
-Photographs of COCO's size (640 x 480), with the questions of `--shape`, and pages of DocVQA's (1700 x 2200), with its
-own, as JPEG bytes in memory, go through the project's `decode` and `to_tensor` in a torch DataLoader with 0, 1 and 2
-workers: decoded whole, and at a reduced scale (`ImageSettings.reduced`), where the pixels are not quite the same: by
-how much is printed in grey levels of 255.
+Photographs of COCO's size (640 x 480) with the questions of `--shape`, and pages of DocVQA's size (1700 x 2200) with
+DocVQA's questions, as JPEG bytes in memory, pass through the project's `decode` and `to_tensor` in a torch DataLoader
+with 0, 1 and 2 workers. They are decoded at full scale and at a reduced scale (`ImageSettings.reduced`), which changes
+the pixels slightly; the difference is printed in grey levels of 255.
 
-What the model needs is an upper bound, as if it did nothing but matrix products at the rate measured on this device:
-that rate / the FLOPs of a training step for an image with its questions. `--need` gives images a second instead, for a
-device that is not this one. The workers that never starve it follow from one worker's speed, a core each.
+The rate that the model needs is an upper bound: the matrix rate measured on this device, divided by the FLOPs of a
+training step for an image with its questions. `--need` sets it in images per second, for another device. The number of
+workers follows from the speed of one worker, with one core each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ QUALITY = 90
 
 
 def photograph(width: int = 640, height: int = 480, seed: int = 0) -> Image.Image:
-    """Slow colour gradients, noise with the spectrum of photographs (1 / frequency), and objects with hard edges."""
+    """Generate slow colour gradients, noise with the 1 / frequency spectrum of photographs, and hard-edged objects."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     gradients = np.stack([64 + 50 * np.sin(x / (60 + 30 * c) + seed) * np.cos(y / (80 - 10 * c)) for c in range(3)], -1)
@@ -47,12 +47,12 @@ def photograph(width: int = 640, height: int = 480, seed: int = 0) -> Image.Imag
     for _ in range(12):
         left, top = rng.integers(0, width - 60), rng.integers(0, height - 60)
         pixels[top : top + rng.integers(8, 160), left : left + rng.integers(8, 160)] = rng.integers(0, 256, 3)
-    pixels += 4 * rng.standard_normal(pixels.shape)  # the sensor's
+    pixels += 4 * rng.standard_normal(pixels.shape)  # sensor noise
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def page(width: int = 1700, height: int = 2200, seed: int = 0) -> Image.Image:
-    """A printed page: black letters on white."""
+    """Generate a printed page: black letters on white."""
     rng = np.random.default_rng(seed)
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
@@ -68,8 +68,8 @@ def jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-class Pictures(Dataset[Tensor]):
-    """`count` images, from a few files over and over."""
+class JpegDataset(Dataset[Tensor]):
+    """`count` images, read from a few files in turn."""
 
     def __init__(self, files: Sequence[bytes], count: int, settings: ImageSettings) -> None:
         self.files, self.count, self.settings = files, count, settings
@@ -82,9 +82,9 @@ class Pictures(Dataset[Tensor]):
         return to_tensor(decode(file, f"image {index}", self.settings), self.settings)
 
 
-def images_per_second(pictures: Pictures, workers: int, repeats: int = 1, batch: int = 8) -> float:
-    """Of the fastest of so many epochs, which begin with the workers already started."""
-    loader = DataLoader(pictures, batch, num_workers=workers, persistent_workers=workers > 0)
+def images_per_second(images: JpegDataset, workers: int, repeats: int = 1, batch: int = 8) -> float:
+    """Return the rate of the fastest of `repeats` epochs, with the workers already started."""
+    loader = DataLoader(images, batch, num_workers=workers, persistent_workers=workers > 0)
     next(iter(loader))
     seconds = []
     for _ in range(repeats):
@@ -92,28 +92,28 @@ def images_per_second(pictures: Pictures, workers: int, repeats: int = 1, batch:
         for _ in loader:
             pass
         seconds.append(time.perf_counter() - started)
-    return len(pictures) / min(seconds)
+    return len(images) / min(seconds)
 
 
 def difference(files: Sequence[bytes], settings: ImageSettings) -> tuple[float, float]:
-    """What decoding at a reduced scale does to the model's pixels: mean and maximum, in grey levels."""
-    whole, reduced = (Pictures(files, len(files), replace(settings, reduced=reduced)) for reduced in (False, True))
+    """Return the mean and maximum difference, in grey levels, between full and reduced decoding."""
+    full, reduced = (JpegDataset(files, len(files), replace(settings, reduced=reduced)) for reduced in (False, True))
     scale = 255 * settings.std[0]
-    apart = torch.stack([(whole[n] - reduced[n]).abs() * scale for n in range(len(files))])
-    return apart.mean().item(), apart.max().item()
+    difference = torch.stack([(full[n] - reduced[n]).abs() * scale for n in range(len(files))])
+    return difference.mean().item(), difference.max().item()
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Pictures of one sort; `shape` names the questions asked about them, and the model's image size."""
+    """A kind of images; `shape` sets their questions and the model's image size."""
 
     name: str
-    draw: Callable[..., Image.Image]
+    render: Callable[..., Image.Image]
     shape: str
-    share: int  # of the images asked for, one in so many: large ones take long
+    share: int  # one in `share` of `--images` is used, because large images take long
 
     def files(self, count: int) -> list[bytes]:
-        return [jpeg(self.draw(seed=seed)) for seed in range(count)]
+        return [jpeg(self.render(seed=seed)) for seed in range(count)]
 
 
 def kinds(shape: str) -> list[Kind]:
@@ -122,32 +122,32 @@ def kinds(shape: str) -> list[Kind]:
 
 
 def flops_an_image(model: str, shape: shapes.Shape, seed: int) -> float:
-    """Of a training step, forward and backward, for an image with its questions; nothing is computed."""
+    """Return the FLOPs of a training step, forward and backward, per image with its questions."""
     built = models.build_model(model, shape, "meta", seed)
-    documents = shapes.draw_documents(shape, 16, models.vocabulary(built), seed)
-    pixels = torch.empty(len(documents), 3, 1, 1)  # only their number counts
+    documents = shapes.random_documents(shape, 16, models.vocabulary(built), seed)
+    pixels = torch.empty(len(documents), 3, 1, 1)  # only their number matters
     batch = models.make_batch(built, [[document] for document in documents], pixels)
     return models.needed_flops(built, batch) / len(documents)
 
 
 def compare(kind: Kind, images: int, need: float, repeats: int) -> list[tables.Row]:
-    """A row for each number of workers, decoding whole and reduced."""
+    """Return a row per number of workers, for full and reduced decoding."""
     rows: list[tables.Row] = []
     count = max(images // kind.share, 1)
     files = kind.files(min(count, 8))
-    whole = ImageSettings(shapes.SHAPES[kind.shape].image_size, HALF, HALF)
-    mean, largest = difference(files, whole)
-    for settings in (whole, replace(whole, reduced=True)):
-        pictures = Pictures(files, count, settings)
+    full = ImageSettings(shapes.SHAPES[kind.shape].image_size, HALF, HALF)
+    mean, largest = difference(files, full)
+    for settings in (full, replace(full, reduced=True)):
+        dataset = JpegDataset(files, count, settings)
         for workers in WORKERS:
-            rate = images_per_second(pictures, workers, repeats)
+            rate = images_per_second(dataset, workers, repeats)
             row = {"pictures": kind.name, "size": settings.size, "reduced": settings.reduced, "workers": workers}
             row |= {"images_per_second": rate, "need": need}
             row |= {"mean_difference": mean, "largest_difference": largest} if settings.reduced else {}
             rows.append(row)
     for row in rows:
         one = {r["reduced"]: r["images_per_second"] for r in rows if r["workers"] == 1}
-        base = next(r for r in rows if r["workers"] == row["workers"])  # decoded whole comes first
+        base = next(r for r in rows if r["workers"] == row["workers"])  # full decoding comes first
         row["ratio"] = row["images_per_second"] / base["images_per_second"]
         row["workers_needed"] = math.ceil(need / one[row["reduced"]])
     return rows
@@ -155,7 +155,7 @@ def compare(kind: Kind, images: int, need: float, repeats: int) -> list[tables.R
 
 def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     parser = tables.parser("data", __doc__, images=256)
-    parser.add_argument("--need", type=float, help="images a second that the model consumes (default: as above)")
+    parser.add_argument("--need", type=float, help="images per second that the model needs (default: as above)")
     args = parser.parse_args(arguments)
     machine = tables.machine(args.device, torch.bfloat16 if args.model == "real" else torch.float32)
     print(tables.describe(machine))
@@ -166,13 +166,13 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
         need = args.need or machine["matrix_flops_per_second"] / flops
         rows += compare(kind, args.images, need, args.repeats)
         print(
-            f"{kind.name}: the model takes {flops / 1e12:.3g} TFLOP for an image with its questions ({kind.shape}), "
-            f"so {need:.3g} images/s at most; reduced, its pixels differ by {rows[-1]['mean_difference']:.1f} of 255 "
-            f"in the mean and {rows[-1]['largest_difference']:.0f} at most"
+            f"{kind.name}: the model needs {flops / 1e12:.3g} TFLOP per image with its questions ({kind.shape}), "
+            f"at most {need:.3g} images/s; reduced decoding changes pixels by {rows[-1]['mean_difference']:.1f} of 255 "
+            f"on average and by {rows[-1]['largest_difference']:.0f} at most"
         )
     shown = [
         (
-            f"{row['pictures']} to {row['size']}, {'reduced' if row['reduced'] else 'whole'}",
+            f"{row['pictures']} to {row['size']}, {'reduced' if row['reduced'] else 'full'}",
             row["workers"],
             f"{row['images_per_second']:.3g}",
             tables.times(row["ratio"]),

@@ -1,24 +1,24 @@
-"""Answers per second: all questions of an image in one row, against transformers' own `generate` on the same weights.
+"""Answers per second with shared rows, compared with transformers' `generate` on the same weights.
 
     python -m bench.generate --model mid --shape vqav2
 
-    one at a time      transformers' `generate`, a question a call: the image's features in place in `inputs_embeds`
-    padded batches     the same, `--batch` questions a call, padded on the left
-    ..., encoded once  the same, but an image passes the vision encoder once a call, not once a question
-    shared rows        ours: `--batch` images a call, each in one row with all its questions
-    shared rows, PATTERN  ours under `--attention-pattern`, by default our default: another function, timed as well
+    one at a time      transformers' `generate`, one question per call, with the image's features in `inputs_embeds`
+    padded batches     the same with `--batch` questions per call, padded on the left
+    ..., encoded once  the same, but the vision encoder runs once per image and call, not once per question
+    shared rows        ours: `--batch` images per call, each in one row with all its questions
+    shared rows, PATTERN  ours with `--attention-pattern` (default: our default), which is another function
 
-Same weights, same questions, greedy, a KV cache everywhere. Pattern `causal` is compared, because there transformers'
-own mask is the same function as ours; the answers that are equal token for token are counted.
+All use the same weights and questions, greedy decoding and a KV cache. Pattern `causal` is compared, because there
+transformers' mask is the same function as ours; answers that are equal token for token are counted.
 
-Random weights never end an answer, so each has `--tokens` tokens for every contender: 4 unless told, more than
-VQAv2's answers have with their EOS, so that nobody gains by stopping early. With `--ends 0.5` the second tokens of
-half the questions become end tokens, for all alike: answers then end at their own times, and a padded batch waits
-for its longest.
+Random weights never generate an end token, so every answer has `--tokens` tokens: 4 by default, more than VQAv2's
+answers with their EOS, so that no contender gains by stopping early. With `--ends 0.5` the second tokens of half the
+questions become end tokens for all contenders: answers then have different lengths, and a padded batch waits for its
+longest.
 
-"floor" is the time over the least that the answers need: the operations of one forward pass over each image, each
-prompt and each answer once, at the machine's matrix rate, or the decoder's weights read once for each token of the
-longest answer, whichever takes longer.
+"floor" is the measured time divided by the least possible time: the operations of one forward pass over each image,
+prompt and answer at the machine's matrix rate, or reading the decoder's weights once per token of the longest answer,
+whichever takes longer.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
-Asked = tuple[int, TokenizedQuestion]  # the number of the image, and the question
+ImageQuestion = tuple[int, TokenizedQuestion]  # index of the image, and the question
 Answers = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every contender is given: questions without answers, `pixels float[I, 3, H, H]`, how many and how long."""
+    """The input of every contender: questions without answers, `pixels float[I, 3, H, H]`, batch size and length."""
 
     documents: Sequence[Document]
     pixels: Tensor
@@ -54,13 +54,13 @@ class Job:
     ends: frozenset[int] = frozenset()
 
     @property
-    def asked(self) -> list[Asked]:
+    def asked(self) -> list[ImageQuestion]:
         return [(document.image, question) for document in self.documents for question in document.questions]
 
 
 @torch.no_grad()
 def theirs(model: VLM, causal_lm: Any, job: Job, encode_once: bool = False) -> Answers:
-    """Answers by transformers' `generate`, without the end token."""
+    """Generate answers with transformers' `generate`, without the end token."""
     # Set, not passed: None as an argument would mean the config's own end token.
     causal_lm.generation_config.update(eos_token_id=sorted(job.ends) or None, pad_token_id=0)
     answers: Answers = []
@@ -73,8 +73,8 @@ def theirs(model: VLM, causal_lm: Any, job: Job, encode_once: bool = False) -> A
     return answers
 
 
-def embed(model: VLM, asked: Sequence[Asked], pixels: Tensor, encode_once: bool) -> tuple[Tensor, Tensor]:
-    """`inputs_embeds float[B, T, D]` and `attention_mask int64[B, T]`: a question a row, padded on the left."""
+def embed(model: VLM, asked: Sequence[ImageQuestion], pixels: Tensor, encode_once: bool) -> tuple[Tensor, Tensor]:
+    """Return `inputs_embeds float[B, T, D]` and `attention_mask int64[B, T]`, one question per row, left-padded."""
     images = [image for image, _ in asked]
     encoded = sorted(set(images)) if encode_once else images
     features = model.image_embeddings({"pixel_values": pixels[encoded]}).unflatten(0, (len(encoded), -1))
@@ -91,7 +91,7 @@ def embed(model: VLM, asked: Sequence[Asked], pixels: Tensor, encode_once: bool)
 
 
 def ours(model: VLM, job: Job) -> Answers:
-    """Answers by the project's `generate`: `job.batch` images at a time, each a row with all its questions."""
+    """Generate answers with the project's `generate`: `job.batch` images per call, each a row with all questions."""
     answers: Answers = []
     for start in range(0, len(job.documents), job.batch):
         rows = [[document] for document in job.documents[start : start + job.batch]]
@@ -101,20 +101,20 @@ def ours(model: VLM, job: Job) -> Answers:
 
 
 def until(answer: Sequence[int], ends: frozenset[int]) -> list[int]:
-    """The tokens before the first end token."""
+    """Return the tokens before the first end token."""
     end = next((place for place, token in enumerate(answer) if token in ends), len(answer))
     return list(answer[:end])
 
 
 def end_tokens(answers: Answers, share: float, seed: int) -> frozenset[int]:
-    """The second tokens of a share of the answers."""
+    """Return the second tokens of a share of the answers."""
     longer = [answer for answer in answers if len(answer) > 1]
     return frozenset(answer[1] for answer in random.Random(seed).sample(longer, round(share * len(longer))))
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`answer` answers a job; where `same`, its answers should be those of the first contender."""
+    """A way to answer a job; if `same`, its answers should equal those of the first contender."""
 
     name: str
     answer: Callable[[Job], Answers]
@@ -141,7 +141,7 @@ def contenders(model: VLM, other_pattern: str) -> list[Contender]:
 
 
 def take_turns(found: Sequence[Contender], job: Job, repeats: int) -> list[list[clock.Measured[Answers]]]:
-    """Each contender's measurements; in turns, so that what else the machine does befalls all alike."""
+    """Measure the contenders alternately, so that other load on the machine affects all of them."""
     device = job.pixels.device
     turns: list[list[clock.Measured[Answers]]] = [[] for _ in found]
     for _ in range(repeats):
@@ -152,10 +152,10 @@ def take_turns(found: Sequence[Contender], job: Job, repeats: int) -> list[list[
 
 
 def compare(found: Sequence[Contender], job: Job, repeats: int, floor: float) -> list[tables.Row]:
-    """A row for each contender.
+    """Return a row per contender.
 
     Args:
-        floor: seconds that the answers need at least.
+        floor: the least possible seconds.
     """
     turns = take_turns(found, job, repeats)
     reference = turns[0][0].result
@@ -179,10 +179,12 @@ def compare(found: Sequence[Contender], job: Job, repeats: int, floor: float) ->
 
 
 def least_seconds(model: VLM, job: Job, answers: Answers, machine: tables.Row) -> float:
-    """What these answers need at least."""
+    """Return the least possible time of these answers."""
     written = iter(answers)
-    told = [Document(d.image, [TokenizedQuestion(q.prompt, next(written)) for q in d.questions]) for d in job.documents]
-    batch = models.make_batch(model, [[document] for document in told], job.pixels)
+    answered = [
+        Document(d.image, [TokenizedQuestion(q.prompt, next(written)) for q in d.questions]) for d in job.documents
+    ]
+    batch = models.make_batch(model, [[document] for document in answered], job.pixels)
     model.requires_grad_(False)
     weights = sum(weight.nbytes for weight in model.language.parameters())
     flops = models.needed_flops(model, batch)
@@ -193,15 +195,17 @@ def least_seconds(model: VLM, job: Job, answers: Answers, machine: tables.Row) -
 def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     parser = tables.parser("generate", __doc__)
     parser.set_defaults(attention_pattern="blockwise_prefix")
-    parser.add_argument("--batch", type=int, default=16, help="rows a call (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=4, help="tokens an answer, at most (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="rows per call (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4, help="tokens per answer, at most (default: %(default)s)")
     parser.add_argument("--ends", type=float, default=0.0, help="share of answers made to end (default: %(default)s)")
     args = parser.parse_args(arguments)
 
     shape = shapes.SHAPES[args.shape]
     model = models.build_model(args.model, shape, args.device, args.seed).eval()
-    drawn = shapes.draw_documents(shape, args.images, models.vocabulary(model), args.seed)
-    job = Job(shapes.without_answers(drawn), models.draw_pixels(model, args.images, args.seed), args.batch, args.tokens)
+    documents = shapes.random_documents(shape, args.images, models.vocabulary(model), args.seed)
+    job = Job(
+        shapes.without_answers(documents), models.random_pixels(model, args.images, args.seed), args.batch, args.tokens
+    )
     if args.ends:
         job = replace(job, ends=end_tokens(ours(model, job), args.ends, args.seed))
     machine = tables.machine(args.device, next(model.parameters()).dtype)
@@ -210,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     answers = ours(model, job)
     floor = least_seconds(model, job, answers, machine)
     rows = compare(contenders(model, args.attention_pattern), job, args.repeats, floor)
-    lengths = [min(len(answer) + 1, args.tokens) for answer in answers]  # the end token is a step too
+    lengths = [min(len(answer) + 1, args.tokens) for answer in answers]  # the end token is also a step
     steps = sum(lengths) / len(lengths)
     print(
         f"{len(job.asked)} questions about {args.images} images of {model.vision.num_image_tokens} tokens; {steps:.1f} "

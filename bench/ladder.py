@@ -1,4 +1,4 @@
-"""The rows of `bench.train`'s table: which documents stand together, the batch, the loss, what is switched on."""
+"""The rows of `bench.train`'s table: layout of the documents, batch, loss and enabled features."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import dense_mask
 from vlmvqa.sequence.rows import ANSWER, IGNORE, PADDING, Document, TokenizedQuestion
 
-TEXT = 64  # tokens that the recipe pads text to
-BLOCK = 128  # FlexAttention's, and the lengths that are compiled
+TEXT = 64  # length to which the recipe pads text
+BLOCK = 128  # FlexAttention's block; compiled lengths are multiples of it
 Batch = dict[str, Tensor]
 Rows = list[list[Document]]
 Setting = Callable[[VLM], AbstractContextManager[None]]
@@ -28,7 +28,7 @@ Setting = Callable[[VLM], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Job:
-    """What every row of the table trains on, and how many rows at a time."""
+    """The model and data of every row of the table, and the rows per batch."""
 
     model: VLM
     documents: list[Document]
@@ -42,7 +42,7 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch of the recipe."""
+        """Tokens of a micro-batch of the recipe."""
         return self.batch * (self.model.vision.num_image_tokens + TEXT)
 
     @property
@@ -58,11 +58,11 @@ class Rung:
     """A row of the table.
 
     Attributes:
-        micro_batches: which documents stand in which row.
-        collate: the tensors of a micro-batch.
-        loss: its part of the loss of all questions.
-        settings: what is switched on meanwhile.
-        skipped: why it is not measured, or "".
+        micro_batches: the documents of each row.
+        collate: builds the tensors of a micro-batch.
+        loss: computes a micro-batch's part of the loss of all questions.
+        settings: features that are enabled.
+        skipped: why the row is not measured, or "".
     """
 
     name: str
@@ -74,11 +74,11 @@ class Rung:
 
     @property
     def trains_encoder(self) -> bool:
-        """And runs: else its output is given."""
+        """Whether the encoder runs and trains; otherwise its output is an input."""
         return frozen_encoder not in self.settings
 
     @contextmanager
-    def switched_on(self, model: VLM) -> Iterator[None]:
+    def enabled(self, model: VLM) -> Iterator[None]:
         with ExitStack() as stack:
             for setting in self.settings:
                 stack.enter_context(setting(model))
@@ -89,10 +89,10 @@ class Rung:
 
 
 def rungs(job: Job) -> list[Rung]:
-    """All rows of the table, those that are not measured too."""
+    """Return all rows of the table, including those that are not measured."""
     asked, alone = _by_question(job), shapes.apart(job.documents)
     shared = _grouped(job, [[document] for document in job.documents], job.batch)
-    # Half of a micro-batch, but two images at least: on a CPU a longer row's square soon fills the memory.
+    # Half of a micro-batch, but at least two images: on a CPU the attention of longer rows soon fills the memory.
     half = max(job.tokens // 2, 2 * max(job.length([d]) for d in alone))
     packed = [[row] for row in _in_budget(job, job.documents, -(-job.tokens // BLOCK) * BLOCK)]
     fast, multiple, settings = (packed, BLOCK, (flex,)) if job.cuda else (shared, 1, ())
@@ -117,16 +117,16 @@ def _unless(measured: bool, reason: str, rung: Rung) -> Rung:
 
 
 def _recipe(job: Job, name: str, micro_batches: list[Rows], text: int | None) -> Rung:
-    """A row per question through transformers' own causal language model.
+    """Return the row that trains transformers' causal language model, with a row per question.
 
     Args:
-        text: tokens that text is padded to (None: to the longest).
+        text: length to which text is padded (None: the longest).
     """
     lm = models.causal_lm(job.model)
     multiple = 1 if text is None else job.model.vision.num_image_tokens + text
 
     def collate(rows: Rows) -> Batch:
-        # EOS is an input here: a token after it, of which only the label is used, which the recipe makes itself.
+        # EOS is an input here, so a token follows it; only its label would be used, and the recipe sets labels itself.
         longer = [[Document(d.image, [_with_eos(q) for q in d.questions]) for d in row] for row in rows]
         return models.make_batch(job.model, longer, job.pixels, multiple)
 
@@ -138,11 +138,11 @@ def _with_eos(question: TokenizedQuestion) -> TokenizedQuestion:
 
 
 def _recipe_loss(model: VLM, lm: PreTrainedModel, batch: Batch, supervised: int) -> Tensor:
-    """What one writes with transformers alone: image before text, labels of the answer, -100 elsewhere."""
+    """Compute the loss with transformers alone: image before text, answers as labels, -100 elsewhere."""
     images = model.projector(model.vision(batch["pixel_values"]))
     text = lm.get_input_embeddings()(batch["input_ids"][:, images.shape[1] :])
     attention_mask: Any = (batch["document"] != PADDING).long()
-    if model.attention_pattern != "causal":  # transformers' Gemma 2 has no such pattern, but takes its mask
+    if model.attention_pattern != "causal":  # transformers' Gemma 2 lacks the pattern, but accepts a mask
         seen = dense_mask(model.tokens(batch), model.tokens(batch))
         added = torch.zeros_like(seen, dtype=text.dtype).masked_fill(~seen, torch.finfo(text.dtype).min)
         attention_mask = {"full_attention": added, "sliding_attention": added}
@@ -177,37 +177,37 @@ def _cached(job: Job, name: str, micro_batches: list[Rows], multiple: int, setti
     return replace(rung, collate=lambda rows: models.make_batch(job.model, rows, job.pixels, multiple, features))
 
 
-# --- which documents stand together --------------------------------------------------------------------------------
+# --- layouts -------------------------------------------------------------------------------------------------------
 
 
 def _by_question(job: Job) -> list[Rows]:
-    """A row for each question, shuffled as training meets them: not an image's questions one after the other."""
+    """Return a row per question, shuffled as in training, so that an image's questions are not consecutive."""
     alone = shapes.apart(job.documents)
     random.Random(0).shuffle(alone)
     return [[[document] for document in alone[start : start + job.batch]] for start in range(0, len(alone), job.batch)]
 
 
 def _in_budget(job: Job, documents: Sequence[Document], budget: int) -> Rows:
-    """Rows of several documents, packed as our training packs them; one longer than the budget stretches it."""
+    """Pack documents into rows as our training does; a document longer than the budget extends it."""
     lengths = [job.length([document]) for document in documents]
     plan = Packing(lengths, max(budget, *lengths), seed=0).plan(epoch=0)
     return [[documents[number] for number in plan[row]] for row in range(len(plan))]
 
 
 def _grouped(job: Job, rows: Rows, most: int) -> list[Rows]:
-    """Micro-batches of rows of similar lengths: as few as do with so many rows, all with about equally many."""
+    """Group rows of similar lengths into as few micro-batches as possible, of about equal size."""
     rows = sorted(rows, key=job.length, reverse=True)
     count = -(-len(rows) // most)
     cuts = [round(number * len(rows) / count) for number in range(count + 1)]
     return [rows[start:end] for start, end in pairwise(cuts)]
 
 
-# --- what is switched on -------------------------------------------------------------------------------------------
+# --- features ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def eager(model: VLM) -> Iterator[None]:
-    """Attention as transformers has it."""
+    """Use transformers' eager attention."""
     model.language.decoder.set_attn_implementation("eager")
     try:
         yield
@@ -227,7 +227,7 @@ def flex(model: VLM) -> Iterator[None]:
 
 @contextmanager
 def compiled(model: VLM) -> Iterator[None]:
-    """Each block by itself: all have one code, so it is compiled once, and the graph never breaks."""
+    """Compile each block separately: all share one code object, so it is compiled once without graph breaks."""
     blocks = [*model.vision.blocks, *model.language.blocks]
     for block in blocks:
         block.compile()

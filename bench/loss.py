@@ -1,12 +1,12 @@
-"""The loss of one micro-batch of the recipe: logits of every position, or of supervised positions in chunks.
+"""Cost of the loss of one micro-batch: logits of every position, or of supervised positions in chunks.
 
-6 questions of --shape's lengths after their image, text padded to 64 tokens, and an output matrix of --vocabulary words
-with Gemma 2's softcap on its logits. Full logits are computed as transformers' Gemma 2 does it.
+The batch holds 6 questions with the lengths of --shape after their images, with text padded to 64 tokens, and an output
+matrix of --vocabulary words with Gemma 2's softcap on its logits. Full logits are computed as in transformers' Gemma 2.
 
-"peak" is what the loss takes above hidden states and matrix, forward and backward, the hidden states' gradient
-included. The matrix's own gradient is the same in both; "with its gradient" counts it too, and the seconds have it.
-"floor" is the time over the least that the loss needs: the products of supervised positions alone at the machine's
-matrix rate, or the matrix read twice and its gradient written once, whichever takes longer.
+"peak" is the memory of the loss in addition to hidden states and matrix, forward and backward, including the hidden
+states' gradient. The matrix's gradient is the same for both; "with its gradient" and the seconds include it.
+"floor" is the measured time divided by the least possible time: the products of supervised positions at the machine's
+matrix rate, or reading the matrix twice and writing its gradient once, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Case:
     matrix: Tensor
 
     def floor(self, machine: tables.Row) -> float:
-        """Seconds that the loss needs at least."""
+        """Return the least possible seconds of the loss."""
         supervised = int((self.labels != IGNORE).sum())
         return tables.least_seconds(machine, 6 * supervised * self.matrix.numel(), 3 * self.matrix.nbytes)
 
@@ -49,7 +49,7 @@ class Case:
 
 
 def full_logits(case: Case) -> Tensor:
-    """As transformers' Gemma 2 writes it: the cap in the weights' type, then everything in fp32."""
+    """Compute the loss like transformers' Gemma 2: the cap in the weights' dtype, then fp32."""
     logits = F.linear(case.hidden, case.matrix)
     logits = logits / SOFTCAP
     logits = torch.tanh(logits)
@@ -71,18 +71,18 @@ WAYS: dict[str, Callable[[Case], Tensor]] = {
 
 def make_case(args: argparse.Namespace, width: int, vocabulary: int) -> Case:
     shape = shapes.SHAPES[args.shape]
-    documents = shapes.apart(shapes.draw_documents(shape, ROWS, vocabulary, args.seed))[:ROWS]
+    documents = shapes.apart(shapes.random_documents(shape, ROWS, vocabulary, args.seed))[:ROWS]
     rows = [build_row([d], shape.num_image_tokens, args.attention_pattern, d.image) for d in documents]
     columns = pad_rows(rows, shape.num_image_tokens + TEXT)
-    drawn = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
     dtype = models.dtype_of(args.model)
-    hidden = torch.randn(*columns["labels"].shape, width, generator=drawn).to(args.device, dtype)
-    matrix = (torch.randn(vocabulary, width, generator=drawn) * 0.02).to(args.device, dtype)
+    hidden = torch.randn(*columns["labels"].shape, width, generator=generator).to(args.device, dtype)
+    matrix = (torch.randn(vocabulary, width, generator=generator) * 0.02).to(args.device, dtype)
     return Case(hidden.requires_grad_(), columns["labels"].to(args.device), matrix)
 
 
 def fitting(vocabulary: int, positions: int, device: str) -> int:
-    """The vocabulary, halved until full logits and their gradients fit the memory that is free."""
+    """Return the vocabulary, halved until full logits and their gradients fit into free memory."""
     info = Path("/proc/meminfo")
     if torch.device(device).type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -96,7 +96,7 @@ def fitting(vocabulary: int, positions: int, device: str) -> int:
 
 
 def measure(name: str, case: Case, repeats: int) -> tables.Row:
-    """One way's numbers, and its loss and gradient of the hidden states."""
+    """Measure one implementation, with its loss and its gradient of the hidden states."""
 
     def once(trains: bool) -> tuple[float, Tensor]:
         case.matrix.requires_grad_(trains)
@@ -118,7 +118,7 @@ def measure(name: str, case: Case, repeats: int) -> tables.Row:
 
 
 def compare(rows: list[tables.Row], floor: float) -> None:
-    """Add how each stands to full logits; the gradients themselves go."""
+    """Add each row's comparison with full logits, and remove the gradients."""
     full = rows[0]
     expected = full["gradient"]
     for row in rows:
@@ -162,7 +162,7 @@ def cells(row: tables.Row) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = tables.parser("loss", __doc__, images=ROWS)
-    parser.add_argument("--vocabulary", type=int, help="default: 256,000, or what fits; a small one for tiny")
+    parser.add_argument("--vocabulary", type=int, help="default: 256,000, or what fits into memory; 4,000 for tiny")
     args = parser.parse_args(argv)
     width, vocabulary = SIZES[args.model]
     positions = ROWS * (shapes.SHAPES[args.shape].num_image_tokens + TEXT)
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.write_json(args, machine, rows)
     exact = case.hidden.dtype == torch.float32
     if exact and any(abs(row["loss_difference"]) > CLOSE or row["gradient_difference"] > CLOSE for row in rows):
-        print("loss or gradient is not that of full logits")
+        print("loss or gradient differs from that of full logits")
         return 1
     return 0
 

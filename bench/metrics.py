@@ -1,11 +1,11 @@
-"""How fast the metrics are, beside the official evaluators as far as those can be imported.
+"""Speed of the metrics, compared with the official evaluators that can be imported.
 
     python -m bench.metrics
 
 10,000 VQA answers with ten references each, 5,000 ANLS pairs, 10,000 GQA answers, 5,000 captions with five references
-each, all drawn at random in the lengths of the real ones. The captions' scorers are timed on tokens and stand beside
-pycocoevalcap's (pip install 'vlmvqa[captions]'), whose numbers must be the same; its tokenizer is Java's, and so needs
-that. The other benchmarks' scripts are no packages. "allowed" is the longest that a user should wait, in seconds.
+each, all random with the lengths of real ones. The caption scorers are timed on tokens and compared with
+pycocoevalcap's (pip install 'vlmvqa[captions]'), whose scores must be equal; its tokenizer needs Java. The other
+benchmarks' scripts are not packages. "allowed" is the longest time that a user should wait, in seconds.
 Needs rapidfuzz.
 """
 
@@ -36,7 +36,7 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Case:
-    """One metric over `count` answers: ours, and the official evaluator's call with the same scores (None: none)."""
+    """One metric over `count` answers: our function, and the official evaluator's with the same scores, if any."""
 
     name: str
     count: int
@@ -45,25 +45,25 @@ class Case:
     allowed: float | None = None  # seconds
 
 
-def draw_words(drawn: random.Random, count: int) -> list[str]:
-    return ["".join(drawn.choices(LETTERS, k=drawn.randint(2, 9))) for _ in range(count)]
+def random_words(rng: random.Random, count: int) -> list[str]:
+    return ["".join(rng.choices(LETTERS, k=rng.randint(2, 9))) for _ in range(count)]
 
 
-def draw_answers(drawn: random.Random, count: int, references: int, words: int, vocabulary: int) -> Answers:
-    """Texts of about so many words, a few of them common; a prediction is often one of its references."""
-    known = draw_words(drawn, vocabulary)
+def random_answers(rng: random.Random, count: int, references: int, words: int, vocabulary: int) -> Answers:
+    """Generate texts of about `words` words, a few of them common; a prediction is often one of its references."""
+    known = random_words(rng, vocabulary)
     weights = list(itertools.accumulate(1 / (rank + 3) for rank in range(vocabulary)))
 
     def text() -> str:
-        length = max(1, round(drawn.gauss(words, words / 4)))
-        return " ".join(drawn.choices(known, cum_weights=weights, k=length)).capitalize() + "."
+        length = max(1, round(rng.gauss(words, words / 4)))
+        return " ".join(rng.choices(known, cum_weights=weights, k=length)).capitalize() + "."
 
     given = {key: [text() for _ in range(references)] for key in range(count)}
-    return {key: drawn.choice([text(), *answers]) for key, answers in given.items()}, given
+    return {key: rng.choice([text(), *answers]) for key, answers in given.items()}, given
 
 
-def draw_questions(answers: Answers) -> dict[str, dict[str, Any]]:
-    """Records in GQA's form whose gold answer is the first reference."""
+def gqa_questions(answers: Answers) -> dict[str, dict[str, Any]]:
+    """Return records in GQA's format whose gold answer is the first reference."""
     return {
         str(key): {
             "isBalanced": True,
@@ -78,19 +78,19 @@ def draw_questions(answers: Answers) -> dict[str, dict[str, Any]]:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    drawn = random.Random(args.seed)
-    vqa = draw_answers(drawn, args.answers, 10, 1, 3000)
+    rng = random.Random(args.seed)
+    vqa = random_answers(rng, args.answers, 10, 1, 3000)
     yield Case("VQA accuracy", args.answers, lambda: {"overall": vqa_accuracy(*vqa).overall}, allowed=1.0)
-    pairs = draw_answers(drawn, args.pairs, 1, 4, 3000)
+    pairs = random_answers(rng, args.pairs, 1, 4, 3000)
     yield Case("ANLS", args.pairs, lambda: {"score": anls(*pairs).score}, allowed=0.1)
-    questions = draw_questions(vqa)
+    questions = gqa_questions(vqa)
     answers = {str(key): answer for key, answer in vqa[0].items()}
     yield Case("GQA", args.answers, lambda: {"accuracy": gqa_scores(answers, questions).accuracy})
-    yield from caption_cases(*draw_answers(drawn, args.captions, 5, 10, 8000))
+    yield from caption_cases(*random_answers(rng, args.captions, 5, 10, 8000))
 
 
 def caption_cases(predictions: dict[int, str], references: dict[int, list[str]]) -> Iterator[Case]:
-    """Scorers and tokenizer alone, and all together."""
+    """Yield the scorers and the tokenizer separately, and all together."""
     count = len(predictions)
     raw = [*predictions.values(), *(text for texts in references.values() for text in texts)]
     tokens = {key: tokenize(text) for key, text in predictions.items()}
@@ -112,12 +112,13 @@ def caption_cases(predictions: dict[int, str], references: dict[int, list[str]])
         yield Case(f"captions: {name}", count, only(name), scorers.get(name))
     tokenizer = (lambda: words(java.tokenize(raw))) if with_java else None
     yield Case("captions: tokenizer", len(raw), lambda: words([tokenize(text) for text in raw]), tokenizer)
-    whole = official if with_java else None
-    yield Case("captions, in all", count, lambda: caption_scores(predictions, references).corpus, whole, allowed=6.0)
+    evaluator = official if with_java else None
+    total = lambda: caption_scores(predictions, references).corpus  # noqa: E731
+    yield Case("captions, in all", count, total, evaluator, allowed=6.0)
 
 
 def official_scorers(predictions: dict[int, str], references: dict[int, list[str]]) -> dict[str, Callable[[], Scores]]:
-    """pycocoevalcap's by our names, as far as it is installed."""
+    """Return pycocoevalcap's scorers by our names; empty if it is not installed."""
     if importlib.util.find_spec("pycocoevalcap") is None:
         return {}
     from pycocoevalcap.bleu.bleu import Bleu
@@ -176,9 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.metrics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--answers", type=int, default=10_000, help="of VQA and of GQA (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=5_000, help="of ANLS (default: %(default)s)")
-    parser.add_argument("--captions", type=int, default=5_000, help="default: %(default)s")
+    parser.add_argument("--answers", type=int, default=10_000, help="answers of VQA and of GQA (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=5_000, help="pairs of ANLS (default: %(default)s)")
+    parser.add_argument("--captions", type=int, default=5_000, help="captions (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest is printed (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/metrics.json"), help="default: %(default)s")
@@ -189,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(tables.table(HEADERS, [cells(row) for row in rows]))
     tables.write_json(args, machine, rows)
     if any(row["difference"] is not None and row["difference"] > CLOSE for row in rows):
-        print("a score is not the official evaluator's")
+        print("a score differs from the official evaluator's")
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""The models that are measured, of random weights, and what goes into them.
+"""The measured models, with random weights, and their batches.
 
 Legend: B rows, T tokens, I images, N image tokens, Dv the encoder's width.
 """
@@ -23,7 +23,7 @@ from vlmvqa.models.vlm import VLM, ModelSettings
 from vlmvqa.sequence.rows import Batch, Document, build_row, pad_rows
 
 MODELS = ("tiny", "mid", "real")
-# Pixels a patch: small images have as many patches as the real ones, but for "tiny", which has 4 x 4 of them.
+# Patch sizes: "mid" has as many patches as "real"; "tiny" has 4 x 4.
 _VISION: dict[str, dict[str, Any]] = {
     "tiny": {"patch_size": 56, "embed_dim": 16, "depth": 2, "num_heads": 2},
     "mid": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -58,14 +58,14 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
 def build_model(
     name: str, shape: Shape, device: torch.device | str = "cpu", seed: int = 0, attention_pattern: str = "causal"
 ) -> VLM:
-    """A `VLM` of random weights in training mode; every part trains.
+    """Return a `VLM` with random weights in training mode; every part trains.
 
     `mid` is for a few CPU cores: 64 million parameters, of which the output matrix takes 26 % (Gemma 2 2B's: 22 %) and
-    the vision encoder, whose cost sharing divides too, 34 % (DINOv2-B beside it: 3 %). `real` is DINOv2-B/14 and
+    the vision encoder, whose cost is also shared, 34 % (DINOv2-B with Gemma 2 2B: 3 %). `real` is DINOv2-B/14 and
     Gemma 2 2B in bfloat16. All have Gemma 2's two softcaps.
 
     Args:
-        attention_pattern: the attention attention_pattern; "causal" is what transformers' Gemma 2 does by itself.
+        attention_pattern: the attention pattern; "causal" equals that of transformers' Gemma 2.
     """
     torch.manual_seed(seed)
     settings = ModelSettings(
@@ -78,34 +78,34 @@ def build_model(
         attention_pattern=attention_pattern,
         dtype=str(dtype_of(name)).removeprefix("torch."),
     )
-    with torch.device(device):  # drawing 2.6 billion numbers on a CPU takes minutes
+    with torch.device(device):  # initialising 2.6 billion parameters on a CPU takes minutes
         return build(settings).to(device).train()
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """In which a model computes."""
+    """Return the dtype in which a model computes."""
     return torch.bfloat16 if name == "real" else torch.float32
 
 
 def causal_lm(model: VLM) -> PreTrainedModel:
-    """transformers' own causal language model, with its eager attention, on the very weights of `model`."""
+    """Return transformers' causal language model with eager attention, sharing the weights of `model`."""
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(model.language.config)
-    # Modules of its own, which compute as transformers does; the weights, known already, are not copied.
+        causal = AutoModelForCausalLM.from_config(model.language.config)
+    # Copy the modules, which then use transformers' attention; the memo keeps the weights shared.
     decoder = copy.deepcopy(model.language.decoder, {id(weight): weight for weight in model.parameters()})
-    whole.model, whole.config = decoder, decoder.config
-    whole.lm_head.weight = decoder.get_input_embeddings().weight
-    whole.set_attn_implementation("eager")
-    return whole.train(model.training)
+    causal.model, causal.config = decoder, decoder.config
+    causal.lm_head.weight = decoder.get_input_embeddings().weight
+    causal.set_attn_implementation("eager")
+    return causal.train(model.training)
 
 
 def trained_bytes(model: nn.Module) -> int:
-    """What a forward and backward pass moves at least: weights that train are read twice, their gradient is written."""
+    """Return the least bytes of a forward and backward pass: trained weights are read twice, gradients written."""
     return 3 * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
 
 
-def draw_pixels(model: VLM, images: int, seed: int = 0) -> Tensor:
-    """`float[I, 3, H, W]` on the model's device and in its type."""
+def random_pixels(model: VLM, images: int, seed: int = 0) -> Tensor:
+    """Return random images `float[I, 3, H, W]` on the model's device and in its dtype."""
     parameter = next(model.parameters())
     size = model.vision.image_size
     pixels = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(seed))
@@ -127,14 +127,14 @@ def make_batch(
     multiple: int = 1,
     features: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Rows of documents as the model's batch, on the pixels' device.
+    """Return rows of documents as a batch for the model, on the pixels' device.
 
-    Every document brings its image: one that is in two documents is in the batch twice, and encoded twice.
+    Every document has its own image: an image of two documents is in the batch twice and is encoded twice.
 
     Args:
         pixels: float[I, 3, H, W], indexed by `Document.image`.
-        multiple: T is rounded up to it.
-        features: float[I, N, Dv], the encoder's output, if it is known.
+        multiple: T is rounded up to a multiple of this.
+        features: float[I, N, Dv], the encoder's output, if it is cached.
     """
     images = torch.tensor([document.image for row in rows for document in row], device=pixels.device)
     firsts = accumulate(map(len, rows), initial=0)  # index of each row's first image
@@ -148,9 +148,9 @@ def make_batch(
 
 
 def needed_flops(model: VLM, batch: Batch) -> int:
-    """Floating-point operations that training on a batch needs, forward and backward (`vlmvqa/models/flops.py`).
+    """Return the FLOPs of training on a batch, forward and backward (`vlmvqa/models/flops.py`).
 
-    What is frozen now counts as frozen; of images whose features are in the batch, the encoder takes none.
+    Currently frozen parameters count as frozen; the encoder needs none for images whose features are in the batch.
     """
     flops = model.flops()
     assert flops is not None  # Gemma 2 has no experts

@@ -1,23 +1,23 @@
-"""The same fine-tuning in transformers' PaliGemma with its `Trainer`, the way a user writes it today, and in ours.
+"""The same fine-tuning with transformers' PaliGemma and `Trainer`, and with our model.
 
     python -m bench.peers --model mid --shape vqav2
 
-    PaliGemma and Trainer   `PaliGemmaForConditionalGeneration`: a question a row, each with its own copy of the image,
-                            padded to the longest of its batch; logits for every position
-    ours, a question a row  the same function: pattern `prefix_lm`, an encoder of SigLIP's form
-    ours, shared rows       an image's questions in one row, under `--attention-pattern`: another function, because
-                            PaliGemma's image sees the question, so that no two questions can share it
+    PaliGemma and Trainer   `PaliGemmaForConditionalGeneration`: one question per row, each with its own copy of the
+                            image, padded to the longest of the batch; logits for every position
+    ours, a question a row  the same function: pattern `prefix_lm`, an encoder with SigLIP's architecture
+    ours, shared rows       all questions of an image in one row, with `--attention-pattern`: another function, because
+                            PaliGemma's image attends to the question, so that two questions cannot share it
 
-All start from the same weights (PaliGemma's, copied) and take the same questions in every optimizer step:
-AdamW, clipped gradients, a constant learning rate. Ours is a plain loop. Inputs are random pixels and token ids, put
-together as PaliGemma's processor does (image placeholders, prompt, answer, EOS; token type 0 for the prefix and 1 for
-the answer; labels on the answer): so neither side spends time on text or JPEGs, and no tokenizer is needed.
+All start from the same weights (copied from PaliGemma) and use the same questions in every optimizer step: AdamW,
+gradient clipping, a constant learning rate. Ours is a plain loop. Inputs are random pixels and token ids, assembled as
+in PaliGemma's processor (image placeholders, prompt, answer, EOS; token type 0 for the prefix and 1 for the answer;
+labels on the answer), so that neither side spends time on text or JPEGs, and no tokenizer is needed.
 
-They take turns, `--repeats` of an epoch each, from the start. The first step of a turn warms up; the mean of the others
-is what counts, in the fastest turn. Peak memory is what comes on top of the weights: gradients, moments, activations.
-"floor" is the time over the least that a step needs: its images and tokens once, in our shared rows, at the machine's
-matrix rate, or the weights, gradients and moments that training and AdamW read and write, whichever takes longer.
-Needs accelerate, for the Trainer.
+They run alternately, `--repeats` times one epoch each, from the same start. The first step of a turn is a warm-up; the
+result is the mean of the other steps in the fastest turn. Peak memory is what training adds to the weights: gradients,
+optimizer states, activations. "floor" is the measured time divided by the least possible time: images and tokens once,
+in our shared rows, at the machine's matrix rate, or reading and writing the weights, gradients and optimizer states,
+whichever takes longer. Needs accelerate, for the Trainer.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from vlmvqa.models.vision import VisionSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import IGNORE, Document, TokenizedQuestion
 
-Asked = tuple[int, TokenizedQuestion]  # the number of the image, and the question
+ImageQuestion = tuple[int, TokenizedQuestion]  # index of the image, and the question
 Peer = Any  # PaliGemmaForConditionalGeneration, whose configs have no types
 LEARNING_RATE, CLIP = 1e-5, 1.0  # CLIP is the Trainer's default
 
 
 @dataclass
 class Record:
-    """The loss of every step, and when each ended."""
+    """The loss and the end time of every step."""
 
     device: torch.device
     losses: list[Tensor] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Record:
 
     @property
     def seconds(self) -> list[float]:
-        """Of every step but the first."""
+        """Return the duration of every step except the first."""
         return [after - before for before, after in pairwise(self.ended)]
 
     def end_step(self) -> None:
@@ -74,11 +74,11 @@ class Record:
         self.ended.append(time.perf_counter())
 
 
-# --- the same model twice ---------------------------------------------------------------------------------
+# --- models -------------- ---------------------------------------------------------------------------------
 
 
 def build_peer(like: VLM, seed: int = 0) -> Peer:
-    """PaliGemma with a decoder like that of `like` and a SigLIP as wide and deep as its encoder, random weights."""
+    """Return a random PaliGemma with a decoder like that of `like` and a SigLIP as wide and deep as its encoder."""
     encoder = like.vision.encoder
     block = encoder.blocks[0]
     vision = SiglipVisionConfig(
@@ -99,14 +99,14 @@ def build_peer(like: VLM, seed: int = 0) -> Peer:
     )
     torch.manual_seed(seed)
     parameter = next(like.parameters())
-    with parameter.device:  # drawing 2.6 billion numbers on a CPU takes minutes
+    with parameter.device:  # initialising 2.6 billion parameters on a CPU takes minutes
         peer: Peer = PaliGemmaForConditionalGeneration(config)
     cast_parameters(peer, parameter.dtype)
     return peer
 
 
 def build_ours(peer: Peer, attention_pattern: str) -> VLM:
-    """The same model in our parts, with a copy of the weights."""
+    """Return the same model as a `VLM`, with a copy of the weights."""
     tower, text = peer.config.vision_config, peer.config.text_config
     overrides = {
         "patch_size": tower.patch_size,
@@ -114,7 +114,7 @@ def build_ours(peer: Peer, attention_pattern: str) -> VLM:
         "depth": tower.num_hidden_layers,
         "num_heads": tower.num_attention_heads,
         "mlp_ratio": tower.intermediate_size / tower.hidden_size,
-        "act_layer": "gelu_tanh",  # transformers' SigLIP approximates GELU so
+        "act_layer": "gelu_tanh",  # the GELU approximation of transformers' SigLIP
     }
     parameter = next(peer.parameters())
     with parameter.device:
@@ -131,7 +131,7 @@ def build_ours(peer: Peer, attention_pattern: str) -> VLM:
 
 
 def siglip_weights(tower: Any) -> dict[str, Tensor]:
-    """transformers' SigLIP weights under timm's names."""
+    """Return the weights of transformers' SigLIP under timm's names."""
     given = {name.removeprefix("vision_model."): weight for name, weight in tower.state_dict().items()}
     weights = {"pos_embed": given["embeddings.position_embedding.weight"][None]}
     names = {"layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
@@ -147,11 +147,13 @@ def siglip_weights(tower: Any) -> dict[str, Tensor]:
     return weights
 
 
-# --- the same questions twice -----------------------------------------------------------------------------
+# --- batches ---------------- -----------------------------------------------------------------------------
 
 
-def peer_batch(asked: Sequence[Asked], pixels: Tensor, image_token: int, num_image_tokens: int) -> dict[str, Tensor]:
-    """What PaliGemma's processor makes of questions with their answers, padded to the longest."""
+def peer_batch(
+    asked: Sequence[ImageQuestion], pixels: Tensor, image_token: int, num_image_tokens: int
+) -> dict[str, Tensor]:
+    """Return questions with answers as PaliGemma's processor encodes them, padded to the longest."""
     rows = []
     for _, question in asked:
         prefix = [image_token] * num_image_tokens + list(question.prompt)
@@ -170,8 +172,8 @@ def peer_batch(asked: Sequence[Asked], pixels: Tensor, image_token: int, num_ima
     }
 
 
-def our_batch(asked: Sequence[Asked], pixels: Tensor, model: VLM, share: bool) -> dict[str, Tensor]:
-    """The same questions: a row for each image, or for each question."""
+def our_batch(asked: Sequence[ImageQuestion], pixels: Tensor, model: VLM, share: bool) -> dict[str, Tensor]:
+    """Return the same questions as a batch of a `VLM`: one row per image, or per question."""
     if share:
         images = dict.fromkeys(image for image, _ in asked)
         documents = [Document(image, [question for other, question in asked if other == image]) for image in images]
@@ -180,11 +182,11 @@ def our_batch(asked: Sequence[Asked], pixels: Tensor, model: VLM, share: bool) -
     return models.make_batch(model, [[document] for document in documents], pixels, multiple=8)
 
 
-# --- the same training twice ------------------------------------------------------------------------------
+# --- training --------------- ------------------------------------------------------------------------------
 
 
 def require_trainer() -> None:
-    """Load the Trainer before anything is built or measured.
+    """Import the Trainer before anything is built or measured.
 
     Raises:
         SystemExit: it lacks accelerate.
@@ -196,8 +198,8 @@ def require_trainer() -> None:
         raise SystemExit("PaliGemma trains here with transformers' Trainer: `pip install accelerate`") from error
 
 
-def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int) -> Record:
-    """An epoch with transformers' Trainer."""
+def train_peer(peer: Peer, asked: Sequence[ImageQuestion], pixels: Tensor, batch: int) -> Record:
+    """Train one epoch with transformers' Trainer."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     record = Record(peer.device)
@@ -216,7 +218,7 @@ def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int) -
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             max_grad_norm=CLIP,
-            train_sampling_strategy="sequential",  # the same questions in every step as ours
+            train_sampling_strategy="sequential",  # the same order as ours
             remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="no",
@@ -236,11 +238,11 @@ def train_peer(peer: Peer, asked: Sequence[Asked], pixels: Tensor, batch: int) -
     return record
 
 
-def train_ours(model: VLM, asked: Sequence[Asked], pixels: Tensor, batch: int, share: bool) -> Record:
-    """An epoch in a plain loop."""
+def train_ours(model: VLM, asked: Sequence[ImageQuestion], pixels: Tensor, batch: int, share: bool) -> Record:
+    """Train one epoch in a plain loop."""
     device = models.device_of(model)
     record = Record(device)
-    # Fused and without weight decay, as the Trainer's.
+    # Fused and without weight decay, like the Trainer's.
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True)
     for start in range(0, len(asked), batch):
         inputs = our_batch(asked[start : start + batch], pixels, model, share)
@@ -254,12 +256,12 @@ def train_ours(model: VLM, asked: Sequence[Asked], pixels: Tensor, batch: int, s
     return record
 
 
-# --- side by side -----------------------------------------------------------------------------------------
+# --- comparison -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`train(model)` trains what `build(peer)` makes; where `same`, its losses should be the first contender's."""
+    """A way to train: `train(build(peer))`; if `same`, its losses should equal those of the first contender."""
 
     name: str
     build: Callable[[Peer], Any]
@@ -267,7 +269,7 @@ class Contender:
     same: bool = True
 
 
-def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, attention_pattern: str) -> list[Contender]:
+def contenders(asked: Sequence[ImageQuestion], pixels: Tensor, batch: int, attention_pattern: str) -> list[Contender]:
     work = (asked, pixels, batch)
     return [
         Contender("PaliGemma and Trainer", lambda peer: peer, lambda model: train_peer(model, *work)),
@@ -286,7 +288,7 @@ def contenders(asked: Sequence[Asked], pixels: Tensor, batch: int, attention_pat
 
 
 def take_turns(found: Sequence[Contender], like: VLM, repeats: int, seed: int) -> list[list[clock.Measured[Record]]]:
-    """Each contender's turns; each has its own model, made when its turn comes."""
+    """Measure the contenders alternately; each builds its own model at the start of its turn."""
     turns: list[list[clock.Measured[Record]]] = [[] for _ in found]
     for _ in range(repeats):
         for contender, measured in zip(found, turns, strict=True):
@@ -295,7 +297,7 @@ def take_turns(found: Sequence[Contender], like: VLM, repeats: int, seed: int) -
                 record = contender.train(model)
             seconds = statistics.mean(record.seconds)
             measured.append(clock.Measured(seconds, memory.bytes, record))
-            print(f"  {contender.name}: {seconds:.2f} s a step", flush=True)
+            print(f"  {contender.name}: {seconds:.2f} s per step", flush=True)
             del model
     return turns
 
@@ -303,7 +305,7 @@ def take_turns(found: Sequence[Contender], like: VLM, repeats: int, seed: int) -
 def compare(
     found: Sequence[Contender], turns: Sequence[Sequence[clock.Measured[Record]]], batch: int, floor: float
 ) -> list[tables.Row]:
-    """A row for each contender.
+    """Return a row per contender.
 
     Args:
         floor: seconds that a step needs at least.
@@ -329,11 +331,11 @@ def compare(
     return rows
 
 
-def least_seconds(model: VLM, asked: Sequence[Asked], pixels: Tensor, batch: int, machine: tables.Row) -> float:
-    """What a step needs at least, in the mean of an epoch."""
+def least_seconds(model: VLM, asked: Sequence[ImageQuestion], pixels: Tensor, batch: int, machine: tables.Row) -> float:
+    """Return the least possible time of a step, averaged over an epoch."""
     steps = [our_batch(asked[at : at + batch], pixels, model, share=True) for at in range(0, len(asked), batch)]
     flops = sum(models.needed_flops(model, step) for step in steps) / len(steps)
-    # AdamW reads weights, gradients and two moments, and writes all but the gradients.
+    # AdamW reads weights, gradients and two moments, and writes all except the gradients.
     return tables.least_seconds(machine, flops, models.trained_bytes(model) * (3 + 7) / 3)
 
 
@@ -346,12 +348,14 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
 
     shape = shapes.SHAPES[args.shape]
     like = models.build_model(args.model, shape, args.device, args.seed)
-    documents = shapes.draw_documents(shape, args.images, models.vocabulary(like), args.seed)
+    documents = shapes.random_documents(shape, args.images, models.vocabulary(like), args.seed)
     asked = [(document.image, question) for document in documents for question in document.questions]
-    asked = asked[: len(asked) // args.batch * args.batch]  # whole steps
+    asked = asked[: len(asked) // args.batch * args.batch]  # complete steps only
     if len(asked) < 2 * args.batch:
         parser.error("the first step warms up, and there is no second; ask for more --images or a smaller --batch")
-    pixels = models.draw_pixels(like, args.images, args.seed).cpu()  # moved with their batch, as a user's are
+    pixels = models.random_pixels(
+        like, args.images, args.seed
+    ).cpu()  # moved to the device with their batch, as in a user's code
     machine = tables.machine(args.device, next(like.parameters()).dtype)
     print(tables.describe(machine))
 
@@ -362,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     del model
     rows = compare(found, take_turns(found, like, args.repeats, args.seed), args.batch, floor)
     print(
-        f"{len(asked)} questions about {args.images} images, {args.batch} a step; all parameters train "
+        f"{len(asked)} questions about {args.images} images, {args.batch} per step; all parameters train "
         f"({parameters / 1e6:,.1f} million)"
     )
     shown = [

@@ -1,9 +1,9 @@
-"""Does the cost of ours grow as it should: with questions an image, their length, the image's size, the batch?
+"""Growth of our model's cost with questions per image, prompt length, image size and batch size.
 
-Each series changes one number; a row an image, dense attention. Beside the measured time (forward and backward) stand
-the operations that are needed (`models.needed_flops`), both as multiples of the series' first. Time that grows like the
-operations is as it should be; it grows less where a fixed cost (one pass over all weights' gradients) counts for much
-at the start, and more where something else than the model's own work does.
+Each series changes one number; one row per image, dense attention. The table shows the measured time (forward and
+backward) and the needed operations (`models.needed_flops`) as multiples of the series' first value. Time should grow
+like the operations. It grows more slowly if a fixed cost (one pass over all weights' gradients) dominates at the start,
+and faster if work outside the model dominates.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ANSWER = 2  # tokens, with EOS
 
 @dataclass(frozen=True)
 class Setting:
-    """A batch: so many images of a size, each with so many questions of so many prompt tokens."""
+    """A batch: number and size of the images, questions per image, tokens per prompt."""
 
     questions: int = 5
     prompt: int = 12
@@ -30,7 +30,7 @@ class Setting:
     images: int = 4
 
 
-# What changes, its values, and what else differs from `Setting`.
+# By the number that changes: its values, and the other settings.
 SERIES = {
     "questions": ((1, 2, 4, 8, 16), Setting()),
     "prompt": ((8, 16, 32, 64), Setting()),
@@ -54,7 +54,7 @@ def documents(setting: Setting, vocabulary: int) -> list[Document]:
     return [Document(image, [question(n) for n in range(setting.questions)]) for image in range(setting.images)]
 
 
-# Only one series needs several; a model that is no longer measured frees its memory.
+# One model at a time, so that the previous one's memory is freed.
 _model = lru_cache(maxsize=1)(models.build_model)
 
 
@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace, setting: Setting) -> tables.Row:
     shape = replace(shapes.SHAPES[args.shape], image_size=setting.image_size)
     model = _model(args.model, shape, args.device, args.seed, args.attention_pattern)
     rows = [[document] for document in documents(setting, models.vocabulary(model))]
-    batch = models.make_batch(model, rows, models.draw_pixels(model, setting.images, args.seed))
+    batch = models.make_batch(model, rows, models.random_pixels(model, setting.images, args.seed))
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace, setting: Setting) -> tables.Row:
 
 
 def series(args: argparse.Namespace, name: str) -> Iterator[tables.Row]:
-    """The rows of one series, each with its growth since the first."""
+    """Yield the rows of one series, each with its growth relative to the first."""
     values, base = SERIES[name]
     first: tables.Row | None = None
     for value in values:

@@ -1,4 +1,4 @@
-"""What is asked: documents of random token ids, as many and as long as a data set's, and how they are counted."""
+"""Documents of random token ids, with the number and lengths of a dataset's questions."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
-PAD, EOS, BOS, FIRST_WORD = 0, 1, 2, 4  # Gemma's own ids; drawn words start above its special tokens
+PAD, EOS, BOS, FIRST_WORD = 0, 1, 2, 4  # Gemma's ids; random words start above its special tokens
 
 
 @dataclass(frozen=True)
 class Amount:
-    """Whole numbers from `low` to `high` around a mean.
+    """A distribution of whole numbers from `low` to `high` around a mean.
 
     `bend` is the shape of a gamma distribution: at 1 small numbers are the most frequent and there is a tail, at 8 it
-    is nearly a bell.
+    is nearly bell-shaped.
     """
 
     low: int
@@ -24,16 +24,16 @@ class Amount:
     mean: float
     bend: float = 1.0
 
-    def draw(self, count: int, drawn: random.Random) -> list[int]:
-        """So many numbers with exactly this mean, to rounding: a few images are then as typical as many."""
+    def sample(self, count: int, rng: random.Random) -> list[int]:
+        """Return `count` numbers with exactly this mean, up to rounding, so that few images are as typical as many."""
         if self.low == self.high:
             return [self.low] * count
-        scale = (self.mean - self.low + 0.5) / self.bend  # half of one is what rounding down takes
-        found = [min(self.low + int(drawn.gammavariate(self.bend, scale)), self.high) for _ in range(count)]
+        scale = (self.mean - self.low + 0.5) / self.bend  # 0.5 compensates for rounding down
+        found = [min(self.low + int(rng.gammavariate(self.bend, scale)), self.high) for _ in range(count)]
         missing = round(self.mean * count) - sum(found)
         while missing:
             step = 1 if missing > 0 else -1
-            place = drawn.randrange(count)
+            place = rng.randrange(count)
             if self.low <= found[place] + step <= self.high:
                 found[place] += step
                 missing -= step
@@ -42,15 +42,15 @@ class Amount:
 
 @dataclass(frozen=True)
 class Shape:
-    """How long a data set's images, prompts and answers are, and how many questions an image has.
+    """Lengths of a dataset's images, prompts and answers, and its number of questions per image.
 
     Attributes:
-        image_size: pixels a side, at 14 pixels a patch.
-        class_token: whether the encoder's class token stands before the patches.
-        questions: of an image.
-        prompt: tokens, with BOS, the task's words and the newline.
-        answer: tokens, with EOS.
-        same_prompt: every question has the same prompt.
+        questions: questions per image.
+        prompt: tokens of a prompt, including BOS, the task's words and the newline.
+        answer: tokens of an answer, including EOS.
+        image_size: side of the image in pixels, with 14 pixels per patch.
+        class_token: whether the encoder's class token precedes the patches.
+        same_prompt: whether all questions have the same prompt.
     """
 
     questions: Amount
@@ -65,11 +65,11 @@ class Shape:
         return (self.image_size // 14) ** 2 + self.class_token
 
 
-# Questions an image are the published means: VQAv2 443,757 / 82,783, GQA's balanced training questions / images, DocVQA
-# 39,463 / 10,194, COCO's five captions. Prompts are PaliGemma's ("answer en {question}\n", "{question}\n",
+# Questions per image are the published means: VQAv2 443,757 / 82,783, GQA's balanced training questions / images,
+# DocVQA 39,463 / 10,194, COCO's five captions. Prompts are PaliGemma's ("answer en {question}\n", "{question}\n",
 # "caption en\n").
 SHAPES = {
-    # 6.2 words a question, 1.1 an answer (Antol et al. 2015; Goyal et al. 2017); at least 3 questions an image.
+    # 6.2 words per question, 1.1 per answer (Antol et al. 2015; Goyal et al. 2017); at least 3 questions per image.
     "vqav2": Shape(Amount(3, 20, 5.36), Amount(8, 24, 11.5, 6), Amount(2, 8, 2.3)),
     "gqa": Shape(Amount(1, 40, 13.1, 4), Amount(8, 30, 13.5, 6), Amount(2, 4, 2.1)),
     # 448 pixels make 1,024 patches. Gemma writes numbers digit by digit.
@@ -78,14 +78,14 @@ SHAPES = {
 }
 
 
-def draw_documents(shape: Shape, images: int, vocabulary: int, seed: int = 0) -> list[Document]:
-    """Images 0, 1, ... with their questions as token ids, the same for the same seed."""
-    drawn = random.Random(seed)
-    counts = shape.questions.draw(images, drawn)
-    prompts, answers = (iter(amount.draw(sum(counts), drawn)) for amount in (shape.prompt, shape.answer))
+def random_documents(shape: Shape, images: int, vocabulary: int, seed: int = 0) -> list[Document]:
+    """Return images 0, 1, ... with their questions as token ids, equal for equal seeds."""
+    rng = random.Random(seed)
+    counts = shape.questions.sample(images, rng)
+    prompts, answers = (iter(amount.sample(sum(counts), rng)) for amount in (shape.prompt, shape.answer))
 
     def words(count: int) -> list[int]:
-        return [drawn.randrange(FIRST_WORD, vocabulary) for _ in range(count)]
+        return [rng.randrange(FIRST_WORD, vocabulary) for _ in range(count)]
 
     same = [BOS, *words(shape.prompt.low - 1)]
 
@@ -97,12 +97,12 @@ def draw_documents(shape: Shape, images: int, vocabulary: int, seed: int = 0) ->
 
 
 def without_answers(documents: Iterable[Document]) -> list[Document]:
-    """The same, to be answered."""
+    """Return the documents without their answers."""
     return [Document(d.image, [TokenizedQuestion(q.prompt) for q in d.questions]) for d in documents]
 
 
 def apart(documents: Iterable[Document]) -> list[Document]:
-    """A document for each question, in order: its image is then there again for each."""
+    """Return one document per question, in order; the image is repeated for each."""
     return [Document(d.image, [q]) for d in documents for q in d.questions]
 
 
@@ -111,5 +111,5 @@ def questions_in(documents: Iterable[Document]) -> int:
 
 
 def length(document: Document, num_image_tokens: int) -> int:
-    """Tokens of a document in a row."""
+    """Return the number of tokens of a document in a row."""
     return num_image_tokens + sum(len(q.prompt) + max(len(q.answer) - 1, 0) for q in document.questions)

@@ -1,4 +1,4 @@
-"""The options of a measurement, the machine in a line, its table in Markdown, and the JSON file of both."""
+"""Shared by all benchmarks: options, description of the machine, Markdown table, JSON file."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ Row = dict[str, Any]
 
 
 def parser(name: str, description: str | None, images: int = 8, repeats: int = 3) -> argparse.ArgumentParser:
-    """The options that all measurements share; defaults for `images` and `repeats` are the caller's."""
+    """Return a parser with the options that all benchmarks share, with defaults for `images` and `repeats`."""
     cuda = torch.cuda.is_available()
     made = argparse.ArgumentParser(
         prog=f"python -m bench.{name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--model", choices=MODELS, default="real" if cuda else "mid", help="default: %(default)s")
-    made.add_argument("--shape", choices=SHAPES, default="vqav2", help="whose lengths (default: %(default)s)")
+    made.add_argument(
+        "--shape", choices=SHAPES, default="vqav2", help="dataset whose lengths are used (default: %(default)s)"
+    )
     made.add_argument(
         "--attention-pattern", choices=SHAREABLE, default="causal", help="attention pattern (default: %(default)s)"
     )
     made.add_argument("--device", default="cuda" if cuda else "cpu", help="default: %(default)s")
-    made.add_argument("--images", type=int, default=images, help="how many (default: %(default)s)")
+    made.add_argument("--images", type=int, default=images, help="number of images (default: %(default)s)")
     made.add_argument("--repeats", type=int, default=repeats, help="the fastest is printed (default: %(default)s)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("runs/bench") / f"{name}.json", help="default: %(default)s")
@@ -43,7 +45,7 @@ def parser(name: str, description: str | None, images: int = 8, repeats: int = 3
 
 
 def machine(device: torch.device | str, dtype: torch.dtype) -> Row:
-    """What the numbers were measured on and with, and what it can do at best."""
+    """Return the machine, the versions, and the machine's peak rates."""
     device = torch.device(device)
     cuda = device.type == "cuda"
     return {
@@ -68,7 +70,7 @@ def _cpu_name() -> str:
 
 
 def describe(found: Row) -> str:
-    """The machine in one line."""
+    """Describe the machine in one line."""
     rates = f"{_si(found['matrix_flops_per_second'])}FLOP/s in a matrix product, {_si(found['bytes_per_second'])}B/s"
     versions = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "timm", "transformers"))
     device = f"{found['device']}, {found['threads']} threads, {found['dtype']}"
@@ -83,7 +85,7 @@ def _si(number: float) -> str:
 
 
 def least_seconds(machine: Row, flops: float, size: float) -> float:
-    """The floor: so many operations at the measured matrix rate, or so many bytes at the measured bandwidth."""
+    """Return the floor: the operations at the matrix rate or the bytes at the bandwidth, whichever takes longer."""
     return max(flops / machine["matrix_flops_per_second"], size / machine["bytes_per_second"])
 
 
@@ -92,12 +94,12 @@ def mib(size: int | None) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A ratio as it is printed."""
+    """Format a ratio."""
     return "" if ratio is None else f"{ratio:.1f}x" if ratio < 100 else f"{ratio:,.0f}x"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned columns in Markdown: the first to the left, the others to the right."""
+    """Format an aligned Markdown table: the first column to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in (headers, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
 
@@ -110,7 +112,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def write_json(args: argparse.Namespace, machine: Row, rows: Sequence[Row], **more: Any) -> None:
-    """`{command, arguments, machine, rows, ...}` to `--out`."""
+    """Write `{benchmark, arguments, machine, rows, ...}` to `--out`."""
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     name = Path(args.out).stem
     found = {"benchmark": name, "arguments": arguments, "machine": machine, **more, "rows": list(rows)}

@@ -1,28 +1,28 @@
-"""Training, from the way it is written today to ours, a step at a time, on exactly the same questions and weights.
+"""Training speed, from a plain transformers recipe to ours step by step, on the same questions and weights.
 
- 1 recipe               a row per question, its image encoded again, text padded to 64 tokens; transformers' own causal
-                        language model: eager attention, logits of every position, loss in fp32
+ 1 recipe               one row per question with its own copy of the image, text padded to 64 tokens; transformers'
+                        causal language model: eager attention, logits of every position, loss in fp32
  2 dynamic padding      text padded to the longest of the batch
- 3 + supervised only    our model: logits where a label is; attention still as transformers has it
- 4 + our attention      the same scores, cap and softmax in four passes over them instead of seven, without those that
-                        no row may see
+ 3 + supervised only    our model: logits of supervised positions only; attention as in transformers
+ 4 + our attention      scores, cap and softmax in four passes over the scores instead of seven, without key positions
+                        that no row attends to
  5 + packing            several images, each with one question, in a row
- 6 + sharing            an image once, with all its questions: a row each, similar lengths together
- 7 + FlexAttention      several images with all their questions in a row, which a block mask makes cheap
+ 6 + sharing            each image once with all its questions, one image per row, similar lengths together
+ 7 + FlexAttention      several images with all their questions in a row, made cheap by a block mask
  8 + compile            encoder blocks and decoder layers under torch.compile
- 9 + cached features    the encoder's output is given: it neither runs nor trains, so only the loss is the same
+ 9 + cached features    the encoder's output is an input: the encoder neither runs nor trains, so only the loss is equal
 
-All take --batch rows at a time; rows of several images, 5 and 7, are fewer and hold as many tokens as that many of the
-recipe's. Dense attention pays for every pair of tokens in a row: 5 gains nothing by it, and 6 puts one image in a row.
-8 and 9 build on the fastest layout before them (6 on a CPU, 7 on CUDA). What is timed is forward and backward over all
-questions, the loss divided by all supervised tokens; the optimizer's step, the same for all, is left out.
+All use --batch rows per batch; rows of several images (5 and 7) are fewer, and hold as many tokens as --batch rows of
+the recipe. Dense attention computes every pair of tokens in a row, so 5 gains nothing, and 6 has one image per row.
+8 and 9 build on the fastest layout before them (6 on a CPU, 7 on CUDA). The time is that of forward and backward over
+all questions, with the loss divided by all supervised tokens; the optimizer's step, equal for all, is excluded.
 
-In fp32 every loss must equal the first to 1e-5, or the run fails.
+In fp32 every loss must equal the first up to 1e-5, or the run fails.
 
-Two columns say how far a row is from what the machine can do. "matrix rate" is MFU with the vision term: operations a
-second that the row's own images and tokens need (`models.needed_flops`), over those of the best matrix product.
-"floor" is the time over the least that these questions need: row 6's operations at the matrix rate, or the weights
-read twice and their gradient written once at the rate of a large copy, whichever takes longer.
+Two columns compare a row with the machine's limits. "matrix rate" is MFU with the vision term: the FLOP/s that the
+row's images and tokens need (`models.needed_flops`), divided by those of the best matrix product. "floor" is the
+measured time divided by the least possible time: row 6's operations at the matrix rate, or reading the weights twice
+and writing their gradient once at the rate of a large copy, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ import torch
 from bench import clock, ladder, models, shapes, tables
 from bench.ladder import Batch, Job, Rung
 
-CLOSE = 1e-5  # what losses may differ by in fp32
-TURN = 20.0  # seconds a row is timed for, at least, when it is its turn
+CLOSE = 1e-5  # largest allowed difference of losses in fp32
+TURN = 20.0  # least seconds of a turn
 
 
 def train(job: Job, rung: Rung, batches: Sequence[Batch]) -> float:
-    """Forward and backward over micro-batches: the loss; the gradients stay in the model."""
+    """Run forward and backward over micro-batches and return the loss; the gradients stay in the model."""
     job.model.zero_grad(set_to_none=True)
     total = torch.zeros((), device=job.pixels.device)
     for batch in batches:
@@ -52,7 +52,7 @@ def train(job: Job, rung: Rung, batches: Sequence[Batch]) -> float:
 
 
 def take_turns(job: Job, rungs: Sequence[Rung], repeats: int) -> list[tables.Row]:
-    """Each row's numbers. The rows take turns: what else the machine does meanwhile then falls on all of them."""
+    """Measure the rows alternately, so that other load on the machine affects all of them."""
     turns: list[list[clock.Measured[float]]] = [[] for _ in rungs]
     for turn in range(repeats):
         for rung, found in zip(rungs, turns, strict=True):
@@ -66,11 +66,11 @@ def take_turns(job: Job, rungs: Sequence[Rung], repeats: int) -> list[tables.Row
 
 
 def measure(job: Job, rung: Rung) -> clock.Measured[float]:
-    """One row's turn: its loss, time and memory."""
-    with rung.switched_on(job.model):
+    """Measure loss, time and memory of one row."""
+    with rung.enabled(job.model):
         batches = [rung.collate(rows) for rows in rung.micro_batches]
-        # On a CPU two micro-batches warm up enough, and the second, with gradients there, takes the most memory;
-        # compiled code has to have met every length.
+        # On a CPU two micro-batches are enough to warm up, and the second, with gradients allocated, uses the most
+        # memory; compiled code must have seen every length.
         first = batches if job.cuda or ladder.compiled in rung.settings else batches[:2]
         found = clock.measure(
             lambda: train(job, rung, batches),
@@ -84,7 +84,7 @@ def measure(job: Job, rung: Rung) -> clock.Measured[float]:
 
 def summarise(job: Job, rung: Rung, turns: Sequence[clock.Measured[float]]) -> tables.Row:
     seconds = min(turn.seconds for turn in turns)
-    with rung.switched_on(job.model):
+    with rung.enabled(job.model):
         moved = models.trained_bytes(job.model)
     return {
         "name": rung.name,
@@ -102,15 +102,15 @@ def summarise(job: Job, rung: Rung, turns: Sequence[clock.Measured[float]]) -> t
 
 
 def flops(job: Job, rung: Rung) -> int:
-    """What a row of the table needs."""
+    """Return the FLOPs that a row of the table needs."""
     features = None if rung.trains_encoder else torch.empty(len(job.pixels), 1, device=job.pixels.device)
-    with rung.switched_on(job.model):  # what is frozen needs no gradient
+    with rung.enabled(job.model):  # frozen parameters need no gradient
         batches = (models.make_batch(job.model, rows, job.pixels, features=features) for rows in rung.micro_batches)
         return sum(models.needed_flops(job.model, batch) for batch in batches)
 
 
 def compare(rows: list[tables.Row], machine: tables.Row) -> None:
-    """Add to each measured row how it stands to the others and to what the machine can do."""
+    """Add to each measured row its comparison with the others and with the machine's limits."""
     by_name = {row["name"]: row for row in rows}
     recipe, supervised, sharing = (by_name[name] for name in ("recipe", "+ supervised only", "+ sharing"))
     for row in rows:
@@ -166,8 +166,8 @@ def summary(rows: Sequence[tables.Row]) -> str:
 def make_job(args: argparse.Namespace) -> Job:
     shape = shapes.SHAPES[args.shape]
     model = models.build_model(args.model, shape, args.device, args.seed, args.attention_pattern)
-    documents = shapes.draw_documents(shape, args.images, models.vocabulary(model), args.seed)
-    pixels = models.draw_pixels(model, args.images, args.seed)
+    documents = shapes.random_documents(shape, args.images, models.vocabulary(model), args.seed)
+    pixels = models.random_pixels(model, args.images, args.seed)
     return Job(model, documents, pixels, args.batch, args.compile)
 
 
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(tables.describe(machine))
     print(f"{args.model}, {args.shape}: {shapes.questions_in(job.documents)} questions on {args.images} images")
     rows = take_turns(job, ladder.rungs(job), args.repeats)
-    # Measured again: on a machine that does other work, the better of two moments is nearer to what it can do.
+    # Measured again: under other load, the better of two measurements is nearer to the machine's peak.
     again = clock.matrix_rate(job.pixels.device, job.pixels.dtype)
     machine["matrix_flops_per_second"] = max(machine["matrix_flops_per_second"], again)
     compare(rows, machine)
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.write_json(args, machine, rows)
     far = [row["name"] for row in rows if abs(row.get("loss_difference", 0.0)) > CLOSE]
     if far and job.pixels.dtype == torch.float32:
-        print(f"the loss is not the recipe's: {', '.join(far)}")
+        print(f"the loss differs from the recipe's: {', '.join(far)}")
         return 1
     return 0
 

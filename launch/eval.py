@@ -1,4 +1,4 @@
-"""Score answers on a split; on all GPUs of a machine with `accelerate launch launch/eval.py ...`.
+"""Score a model or its answers on a split; on all GPUs of a machine with `accelerate launch launch/eval.py ...`.
 
 python launch/eval.py checkpoint=runs/demo data=shapes split=val
 python launch/eval.py checkpoint=runs/vqa data=vqav2 data.root=/data/vqav2 split=val[:10%] decoding.num_beams=3

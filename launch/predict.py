@@ -1,4 +1,4 @@
-"""Ask a trained model about pictures.
+"""Ask a trained model about images.
 
 python launch/predict.py checkpoint=runs/demo image=photo.jpg question="what color is it?" question="how many?"
 python launch/predict.py checkpoint=runs/demo image=photos/ questions=questions.txt

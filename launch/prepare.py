@@ -1,16 +1,16 @@
-"""Make what training reads, before it trains.
+"""Prepare training data: download, check, pack, cache features.
 
 python launch/prepare.py download data=gqa data.root=/data/gqa
 python launch/prepare.py check data=gqa data.root=/data/gqa
 python launch/prepare.py pack data=vqav2 data.root=/data/vqav2 split=train
 python launch/prepare.py features model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2
 
-download    the benchmark's official archives, fetched and unpacked
-check       what a data set holds beside what was published, and every record that cannot be used
-pack        a split in a few large files, for disks that are slow with many small ones
-features    the vision encoder's output, once for every image, for training with a frozen encoder
+download    download and unpack the benchmark's official archives
+check       compare a dataset with its published counts, and list every record that cannot be used
+pack        write a split to a few large files, for disks that are slow with many small ones
+features    cache the vision encoder's output for every image, for training with a frozen encoder
 
-The first word says what is made; with -h after it, what that is and what can be set.
+The first word chooses the job; -h after it prints the job's page.
 """
 
 from vlmvqa import cli

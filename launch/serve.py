@@ -1,4 +1,4 @@
-"""A page to try a trained model, and an HTTP API beside it, until Ctrl-C.
+"""Serve a trained model until Ctrl-C: a web page to try it, and an HTTP API.
 
 python launch/serve.py checkpoint=runs/demo
 python launch/serve.py checkpoint=runs/demo compare=runs/other examples=photos port=8000
@@ -11,4 +11,4 @@ with cli.script(__name__, __file__):
 
 if __name__ == "__main__":
     cli.run("serve", ServeConfig, serve_model)
-    cli.leave()  # tearing down PyTorch and gradio takes longer than a user waits after Ctrl-C
+    cli.leave()  # shutting down PyTorch and gradio takes longer than a user waits after Ctrl-C

@@ -1,4 +1,4 @@
-"""Look at one sample as the model reads it: tokens, roles, supervision, positions, and who sees whom.
+"""Show one sample as the model reads it: tokens, roles, supervision, positions and attention mask.
 
 python launch/show.py sample=3
 python launch/show.py model.attention_pattern=causal data=vqav2 data.root=/data/vqav2

@@ -1,4 +1,4 @@
-"""Train, score, report.
+"""Train a model, score it and write a report.
 
 python launch/train.py                                             the tiny model on shapes
 python launch/train.py model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2

@@ -1,4 +1,4 @@
-"""What HELM would stumble over after half an hour of answers, looked for before the first."""
+"""Checks before a HELM run, for errors that HELM would raise only after half an hour of answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PUNKT_FILES = ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ort
 
 
 def refuse_missing_helm() -> None:
-    """Stop without the version of crfm-helm that this was written for, or without what its CIDEr imports."""
+    """Raise without the supported version of crfm-helm, or without the package that its CIDEr imports."""
     for package, wanted in (("crfm-helm", HELM), ("pycocoevalcap", None)):
         try:
             found = version(package)
@@ -30,10 +30,10 @@ def refuse_missing_helm() -> None:
 
 
 def use_punkt(punkt: str, home: Path) -> None:
-    """Make sure that HELM can cut answers into words: it fails without nltk's model, and after all inference.
+    """Check that nltk can tokenize words; without its model HELM fails after all answers are generated.
 
     Raises:
-        InputError: nltk's sentence model is not there.
+        InputError: nltk's sentence model is not installed.
     """
     if punkt not in ("nltk", "stand_in"):
         raise InputError(f"punkt={punkt} is unknown; use nltk or stand_in")
@@ -53,13 +53,13 @@ def use_punkt(punkt: str, home: Path) -> None:
         ) from None
 
 
-def refuse_bad_pictures(examples: Sequence[Example]) -> None:
-    """Stop at a picture that is missing or damaged: HELM would, after half an hour of answers."""
+def refuse_bad_images(examples: Sequence[Example]) -> None:
+    """Raise at an image that is missing or damaged; HELM would, after half an hour of answers."""
 
-    def look(example: Example) -> None:
+    def check(example: Example) -> None:
         images.decode(example.image, example.name)
 
     with ThreadPoolExecutor() as threads:
-        found = threads.map(look, examples)
-        for _ in bar(found, doing="looking at the images", unit="images", total=len(examples)):
+        found = threads.map(check, examples)
+        for _ in bar(found, doing="checking the images", unit="images", total=len(examples)):
             pass

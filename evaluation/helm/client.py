@@ -1,6 +1,6 @@
-"""Answers to HELM's requests: from a model, or from the answers that it wrote before.
+"""Clients that answer HELM's requests: with a model, or from saved answers.
 
-HELM keeps what was answered in its cache, under all that an answer depends on.
+HELM caches the answers; a cache key holds all that an answer depends on.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from vlmvqa.data.example import Question
 from vlmvqa.errors import InputError
 from vlmvqa.evaluation.helm.model import Model, digest, load
 
-PROMPT = "answer en {question}\n"  # of a model that was trained without questions
-# What a failed request does: nothing that would succeed the next time, and no score without it.
+PROMPT = "answer en {question}\n"  # for a model that was trained without questions
+# A failed request is not retried, and HELM prints no score without it.
 FATAL = ErrorFlags(is_retriable=False, is_fatal=True)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a request of HELM's asks.
+class HelmQuestion:
+    """The question of a HELM request.
 
     Attributes:
-        image: a picture's file.
-        question: without the instructions.
-        instructions: what HELM tells the model to do; "" for none.
+        image: the image file.
+        question: the question without the instructions.
+        instructions: HELM's instructions for the model; "" for none.
     """
 
     image: Path
@@ -42,35 +42,35 @@ class Asked:
     instructions: str
 
     @classmethod
-    def of(cls, prompt: MultimediaObject | None) -> Asked:
-        """Take HELM's prompt apart: instructions, then image and question in either order.
+    def of(cls, prompt: MultimediaObject | None) -> HelmQuestion:
+        """Split HELM's prompt: instructions, then image and question in either order.
 
         Raises:
-            InputError: it is not one question about one image.
+            InputError: the prompt is not one question about one image.
         """
         objects = prompt.media_objects if prompt else []
-        pictures = [one.location for one in objects if one.is_type("image") and one.location]
-        # A new line stands between the instructions and what follows, a text of its own or the beginning of one.
+        images = [one.location for one in objects if one.is_type("image") and one.location]
+        # A newline separates the instructions from the rest, as a separate text or at the start of one.
         texts = [one.text.removeprefix("\n") for one in objects if one.is_type("text") and one.text]
         texts = [text for text in texts if text.strip()]
-        if len(pictures) != 1 or not 1 <= len(texts) <= 2:
+        if len(images) != 1 or not 1 <= len(texts) <= 2:
             raise InputError(
-                f"a request holds {len(pictures)} images and {len(texts)} texts; this model answers one question about "
+                f"a request holds {len(images)} images and {len(texts)} texts; this model answers one question about "
                 "one image, without examples (max_train_instances=0)"
             )
-        return cls(Path(pictures[0]), texts[-1], texts[0] if len(texts) == 2 else "")
+        return cls(Path(images[0]), texts[-1], texts[0] if len(texts) == 2 else "")
 
 
 class VLMClient(CachingClient):
-    """A model that `vlmvqa.load` reads.
+    """Answer with a model that `vlmvqa.load` reads.
 
     Args:
         checkpoint: a run's folder, its `model/` folder, or a hub id.
-        prompt: the template of a question, with `{question}` and, to pass on what HELM tells, `{instructions}`, read
-            whole; None: that which the model was trained with, cut where training cut it.
-        source: of `data.source`: whose template that is, where it was trained on several.
-        batch_size: questions at a time; no more than HELM has threads come together.
-        decoding: keys of `GenerationSettings` in place of the model's own; HELM sets temperature and token limit.
+        prompt: template of a question with `{question}` and, for HELM's instructions, `{instructions}`, never
+            truncated; None: the model's own template, truncated as in training.
+        source: the dataset (`data.source`) whose template is used, if the model was trained on several.
+        batch_size: questions per batch; at most the number of HELM's threads.
+        decoding: keys of `GenerationSettings` to change; HELM sets temperature and token limit.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class VLMClient(CachingClient):
         self.batch_size, self.decoding = batch_size, dict(decoding or {})
 
     def make_request(self, request: Request) -> RequestResult:
-        """Answer a question, or say in a sentence why it cannot be answered."""
+        """Answer a question; an error is returned as one sentence."""
         return _without_retries(self._answer, request)
 
     def _answer(self, request: Request) -> RequestResult:
         if request.num_completions != 1:
-            raise InputError(f"{request.num_completions} answers to a question are asked for; this client gives one")
-        asked = Asked.of(request.multimodal_prompt)
+            raise InputError(f"{request.num_completions} answers per question are requested; this client returns one")
+        asked = HelmQuestion.of(request.multimodal_prompt)
         model = load(self.checkpoint, self.batch_size, uncut=self.prompt is not None)
         template = _template(model, self.prompt, self.source)
         prompt = template.replace("{instructions}", asked.instructions).replace("{question}", asked.question)
@@ -116,7 +116,7 @@ class VLMClient(CachingClient):
             return {
                 "text": text,
                 "log_probability": found.log_probability,
-                "tokens": model.pieces(text),
+                "tokens": model.tokens(text),
                 "reason": "stop" if cut else "length" if found.cut else "endoftext",
             }
 
@@ -125,7 +125,7 @@ class VLMClient(CachingClient):
 
 
 class SavedAnswersClient(CachingClient):
-    """Answers that launch/eval.py wrote; no model is loaded.
+    """Return answers that launch/eval.py wrote; no model is loaded.
 
     Args:
         answers: a JSON list of records with `image` (its file), `question`, `text` and `log_probability` (or null).
@@ -137,31 +137,31 @@ class SavedAnswersClient(CachingClient):
         self.by_question = {(record["image"], record["question"]): record for record in records}
 
     def make_request(self, request: Request) -> RequestResult:
-        """The saved answer to the question about the image."""
+        """Return the saved answer to the question about the image."""
         return _without_retries(self._answer, request)
 
     def _answer(self, request: Request) -> RequestResult:
-        asked = Asked.of(request.multimodal_prompt)
+        asked = HelmQuestion.of(request.multimodal_prompt)
         record = self.by_question.get((str(asked.image.resolve()), asked.question))
         if record is None:
             raise InputError(f"there is no saved answer to {asked.question!r} about {asked.image}")
         text, cut = _cut(record["text"], request.stop_sequences)
-        # Words for tokens, which nobody counted; why an answer ended was not saved.
+        # Words stand in for tokens, and the finish reason is unknown: neither was saved.
         saved = {"text": text, "log_probability": record["log_probability"] or 0.0, "tokens": text.split()}
         return _result({**saved, "reason": "stop" if cut else "unknown", "request_time": 0.0}, False)
 
 
 def load_for(checkpoint: str, prompt: str | None, batch_size: int, **other: Any) -> Model:
-    """The model of a client with these arguments.
+    """Load the model of a client with these arguments.
 
     Raises:
-        InputError: it cannot be loaded.
+        InputError: the model cannot be loaded.
     """
     return load(checkpoint, batch_size, uncut=prompt is not None)
 
 
 def effective_settings(limits: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
-    """What a client with these arguments answers with, for the record.
+    """Return the settings with which a client with these arguments answers, for the record.
 
     Args:
         limits: HELM's `max_tokens` and `temperature`.
@@ -184,7 +184,7 @@ def _template(model: Model, prompt: str | None, source: str) -> str:
 
 
 def _without_retries(answer: Callable[[Request], RequestResult], request: Request) -> RequestResult:
-    """The result of a request, which HELM is not to try again: what fails here fails again, half a minute later."""
+    """Return the result of a request; errors are marked so that HELM does not retry, as a retry fails again."""
     try:
         return answer(request)
     except InputError as error:
@@ -199,22 +199,22 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); fetch it again") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); download it again") from None
 
 
 def _cut(text: str, stop_sequences: Sequence[str]) -> tuple[str, bool]:
-    """The text up to its first line's end or stop sequence, and whether there was more."""
+    """Return the text up to the end of its first line or a stop sequence, and whether it was cut."""
     ends = [end for stop in ["\n", *stop_sequences] if (end := text.find(stop)) >= 0]
     return (text[: min(ends)], True) if ends else (text, False)
 
 
 def _result(response: Mapping[str, Any], cached: bool) -> RequestResult:
-    """A response as HELM takes it.
+    """Convert a response to HELM's type.
 
-    HELM adds up its tokens' log-probabilities. The model's, of the whole answer with its end, stands at a last token
-    without text, and all others are 0: the sums are right, and no single token's number is made up.
+    HELM sums the tokens' log-probabilities. The last token, without text, has the log-probability of the complete
+    answer with its EOS, and all others have 0: the sum is right, and no token's value is invented.
     """
     total = response["log_probability"]
-    tokens = [Token(text=piece, logprob=0.0) for piece in response["tokens"]] + [Token(text="", logprob=total)]
+    tokens = [Token(text=token, logprob=0.0) for token in response["tokens"]] + [Token(text="", logprob=total)]
     output = GeneratedOutput(response["text"], total, tokens, finish_reason={"reason": response["reason"]})
     return RequestResult(True, [], [output], cached=cached, request_time=response["request_time"])

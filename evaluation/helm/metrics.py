@@ -1,4 +1,4 @@
-"""The benchmarks' official accuracies as HELM metrics, 0 to 1 as all of HELM's."""
+"""The benchmarks' official accuracies as HELM metrics, from 0 to 1 like all of HELM's."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vlmvqa.metrics import vqa_accuracy
 
 
 def _vqa(answer: str, references: Sequence[str]) -> float:
-    """VQAv2's: an answer that three of ten people gave is right."""
+    """Return VQAv2's accuracy: an answer that three of ten annotators gave is right."""
     return vqa_accuracy({0: answer}, {0: references}).per_question[0] / 100
 
 
 def _gqa(answer: str, references: Sequence[str]) -> float:
-    """GQA's: the word itself, which is the first reference."""
+    """Return GQA's accuracy: equality with the short answer, which is the first reference."""
     return float(answer == references[0])
 
 
@@ -32,10 +32,10 @@ ACCURACIES: dict[str, tuple[str, Callable[[str, Sequence[str]], float]]] = {
 
 
 class OfficialAccuracy(Metric):
-    """What the benchmark's official evaluation script gives an answer.
+    """The accuracy of the benchmark's official evaluation script.
 
     Args:
-        name: of `ACCURACIES`.
+        name: a key of `ACCURACIES`.
     """
 
     def __init__(self, name: str) -> None:
@@ -52,15 +52,15 @@ class OfficialAccuracy(Metric):
         metric_service: MetricService,
         eval_cache_path: str,
     ) -> list[Stat]:
-        """The stat of one question."""
+        """Return the accuracy of one question."""
         assert request_state.result is not None
         references = [reference.output.text for reference in request_state.instance.references]
         answer = request_state.result.completions[0].text.strip()
         return [Stat(MetricName(self.name)).add(self.score(answer, references))]
 
     def get_metadata(self) -> list[Any]:
-        """What HELM's pages say of it."""
-        described = f"{self.title}, as the benchmark's official evaluation script counts it."
+        """Return the description for HELM's pages."""
+        described = f"{self.title}, as computed by the benchmark's official evaluation script."
         return [
             MetricMetadata(
                 name=self.name,

@@ -1,4 +1,4 @@
-"""A model that many threads ask: their questions wait in a queue, and a worker takes what waits there as a batch."""
+"""A model that many threads share: questions wait in a queue, and one worker answers them in batches."""
 
 from __future__ import annotations
 
@@ -24,48 +24,49 @@ from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Answer, Predictor
 from vlmvqa.models.interface import GenerationSettings
 
-# Seconds that a batch waits to become as large as the one before: those threads are on their way back.
+# Seconds that a batch waits to reach the size of the previous one: its threads are about to ask again.
 PATIENCE = 0.05
 
 
 class Model:
-    """A loaded model and the thread that asks it.
+    """A loaded model and the thread that runs it.
 
     Attributes:
-        weights: their fingerprint, as in metrics.json.
-        about: that of all else that an answer depends on, but for the question, the picture and the decoding.
+        weights: fingerprint of the weights, as in metrics.json.
+        about: fingerprint of all else that an answer depends on, except question, image and decoding.
     """
 
     def __init__(self, predictor: Predictor, batch_size: int) -> None:
         self.predictor, self.batch_size = predictor, batch_size
         self.weights, self.about = fingerprint.weights(predictor.model), _fingerprint_settings(predictor)
         self.waiting: SimpleQueue[tuple[Example, GenerationSettings, Future[Answer]]] = SimpleQueue()
-        # Its own, because tokenizers are not for several threads.
+        # A copy, because tokenizers are not thread-safe.
         self.tokenizer, self.tokenizing = deepcopy(predictor.processor.tokenizer), threading.Lock()
         threading.Thread(target=self._work, name="vlmvqa model", daemon=True).start()
 
     def decoding(self, given: Mapping[str, Any], most_tokens: int, temperature: float) -> GenerationSettings:
-        """The model's own, but for what is given, and within HELM's limits."""
+        """Return the model's settings, changed by `given` and within HELM's limits."""
         own = replace(self.predictor.decoding, **given)
         return replace(own, max_new_tokens=min(own.max_new_tokens, most_tokens), temperature=temperature)
 
     def ask(self, image: bytes, name: str, question: Question, decoding: GenerationSettings) -> Answer:
-        """The answer; waits for it.
+        """Wait for the answer to a question and return it.
 
         Args:
-            image: the content of its file, `name`, which an error names.
-            question: its id is that of all that the answer depends on.
+            image: the bytes of the image file.
+            name: the file's name, for error messages.
+            question: its id identifies everything that the answer depends on.
 
         Raises:
-            InputError: it is no picture.
+            InputError: the image cannot be decoded.
         """
-        picture = images.decode(image, name, self.predictor.processor.images)
+        decoded = images.decode(image, name, self.predictor.processor.images)
         answered: Future[Answer] = Future()
-        self.waiting.put((Example(picture, name, (question,)), decoding, answered))
+        self.waiting.put((Example(decoded, name, (question,)), decoding, answered))
         return answered.result()
 
-    def pieces(self, text: str) -> list[str]:
-        """The text's tokens, as text."""
+    def tokens(self, text: str) -> list[str]:
+        """Tokenize a text."""
         with self.tokenizing:
             return list(self.tokenizer.tokenize(text))
 
@@ -75,7 +76,7 @@ class Model:
             batch = [self.waiting.get()]
             latest = time.monotonic() + PATIENCE
             while len(batch) < self.batch_size:
-                # Waits for as many as came the last time; beyond that, takes who is there already.
+                # Wait for as many questions as in the last batch; beyond that, take only those already queued.
                 left = max(0.0, latest - time.monotonic()) if len(batch) < before else 0.0
                 try:
                     batch.append(self.waiting.get(timeout=left) if left else self.waiting.get_nowait())
@@ -86,7 +87,7 @@ class Model:
                 self._answer([(example, future) for example, asked, future in batch if asked == decoding], decoding)
 
     def _answer(self, group: Sequence[tuple[Example, Future[Answer]]], decoding: GenerationSettings) -> None:
-        """Answer a batch; where that fails, all of it has failed."""
+        """Answer a batch; an error fails all of its questions."""
         predictor = replace(self.predictor, decoding=decoding)
         once = {example.questions[0].id: example for example, _ in group}
         try:
@@ -104,13 +105,13 @@ _LOADING = threading.Lock()
 
 
 def load(checkpoint: str, batch_size: int, uncut: bool) -> Model:
-    """The model, loaded once a process: HELM makes clients as it pleases, and its threads all come at once.
+    """Load the model once per process, since HELM makes several clients and calls them from many threads.
 
     Args:
-        uncut: read prompts whole, whatever their length; else as much of a long question as in training.
+        uncut: whether to read complete prompts of any length; otherwise long questions are truncated as in training.
 
     Raises:
-        InputError: it cannot be loaded, each time that it is asked for.
+        InputError: the model cannot be loaded; raised again at every call.
     """
     key = (checkpoint, uncut)
     with _LOADING:
@@ -129,7 +130,7 @@ def load(checkpoint: str, batch_size: int, uncut: bool) -> Model:
 
 
 def digest(content: bytes) -> str:
-    """A short hash."""
+    """Return a short hash."""
     return blake2b(content, digest_size=16).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What a command asks HELM for, checked as far as it can be without loading a model."""
+"""Plan a HELM run: check the settings and read the questions, without loading a model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from vlmvqa.models import model_folder
 from vlmvqa.models.interface import GenerationSettings
 
 ENTRIES = ("vqav2", "gqa")  # run_specs.py has a run entry for each
-OBEYED = ("data.source", "data.root", "data.synthetic", "data.options")
+READ_BY_HELM = ("data.source", "data.root", "data.synthetic", "data.options")
 INSTEAD = {
-    "data.max_eval_samples": "max_instances says how many",
+    "data.max_eval_samples": "max_instances sets the number",
     "data.prompt": "prompt=... is used, or the model's own",
     "data.eval_split": "HELM draws from the validation questions",
     "data.hub": "HELM's questions are read from the official files in data.root",
@@ -31,7 +31,7 @@ INSTEAD = {
 
 @dataclass(frozen=True)
 class HelmConfig:
-    """Which model or answers HELM scores, on which questions; conf/helm.yaml documents its keys."""
+    """Config of `vlmvqa helm`: the model or answers to score, and the questions; conf/helm.yaml documents its keys."""
 
     run: RunSettings
     data: DataSettings
@@ -50,17 +50,17 @@ class HelmConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """What HELM is going to be asked for, all of it checked.
+    """A HELM run whose settings have been checked.
 
     Attributes:
-        home: HELM's files of all models: prod_env/ (what can be run, the cache), benchmark_output/.
-        model: its name in HELM's tables.
-        client: arguments of `VLMClient`; empty where answers are given.
-        predictions: a file of answers, in place of a model.
-        source: whose questions.
-        scenario: arguments of the run entry, but for the image mode.
+        home: folder of HELM's files of all models: prod_env/ (models, cache), benchmark_output/.
+        model: the model's name in HELM's tables.
+        client: arguments of `VLMClient`; empty if answers are given.
+        predictions: a file of answers to score instead of a model.
+        source: the dataset of the questions.
+        scenario: arguments of the run entry, without the image mode.
         modes: the image modes, `real` first.
-        threads: of HELM.
+        threads: number of HELM's threads.
         examples: the questions.
     """
 
@@ -76,22 +76,22 @@ class Plan:
 
     @property
     def suite(self) -> str:
-        """Of the runs that may stand in one table: about the same questions, whichever folder they lie in."""
+        """Name of HELM's suite: runs on the same questions share one, wherever the files are."""
         return f"{self.source}-{self.scenario['max_instances']}-{fingerprint.examples(self.examples)[:4]}"
 
     @property
     def folder(self) -> Path:
-        """Of what we leave."""
+        """Folder of this command's results."""
         return self.home / f"{self.model.rpartition('/')[2]}-{self.suite}"
 
 
 def make_plan(config: HelmConfig) -> Plan:
-    """What the command asks for.
+    """Return the plan of a command.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: a setting is wrong, or a file is missing.
     """
-    _refuse_what_cannot_be_meant(config)
+    _refuse_mistakes(config)
     predictions, client = None, {}
     if config.predictions is not None:
         predictions = Path(config.predictions).expanduser().resolve()
@@ -105,9 +105,9 @@ def make_plan(config: HelmConfig) -> Plan:
     root = str(Path(str(data.root)).expanduser().resolve())
     if "," in root:
         raise InputError(f"data.root={root} holds a comma, which HELM's run entries cannot; move or link the folder")
-    examples = _draw(data, config.max_instances)
+    examples = _sample(data, config.max_instances)
     if config.controls and len(examples) < 2:
-        raise InputError("controls=true shows each question another image, and only one is drawn; draw more questions")
+        raise InputError("controls=true shows each question another image, and there is only one; raise max_instances")
     return Plan(
         config.run.folder,
         "vlmvqa/" + re.sub(r"[^\w.-]+", "-", str(config.name or _name(predictions or Path(str(config.checkpoint))))),
@@ -121,18 +121,18 @@ def make_plan(config: HelmConfig) -> Plan:
     )
 
 
-def _refuse_what_cannot_be_meant(config: HelmConfig) -> None:
-    """Stop at keys that contradict each other, that HELM would not obey, or that have no sensible value."""
+def _refuse_mistakes(config: HelmConfig) -> None:
+    """Raise at keys that contradict each other, that HELM ignores, or that have an invalid value."""
     if ranks.world_size() > 1:
-        raise InputError("HELM is one process with many threads; start it with python, without a launcher")
+        raise InputError("HELM runs as one process with many threads; start it with python, without a launcher")
     given = [name for name in ("checkpoint", "predictions") if getattr(config, name) is not None]
     if len(given) != 1:
         said = "both are given" if given else "neither is given"
-        raise InputError(f"say what to score: checkpoint=... (a model) or predictions=... (its answers); {said}")
+        raise InputError(f"choose what to score: checkpoint=... (a model) or predictions=... (its answers); {said}")
     if config.data.source not in ENTRIES:
-        raise InputError(f"data={config.data.source}: HELM asks {' or '.join(ENTRIES)} here; choose one of them")
+        raise InputError(f"data={config.data.source}: HELM scores {' or '.join(ENTRIES)} here; choose one of them")
     for key in sorted(config.given):
-        if key.startswith("data.") and not key.startswith(OBEYED):
+        if key.startswith("data.") and not key.startswith(READ_BY_HELM):
             raise InputError(f"{key} cannot be set here: {INSTEAD.get(key, 'HELM does not read it')}; leave it out")
     refuse_overrides(
         config.given, "HELM's own", *(f"decoding.{key}" for key in ("max_new_tokens", "temperature", "seed"))
@@ -149,7 +149,7 @@ def _refuse_what_cannot_be_meant(config: HelmConfig) -> None:
 
 
 def _client(config: HelmConfig) -> dict[str, Any]:
-    """The arguments of `VLMClient`; of the decoding only what the command line says, the rest is the model's own."""
+    """Return the arguments of `VLMClient`; decoding holds only keys of the command line, the rest is the model's."""
     folder = model_folder.find(str(config.checkpoint)).resolve()
     if not (folder / model_folder.WEIGHTS).is_file():
         raise InputError(f"{folder} holds no {model_folder.WEIGHTS}; copy or save the model again")
@@ -167,7 +167,7 @@ def _client(config: HelmConfig) -> dict[str, Any]:
 
 
 def _name(path: Path) -> str:
-    """Of a model: its run's folder, or the hub id's second half; of answers, that they are."""
+    """Return a model's name: its run's folder or the second half of its hub id; for answers with `-answers`."""
     if path.suffix == ".jsonl":
         return f"{path.parent.name}-answers"
     if path.name == "model":
@@ -175,8 +175,8 @@ def _name(path: Path) -> str:
     return f"{path.parent.name}-{path.name}" if path.name.startswith("checkpoint-") else path.name
 
 
-def _draw(data: DataSettings, max_instances: int) -> list[Example]:
-    """The questions that HELM is going to draw."""
+def _sample(data: DataSettings, max_instances: int) -> list[Example]:
+    """Return the questions that HELM will sample."""
     examples = read_examples(data, f"val[random:{max_instances}]", None, BadRecords(advice=""))
     if not all_answered(examples):
         raise InputError(f"{data.root}: some of the questions have no answers to score against")

@@ -1,4 +1,4 @@
-"""What HELM measured: read from its files, checked against our own metrics, with intervals over images."""
+"""HELM's results: read from its files, checked against our metrics, with intervals over images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmvqa.inference import bootstrap
 from vlmvqa.metrics import helm_bleu_1
 
 HEADLINE = "bleu_1"
-# What the table shows beside it, the benchmark's official accuracy first; HELM's names and their headings.
+# Columns of the table, by HELM's names: the headline, then the official accuracy, then the others.
 COLUMNS = {
     HEADLINE: "BLEU-1",
     "vqa_accuracy": "VQA accuracy",
@@ -32,10 +32,10 @@ class Scored:
     """HELM's numbers of one run, 0 to 1.
 
     Attributes:
-        values: by metric and question.
-        answers: by question, as they were scored.
-        cut: how many went on after their first line, which HELM is not shown.
-        references: by question.
+        values: scores by metric and question.
+        answers: scored answers by question.
+        references: reference answers by question.
+        cut: number of answers that continued after their first line, which HELM is not shown.
     """
 
     values: Mapping[str, Mapping[str, float]]
@@ -45,7 +45,7 @@ class Scored:
 
 
 def read(folder: Path) -> Scored:
-    """What helm-run left in a run's folder."""
+    """Read the results of helm-run from a run's folder."""
     values: dict[str, dict[str, float]] = {}
     for record in json.loads((folder / "per_instance_stats.json").read_text(encoding="utf-8")):
         for stat in record["stats"]:
@@ -60,41 +60,43 @@ def read(folder: Path) -> Scored:
 
 
 def find(suite: Path, model: str, scenario: Mapping[str, Any]) -> Path:
-    """The folder of the run of a model over a scenario with these arguments.
+    """Return the folder of a model's run on a scenario with these arguments.
 
     Raises:
-        InputError: HELM left none.
+        InputError: there is no such run.
     """
     for path in sorted(suite.glob("*/run_spec.json")):
         spec = json.loads(path.read_text(encoding="utf-8"))
         if spec["adapter_spec"]["model"] == model and spec["scenario_spec"]["args"] == dict(scenario):
             return path.parent
-    raise InputError(f"{suite} has no finished run of {model} with {dict(scenario)}; look at helm's log")
+    raise InputError(f"{suite} has no finished run of {model} with {dict(scenario)}; see helm.log")
 
 
 def remove(suite: Path, model: str) -> None:
-    """Delete a model's runs, so that no older one stays beside those to come."""
+    """Delete a model's earlier runs, so that they are not mixed with the new ones."""
     for path in suite.glob("*/run_spec.json"):
         if json.loads(path.read_text(encoding="utf-8"))["adapter_spec"]["model"] == model:
             shutil.rmtree(path.parent)
 
 
 def adapter(folder: Path) -> dict[str, Any]:
-    """How HELM asked: its instructions (which the model's own prompt may leave out) and its limits."""
+    """Return HELM's instructions (which the model's own prompt may omit) and its limits."""
     spec = json.loads((folder / "run_spec.json").read_text(encoding="utf-8"))["adapter_spec"]
     return {key: spec[key] for key in ("instructions", "max_tokens", "temperature")}
 
 
-def refuse_other(scored: Scored, examples: Sequence[Example], where: Path) -> None:
-    """Stop unless exactly the questions that were asked for were scored, and BLEU-1 is what our own metric says.
+def check_scores(scored: Scored, examples: Sequence[Example], where: Path) -> None:
+    """Check that exactly the planned questions were scored, and that BLEU-1 equals our own metric.
 
     Raises:
-        InputError: they differ.
+        InputError: questions or scores differ.
     """
     asked = {str(question.id) for example in examples for question in example.questions}
     for name, values in scored.values.items():
         if values.keys() != asked:
-            raise InputError(f"{where}: HELM's {name} is of {len(values)} questions, {len(asked)} were asked for")
+            raise InputError(
+                f"{where}: HELM's {name} covers {len(values)} questions instead of {len(asked)}; delete the folder"
+            )
     ours = helm_bleu_1(scored.answers, scored.references).per_question
     for question, value in scored.values[HEADLINE].items():
         if abs(value - ours[question]) > TOLERANCE:
@@ -105,10 +107,10 @@ def refuse_other(scored: Scored, examples: Sequence[Example], where: Path) -> No
 
 
 def summary(scored: Mapping[str, Scored], examples: Sequence[Example], seed: int) -> dict[str, Any]:
-    """Means with their 95 % intervals over images: `{image mode: {metric: {mean, interval}}}`, and the differences.
+    """Return means with 95 % intervals over images: `{image mode: {metric: {mean, interval}}}`, and differences.
 
     Args:
-        scored: by image mode, `real` first.
+        scored: results by image mode, `real` first.
     """
     about = {str(question.id): example.image_id for example in examples for question in example.questions}
     modes = {
@@ -143,7 +145,7 @@ def _difference(
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The scores as text, a row for each kind of image."""
+    """Format the scores as a table with a row per image mode."""
     columns = {name: title for name, title in COLUMNS.items() if name in found["scores"]["real"]}
     lines = [f"{'':<18}" + "".join(f"{title:>24}" for title in columns.values())]
     for mode, scores in found["scores"].items():

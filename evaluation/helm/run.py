@@ -1,11 +1,11 @@
-"""HELM's score of a model; offline, once the data is there.
+"""Score a model with HELM; needs no network once the data is downloaded.
 
 vlmvqa helm checkpoint=runs/vqa data.root=/data/vqav2 controls=true
 vlmvqa helm checkpoint=runs/vqa data=gqa data.root=/data/gqa max_instances=500
 vlmvqa helm predictions=runs/eval-vqav2/predictions.jsonl data.root=/data/vqav2
 
-What can be wrong is looked for before the model is loaded. A run that was killed resumes with the same command: HELM
-caches the answers.
+All settings are checked before the model is loaded. The same command resumes a run that was killed: HELM caches the
+answers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PACKAGES = ("crfm-helm", "nltk", "rouge_score", "torch", "transformers", "timm",
 
 
 def main(config: HelmConfig) -> None:
-    """Let HELM score a model, or a file of answers."""
+    """Score a model, or a file of answers, with HELM."""
     checks.refuse_missing_helm()
     plan = make_plan(config)
     if (plan.folder / "summary.json").exists() and not config.run.overwrite:
@@ -53,50 +53,50 @@ def main(config: HelmConfig) -> None:
     try:
         plan.home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"run.dir={plan.home} cannot be made ({error.strerror}); choose another") from error
+        raise InputError(f"run.dir={plan.home} cannot be created ({error.strerror}); choose another") from error
     try:
         with FileLock(plan.home / ".lock", timeout=0):
             checks.use_punkt(config.punkt, plan.home)
-            checks.refuse_bad_pictures(plan.examples)
+            checks.refuse_bad_images(plan.examples)
             score(plan, config)
     except Timeout:
-        raise InputError(f"another command is at work in {plan.home}; wait for it, or choose another run.dir") from None
+        raise InputError(f"another command is running in {plan.home}; wait for it, or choose another run.dir") from None
 
 
 def score(plan: Plan, config: HelmConfig) -> None:
-    """Let HELM ask and score, and leave `summary.json`, the last of all files."""
-    answers = None  # what can still be wrong is found before anything is overwritten
+    """Run HELM and write `summary.json` as the last file."""
+    answers = None  # read or load first: an error must not overwrite anything
     if plan.predictions is not None:
         answers = _saved_answers(plan, plan.predictions)
     else:
-        from vlmvqa.evaluation.helm.client import load_for  # PyTorch and transformers
+        from vlmvqa.evaluation.helm.client import load_for  # imports PyTorch and transformers
 
         load_for(**plan.client)
     plan.folder.mkdir(parents=True, exist_ok=True)
-    (plan.folder / "summary.json").unlink(missing_ok=True)  # of the results that are overwritten, as are HELM's
+    (plan.folder / "summary.json").unlink(missing_ok=True)  # older results are overwritten
     results.remove(plan.home / "benchmark_output" / "runs" / plan.suite, plan.model)
     (plan.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     describe_model(plan, answers)
     asked = f"{len(plan.modes)} x " if len(plan.modes) > 1 else ""
     log = plan.folder / "helm.log"
-    print(f"HELM asks {asked}{plan.scenario['max_instances']:,} questions; what it says is in {log}", flush=True)
+    print(f"HELM asks {asked}{plan.scenario['max_instances']:,} questions; its output is in {log}", flush=True)
     run_helm(plan, log)
     found = summarize(plan, config)
     replace_file(plan.folder / "summary.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     print(results.table(found))
-    print(f"all of it: {plan.folder / 'summary.json'}")
+    print(f"summary: {plan.folder / 'summary.json'}")
     print(f"HELM's pages: {found['pages']}, then http://localhost:8000")
 
 
 def describe_model(plan: Plan, answers: list[dict[str, Any]] | None) -> None:
-    """Tell HELM of the model, or of its answers, among those that are in its files already."""
+    """Add the model, or its answers, to HELM's files of models."""
     if answers is not None:
         path = plan.folder / "answers.json"
         replace_file(path, json.dumps(answers, ensure_ascii=False))
         spec = {"class_name": f"{CLIENTS}.SavedAnswersClient", "args": {"answers": str(path.resolve())}}
     else:
         spec = {"class_name": f"{CLIENTS}.VLMClient", "args": dict(plan.client)}
-    # No tokenizer and no lengths: HELM would fetch the one, and cut prompts to the other.
+    # No tokenizer and no lengths: HELM would download the tokenizer and truncate prompts to the lengths.
     deployment = {"name": plan.model, "model_name": plan.model, "client_spec": spec}
     metadata = {
         "name": plan.model,
@@ -118,8 +118,8 @@ def describe_model(plan: Plan, answers: list[dict[str, Any]] | None) -> None:
 
 
 def _saved_answers(plan: Plan, path: Path) -> list[dict[str, Any]]:
-    """The answers to HELM's questions, by what HELM's requests hold: the image's file and the question's text."""
-    from vlmvqa.inference.answer_file import read_answers  # with PyTorch and transformers
+    """Return the answers with what HELM's requests identify them by: the image's file and the question's text."""
+    from vlmvqa.inference.answer_file import read_answers  # imports PyTorch and transformers
 
     asked = [(example, question) for example in plan.examples for question in example.questions]
     answers = read_answers(path, [question for _, question in asked], others=True)
@@ -131,7 +131,7 @@ def _saved_answers(plan: Plan, path: Path) -> list[dict[str, Any]]:
         if found.setdefault(key, record)["text"] != answer.text:
             raise InputError(
                 f"{path}, question {question.id}: the same question about the same image has two answers, which HELM "
-                "cannot tell apart; score the checkpoint"
+                "cannot distinguish; score the checkpoint"
             )
     return list(found.values())
 
@@ -142,10 +142,10 @@ def _file(example: Example) -> Path:
 
 
 def run_helm(plan: Plan, log: Path) -> None:
-    """helm-run and helm-summarize.
+    """Run helm-run and helm-summarize.
 
     Raises:
-        InputError: what made HELM stop.
+        InputError: HELM failed; with its error.
     """
     arguments = {**plan.scenario, "model": plan.model}
     entries = [
@@ -153,7 +153,7 @@ def run_helm(plan: Plan, log: Path) -> None:
         + ",".join(f"{key}={value}" for key, value in {**arguments, "image_mode": mode}.items())
         for mode in plan.modes
     ]
-    # From the folder itself, as HELM's pages find pictures by paths that begin with benchmark_output/.
+    # Runs in the folder itself, because HELM's pages find images by paths that begin with benchmark_output/.
     both = {"--local-path": "prod_env", "--output-path": "benchmark_output", "--suite": plan.suite}
     running = {
         **both,
@@ -164,7 +164,7 @@ def run_helm(plan: Plan, log: Path) -> None:
     }
     schema = plan.home / f"schema_{plan.source}.yaml"
     replace_file(schema, yaml.safe_dump(_groups_of(plan.source), sort_keys=False, allow_unicode=True))
-    # nltk warns of every answer under four words, which has no BLEU-4.
+    # nltk warns about every answer under four words, which has no BLEU-4.
     warnings.filterwarnings("ignore", module="nltk.translate.bleu_score")
     with log.open("w", encoding="utf-8") as file, redirect_stdout(file), chdir(plan.home):
         try:
@@ -173,18 +173,18 @@ def run_helm(plan: Plan, log: Path) -> None:
         except Exception as error:
             traceback.print_exc(file=file)
             said = str(error).partition(" Request: Request(")[0].strip() or type(error).__name__
-            raise InputError(f"HELM stopped: {said.splitlines()[0].rstrip('.')}; all it said is in {log}") from error
+            raise InputError(f"HELM stopped: {said.splitlines()[0].rstrip('.')}; its output is in {log}") from error
 
 
 def _groups_of(source: str) -> dict[str, Any]:
-    """The schema with the groups of one data set: HELM's pages open on the first group, whether or not it has runs."""
+    """Return the schema with one dataset's groups: HELM's pages open the first group even if it has no runs."""
     schema: dict[str, Any] = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     prefix = source.removesuffix("v2")
     return {**schema, "run_groups": [one for one in schema["run_groups"] if one["name"].startswith(prefix)]}
 
 
 def _command(module: str, options: Mapping[str, Any], *more: str) -> None:
-    """Run a command of HELM's as its console script does, but in this process, which then has the model."""
+    """Run one of HELM's console scripts in this process, so that the model stays loaded."""
     logging.getLogger("helm").handlers.clear()  # each command adds its own
     ours, sys.argv = sys.argv, [module, *(str(word) for option in options.items() for word in option), *more]
     try:
@@ -194,15 +194,15 @@ def _command(module: str, options: Mapping[str, Any], *more: str) -> None:
 
 
 def summarize(plan: Plan, config: HelmConfig) -> dict[str, Any]:
-    """`summary.json`'s content."""
+    """Return the content of `summary.json`."""
     suite = plan.home / "benchmark_output" / "runs" / plan.suite
     folders = {mode: results.find(suite, plan.model, {**plan.scenario, "image_mode": mode}) for mode in plan.modes}
     scored = {mode: results.read(folder) for mode, folder in folders.items()}
     for mode, folder in folders.items():
-        results.refuse_other(scored[mode], plan.examples, folder)
+        results.check_scores(scored[mode], plan.examples, folder)
     limits = results.adapter(folders["real"])
     if plan.predictions is None:
-        from vlmvqa.evaluation.helm.client import effective_settings  # it has the model
+        from vlmvqa.evaluation.helm.client import effective_settings  # the model is loaded
 
         by = effective_settings(limits, **plan.client)
     else:

@@ -1,4 +1,4 @@
-"""HELM's run entries: HELM's own `vqa` and `gqa`, prompt and metrics unchanged, over questions that are here already.
+"""Run entries for HELM: its own `vqa` and `gqa`, prompt and metrics unchanged, on local questions.
 
     vlmvqa_vqav2:root=/data/vqav2,max_instances=1000,image_mode=real,model=vlmvqa/my_model
     vlmvqa_gqa:root=/data/gqa,...
@@ -19,20 +19,20 @@ from helm.benchmark.scenarios.scenario import ScenarioSpec
 
 @run_spec_function("vlmvqa_vqav2")
 def vqav2(root: str, max_instances: int = 1000, image_mode: str = "real", seed: int = 0) -> RunSpec:
-    """HELM's VQAv2; `group` in the schema: vqa_base, vqa_blank or vqa_shuffled."""
+    """Return HELM's VQAv2 run; its group in the schema: vqa_base, vqa_blank or vqa_shuffled."""
     given = {"root": root, "max_instances": max_instances, "image_mode": image_mode, "seed": seed}
-    return _drawn(get_vqa_spec(), "vqa", "VQAv2Drawn", "vqa_accuracy", given)
+    return _on_local_files(get_vqa_spec(), "vqa", "VQAv2Sample", "vqa_accuracy", given)
 
 
 @run_spec_function("vlmvqa_gqa")
 def gqa(root: str, max_instances: int = 1000, image_mode: str = "real", seed: int = 0) -> RunSpec:
-    """HELM's GQA; `group` in the schema: gqa, gqa_blank or gqa_shuffled."""
+    """Return HELM's GQA run; its group in the schema: gqa, gqa_blank or gqa_shuffled."""
     given = {"root": root, "max_instances": max_instances, "image_mode": image_mode, "seed": seed}
-    return _drawn(get_gqa_spec(), "gqa", "GQADrawn", "gqa_accuracy", given)
+    return _on_local_files(get_gqa_spec(), "gqa", "GQASample", "gqa_accuracy", given)
 
 
-def _drawn(built_in: RunSpec, name: str, scenario: str, accuracy: str, given: dict[str, Any]) -> RunSpec:
-    """HELM's run over our scenario, with the official accuracy beside its metrics."""
+def _on_local_files(built_in: RunSpec, name: str, scenario: str, accuracy: str, given: dict[str, Any]) -> RunSpec:
+    """Return HELM's run with our scenario, and with the official accuracy in addition to its metrics."""
     mode = str(given["image_mode"])
     group = {"vqa": "vqa_base", "gqa": "gqa"}[name] if mode == "real" else f"{name}_{mode}"
     return replace(

@@ -1,6 +1,6 @@
-"""HELM's runner, with its threads for the model alone.
+"""HELM's runner, with several threads only while the model answers.
 
-nltk's word_tokenize gives Python's lock away a dozen times a text, and with 32 threads waiting for it each time BLEU
+nltk's word_tokenize releases Python's global lock a dozen times per text. With 32 threads waiting for the lock, BLEU
 takes five times as long as with one: a minute more for a thousand questions.
 """
 
@@ -15,7 +15,7 @@ from helm.benchmark.runner import Runner
 
 
 class AnsweringExecutor(Executor):
-    """As many threads as were asked for while questions are answered, one before and after."""
+    """Use the configured number of threads while questions are answered, one before and after."""
 
     def __init__(self, execution_spec: ExecutionSpec) -> None:
         super().__init__(execution_spec)
@@ -23,7 +23,7 @@ class AnsweringExecutor(Executor):
         self.execution_spec = self.one
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
-        """Answer."""
+        """Answer all requests."""
         self.execution_spec = self.several
         try:
             answered: ScenarioState = super().execute(scenario_state)
@@ -33,7 +33,7 @@ class AnsweringExecutor(Executor):
 
 
 class AnsweringRunner(Runner):
-    """What `helm-run --runner-class-name vlmvqa.evaluation.helm.runner.AnsweringRunner` runs."""
+    """The runner for `helm-run --runner-class-name vlmvqa.evaluation.helm.runner.AnsweringRunner`."""
 
     def __init__(self, execution_spec: ExecutionSpec, *arguments: Any, **named: Any) -> None:
         super().__init__(execution_spec, *arguments, **named)

@@ -1,7 +1,7 @@
-"""HELM's questions: its own draw of a validation split, from the official files that are here already.
+"""HELM's questions: its own sample of a validation split, read from local official files.
 
-HELM's scenarios fetch the data, load the training questions too, and want every image. These read the validation
-questions with `vlmvqa.data`, draw first, and touch only the images that were drawn.
+HELM's scenarios download the data, also load the training questions, and need every image. These read the validation
+questions with `vlmvqa.data`, sample first, and read only the images of the sample.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from vlmvqa.inference.baselines import grey_image, shuffle_images
 IMAGE_MODES = ("real", "blank", "shuffled")
 
 
-class VQAv2Drawn(VQAScenario):
-    """VQAv2's validation questions, as many as HELM draws; name and metadata are HELM's.
+class VQAv2Sample(VQAScenario):
+    """The sample of VQAv2's validation questions that HELM scores; name and metadata are HELM's.
 
     Args:
         root: the folder of the official files, as conf/data/vqav2.yaml lists them.
-        max_instances: how many of the split HELM draws: 1,000 for its leaderboards.
-        image_mode: `real`, or a control: `blank` (one grey), `shuffled` (each question about another drawn image).
-        seed: of the shuffling.
+        max_instances: size of the sample; 1,000 for HELM's leaderboards.
+        image_mode: `real`, or a control: `blank` (a grey image), `shuffled` (another image of the sample).
+        seed: seed of the shuffling.
     """
 
     def __init__(self, root: str, max_instances: int = 1000, image_mode: str = "real", seed: int = 0) -> None:
@@ -39,19 +39,19 @@ class VQAv2Drawn(VQAScenario):
         self.root, self.max_instances, self.image_mode, self.seed = Path(str(root)), max_instances, image_mode, seed
 
     def get_instances(self, output_path: str) -> list[Instance]:
-        """The drawn questions in file order, each under its own id."""
-        drawn = vqav2.read(self.root, f"val[random:{self.max_instances}]")
+        """Return the sampled questions in file order, with their own ids."""
+        sample = vqav2.read(self.root, f"val[random:{self.max_instances}]")
         return [
-            _instance(question.id, [picture, _text(question.text)], question.answers)
-            for example, picture in _pictures(drawn, self.image_mode, self.seed, Path(output_path))
+            _instance(question.id, [image, _text(question.text)], question.answers)
+            for example, image in _with_images(sample, self.image_mode, self.seed, Path(output_path))
             for question in example.questions
         ]
 
 
-class GQADrawn(GQAScenario):
-    """GQA's balanced validation questions, the same way: `root` as conf/data/gqa.yaml lists it.
+class GQASample(GQAScenario):
+    """The sample of GQA's balanced validation questions; `root` holds the files that conf/data/gqa.yaml lists.
 
-    As in HELM, the question comes before the image, and an answer is right as a word and as a sentence.
+    As in HELM, the question comes before the image, and both the short and the full answer are references.
     """
 
     def __init__(self, root: str, max_instances: int = 1000, image_mode: str = "real", seed: int = 0) -> None:
@@ -59,12 +59,14 @@ class GQADrawn(GQAScenario):
         self.root, self.max_instances, self.image_mode, self.seed = Path(str(root)), max_instances, image_mode, seed
 
     def get_instances(self, output_path: str) -> list[Instance]:
-        """The drawn questions in file order, each under its own id."""
+        """Return the sampled questions in file order, with their own ids."""
         split = f"val[random:{self.max_instances}]"
         sentences = _full_answers(gqa.files(self.root, split)[0])
         return [
-            _instance(question.id, [_text(question.text), picture], (*question.answers, sentences(question)))
-            for example, picture in _pictures(gqa.read(self.root, split), self.image_mode, self.seed, Path(output_path))
+            _instance(question.id, [_text(question.text), image], (*question.answers, sentences(question)))
+            for example, image in _with_images(
+                gqa.read(self.root, split), self.image_mode, self.seed, Path(output_path)
+            )
             for question in example.questions
         ]
 
@@ -78,11 +80,13 @@ def _text(text: str) -> MediaObject:
     return MediaObject(text=text, content_type="text/plain")
 
 
-def _pictures(examples: Sequence[Example], mode: str, seed: int, folder: Path) -> Iterator[tuple[Example, MediaObject]]:
-    """Each example with the picture that is shown for it.
+def _with_images(
+    examples: Sequence[Example], mode: str, seed: int, folder: Path
+) -> Iterator[tuple[Example, MediaObject]]:
+    """Yield each example with the image that is shown for it.
 
     Args:
-        folder: HELM's, of this scenario; its pages show pictures from there, and from nowhere else.
+        folder: HELM's folder of this scenario, the only one from which its pages show images.
     """
     if mode not in IMAGE_MODES:
         raise InputError(f"image_mode={mode} is unknown; use {', '.join(IMAGE_MODES)}")
@@ -96,16 +100,16 @@ def _pictures(examples: Sequence[Example], mode: str, seed: int, folder: Path) -
         return
     shown = shuffle_images(examples, seed) if mode == "shuffled" else examples
     if shown is None:
-        raise InputError("one image cannot be shuffled; draw more questions")
+        raise InputError("one image cannot be shuffled; raise max_instances")
     for example, other in zip(examples, shown, strict=True):
         assert isinstance(other.image, Path)
         yield example, MediaObject(location=str(_link(other.image, folder)), content_type="image/jpeg")
 
 
-def _link(picture: Path, folder: Path) -> Path:
-    """A link to the picture, or the picture itself where links cannot be made."""
-    real = picture.resolve()
-    link = folder / blake2b(str(real).encode(), digest_size=8).hexdigest() / picture.name
+def _link(image: Path, folder: Path) -> Path:
+    """Return a link to the image, or the image itself if the file system has no links."""
+    real = image.resolve()
+    link = folder / blake2b(str(real).encode(), digest_size=8).hexdigest() / image.name
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(real)
@@ -117,13 +121,13 @@ def _link(picture: Path, folder: Path) -> Path:
 
 
 def _full_answers(path: Path) -> Callable[[Question], str]:
-    """The answer as a sentence, which GQA's own metric does not look at, and so its reader drops."""
+    """Return a function that finds the full answer, which `gqa.read` drops because GQA's metric ignores it."""
     records = load_json(path)
 
     def find(question: Question) -> str:
         found = records[question.id].get("fullAnswer")
         if not isinstance(found, str):
-            raise InputError(f"{path}, question {question.id}: it has no 'fullAnswer', which HELM counts as right too")
+            raise InputError(f"{path}, question {question.id}: it has no 'fullAnswer', which HELM also accepts")
         return found
 
     return find

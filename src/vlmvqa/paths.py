@@ -86,7 +86,7 @@ def refuse_missing(key: str, given: str) -> None:
 
 
 def refuse_no_root(where: str, root: str | None, hub: str | None, packed: str | None) -> None:
-    """Raise if a data set names no source to read it from."""
+    """Raise if a dataset names no source to read it from."""
     if root is None and hub is None and packed is None:
         raise InputError(f"{where}.root must be given; add {where}.root=... to the command")
 

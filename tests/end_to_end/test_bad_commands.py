@@ -63,7 +63,7 @@ def test_a_run_that_failed_before_its_first_step_does_not_keep_its_name(tmp_path
     (tmp_path / "empty").mkdir()
     shutil.copy(tmp_path / "run" / "config.yaml", tmp_path / "empty")
     again = done(call("train", *given[:2], f"run.dir={tmp_path / 'empty'}", *SMALL, "resume=auto"))
-    assert "empty holds no checkpoint yet, so it starts from its beginning" in again.out
+    assert "empty holds no checkpoint yet, so training starts from the beginning" in again.out
 
 
 @pytest.mark.parametrize("how", ["run.overwrite=true", "resume=auto"])
@@ -142,7 +142,7 @@ def test_how_activations_are_recomputed_is_not_to_be_set(tmp_path: Path, whole: 
     asked = ("trainer.activation_checkpointing=true", "trainer.activation_checkpointing_kwargs={use_reentrant: true}")
     ended = call("train", "data=vqav2", f"data.root={whole}", f"run.dir={tmp_path / 'run'}", *SMALL, *asked)
     assert sentence(ended) == (
-        "error: trainer.activation_checkpointing_kwargs cannot be set: leave it out, they are recomputed one way"
+        "error: trainer.activation_checkpointing_kwargs cannot be set: leave it out, there is only one method"
     )
     assert not (tmp_path / "run" / "log.jsonl").exists()
 

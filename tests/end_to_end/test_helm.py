@@ -56,12 +56,12 @@ def refused(tmp_path: Path, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "say what to score: checkpoint=... (a model) or predictions=... (its answers); neither is given"),
+        ((), "choose what to score: checkpoint=... (a model) or predictions=... (its answers); neither is given"),
         (("checkpoint=a", "predictions=b"), "both are given"),
         (("checkpoint=runs/nowhere/at/all",), "runs/nowhere/at/all; the nearest is "),
         (("predictions=nowhere.jsonl",), "nowhere.jsonl does not exist; correct the path"),
         (("predictions=nowhere.jsonl", "controls=true"), "controls=true asks the model about other images"),
-        (("checkpoint=a", "data=docvqa"), "data=docvqa: HELM asks vqav2 or gqa here; choose one of them"),
+        (("checkpoint=a", "data=docvqa"), "data=docvqa: HELM scores vqav2 or gqa here; choose one of them"),
         (("checkpoint=a", "data.max_eval_samples=5"), "data.max_eval_samples cannot be set here: max_instances says"),
         (("checkpoint=a", "data.prompt=x"), "data.prompt cannot be set here: prompt=... is used, or the model's own"),
         (
@@ -92,11 +92,11 @@ def test_a_command_that_cannot_be_meant_is_refused(tmp_path: Path, arguments: tu
         ("half the weights", "does not hold this model's weights"),
         ("no question in the prompt", "must hold {question} once, {instructions} at most once, and no other braces"),
         ("half of punkt_tab", "nltk's punkt_tab, which HELM cuts answers into words with, is not installed"),
-        ("busy", "another command is at work in"),
+        ("busy", "another command is running in"),
         ("no weights", "holds no model.safetensors; copy or save the model again"),
         ("comma", "holds a comma, which HELM's run entries cannot; move or link the folder"),
         ("unanswered", "does not answer 1 of 6 questions"),
-        ("twice", "the same question about the same image has two answers, which HELM cannot tell apart"),
+        ("twice", "the same question about the same image has two answers, which HELM cannot distinguish"),
     ],
 )
 def test_what_is_not_there_is_missed_before_anything_is_asked(

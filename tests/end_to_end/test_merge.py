@@ -85,7 +85,7 @@ def test_what_merging_refuses(home: Path, tmp_path: Path) -> None:
     assert "'^visoin' matches no tensor name" in refused(f"base={home / 'base'}", both, "layers={'^visoin': [1,0]}")
     merged(home, "layers={'^vision': [1,0]}")
     again = sentence(call("merge", f"base={home / 'base'}", both, f"output={home / 'merged'}"))
-    assert "is there already; choose another, or set run.overwrite=true" in again
+    assert "already exists; choose another, or set run.overwrite=true" in again
     assert not (tmp_path / "out").exists()
 
 
@@ -120,7 +120,10 @@ def lora(home: Path) -> Path:
 def test_adapters_become_one_model_scored_on_both_tasks(lora: Path) -> None:
     models = f"models=[{lora / 'lora'},{lora / 'qlora'}]"
     told = done(call("merge", models, "density=0.5", "samples=4", f"output={lora / 'both'}")).out
-    assert "qlora/model was trained over 4-bit weights: the merged model uses the full ones; the logits drift" in told
+    assert (
+        "qlora/model was trained over 4-bit weights: the merged model uses the full-precision weights; the logits drift"
+        in told
+    )
     assert "gqa: GQA accuracy (%), n=4" in told and "docvqa: ANLS (x 100), n=4" in told
     record = json.loads((lora / "both" / "merge.json").read_text())
     assert record["base"] == str(lora / "base" / "model") and len(record["over_four_bits"]) == 1
@@ -143,7 +146,7 @@ def test_an_adapter_becomes_a_whole_model(lora: Path, tmp_path: Path) -> None:
         assert found["largest"] < 0.02 * found["range"]  # the adapter's frozen weights may be bfloat16
     moved = f"adapter={shutil.copytree(lora / 'lora' / 'model', tmp_path / 'moved')}"
     told = done(call("merge", moved, f"output={tmp_path / 'untold'}")).out
-    assert "nothing was compared:" in told and "whose config.yaml says what it was evaluated on; give data=" in told
+    assert "nothing was compared:" in told and "whose config.yaml has its evaluation data; give data=" in told
     data = ("data=gqa", "data.synthetic=true", f"data.root={lora / 'gqa-data'}", *FEW, "data.eval_split=val")
     told = done(call("merge", moved, *data, "samples=3", f"output={tmp_path / 'told'}")).out
     assert "of 3 questions" in told
@@ -154,10 +157,10 @@ def test_what_adapters_refuse(lora: Path, tmp_path: Path) -> None:
         return sentence(call("merge", f"output={tmp_path / 'out'}", *arguments))
 
     one = f"adapter={lora / 'lora'}"
-    assert "density cannot be set here: it is of several models" in refused(one, "density=0.2")
+    assert "density cannot be set here: it is for several models" in refused(one, "density=0.2")
     for more in ((), (f"base={lora / 'base'}",)):
         said = refused(f"adapter={lora / 'gqa'}", *more)
-        assert f"adapter={lora / 'gqa'} is a whole model, not an adapter; name the run of an adapter" in said
+        assert f"adapter={lora / 'gqa'} is a complete model, not an adapter; name the run of an adapter" in said
     assert "into=4 is unknown; use full" in refused(one, "into=4")
     assert "into=dequantized: not all models are adapters over" in refused(one, "into=dequantized")
     assert "remove base= to use its own" in refused(one, f"base={lora / 'gqa'}")

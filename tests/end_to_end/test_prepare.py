@@ -97,7 +97,7 @@ def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
         ),
         ([], "no job given; its first word is one of download, check, pack, features"),
         (["data=shapes", "features"], "no job given"),
-        (["features", "chek"], "'chek' is no setting; give settings as key=value"),
+        (["features", "chek"], "'chek' is not a setting; give settings as key=value"),
         (["features", "features.dri=x"], "did you mean 'features.dir=x'"),
         (["features", "model=tinny"], "did you mean 'tiny'"),
         (["features", "features.dtype=bfloat61"], "did you mean 'bfloat16'"),

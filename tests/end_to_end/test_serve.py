@@ -395,7 +395,7 @@ def test_bad_example_images_are_left_out(capsys: pytest.CaptureFixture[str]) -> 
     good = numbered_image(1)
     assert serve_run._accepted([image_file(picture(0), "TIFF"), good, good[:200]], Limits()) == [good]
     printed = capsys.readouterr().out
-    assert printed.count("an example is left out: ") == 2
+    assert printed.count("an example is skipped: ") == 2
 
 
 def test_a_run_whose_dataset_is_missing_is_browsed_without_images(tmp_path: Path, run: Path) -> None:
@@ -403,6 +403,6 @@ def test_a_run_whose_dataset_is_missing_is_browsed_without_images(tmp_path: Path
     moved = Path(shutil.copytree(run, tmp_path / "run"))
     config = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(config.replace(str(run.parent / "data"), str(tmp_path / "nowhere")))
-    with pytest.raises(InputError, match="nowhere is not there"):
+    with pytest.raises(InputError, match="nowhere does not exist"):
         serve_run._examples(moved)
     assert not (tmp_path / "nowhere").exists()

@@ -106,7 +106,7 @@ def test_its_metadata_is_whole(built: Path) -> None:
 def test_it_trains_and_answers_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     """By the command; then `vlmvqa.load` on what it left, and a look that this is not the checkout's code."""
     command = installed / "vlmvqa"
-    assert "  train     Train, score, report\n" in run(command, cwd=tmp_path)
+    assert "  train     Train a model, score it and write a report\n" in run(command, cwd=tmp_path)
     assert "model=dinov2_gemma2_2b" in run(command, "train", "-h", cwd=tmp_path)
     assert "vit_base_patch14_dinov2.lvd142m" in run(command, "show", "--cfg", "job", cwd=tmp_path)
     said = run(command, "train", "run.name=first", *SMALL, cwd=tmp_path)

@@ -31,8 +31,8 @@ def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job(shape: str = "vqav2", attention_pattern: str = "causal", images: int = 3) -> ladder.Job:
     model = models.build_model("tiny", shapes.SHAPES[shape], attention_pattern=attention_pattern)
-    documents = shapes.draw_documents(shapes.SHAPES[shape], images, models.vocabulary(model))
-    return ladder.Job(model, documents, models.draw_pixels(model, images), 6, False)
+    documents = shapes.random_documents(shapes.SHAPES[shape], images, models.vocabulary(model))
+    return ladder.Job(model, documents, models.random_pixels(model, images), 6, False)
 
 
 def run(main: Callable[[Sequence[str]], int], out: Path, *arguments: str) -> dict[str, Any]:
@@ -52,21 +52,21 @@ def run(main: Callable[[Sequence[str]], int], out: Path, *arguments: str) -> dic
 def test_a_few_images_have_the_published_mean_of_questions(name: str, questions: float) -> None:
     shape = shapes.SHAPES[name]
     for images in (8, 1000):
-        drawn = shapes.draw_documents(shape, images, 1000, seed=images)
+        drawn = shapes.random_documents(shape, images, 1000, seed=images)
         assert shapes.questions_in(drawn) == round(questions * images)
         lengths = [len(d.questions) for d in drawn]
         assert shape.questions.low <= min(lengths) and max(lengths) <= shape.questions.high
 
 
 def test_drawing_is_repeatable_and_within_the_vocabulary() -> None:
-    first, again, other = (shapes.draw_documents(shapes.SHAPES["gqa"], 4, 100, seed) for seed in (1, 1, 2))
+    first, again, other = (shapes.random_documents(shapes.SHAPES["gqa"], 4, 100, seed) for seed in (1, 1, 2))
     assert first == again != other
     assert all(q.answer[-1] == shapes.EOS for d in first for q in d.questions)
     assert max(i for d in first for q in d.questions for i in (*q.prompt, *q.answer)) < 100
 
 
 def test_captions_of_an_image_answer_one_prompt() -> None:
-    documents = shapes.draw_documents(shapes.SHAPES["coco"], 2, 100)
+    documents = shapes.random_documents(shapes.SHAPES["coco"], 2, 100)
     assert len({tuple(q.prompt) for d in documents for q in d.questions}) == 1
 
 
@@ -79,7 +79,7 @@ def test_image_tokens(name: str, tokens: int) -> None:
 
 
 def gradients(job: ladder.Job, rung: ladder.Rung) -> tuple[float, dict[str, Tensor]]:
-    with rung.switched_on(job.model):
+    with rung.enabled(job.model):
         found = train.train(job, rung, [rung.collate(rows) for rows in rung.micro_batches])
     return found, {name: p.grad.clone() for name, p in job.model.named_parameters() if p.grad is not None}
 
@@ -156,7 +156,7 @@ def test_needed_operations_of_a_batch_worked_out_by_hand() -> None:
     """An image of 17 tokens with two questions of 3 prompt and 2 answer tokens, of which the last is only a label."""
     model = models.build_model("tiny", shapes.SHAPES["vqav2"])
     question = TokenizedQuestion([shapes.BOS, 5, 6], [7, shapes.EOS])
-    rows, pixels = [[Document(0, [question, question])]], models.draw_pixels(model, 1)
+    rows, pixels = [[Document(0, [question, question])]], models.random_pixels(model, 1)
     pairs = sum(range(1, 18)) + 2 * (18 + 19 + 20 + 21)  # each token sees the image and its own question, up to itself
     attention, ffn = 32 * 32 + 2 * 32 * 16 + 32 * 32, 3 * 32 * 64
     decoder = 6 * (17 + 2 * 4) * 2 * (attention + ffn) + 2 * 12 * 32 * pairs

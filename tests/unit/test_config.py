@@ -219,7 +219,7 @@ def test_a_launcher_that_contradicts_the_command_is_refused() -> None:
         assert dist is not None
         return dist.strategy
 
-    with pytest.raises(InputError, match="accelerate's config file asks for fsdp, the command for zero2"):
+    with pytest.raises(InputError, match="accelerate's config file sets fsdp, the command sets zero2"):
         strategy("fsdp", "accelerate's config file", "dist=zero2")
     assert strategy("fsdp", "accelerate's config file") == "fsdp"
     assert strategy("zero2", "the deepspeed launcher") == "zero2"
@@ -230,7 +230,7 @@ def test_a_launcher_that_contradicts_the_command_is_refused() -> None:
 
 def test_accelerates_precision_must_be_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(InputError, match="accelerate's config file asks for bf16, the run for no"):
+    with pytest.raises(InputError, match="accelerate's config file sets bf16, the run sets no"):
         compatibility.check(train_config(), DistSettings())
 
 
@@ -289,7 +289,7 @@ def test_a_key_that_only_a_yaml_has_is_an_error_too() -> None:
         ("image_size=64", r"did you mean 'data.options.image_size=64' or 'model.vision.image_size=64'"),
         ("model.name=x", r"did you mean 'model.language.name=x' or 'model.vision.name=x'"),
         ("resume_from_checkpoint=a", "did you mean 'resume=auto'"),
-        ("tiny", "'tiny' is no setting; give settings as key=value"),
+        ("tiny", "'tiny' is not a setting; give settings as key=value"),
     ],
 )
 def test_misspelt_overrides_suggest(override: str, expected: str) -> None:

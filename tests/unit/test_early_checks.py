@@ -61,7 +61,7 @@ ASK = ("checkpoint=runs/demo", "question=what?")
         ("train", ("init_from=runs/dmeo",), "no model at {}/runs/dmeo"),
         ("eval", ("checkpoint=runs/demo", "data=shapes", "batch_size=0"), "batch_size=0 should be a whole number, at"),
         ("eval", ("checkpoint=runs/demo",), "data=... must be given"),
-        ("eval", (), "say what to score"),
+        ("eval", (), "choose what to score"),
         ("merge", ("output=x", "models=[runs/demo,runs/dmeo]"), "no model at {}/runs/dmeo"),
         ("serve", ("checkpoint=demo",), "no model at {}/demo"),
         ("prepare check", ("data=gqa", "data.root=dat"), "data.root=dat does not exist"),

@@ -28,7 +28,7 @@ from tests.unit.test_predictor import examples, predictor
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 from vlmvqa.evaluation.helm import model as helm_model
-from vlmvqa.evaluation.helm.client import Asked, SavedAnswersClient, VLMClient
+from vlmvqa.evaluation.helm.client import HelmQuestion, SavedAnswersClient, VLMClient
 from vlmvqa.evaluation.helm.metrics import ACCURACIES
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.vlm import VLM
@@ -197,7 +197,7 @@ def test_what_nobody_foresaw_is_not_tried_again(
 
 def test_outer_spaces_of_a_question_stay(asked: list[tuple[Path, str]]) -> None:
     """launch/eval.py asks with them."""
-    assert Asked.of(request(asked[0][0], " Is it  red? ").multimodal_prompt).question == " Is it  red? "
+    assert HelmQuestion.of(request(asked[0][0], " Is it  red? ").multimodal_prompt).question == " Is it  red? "
 
 
 def test_an_answer_ends_with_its_line(saved: Path, asked: list[tuple[Path, str]], monkeypatch: Any) -> None:
@@ -261,10 +261,10 @@ def test_what_cannot_succeed_is_not_tried_again(
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("HELM waits to try again"))
     result = outer.make_request(given)
     sentences = {
-        "missing": f"{asked[0][0]} cannot be read (No such file or directory); fetch it again",
+        "missing": f"{asked[0][0]} cannot be read (No such file or directory); download it again",
         "half": "cannot be read",
         "examples": "holds 2 images and 4 texts; this model answers one question about one image",
-        "several": "2 answers to a question are asked for; this client gives one",
+        "several": "2 answers per question are requested; this client returns one",
     }
     assert not result.success and sentences[damage] in str(result.error)
 
@@ -282,9 +282,9 @@ def test_saved_answers_are_given_back(tmp_path: Path, asked: list[tuple[Path, st
 
 def test_a_prompt_without_a_picture_is_refused() -> None:
     with pytest.raises(InputError, match="holds 0 images and 1 texts"):
-        Asked.of(MultimediaObject([text("what?")]))
+        HelmQuestion.of(MultimediaObject([text("what?")]))
     with pytest.raises(InputError, match="holds 0 images and 0 texts"):
-        Asked.of(None)
+        HelmQuestion.of(None)
 
 
 def test_official_accuracies_are_shares() -> None:

@@ -27,10 +27,10 @@ from helm.benchmark.scenarios.vision_language.vqa_scenario import VQAScenario
 from tests.conftest import ROOT
 from vlmvqa.data.datasets import vqav2
 from vlmvqa.errors import InputError
-from vlmvqa.evaluation.helm.client import Asked
+from vlmvqa.evaluation.helm.client import HelmQuestion
 from vlmvqa.evaluation.helm.run_specs import gqa as gqa_entry
 from vlmvqa.evaluation.helm.run_specs import vqav2 as vqav2_entry
-from vlmvqa.evaluation.helm.scenario import GQADrawn, VQAv2Drawn
+from vlmvqa.evaluation.helm.scenario import GQASample, VQAv2Sample
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 from vlmvqa.inference.baselines import shuffle_images
@@ -88,9 +88,9 @@ def test_vqav2s_questions_are_those_that_helm_draws(
     number: int, helms_vqa: Path, vqa_root: Path, tmp_path: Path
 ) -> None:
     helms = drawn_by_helm(VQAScenario(), helms_vqa, number)
-    ours = VQAv2Drawn(str(vqa_root), number).get_instances(str(tmp_path / "out"))
+    ours = VQAv2Sample(str(vqa_root), number).get_instances(str(tmp_path / "out"))
     assert Counter(map(content, ours)) == Counter(map(content, helms)) and len(ours) == number
-    again = drawn_by_helm(VQAv2Drawn(str(vqa_root), number), tmp_path / "out", number)
+    again = drawn_by_helm(VQAv2Sample(str(vqa_root), number), tmp_path / "out", number)
     assert [content(one) for one in again] == [content(one) for one in ours]  # HELM draws no second time
     assert len({one.id for one in ours}) == number
 
@@ -98,7 +98,7 @@ def test_vqav2s_questions_are_those_that_helm_draws(
 @pytest.mark.parametrize("number", [1, 40])
 def test_gqas_questions_are_those_that_helm_draws(number: int, helms_gqa: Path, gqa_root: Path, tmp_path: Path) -> None:
     helms = drawn_by_helm(GQAScenario(), helms_gqa, number)
-    ours = GQADrawn(str(gqa_root), number).get_instances(str(tmp_path / "out"))
+    ours = GQASample(str(gqa_root), number).get_instances(str(tmp_path / "out"))
     assert Counter(map(content, ours)) == Counter(map(content, helms)) and len(ours) == number
 
 
@@ -115,12 +115,12 @@ def test_only_the_images_that_were_drawn_are_needed(vqa_root: Path, tmp_path: Pa
     for path in (root / "val2014").iterdir():
         if path not in kept:
             path.unlink()
-    assert len(VQAv2Drawn(str(root), 5).get_instances(str(tmp_path / "out"))) == 5
+    assert len(VQAv2Sample(str(root), 5).get_instances(str(tmp_path / "out"))) == 5
 
 
 def test_controls_show_one_grey_or_the_picture_of_another_question(vqa_root: Path, tmp_path: Path) -> None:
     def shown(mode: str) -> list[tuple[str, Path]]:
-        found = VQAv2Drawn(str(vqa_root), 40, mode, seed=3).get_instances(str(tmp_path / mode))
+        found = VQAv2Sample(str(vqa_root), 40, mode, seed=3).get_instances(str(tmp_path / mode))
         return [(one.id, Path(one.input.multimedia_content.media_objects[0].location).resolve()) for one in found]
 
     real, blank, shuffled = shown("real"), shown("blank"), shown("shuffled")
@@ -139,16 +139,16 @@ def test_controls_show_one_grey_or_the_picture_of_another_question(vqa_root: Pat
 
 def test_an_unknown_image_mode_and_one_picture_alone_are_refused(vqa_root: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="image_mode=grey is unknown; use real, blank, shuffled"):
-        VQAv2Drawn(str(vqa_root), 5, "grey").get_instances(str(tmp_path))
+        VQAv2Sample(str(vqa_root), 5, "grey").get_instances(str(tmp_path))
     with pytest.raises(InputError, match="one image cannot be shuffled"):
-        VQAv2Drawn(str(vqa_root), 1, "shuffled").get_instances(str(tmp_path))
+        VQAv2Sample(str(vqa_root), 1, "shuffled").get_instances(str(tmp_path))
 
 
 @pytest.mark.parametrize("source", ["vqav2", "gqa"])
 def test_helms_prompt_is_taken_apart(source: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Built by HELM's own adapter, whichever of image and question it puts first."""
     root = request.getfixturevalue({"vqav2": "vqa_root", "gqa": "gqa_root"}[source])
-    scenario = {"vqav2": VQAv2Drawn, "gqa": GQADrawn}[source](str(root), 10)
+    scenario = {"vqav2": VQAv2Sample, "gqa": GQASample}[source](str(root), 10)
     spec = {"vqav2": get_vqa_spec, "gqa": get_gqa_spec}[source]().adapter_spec
     register_model_deployment(ModelDeployment("vlmvqa/none", ClientSpec("none")))
     adapter = GenerationMultimodalAdapter(replace(spec, model_deployment="vlmvqa/none"), None)
@@ -157,15 +157,15 @@ def test_helms_prompt_is_taken_apart(source: str, request: pytest.FixtureRequest
         objects = instance.input.multimedia_content.media_objects
         texts = [one.text for one in objects if one.is_type("text")]
         pictures = [Path(one.location) for one in objects if not one.is_type("text")]
-        asked = Asked.of(state.request.multimodal_prompt)
+        asked = HelmQuestion.of(state.request.multimodal_prompt)
         assert [asked.question, asked.image, asked.instructions] == [*texts, *pictures, spec.instructions]
 
 
 FULL = """
 import sys
 from pathlib import Path
-from vlmvqa.evaluation.helm.scenario import VQAv2Drawn
-print(len(VQAv2Drawn(sys.argv[1]).get_instances(sys.argv[2])))
+from vlmvqa.evaluation.helm.scenario import VQAv2Sample
+print(len(VQAv2Sample(sys.argv[1]).get_instances(sys.argv[2])))
 memory = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(int(memory.split()[1]) * 1024 / 1e9)
 """

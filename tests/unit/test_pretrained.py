@@ -368,7 +368,7 @@ def test_a_model_with_saved_buffers_is_refused(loaded: Loaded) -> None:
     net.base_model.register_buffer("scale", torch.ones(1), persistent=False)
     PretrainedVLM(net)
     net.base_model.register_buffer("scale", torch.ones(1))
-    with pytest.raises(InputError, match=r"keeps model\.scale beside its parameters"):
+    with pytest.raises(InputError, match=r"has a buffer model\.scale"):
         PretrainedVLM(net)
 
 

@@ -20,7 +20,7 @@ from vlmvqa.config.schema import DistSettings, TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.training import checkpoints, distributed
 from vlmvqa.training.optimizer import optimizer_for
-from vlmvqa.training.run_folder import STARTED, going_on, open_run
+from vlmvqa.training.run_folder import STARTED, is_resumed, open_run
 from vlmvqa.training.runtime_checks import check
 
 
@@ -38,7 +38,7 @@ def asked(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (asked(optim="lion"), "trainer.optim=lion is not one whose states are saved under every strategy; use one of"),
+        (asked(optim="lion"), "trainer.optim=lion has no states that every strategy can save; use one of"),
         (asked("zero2", optim="adamw_torch_8bit"), "use adamw_bnb_8bit"),
         (asked(fp16=True), "trainer.fp16=true needs a GPU; use trainer.bf16=true"),
         (asked("fsdp", fp16=True, gpu=True), "use trainer.bf16=true, or dist=zero2"),
@@ -84,13 +84,13 @@ def test_what_works_is_not(given: RunRequest) -> None:
 def test_a_restart_is_recognised_by_its_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A restart by torchrun resumes the run that this launch started, and no other."""
     config = train_config()
-    assert not going_on(tmp_path, config)
+    assert not is_resumed(tmp_path, config)
     monkeypatch.setenv(LAUNCH, "this")
-    assert not going_on(tmp_path, config)  # nothing there yet, or another launch's run
+    assert not is_resumed(tmp_path, config)  # nothing there yet, or another launch's run
     (tmp_path / STARTED).write_text("that")
-    assert not going_on(tmp_path, config)
+    assert not is_resumed(tmp_path, config)
     (tmp_path / STARTED).write_text("this")
-    assert going_on(tmp_path, config)
+    assert is_resumed(tmp_path, config)
 
 
 @pytest.mark.parametrize(

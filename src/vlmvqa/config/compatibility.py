@@ -25,14 +25,14 @@ from vlmvqa.training.optimizer import CLASSES, OPTIMIZERS, optimizer_for
 
 @dataclass(frozen=True)
 class RunRequest:
-    """The settings of a run that can contradict each other, and the device they meet.
+    """The settings of a run that can contradict each other or the device.
 
     Attributes:
         trainer: the `trainer` group.
         questions_per_row, row_tokens: `data.questions_per_row` and `data.row_tokens`.
         cached: whether the encoder's output is cached (`data.feature_cache`).
         trained_vision: `trainable.vision`.
-        gpu: whether it trains on one.
+        gpu: whether the run trains on a GPU.
         bf16_works: whether the device computes in bfloat16.
         adapt: the `adapt` group, if there are adapters.
         accelerate_precision: the mixed precision that accelerate's config file sets.
@@ -82,7 +82,7 @@ RULES: Sequence[Rule] = (
     Rule(
         lambda r: r.accelerate_precision not in ("no", r.precision),
         lambda r: (
-            f"accelerate's config file asks for {r.accelerate_precision}, the run for {r.precision}; add "
+            f"accelerate's config file sets {r.accelerate_precision}, the run sets {r.precision}; add "
             f"trainer.{r.accelerate_precision}=true"
         ),
     ),
@@ -90,7 +90,7 @@ RULES: Sequence[Rule] = (
     Rule(
         lambda r: r.optim not in CLASSES,
         lambda r: (
-            f"trainer.optim={r.optim} is not one whose states are saved under every strategy; use one of "
+            f"trainer.optim={r.optim} has no states that every strategy can save; use one of "
             f"{', '.join(OPTIMIZERS)}{suggest(r.optim, OPTIMIZERS)}"
         ),
     ),
@@ -104,7 +104,7 @@ RULES: Sequence[Rule] = (
     Rule(
         lambda r: r.optim.startswith("paged") and not r.gpu,
         lambda r: (
-            f"trainer.optim={r.optim}: its pages are CUDA's, so it needs a GPU; use adamw_bnb_8bit or adamw_torch"
+            f"trainer.optim={r.optim}: paged states need CUDA, so it needs a GPU; use adamw_bnb_8bit or adamw_torch"
         ),
     ),
     Rule(
@@ -236,7 +236,7 @@ def request(config: TrainConfig, dist: DistSettings) -> RunRequest:
 
 
 def refuse(asked: RunRequest) -> None:
-    """Raise at the first combination of the table that the request holds.
+    """Raise at the first rule of the table that the request breaks.
 
     Raises:
         InputError: with the nearest combination that works.

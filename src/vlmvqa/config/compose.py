@@ -62,12 +62,12 @@ def with_launcher(dist: dict[str, Any] | None, launcher: tuple[str, str] | None)
     if dist is None:
         path = CONF / "dist" / f"{choice}.yaml"
         if not path.exists():
-            raise InputError(f"{name} asks for {choice}, which is not in conf/dist; change it, or add dist=...")
+            raise InputError(f"{name} sets {choice}, which is not in conf/dist; change it, or add dist=...")
         found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
         return found
     chosen = dist["strategy"] + ("_offload" if dist.get("offload") else "")
     if name != "the deepspeed launcher" and chosen != choice:
-        raise InputError(f"{name} asks for {choice}, the command for {chosen}; change one of them")
+        raise InputError(f"{name} sets {choice}, the command sets {chosen}; change one of them")
     return dist
 
 

@@ -88,7 +88,7 @@ def prepare_job(words: Sequence[str]) -> str:
         raise InputError(f"prepare.py: {said}; its first word is one of {known}{near}")
     for before, after in pairwise(words):
         if "=" not in after and not after.startswith("-") and not before.startswith("-"):
-            raise InputError(f"prepare.py {word}: '{after}' is no setting; give settings as key=value")
+            raise InputError(f"prepare.py {word}: '{after}' is not a setting; give settings as key=value")
     return word
 
 
@@ -96,7 +96,7 @@ def _refuse_eval(values: Mapping[str, Any]) -> None:
     given = [name for name in ("checkpoint", "predictions", "compare") if values[name] is not None]
     if len(given) != 1:
         raise InputError(
-            "say what to score: checkpoint=... (a trained model), predictions=... (a file of answers), or "
+            "choose what to score: checkpoint=... (a trained model), predictions=... (a file of answers), or "
             f"compare=[...,...] (two results); {' and '.join(given) + ' are given' if given else 'none is given'}"
         )
     if given == ["compare"] and len(_listed(values["compare"])) != 2:
@@ -115,7 +115,7 @@ def _refuse_counts(values: Mapping[str, Any], nullable: Sequence[str]) -> None:
 
 
 def _refuse_missing_data(data: dict[str, Any], where: str) -> None:
-    """Raise if a data set's files are read from a folder that does not exist."""
+    """Raise if a dataset's files are read from a folder that does not exist."""
     for name, part in (data.get("parts") or {}).items():
         _refuse_missing_data(part, f"{where}.parts.{name}")
     if data.get("source") not in FILES:

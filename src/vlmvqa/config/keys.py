@@ -133,8 +133,8 @@ def _nearest(key: str, names: Collection[str]) -> list[str]:
 
 def _misspelt(key: str, names: Collection[str]) -> list[str]:
     def likeness(name: str) -> tuple[float, float]:
-        whole = _likeness(key, name)
-        return max(whole, _likeness(_leaf(key), _leaf(name))), whole
+        of_key = _likeness(key, name)
+        return max(of_key, _likeness(_leaf(key), _leaf(name))), of_key
 
     best = max(names, key=likeness, default="")
     return [best] if best and likeness(best)[0] >= ALIKE else []

@@ -1,18 +1,18 @@
-"""What started this process, and what that implies: read from the environment."""
+"""The launcher that started this process and the strategy that it implies, read from the environment."""
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping
 
-# What names this launch, the same after torchrun has restarted its workers.
+# Identifies this launch; unchanged when torchrun restarts its workers.
 LAUNCH = "VLMVQA_LAUNCH"
-# How accelerate's launcher hands on what its config file says of a strategy.
+# Variables in which accelerate's launcher passes the strategy of its config file.
 ACCELERATES = ("FSDP_", *(f"ACCELERATE_{name}_" for name in ("USE", "DEEPSPEED", "CONFIG", "GRADIENT", "DYNAMO")))
 
 
 def launcher_choice(environment: Mapping[str, str], arguments: list[str]) -> tuple[str, str] | None:
-    """The `dist` that a launcher implies, and the launcher's name; None where it implies none.
+    """Return the `dist` choice that a launcher implies, and the launcher's name; None if it implies none.
 
     accelerate passes its config file's strategy in the environment; `deepspeed` starts scripts with --local_rank.
     """
@@ -31,7 +31,7 @@ def launcher_choice(environment: Mapping[str, str], arguments: list[str]) -> tup
 
 
 def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would say to a task that `srun` started, one of several: one a GPU, on any number of machines."""
+    """Return the variables torchrun would set for a task of `srun`, one task per GPU on any number of machines."""
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return {}
     command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
@@ -42,6 +42,6 @@ def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "LOCAL_WORLD_SIZE": environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
         "MASTER_ADDR": hosts[0],
-        # One for each job, so that two may share a machine.
+        # Differs between jobs, so that two may share a machine.
         "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)),
     }

@@ -200,7 +200,7 @@ def _refuse_words(arguments: Sequence[str]) -> None:
     """Raise at a word without `=`; a word that follows an option may be its value (--cfg job)."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if "=" not in argument and not argument.startswith(("-", "~")) and not before.startswith("-"):
-            raise InputError(f"'{argument}' is no setting; give settings as key=value")
+            raise InputError(f"'{argument}' is not a setting; give settings as key=value")
 
 
 def _is_choice(override: str) -> bool:
@@ -226,7 +226,7 @@ def _check_override(config_name: str, config: DictConfig, override: str, argumen
 
     Args:
         config: the config with the chosen group files.
-        arguments: the whole command line, for the keys that may be suggested.
+        arguments: the complete command line, which decides the keys that may be suggested.
 
     Raises:
         InputError: its key does not exist.

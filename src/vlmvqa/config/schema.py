@@ -136,7 +136,7 @@ class DistSettings:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a training run; conf/train.yaml documents its keys.
+    """Config of launch/train.py; conf/train.yaml documents its keys.
 
     Attributes:
         trainer: transformers' TrainingArguments, by their own names.
@@ -168,7 +168,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What is scored, and how; conf/eval.yaml documents its keys."""
+    """Config of launch/eval.py: what is scored, and how; conf/eval.yaml documents its keys."""
 
     run: RunSettings
     decoding: GenerationSettings
@@ -189,7 +189,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Which questions are asked about which images; conf/predict.yaml documents its keys."""
+    """Config of launch/predict.py: questions and images; conf/predict.yaml documents its keys."""
 
     run: RunSettings
     checkpoint: str

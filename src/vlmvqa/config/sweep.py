@@ -19,7 +19,7 @@ from vlmvqa import ranks
 from vlmvqa.config.overrides import Composition, Job, quoted, swept_values
 from vlmvqa.paths import RUNS
 
-# What each script writes to, of those that name it themselves. The others find a place for each job, or can't be swept.
+# The output setting of each script that names it itself. The others choose a folder per job, or can't be swept.
 OUTPUTS = {"merge": "output", **dict.fromkeys(("train", "eval", "predict", "show", "plan"), "run.dir")}
 JOBS = ".jobs"  # a file for each job of the sweep, which may run on another machine
 LONGEST = 200  # bytes of a folder's name
@@ -27,12 +27,12 @@ LONGEST = 200  # bytes of a folder's name
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's folder, and how its jobs are told apart.
+    """A sweep's folder and the keys that distinguish its jobs.
 
     Attributes:
-        folder: where Hydra writes, and above the jobs' folders where these are named here.
-        keys: what is swept over.
-        output: the setting that names a job's folder, where the command gives all jobs the same; else None.
+        folder: Hydra's output folder; contains the jobs' folders if these are named here.
+        keys: the keys that the sweep varies.
+        output: the setting that names a job's folder, if the command gives all jobs the same; else None.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class Sweep:
             path.write_text(json.dumps({"overrides": overrides, "folder": folder, "error": error}), encoding="utf-8")
 
     def finish(self) -> bool:
-        """Print the table of the jobs that ended; whether none of them was refused."""
+        """Print the table of the jobs that ended; return whether none of them was refused."""
         paths = sorted((self.folder / JOBS).glob("*.json"), key=lambda path: int(path.stem))
         jobs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         if jobs:
@@ -102,7 +102,7 @@ class Sweep:
 
 
 def table(jobs: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each job, or for each of its tasks: overrides, score with its 95 % interval, report."""
+    """Return a table with a row per job, or per task of it: overrides, score with its 95 % interval, report."""
     rows = [("job", "score [95 % interval]", "report")]
     for job in jobs:
         found = [("refused", job["error"])] if job["error"] else list(_scores(Path(job["folder"]).expanduser()))
@@ -112,7 +112,7 @@ def table(jobs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _scores(folder: Path) -> Iterator[tuple[str, str]]:
-    """The score and the report of a run, or of each of its tasks."""
+    """Yield the score and the report of a run, or of each of its tasks."""
     tasks = [folder] if (folder / "metrics.json").is_file() else [path.parent for path in folder.glob("*/metrics.json")]
     for task in sorted(tasks):
         ((name, score), *_) = json.loads((task / "metrics.json").read_text(encoding="utf-8"))["metrics"].items()
@@ -136,7 +136,7 @@ def _in_own_folder(values: Mapping[str, Any], output: str, overrides: Sequence[s
 
 
 def _folder_name(overrides: Sequence[str]) -> str:
-    """The overrides as a folder's name. With commas in it, Hydra would take `checkpoint=<folder>` for a sweep."""
+    """Return the overrides as a folder's name without commas: Hydra would read `checkpoint=<folder>` as a sweep."""
     name = "+".join(overrides).replace(os.sep, "_").replace(",", "_")
     if len(name.encode()) > LONGEST:
         name = f"{name[: LONGEST // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -11,34 +11,34 @@ from typing import Any
 
 from vlmvqa.errors import suggest
 
-OURS = {  # of TrainingArguments, what is set elsewhere or would run something else than the run says
+OURS = {  # TrainingArguments that are set elsewhere, or would make the run differ from its config
     "fsdp": "add dist=fsdp",
     "fsdp_config": "add dist=fsdp",
     "deepspeed": "add dist=zero2; further keys of DeepSpeed's go under dist.options",
     "parallelism_config": "choose a strategy by dist=...",
     "gradient_checkpointing": "its name is trainer.activation_checkpointing",
-    "activation_checkpointing_kwargs": "leave it out, they are recomputed one way",
-    "auto_find_batch_size": "launch/plan.py says which batch fits",
+    "activation_checkpointing_kwargs": "leave it out, there is only one method",
+    "auto_find_batch_size": "launch/plan.py prints the batch size that fits",
     "save_only_model": "a run could not be resumed from it",
     "push_to_hub": "set hub_id=... to upload the finished model",
     "resume_from_checkpoint": "add resume=auto",
     "output_dir": "set run.dir",
     "seed": "set seed=...",
-    "train_sampling_strategy": "the order is drawn from the seed (data/packing.py)",
+    "train_sampling_strategy": "the order is computed from the seed (data/packing.py)",
 }
 COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")  # from 1
 NUMBERS = {"bool", "float", "int"}
 
 
 def problems(trainer: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a sentence for each key or value of the `trainer` group that no run takes."""
+    """Yield an error message for each invalid key or value of the `trainer` group."""
     known = argument_types()
     for key, value in trainer.items():
         if key not in known:
             yield f"trainer has no key '{key}'{suggest(key, known)}"
         elif value and key in OURS:
             yield f"trainer.{key} cannot be set: {OURS[key]}"
-        # TrainingArguments takes any text for a number or a yes, and fails on it later or never.
+        # TrainingArguments accepts any string for a number or a boolean, and fails later or never.
         elif isinstance(value, str) and (kinds := _kinds(known[key])) <= NUMBERS:
             yield f"trainer.{key}={value} should be of type {' or '.join(sorted(kinds))}"
         elif key in COUNTS and value is not None and value < 1:
@@ -57,5 +57,5 @@ def argument_types() -> dict[str, str]:
 
 
 def _kinds(annotation: str) -> set[str]:
-    """The types that an annotation such as `int | None` allows besides None."""
+    """Return the types that an annotation such as `int | None` allows, without None."""
     return {kind.strip() for kind in annotation.split("|")} - {"None"}

@@ -1,1 +1,1 @@
-"""Answers, scores with their controls, and the pages that show them."""
+"""Generating answers and scoring them, with the control baselines."""

@@ -1,10 +1,10 @@
-"""Answers saved as they come: an evaluation that was killed resumes from them and ends with the same file.
+"""A log of the answers of a running evaluation, from which a killed evaluation resumes with the same result.
 
-    folder/answers-<key>-<rank>.jsonl    {"batch": "<what was asked together>", "answers": [[id, text, log-p, cut]]}
+    folder/answers-<key>-<rank>.jsonl    {"batch": "<key of the batch>", "answers": [[id, text, log-p, cut]]}
 
-What is kept is whole batches: an answer is the same to the bit only beside the same others. Every rank writes its own
-file and reads all of them, so that a run may resume with another number of ranks. A line that the kill has cut is asked
-again.
+Only complete batches are logged, because an answer is reproducible to the bit only in the same batch. Every rank writes
+its own file and reads all files, so that a run may resume with another number of ranks. If a kill cuts off a line, its
+batch is answered again.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ Kept = dict[str, list[list[Any]]]
 
 
 class Journal:
-    """The answers of one model under one decoding.
+    """A log of the answers of one model under one set of generation settings.
 
     Args:
-        folder: where they are kept; made at the first answer.
-        key: what answers depend on besides the batch: checkpoint, decoding, how images are read, the files of the data.
+        folder: folder of the log; created at the first answer.
+        key: all that answers depend on, except the batch: checkpoint, decoding, image settings, files of the data.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         self.folder, self.name = folder, f"answers-{_digest(key)[:12]}"
 
     def read(self) -> Kept:
-        """What was kept, by batch."""
+        """Return the logged answers by batch key."""
         kept: Kept = {}
         for path in sorted(self.folder.glob(f"{self.name}-*.jsonl")):
             for line in path.read_text(encoding="utf-8").split("\n"):
@@ -45,21 +45,21 @@ class Journal:
         return kept
 
     def add(self, batch: str, answers: Sequence[Sequence[Any]]) -> None:
-        """Keep a batch's answers; they are on their way to the disk when this returns."""
+        """Append a batch's answers; they survive a kill of the process once this returns."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self.name}-{ranks.rank()}.jsonl"
         line = json.dumps({"batch": batch, "answers": answers})
         with path.open("a", encoding="utf-8") as file:
-            file.write(f"\n{line}\n")  # on a line of its own, whatever a kill has left before it
+            file.write(f"\n{line}\n")  # starts on a new line, in case a kill cut the one before
 
     def remove(self) -> None:
-        """All is done: the results hold the answers."""
+        """Delete the log, once the results hold the answers."""
         for path in self.folder.glob("answers-*.jsonl"):
             path.unlink(missing_ok=True)
 
 
 def batch_key(rows: Sequence[Example]) -> str:
-    """What is asked together: images and questions, in order."""
+    """Return a hash of a batch: its images and questions, in order."""
     return _digest([[repr(row.image_id), [[repr(q.id), q.prompt] for q in row.questions]] for row in rows])
 
 

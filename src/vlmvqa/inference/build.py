@@ -1,4 +1,4 @@
-"""The model that a config describes, with its tokenizer and processor: from parts, pretrained, or saved earlier."""
+"""Build the model of a config with its tokenizer and processor: from parts, pretrained, or saved earlier."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from vlmvqa.metrics.registry import Id, Score, metric, score, variants, version
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What is evaluated.
+    """What an evaluation scores, and how.
 
     Attributes:
         examples: the split, with references.
@@ -59,7 +59,7 @@ def evaluate(
 
     Args:
         answers: the model's, by question id; questions without one have unreadable images that were skipped.
-        answer: runs the model again, for the controls; or the reason why it cannot.
+        answer: runs the model again, for the controls; or the reason why that is impossible.
 
     Returns:
         the scores for `metrics.json`, and one record per question for `predictions.jsonl`.
@@ -149,7 +149,7 @@ def _controls(spec: EvalSpec, texts: Mapping[Id, str], answer: AnswerAll | str) 
 
 
 def table(metrics: Mapping[str, Any]) -> str:
-    """The scores as text: the metric and its kinds beside the controls, and the numbers that have none beside them."""
+    """Format the scores: a column each for the model and the controls, then the numbers without controls."""
     name = metrics["metric"]
     columns = {"model": metrics["metrics"][name]}
     columns |= {CONTROLS[control].name: of for control, of in metrics["controls"].items()}
@@ -178,7 +178,7 @@ def _printed(value: float | None) -> str:
 
 
 def _nothing(reason: str) -> dict[str, Any]:
-    """A result that could not be had, and why: never a 0."""
+    """Return a missing score with its reason; it is never shown as 0."""
     return {"overall": None, "interval": None, "reason": reason}
 
 

@@ -1,4 +1,4 @@
-"""Answers from a model and its processor: for one picture, or for a whole split."""
+"""Generate answers with a model and its processor: for one image, or for all examples of a split."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vlmvqa.extras.adapters.peft_adapters import Adapter
 
 ROW_TEXT_TOKENS = 512
-BARE = "{question}"  # the prompt of a model of which none is known
+BARE = "{question}"  # the prompt of a model that was saved without one
 
 
 def confidence(log_probability: float | None) -> float:
@@ -42,7 +42,13 @@ def confidence(log_probability: float | None) -> float:
 
 @dataclass(frozen=True)
 class Answer:
-    """A written answer, its log-probability under the model (EOS included), and whether the limit of tokens cut it."""
+    """A generated answer.
+
+    Attributes:
+        text: the answer.
+        log_probability: under the model, EOS included.
+        cut: whether generation stopped at `max_new_tokens`.
+    """
 
     text: str
     log_probability: float
@@ -50,7 +56,7 @@ class Answer:
 
     @property
     def probability(self) -> float:
-        """That of the whole answer, from 0 to 1."""
+        """The probability of the complete answer, from 0 to 1."""
         return confidence(self.log_probability)
 
     def __str__(self) -> str:
@@ -59,13 +65,13 @@ class Answer:
 
 @dataclass
 class Predictor:
-    """A model with all it needs to answer: what `vlmvqa.load` returns.
+    """A model with its processor, prompt and generation settings, as `vlmvqa.load` returns it.
 
     Attributes:
-        prompt: the template that questions are put into, `{question}` in it.
-        prompts: that of each source it was trained on.
-        adapter: where it has adapters, what they lie over.
-        started_from: the saved model that training went on from: its name, and the fingerprint of its file of weights.
+        prompt: the template of a question, which contains `{question}`.
+        prompts: the template of each source that the model was trained on.
+        started_from: the saved model that training continued: its name, and the fingerprint of its weights file.
+        adapter: the adapter's settings and its base model; None without adapters.
     """
 
     model: Model
@@ -78,10 +84,10 @@ class Predictor:
     adapter: Adapter | None = None
 
     def prompt_for(self, source: str, otherwise: str) -> str:
-        """The template that a source's questions are put into: that of its training, or the only one there was.
+        """Return the prompt template for a source: the one it was trained with, or else the model's only one.
 
         Args:
-            otherwise: the source's own, for a model whose template has no place for a question, or the reverse.
+            otherwise: the source's own template, used if only one of the two has a `{question}`.
         """
         if self.prompt == BARE and not self.prompts:  # never trained here
             return otherwise
@@ -117,7 +123,7 @@ class Predictor:
     def beam_candidates(
         self, image: ImageSource | str, question: str | Sequence[str], most: int = 5
     ) -> list[Answer] | list[list[Answer]]:
-        """The answers that a search with `most` beams finds, the most probable first; a list for each question.
+        """Return the answers of a search with `most` beams, the most probable first; a list for each question.
 
         Duplicate texts are merged: the most probable one is kept.
 
@@ -132,15 +138,15 @@ class Predictor:
             batch = self.batch([encoded])
             beams = self.model.beam_candidates(batch, self.processor.end_token_ids, decoding)
             for asked, written in zip(row.questions, beams, strict=True):
-                told: dict[str, Answer] = {}
+                unique: dict[str, Answer] = {}
                 for answer in sorted(self._written(written, decoding), key=lambda answer: -answer.log_probability):
-                    told.setdefault(answer.text, answer)
-                found[asked.id] = list(told.values())
+                    unique.setdefault(answer.text, answer)
+                found[asked.id] = list(unique.values())
         listed = [found[one.id] for one in example.questions]
         return listed[0] if isinstance(question, str) else listed
 
     def asked(self, image: ImageSource | str, question: str | Sequence[str]) -> Example:
-        """An image with a question or several, numbered from 0, in the model's prompt.
+        """Return an example of an image and its questions, numbered from 0, in the model's prompt.
 
         Raises:
             InputError: a question is empty, or there is none.
@@ -154,7 +160,7 @@ class Predictor:
         return Example(Path(image) if isinstance(image, str) else image, "given", questions)
 
     def batch(self, encoded: Sequence[Document]) -> dict[str, Tensor]:
-        """Encoded examples, a row each, as the model takes them, on its device."""
+        """Collate encoded examples, one row each, on the model's device."""
         return self._on_device(self.processor.collate([[one] for one in encoded]))
 
     def answer_examples(
@@ -170,23 +176,23 @@ class Predictor:
     ) -> dict[int | str, Answer]:
         """Answer every question of every example, by question id, in the examples' order.
 
-        An image and its questions are a row. Rows go from long to short: a batch is hardly padded, and memory that is
-        too small is so at once. They are cut into batches before these are dealt out to the ranks: however many there
-        are, a question is computed together with the same others, and (on equal devices, with as many threads) its
-        answer is the same to the bit.
+        An image and its questions form a row. Rows are sorted from long to short, which keeps padding low and makes
+        an out-of-memory error appear at once. Batches are formed before they are distributed over the ranks: with any
+        number of ranks a question is in the same batch, and (on equal devices, with as many threads) its answer is
+        the same to the bit.
 
         Args:
-            batch_size: rows at a time.
-            row_text_tokens: an image with more tokens of questions than these is given several rows.
+            batch_size: rows per batch.
+            row_text_tokens: an image whose questions have more tokens is split into several rows.
             workers: processes that decode images.
-            bad_records: what happens to an unreadable image (default: an error); one left out has no answers here.
-            journal: where answers are kept as they come, and taken from where they are there.
+            bad_records: policy for unreadable images (default: raise); the questions of a skipped one get no answer.
+            journal: log of the answers; those that it holds are not generated again.
 
         Raises:
             InputError: two questions have one id, or an image cannot be read.
         """
         _refuse_equal_ids(examples)
-        with ranks.local_main_first():  # texts are tokenised at first use
+        with ranks.local_main_first():  # texts are tokenized at first use
             table = TokenTable.build((question.prompt for question in _questions(examples)), self.processor.tokenizer)
         processor = replace(self.processor, table=table)
         rows = self._rows(examples, processor, row_text_tokens)
@@ -194,7 +200,7 @@ class Predictor:
         batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
         answers: dict[int | str, Answer] = {}
         if journal:
-            # One rank reads, before any writes: each deals out the same batches, whatever its own disk holds.
+            # Rank 0 reads before any rank writes, so that all ranks have the same batches even if their disks differ.
             kept = ranks.broadcast_from_rank0(journal.read)
             keys = [batch_key([rows[number] for number in batch]) for batch in batches]
             answers = {question: Answer(*answer) for key in keys for question, *answer in kept.get(key, ())}
@@ -205,7 +211,7 @@ class Predictor:
             batch_sampler=mine,
             collate_fn=partial(_collated, processor),
             num_workers=workers,
-            generator=torch.Generator(),  # its own, so that evaluating does not move the training's random state
+            generator=torch.Generator(),  # own generator: evaluation must not advance the training's random state
         )
         asked = count_questions(rows[number] for batch in mine for number in batch)
         name = "answering, the first rank's share" if ranks.is_distributed() else "answering"
@@ -213,7 +219,7 @@ class Predictor:
             for batch, (readable, columns) in zip(mine, loader, strict=True):
                 group = [rows[number] for number in batch]
                 found = self._answer_batch(group, readable, columns)
-                if journal and len(found) == count_questions(group):  # a bad image is met, and listed, again
+                if journal and len(found) == count_questions(group):  # an unreadable image is reported again on resume
                     journal.add(batch_key(group), [[name, *dataclasses.astuple(one)] for name, one in found.items()])
                 answers |= found
                 done.update(count_questions(group))
@@ -221,10 +227,10 @@ class Predictor:
         return {question.id: every[question.id] for question in _questions(examples) if question.id in every}
 
     def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write model, tokenizer, image settings and prompt into one folder that `vlmvqa.load` reads.
+        """Save model, tokenizer, image settings and prompt to a folder that `vlmvqa.load` reads.
 
         Args:
-            weights: these in place of the model's, by the same names.
+            weights: weights to save instead of the model's, by the same names.
         """
         if self.adapter is not None:
             raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
@@ -232,7 +238,7 @@ class Predictor:
         checkpoint.save(Path(folder), self.model, self.settings, own, self._extra(), weights)
 
     def describe(self, folder: Path) -> None:
-        """The same but for the weights, which are in the folder already."""
+        """Save everything except the weights, which the folder already holds."""
         own = self.processor.processing_class
         checkpoint.describe(folder, self.model, self.settings, own, self._extra(), self.adapter)
 
@@ -247,7 +253,7 @@ class Predictor:
         }
 
     def _rows(self, examples: Sequence[Example], processor: Processor, room: int) -> list[Example]:
-        """A row each, of at most so many text tokens (or one question), from the longest to the shortest."""
+        """Split the examples into rows of at most `room` text tokens (or one question), sorted from long to short."""
         most = None if self.model.shares_images else 1
         rows: list[tuple[int, Example]] = []
         for example in examples:
@@ -259,7 +265,7 @@ class Predictor:
     def _answer_batch(
         self, rows: Sequence[Example], readable: Sequence[bool], columns: Mapping[str, Tensor]
     ) -> dict[int | str, Answer]:
-        """The answers by id; none where the image was left out."""
+        """Return the answers of a batch by question id; a skipped image has none."""
         if not columns:
             return {}
         ids = [question.id for question in _questions(row for row, one in zip(rows, readable, strict=True) if one)]
@@ -267,7 +273,7 @@ class Predictor:
         return dict(zip(ids, self._written(written, self.decoding), strict=True))
 
     def _written(self, written: Sequence[Generated], decoding: GenerationSettings) -> list[Answer]:
-        """Token ids as text."""
+        """Decode generated tokens."""
         texts = self.processor.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
         most = decoding.max_new_tokens  # EOS counts
         return [
@@ -281,11 +287,11 @@ class Predictor:
 
 
 def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
-    """A trained model, ready to answer: `vlmvqa.load("runs/demo").answer("photo.jpg", "what is this?")`.
+    """Load a trained model: `vlmvqa.load("runs/demo").answer("photo.jpg", "what is this?")`.
 
     Args:
         path_or_hub_id: a run's folder, its `model/` folder, one of its checkpoints, or a hub id.
-        device: default: the GPU where there is one.
+        device: default: the GPU if there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, settings, text, config = checkpoint.load(path_or_hub_id, device)
@@ -298,7 +304,7 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
 
 
 def _collated(processor: Processor, encoded: Sequence[Document | None]) -> tuple[list[bool], dict[str, Tensor]]:
-    """Which images could be read, and the batch of them."""
+    """Return which images could be read, and the batch of those."""
     rows = [[one] for one in encoded if one is not None]
     return [one is not None for one in encoded], processor.collate(rows) if rows else {}
 
@@ -307,7 +313,7 @@ def _text_tokens(question: Question, processor: Processor) -> int:
     try:
         return len(processor.tokenize(question, None).prompt)
     except InputError:
-        return 0  # it is reported, as the policy says, when its turn comes
+        return 0  # reported later, by the policy for bad records
 
 
 def _questions(examples: Iterable[Example]) -> Iterator[Question]:

@@ -46,7 +46,7 @@ def _score_checkpoint(config: EvalConfig) -> None:
     predictor.decoding = override_decoding(predictor.decoding, config.decoding, config.given)
     prompt = predictor.prompt_for(data.source, data.prompt)
     if predictor.prompts and data.source not in predictor.prompts:  # a model that was saved before has none
-        ranks.print_on_rank0(f"the model was not trained on {data.source}; it is asked with the prompt {prompt!r}")
+        ranks.print_on_rank0(f"the model was not trained on {data.source}; the prompt is {prompt!r}")
     predictor.prompt = prompt
     images = predictor.processor.images
     data = replace(

@@ -167,7 +167,7 @@ class VisionLanguageModel(Protocol):
         """Return the content of `config.json`: the given entries with the network's own config."""
 
     def save_extras(self, folder: Path) -> None:
-        """Write the files that belong to a saved model besides config, weights and tokenizer."""
+        """Write the files of a saved model other than config, weights and tokenizer."""
 
 
 class Model(nn.Module, VisionLanguageModel):
@@ -209,7 +209,7 @@ class Model(nn.Module, VisionLanguageModel):
         return name
 
     def save_extras(self, folder: Path) -> None:
-        """Write the files besides config, weights and tokenizer: none."""
+        """Write no files other than config, weights and tokenizer."""
 
     def flops(self) -> Flops | None:
         """Return None: the operations cannot be counted."""

@@ -109,7 +109,7 @@ class LanguageModel(nn.Module):
         expected = ("flex_attention",) if self.attention == "flex" else (SOFTCAP, "sdpa")
         if runs not in expected:
             raise InputError(
-                f"the attention: {self.attention} was asked for, {runs} would run; please report it with the command"
+                f"attention: the config sets {self.attention}, but {runs} would run; please report it with the command"
             )
         return f"{self.attention} ({runs})"
 

@@ -44,7 +44,7 @@ def _newest_checkpoint(folder: Path) -> Path:
 
     checkpoint, complaints = newest_intact(folder)
     if checkpoint is None or not (checkpoint / CONFIG).is_file():
-        reason = f"no checkpoint is whole ({complaints[0]})" if complaints else _why_not(checkpoint or folder)
+        reason = f"no checkpoint is complete ({complaints[0]})" if complaints else _why_not(checkpoint or folder)
         raise InputError(f"{checkpoint or folder} is not a saved model: {reason}; {EXPECTED}")
     if ranks.is_first():
         print(*complaints, f"{folder} has no model/ yet: loading {checkpoint}", sep="\n", file=sys.stderr)

@@ -39,7 +39,7 @@ from vlmvqa.training.checkpoint_state import WEIGHTS, full_weights, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
 from vlmvqa.training.console import parts_table, rounded
 from vlmvqa.training.log import truncate
-from vlmvqa.training.run_folder import going_on, open_run, record_start, refuse_other_base, refuse_run
+from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_other_base, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 
@@ -146,7 +146,7 @@ def fit(session: Session) -> str | None:
         ),
     )
     table = parts_table(predictor.model, trainer.parameter_groups())
-    # Only now, with the whole command checked, is anything written or replaced.
+    # Nothing is written or replaced before this line: all settings have been checked.
     checkpoint, messages = ranks.broadcast_from_rank0(
         lambda: open_run(folder, config, trainer.global_batch, ranks.world_size())
     )
@@ -179,7 +179,7 @@ def build(session: Session) -> tuple[Predictor, Any]:
     """
     config, saved_base = session.config, session.folder / BASE
     examples = [example for task in session.tasks for example in task.train]
-    resumed = going_on(session.folder, config) and complete_checkpoints(session.folder)
+    resumed = is_resumed(session.folder, config) and complete_checkpoints(session.folder)
     if resumed and (saved_base / CONFIG).is_file():  # adapters whose base this run has saved at its start
         predictor = replace(load(saved_base, "cpu"), settings=config.model)
     elif config.init_from is not None:
@@ -228,7 +228,7 @@ def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequenc
     if fixed or epochs <= arguments.num_train_epochs:
         return None
     configured, arguments.num_train_epochs = arguments.num_train_epochs, float(epochs)
-    return f"{epochs} epochs instead of {configured:g}, since a small data set makes few steps (data.min_steps={least})"
+    return f"{epochs} epochs instead of {configured:g}, since a small dataset makes few steps (data.min_steps={least})"
 
 
 def _open_logs(session: Session, checkpoint: Path | None) -> None:

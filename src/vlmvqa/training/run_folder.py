@@ -70,11 +70,11 @@ FREE = (
 EPOCHS, STEPS = "trainer.num_train_epochs", "trainer.max_steps"
 
 
-def going_on(folder: Path, config: TrainConfig) -> bool:
-    """Whether the run resumes where it stopped: as it was told, or because torchrun started it again after a failure.
+def is_resumed(folder: Path, config: TrainConfig) -> bool:
+    """Return whether the run resumes: with resume=auto, or because torchrun restarted it after a failure.
 
-    Started again is what finds the name of its own launch in the folder: torchrun's count of restarts differs between
-    machines, and does not say whether the attempt before had begun.
+    A run was restarted if the folder holds the id of its own launch. torchrun's restart count differs between machines,
+    and does not show whether the attempt before had started.
     """
     if config.resume not in (None, "auto"):
         raise InputError(f"resume={config.resume} is unknown; use resume=auto, or leave it out to start over")
@@ -83,29 +83,29 @@ def going_on(folder: Path, config: TrainConfig) -> bool:
 
 
 def refuse_run(folder: Path, config: TrainConfig) -> None:
-    """Stop where the folder holds a run that is neither resumed nor replaced."""
-    log = folder / "log.jsonl"  # empty where the run failed before it had anything to tell
+    """Raise if the folder holds a run that is neither resumed nor replaced."""
+    log = folder / "log.jsonl"  # empty if the run failed before its first entry
     holds = (log.exists() and log.stat().st_size > 0) or any(folder.glob("checkpoint-*"))
-    if not going_on(folder, config) and holds and not config.run.overwrite:
+    if not is_resumed(folder, config) and holds and not config.run.overwrite:
         raise InputError(
             f"{folder} already holds a run; resume it with resume=auto, choose another run.name, "
             "or replace it with run.overwrite=true"
         )
-    if holds and not going_on(folder, config) and (folder / SWEEP).exists():
+    if holds and not is_resumed(folder, config) and (folder / SWEEP).exists():
         raise InputError(f"{folder} also holds the runs of a sweep, which would be deleted; choose another run.name")
 
 
 def open_run(folder: Path, config: TrainConfig, global_batch: int, world: int) -> tuple[Path | None, list[str]]:
-    """Make the run's folder, empty if the run starts anew.
+    """Create the run's folder, or empty it if the run starts from the beginning.
 
     Args:
-        global_batch: examples an optimizer step sees now.
-        world: how many ranks share them.
+        global_batch: examples per optimizer step.
+        world: number of ranks.
 
     Returns:
-        the checkpoint to resume from, if any; and what there is to tell.
+        the checkpoint to resume from, if any; and messages to print.
     """
-    resumed = going_on(folder, config)
+    resumed = is_resumed(folder, config)
     if not resumed and (folder / "log.jsonl").exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def open_run(folder: Path, config: TrainConfig, global_batch: int, world: int) -
     if not resumed:
         for left in (folder / "skipped.jsonl", folder / SAMPLES, folder / RUN, *run_ids(folder)):
             left.unlink(missing_ok=True)  # by a run that ended before its first step
-    said = [
+    messages = [
         f"{unfinished} is incomplete (writing it was interrupted) and was removed"
         for unfinished in remove_incomplete(folder)
     ]
@@ -124,13 +124,13 @@ def open_run(folder: Path, config: TrainConfig, global_batch: int, world: int) -
             _refuse_changes(folder, config, checkpoint)
             _refuse_other_batch(checkpoint, global_batch, world, config)
         point(folder / LATEST, checkpoint)
-        said += [*complaints, f"resuming from {checkpoint}"]
+        messages += [*complaints, f"resuming from {checkpoint}"]
     elif resumed and not complaints and (folder / "config.yaml").exists():
-        said.append(f"{folder} holds no checkpoint yet, so it starts from its beginning")
+        messages.append(f"{folder} holds no checkpoint yet, so training starts from the beginning")
     elif complaints:
-        raise InputError(f"{folder}: no checkpoint is whole ({complaints[0]}); start over with run.overwrite=true")
+        raise InputError(f"{folder}: no checkpoint is complete ({complaints[0]}); start over with run.overwrite=true")
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    return checkpoint, said
+    return checkpoint, messages
 
 
 def record_start(folder: Path, step: int) -> None:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """What `VqaTrainer` needs besides TrainingArguments.
+    """Settings of `VqaTrainer` in addition to TrainingArguments.
 
     Attributes:
         dist: the strategy.

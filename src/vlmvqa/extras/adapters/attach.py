@@ -1,4 +1,4 @@
-"""Give a training run's model its adapters, and keep the base that they need."""
+"""Attach adapters to the model of a training run, and save the base model that they need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def attach_adapters(config: TrainConfig, predictor: Predictor, device: torch.dev
     """Freeze the model except for the parts that `trainable` names, and attach the adapters of `adapt`.
 
     Returns:
-        the base of the adapters, when it isn't stored anywhere yet.
+        the base model of the adapters, if no folder holds it yet.
     """
     settings = config.adapt
     assert settings is not None
@@ -46,14 +46,14 @@ def _refuse_trainable_parts(config: TrainConfig, settings: AdapterSettings) -> N
             continue
         if part == "language" or choice != "all":
             raise InputError(
-                f"trainable.{part}={choice}: adapt={settings.method} leaves the model frozen beside its adapters, but "
-                "for trainable.vision=all or trainable.projector=all; set none"
+                f"trainable.{part}={choice}: adapt={settings.method} freezes the model and trains adapters; only "
+                "trainable.vision=all and trainable.projector=all may train as well; set none"
             )
         if any(target.startswith((f"{part}.", "*")) for target in settings.targets) or (
             settings.bits and part == "vision"
         ):
             raise InputError(
-                f"trainable.{part}=all: its weights would have adapters, or be in 4 bits, and train too; set none"
+                f"trainable.{part}=all: its weights would also have adapters or be quantized to 4 bits; set none"
             )
 
 

@@ -28,7 +28,9 @@ RULES: Sequence[Rule] = (
     Rule(
         # 4-bit layers return the type of their input, and autocast joins no bfloat16 under fp16.
         lambda r: r.adapt.bits and r.trainer.get("fp16") and r.model.dtype == "bfloat16",
-        lambda r: "trainer.fp16=true over bfloat16 weights beside 4-bit ones fails; set model.dtype=float32 or float16",
+        lambda r: (
+            "trainer.fp16=true fails with bfloat16 weights next to 4-bit ones; set model.dtype=float32 or float16"
+        ),
     ),
     Rule(
         lambda r: r.adapt.bits and r.adapt.compute_dtype == "bfloat16" and not r.bf16_works,

@@ -162,8 +162,8 @@ def attach(model: Model, settings: AdapterSettings, device: torch.device | str =
     wrong = sorted(got ^ set(paths.values()))
     if wrong:
         raise InputError(
-            f"adapt.targets: {wrong[0]} {'got' if wrong[0] in got else 'did not get'} an adapter, which was "
-            "not asked for; please report it with the command"
+            f"adapt.targets: {wrong[0]} {'got' if wrong[0] in got else 'did not get'} an adapter, contrary "
+            "to the config; please report it with the command"
         )
     return list(paths)
 
@@ -195,17 +195,17 @@ def describe(model: Model, settings: AdapterSettings, paths: Sequence[str]) -> s
         kind = ".".join("*" if word.isdigit() else word for word in path.split("."))
         kinds[kind] = kinds.get(kind, 0) + 1
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-    lines = [f"{settings.method} of rank {settings.rank}, alpha {settings.alpha:g}: {adapters:,} parameters beside"]
+    lines = [f"{settings.method} of rank {settings.rank}, alpha {settings.alpha:g}: {adapters:,} parameters on"]
     lines += [f"  {count:>4} x {kind}" for kind, count in kinds.items()]
     if settings.bits == 4:
         packed: list[Any] = [module for module in model.modules() if hasattr(module, "quant_storage")]
         numel = sum(module.in_features * module.out_features for module in packed)
         lines.append(f"  over {len(packed)} linear layers in {settings.quantization}, {numel:,} parameters of the base")
         host: Any = model.adapter_host
-        whole = sorted({host.get_submodule(name).in_features for name in packable(model) if "lora_" not in name})
-        if whole:
-            widths = ", ".join(map(str, whole))
-            lines.append(f"  layers of width {widths} stay whole: 4 bits of them cannot be read back on this device")
+        unpacked = sorted({host.get_submodule(name).in_features for name in packable(model) if "lora_" not in name})
+        if unpacked:
+            widths = ", ".join(map(str, unpacked))
+            lines.append(f"  layers of width {widths} are not quantized: this device cannot unpack them from 4 bits")
     return "\n".join(lines)
 
 
@@ -294,9 +294,9 @@ def save(folder: Path, model: Model, base: str, weights: Mapping[str, Tensor]) -
     save_file(named, folder / WEIGHTS)
     host = model.adapter_host
     config = host.peft_config[NAME].to_dict()  # type: ignore[index, union-attr]
-    whole = {model.saved_name(name).rpartition(".")[0] for name in weights if "lora_" not in name}
+    modules = {model.saved_name(name).rpartition(".")[0] for name in weights if "lora_" not in name}
     # A module with weights of its own and submodules (Idefics2's resampler) is listed once, without the submodules.
-    outermost = sorted(name for name in whole if not any(name.startswith(f"{other}.") for other in whole))
+    outermost = sorted(name for name in modules if not any(name.startswith(f"{other}.") for other in modules))
     config |= {
         "base_model_name_or_path": base,
         "target_modules": sorted(config["target_modules"]),

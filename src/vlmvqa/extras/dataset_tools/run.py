@@ -61,7 +61,7 @@ class CheckSettings:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """A job and its settings; conf/prepare.yaml documents the keys."""
+    """Config of launch/prepare.py: a job and its settings; conf/prepare.yaml documents its keys."""
 
     job: str
     run: RunSettings
@@ -85,7 +85,7 @@ def run_job(config: PrepareConfig) -> None:
 
 def cache_features(config: PrepareConfig) -> None:
     """Cache the encoder's output for every image of a split."""
-    _refuse_ranks("features are made")
+    _refuse_ranks("features are computed")
     folder, data = config.run.folder, config.data.single
     bad_records = BadRecords(data.on_bad_record)
     examples = read_examples(data, config.split, _most_samples(config), bad_records)
@@ -132,7 +132,7 @@ def build_encoder(
 def check_data(config: PrepareConfig) -> None:
     """Count every split's questions and images, and list the records that cannot be used."""
     data = config.data.single
-    _refuse_ranks("a data set is looked through")
+    _refuse_ranks("a dataset is checked")
     splits = {name: Published(**counts) for name, counts in data.expected_counts.items()}
     if not splits or data.synthetic or data.hub is not None:  # generated, or with splits of other names
         splits = {data.train_split: Published(), data.eval_split: Published()}
@@ -157,7 +157,7 @@ def pack(config: PrepareConfig) -> None:
     _refuse_ranks("a split is packed")
     data = config.data.single
     if data.shards is not None:
-        raise InputError("data.shards is packed already; give data.root or data.hub")
+        raise InputError("data.shards is already packed; give data.root or data.hub")
     folder, bad_records, most = (
         Path(config.pack.dir).expanduser(),
         BadRecords(data.on_bad_record),
@@ -172,17 +172,17 @@ def pack(config: PrepareConfig) -> None:
 
 def download(config: PrepareConfig) -> None:
     """Download and unpack the benchmark's official archives."""
-    _refuse_ranks("archives are fetched")
+    _refuse_ranks("archives are downloaded")
     data = config.data.single
     if not data.archives:
         raise InputError(
-            f"data={data.source} has no archives that anyone may fetch; conf/data/{data.source}.yaml says why"
+            f"data={data.source} has no archives for public download; conf/data/{data.source}.yaml explains why"
         )
     root = Path(data.root or ".").expanduser()
     for one in data.archives:
         fetched = prepare(Archive(**one), root)
-        print(f"{one['url']}: {'unpacked' if fetched else 'was there'}", flush=True)
-    print(f"all in {root}; look at it with: python launch/prepare.py check data={data.source} data.root={root}")
+        print(f"{one['url']}: {'unpacked' if fetched else 'already present'}", flush=True)
+    print(f"all in {root}; check it with: python launch/prepare.py check data={data.source} data.root={root}")
 
 
 def _most_samples(config: PrepareConfig) -> int | None:

@@ -20,7 +20,7 @@ PARQUET_COPIES = {"HuggingFaceM4/VQAv2": "lmms-lab/VQAv2", "HuggingFaceM4/COCO":
 SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+")
 BATCH_ROWS = 64
 MAX_ROWS = 2**62  # end of an open slice if the number of rows is unknown
-FAILURES = (OSError, RuntimeError, ValueError)  # raised by `datasets` besides its own DatasetsError
+FAILURES = (OSError, RuntimeError, ValueError)  # raised by `datasets`, in addition to its DatasetsError
 
 
 class Table(Protocol):

@@ -33,7 +33,7 @@ COMPARED = 16  # questions that an adapter over its base and the merged model ar
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Which models are merged, how, and what they are compared on; conf/merge.yaml documents its keys."""
+    """Config of launch/merge.py; conf/merge.yaml documents its keys."""
 
     run: RunSettings
     output: str
@@ -55,9 +55,9 @@ class MergeConfig:
 
     @property
     def settings(self) -> MergeSettings:
-        """The merge itself, without what it is compared on.
+        """The settings of the merge, without those of the comparison.
 
-        A pattern in `layers` is seldom in Hydra's grammar, which then passes all of them as one text.
+        Patterns in `layers` are seldom valid in Hydra's grammar, which then passes all of them as one string.
         """
         values = {key.name: getattr(self, key.name) for key in fields(MergeSettings)}
         if isinstance(self.layers, str):
@@ -82,7 +82,7 @@ def merge_models(config: MergeConfig) -> None:
     if folder.resolve() in {model.folder.resolve() for model in (*merge.models, merge.base)}:
         raise InputError(f"output={folder} is one of the models that are merged; choose another")
     if folder.exists() and any(folder.iterdir()) and not config.run.overwrite:
-        raise InputError(f"output={folder} is there already; choose another, or set run.overwrite=true")
+        raise InputError(f"output={folder} already exists; choose another, or set run.overwrite=true")
     asked, why = _tasks(config, merge)
     for one in merge.over_four_bits:
         print(f"{one} was trained over 4-bit weights: {INTO[merge.into]}")
@@ -110,8 +110,8 @@ def merge_models(config: MergeConfig) -> None:
 
 
 INTO = {
-    "full": "the merged model uses the full ones; the logits drift",
-    "dequantized": "the merged model uses these, unpacked; the logits are equal to rounding",
+    "full": "the merged model uses the full-precision weights; the logits drift",
+    "dequantized": "the merged model uses these weights, dequantized; the logits are equal up to rounding",
 }
 
 
@@ -121,18 +121,18 @@ def _merge(config: MergeConfig) -> Merge:
     if config.adapter is None:
         return Merge(base, [model_folder.find(folder) for folder in config.models], config.settings, config.into)
     keys = [one.name for one in fields(MergeSettings)]
-    refuse_overrides(config.given, "of several models, and adapter= is one; give models=[...] for it", "models", *keys)
+    refuse_overrides(config.given, "for several models, and adapter= is one; give models=[...] for it", "models", *keys)
     adapter = model_folder.find(config.adapter)
     if adapter_settings(adapter) is None:
         raise InputError(
-            f"adapter={config.adapter} is a whole model, not an adapter; name the run of an adapter, or give "
-            "models=[...] to merge whole models"
+            f"adapter={config.adapter} is a complete model, not an adapter; name the run of an adapter, or "
+            "give models=[...] to merge complete models"
         )
     return Merge(base, [adapter], MergeSettings("task_arithmetic"), config.into)
 
 
 def table(counted: dict[str, Any], models: list[str]) -> str:
-    """Return a table of each part and model: how far tuning moved it, and which share of that was kept."""
+    """Return a table with a row per part and model: the norm of its change, and the share of it that was kept."""
     lines = [f"{'part':<12}{'model':<32}{'moved by, of the norm':>24}{'kept':>9}{'sign conflicts':>16}"]
     for part, one in counted.items():
         for number, model in enumerate(models):
@@ -144,11 +144,11 @@ def table(counted: dict[str, Any], models: list[str]) -> str:
     return "\n".join(lines)
 
 
-# ---- what they are compared on
+# ---- comparison
 
 
 def _tasks(config: MergeConfig, merge: Merge) -> tuple[list[MergeTask], str | None]:
-    """Read the tasks before anything is merged; without any, return the reason, if there is one to print."""
+    """Read the tasks before merging; without any, return the reason, if there is one to print."""
     if config.samples == 0 or not (config.data or config.samples or config.adapter):
         return [], None
     if config.data is not None:
@@ -178,7 +178,7 @@ def _own(models: Sequence[Path]) -> tuple[dict[str, DataSettings], str | None]:
     for folder in models:
         path = folder.parent / "config.yaml"
         if folder.name != "model" or not path.is_file():
-            return {}, f"{folder} is not in the folder of its run, whose config.yaml says what it was evaluated on"
+            return {}, f"{folder} is not in the folder of its run, whose config.yaml has its evaluation data"
         for name, task in data_settings(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]).tasks.items():
             name = name or task.source
             if found.setdefault(name, task) != task:

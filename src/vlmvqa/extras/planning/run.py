@@ -36,7 +36,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class PlanConfig(TrainConfig):
-    """A training run to plan, and the GPUs to plan it for."""
+    """Config of launch/plan.py: a training run and the GPUs to plan it for."""
 
     plan: PlanSettings = field(default_factory=PlanSettings)
     verify: bool = False
@@ -53,7 +53,7 @@ def plan(config: PlanConfig) -> None:
     plans = planner.compare(checkpointing)
     print(report.headline(planner, checkpointing))
     if config.dist is None:
-        print("dist is not set: ddp is taken as chosen")
+        print("dist is not set: assuming ddp")
     print(f"\n{report.table(plans, chosen)}\n\n{report.recommend(planner, plans, chosen)}")
     print(f"\n{report.LEGEND}")
     folder = config.run.folder
@@ -83,10 +83,10 @@ def build_planner(config: PlanConfig) -> Planner:
 
 
 def _known_model(settings: AnySettings) -> Settings:
-    """Return the model's settings; raise if its sizes are known only to the hub.
+    """Return the model's settings; raise if its sizes are not stored here.
 
     Raises:
-        InputError: the architecture is unknown here.
+        InputError: the architecture is unknown.
     """
     if isinstance(settings, ModelSettings):
         return known_architecture(settings)
@@ -102,10 +102,10 @@ def _questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> fl
     count = plan.questions_per_image or data.options.get("questions_per_image") or QUESTIONS.get(data.source)
     if count is None:
         raise InputError(
-            f"how many questions {data.source} asks of an image is not known; give plan.questions_per_image"
+            f"the number of questions per image of {data.source} is unknown; give plan.questions_per_image"
         )
     most = most_questions(data, settings.attention_pattern)
-    return float(count if most is None else min(count, most))  # an image with more questions is repeated
+    return float(count if most is None else min(count, most))  # an image with more questions fills several rows
 
 
 def _text_tokens(plan: PlanSettings, data: DataSettings) -> int:
@@ -114,5 +114,5 @@ def _text_tokens(plan: PlanSettings, data: DataSettings) -> int:
     usual = TEXT_TOKENS.get(data.source) if data.row_tokens else None
     tokens = plan.text_tokens or usual or data.max_text_tokens
     if tokens is None:
-        raise InputError("data.max_text_tokens is null, so a question's length is not known; give plan.text_tokens")
+        raise InputError("data.max_text_tokens is null, so the length of a question is unknown; give plan.text_tokens")
     return tokens

@@ -407,8 +407,8 @@ def build_pretrained(
     if about["missing_keys"]:
         missing = sorted(about["missing_keys"])
         raise InputError(
-            f"{settings.pretrained} holds no weights for {missing[0]} ({len(missing)} are missing), which would be "
-            "random; fetch it again, or name the whole model"
+            f"{settings.pretrained} has no weights for {missing[0]} ({len(missing)} are missing), which would be "
+            "random; download it again, or name the complete model"
         )
     return PretrainedVLM(net)
 
@@ -418,7 +418,7 @@ def _refuse_saved_buffers(net: PreTrainedModel) -> None:
     for path, module in net.named_modules():
         for name in module._buffers.keys() - module._non_persistent_buffers_set:
             raise InputError(
-                f"{type(net).__name__} keeps {path}.{name} beside its parameters, which would not be saved here; "
+                f"{type(net).__name__} has a buffer {path}.{name}, and only parameters are saved here; "
                 "choose another model"
             )
 

@@ -191,16 +191,16 @@ class PretrainedProcessor(Processor):
         tokenizer = self.tokenizer
         if _is_paligemma(self.library):
             return [*self._ids(answer), tokenizer.eos_token_id]
-        prompt, whole = self._prompt_text(question.prompt), self._prompt_text(question.prompt, answer)
-        if not whole.startswith(prompt):
+        prompt, complete = self._prompt_text(question.prompt), self._prompt_text(question.prompt, answer)
+        if not complete.startswith(prompt):
             raise InputError(
                 f"question {question.id}: the model's chat template writes {prompt[-20:]!r} before an answer and "
-                f"{whole[len(prompt) - 20 :][:40]!r} with it, so the answer's tokens cannot be told; choose another"
+                f"{complete[len(prompt) - 20 :][:40]!r} with it, so the answer's tokens cannot be found; choose another"
             )
-        read, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+        read, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, complete))
         # If the answer's first token would merge with the prompt, the answer is tokenized alone, as in generation.
         alone = ids[: len(read)] != read
-        written = self._ids(whole.removeprefix(prompt)) if alone else ids[len(read) :]
+        written = self._ids(complete.removeprefix(prompt)) if alone else ids[len(read) :]
         special = set(tokenizer.all_special_ids)
         end = next((place for place, token in enumerate(written) if token in special), None)
         return [*written, tokenizer.eos_token_id] if end is None else written[: end + 1]

@@ -18,7 +18,7 @@ from vlmvqa.models.interface import GenerationSettings
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """Which sample is shown; conf/show.yaml documents its keys."""
+    """Config of launch/show.py; conf/show.yaml documents its keys."""
 
     run: RunSettings
     data: DataSettings
@@ -50,7 +50,7 @@ def show(config: ShowConfig) -> None:
     print(example.name)
     print(describe(batch, processor))
     draw(batch, processor, folder / "row.png", title=example.name)
-    print(f"picture: {folder / 'row.png'}")
+    print(f"image: {folder / 'row.png'}")
 
 
 def _processor(config: ShowConfig, data: DataSettings, examples: list[Example]) -> tuple[Processor, int | None]:

@@ -76,7 +76,7 @@ def _browsed(config: ServeConfig) -> tuple[browse.Run | None, list[bytes]]:
     try:
         examples = _examples(folder)
     except InputError as error:
-        print(f"{folder} is browsed without its images: {error}")
+        print(f"{folder} is browsed without images: {error}")
         return run, []
     images: dict[int | str, ImageSource] = {example.image_id: example.image for example in examples}
     contents = [_content(image) for image in list(images.values())[:EXAMPLES]]
@@ -87,9 +87,9 @@ def _examples(folder: Path) -> list[Example]:
     """Read the examples that a scored run was evaluated on.
 
     Raises:
-        InputError: its config or its data is not there.
+        InputError: its config or its data does not exist.
     """
-    run = folder if (folder / "config.yaml").is_file() else folder.parent  # a mixture's task has a folder of its own
+    run = folder if (folder / "config.yaml").is_file() else folder.parent  # each task of a mixture has its own folder
     if not (run / "config.yaml").is_file():
         raise InputError(f"{folder} has no config.yaml")
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -97,7 +97,7 @@ def _examples(folder: Path) -> list[Example]:
     if run != folder:
         data = data.tasks[folder.name]
     if data.hub is None and data.shards is None and not Path(data.root or "").expanduser().is_dir():
-        raise InputError(f"{data.root} is not there")  # synthetic data is not generated for this
+        raise InputError(f"{data.root} does not exist")  # synthetic data is not generated for this
     return read_examples(data, metrics["split"], metrics["max_samples"], BadRecords("skip"))
 
 
@@ -124,13 +124,13 @@ def _read(given: str | Iterable[str]) -> list[bytes]:
 
 
 def _accepted(contents: Iterable[bytes], limits: Limits) -> list[bytes]:
-    """Return the images within the limits, since the page sends examples as it sends uploads."""
+    """Return the images within the limits: the page uploads an example like any other image."""
     kept = []
     for content in contents:
         try:
             uploads.decode(content, limits)
         except RequestError as error:
-            print(f"an example is left out: {error.message}")
+            print(f"an example is skipped: {error.message}")
         else:
             kept.append(content)
     return kept
