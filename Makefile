@@ -1,11 +1,11 @@
-# Two commands: `make demo` and `make test`. Each installs what it needs into .venv first, once.
+# Main targets: `make demo` and `make test`. Each first installs its dependencies into .venv, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 READY := $(VENV)/.ready
 PIP := $(BIN)/pip install --quiet --no-compile --constraint requirements.lock
-# Tests of one file share what they set up. The longest files come first (tests/conftest.py).
+# loadfile: tests of one file share their fixtures. The longest files run first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 .PHONY: demo test test-slow test-all coverage docs lint lock clean
@@ -13,15 +13,16 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --
 demo: $(CORE)
 	$(BIN)/python launch/train.py run.name=demo run.overwrite=true
 
-# Every invariant once, at small size.
+# Lint, and every invariant once, at small size.
 test: $(READY) lint
 	$(PYTEST) -m "not slow and not long"
 
-# What takes minutes: real launchers, a sample of the matrix of strategies, recipes. CI runs it after `make test`.
+# Tests that take minutes: real launchers, a sample of the strategy matrix, recipes. CI runs them after `make test`.
 test-slow: $(READY)
 	$(PYTEST) -m "slow and not long"
 
-# By hand, hours: the tables of docs/scaling.md, all adapted tasks, HELM's pages, the wheel, the demo at its full size.
+# All tests; takes hours and is run by hand: the tables of docs/scaling.md, all adapted tasks, HELM's pages, the wheel, the
+# demo at full size.
 test-all: $(READY) lint
 	$(PYTEST)
 
@@ -33,11 +34,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --num-workers 2
 
-# The pages as a site, in site/; a link that leads nowhere is an error.
+# Build docs/ as a site in site/; a broken link is an error.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# torch and torchvision first, by pin: a matching pair of builds from the registry. Python compiles what it imports.
+# torch and torchvision are installed first, pinned, so that their builds match. --no-compile: Python compiles on import.
 $(CORE): setup.cfg pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit("vlmvqa needs Python 3.11 or newer; try: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,11 +48,11 @@ $(CORE): setup.cfg pyproject.toml requirements.lock
 	@touch $(CORE)
 
 $(READY): $(CORE)
-	@echo "installing the extras and what the tests need: 1 GB more"
+	@echo "installing the extras and the dependencies of the tests: 1 GB more"
 	$(PIP) --editable '.[all]'
 	@touch $(READY)
 
-# Pins of what is installed now; run it after changing the bounds in setup.cfg.
+# Pin the installed versions; run it after changing the bounds in setup.cfg.
 lock: $(READY)
 	$(BIN)/pip freeze --exclude-editable | grep -v '^-e' > requirements.lock
 
