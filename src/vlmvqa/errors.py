@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input: one sentence that says what is wrong, where (file, record), and what to do.
+    """Invalid input: one sentence with what is wrong, where (file, record), and what to do.
 
     The launch scripts print the sentence alone; a traceback is for our own mistakes.
     """
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of the `known` names, or the empty string."""
+    """Return `; did you mean 'x'?` for the nearest of the `known` names, or the empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def counted(number: float, noun: str) -> str:
-    """A number with its noun: `1 rank`, `1,234 ranks`, `5.36 questions`."""
+    """Format a number with its noun: `1 rank`, `1,234 ranks`, `5.36 questions`."""
     digits = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{digits} {noun}{'' if number == 1 else 's'}"

@@ -14,13 +14,13 @@ Settings = TypeVar("Settings")
 
 
 def build_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
-    """A dataclass from a mapping, nested ones too.
+    """Build a dataclass from a mapping, including nested dataclasses.
 
     Args:
-        where: how an error names the mapping ("model", "data").
+        where: the name of the mapping in error messages ("model", "data").
 
     Raises:
-        InputError: a key that the dataclass does not have, one it needs, or a mapping where it wants one.
+        InputError: a key is unknown or missing, or a value should be a mapping.
     """
     _refuse_text(values, where)
     hints = typing.get_type_hints(kind)
@@ -49,7 +49,7 @@ def _dataclass_in(hint: Any) -> type | None:
 
 
 def _refuse_text(value: Any, where: str) -> None:
-    """Stop where a group of keys belongs and something else stands, as a shell leaves of unquoted braces."""
+    """Raise if a value is not a group of keys, for example because a shell expanded unquoted braces."""
     if not isinstance(value, Mapping):
         raise InputError(
             f"{where} must be a group of keys, not {value!r}; give {where}.<name>=..., or quote the braces, which the "

@@ -51,7 +51,7 @@ def test_it_trains_and_scores(executed: tuple[Any, Path]) -> None:
 
 def test_it_shows_the_row_and_the_mask(executed: tuple[Any, Path]) -> None:
     notebook, _ = executed
-    assert "visible to the last token of each question" in printed(notebook, "show.describe")
+    assert "visible to the last token of each question" in printed(notebook, "row_drawing.describe")
     assert pictures(notebook, 'cmap="Blues"') == 1
 
 

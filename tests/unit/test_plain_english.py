@@ -132,3 +132,12 @@ def test_comments_of_the_config(path: Path) -> None:
 def test_pages(path: Path) -> None:
     found = faults(path, BANNED)
     assert not found, "\n" + "\n".join(found)
+
+
+def test_prose_is_found_with_its_line() -> None:
+    code = '"""A whole\nmodule."""\nx = "whole"  # a name\n# asked\n# for\nraise ValueError(f"{x} goes on")\n'
+    assert list(texts(ast.parse(code))) == [(1, "A whole\nmodule."), (6, " goes on")]
+    assert list(python_comments(code)) == [(3, " a name\n asked\n for")]
+    assert list(yaml_comments("# one\na: 'b # c' # two\n\nd: e#f\n# three\n")) == [(1, " one\n two"), (5, " three")]
+    page = "A [whole](whole.md) `whole`.\n\n```bash\nwhole\n```\n"
+    assert [text.count("whole") for _, text in sentences(page)] == [1]

@@ -219,7 +219,7 @@ def _load_adapter(folder: Path, config: Mapping[str, Any], device: str) -> Model
     base = base_of(folder, config["adapter"])
     model, _, _, entries = load(base)
     if "adapter" in entries:
-        raise InputError(f"{folder} lies over {base}, which is an adapter itself; merge that into its base first")
+        raise InputError(f"the base of {folder} is {base}, which is an adapter itself; merge that into its base first")
     peft = adapters()
     settings = build_settings(
         peft.AdapterSettings, config["adapter"]["settings"], f"{folder / CONFIG}: adapter.settings"

@@ -1,4 +1,4 @@
-"""The folder of a training run: whether it may be used, and from which checkpoint its run resumes."""
+"""The folder of a training run: checks before it is used, and the checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from vlmvqa.extras.adapters.peft_adapters import Adapter
 
 SWEEP = "multirun.yaml"  # Hydra's record of a sweep, in the sweep's folder
-RUN = "run.json"  # when, how, on what and from which code it was started, each time
-STARTED = ".launch"  # by which of torchrun's launches this run was started
-# What decides how a run goes: it cannot be changed on the way...
+RUN = "run.json"  # time, command, device and code of every start
+STARTED = ".launch"  # id of the torchrun launch that started this run
+# Settings that determine the result of a run: a resumed run cannot change them...
 DECIDES = (
     *("init_from", "model", "adapt", "data", "seed", "trainable", "learning_rates", "trainer"),
     *("clip_percentile", "loss_weighting"),
 )
-# ...but for where its data lies, how often it is looked at, and how its work is cut (the global batch is checked too).
+# ...except for data locations, evaluation and the division of the work (the global batch is checked separately).
 FREE = (
     "data.root",
     "data.shards",
@@ -66,7 +66,7 @@ FREE = (
     "trainer.report_to",
     "trainer.disable_tqdm",
 )
-# ...and for its length, which may grow.
+# ...and the length, which may grow.
 EPOCHS, STEPS = "trainer.num_train_epochs", "trainer.max_steps"
 
 
@@ -137,7 +137,7 @@ def record_start(folder: Path, step: int) -> None:
     """Add this start to `run.json`.
 
     Args:
-        step: of the checkpoint that it resumes from (0: it begins).
+        step: step of the checkpoint that the run resumes from; 0 without one.
     """
     path = folder / RUN
     before = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
@@ -156,7 +156,7 @@ def record_start(folder: Path, step: int) -> None:
 
 
 def _refuse_changes(folder: Path, config: TrainConfig, checkpoint: Path) -> None:
-    """Stop a resumed run whose settings have changed, unless it is only made longer."""
+    """Raise if the settings of a resumed run have changed, unless they only extend it."""
     before = folder / "config.yaml"
     if not before.exists():
         raise InputError(
@@ -183,14 +183,14 @@ def _refuse_changes(folder: Path, config: TrainConfig, checkpoint: Path) -> None
 
 
 def _extends(key: str, old: dict[str, Any], new: dict[str, Any], checkpoint: Path) -> bool:
-    """Whether a changed setting makes the run longer: more epochs, or more steps than the run was to make."""
+    """Return whether a changed setting extends the run: more epochs, or more steps than planned."""
     if key == STEPS:
         return bool(new.get(key, -1) > total_steps(checkpoint))
     return key == EPOCHS and new.get(STEPS, -1) <= 0 and new.get(key, 0) > old.get(key, math.inf)
 
 
 def _refuse_other_batch(checkpoint: Path, global_batch: int, world: int, config: TrainConfig) -> None:
-    """Stop a resumed run whose steps would see more or fewer examples than before."""
+    """Raise if the steps of a resumed run would have more or fewer examples than before."""
     before = progress(checkpoint)["global_batch"]
     if before == global_batch:
         return
@@ -205,7 +205,7 @@ def _refuse_other_batch(checkpoint: Path, global_batch: int, world: int, config:
 
 
 def refuse_other_base(checkpoint: Path | None, adapter: Adapter) -> None:
-    """Stop a resumed run whose adapters would lie over other weights than those they were trained over."""
+    """Raise if the base weights differ from those that the adapters of a resumed run were trained on."""
     if checkpoint is not None and progress(checkpoint).get("base") != adapter.fingerprint:
         raise InputError(
             f"{checkpoint} was trained over other weights than {adapter.base} holds now; put back the base it was "
