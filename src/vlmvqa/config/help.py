@@ -22,7 +22,7 @@ TRAIN = """\
 Most used, each as key=value:
   what           model=... data=... data.root=/folder      the model; the dataset and the folder of its files
                  experiment=... adapt=lora                 a complete recipe; train adapters, not all weights
-                 init_from=runs/base                      continue training a saved model
+                 init_from=runs/base                       continue training a saved model
   where          run.name=vqa run.dir=... hub_id=me/vqa    the run's folder; where the model is uploaded
                  resume=auto run.overwrite=true            resume; start over
   how long       trainer.num_train_epochs=1 trainer.max_steps=1000 trainer.eval_steps=500
