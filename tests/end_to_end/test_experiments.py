@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,6 @@ import vlmvqa
 from tests import forks
 from tests.end_to_end.scripts import call, content, done, losses, metrics, predictions, sentence
 from tests.unit.test_clip import folder as clip  # noqa: F401
-from vlmvqa.training import runtime_checks
 
 pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")
@@ -146,11 +146,9 @@ def test_all_ranks_hear_that_weights_and_biases_refuses(tmp_path: Path) -> None:
 def test_a_logger_that_is_not_installed_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    find = runtime_checks.importlib.util.find_spec
+    find = importlib.util.find_spec
     monkeypatch.setattr(
-        runtime_checks.importlib.util,
-        "find_spec",
-        lambda package, *more: None if package == name else find(package, *more),
+        "importlib.util.find_spec", lambda package, *more: None if package == name else find(package, *more)
     )
     ended = call("train", f"logger=[csv,{name}]", f"run.dir={tmp_path / 'run'}")
     assert f"logger={name} needs {name}; install it with: pip install 'vlmvqa[{name}]'" in sentence(ended)

@@ -62,8 +62,11 @@ def refused(tmp_path: Path, *arguments: str) -> str:
         (("predictions=nowhere.jsonl",), "nowhere.jsonl does not exist; correct the path"),
         (("predictions=nowhere.jsonl", "controls=true"), "controls=true asks the model about other images"),
         (("checkpoint=a", "data=docvqa"), "data=docvqa: HELM scores vqav2 or gqa here; choose one of them"),
-        (("checkpoint=a", "data.max_eval_samples=5"), "data.max_eval_samples cannot be set here: max_instances says"),
-        (("checkpoint=a", "data.prompt=x"), "data.prompt cannot be set here: prompt=... is used, or the model's own"),
+        (("checkpoint=a", "data.max_eval_samples=5"), "data.max_eval_samples cannot be set here: max_instances sets"),
+        (
+            ("checkpoint=a", "data.prompt=q {question}"),
+            "data.prompt cannot be set here: prompt=... is used, or the model's own",
+        ),
         (
             ("checkpoint=a", "data.metric_options.consensus=min3"),
             "data.metric_options.consensus cannot be set here: HELM does not",

@@ -247,8 +247,6 @@ def refuse(asked: RunRequest) -> None:
 
 def _sentences(asked: RunRequest) -> Iterator[str]:
     yield from callbacks.problems(asked.trainer.get("report_to"))
-    rules = list(RULES)
-    for applies, module in EXTRAS:
-        if applies(asked):
-            rules += importlib.import_module(module).RULES
-    yield from (rule.message(asked) for rule in rules if rule.when(asked))
+    extras = [importlib.import_module(module).RULES for applies, module in EXTRAS if applies(asked)]
+    # An extra's message first: it names the setting of the extra, the core's may name a consequence of it.
+    yield from (rule.message(asked) for rules in (*extras, RULES) for rule in rules if rule.when(asked))
