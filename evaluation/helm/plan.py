@@ -23,7 +23,7 @@ READ_BY_HELM = ("data.source", "data.root", "data.synthetic", "data.options")
 INSTEAD = {
     "data.max_eval_samples": "max_instances sets the number",
     "data.prompt": "prompt=... is used, or the model's own",
-    "data.eval_split": "HELM draws from the validation questions",
+    "data.eval_split": "HELM samples from the validation questions",
     "data.hub": "HELM's questions are read from the official files in data.root",
     "data.shards": "HELM's questions are read from the official files in data.root",
 }
