@@ -153,7 +153,7 @@ def test_a_run_that_failed_at_its_start_leaves_no_base(
     for more in ((), ("resume=auto",)):
         run = tmp_path / f"run-{len(more)}"
         with monkeypatch.context() as patch:
-            patch.setattr(run.VqaTrainer, "train", fail)
+            patch.setattr("vlmvqa.training.run.VqaTrainer.train", fail)
             assert "its memory" in sentence(call("train", *given(run.name, 1)))
         (run / ".wandb_run").write_text("of the run that failed")
         done(call("train", *given(run.name, 2), *more))
