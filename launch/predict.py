@@ -14,7 +14,7 @@ with cli.script(__name__, __file__):
     from vlmvqa.config.schema import PredictConfig, override_decoding
     from vlmvqa.inference.predictor import load
     from vlmvqa.paths import read_questions
-    from vlmvqa.progress import bar
+    from vlmvqa.ranks import bar
 
 
 def predict(config: PredictConfig) -> None:

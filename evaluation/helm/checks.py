@@ -11,7 +11,7 @@ from vlmvqa.data import images
 from vlmvqa.data.example import Example
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 
 HELM = "0.5.16"
 PUNKT = "tokenizers/punkt_tab/english"

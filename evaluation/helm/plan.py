@@ -11,11 +11,10 @@ from typing import Any
 from vlmvqa import fingerprint, ranks
 from vlmvqa.config.compose import refuse_overrides
 from vlmvqa.config.schema import DataSettings, RunSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered
 from vlmvqa.data.tasks import new_lines, read_examples
-from vlmvqa.errors import InputError
-from vlmvqa.models import model_folder
+from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import GenerationSettings
 
 ENTRIES = ("vqav2", "gqa")  # run_specs.py has a run entry for each
@@ -150,9 +149,9 @@ def _refuse_mistakes(config: HelmConfig) -> None:
 
 def _client(config: HelmConfig) -> dict[str, Any]:
     """Return the arguments of `VLMClient`; decoding holds only keys of the command line, the rest is the model's."""
-    folder = model_folder.find(str(config.checkpoint)).resolve()
-    if not (folder / model_folder.WEIGHTS).is_file():
-        raise InputError(f"{folder} holds no {model_folder.WEIGHTS}; copy or save the model again")
+    folder = checkpoint.find(str(config.checkpoint)).resolve()
+    if not (folder / checkpoint.WEIGHTS).is_file():
+        raise InputError(f"{folder} holds no {checkpoint.WEIGHTS}; copy or save the model again")
     prompt = config.prompt
     if prompt is not None:
         prompt = new_lines(str(prompt))

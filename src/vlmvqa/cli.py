@@ -133,7 +133,7 @@ def run(config_name: str, kind: type[Config], main: Main[Config]) -> None:
     """
     from vlmvqa import ranks
     from vlmvqa.config import overrides
-    from vlmvqa.config.launcher import launcher_choice, slurm_task
+    from vlmvqa.ranks import launcher_choice, slurm_task
 
     launcher = launcher_choice(os.environ, sys.argv[1:])
     os.environ |= slurm_task(os.environ)

@@ -1,4 +1,4 @@
-"""The processes of a run: rank, world size and communication between them.
+"""The processes of a run: their launcher, rank and world size, communication, and output that appears once.
 
 Every function also works in a single process, so callers need no special case.
 """
@@ -6,12 +6,14 @@ Every function also works in a single process, so callers need no special case.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 T = TypeVar("T")
 # The first rank to fail stores its error here, so that the other ranks don't report the errors that follow from it.
@@ -104,3 +106,83 @@ def claim_failure(sentence: str) -> str | None:
     except RuntimeError:  # the store is gone with rank 0: an error reported twice is better than none
         return None
     return None if first == f"rank {rank()}: {sentence}" else first
+
+
+# Identifies this launch; unchanged when torchrun restarts its workers.
+LAUNCH = "VLMVQA_LAUNCH"
+# Variables in which accelerate's launcher passes the strategy of its config file.
+ACCELERATES = ("FSDP_", *(f"ACCELERATE_{name}_" for name in ("USE", "DEEPSPEED", "CONFIG", "GRADIENT", "DYNAMO")))
+
+
+def launcher_choice(environment: Mapping[str, str], arguments: list[str]) -> tuple[str, str] | None:
+    """Return the `dist` choice that a launcher implies, and the launcher's name; None if it implies none.
+
+    accelerate passes its config file's strategy in the environment; `deepspeed` starts scripts with --local_rank.
+    """
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        offload = environment.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true"
+        return ("fsdp_offload" if offload else "fsdp"), "accelerate's config file"
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+            return "its deepspeed_config_file", "accelerate's config file"  # not read: dist.options has its keys
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        kept = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+        return (f"zero{stage}_offload" if kept == "cpu" else f"zero{stage}"), "accelerate's config file"
+    if any(argument.startswith(("--local_rank", "--local-rank")) for argument in arguments):
+        return "zero2", "the deepspeed launcher"
+    return None
+
+
+def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables torchrun would set for a task of `srun`, one task per GPU on any number of machines."""
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return {}
+    command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
+    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+        "MASTER_ADDR": hosts[0],
+        # Differs between jobs, so that two may share a machine.
+        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)),
+    }
+
+
+def bar(
+    items: Iterable[Any] | None = None,
+    *,
+    doing: str,
+    unit: str,
+    total: int | None = None,
+    shown: bool = True,
+    **more: Any,
+) -> tqdm[Any]:
+    """Return a tqdm bar over `items`, or one to update by hand; it disappears when it is finished.
+
+    Args:
+        items: the items to iterate over.
+        doing: the bar's label ("packing val").
+        unit: the name of the counted items.
+        total: the number of items, if `items` has no length.
+        shown: False disables the bar.
+        more: further arguments of tqdm.
+    """
+    hidden = None if shown and is_first() else True  # None: hide it if stderr is not a terminal
+    return tqdm(items, desc=doing, unit=f" {unit}", total=total, disable=hidden, **{"leave": False, **more})
+
+
+@contextmanager
+def loading_bar() -> Iterator[None]:
+    """Replace transformers' "Loading weights" bar in the block by ours, shown if loading takes over a second."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    def replacement(_: Any, arguments: tuple[Any, ...], __: dict[str, Any]) -> tqdm[Any]:
+        return bar(*arguments, doing="loading weights", unit="tensors", delay=1.0)
+
+    before = set_tqdm_hook(replacement)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)

@@ -18,7 +18,7 @@ from tests import forks
 from tests.unit.test_predictor import examples, predictor
 from vlmvqa import ranks
 from vlmvqa.config.schema import DistSettings
-from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.errors import BadRecords
 from vlmvqa.training import distributed
 
 # Number of questions per image, and generation settings.

@@ -27,18 +27,17 @@ from tests.unit.test_trainer import examples
 from vlmvqa import ranks
 from vlmvqa.config import compatibility
 from vlmvqa.config.schema import DistSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.models.build import build
 from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
-from vlmvqa.training import distributed, runtime_checks
+from vlmvqa.training import distributed, runtime_checks, zero
 from vlmvqa.training.checkpoint_state import WEIGHTS
 from vlmvqa.training.log import read_log
 from vlmvqa.training.optimizer import optimizer_for
@@ -123,7 +122,7 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         set_trainable(vlm.part("language"), "none", "language")
     arguments = make_arguments(case, dist, folder)
     if dist.is_zero:
-        distributed.correct_deepspeed()
+        zero.correct_deepspeed()
     if case.strategy == "fsdp":
         distributed.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
     given = examples(32)
@@ -168,7 +167,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         report_to="none",
         logging_steps=1,
         ddp_find_unused_parameters=False,
-        deepspeed=distributed.deepspeed_config(dist) if dist.is_zero else None,
+        deepspeed=zero.deepspeed_config(dist) if dist.is_zero else None,
         **values,
     )
 

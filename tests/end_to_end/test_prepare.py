@@ -13,9 +13,9 @@ from transformers import set_seed
 from tests.configs import train_config
 from tests.end_to_end import scripts
 from tests.end_to_end.scripts import Ended, done, launch, sentence
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.tasks import read_examples
+from vlmvqa.errors import BadRecords
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 from vlmvqa.inference import build

@@ -27,7 +27,7 @@ from vlmvqa.extras.pretrained.model import OURS, PretrainedSettings, PretrainedV
 from vlmvqa.models.build import build
 from vlmvqa.models.interface import DTYPES, PARTS, cast_parameters, set_trainable
 from vlmvqa.models.vlm import VLM
-from vlmvqa.training.console import parts_table
+from vlmvqa.training.log import parts_table
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")

@@ -21,12 +21,11 @@ import pytest
 from tests.unit.test_vqav2 import ANNOTATIONS, ASKED, QUESTIONS, annotation, change, save
 from vlmvqa.config.schema import DataSettings
 from vlmvqa.data import cache as cache_module
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import Cache, read_once
 from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.tasks import read_examples
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 
 COLUMNS = {"a": np.arange(5, dtype=np.int32), "b": np.array([True, False]), "empty": np.zeros(0, np.int64)}
 KEY = {"split": "val[:10%]", "prompt": "é {question}\n", "max_samples": None}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Example
+from vlmvqa.errors import BadRecords
 from vlmvqa.extras.dataset_tools.check import Published, check, table
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 

@@ -14,11 +14,10 @@ from transformers import TrainingArguments
 from tests.configs import train_config, values
 from tests.conftest import ROOT
 from vlmvqa.config import compatibility
-from vlmvqa.config.compose import to_dict, to_yaml
-from vlmvqa.config.launcher import launcher_choice
+from vlmvqa.config.compose import build_settings, to_dict, to_yaml
+from vlmvqa.config.keys import argument_types
 from vlmvqa.config.overrides import compose
 from vlmvqa.config.schema import DataSettings, DistSettings
-from vlmvqa.config.trainer_arguments import argument_types
 from vlmvqa.data.tasks import data_settings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import ATTENTION, FEED_FORWARD
@@ -26,9 +25,9 @@ from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.paths import CONF
-from vlmvqa.settings import build_settings
-from vlmvqa.training.arguments import training_arguments
-from vlmvqa.training.distributed import deepspeed_config
+from vlmvqa.ranks import launcher_choice
+from vlmvqa.training.run import training_arguments
+from vlmvqa.training.zero import deepspeed_config
 
 GIVEN = {
     "data=mixture": ["data.parts.vqav2.root=somewhere", "data.parts.gqa.root=somewhere"],

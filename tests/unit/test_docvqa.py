@@ -13,11 +13,10 @@ from PIL import Image
 
 from tests.unit.test_vqav2 import change, ids, save
 from vlmvqa.config.schema import DataSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import docvqa
 from vlmvqa.data.example import Question, count_questions
 from vlmvqa.data.tasks import read_examples
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.synthetic import docvqa as synthetic_docvqa
 
 VAL = "val_v1.0_withQT.json"

@@ -10,8 +10,8 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from vlmvqa.config.early_checks import prepare_job, refuse_mistakes
+from vlmvqa.config.keys import NUMBERS, OURS, _kinds, argument_types, problems
 from vlmvqa.config.overrides import compose
-from vlmvqa.config.trainer_arguments import NUMBERS, OURS, _kinds, argument_types, problems
 from vlmvqa.errors import InputError
 from vlmvqa.paths import nearest, refuse_missing_model
 

@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests import tiny
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.feature_cache import writer
 from vlmvqa.extras.feature_cache.forecast import forecast
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore, stored_dtype

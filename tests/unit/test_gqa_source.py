@@ -13,11 +13,10 @@ from PIL import Image
 
 from tests.unit.test_vqav2 import change, ids, save
 from vlmvqa.config.schema import DataSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import gqa
 from vlmvqa.data.example import Question
 from vlmvqa.data.tasks import read_examples
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 
 VAL = "val_balanced_questions.json"

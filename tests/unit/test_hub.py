@@ -15,14 +15,13 @@ from PIL import Image
 
 from tests.configs import data as train_data
 from tests.unit.test_vqav2 import ids
-from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.config.compose import build_settings
 from vlmvqa.data.example import Question
 from vlmvqa.data.images import decode
 from vlmvqa.data.tasks import read_examples
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.hub import dataset, parquet
 from vlmvqa.extras.hub.dataset import Columns
-from vlmvqa.settings import build_settings
 
 # The columns of lmms-lab/VQAv2, as conf/data/vqav2.yaml has them.
 VQAV2 = build_settings(Columns, train_data("data=vqav2", "data.root=x").columns, "data.columns")

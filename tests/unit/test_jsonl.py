@@ -11,11 +11,10 @@ from PIL import Image
 
 from tests.unit.test_vqav2 import ids
 from vlmvqa.config.schema import DataSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import jsonl
 from vlmvqa.data.example import Question
 from vlmvqa.data.tasks import read_examples
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 
 LINES: list[dict[str, Any]] = [
     {"image": "images/a.png", "question": "Was ist das?", "answers": ["Bär", "ein Bär", "ein Bär"]},

@@ -29,8 +29,8 @@ from vlmvqa.extras.merging.merge import Merge
 from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models.build import build
+from vlmvqa.models.checkpoint import WEIGHTS
 from vlmvqa.models.interface import DTYPES, cast_parameters
-from vlmvqa.models.model_folder import WEIGHTS
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")

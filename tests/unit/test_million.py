@@ -36,7 +36,7 @@ import hashlib, json, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
 from data_from_config import DataSettings, read_examples
-from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.errors import BadRecords
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset

@@ -13,12 +13,11 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.inference.predictor import Answer, Predictor, load
 from vlmvqa.models.interface import Generated, GenerationSettings
 from vlmvqa.models.vlm import VLM

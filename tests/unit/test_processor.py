@@ -8,12 +8,11 @@ import pytest
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import EvalDataset, Processor
 from vlmvqa.data.tokenization import train_tokenizer
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 
 IMAGES = ImageSettings(28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 TEMPLATE = "answer en {question}\n"

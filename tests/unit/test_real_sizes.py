@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from omegaconf import OmegaConf
 
+from vlmvqa.config.compose import build_settings
 from vlmvqa.models.build import build
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.paths import CONF
-from vlmvqa.settings import build_settings
 
 
 def parameters(module: torch.nn.Module) -> int:

@@ -15,9 +15,9 @@ from tests.configs import train_config
 from tests.unit.test_trainer import model, trainer
 from vlmvqa.config.compatibility import RunRequest, refuse
 from vlmvqa.config.compose import to_yaml
-from vlmvqa.config.launcher import LAUNCH, slurm_task
 from vlmvqa.config.schema import DistSettings, TrainConfig
 from vlmvqa.errors import InputError
+from vlmvqa.ranks import LAUNCH, slurm_task
 from vlmvqa.training import checkpoints, distributed
 from vlmvqa.training.optimizer import optimizer_for
 from vlmvqa.training.run_folder import STARTED, is_resumed, open_run

@@ -12,13 +12,12 @@ from PIL import Image
 
 from vlmvqa import fingerprint
 from vlmvqa.config.schema import DataSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets.docvqa import read as read_docvqa
 from vlmvqa.data.datasets.gqa import read as read_gqa
 from vlmvqa.data.example import Example
 from vlmvqa.data.images import decode
 from vlmvqa.data.tasks import packing_key
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.shards import shards
 from vlmvqa.extras.synthetic import docvqa as synthetic_docvqa
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa

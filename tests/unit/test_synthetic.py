@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Example, Question, count_questions
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.synthetic import scene as scenes
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 from vlmvqa.metrics.vqa import vqa_accuracy

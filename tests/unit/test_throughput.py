@@ -22,17 +22,16 @@ from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import ATTENTION_PATTERNS, Tokens, visible
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
-from vlmvqa.training.console import (
+from vlmvqa.training.log import (
     LinePrinter,
     ProgressBar,
     log_line,
+    read_log,
     replace_progress_callbacks,
     rounded,
     short,
 )
-from vlmvqa.training.log import read_log
-from vlmvqa.training.phase_clock import PhaseClock
-from vlmvqa.training.throughput import COMPILED_PHASES, PHASES, ThroughputMeter
+from vlmvqa.training.throughput import COMPILED_PHASES, PHASES, PhaseClock, ThroughputMeter
 
 KEYS = {"questions_per_second", "supervised_tokens_per_second", "padding", "peak_memory_gib", "mfu"}
 

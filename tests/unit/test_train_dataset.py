@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from tests import tiny
 from tests.unit.test_processor import ask, example, processor
 from tests.unit.test_processor import tokenizer as tokenizer  # a fixture
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.sequence.rows import Document
 
 COLORS = ("red", "blue", "dark red", "very dark red", "black")

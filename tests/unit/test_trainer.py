@@ -12,18 +12,16 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from tests import tiny
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
-from vlmvqa.training import checkpoints, optimizer_state
-from vlmvqa.training.console import parts_table
-from vlmvqa.training.log import read_log
+from vlmvqa.training import checkpoints, quantized_moments
+from vlmvqa.training.log import parts_table, read_log
 from vlmvqa.training.optimizer import GradientClipping
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
@@ -310,7 +308,7 @@ def test_8_bit_moments_survive_reading_and_writing(numbers: int) -> None:
         values = values if signed else values.abs()
         values[0] = -9.0 if signed else 9.0  # the extreme is negative: its code stands for -0.993
         codes, state = quantize_blockwise(values, code=qmap.clone(), blocksize=256)
-        dense = optimizer_state.dequantize(codes.flatten(), qmap, state.absmax, 256)
-        again, absmax = optimizer_state.quantize(dense, qmap, 256)
+        dense = quantized_moments.dequantize(codes.flatten(), qmap, state.absmax, 256)
+        again, absmax = quantized_moments.quantize(dense, qmap, 256)
         torch.testing.assert_close(absmax, state.absmax.flatten(), rtol=1e-6, atol=0)
         assert torch.equal(again, codes.flatten())

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Example, Question, count_questions
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"

@@ -19,7 +19,6 @@ from vlmvqa.config.schema import AnyModelSettings, DistSettings, TrainConfig
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
-from vlmvqa.training import callbacks
 from vlmvqa.training.optimizer import CLASSES, OPTIMIZERS, optimizer_for
 
 
@@ -203,6 +202,7 @@ RULES: Sequence[Rule] = (
 )
 # Rows of the extras: when they apply, and the module that holds them.
 EXTRAS: Sequence[tuple[Callable[[RunRequest], bool], str]] = (
+    (lambda r: r.trainer.get("report_to") not in (None, "none"), "vlmvqa.extras.loggers.tracking"),
     (lambda r: r.adapt is not None, "vlmvqa.extras.adapters.compatibility"),
     (lambda r: r.own is None, "vlmvqa.extras.pretrained.compatibility"),
 )
@@ -246,7 +246,6 @@ def refuse(asked: RunRequest) -> None:
 
 
 def _sentences(asked: RunRequest) -> Iterator[str]:
-    yield from callbacks.problems(asked.trainer.get("report_to"))
     extras = [importlib.import_module(module).RULES for applies, module in EXTRAS if applies(asked)]
     # An extra's message first: it names the setting of the extra, the core's may name a consequence of it.
     yield from (rule.message(asked) for rules in (*extras, RULES) for rule in rules if rule.when(asked))

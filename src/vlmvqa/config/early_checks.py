@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from vlmvqa.config.trainer_arguments import problems
+from vlmvqa.config.keys import problems
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import read_questions, refuse_missing, refuse_missing_model, refuse_no_root
 

@@ -21,8 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vlmvqa.config.early_checks import prepare_job
-from vlmvqa.config.keys import CONF, default_keys, flatten, refuse_flags, suggest_key
-from vlmvqa.config.trainer_arguments import argument_types
+from vlmvqa.config.keys import CONF, argument_types, default_keys, flatten, refuse_flags, suggest_key
 from vlmvqa.errors import InputError, suggest
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmvqa import ranks
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
+from vlmvqa.errors import BadRecords
 
 VERSION = 1  # of the entry format; entries of other versions are never read
 MAX_BYTES = 5 * 2**30  # of all entries; beyond, the least recently used are deleted (VQAv2's train split: 50 MB)

@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.data.tokenization import TokenTable
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 

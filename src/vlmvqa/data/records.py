@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 
 Id = TypeVar("Id", int, str)
 Kinds = Mapping[str, type | tuple[type, ...]]

@@ -11,15 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vlmvqa.config.compose import refuse_overrides
+from vlmvqa.config.compose import build_settings, refuse_overrides
 from vlmvqa.config.schema import MIXTURE, DataSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.cache import read_once
 from vlmvqa.data.example import Example, all_answered, count_questions
-from vlmvqa.errors import InputError, counted, suggest
+from vlmvqa.errors import BadRecords, InputError, counted, suggest
 from vlmvqa.metrics.registry import check_options, check_scorable
 from vlmvqa.paths import refuse_no_root
-from vlmvqa.settings import build_settings
 
 # Sources with a generator of the same name in `extras.synthetic`, for data.synthetic=true.
 GENERATORS = ("vqav2", "docvqa", "gqa", "coco_captions", "jsonl")

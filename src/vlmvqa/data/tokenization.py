@@ -19,7 +19,7 @@ from vlmvqa.data.cache import Cache, Columns, code_fingerprint, pack_strings, un
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 from vlmvqa.hub import OWN_CODE, hub_or_cache, unread
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 
 SPECIAL = ["<pad>", "<eos>", "<bos>"]  # ids 0, 1, 2 of a trained tokenizer
 CHUNK = 8192  # texts per call: keeps all threads busy, and the library's Encoding objects take little memory

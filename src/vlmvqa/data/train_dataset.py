@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.packing import Packing, Plan, split_questions
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import TokenTable
-from vlmvqa.errors import InputError, counted, suggest
+from vlmvqa.errors import BadRecords, InputError, counted, suggest
 from vlmvqa.sequence.rows import Document
 
 TARGETS = ("most_common", "sampled")

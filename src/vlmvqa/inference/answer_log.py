@@ -52,15 +52,15 @@ class Journal:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"\n{line}\n")  # starts on a new line, in case a kill cut the one before
 
+    @staticmethod
+    def batch_key(rows: Sequence[Example]) -> str:
+        """Return a hash of a batch: its images and questions, in order."""
+        return _digest([[repr(row.image_id), [[repr(q.id), q.prompt] for q in row.questions]] for row in rows])
+
     def remove(self) -> None:
         """Delete the log, once the results hold the answers."""
         for path in self.folder.glob("answers-*.jsonl"):
             path.unlink(missing_ok=True)
-
-
-def batch_key(rows: Sequence[Example]) -> str:
-    """Return a hash of a batch: its images and questions, in order."""
-    return _digest([[repr(row.image_id), [[repr(q.id), q.prompt] for q in row.questions]] for row in rows])
 
 
 def _digest(content: Any) -> str:

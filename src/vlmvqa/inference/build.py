@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from vlmvqa import fingerprint
+from vlmvqa.config.compose import build_settings
 from vlmvqa.config.schema import DataSettings, TrainConfig
 from vlmvqa.data.example import Example
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import prompts
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Predictor, load
-from vlmvqa.models import checkpoint, model_folder
+from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import DTYPES, GenerationSettings, Settings, cast_parameters
 from vlmvqa.sequence.masks import SHAREABLE
-from vlmvqa.settings import build_settings
 
 
 def model_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> Settings:
@@ -42,7 +42,7 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
             )
         if key.startswith("model.") and key != "model.dtype":
             raise InputError(f"{key} cannot be set here: the model of init_from is as it was saved; leave it out")
-    folder = model_folder.find(config.init_from).resolve()
+    folder = checkpoint.find(config.init_from).resolve()
     _, settings = checkpoint.read_settings(folder)
     settings = checkpoint.family(settings.family).continued_settings(settings, folder)
     if config.adapt is not None or "model.dtype" in config.given:  # frozen weights may be kept in fewer bytes
@@ -69,7 +69,7 @@ def build_predictor(
 def continue_from(config: TrainConfig) -> Predictor:
     """Load the model of `init_from`, with the data and decoding settings of this run."""
     assert config.init_from is not None
-    data, folder = config.data, model_folder.find(config.init_from)
+    data, folder = config.data, checkpoint.find(config.init_from)
     found = load(folder, "cpu")
     processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
     processor = processor.with_images(data.resize, data.reduced_decoding)

@@ -15,21 +15,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlmvqa import ranks
-from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.config.compose import build_settings
 from vlmvqa.data.example import Example, ImageSource, Question, count_questions
 from vlmvqa.data.packing import split_questions
 from vlmvqa.data.processor import EvalDataset, Processor
 from vlmvqa.data.tokenization import TokenTable
-from vlmvqa.errors import InputError
-from vlmvqa.inference.answer_log import Journal, batch_key
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import Generated, GenerationSettings, Model, Settings
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 from vlmvqa.sequence.rows import Document
-from vlmvqa.settings import build_settings
 
 if TYPE_CHECKING:
     from vlmvqa.extras.adapters.peft_adapters import Adapter
+    from vlmvqa.inference.answer_log import Journal
 
 ROW_TEXT_TOKENS = 512
 BARE = "{question}"  # the prompt of a model that was saved without one
@@ -202,7 +201,7 @@ class Predictor:
         if journal:
             # Rank 0 reads before any rank writes, so that all ranks have the same batches even if their disks differ.
             kept = ranks.broadcast_from_rank0(journal.read)
-            keys = [batch_key([rows[number] for number in batch]) for batch in batches]
+            keys = [journal.batch_key([rows[number] for number in batch]) for batch in batches]
             answers = {question: Answer(*answer) for key in keys for question, *answer in kept.get(key, ())}
             batches = [batch for batch, key in zip(batches, keys, strict=True) if key not in kept]
         mine = batches[ranks.rank() :: ranks.world_size()] if ranks.is_distributed() else batches
@@ -220,7 +219,9 @@ class Predictor:
                 group = [rows[number] for number in batch]
                 found = self._answer_batch(group, readable, columns)
                 if journal and len(found) == count_questions(group):  # an unreadable image is reported again on resume
-                    journal.add(batch_key(group), [[name, *dataclasses.astuple(one)] for name, one in found.items()])
+                    journal.add(
+                        journal.batch_key(group), [[name, *dataclasses.astuple(one)] for name, one in found.items()]
+                    )
                 answers |= found
                 done.update(count_questions(group))
         every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}

@@ -11,10 +11,9 @@ import torch
 from vlmvqa import ranks
 from vlmvqa.config.compose import refuse_overrides, to_yaml
 from vlmvqa.config.schema import DataSettings, DistSettings, EvalConfig, override_decoding
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered
 from vlmvqa.data.tasks import metric_options, read_examples, submission_name, training_answers
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.inference.evaluate import EvalSpec, evaluate
 from vlmvqa.inference.predictor import load
 from vlmvqa.inference.scoring import Output, ScoredTask, score_and_report, write_results

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import vlmvqa
 from vlmvqa import fingerprint, ranks
-from vlmvqa.code_state import code_state
 from vlmvqa.config.schema import DataSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.data.tasks import submission_writer
-from vlmvqa.errors import InputError, counted
+from vlmvqa.errors import BadRecords, InputError, counted
+from vlmvqa.fingerprint import code_state, versions
 from vlmvqa.inference.answer_log import Journal
 from vlmvqa.inference.evaluate import EvalSpec, evaluate, table
 from vlmvqa.inference.predictor import Answer, Predictor
-
-PACKAGES = ("torch", "transformers", "timm", "tokenizers", "pillow", "rapidfuzz", "pycocoevalcap")
 
 
 @dataclass(frozen=True)
@@ -162,12 +155,3 @@ def write_results(
         print(f"left out {len(metrics['skipped'])} bad records, listed in {bad_records.listing}")
     print(f"report: {folder / 'report.html'}" if output.report else f"results: {folder / 'metrics.json'}")
     return metrics
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that answer and score."""
-    found = {"vlmvqa": vlmvqa.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

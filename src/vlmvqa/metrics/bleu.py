@@ -13,8 +13,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from vlmvqa.errors import InputError
-from vlmvqa.metrics.checks import Id, check_answers
-from vlmvqa.metrics.interface import Answers, MeanScore, Metric, Score, mean_scorer, references_by_id
+from vlmvqa.metrics.registry import Answers, Id, MeanScore, Metric, Score, check_answers, mean_scorer, references_by_id
 
 if TYPE_CHECKING:
     from vlmvqa.data.example import Question

@@ -20,9 +20,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vlmvqa.metrics import java
-from vlmvqa.metrics.checks import Id, check_answers, check_option
-from vlmvqa.metrics.interface import Answers, Metric, Score, references_by_id
 from vlmvqa.metrics.ptb_tokenizer import tokenize
+from vlmvqa.metrics.registry import Answers, Id, Metric, Score, check_answers, check_option, references_by_id
 
 if TYPE_CHECKING:
     from vlmvqa.data.example import Question

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmvqa.errors import InputError
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, when_offline
-from vlmvqa.metrics.checks import Id, check_ids, check_text
-from vlmvqa.metrics.interface import Answers, MeanScore, Metric, Score, percent
+from vlmvqa.metrics.registry import Answers, Id, MeanScore, Metric, Score, check_ids, check_text, percent
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, so they are imported when an image is scored
     import torch
@@ -76,7 +75,7 @@ class _Clip:
     def __init__(self, name: str, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPProcessor
 
-        from vlmvqa.progress import loading_bar
+        from vlmvqa.ranks import loading_bar
 
         try:
             with hub_or_cache(name), loading_bar():

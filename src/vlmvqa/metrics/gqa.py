@@ -15,8 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vlmvqa.errors import InputError
-from vlmvqa.metrics.checks import check_ids, check_option, check_text, first_ids
-from vlmvqa.metrics.interface import Answers, Metric, Score
+from vlmvqa.metrics.registry import Answers, Metric, Score, check_ids, check_option, check_text, first_ids
 from vlmvqa.metrics.vqa import normalize_answer
 
 if TYPE_CHECKING:

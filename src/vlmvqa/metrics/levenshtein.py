@@ -11,8 +11,7 @@ from functools import partial
 from statistics import fmean
 
 from vlmvqa.errors import InputError
-from vlmvqa.metrics.checks import Id, check_answers
-from vlmvqa.metrics.interface import MeanScore, Metric, mean_scorer
+from vlmvqa.metrics.registry import Id, MeanScore, Metric, check_answers, mean_scorer
 
 
 class Anls(MeanScore):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from vlmvqa.metrics.checks import Id, check_answers
-from vlmvqa.metrics.interface import MeanScore, Metric, mean_scorer
+from vlmvqa.metrics.registry import Id, MeanScore, Metric, check_answers, mean_scorer
 
 TOLERANCE = 0.05
 

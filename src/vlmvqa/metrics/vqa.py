@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from vlmvqa.metrics.checks import Id, check_answers, check_ids, check_option
-from vlmvqa.metrics.interface import Answers, Metric, Score, references_by_id
+from vlmvqa.metrics.registry import Answers, Id, Metric, Score, check_answers, check_ids, check_option, references_by_id
 
 if TYPE_CHECKING:
     from vlmvqa.data.example import Question

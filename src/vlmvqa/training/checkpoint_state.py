@@ -14,17 +14,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vlmvqa import ranks
-from vlmvqa.training.interface import TrainerInterface
+from vlmvqa.config.schema import DistSettings
+from vlmvqa.models.interface import Model
+from vlmvqa.training.full_state import FullState
+from vlmvqa.training.optimizer import GradientClipping
 
 WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 
@@ -122,3 +127,46 @@ def _load_schedule(trainer: TrainerInterface, folder: Path) -> None:
     schedule._last_lr = rates
     for group, rate in zip(trainer.plain_optimizer().param_groups, rates, strict=True):
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else float(rate)
+
+
+class TrainerInterface(Protocol):
+    """A trainer whose model and optimizer are built, wrapped and ready for a step.
+
+    Attributes:
+        vlm: the model without wrappers; `model_wrapped` is DDP's module or the DeepSpeed engine.
+        dtype: the dtype that the weights were built in.
+        saved_dtypes: dtype by name of the weights that a checkpoint contains.
+        base_fingerprint: fingerprint of the base model that adapters are trained on; None without adapters.
+        describe: writes config.json and the tokenizer into a checkpoint's folder.
+    """
+
+    vlm: Model
+    args: TrainingArguments
+    dist: DistSettings
+    dtype: torch.dtype
+    full_state: FullState
+    clipping: GradientClipping
+    saved_dtypes: Mapping[str, torch.dtype]
+    base_fingerprint: str | None
+    describe: Callable[[Path], None] | None
+    # transformers.Trainer's own attributes and methods, which it types loosely or not at all.
+    accelerator: Any
+    model_wrapped: Any
+    lr_scheduler: Any
+    state: Any
+    control: Any
+
+    @property
+    def global_batch(self) -> int:
+        """Number of rows per optimizer step, over all ranks."""
+
+    @property
+    def engine(self) -> Any:
+        """The DeepSpeed engine that wraps the model."""
+
+    def plain_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer without wrappers."""
+
+    def _save_rng_state(self, output_dir: str) -> None: ...
+    def _save_scaler(self, output_dir: str) -> None: ...
+    def _load_scaler(self, checkpoint: str) -> None: ...

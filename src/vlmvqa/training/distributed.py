@@ -17,22 +17,18 @@ import socket
 import time
 import uuid
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType, PartialState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from vlmvqa.config.launcher import ACCELERATES, LAUNCH
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError, counted
 from vlmvqa.models.interface import Model
+from vlmvqa.ranks import ACCELERATES, LAUNCH
 
 
 def start(settings: DistSettings, cpu: bool) -> None:
@@ -72,27 +68,9 @@ def start(settings: DistSettings, cpu: bool) -> None:
     for name in [name for name in os.environ if name.startswith(ACCELERATES)]:
         del os.environ[name]  # config/launcher.py has read them; accelerate would wrap the model a second time
     if settings.is_zero:
-        _silence_deepspeed()
+        from vlmvqa.training import zero
 
-
-def correct_deepspeed() -> None:
-    """Correct errors of accelerate's DeepSpeed integration; call this once there are TrainingArguments.
-
-    Without a GPU they ignore DeepSpeed under use_cpu, and without use_cpu they count one process, so that every rank
-    would train on the same data. Under ZeRO-3, every transformers model that is built afterwards would be partitioned,
-    including unsharded copies for evaluation.
-    """
-    PartialState().distributed_type = DistributedType.DEEPSPEED
-    unset_hf_deepspeed_config()
-
-
-def _silence_deepspeed() -> None:
-    import deepspeed
-
-    # It warns about its own defaults and about values that accelerate sets; runtime_checks.py checks what runs.
-    deepspeed.utils.logger.setLevel("ERROR")
-    # Shared-memory collectives for CPUs would be compiled first; gloo works without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        zero.silence()
 
 
 def rendezvous(rank: int, world: int, timeout: timedelta) -> dist.Store:
@@ -153,36 +131,6 @@ def shard(model: Model, device: torch.device, dtype: torch.dtype | None, offload
     fully_shard(model, mesh=mesh, mp_policy=root_precision, offload_policy=offload_policy)
     # The root's parameters are used at the start and the end of the forward pass, so they stay gathered in between.
     model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
-
-
-def deepspeed_config(settings: DistSettings) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; transformers fills in "auto" from the TrainingArguments."""
-    zero: dict[str, Any] = {"stage": settings.stage, "overlap_comm": torch.cuda.is_available()}
-    if settings.offload:
-        place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        zero |= {"offload_param": place, "offload_optimizer": place}
-    config = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto"},
-        "zero_optimization": zero,
-        # Our own optimizer, with a learning rate per part. When offloaded, torch's AdamW instead of DeepSpeed's CPU
-        # Adam, which would need a compiler.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
-    return _merged(config, settings.options)
-
-
-def _merged(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge overrides into nested dictionaries, in place."""
-    for key, value in overrides.items():
-        nested = isinstance(value, Mapping) and isinstance(config.get(key), dict)
-        config[key] = _merged(config[key], value) if nested else value
-    return config
 
 
 def _free_port() -> int:

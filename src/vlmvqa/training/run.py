@@ -17,28 +17,22 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from vlmvqa import ranks
-from vlmvqa.code_state import code_state
 from vlmvqa.config import compatibility
-from vlmvqa.config.compose import to_dict, to_yaml
-from vlmvqa.config.schema import DistSettings, TrainConfig
-from vlmvqa.data.bad_records import BadRecords
+from vlmvqa.config.compose import to_yaml
+from vlmvqa.config.schema import MIXTURE, DistSettings, TrainConfig
 from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.inference.build import build_predictor, continue_from, with_saved_model
-from vlmvqa.inference.evaluate import EvalSpec
 from vlmvqa.inference.predictor import Predictor, load
-from vlmvqa.inference.scoring import Output, ScoredTask, score_and_report
 from vlmvqa.metrics.registry import score
+from vlmvqa.models.checkpoint import BASE, CONFIG
 from vlmvqa.models.interface import Model, set_trainable
-from vlmvqa.models.model_folder import BASE, CONFIG
-from vlmvqa.training import distributed, samples
-from vlmvqa.training.arguments import training_arguments
-from vlmvqa.training.callbacks import RunInfo, Tracking, chosen
+from vlmvqa.training import distributed
 from vlmvqa.training.checkpoint_state import WEIGHTS, full_weights, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
-from vlmvqa.training.console import parts_table, rounded
-from vlmvqa.training.log import truncate
+from vlmvqa.training.log import SAMPLES, parts_table, rounded, truncate
+from vlmvqa.training.optimizer import optimizer_for
 from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_other_base, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
@@ -53,7 +47,7 @@ class Session:
         arguments: transformers' TrainingArguments.
         tasks: the training and evaluation data.
         bad_records: policy and list of unusable records.
-        tracking: the loggers.
+        tracking: the loggers and sample answers (`extras/loggers`); None if the config asks for neither.
     """
 
     config: TrainConfig
@@ -61,7 +55,7 @@ class Session:
     arguments: TrainingArguments
     tasks: list[Task]
     bad_records: BadRecords
-    tracking: Tracking
+    tracking: Any
 
     @property
     def folder(self) -> Path:
@@ -74,7 +68,8 @@ def train(config: TrainConfig) -> bool:
     session = prepare(config)
     stopped_by = fit(session)
     if stopped_by:
-        session.tracking.finish()
+        if session.tracking is not None:
+            session.tracking.finish()
         by = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by
         ranks.print_on_rank0(f"stopped by {by}, saved in {session.folder / 'latest'}; resume with resume=auto")
         if stopped_by == "SIGINT" and not ranks.is_distributed():  # a launcher would report a failed rank
@@ -102,8 +97,57 @@ def prepare(config: TrainConfig) -> Session:
     arguments = training_arguments(config, dist)
     if not any(task.answered for task in tasks):
         arguments.metric_for_best_model = None
-    tracking = Tracking(chosen(config.trainer["report_to"])[0])
+    tracking = None
+    if config.log_samples or config.trainer["report_to"] not in (None, "none"):
+        from vlmvqa.extras.loggers.tracking import Tracking
+
+        tracking = Tracking(config)
     return Session(config, dist, arguments, tasks, bad_records, tracking)
+
+
+def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArguments:
+    """Return the arguments: the `trainer` group, and the run's folder, seed and strategy.
+
+    Raises:
+        InputError: transformers rejects a value.
+    """
+    values = dict(config.trainer)
+    values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
+    if values.get("report_to") in (None, "none"):
+        values["report_to"] = "none"
+    else:
+        from vlmvqa.extras.loggers.tracking import chosen
+
+        values["report_to"] = chosen(values["report_to"])[1] or "none"  # the Trainer does not know our loggers
+    # A progress bar would fill a log file with its updates; log lines take its place.
+    values["disable_tqdm"] = bool(values.get("disable_tqdm")) or not sys.stderr.isatty()
+    defaults: dict[str, Any] = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),  # without a GPU, ranks over gloo
+        "ddp_find_unused_parameters": False,
+        "metric_for_best_model": "mean" if config.data.source == MIXTURE else config.data.metric,
+        "greater_is_better": True,
+    }
+    if dist.is_zero:
+        from vlmvqa.training import zero
+
+        defaults["deepspeed"] = zero.deepspeed_config(dist)
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(config.run.folder),
+            seed=config.seed,
+            remove_unused_columns=False,
+            logging_nan_inf_filter=False,  # a NaN is an error here, not smoothed away
+            ddp_timeout=int(60 * dist.timeout_minutes),
+            **{**defaults, **values},
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+    if dist.is_zero:
+        zero.correct_deepspeed()
+    # One process drives one GPU: the Trainer's DataParallel would split a batch's rows from their images.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 # ---- training
@@ -118,17 +162,9 @@ def fit(session: Session) -> str | None:
     if session.dist.strategy == "fsdp":
         compute_dtype = torch.bfloat16 if arguments.bf16 else None
         distributed.shard(predictor.model, arguments.device, compute_dtype, session.dist.offload)
-    shown = [
-        samples.SampledQuestions.choose(task.evaluated, config.log_samples, config.seed, task.name)
-        for task in session.tasks
-    ]
 
     def evaluate(model: Model) -> dict[str, float]:
-        numbers, seen = score_now(session, replace(predictor, model=model), shown)
-        if ranks.is_first() and seen:
-            samples.write(folder, seen, trainer.state.global_step)
-            session.tracking.samples(seen, trainer.state.global_step)
-        return numbers
+        return score_now(session, replace(predictor, model=model), trainer.state.global_step)
 
     trainer = VqaTrainer(
         predictor.model,
@@ -150,7 +186,8 @@ def fit(session: Session) -> str | None:
     checkpoint, messages = ranks.broadcast_from_rank0(
         lambda: open_run(folder, config, trainer.global_batch, ranks.world_size())
     )
-    trainer.add_callback(session.tracking)
+    if session.tracking is not None:
+        trainer.add_callback(session.tracking)
     ranks.broadcast_from_rank0(lambda: _open_logs(session, checkpoint))
     if predictor.adapter is not None:
         if unsaved_base is not None:
@@ -233,13 +270,12 @@ def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequenc
 
 def _open_logs(session: Session, checkpoint: Path | None) -> None:
     """Open the loggers, record this start, and drop the samples of steps that are repeated."""
-    config, folder = session.config, session.folder
-    step = step_of(checkpoint) if checkpoint else 0
-    run = RunInfo(folder, str(config.run.name), to_dict(config), to_yaml(config), str(code_state()), step)
-    session.tracking.start(run)
+    folder, step = session.folder, step_of(checkpoint) if checkpoint else 0
+    if session.tracking is not None:
+        session.tracking.start(step)
     record_start(folder, step)
-    if (folder / samples.FILE).exists():
-        truncate(folder / samples.FILE, step)
+    if (folder / SAMPLES).exists():
+        truncate(folder / SAMPLES, step)
 
 
 def save_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> None:
@@ -262,22 +298,12 @@ def save_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> None:
 # ---- evaluation
 
 
-def score_now(
-    session: Session, predictor: Predictor, shown: Sequence[samples.SampledQuestions]
-) -> tuple[dict[str, float], list[samples.Sample]]:
-    """Score each task during training.
-
-    Args:
-        shown: for each task, the questions whose answers are logged.
-
-    Returns:
-        each task's score, the mean of several, and the speed; and the answers to log.
-    """
-    arguments = session.arguments
+def score_now(session: Session, predictor: Predictor, step: int) -> dict[str, float]:
+    """Score each task during training; return each score, the mean of several, and the speed."""
+    arguments, tracking = session.arguments, session.tracking
     found: dict[str, float] = {}
-    seen: list[samples.Sample] = []
     answered, began = 0, time.perf_counter()
-    for task, selected in zip(session.tasks, shown, strict=True):
+    for task in session.tasks:
         if not task.answered:
             continue
         answers = predictor.answer_examples(
@@ -292,17 +318,22 @@ def score_now(
         scored = score(task.evaluated, texts, task.data.metric, **task.metric_options)
         if scored.overall is not None:
             found[f"{task.prefix}{task.data.metric}"] = scored.overall
-        if ranks.is_first():
-            seen += selected.samples(answers, scored.per_question, session.tracking.shows_samples)
+        if ranks.is_first() and tracking is not None:
+            tracking.sample(task, answers, scored.per_question)
+    if ranks.is_first() and tracking is not None:
+        tracking.log_samples(step)
     if len(session.tasks) > 1 and found:
         found["mean"] = sum(found.values()) / len(found)
     if answered:
         found["questions_per_second"] = rounded(answered / (time.perf_counter() - began))
-    return found, seen
+    return found
 
 
 def score_tasks(session: Session) -> list[dict[str, Any]]:
     """Score the saved model on each task and write the results; return the content of each `metrics.json`."""
+    from vlmvqa.inference.evaluate import EvalSpec
+    from vlmvqa.inference.scoring import Output, ScoredTask, score_and_report
+
     config, arguments = session.config, session.arguments
     gc.collect()  # the trained model is freed before the saved one is loaded
     torch.cuda.empty_cache()
@@ -340,13 +371,14 @@ def publish(session: Session, metrics: Sequence[dict[str, Any]]) -> None:
     from vlmvqa.extras.report.model_card import write_card
 
     config, model = session.config, session.folder / "model"
-    session.tracking.finish(
-        {
-            f"{task.name or one['data']}_{name}": values["overall"]
-            for task, one in zip(session.tasks, metrics, strict=True)
-            for name, values in one["metrics"].items()
-        }
-    )
+    if session.tracking is not None:
+        session.tracking.finish(
+            {
+                f"{task.name or one['data']}_{name}": values["overall"]
+                for task, one in zip(session.tasks, metrics, strict=True)
+                for name, values in one["metrics"].items()
+            }
+        )
     write_card(model, config.hub_id or config.run.dir, metrics, to_yaml(config))
     print(f"model:  {model}")
     if config.hub_id:

@@ -18,17 +18,15 @@ import torch
 import yaml
 
 from vlmvqa import ranks
-from vlmvqa.code_state import code_state
 from vlmvqa.config.compose import to_dict, to_yaml
-from vlmvqa.config.launcher import LAUNCH
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError, counted
-from vlmvqa.inference.scoring import versions
-from vlmvqa.training.callbacks import run_ids
+from vlmvqa.fingerprint import code_state, versions
+from vlmvqa.ranks import LAUNCH
 from vlmvqa.training.checkpoint_state import progress, total_steps
 from vlmvqa.training.checkpoints import LATEST, newest_intact, point, remove_incomplete
-from vlmvqa.training.samples import FILE as SAMPLES
+from vlmvqa.training.log import SAMPLES
 
 if TYPE_CHECKING:
     from vlmvqa.extras.adapters.peft_adapters import Adapter
@@ -112,7 +110,8 @@ def open_run(folder: Path, config: TrainConfig, global_batch: int, world: int) -
     if LAUNCH in os.environ:
         (folder / STARTED).write_text(os.environ[LAUNCH])
     if not resumed:
-        for left in (folder / "skipped.jsonl", folder / SAMPLES, folder / RUN, *run_ids(folder)):
+        loggers = folder.glob(".*_run")  # their run ids
+        for left in (folder / "skipped.jsonl", folder / SAMPLES, folder / RUN, *loggers):
             left.unlink(missing_ok=True)  # by a run that ended before its first step
     messages = [
         f"{unfinished} is incomplete (writing it was interrupted) and was removed"

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, counted
+from vlmvqa.training.checkpoint_state import TrainerInterface
 from vlmvqa.training.full_state import num_elements
-from vlmvqa.training.interface import TrainerInterface
 from vlmvqa.training.optimizer import CLASSES
 
 

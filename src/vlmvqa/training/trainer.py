@@ -29,7 +29,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmvqa import ranks
 from vlmvqa.config.schema import DistSettings
@@ -39,10 +38,9 @@ from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import Model, Settings, cast_parameters
 from vlmvqa.training import checkpoint_state, checkpoints, optimizer, runtime_checks
-from vlmvqa.training.callbacks import LogFile
-from vlmvqa.training.console import replace_progress_callbacks
-from vlmvqa.training.full_state import FullState, ZeroFullState
+from vlmvqa.training.full_state import FullState
 from vlmvqa.training.interrupt import BATCH_SYSTEM_SIGNALS, StopHandler, blocked_signals
+from vlmvqa.training.log import LogFile, replace_progress_callbacks
 from vlmvqa.training.throughput import ThroughputMeter
 
 if TYPE_CHECKING:
@@ -138,9 +136,9 @@ class VqaTrainer(Trainer):
             if isinstance(group["lr"], Tensor) and group["params"]:
                 group["lr"] = group["lr"].to(group["params"][0].device)
         if self.dist.is_zero:
-            unset_hf_deepspeed_config()  # accelerate has set it again (`distributed.correct_deepspeed`)
-            self.full_state: FullState = ZeroFullState(self.vlm, self.engine, self.frozen)
-            self._clip_under_deepspeed()
+            from vlmvqa.training import zero
+
+            self.full_state: FullState = zero.prepare(self)
         else:
             self.full_state = FullState(self.vlm, self.plain_optimizer())
         if resume_from_checkpoint is not None:
@@ -233,33 +231,16 @@ class VqaTrainer(Trainer):
         gradients = [p.grad for p in self.vlm.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        limit = self.clipping.limit(self._finite(norm))
+        limit = self.clipping.limit(self.finite(norm))
         if limit < float("inf"):
             clip_grads_with_norm_(self.vlm.parameters(), limit, norm.to(gradients[0].device))
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        return self._finite(self._clip_grad_norm(model) if grad_norm is None else grad_norm)
+        return self.finite(self._clip_grad_norm(model) if grad_norm is None else grad_norm)
 
-    def _clip_under_deepspeed(self) -> None:
-        """Set DeepSpeed's clipping bound inside its step, where it first knows the norm.
-
-        DeepSpeed clips one partition after the other; the first of a step sets the bound.
-        """
-        zero, clip = self.engine.optimizer, self.engine.optimizer.unscale_and_clip_grads
-        limited_step: int | None = None
-
-        def unscale_and_clip_grads(partition: Any, total_norm: Any) -> Any:
-            nonlocal limited_step
-            if limited_step != self.state.global_step:
-                limited_step = self.state.global_step
-                limit = self.clipping.limit(self._finite(total_norm / zero.loss_scale))
-                zero.clip_grad = 0.0 if limit == float("inf") else limit
-            return clip(partition, total_norm)
-
-        zero.unscale_and_clip_grads = unscale_and_clip_grads
-
-    def _finite(self, norm: Any) -> float:
+    def finite(self, norm: Any) -> float:
+        """Return a gradient norm as a number; stop the run if it isn't finite."""
         norm = float(norm)
         if not math.isfinite(norm) and not self.args.fp16:  # the fp16 scaler skips such steps
             raise self._diverged(f"the gradient norm is {norm}")

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmvqa.data import submissions
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import find_problem, group_by_image, list_under, load_json, refuse_missing, unique_records
 from vlmvqa.data.splits import Slice, parse_split
-from vlmvqa.errors import InputError, suggest
+from vlmvqa.errors import BadRecords, InputError, suggest
 
 HAS_QUESTIONS = False  # the prompt has no `{question}`
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmvqa.data import submissions
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
     PromptTemplate,
@@ -27,6 +26,7 @@ from vlmvqa.data.records import (
     unique_records,
 )
 from vlmvqa.data.splits import Slice, parse_split
+from vlmvqa.errors import BadRecords
 
 # split: (file, has answers)
 SPLITS = {

@@ -19,11 +19,10 @@ from sys import intern
 from typing import Any, NamedTuple
 
 from vlmvqa.data import submissions
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import PromptTemplate, find_question_problem, group_by_image, load_json, refuse_missing
 from vlmvqa.data.splits import parse_split
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 
 # split: its part of the file name; the balanced questions are the benchmark
 SPLITS = {

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from vlmvqa.data import submissions
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
     PromptTemplate,
@@ -27,7 +26,7 @@ from vlmvqa.data.records import (
     unreadable,
 )
 from vlmvqa.data.splits import Slice, parse_split
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 
 SINGLE = "all"  # the split of a single file
 LINE = '{"image": "images/1.jpg", "question": "What is it?", "answers": ["a cat"]}'

@@ -16,7 +16,6 @@ from sys import intern
 from typing import Any
 
 from vlmvqa.data import submissions
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
     PromptTemplate,
@@ -29,6 +28,7 @@ from vlmvqa.data.records import (
     unique_records,
 )
 from vlmvqa.data.splits import Slice, parse_split
+from vlmvqa.errors import BadRecords
 
 # split: (name in the file names, folder of the images, has annotations)
 SPLITS = {

@@ -14,7 +14,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import Adapter, AdapterSettings
 from vlmvqa.inference.predictor import Predictor
-from vlmvqa.models import model_folder
+from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import PARTS
 
 
@@ -31,7 +31,7 @@ def attach_adapters(config: TrainConfig, predictor: Predictor, device: torch.dev
     if predictor.started_from is not None:
         base, known = predictor.started_from["model"], predictor.started_from["weights"]
     else:  # random, or built from parts: no folder holds it yet
-        base, known = f"../{model_folder.BASE}", ""
+        base, known = f"../{checkpoint.BASE}", ""
         unsaved = Base(predictor)
     predictor.adapter = Adapter(settings, base, known)
     paths = peft_adapters.prepare(predictor.model, config.trainable, settings, device)

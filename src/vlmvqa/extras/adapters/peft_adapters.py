@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vlmvqa.config.compose import build_settings
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.checkpoint import WEIGHTS as MODEL_WEIGHTS
 from vlmvqa.models.interface import Model, set_trainable_parts
-from vlmvqa.models.model_folder import WEIGHTS as MODEL_WEIGHTS
-from vlmvqa.settings import build_settings
 
 METHODS = ("lora", "dora")
 NAME = "default"  # peft's name of the only adapter

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, count_questions
 from vlmvqa.data.images import decode
-from vlmvqa.errors import InputError
-from vlmvqa.progress import bar
+from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.ranks import bar
 
 Read = Callable[[str, BadRecords], Sequence[Example]]
 THREADS = 8

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vlmvqa.errors import InputError
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 
 CHUNK = 2**20  # bytes
 TIMEOUT = 60  # seconds without data

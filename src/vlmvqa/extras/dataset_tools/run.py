@@ -12,11 +12,10 @@ import torch
 
 from vlmvqa import ranks
 from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import packing_key, read_examples
-from vlmvqa.errors import InputError, counted
+from vlmvqa.errors import BadRecords, InputError, counted
 from vlmvqa.extras.dataset_tools.check import Published, check, table
 from vlmvqa.extras.dataset_tools.download import Archive, prepare
 from vlmvqa.extras.feature_cache.forecast import forecast

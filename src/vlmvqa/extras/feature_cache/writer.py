@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.feature_cache.image_batches import ImageBatch, load_batches
 from vlmvqa.extras.feature_cache.store import (
     FORMAT,
@@ -36,7 +35,7 @@ from vlmvqa.extras.feature_cache.store import (
     sample_checksums,
     shard_path,
 )
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 
 if TYPE_CHECKING:
     from vlmvqa.models.vision import VisionEncoder

@@ -15,13 +15,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import PromptTemplate, most_common, refuse_empty
 from vlmvqa.data.splits import Slice
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.hub.parquet import MAX_ROWS, Table, open_split, selected_rows
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 
 ImageId = int | str
 

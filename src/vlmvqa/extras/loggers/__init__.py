@@ -1,4 +1,4 @@
-"""Experiment loggers, chosen by `logger=`; `training/callbacks.py` imports them by name.
+"""Experiment loggers, chosen by `logger=`; `tracking.py` imports them by name.
 
 All write below the run's folder unless configured otherwise, and a resumed run continues in the same place. TensorBoard
 and the CSV table then drop the steps after the checkpoint; Weights & Biases and MLflow cannot, so these steps appear

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vlmvqa.data.submissions import replace_file
-from vlmvqa.training.callbacks import Logger, RunInfo
+from vlmvqa.extras.loggers.tracking import Logger, RunInfo
 
 
 class CsvTable(Logger):

@@ -13,8 +13,8 @@ from typing import Any
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.loggers import PROJECT
-from vlmvqa.training.callbacks import RUN_ID_FILES, Logger, RunInfo
-from vlmvqa.training.samples import Sample
+from vlmvqa.extras.loggers.samples import Sample
+from vlmvqa.extras.loggers.tracking import RUN_ID_FILES, Logger, RunInfo
 
 # MLflow reads these when it is imported: allow the file store, disable telemetry.
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from vlmvqa.training.callbacks import Logger, RunInfo
-from vlmvqa.training.samples import Sample
+from vlmvqa.extras.loggers.samples import Sample
+from vlmvqa.extras.loggers.tracking import Logger, RunInfo
 
 
 class TensorBoard(Logger):

@@ -9,8 +9,8 @@ import wandb
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.loggers import PROJECT
-from vlmvqa.training.callbacks import RUN_ID_FILES, Logger, RunInfo
-from vlmvqa.training.samples import Sample
+from vlmvqa.extras.loggers.samples import Sample
+from vlmvqa.extras.loggers.tracking import RUN_ID_FILES, Logger, RunInfo
 
 
 class WeightsAndBiases(Logger):

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlmvqa.errors import InputError
-from vlmvqa.models import model_folder
+from vlmvqa.models import checkpoint
 
 CHUNK_SIZE = 1 << 20  # elements in memory at a time: 4 MB in float32, which fits the processor's cache
-INDEX = model_folder.WEIGHTS + ".index.json"  # index of sharded weights, as written by transformers
+INDEX = checkpoint.WEIGHTS + ".index.json"  # index of sharded weights, as written by transformers
 # safetensors' names of dtypes. Other dtypes are of quantized weights or not of weights.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOATS, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "BOOL": torch.bool}
@@ -119,12 +119,12 @@ def read_rows(path: Path, key: str, rows: slice = slice(None), sliced: bool = Tr
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / model_folder.WEIGHTS).is_file():
-        return [folder / model_folder.WEIGHTS]
+    if (folder / checkpoint.WEIGHTS).is_file():
+        return [folder / checkpoint.WEIGHTS]
     if (folder / INDEX).is_file():
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         return [folder / name for name in dict.fromkeys(weight_map.values())]
-    raise InputError(f"{folder} contains neither {model_folder.WEIGHTS} nor {INDEX}; name the folder of a saved model")
+    raise InputError(f"{folder} contains neither {checkpoint.WEIGHTS} nor {INDEX}; name the folder of a saved model")
 
 
 def write(path: Path, entries: Mapping[str, Entry], chunks: Iterable[tuple[str, Tensor]]) -> None:

@@ -23,10 +23,10 @@ from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.extras.merging.statistics import MergeStatistics
 from vlmvqa.extras.merging.tensor_names import TensorNames
 from vlmvqa.extras.pretrained.hf_processor import load_processor
-from vlmvqa.models import model_folder
+from vlmvqa.models import checkpoint
 from vlmvqa.models.checkpoint import read_config
 from vlmvqa.models.interface import DTYPES
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 
 CARD = "README.md"  # the base's model card, whose scores aren't those of the merged model
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
@@ -78,11 +78,11 @@ class Merge:
         if settings.method == "ties" and settings.trim == "model":
             self.thresholds = self._thresholds([name for name, entry in entries.items() if entry.dtype in FLOATS])
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / model_folder.CONFIG).unlink(missing_ok=True)
+        (folder / checkpoint.CONFIG).unlink(missing_ok=True)
         total = sum(entry.numel for entry in entries.values())
         with bar(doing="merging", unit="entries", total=total, unit_scale=True) as progress:
             by_key = {entry.key: entry for entry in entries.values()}
-            files.write(folder / model_folder.WEIGHTS, by_key, self._all_chunks(progress))
+            files.write(folder / checkpoint.WEIGHTS, by_key, self._all_chunks(progress))
         self._copy_other_files(folder)
 
     @property
@@ -124,7 +124,7 @@ class Merge:
 
     def _copy_other_files(self, folder: Path) -> None:
         """Copy the base's other files, then write `config.json`: a folder with `config.json` is complete."""
-        skipped = {model_folder.CONFIG, files.INDEX, CARD, *(entry.file.name for entry in self.base.entries.values())}
+        skipped = {checkpoint.CONFIG, files.INDEX, CARD, *(entry.file.name for entry in self.base.entries.values())}
         if self.names.model is not None:
             skipped.update(PROCESSOR)
         for path in self.base.folder.iterdir():
@@ -134,9 +134,9 @@ class Merge:
                 shutil.copy2(path, folder)
         if self.names.model is not None:  # training may have changed the processor's settings
             load_processor(str(self.models[0].folder)).save_pretrained(folder)
-        partial = folder / (model_folder.CONFIG + ".partial")
+        partial = folder / (checkpoint.CONFIG + ".partial")
         partial.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / model_folder.CONFIG)
+        partial.replace(folder / checkpoint.CONFIG)
 
     def _all_chunks(self, progress: Any) -> Iterator[tuple[str, Tensor]]:
         for name, entry in self.base.entries.items():

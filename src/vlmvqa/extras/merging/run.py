@@ -12,21 +12,19 @@ from typing import Any
 import yaml
 
 from vlmvqa import __version__
-from vlmvqa.config.compose import refuse_overrides
+from vlmvqa.config.compose import build_settings, refuse_overrides
 from vlmvqa.config.schema import DataSettings, RunSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, all_answered, count_questions
 from vlmvqa.data.submissions import replace_file
 from vlmvqa.data.tasks import data_settings, metric_options, read_examples
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.merging.logit_diff import answer_logits, logit_diff, split_questions
 from vlmvqa.extras.merging.merge import Merge
 from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.extras.merging.validation import adapter_settings, own_config
 from vlmvqa.inference.predictor import load
 from vlmvqa.metrics.registry import check_scorable, metric, score
-from vlmvqa.models import model_folder
-from vlmvqa.settings import build_settings
+from vlmvqa.models import checkpoint
 
 COMPARED = 16  # questions that an adapter over its base and the merged model are compared on
 
@@ -117,12 +115,12 @@ INTO = {
 
 def _merge(config: MergeConfig) -> Merge:
     """Return the merge of the config's models, checked to fit together."""
-    base = None if config.base is None else model_folder.find(config.base)
+    base = None if config.base is None else checkpoint.find(config.base)
     if config.adapter is None:
-        return Merge(base, [model_folder.find(folder) for folder in config.models], config.settings, config.into)
+        return Merge(base, [checkpoint.find(folder) for folder in config.models], config.settings, config.into)
     keys = [one.name for one in fields(MergeSettings)]
     refuse_overrides(config.given, "for several models, and adapter= is one; give models=[...] for it", "models", *keys)
-    adapter = model_folder.find(config.adapter)
+    adapter = checkpoint.find(config.adapter)
     if adapter_settings(adapter) is None:
         raise InputError(
             f"adapter={config.adapter} is a complete model, not an adapter; name the run of an adapter, or "

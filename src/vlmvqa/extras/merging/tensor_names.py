@@ -18,7 +18,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.pretrained import family
 from vlmvqa.extras.pretrained.model import PretrainedVLM, build_pretrained, pretrained_config
-from vlmvqa.models import checkpoint, model_folder, vlm_family
+from vlmvqa.models import build, checkpoint
 from vlmvqa.models.interface import Model
 
 
@@ -37,7 +37,7 @@ class TensorNames:
     @classmethod
     def read(cls, folder: Path) -> TensorNames:
         """Read the names of a saved model from its config."""
-        path = folder / model_folder.CONFIG
+        path = folder / checkpoint.CONFIG
         if (
             path.exists()
             and checkpoint.read_config(folder).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -92,7 +92,7 @@ class TensorNames:
         """Return the names of the weights that adapters over 4 bits quantize."""
         model: Model | None = self.model
         if model is None:  # a `VLM`
-            config, settings = vlm_family.saved_settings(self.folder, checkpoint.read_config(self.folder))
+            config, settings = build.saved_settings(self.folder, checkpoint.read_config(self.folder))
             with torch.device("meta"):
-                model = vlm_family.uninitialized(settings, config)
+                model = build.uninitialized(settings, config)
         return {f"{name}.weight" for name in peft_adapters.packable(model)}

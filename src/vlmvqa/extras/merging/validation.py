@@ -10,14 +10,14 @@ import torch
 from transformers import AutoConfig
 
 from vlmvqa import fingerprint
+from vlmvqa.config.compose import build_settings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.merging.files import DTYPES, FLOATS, Weights
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.hub import OWN_CODE
-from vlmvqa.models import interface, model_folder
+from vlmvqa.models import checkpoint, interface
 from vlmvqa.models.checkpoint import OURS, base_of, read_config
-from vlmvqa.settings import build_settings
 
 # Keys of a transformers config that don't change what the model computes.
 IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache", OURS)
@@ -39,7 +39,7 @@ def adapter_settings(folder: Path) -> AdapterSettings | None:
     if "adapter" not in config:
         return None
     return build_settings(
-        AdapterSettings, config["adapter"]["settings"], f"{folder / model_folder.CONFIG}: adapter.settings"
+        AdapterSettings, config["adapter"]["settings"], f"{folder / checkpoint.CONFIG}: adapter.settings"
     )
 
 
@@ -59,7 +59,7 @@ def resolve_base(base: Path | None, folders: Sequence[Path]) -> Path | None:
     for folder, adapter in recorded.items():
         if adapter["fingerprint"] != first_adapter["fingerprint"]:
             one, two = (
-                model_folder.stored_base(path, entry["base"]) or entry["base"]
+                checkpoint.stored_base(path, entry["base"]) or entry["base"]
                 for path, entry in ((folder, adapter), (first, first_adapter))
             )
             raise InputError(
@@ -179,7 +179,7 @@ def _text_settings(own_configs: Mapping[Path, Mapping[str, Any]]) -> dict[str, A
 def _check_same_settings(base: Path, models: Sequence[Path]) -> None:
     """Raise InputError if models of our architecture differ in architecture, image processing or tokenizer."""
     config = read_config(base)
-    tokenizer = model_folder.TOKENIZER + "/tokenizer.json"
+    tokenizer = checkpoint.TOKENIZER + "/tokenizer.json"
     for folder in models:
         other = read_config(folder)
         for key in ("model", "images"):

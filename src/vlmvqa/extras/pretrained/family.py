@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.initialization import no_init_weights
 
 from vlmvqa import fingerprint
+from vlmvqa.config.compose import build_settings
 from vlmvqa.data.example import Example
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError
@@ -24,10 +25,8 @@ from vlmvqa.extras.pretrained.model import (
     pretrained_config,
 )
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
-from vlmvqa.models import model_folder
-from vlmvqa.models.checkpoint import OURS
-from vlmvqa.models.model_folder import CONFIG
-from vlmvqa.settings import build_settings
+from vlmvqa.models import checkpoint
+from vlmvqa.models.checkpoint import CONFIG, OURS
 
 if TYPE_CHECKING:
     from vlmvqa.config.schema import DataSettings
@@ -95,7 +94,7 @@ def compose(
     processor, config = _processor(settings, data, examples)
     if settings.weights == "random":
         return build_pretrained(settings, config), processor, None
-    folder = model_folder.find(settings.pretrained)
+    folder = checkpoint.find(settings.pretrained)
     started_from = {"model": _absolute(settings.pretrained), "weights": fingerprint.weights_in(folder)}
     return build_pretrained(dataclasses.replace(settings, pretrained=str(folder)), config), processor, started_from
 

@@ -36,7 +36,7 @@ from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, unread
 from vlmvqa.models.generation import choose_tokens, random_streams
 from vlmvqa.models.interface import DTYPES, PARTS, Generated, GenerationSettings, Model, Part
 from vlmvqa.models.language import final_logits, recompute_activations, refuse_unknown_head
-from vlmvqa.progress import loading_bar
+from vlmvqa.ranks import loading_bar
 from vlmvqa.sequence.loss import divide_loss, supervised_loss
 from vlmvqa.sequence.rows import FILL, IGNORE, Batch
 

@@ -26,7 +26,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.report.gallery import Record, choose_gallery, evenly
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.interface import Model
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 from vlmvqa.sequence.rows import IGNORE, IMAGE, PADDING, PROMPT
 
 METHODS = ("attention", "gradient")

@@ -17,8 +17,7 @@ from vlmvqa.extras.report.attribution import report_attributions
 from vlmvqa.extras.report.gallery import Record
 from vlmvqa.extras.report.report import shown_images, write_report
 from vlmvqa.inference.predictor import Predictor
-from vlmvqa.training.log import read_log
-from vlmvqa.training.samples import FILE as SAMPLES
+from vlmvqa.training.log import SAMPLES, read_log
 
 
 def attributions(

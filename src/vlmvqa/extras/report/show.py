@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example
 from vlmvqa.data.packing import split_questions
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import read_examples
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.report.row_drawing import describe, draw
 from vlmvqa.inference.build import build_processor
 from vlmvqa.models.interface import GenerationSettings

@@ -11,10 +11,9 @@ import yaml
 from PIL import Image
 
 from vlmvqa.config.schema import RunSettings, override_decoding
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.data.tasks import data_settings, read_examples
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.serving import browse, uploads
 from vlmvqa.extras.serving.limits import Limits, RequestError
 from vlmvqa.extras.serving.server import Address, ServerContent, check_packages, listen, serve

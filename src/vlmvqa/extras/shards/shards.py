@@ -25,11 +25,10 @@ from typing import Any
 
 from PIL.Image import Image
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import PromptTemplate, refuse_empty
-from vlmvqa.errors import InputError
-from vlmvqa.progress import bar
+from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.ranks import bar
 
 FORMAT = 1
 IMAGES_PER_SHARD = 1000  # 160 MB for VQAv2

@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmvqa.extras.synthetic import scene as scenes
 from vlmvqa.extras.synthetic.atomic_folder import generate_once
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 
 VERSION = 1  # of the generated images, captions and files
 MINIMUMS = {"train_images": 1, "val_images": 2, "image_size": scenes.MIN_IMAGE_SIZE}

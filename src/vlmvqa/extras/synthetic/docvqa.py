@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.synthetic.atomic_folder import generate_once
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 
 Font = ImageFont.FreeTypeFont
 Page = dict[int, tuple[str, str]]  # line number: (field, value)

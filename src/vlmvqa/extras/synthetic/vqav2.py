@@ -10,12 +10,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-from vlmvqa.data.bad_records import BadRecords
 from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Example
+from vlmvqa.errors import BadRecords
 from vlmvqa.extras.synthetic import scene as scenes
 from vlmvqa.extras.synthetic.atomic_folder import generate_once
-from vlmvqa.progress import bar
+from vlmvqa.ranks import bar
 
 VERSION = 5  # of the generated images, questions and files; a dataset of another version is not reused
 MINIMUMS = {"train_images": 1, "val_images": 1, "image_size": scenes.MIN_IMAGE_SIZE, "questions_per_image": 1}

@@ -1,45 +1,35 @@
-"""AdamW's two moments as fp32 tensors, read from and written to PyTorch's, bitsandbytes' and torchao's optimizers.
+"""AdamW's 8-bit moments of bitsandbytes and torchao, read and written as fp32 tensors.
 
-bitsandbytes and torchao store 8-bit moments as codes into a map of 256 values between -1 and 1, scaled by the largest
-magnitude of each block. Reading and writing a state gives the same codes, so a resumed run continues bit for bit. Under
-another sharding the blocks start elsewhere, and each moment gets the nearest code.
+Both libraries store codes into a map of 256 values between -1 and 1, scaled by the largest magnitude of each block.
+Reading and writing a state gives the same codes, so a resumed run continues bit for bit. Under another sharding the
+blocks start elsewhere, and each moment gets the nearest code. Imported only where such an optimizer runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-KEYS = ("exp_avg", "exp_avg_sq")
+from vlmvqa.training.full_state import KEYS, local_tensor
+
 BITSANDBYTES_SUFFIX = {"exp_avg": "1", "exp_avg_sq": "2"}  # state1, qmap1, absmax1; state2...
 BLOCK = 256  # elements that share a scale
 CHUNK = 2**22  # elements converted at once: the intermediate tensors are several times as large
 
 
-def read(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return a parameter's local moments in fp32, by `KEYS`; empty before the first step and for SGD."""
+def read(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a parameter's local moments in fp32, by `KEYS`."""
     if "state1" in state:
         return {key: _read_bitsandbytes(state, suffix) for key, suffix in BITSANDBYTES_SUFFIX.items()}
-    if "exp_avg" not in state:
-        return {}
-    return {key: _read_torch(local_tensor(state[key])) for key in KEYS}
+    return {key: _read_torchao(local_tensor(state[key])) for key in KEYS}
 
 
-def write(
-    optimizer: torch.optim.Optimizer, group: int, parameter: Tensor, moments: dict[str, Tensor], step: int
-) -> None:
-    """Create a parameter's optimizer state from its local fp32 moments.
-
-    Args:
-        group: index into `optimizer.param_groups` of the parameter's group.
-        moments: by `KEYS`, each of the local parameter's size.
-        step: number of steps that the moments have accumulated.
-    """
+def write(optimizer: Any, group: int, parameter: Tensor, moments: Mapping[str, Tensor], step: int) -> None:
+    """Create a parameter's optimizer state from its local fp32 moments (see `full_state.write_moments`)."""
     state = _create_state(optimizer, group, parameter)
     for key, values in moments.items():
         if "state1" in state:
@@ -49,7 +39,7 @@ def write(
             stored = local_tensor(state[key])
             scale, qmap = getattr(stored, "scale", None), getattr(stored, "qmap", None)
             stored = getattr(stored, "codes", stored)
-        if scale is None or qmap is None:
+        if scale is None or qmap is None:  # a small parameter's fp32 moments
             stored.copy_(values.reshape(stored.shape))
         else:
             codes, absmax = quantize(values, qmap, stored.numel() if scale.numel() == 1 else BLOCK)
@@ -90,18 +80,13 @@ def dequantize(codes: Tensor, qmap: Tensor, absmax: Tensor, block: int) -> Tenso
     return values.view(codes.shape)
 
 
-def local_tensor(tensor: Any) -> Any:
-    """Return this rank's shard of a DTensor, or any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _chunks(length: int, block: int) -> Iterator[tuple[int, int]]:
     """Yield ranges of about `CHUNK` elements that end at block boundaries."""
     size = max(CHUNK // block, 1) * block
     return ((start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _create_state(optimizer: torch.optim.Optimizer, group: int, parameter: Tensor) -> dict[str, Any]:
+def _create_state(optimizer: Any, group: int, parameter: Tensor) -> dict[str, Any]:
     """Create an empty state as the optimizer does in its first step."""
     settings = optimizer.param_groups[group]
     optimizer.state[parameter] = {}
@@ -110,27 +95,23 @@ def _create_state(optimizer: torch.optim.Optimizer, group: int, parameter: Tenso
         before, settings["params"] = settings["params"], [parameter]
         optimizer.init_state(settings, parameter, group, 0)
         settings["params"] = before
-    elif hasattr(optimizer, "_new_buffer"):  # torchao
+    else:  # torchao
         new = optimizer._new_buffer
         moments = {"exp_avg": new(parameter, True), "exp_avg_sq": new(parameter, False)}
         optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-    else:
-        device = parameter.device if settings.get("fused") or settings.get("capturable") else torch.device("cpu")
-        step = torch.zeros((), dtype=torch.float32, device=device)
-        optimizer.state[parameter] = {"step": step, **{key: torch.zeros_like(parameter) for key in KEYS}}
     state: dict[str, Any] = optimizer.state[parameter]
     return state
 
 
-def _read_bitsandbytes(state: dict[str, Any], suffix: str) -> Tensor:
+def _read_bitsandbytes(state: Mapping[str, Any], suffix: str) -> Tensor:
     stored: Tensor = state[f"state{suffix}"]
     if stored.dtype != torch.uint8:
         return stored.float()
     return dequantize(stored, state[f"qmap{suffix}"], state[f"absmax{suffix}"], BLOCK)
 
 
-def _read_torch(stored: Any) -> Tensor:
-    if hasattr(stored, "codes"):  # torchao's OptimState8bit
+def _read_torchao(stored: Any) -> Tensor:
+    if hasattr(stored, "codes"):  # OptimState8bit
         return dequantize(stored.codes, stored.qmap, stored.scale, stored.block_size)
     values: Tensor = stored.float()
     return values

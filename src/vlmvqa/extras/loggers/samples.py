@@ -10,7 +10,6 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
@@ -18,9 +17,7 @@ from PIL.Image import Image
 from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
-from vlmvqa.training.log import append
 
-FILE = "samples.jsonl"  # in a run's folder
 THUMBNAIL_SIZE = 320  # pixels
 
 
@@ -118,8 +115,3 @@ class SampledQuestions:
                 thumbnail.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
                 self.thumbnails[index] = thumbnail
         return self.thumbnails.get(index)
-
-
-def write(folder: Path, samples: Sequence[Sample], step: int) -> None:
-    """Append samples to the run's `samples.jsonl`."""
-    append(folder / FILE, [sample.record(step) for sample in samples])

@@ -1,4 +1,4 @@
-"""`log.jsonl` and the experiment loggers, which get metrics, sample answers, the config and the code's git state.
+"""The experiment loggers, which get metrics, sample answers, the config and the code's git state.
 
 `logger=tensorboard`, `wandb`, `mlflow`, `csv` or several of them get the same metrics under the same names, which are
 transformers' names where it has any:
@@ -8,7 +8,7 @@ eval/...    an evaluation during training: eval/vqa_accuracy
 final/...   the scores of the saved model: final/vqav2_vqa_accuracy
 
 transformers' own callbacks are not used for these four, because names, resuming and locations differ between them. Any
-other service that transformers supports (`logger=comet_ml`) uses its callback. `log.jsonl` is always written.
+other service that transformers supports (`logger=comet_ml`) uses its callback.
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ from __future__ import annotations
 import atexit
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from vlmvqa import ranks
+from vlmvqa.config.compatibility import Rule
+from vlmvqa.config.compose import to_dict, to_yaml
+from vlmvqa.config.schema import TrainConfig
+from vlmvqa.data.tasks import Task
 from vlmvqa.errors import suggest
-from vlmvqa.training import log
-from vlmvqa.training.samples import Sample
+from vlmvqa.extras.loggers.samples import Sample, SampledQuestions
+from vlmvqa.fingerprint import code_state
+from vlmvqa.training.log import SAMPLES, write_records
 
 # Module and class of each logger, imported on first use.
 LOGGERS = {
@@ -81,16 +85,20 @@ def chosen(loggers: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
     return ours, [name for name in named if name not in (*LOGGERS, "none")]
 
 
-def problems(loggers: str | Sequence[str] | None) -> Iterator[str]:
-    """Yield an error for each logger that is unknown or whose package is missing."""
+def problem(loggers: str | Sequence[str] | None) -> str | None:
+    """Return an error message for the first logger that is unknown or whose package is missing."""
     ours, others = chosen(loggers)
     for name in others:
         if name not in INTEGRATION_TO_CALLBACK:
             known = [*LOGGERS, "none"]
-            yield f"logger={name} is unknown{suggest(name, known)}; use one or several of {', '.join(known)}"
+            return f"logger={name} is unknown{suggest(name, known)}; use one or several of {', '.join(known)}"
     for name in ours:
         if name in RUN_ID_FILES and importlib.util.find_spec(name) is None:
-            yield f"logger={name} needs {name}; install it with: pip install 'vlmvqa[{name}]'"
+            return f"logger={name} needs {name}; install it with: pip install 'vlmvqa[{name}]'"
+    return None
+
+
+RULES = (Rule(lambda r: problem(r.trainer.get("report_to")), lambda r: str(problem(r.trainer.get("report_to")))),)
 
 
 def named(record: Mapping[str, Any]) -> dict[str, float]:
@@ -102,39 +110,34 @@ def named(record: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-class LogFile(TrainerCallback):
-    """Write every logged record to `log.jsonl`; a resumed run removes the records after its checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Remove the records after the current step."""
-        if ranks.is_first():
-            log.truncate(self.path, state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Append a record."""
-        if ranks.is_first() and self.path.parent.exists():
-            log.append(self.path, [{"step": state.global_step, **(logs or {})}])
-
-
 class Tracking(TrainerCallback):
-    """The loggers of a run, open on rank 0 from before the first step until the final scores are known."""
+    """The loggers of a run, open on rank 0 from before the first step until the final scores are known; and samples.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
+    Args:
+        config: the run's configuration.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.names = config, chosen(config.trainer["report_to"])[0]
         self.open: list[Logger] = []
         self.step = 0
+        self.selected: dict[str, SampledQuestions] = {}  # by task
+        self.seen: list[Sample] = []  # of the present evaluation
 
-    def start(self, run: RunInfo) -> None:
+    def start(self, step: int) -> None:
         """Open the loggers, or resume those whose ids are in the run's folder; only rank 0 calls this.
+
+        Args:
+            step: the step that the run resumes from; 0: a new run.
 
         Raises:
             InputError: a logger is unavailable.
         """
-        self.step = run.step
+        self.step, config = step, self.config
         atexit.register(self.finish)  # for runs that fail
+        run = RunInfo(
+            config.run.folder, str(config.run.name), to_dict(config), to_yaml(config), str(code_state()), step
+        )
         for name in self.names:
             self.open.append(open_logger(name, run))
 
@@ -144,13 +147,26 @@ class Tracking(TrainerCallback):
         for logger in self.open:
             logger.log_metrics(named(logs or {}), self.step)
 
-    @property
-    def shows_samples(self) -> bool:
-        """Whether any of the loggers can show images."""
-        return any(logger.shows_samples for logger in self.open)
+    def sample(self, task: Task, answers: Mapping[Any, Any], scores: Mapping[Any, float]) -> None:
+        """Keep the sample answers of a task's evaluation.
 
-    def samples(self, samples: Sequence[Sample], step: int) -> None:
-        """Log sample answers where they can be shown."""
+        Args:
+            answers: `predictor.Answer` by question id.
+            scores: by question id, for questions that have one.
+        """
+        if task.name not in self.selected:
+            config = self.config
+            self.selected[task.name] = SampledQuestions.choose(
+                task.evaluated, config.log_samples, config.seed, task.name
+            )
+        shown = any(logger.shows_samples for logger in self.open)
+        self.seen += self.selected[task.name].samples(answers, scores, shown)
+
+    def log_samples(self, step: int) -> None:
+        """Write the sample answers of an evaluation to `samples.jsonl` and to the loggers that can show them."""
+        samples, self.seen = self.seen, []
+        if samples:
+            write_records(self.config.run.folder / SAMPLES, [sample.record(step) for sample in samples])
         for logger in self.open:
             if samples and logger.shows_samples:
                 logger.log_samples(samples, step)
@@ -167,8 +183,3 @@ class Tracking(TrainerCallback):
                 logger.log_metrics(final, self.step)
             logger.close(finished=scores is not None)
         self.open = []
-
-
-def run_ids(folder: Path) -> list[Path]:
-    """Return the files with the loggers' run ids, which a new run in this folder deletes."""
-    return [folder / name for name in RUN_ID_FILES.values()]
