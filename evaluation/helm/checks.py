@@ -9,8 +9,8 @@ from pathlib import Path
 
 from vlmvqa.data import images
 from vlmvqa.data.example import Example
-from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError
+from vlmvqa.paths import replace_file
 from vlmvqa.ranks import bar
 
 HELM = "0.5.16"

@@ -34,10 +34,10 @@ with cli.script(__name__, __file__):
     from vlmvqa import __version__, fingerprint
     from vlmvqa.config.compose import to_yaml
     from vlmvqa.data.example import Example
-    from vlmvqa.data.submissions import replace_file
     from vlmvqa.errors import InputError
     from vlmvqa.evaluation.helm import checks, results
     from vlmvqa.evaluation.helm.plan import HelmConfig, Plan, make_plan
+    from vlmvqa.paths import replace_file
 
 SCHEMA = Path(__file__).parent / "schema_vqav2_bleu.yaml"
 CLIENTS = "vlmvqa.evaluation.helm.client"  # HELM imports them by name

@@ -6,13 +6,16 @@ directly.
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import signal
 import sys
+from pathlib import Path
 
 from vlmvqa import __version__
 from vlmvqa.errors import suggest
-from vlmvqa.paths import CALLED_AS, HELM_MODULE, LAUNCH, commands
+from vlmvqa.paths import CALLED_AS, HELM, HELM_MODULE, LAUNCH
 
 
 def main() -> None:
@@ -33,6 +36,22 @@ def main() -> None:
         sys.exit(f"error: vlmvqa has no command '{word}'; run vlmvqa -h for a list{suggest(word, known)}")
     else:
         start(word, [argument for n, argument in enumerate(arguments) if n != first])
+
+
+def scripts() -> dict[str, Path]:
+    """Return the path of each script by its name."""
+    found = {path.stem: path for path in LAUNCH.glob("*.py") if '\nif __name__ == "__main__":' in _text(path)}
+    return dict(sorted({**found, "helm": HELM}.items()))
+
+
+def commands() -> dict[str, str]:
+    """Return the beginning of each script's docstring by the script's name."""
+    documented = {name: ast.get_docstring(ast.parse(_text(path))) or "" for name, path in scripts().items()}
+    return {name: re.split(r"[.:;]", text.replace("\n", " "))[0] for name, text in documented.items()}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def listing(known: dict[str, str]) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import re
 import signal
 import sys
 import time
@@ -26,12 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from vlmvqa.errors import InputError
-from vlmvqa.paths import CALLED_AS, CONF
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
-    from vlmvqa.config.overrides import Composition, Job
+    from vlmvqa.config.overrides import Job
 
 Config = TypeVar("Config")
 Main = Callable[[Config], "bool | None"]
@@ -80,7 +76,9 @@ def _answer(script: Path, arguments: list[str]) -> None:
 
     name = CONFIG_NAMES.get(script.stem, script.stem)
     if {"-sc", "--shell-completion", "--shell_completion"} & set(arguments):
-        _complete(name)
+        from vlmvqa.config import hydra_jobs
+
+        hydra_jobs.complete(name)
     if {"-h", "--help"} & set(arguments):
         from vlmvqa.config.help import page
 
@@ -101,24 +99,9 @@ def _answer(script: Path, arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     if asking:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        _ask_hydra(name, composition.arguments)
+        from vlmvqa.config import hydra_jobs
 
-
-def _complete(name: str) -> NoReturn:
-    """Let Hydra complete a command line of this config."""
-    sys.argv[0] = os.environ.get(CALLED_AS, sys.argv[0])  # the command that Hydra tells the shell to complete
-    if name == "prepare" and "COMP_LINE" in os.environ:  # its first word is no override
-        os.environ["COMP_LINE"] = re.sub(r"(prepare\.py|vlmvqa) +\w+ ", r"\1 ", os.environ["COMP_LINE"])
-    _ask_hydra(name, sys.argv[1:])
-
-
-def _ask_hydra(name: str, arguments: list[str]) -> NoReturn:
-    """Let Hydra print something about this config."""
-    import hydra
-
-    sys.argv[1:] = arguments
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(lambda config: None)()
-    sys.exit()
+        hydra_jobs.ask(name, composition.arguments)
 
 
 # ---- the job
@@ -147,45 +130,13 @@ def run(config_name: str, kind: type[Config], main: Main[Config]) -> None:
     start = partial(_guarded, main, kind, config_name, launcher)
     several = ranks.world_size() > 1
     if any(argument.startswith("-") for argument in arguments):  # Hydra's options: --cfg job, -m
-        _run_by_hydra(start, config_name, composition)
+        from vlmvqa.config import hydra_jobs
+
+        hydra_jobs.run(start, config_name, composition)
     else:
         start(composition.jobs[0])
     if several:
         leave()
-
-
-def _run_by_hydra(start: Callable[[Job], bool | None], config_name: str, composition: Composition) -> None:
-    """Let Hydra compose and run the jobs of a sweep one after the other, or print the config."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-
-    from vlmvqa import ranks
-    from vlmvqa.config.overrides import Job, is_sweep, keys_of, resolve
-    from vlmvqa.config.sweep import Sweep
-
-    sweep = None
-    if is_sweep(sys.argv):
-        sweep = Sweep.of(composition, config_name)
-        first = next((place for place, argument in enumerate(sys.argv) if place and "=" in argument), len(sys.argv))
-        sys.argv[first:first] = sweep.overrides  # next to the others: argparse takes only one group of them
-        sweep.begin()
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
-    def job(config: DictConfig) -> None:
-        one = Job(resolve(config), keys_of(HydraConfig.get().overrides.task))
-        if sweep is None:
-            start(one)
-        else:
-            sweep.run(one, start)
-
-    done = True
-    try:
-        job()
-    finally:
-        if sweep is not None and ranks.is_first():
-            done = sweep.finish()
-    if not done:
-        sys.exit(1)
 
 
 def _guarded(

@@ -5,10 +5,9 @@ Imports no PyTorch, so that mistyped paths are reported at once.
 
 from __future__ import annotations
 
-import ast
 import difflib
-import re
-from collections.abc import Iterator, Sequence
+import os
+import uuid
 from pathlib import Path
 
 from vlmvqa.errors import InputError
@@ -21,52 +20,6 @@ LAUNCH, CONF = _ROOT / "launch", _ROOT / "conf"
 # Run as a module. A helm.py in launch/ would shadow crfm-helm's package `helm`.
 HELM, HELM_MODULE = _ROOT / "evaluation" / "helm" / "run.py", "vlmvqa.evaluation.helm.run"
 CALLED_AS = "VLMVQA_CALLED_AS"  # environment variable of scripts that were started as `vlmvqa <script>`
-
-
-def read_questions(
-    image: Sequence[str], question: Sequence[str], questions: str | None
-) -> tuple[list[Path], list[str]]:
-    """Return the images and the questions of predict.py's command line.
-
-    Args:
-        image: files and folders.
-        question: questions.
-        questions: a file with one question a line.
-
-    Raises:
-        InputError: there are none, or a file does not exist or cannot be read.
-    """
-    for path in image:
-        refuse_missing("image", str(path))
-    images = [file for path in image for file in _images(Path(path).expanduser())]
-    asked = [*map(str, question), *_lines(questions)]
-    if not images or not asked:
-        raise InputError("nothing to ask: give image=... (a file or folder) and question=... or questions=... (a file)")
-    return images, asked
-
-
-def _images(path: Path) -> list[Path]:
-    """Return the image files of a folder; a file is returned as it is."""
-    if not path.is_dir():
-        return [path]
-    from PIL import Image
-
-    endings = Image.registered_extensions()
-    found = sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
-    if not found:
-        raise InputError(f"{path} holds no image files")
-    return found
-
-
-def _lines(path: str | None) -> Iterator[str]:
-    if path is None:
-        return
-    refuse_missing("questions", str(path))
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"questions={path} cannot be read as text, one question a line ({error})") from error
-    yield from (line.strip() for line in lines if line.strip())
 
 
 def is_hub_id(name: str) -> bool:
@@ -138,20 +91,12 @@ def _holds_runs(folder: Path) -> bool:
     return folder.name == RUNS or any(folder.glob("*/run.json"))
 
 
-# ---- the project's own files
-
-
-def scripts() -> dict[str, Path]:
-    """Return the path of each script by its name."""
-    found = {path.stem: path for path in LAUNCH.glob("*.py") if '\nif __name__ == "__main__":' in _text(path)}
-    return dict(sorted({**found, "helm": HELM}.items()))
-
-
-def commands() -> dict[str, str]:
-    """Return the beginning of each script's docstring by the script's name."""
-    documented = {name: ast.get_docstring(ast.parse(_text(path))) or "" for name, path in scripts().items()}
-    return {name: re.split(r"[.:;]", text.replace("\n", " "))[0] for name, text in documented.items()}
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def replace_file(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it: a reader finds the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -16,14 +16,13 @@ from PIL import Image
 import vlmvqa
 import vlmvqa.hub
 from tests.end_to_end.scripts import SMALL, call, done, sentence
-from vlmvqa.data.tokenization import load_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hub import dataset
 from vlmvqa.extras.hub.upload import refuse_upload
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, pretrained_config
 from vlmvqa.metrics import clip_similarity
-from vlmvqa.models.build import build_vision_encoder, language_config
+from vlmvqa.models.build import build_vision_encoder, language_config, load_tokenizer
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
 

@@ -19,12 +19,12 @@ import vlmvqa
 from tests import pretrained, tiny
 from tests.conftest import ROOT
 from tests.unit.test_predictor import predictor
-from vlmvqa.data.tokenization import load_tokenizer, train_tokenizer
+from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, pretrained_config
-from vlmvqa.models.build import build_language_model, build_vision_encoder, language_config
+from vlmvqa.models.build import build_language_model, build_vision_encoder, language_config, load_tokenizer
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
 from vlmvqa.training import checkpoint_state

@@ -11,7 +11,7 @@ from typing import Any
 
 from vlmvqa.config.keys import problems
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.paths import read_questions, refuse_missing, refuse_missing_model, refuse_no_root
+from vlmvqa.paths import refuse_missing, refuse_missing_model, refuse_no_root
 
 # The first word of prepare.py, which names the job.
 PREPARE = ("download", "check", "pack", "features")
@@ -59,6 +59,8 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
     if command == "merge" and not isinstance(values["models"], list):
         raise InputError(f"models={values['models']} should be a list: models=[runs/a,runs/b]")
     if command == "predict":
+        from vlmvqa.inference.questions import read_questions
+
         read_questions(_listed(values["image"]), _listed(values["question"]), values["questions"])
     if command == "train":
         for sentence in problems(values["trainer"]):

@@ -1,4 +1,4 @@
-"""Helpers of the dataset readers: load JSON, validate records, group questions by image."""
+"""Helpers of the dataset readers: load JSON, validate records, group questions by image, write results files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.paths import replace_file
 
 Id = TypeVar("Id", int, str)
 Kinds = Mapping[str, type | tuple[type, ...]]
@@ -228,3 +229,16 @@ def _names(folder: Path) -> set[str]:
         return {entry.name for entry in os.scandir(folder)}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+
+
+# --- results files -------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, results: list[dict[str, Any]]) -> None:
+    """Write the results file of a benchmark's server or script, atomically: a list of results as JSON."""
+    replace_file(path, json.dumps(results))
+
+
+def numeric_id(key: int | str) -> int | str:
+    """Convert an id that became a string (as a key of a JSON object) back to a number; return others unchanged."""
+    return int(key) if isinstance(key, str) and key.isdecimal() else key

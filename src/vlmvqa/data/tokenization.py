@@ -13,12 +13,11 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vlmvqa.data.cache import Cache, Columns, code_fingerprint, pack_strings, unpack_strings
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
-from vlmvqa.hub import OWN_CODE, hub_or_cache, unread
 from vlmvqa.ranks import bar
 
 SPECIAL = ["<pad>", "<eos>", "<bos>"]  # ids 0, 1, 2 of a trained tokenizer
@@ -30,22 +29,6 @@ _fingerprints: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = Wea
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub id or local folder.
-
-    Raises:
-        InputError: it cannot be read, or has no EOS token to end answers with.
-    """
-    try:
-        with hub_or_cache(name):
-            tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
-    except (OSError, ValueError) as error:
-        raise unread(f"the tokenizer of {name}", error) from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {name} has no EOS token, which ends every answer; choose another")
-    return tokenizer
 
 
 def train_tokenizer(

@@ -11,13 +11,13 @@ from typing import Any
 from vlmvqa import fingerprint, ranks
 from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
-from vlmvqa.data.submissions import replace_file
 from vlmvqa.data.tasks import submission_writer
 from vlmvqa.errors import BadRecords, InputError, counted
 from vlmvqa.fingerprint import code_state, versions
 from vlmvqa.inference.answer_log import Journal
 from vlmvqa.inference.evaluate import EvalSpec, evaluate, table
 from vlmvqa.inference.predictor import Answer, Predictor
+from vlmvqa.paths import replace_file
 
 
 @dataclass(frozen=True)

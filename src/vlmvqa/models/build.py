@@ -29,7 +29,7 @@ from vlmvqa.config.compose import build_settings
 from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.tokenization import load_tokenizer, train_tokenizer
+from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, unread
 from vlmvqa.models.checkpoint import CONFIG, TOKENIZER, WEIGHTS
@@ -291,3 +291,19 @@ def _processor(model: VLM, settings: ModelSettings, data: DataSettings, examples
         data.reduced_decoding,
     )
     return Processor(tokenizer, images, model.vision.num_image_tokens, model.attention_pattern, data.max_text_tokens)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub id or local folder.
+
+    Raises:
+        InputError: it cannot be read, or has no EOS token to end answers with.
+    """
+    try:
+        with hub_or_cache(name):
+            tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
+    except (OSError, ValueError) as error:
+        raise unread(f"the tokenizer of {name}", error) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {name} has no EOS token, which ends every answer; choose another")
+    return tokenizer

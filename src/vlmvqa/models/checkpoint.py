@@ -23,11 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import __version__ as transformers_version
 
-from vlmvqa import fingerprint
-from vlmvqa.config.compose import build_settings
 from vlmvqa.errors import InputError
-from vlmvqa.hub import hub_or_cache, when_offline
-from vlmvqa.models.interface import DTYPES, Model, Settings, cast_parameters
+from vlmvqa.models.interface import Model, Settings
 from vlmvqa.paths import EXPECTED, is_hub_id, missing_model
 
 if TYPE_CHECKING:
@@ -37,6 +34,10 @@ if TYPE_CHECKING:
     from vlmvqa.extras.adapters.peft_adapters import Adapter
 
 
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+BASE = "base"  # a run's folder of the base model, if the base isn't stored elsewhere
+# Files that are downloaded from a hub repository: no pickles, and no copies of the weights in other formats.
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 FORMAT = 1
 OURS = "vlmvqa"  # the entry that vlmvqa adds to a config.json of transformers
 # Modules are imported on first use: a model of one family never loads the other, nor a model without adapters peft.
@@ -195,47 +196,13 @@ def load(path_or_hub_id: str | Path, device: str = "cpu") -> tuple[Model, Settin
     folder = find(path_or_hub_id)
     config, settings = read_settings(folder)
     own = family(settings.family)
-    model = own.load(folder, settings, config) if "adapter" not in config else _load_adapter(folder, config, device)
+    if "adapter" in config:
+        from vlmvqa.extras.adapters.saved import load_adapter
+
+        model = load_adapter(folder, config, device)
+    else:
+        model = own.load(folder, settings, config)
     return model.to(device).eval(), settings, own.load_processing_class(folder), config
-
-
-def base_of(folder: Path, adapter: Mapping[str, Any]) -> Path:
-    """Return the folder of a saved adapter's base model.
-
-    Raises:
-        InputError: the base model is missing, or its weights differ from those the adapter was trained on.
-    """
-    base = str(adapter["base"])
-    where = find(str(stored_base(folder, base) or base))
-    found, expected = fingerprint.weights_in(where), adapter["fingerprint"]
-    if found != expected:
-        raise InputError(
-            f"{folder} was trained over other weights than {where} holds now ({expected[:12]}, "
-            f"not {found[:12]}); put back the base it was trained on"
-        )
-    return where
-
-
-def _load_adapter(folder: Path, config: Mapping[str, Any], device: str) -> Model:
-    """Load a base model with the adapters of a folder."""
-    base = base_of(folder, config["adapter"])
-    model, _, _, entries = load(base)
-    if "adapter" in entries:
-        raise InputError(f"the base of {folder} is {base}, which is an adapter itself; merge that into its base first")
-    peft = adapters()
-    settings = build_settings(
-        peft.AdapterSettings, config["adapter"]["settings"], f"{folder / CONFIG}: adapter.settings"
-    )
-    model = cast_parameters(model, DTYPES[config["model"]["dtype"]])
-    peft.attach(model, settings, device)
-    peft.load(folder, model)
-    return model
-
-
-CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
-BASE = "base"  # a run's folder of the base model, if the base isn't stored elsewhere
-# Files that are downloaded from a hub repository: no pickles, and no copies of the weights in other formats.
-FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 def stored_base(folder: Path, base: str) -> Path | None:
@@ -291,6 +258,8 @@ def _download(hub_id: str) -> Path:
     """Return the local snapshot of a hub id, from the cache if the hub cannot be reached."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from vlmvqa.hub import hub_or_cache, when_offline
 
     try:
         with hub_or_cache():

@@ -162,32 +162,6 @@ class LanguageModel(nn.Module):
             logits = self.head(hidden)
         return final_logits(logits, self.config)
 
-    def fused_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropies `float[S, D], int64[S] -> float32[S]` of the logits above, by one kernel."""
-        try:
-            from cut_cross_entropy import linear_cross_entropy
-        except ImportError as error:
-            raise InputError(
-                "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'"
-            ) from error
-        head = self.decoder.get_input_embeddings() if self.head is None else self.head
-        if getattr(head, "bias", None) is not None:
-            raise InputError(
-                "model.language.loss=fused does not support a bias of the output head; use model.language.loss=chunked"
-            )
-        if torch.is_autocast_enabled(hidden.device.type):  # autocast does not cast a custom kernel's inputs
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        losses: Tensor = linear_cross_entropy(
-            hidden,
-            head.weight.to(hidden.dtype),
-            targets,
-            softcap=getattr(self.config, "final_logit_softcapping", None),
-            reduction="none",
-            filter_eps=None,  # every gradient, however small
-            impl="cce" if hidden.is_cuda else "torch_compile",  # the library's reference, for tests
-        )
-        return losses.float()
-
     def checkpoint_activations(self) -> None:
         """Recompute layer activations in the backward pass (non-reentrant)."""
         recompute_activations(self.decoder)

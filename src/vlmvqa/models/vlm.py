@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -117,7 +118,11 @@ class VLM(Model):
             `loss` and `supervised_tokens`, both scalars.
         """
         hidden, labels = self.decode(batch), batch["labels"]
-        fused = self.language.fused_losses if self.language.loss == "fused" else None
+        fused = None
+        if self.language.loss == "fused":
+            from vlmvqa.models.fused_loss import fused_losses
+
+            fused = partial(fused_losses, self.language)
         loss, weight = supervised_loss(hidden, labels, self.logits, weights=batch.get("weights"), fused=fused)
         return {
             "loss": divide_loss(loss, weight, num_items_in_batch),

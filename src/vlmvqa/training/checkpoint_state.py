@@ -14,33 +14,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vlmvqa import ranks
-from vlmvqa.config.schema import DistSettings
-from vlmvqa.models.interface import Model
-from vlmvqa.training.full_state import FullState
-from vlmvqa.training.optimizer import GradientClipping
+
+if TYPE_CHECKING:
+    from vlmvqa.training.trainer import VqaTrainer
 
 WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 
 
-def full_weights(trainer: TrainerInterface) -> dict[str, Tensor]:
+def full_weights(trainer: VqaTrainer) -> dict[str, Tensor]:
     """Return the full weights that are saved, in host memory and their original dtypes; empty except on rank 0."""
     gathered = trainer.full_state.weights(trainer.saved_dtypes)
     return {name: weight.to("cpu", trainer.saved_dtypes[name]) for name, weight in gathered if ranks.is_first()}
 
 
-def save_weights(trainer: TrainerInterface, path: Path) -> None:
+def save_weights(trainer: VqaTrainer, path: Path) -> None:
     """Save the full weights in the model's own dtypes; every rank must call this, rank 0 writes."""
     weights = full_weights(trainer)
     if ranks.is_first():
@@ -48,13 +45,13 @@ def save_weights(trainer: TrainerInterface, path: Path) -> None:
         save_file(named, path, {"format": "pt"})
 
 
-def load_weights(trainer: TrainerInterface, path: Path) -> None:
+def load_weights(trainer: VqaTrainer, path: Path) -> None:
     """Load what `save_weights` saved; every rank must call this."""
     saved = load_file(path)
     trainer.full_state.load_weights({name: saved[trainer.vlm.saved_name(name)] for name in trainer.saved_dtypes})
 
 
-def save(trainer: TrainerInterface, folder: Path) -> None:
+def save(trainer: VqaTrainer, folder: Path) -> None:
     """Save everything that resuming a run needs; every rank must call this."""
     save_weights(trainer, folder / WEIGHTS)
     moments = {name: moment.float().cpu() for name, moment in trainer.full_state.moments() if ranks.is_first()}
@@ -78,7 +75,7 @@ def save(trainer: TrainerInterface, folder: Path) -> None:
         trainer.describe(folder)
 
 
-def load(trainer: TrainerInterface, folder: Path) -> None:
+def load(trainer: VqaTrainer, folder: Path) -> None:
     """Load what `save` saved into a trainer that is ready for its first step; every rank must call this."""
     load_weights(trainer, folder / WEIGHTS)
     with safe_open(folder / MOMENTS, framework="pt") as file:
@@ -102,7 +99,7 @@ def total_steps(folder: Path) -> int:
     return found
 
 
-def _load_schedule(trainer: TrainerInterface, folder: Path) -> None:
+def _load_schedule(trainer: VqaTrainer, folder: Path) -> None:
     """Load the schedule's step; its length and base rates come from this run's config.
 
     They equal the checkpoint's unless the run is extended or resumed with resume_force; a changed learning rate is
@@ -127,46 +124,3 @@ def _load_schedule(trainer: TrainerInterface, folder: Path) -> None:
     schedule._last_lr = rates
     for group, rate in zip(trainer.plain_optimizer().param_groups, rates, strict=True):
         group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else float(rate)
-
-
-class TrainerInterface(Protocol):
-    """A trainer whose model and optimizer are built, wrapped and ready for a step.
-
-    Attributes:
-        vlm: the model without wrappers; `model_wrapped` is DDP's module or the DeepSpeed engine.
-        dtype: the dtype that the weights were built in.
-        saved_dtypes: dtype by name of the weights that a checkpoint contains.
-        base_fingerprint: fingerprint of the base model that adapters are trained on; None without adapters.
-        describe: writes config.json and the tokenizer into a checkpoint's folder.
-    """
-
-    vlm: Model
-    args: TrainingArguments
-    dist: DistSettings
-    dtype: torch.dtype
-    full_state: FullState
-    clipping: GradientClipping
-    saved_dtypes: Mapping[str, torch.dtype]
-    base_fingerprint: str | None
-    describe: Callable[[Path], None] | None
-    # transformers.Trainer's own attributes and methods, which it types loosely or not at all.
-    accelerator: Any
-    model_wrapped: Any
-    lr_scheduler: Any
-    state: Any
-    control: Any
-
-    @property
-    def global_batch(self) -> int:
-        """Number of rows per optimizer step, over all ranks."""
-
-    @property
-    def engine(self) -> Any:
-        """The DeepSpeed engine that wraps the model."""
-
-    def plain_optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimizer without wrappers."""
-
-    def _save_rng_state(self, output_dir: str) -> None: ...
-    def _save_scaler(self, output_dir: str) -> None: ...
-    def _load_scaler(self, checkpoint: str) -> None: ...

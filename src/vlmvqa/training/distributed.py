@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import os
 import socket
-import time
-import uuid
 import warnings
 from dataclasses import replace
 from datetime import timedelta
@@ -28,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError, counted
 from vlmvqa.models.interface import Model
-from vlmvqa.ranks import ACCELERATES, LAUNCH
+from vlmvqa.ranks import ACCELERATES
 
 
 def start(settings: DistSettings, cpu: bool) -> None:
@@ -58,6 +56,8 @@ def start(settings: DistSettings, cpu: bool) -> None:
     timeout = timedelta(minutes=settings.timeout_minutes + 2)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        from vlmvqa.training.rendezvous import rendezvous
+
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store = rendezvous(rank, world, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -66,52 +66,11 @@ def start(settings: DistSettings, cpu: bool) -> None:
     # accelerate divides the cores among this machine's ranks, and warns about it.
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")
     for name in [name for name in os.environ if name.startswith(ACCELERATES)]:
-        del os.environ[name]  # config/launcher.py has read them; accelerate would wrap the model a second time
+        del os.environ[name]  # `ranks.launcher_choice` has read them; accelerate would wrap the model a second time
     if settings.is_zero:
         from vlmvqa.training import zero
 
         zero.silence()
-
-
-def rendezvous(rank: int, world: int, timeout: timedelta) -> dist.Store:
-    """Return a section of torchrun's store that only this attempt's ranks use.
-
-    torchrun numbers attempts by how often each machine has restarted its workers. After a failure machines may disagree
-    on that number, and then PyTorch's ranks wait for each other at different keys. Here each rank stores a token. Rank
-    0 publishes all tokens it finds under a new random name; a rank that finds its own token there confirms, and when
-    all have confirmed, the name becomes the prefix of the returned store. When a restarted rank replaces the token of a
-    dead one, rank 0 publishes again under another name.
-
-    Raises:
-        InputError: not all ranks have confirmed within the timeout.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    os.environ[LAUNCH] = store.compare_set("vlmvqa/launch", "", uuid.uuid4().hex).decode()
-    token, name, published = uuid.uuid4().hex, "", [""]
-    store.set(f"vlmvqa/token/{rank}", token)
-    end = time.monotonic() + timeout.total_seconds()
-    while time.monotonic() < end:
-        if rank == 0:
-            tokens = [_get_if_set(store, f"vlmvqa/token/{other}") for other in range(world)]
-            if tokens != published:
-                name, published = uuid.uuid4().hex, tokens
-                store.set("vlmvqa/meeting", " ".join([name, *published]))
-            if store.check([f"vlmvqa/{name}/{other}" for other in range(world)]):
-                store.set(f"vlmvqa/{name}/all", "here")
-        else:
-            name, *published = _get_if_set(store, "vlmvqa/meeting").split(" ")
-        if published[rank : rank + 1] == [token]:
-            store.set(f"vlmvqa/{name}/{rank}", "here")
-            if store.check([f"vlmvqa/{name}/all"]):
-                return dist.PrefixStore(f"vlmvqa/{name}", store)
-        time.sleep(0.05)
-    raise InputError(f"rank {rank}: not all {world} ranks started within {timeout}; look at the output of the others")
-
-
-def _get_if_set(store: dist.Store, key: str) -> str:
-    """Return a key's value without waiting; empty if it isn't set."""
-    return store.get(key).decode() if store.check([key]) else ""
 
 
 def shard(model: Model, device: torch.device, dtype: torch.dtype | None, offload: bool) -> None:

@@ -20,9 +20,9 @@ import yaml
 from vlmvqa import ranks
 from vlmvqa.config.compose import to_dict, to_yaml
 from vlmvqa.config.schema import TrainConfig
-from vlmvqa.data.submissions import replace_file
 from vlmvqa.errors import InputError, counted
 from vlmvqa.fingerprint import code_state, versions
+from vlmvqa.paths import replace_file
 from vlmvqa.ranks import LAUNCH
 from vlmvqa.training.checkpoint_state import progress, total_steps
 from vlmvqa.training.checkpoints import LATEST, newest_intact, point, remove_incomplete

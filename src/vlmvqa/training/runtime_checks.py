@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -12,12 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, counted
-from vlmvqa.training.checkpoint_state import TrainerInterface
 from vlmvqa.training.full_state import num_elements
 from vlmvqa.training.optimizer import CLASSES
 
+if TYPE_CHECKING:
+    from vlmvqa.training.trainer import VqaTrainer
 
-def check(trainer: TrainerInterface) -> str:
+
+def check(trainer: VqaTrainer) -> str:
     """Compare what was built with the config and return a table of it.
 
     Raises:
@@ -36,7 +38,7 @@ def check(trainer: TrainerInterface) -> str:
     return "\n".join(f"{name:<14}{value}" for name, value in rows.items())
 
 
-def _check_strategy(trainer: TrainerInterface) -> str:
+def _check_strategy(trainer: VqaTrainer) -> str:
     dist, world = trainer.dist, ranks.world_size()
     if dist.is_zero:
         _require_equal("ZeRO's stage", dist.stage, trainer.engine.zero_optimization_stage())
@@ -53,7 +55,7 @@ def _check_strategy(trainer: TrainerInterface) -> str:
     return f"{name}{offload}, {counted(world, 'rank')} on {trainer.args.device.type}"
 
 
-def _check_sharding(trainer: TrainerInterface, parameters: Mapping[str, torch.nn.Parameter]) -> str:
+def _check_sharding(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) -> str:
     local, total = 0, 0
     for name, parameter in parameters.items():
         count = num_elements(parameter)
@@ -79,7 +81,7 @@ def _fsdp_shard_size(parameter: torch.nn.Parameter) -> int:
     return local_rows * (parameter.numel() // rows if rows else 0)
 
 
-def _check_precision(trainer: TrainerInterface) -> str:
+def _check_precision(trainer: VqaTrainer) -> str:
     args = trainer.args
     expected = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
     if trainer.dist.is_zero:
@@ -98,7 +100,7 @@ def _check_precision(trainer: TrainerInterface) -> str:
     return ", ".join([f"{computed_in}, weights kept in {weights}", *extras])
 
 
-def _check_optimizer(trainer: TrainerInterface) -> str:
+def _check_optimizer(trainer: VqaTrainer) -> str:
     optimizer, name = trainer.plain_optimizer(), str(getattr(trainer.args.optim, "value", trainer.args.optim))
     package, class_name, _ = CLASSES[name]
     if trainer.dist.strategy == "fsdp" and package == "bitsandbytes":
@@ -121,7 +123,7 @@ def _check_optimizer(trainer: TrainerInterface) -> str:
     return ", ".join([f"{name}{replaced}", states, *bounds])
 
 
-def _check_trained(trainer: TrainerInterface, parameters: Mapping[str, torch.nn.Parameter]) -> str:
+def _check_trained(trainer: VqaTrainer, parameters: Mapping[str, torch.nn.Parameter]) -> str:
     trained = [p for p in parameters.values() if p.requires_grad]
     count = sum(num_elements(p) for p in trained)
     found = trainer.full_state.optimized_elements()
@@ -132,7 +134,7 @@ def _check_trained(trainer: TrainerInterface, parameters: Mapping[str, torch.nn.
     return f"{count:,} parameters in {len(trained)} tensors"
 
 
-def _describe_batch(trainer: TrainerInterface) -> str:
+def _describe_batch(trainer: VqaTrainer) -> str:
     args = trainer.args
     factors = f"{args.per_device_train_batch_size} a rank x {args.gradient_accumulation_steps} accumulated"
     return f"{counted(trainer.global_batch, 'row')} ({factors} x {counted(ranks.world_size(), 'rank')})"

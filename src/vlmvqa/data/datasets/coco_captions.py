@@ -17,9 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmvqa.data import submissions
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import find_problem, group_by_image, list_under, load_json, refuse_missing, unique_records
+from vlmvqa.data.records import (
+    find_problem,
+    group_by_image,
+    list_under,
+    load_json,
+    numeric_id,
+    refuse_missing,
+    unique_records,
+    write_json,
+)
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import BadRecords, InputError, suggest
 
@@ -123,7 +131,7 @@ def arrange(examples: list[Example], split: str, *, captions: str | None = None)
 
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     """Write the official results file, `[{"image_id": 9, "caption": "a cat"}, ...]`, with unmodified captions."""
-    submissions.write_json(path, [{"image_id": submission_name(key), "caption": text} for key, text in answers.items()])
+    write_json(path, [{"image_id": submission_name(key), "caption": text} for key, text in answers.items()])
 
 
 def submission_name(key: int | str) -> int | str:
@@ -132,7 +140,7 @@ def submission_name(key: int | str) -> int | str:
     `COCO_val2014_000000391895.jpg` is image 391895.
     """
     match = re.fullmatch(r"(?:COCO_[a-z]+\d{4}_)?(\d+)\.\w+", key) if isinstance(key, str) else None
-    return int(match[1]) if match else submissions.numeric_id(key)
+    return int(match[1]) if match else numeric_id(key)
 
 
 def _check_option(captions: str | None) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmvqa.data import submissions
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
     PromptTemplate,
@@ -22,8 +21,10 @@ from vlmvqa.data.records import (
     list_under,
     load_json,
     most_common,
+    numeric_id,
     refuse_missing,
     unique_records,
+    write_json,
 )
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import BadRecords
@@ -72,9 +73,7 @@ def files(root: Path, split: str) -> list[Path]:
 
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     """Write the official results file, `[{"questionId": 1, "answer": "$ 5"}, ...]`, with unmodified answers."""
-    submissions.write_json(
-        path, [{"questionId": submissions.numeric_id(key), "answer": answer} for key, answer in answers.items()]
-    )
+    write_json(path, [{"questionId": numeric_id(key), "answer": answer} for key, answer in answers.items()])
 
 
 def _usable(path: Path, selected: Slice, bad_records: BadRecords) -> Iterator[dict[str, Any]]:

@@ -18,9 +18,15 @@ from pathlib import Path
 from sys import intern
 from typing import Any, NamedTuple
 
-from vlmvqa.data import submissions
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import PromptTemplate, find_question_problem, group_by_image, load_json, refuse_missing
+from vlmvqa.data.records import (
+    PromptTemplate,
+    find_question_problem,
+    group_by_image,
+    load_json,
+    refuse_missing,
+    write_json,
+)
 from vlmvqa.data.splits import parse_split
 from vlmvqa.errors import BadRecords, InputError
 
@@ -98,7 +104,7 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
 
     The answers are not modified; ids are strings, as in the official questions files.
     """
-    submissions.write_json(path, [{"questionId": str(key), "prediction": text} for key, text in answers.items()])
+    write_json(path, [{"questionId": str(key), "prediction": text} for key, text in answers.items()])
 
 
 def _official(question: Question) -> Question:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from vlmvqa.data import submissions
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
     PromptTemplate,
@@ -27,6 +26,7 @@ from vlmvqa.data.records import (
 )
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.paths import replace_file
 
 SINGLE = "all"  # the split of a single file
 LINE = '{"image": "images/1.jpg", "question": "What is it?", "answers": ["a cat"]}'
@@ -76,7 +76,7 @@ def read(
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     """Write one JSON line per answer, `{"id": 1, "answer": "a cat"}`, with unmodified answers."""
     lines = [json.dumps({"id": key, "answer": answer}, ensure_ascii=False) + "\n" for key, answer in answers.items()]
-    submissions.replace_file(path, "".join(lines))
+    replace_file(path, "".join(lines))
 
 
 def _find(root: Path, split: str, max_samples: int | None) -> tuple[Path, Slice]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
-from vlmvqa.data import submissions
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
     PromptTemplate,
@@ -24,8 +23,10 @@ from vlmvqa.data.records import (
     group_by_image,
     list_under,
     load_json,
+    numeric_id,
     refuse_missing,
     unique_records,
+    write_json,
 )
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import BadRecords
@@ -80,9 +81,7 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     The answers are not modified: the official evaluation normalises them. Ids that became strings (as keys of a JSON
     object) become numbers again.
     """
-    submissions.write_json(
-        path, [{"question_id": submissions.numeric_id(key), "answer": answer} for key, answer in answers.items()]
-    )
+    write_json(path, [{"question_id": numeric_id(key), "answer": answer} for key, answer in answers.items()])
 
 
 # --- the files ----------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from vlmvqa.data.submissions import replace_file
 from vlmvqa.extras.loggers.tracking import Logger, RunInfo
+from vlmvqa.paths import replace_file
 
 
 class CsvTable(Logger):

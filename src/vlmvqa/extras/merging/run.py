@@ -15,7 +15,6 @@ from vlmvqa import __version__
 from vlmvqa.config.compose import build_settings, refuse_overrides
 from vlmvqa.config.schema import DataSettings, RunSettings
 from vlmvqa.data.example import Example, all_answered, count_questions
-from vlmvqa.data.submissions import replace_file
 from vlmvqa.data.tasks import data_settings, metric_options, read_examples
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.merging.logit_diff import answer_logits, logit_diff, split_questions
@@ -25,6 +24,7 @@ from vlmvqa.extras.merging.validation import adapter_settings, own_config
 from vlmvqa.inference.predictor import load
 from vlmvqa.metrics.registry import check_scorable, metric, score
 from vlmvqa.models import checkpoint
+from vlmvqa.paths import replace_file
 
 COMPARED = 16  # questions that an adapter over its base and the merged model are compared on
 

@@ -13,11 +13,12 @@ from vlmvqa import fingerprint
 from vlmvqa.config.compose import build_settings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+from vlmvqa.extras.adapters.saved import base_of
 from vlmvqa.extras.merging.files import DTYPES, FLOATS, Weights
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.hub import OWN_CODE
 from vlmvqa.models import checkpoint, interface
-from vlmvqa.models.checkpoint import OURS, base_of, read_config
+from vlmvqa.models.checkpoint import OURS, read_config
 
 # Keys of a transformers config that don't change what the model computes.
 IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache", OURS)
