@@ -16,9 +16,9 @@ from vlmvqa.data.datasets.docvqa import read as read_docvqa
 from vlmvqa.data.datasets.gqa import read as read_gqa
 from vlmvqa.data.example import Example
 from vlmvqa.data.images import decode
-from vlmvqa.data.tasks import packing_key
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.shards import shards
+from vlmvqa.extras.shards.split import packing_key
 from vlmvqa.extras.synthetic import docvqa as synthetic_docvqa
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 

@@ -19,8 +19,6 @@ from vlmvqa.errors import BadRecords, InputError, counted, suggest
 from vlmvqa.metrics.registry import check_options, check_scorable
 from vlmvqa.paths import refuse_no_root
 
-# Sources with a generator of the same name in `extras.synthetic`, for data.synthetic=true.
-GENERATORS = ("vqav2", "docvqa", "gqa", "coco_captions", "jsonl")
 # Sources that are not a module of `data.datasets`.
 ELSEWHERE = {"shapes": "vlmvqa.extras.synthetic.vqav2"}
 READ_ARGUMENTS = ("prompt", "max_samples", "bad_records")  # of every source's `read`
@@ -137,18 +135,6 @@ def has_questions(source: str) -> bool:
     return bool(vars(source_module(source)).get("HAS_QUESTIONS", True))
 
 
-def submission_name(source: str) -> Callable[[int | str], int | str]:
-    """Return the function that maps a question's id to its id in the benchmark's results file."""
-    name: Callable[[int | str], int | str] = vars(source_module(source)).get("submission_name", lambda key: key)
-    return name
-
-
-def submission_writer(source: str) -> Callable[[Path, Mapping[int | str, str]], None]:
-    """Return the function that writes the benchmark's official results file."""
-    write: Callable[[Path, Mapping[int | str, str]], None] = source_module(source).write_submission
-    return write
-
-
 # --- tasks ----------------------------------------------------------------------------------------------
 
 
@@ -234,16 +220,19 @@ def read_examples(
     """
     source = source_module(settings.source)
     if settings.shards is not None:
-        folder = Path(settings.shards).expanduser()
-        key = packing_key(settings, split, max_samples)
-        from vlmvqa.extras.shards import shards
+        from vlmvqa.extras.shards.split import read_split
 
-        return shards.read(folder, key, settings.prompt, has_questions=has_questions(settings.source))
+        return read_split(settings, split, max_samples)
     if settings.hub is not None:
-        return _read_hub(settings, source, split, max_samples, bad_records)
-    root = Path(settings.root or ".").expanduser()
-    options = _generate(settings, root) if settings.synthetic else settings.options
-    _refuse_unknown_options(options, source.read)
+        from vlmvqa.extras.hub.split import read_hub
+
+        return read_hub(settings, source, split, max_samples, bad_records)
+    root, options = Path(settings.root or ".").expanduser(), settings.options
+    if settings.synthetic:
+        from vlmvqa.extras.synthetic.generate import generate
+
+        options = generate(settings, root)
+    refuse_unknown_options(options, source.read)
     arguments = {"prompt": settings.prompt, "max_samples": max_samples, **options}
 
     def read() -> list[Example]:
@@ -255,65 +244,7 @@ def read_examples(
     return read_once(read, files, root, {"source": settings.source, "split": split, **arguments}, bad_records)
 
 
-def packing_key(settings: DataSettings, split: str, max_samples: int | None) -> dict[str, Any]:
-    """Return the description of a split that its shards keep; options of the generator are no part of it."""
-    generating = inspect.signature(_generator(settings.source)).parameters if settings.source in GENERATORS else ()
-    options = {name: value for name, value in settings.options.items() if name not in generating}
-    return {"source": settings.source, "split": split, "max_samples": max_samples, "options": options}
-
-
-def _generator(source: str) -> Callable[..., Path]:
-    write: Callable[..., Path] = importlib.import_module(f"vlmvqa.extras.synthetic.{source}").write
-    return write
-
-
-def training_answers(settings: DataSettings) -> list[Example] | str:
-    """Return the training split, for the prior control; or the reason why it cannot be read."""
-    if settings.hub is not None and settings.streaming:
-        return "the training split is streamed, and would all have to be fetched"
-    try:
-        return read_examples(settings, settings.train_split, settings.max_train_samples, BadRecords("skip"))
-    except InputError as error:
-        return f"the training split cannot be read ({error})"
-
-
-def _read_hub(
-    settings: DataSettings, source: ModuleType, split: str, max_samples: int | None, bad_records: BadRecords
-) -> list[Example]:
-    """Read a split in parquet form; the source's `arrange` brings it into the form of its own files."""
-    assert settings.hub is not None
-    from vlmvqa.extras.hub import dataset
-
-    examples = dataset.read(
-        settings.hub,
-        split,
-        columns=build_settings(dataset.Columns, settings.columns, "data.columns"),
-        prompt=settings.prompt,
-        config=settings.hub_config,
-        images=settings.hub_images,
-        streaming=settings.streaming,
-        max_samples=max_samples,
-        bad_records=bad_records,
-    )
-    arrange = vars(source).get("arrange", lambda examples, split: examples)
-    _refuse_unknown_options(settings.options, arrange)
-    return list(arrange(examples, split, **settings.options))
-
-
-def _generate(settings: DataSettings, root: Path) -> dict[str, Any]:
-    """Generate the source's synthetic dataset in `root` unless it exists; return the options that its reader takes."""
-    if settings.source not in GENERATORS:
-        known = ", ".join(GENERATORS)
-        raise InputError(
-            f"data.synthetic: there is no synthetic data for {settings.source}, only for {known}; leave it out"
-        )
-    write = _generator(settings.source)
-    own = set(inspect.signature(write).parameters)
-    write(root, **{name: value for name, value in settings.options.items() if name in own}, progress=True)
-    return {name: value for name, value in settings.options.items() if name not in own}
-
-
-def _refuse_unknown_options(options: Mapping[str, Any], function: Callable[..., Any]) -> None:
+def refuse_unknown_options(options: Mapping[str, Any], function: Callable[..., Any]) -> None:
     """Raise at an option that the source does not have."""
     parameters = inspect.signature(function).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

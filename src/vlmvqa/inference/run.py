@@ -12,7 +12,7 @@ from vlmvqa import ranks
 from vlmvqa.config.compose import refuse_overrides, to_yaml
 from vlmvqa.config.schema import DataSettings, DistSettings, EvalConfig, override_decoding
 from vlmvqa.data.example import Example, all_answered
-from vlmvqa.data.tasks import metric_options, read_examples, submission_name, training_answers
+from vlmvqa.data.tasks import metric_options, read_examples, source_module
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.inference.evaluate import EvalSpec, evaluate
 from vlmvqa.inference.predictor import load
@@ -75,7 +75,8 @@ def _score_predictions(config: EvalConfig, path: str) -> None:
     data = _data(config)
     examples, bad_records = _read(config, data)
     task, none = _task(config, data, examples), "no model was loaded, only its answers"
-    answers = read_answers(Path(path).expanduser(), task.spec.questions, submission_name(data.source))
+    submission_name = getattr(source_module(data.source), "submission_name", lambda key: key)
+    answers = read_answers(Path(path).expanduser(), task.spec.questions, submission_name)
     found, predictions = evaluate(task.spec, answers, none)
     facts = {"predictions": path, "split": task.split}
     write_results(task, _output(config), facts, found, predictions, bad_records, none)
@@ -145,3 +146,13 @@ def _refuse_results(config: EvalConfig) -> None:
     folder = config.run.folder
     if (folder / "metrics.json").exists() and not config.run.overwrite:
         raise InputError(f"{folder} already holds results; choose another run.name or set run.overwrite=true")
+
+
+def training_answers(settings: DataSettings) -> list[Example] | str:
+    """Return the training split, for the prior control; or the reason why it cannot be read."""
+    if settings.hub is not None and settings.streaming:
+        return "the training split is streamed, and would all have to be fetched"
+    try:
+        return read_examples(settings, settings.train_split, settings.max_train_samples, BadRecords("skip"))
+    except InputError as error:
+        return f"the training split cannot be read ({error})"

@@ -11,7 +11,7 @@ from typing import Any
 from vlmvqa import fingerprint, ranks
 from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
-from vlmvqa.data.tasks import submission_writer
+from vlmvqa.data.tasks import source_module
 from vlmvqa.errors import BadRecords, InputError, counted
 from vlmvqa.fingerprint import code_state, versions
 from vlmvqa.inference.answer_log import Journal
@@ -139,7 +139,7 @@ def write_results(
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
     replace_file(folder / "predictions.jsonl", "".join(lines))
     answers = {record["question_id"]: record["answer"] for record in predictions}
-    submission_writer(task.data.source)(folder / "submission.json", answers)
+    source_module(task.data.source).write_submission(folder / "submission.json", answers)
     if output.report:
         from vlmvqa.extras.report.run_report import write_run_report
 

@@ -14,7 +14,7 @@ from vlmvqa import ranks
 from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
 from vlmvqa.data.example import Example
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.tasks import packing_key, read_examples
+from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError, counted
 from vlmvqa.extras.dataset_tools.check import Published, check, table
 from vlmvqa.extras.dataset_tools.download import Archive, prepare
@@ -22,6 +22,7 @@ from vlmvqa.extras.feature_cache.forecast import forecast
 from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
 from vlmvqa.extras.feature_cache.writer import WriteOptions, unique_images, write
 from vlmvqa.extras.shards import shards
+from vlmvqa.extras.shards.split import packing_key
 from vlmvqa.inference.build import build_processor
 from vlmvqa.models.build import build_vision_encoder
 from vlmvqa.models.interface import DTYPES, GenerationSettings
