@@ -13,7 +13,7 @@ with cli.script(__name__, __file__):
 
     from vlmvqa.config.schema import PredictConfig, override_decoding
     from vlmvqa.inference.predictor import load
-    from vlmvqa.inference.questions import read_questions
+    from vlmvqa.inference.requests import read_questions
     from vlmvqa.ranks import bar
 
 

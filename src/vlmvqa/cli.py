@@ -72,7 +72,7 @@ def script(name: str, file: str) -> Iterator[None]:
 
 def _answer(script: Path, arguments: list[str]) -> None:
     """End the process with what the arguments ask for, or with the mistake in them; else return."""
-    from vlmvqa.config.keys import refuse_flags
+    from vlmvqa.config.early_checks import refuse_flags
 
     name = CONFIG_NAMES.get(script.stem, script.stem)
     if {"-sc", "--shell-completion", "--shell_completion"} & set(arguments):

@@ -15,7 +15,7 @@ from tests.configs import train_config, values
 from tests.conftest import ROOT
 from vlmvqa.config import compatibility
 from vlmvqa.config.compose import build_settings, to_dict, to_yaml
-from vlmvqa.config.keys import argument_types
+from vlmvqa.config.early_checks import argument_types
 from vlmvqa.config.overrides import compose
 from vlmvqa.config.schema import DataSettings, DistSettings
 from vlmvqa.data.tasks import data_settings

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from transformers import TrainingArguments
 
-from vlmvqa.config.early_checks import prepare_job, refuse_mistakes
-from vlmvqa.config.keys import NUMBERS, OURS, _kinds, argument_types, problems
+from vlmvqa.config.early_checks import NUMBERS, OURS, _kinds, argument_types, problems, refuse_mistakes
 from vlmvqa.config.overrides import compose
 from vlmvqa.errors import InputError
+from vlmvqa.extras.dataset_tools.command_line import prepare_job
 from vlmvqa.paths import nearest, refuse_missing_model
 
 

@@ -14,9 +14,10 @@ from hydra._internal.utils import get_args_parser
 from tests.conftest import ROOT
 from tests.end_to_end.scripts import call
 from vlmvqa.__main__ import commands, scripts
+from vlmvqa.config.early_checks import HYDRA_OPTIONS, refuse_flags
 from vlmvqa.config.help import PAGES, page
-from vlmvqa.config.keys import ALIASES, HYDRA_OPTIONS, default_keys, refuse_flags
 from vlmvqa.config.overrides import compose
+from vlmvqa.config.suggestions import ALIASES, default_keys
 from vlmvqa.errors import InputError
 from vlmvqa.paths import HELM_MODULE
 

@@ -1,15 +1,17 @@
-"""Check a command's values without PyTorch: missing values and paths, counts, types.
+"""Check a command line and its values without PyTorch: options, missing values and paths, counts, types.
 
 `cli.py` runs these checks before PyTorch is imported, and again for every job of a sweep.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from vlmvqa.config.keys import problems
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import refuse_missing, refuse_missing_model, refuse_no_root
 
@@ -54,58 +56,28 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
     missing = min((key for key, value in _leaves(values) if value == "???"), default=None)
     if missing:
         raise InputError(f"{missing} must be given; add {missing}=... to the command")
-    if command == "eval":
-        _refuse_eval(values)
     if command == "merge" and not isinstance(values["models"], list):
         raise InputError(f"models={values['models']} should be a list: models=[runs/a,runs/b]")
-    if command == "predict":
-        from vlmvqa.inference.questions import read_questions
+    if command in ("eval", "predict"):
+        from vlmvqa.inference import requests
 
-        read_questions(_listed(values["image"]), _listed(values["question"]), values["questions"])
+    if command == "eval":
+        requests.refuse_eval(values)
+    if command == "predict":
+        requests.read_questions(listed(values["image"]), listed(values["question"]), values["questions"])
     if command == "train":
         for sentence in problems(values["trainer"]):
             raise InputError(sentence)
     _refuse_counts(values, NULLABLE.get(command, ()))
     for key in MODELS.get(command, ()):
-        for model in _listed(values[key]):
+        for model in listed(values[key]):
             refuse_missing_model(str(model))
     for key in PATHS.get(command, ()):
-        for path in _listed(values[key]):
+        for path in listed(values[key]):
             refuse_missing(key, str(path))
     reads_data = f"prepare {values['job']}" if command == "prepare" else command
     if reads_data in READS_DATA and values.get("data") is not None:
         _refuse_missing_data(values["data"], "data")
-
-
-def prepare_job(words: Sequence[str]) -> str:
-    """Return the first word of prepare.py's command line, which names its job.
-
-    Raises:
-        InputError: it names none, or another word follows.
-    """
-    known, word = ", ".join(PREPARE), words[0] if words else ""
-    if word not in PREPARE:
-        said = f"unknown job '{word}'" if word and "=" not in word else "no job given"
-        near = suggest(word, PREPARE) or "."
-        raise InputError(f"prepare.py: {said}; its first word is one of {known}{near}")
-    for before, after in pairwise(words):
-        if "=" not in after and not after.startswith("-") and not before.startswith("-"):
-            raise InputError(f"prepare.py {word}: '{after}' is not a setting; give settings as key=value")
-    return word
-
-
-def _refuse_eval(values: Mapping[str, Any]) -> None:
-    given = [name for name in ("checkpoint", "predictions", "compare") if values[name] is not None]
-    if len(given) != 1:
-        raise InputError(
-            "choose what to score: checkpoint=... (a trained model), predictions=... (a file of answers), or "
-            f"compare=[...,...] (two results); {' and '.join(given) + ' are given' if given else 'none is given'}"
-        )
-    if given == ["compare"] and len(_listed(values["compare"])) != 2:
-        shown = _listed(values["compare"])
-        raise InputError(f"compare={shown} should name two folders of results: compare=[runs/a,runs/b]")
-    if given != ["compare"] and values.get("data") is None:
-        raise InputError("data=... must be given, the name of a file in conf/data: data=shapes, data=vqav2...")
 
 
 def _refuse_counts(values: Mapping[str, Any], nullable: Sequence[str]) -> None:
@@ -128,7 +100,7 @@ def _refuse_missing_data(data: dict[str, Any], where: str) -> None:
         refuse_missing(f"{where}.root", str(root))
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
     """Return a setting as a list; null is an empty one."""
     if value is None:
         return []
@@ -141,3 +113,96 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+# ---- the command line's words
+
+# Hydra's own options. argparse takes abbreviations of the long ones, too.
+HYDRA_OPTIONS = (
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun"),
+    *("--shell-completion", "--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info"),
+    *("-h", "-c", "-p", "-r", "-m", "-sc", "-cp", "-cn", "-cd", "-i"),
+)
+LAUNCHERS_OPTIONS = ("--local_rank", "--local-rank")  # added by `deepspeed`
+
+
+def refuse_flags(arguments: Sequence[str], config_name: str) -> None:
+    """Raise at an option of neither Hydra nor a launcher: settings are written key=value.
+
+    Raises:
+        InputError: with the setting to write instead.
+    """
+    for number, argument in enumerate(arguments):
+        if not argument.startswith("-") or _is_option(argument):
+            continue
+        from vlmvqa.config import suggestions
+
+        if argument.startswith("--") or argument[1:].partition("=")[0] in suggestions.aliases():
+            following = arguments[number + 1] if number + 1 < len(arguments) else "-"
+            suggestions.refuse_flag(argument, following, suggestions.default_keys(config_name, arguments))
+
+
+def _is_option(argument: str) -> bool:
+    name = argument.partition("=")[0]
+    abbreviates = [option for option in HYDRA_OPTIONS if name[2:] and option.startswith(name)]
+    return name in (*HYDRA_OPTIONS, *LAUNCHERS_OPTIONS) or (name.startswith("--") and len(abbreviates) == 1)
+
+
+def flatten(node: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys of a node and of the nodes below it."""
+    if not isinstance(node, dict):
+        return []
+    children = [name for key, value in node.items() for name in flatten(value, f"{prefix}{key}.")]
+    return [prefix + str(key) for key in node] + children
+
+
+# ---- transformers' TrainingArguments, without importing them, which takes seconds
+
+OURS = {  # TrainingArguments that are set elsewhere, or would make the run differ from its config
+    "fsdp": "add dist=fsdp",
+    "fsdp_config": "add dist=fsdp",
+    "deepspeed": "add dist=zero2; further keys of DeepSpeed's go under dist.options",
+    "parallelism_config": "choose a strategy by dist=...",
+    "gradient_checkpointing": "its name is trainer.activation_checkpointing",
+    "activation_checkpointing_kwargs": "leave it out, there is only one method",
+    "auto_find_batch_size": "launch/plan.py prints the batch size that fits",
+    "save_only_model": "a run could not be resumed from it",
+    "push_to_hub": "set hub_id=... to upload the finished model",
+    "resume_from_checkpoint": "add resume=auto",
+    "output_dir": "set run.dir",
+    "seed": "set seed=...",
+    "train_sampling_strategy": "the order is computed from the seed (data/packing.py)",
+}
+COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")  # from 1
+NUMBERS = {"bool", "float", "int"}
+
+
+def problems(trainer: Mapping[str, Any]) -> Iterator[str]:
+    """Yield an error message for each invalid key or value of the `trainer` group."""
+    known = argument_types()
+    for key, value in trainer.items():
+        if key not in known:
+            yield f"trainer has no key '{key}'{suggest(key, known)}"
+        elif value and key in OURS:
+            yield f"trainer.{key} cannot be set: {OURS[key]}"
+        # TrainingArguments accepts any string for a number or a boolean, and fails later or never.
+        elif isinstance(value, str) and (kinds := _kinds(known[key])) <= NUMBERS:
+            yield f"trainer.{key}={value} should be of type {' or '.join(sorted(kinds))}"
+        elif key in COUNTS and value is not None and value < 1:
+            yield f"trainer.{key}={value} must be at least 1"
+
+
+@cache
+def argument_types() -> dict[str, str]:
+    """Return the fields of TrainingArguments with their types, read from the source."""
+    package = importlib.util.find_spec("transformers")
+    assert package and package.submodule_search_locations
+    source = Path(package.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
+    (of,) = (one for one in ast.parse(source).body if isinstance(one, ast.ClassDef) and one.name == "TrainingArguments")
+    fields = [one for one in of.body if isinstance(one, ast.AnnAssign)]
+    return {one.target.id: ast.unparse(one.annotation) for one in fields if isinstance(one.target, ast.Name)}
+
+
+def _kinds(annotation: str) -> set[str]:
+    """Return the types that an annotation such as `int | None` allows, without None."""
+    return {kind.strip() for kind in annotation.split("|")} - {"None"}

@@ -15,14 +15,13 @@ import hydra
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vlmvqa.config.early_checks import prepare_job
-from vlmvqa.config.keys import CONF, argument_types, default_keys, flatten, refuse_flags, suggest_key
+from vlmvqa.config.early_checks import argument_types, flatten, refuse_flags
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.paths import CONF
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
 OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics")
@@ -79,7 +78,7 @@ def _compose(arguments: tuple[str, ...], config_name: str) -> Composition:
     overrides = [argument for argument in given if "=" in argument and not argument.startswith("-")]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            first, *others = _sweep_jobs(overrides) if is_sweep(given) else [overrides]
+            first, *others = _jobs(overrides) if is_sweep(given) else [overrides]
             config = _with_groups(config_name, first)
             # A sweep's overrides as they are given, since Hydra composes its jobs again, one after the other.
             checked = {one: _check_override(config_name, config, one, given) for one in overrides}
@@ -138,6 +137,8 @@ def keys_of(overrides: Sequence[str]) -> frozenset[str]:
 def _collected(arguments: Sequence[str], config_name: str) -> list[str]:
     """Return `question=a question=b` as one list, quoted for Hydra; the first word of prepare.py as `job=word`."""
     if config_name == "prepare" and not (arguments and arguments[0].startswith(PRINTS)):
+        from vlmvqa.extras.dataset_tools.command_line import prepare_job
+
         arguments = [f"job={prepare_job(arguments)}", *arguments[1:]]
     repeatable = REPEATABLE.get(config_name, ())
     kept = [argument for argument in arguments if argument.partition("=")[0] not in repeatable]
@@ -173,23 +174,10 @@ def is_sweep(arguments: Sequence[str]) -> bool:
     return bool({"-m", "--multirun"} & set(arguments))
 
 
-def swept_values(override: str) -> list[str]:
-    """Return the override with each value that a sweep takes from it (a=1,2); without a sweep, itself."""
-    parsed = OverridesParser.create().parse_override(override)
-    key = override.partition("=")[0]
-    value = parsed.value()
-    if isinstance(value, Glob):
-        return [f"{key}={name}" for name in value.filter(sorted(path.stem for path in (CONF / key).glob("*.yaml")))]
-    return [f"{key}={value}" for value in parsed.sweep_string_iterator()] if parsed.is_discrete_sweep() else [override]
+def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
+    from vlmvqa.config.sweep import sweep_jobs
 
-
-def _sweep_jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the overrides of a sweep's first job, then those with one other value: enough to find every mistake."""
-    values = [swept_values(override) for override in overrides]
-    first = [choices[0] for choices in values]
-    yield first
-    for place, choices in enumerate(values):
-        yield from ([*first[:place], other, *first[place + 1 :]] for other in choices[1:])
+    return sweep_jobs(overrides)
 
 
 # ---- checks
@@ -243,6 +231,8 @@ def _check_override(config_name: str, config: DictConfig, override: str, argumen
         opened = depth > 0 and parts[depth - 1] in OPEN and isinstance(node, dict)
         if opened or (parts[0] == "trainer" and part in argument_types()):
             return "++" + override.lstrip("+")
+        from vlmvqa.config.suggestions import default_keys, suggest_key
+
         content.pop("hydra")
         names = {*flatten(content), *default_keys(config_name, arguments)}
         raise InputError(f"there is no key '{key}'{suggest_key(key, value, names)}")

@@ -1,10 +1,12 @@
-"""The images and questions of predict.py's command line, read without PyTorch: mistakes are reported at once."""
+"""Checks of the command lines of eval.py and predict.py, without PyTorch, so that mistakes are reported at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from vlmvqa.config.early_checks import listed
 from vlmvqa.errors import InputError
 from vlmvqa.paths import refuse_missing
 
@@ -53,3 +55,22 @@ def _lines(path: str | None) -> Iterator[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"questions={path} cannot be read as text, one question a line ({error})") from error
     yield from (line.strip() for line in lines if line.strip())
+
+
+def refuse_eval(values: Mapping[str, Any]) -> None:
+    """Raise unless eval.py's values name one thing to score.
+
+    Raises:
+        InputError: nothing is named, several things, or no data.
+    """
+    given = [name for name in ("checkpoint", "predictions", "compare") if values[name] is not None]
+    if len(given) != 1:
+        raise InputError(
+            "choose what to score: checkpoint=... (a trained model), predictions=... (a file of answers), or "
+            f"compare=[...,...] (two results); {' and '.join(given) + ' are given' if given else 'none is given'}"
+        )
+    if given == ["compare"] and len(listed(values["compare"])) != 2:
+        shown = listed(values["compare"])
+        raise InputError(f"compare={shown} should name two folders of results: compare=[runs/a,runs/b]")
+    if given != ["compare"] and values.get("data") is None:
+        raise InputError("data=... must be given, the name of a file in conf/data: data=shapes, data=vqav2...")
