@@ -12,7 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors import SafetensorError
+from tqdm import tqdm
+
 from vlmvqa.errors import InputError
+from vlmvqa.ranks import bar
 
 # For every `from_pretrained`; by default transformers asks at the terminal.
 OWN_CODE: Final[dict[str, Any]] = {"trust_remote_code": False}
@@ -80,7 +84,7 @@ def hub_or_cache(name: str | None = None) -> Iterator[None]:
     """Read only from the local cache in the block if the Hub is unreachable; `name` is a Hub id or a folder."""
     from huggingface_hub import constants
 
-    if (name is not None and Path(name).is_dir()) or not unreachable():
+    if (name is not None and Path(name).exists()) or not unreachable():
         yield
         return
     constants.HF_HUB_OFFLINE = True
@@ -88,6 +92,25 @@ def hub_or_cache(name: str | None = None) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = False
+
+
+@contextmanager
+def reading(what: str, name: str | None = None, *more: type[Exception]) -> Iterator[None]:
+    """Read from the hub or its local cache in the block; turn errors into an `InputError` that names `what`.
+
+    Args:
+        what: as in `unread`.
+        name: a hub id, or a file or folder, which needs no hub.
+        more: errors that mean a failure to read, in addition to the usual ones.
+    """
+    errors: tuple[type[Exception], ...] = (OSError, ValueError, SafetensorError, *more)
+    try:
+        with hub_or_cache(name):
+            yield
+    except InputError:
+        raise
+    except errors as error:
+        raise unread(what, error) from error
 
 
 def when_offline() -> str:
@@ -103,3 +126,18 @@ def _recent_failure() -> str:
     """Return why the Hub could not be reached in the last minute, or ""."""
     when, reason = _unreached
     return reason if time.monotonic() - when <= RETRY_AFTER else ""
+
+
+@contextmanager
+def loading_bar() -> Iterator[None]:
+    """Replace transformers' "Loading weights" bar in the block by ours, shown if loading takes over a second."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    def replacement(_: Any, arguments: tuple[Any, ...], __: dict[str, Any]) -> tqdm[Any]:
+        return bar(*arguments, doing="loading weights", unit="tensors", delay=1.0)
+
+    before = set_tqdm_hook(replacement)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)

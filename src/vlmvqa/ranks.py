@@ -171,18 +171,3 @@ def bar(
     """
     hidden = None if shown and is_first() else True  # None: hide it if stderr is not a terminal
     return tqdm(items, desc=doing, unit=f" {unit}", total=total, disable=hidden, **{"leave": False, **more})
-
-
-@contextmanager
-def loading_bar() -> Iterator[None]:
-    """Replace transformers' "Loading weights" bar in the block by ours, shown if loading takes over a second."""
-    from transformers.utils.logging import set_tqdm_hook
-
-    def replacement(_: Any, arguments: tuple[Any, ...], __: dict[str, Any]) -> tqdm[Any]:
-        return bar(*arguments, doing="loading weights", unit="tensors", delay=1.0)
-
-    before = set_tqdm_hook(replacement)
-    try:
-        yield
-    finally:
-        set_tqdm_hook(before)

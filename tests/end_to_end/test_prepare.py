@@ -18,7 +18,7 @@ from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
-from vlmvqa.inference import build
+from vlmvqa.inference import predictor
 from vlmvqa.inference.predictor import Predictor
 
 SMALL = (
@@ -46,7 +46,7 @@ def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
     set_seed(config.seed)
     data = config.data
     examples = read_examples(data, data.train_split, data.max_train_samples, BadRecords())
-    return build.build_predictor(config.model, data, config.decoding, examples), examples
+    return predictor.build(config.model, data, config.decoding, examples), examples
 
 
 def test_features_are_accepted_by_the_training_run(root: Path, tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ from vlmvqa.extras.merging import files, methods
 from vlmvqa.extras.merging.files import Weights
 from vlmvqa.extras.merging.merge import Merge
 from vlmvqa.extras.merging.settings import MergeSettings
-from vlmvqa.inference import build
 from vlmvqa.inference.predictor import load
 from vlmvqa.models.interface import DTYPES, cast_parameters
+from vlmvqa.training import initial_model
 
 ONES = torch.ones(2)
 
@@ -458,7 +458,7 @@ def merged_in_halves(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFa
 
 def initialised_from(folder: Path, *given: str) -> TrainConfig:
     """The config of `launch/train.py init_from=...`."""
-    return build.with_saved_model(train_config(f"init_from={folder}", *given))
+    return initial_model.with_saved_model(train_config(f"init_from={folder}", *given))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -472,7 +472,7 @@ def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
         compatibility.check(config, DistSettings())
     config = initialised_from(merged_in_halves, f"model.dtype={dtype}")
     compatibility.check(config, DistSettings())
-    found = build.continue_from(config)
+    found = initial_model.continue_from(config)
     assert found.settings.dtype == config.model.dtype == dtype
     for name, value in load(merged_in_halves).model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], value.to(DTYPES[dtype]))

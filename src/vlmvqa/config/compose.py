@@ -24,7 +24,7 @@ Config = TypeVar("Config")
 # Groups that their own package builds, since it decides the class or checks more than types: module and function.
 BUILDERS = {
     "data": ("vlmvqa.data.tasks", "data_settings"),
-    "model": ("vlmvqa.inference.build", "model_settings"),
+    "model": ("vlmvqa.models.checkpoint", "model_settings"),
     "adapt": ("vlmvqa.extras.adapters.peft_adapters", "adapter_settings"),
 }
 

@@ -19,6 +19,7 @@ from vlmvqa.config.compose import build_settings
 from vlmvqa.data.example import Example, ImageSource, Question, count_questions
 from vlmvqa.data.packing import split_questions
 from vlmvqa.data.processor import EvalDataset, Processor
+from vlmvqa.data.tasks import prompts
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models import checkpoint
@@ -27,6 +28,7 @@ from vlmvqa.ranks import bar
 from vlmvqa.sequence.rows import Document
 
 if TYPE_CHECKING:
+    from vlmvqa.config.schema import DataSettings
     from vlmvqa.extras.adapters.peft_adapters import Adapter
     from vlmvqa.inference.answer_log import Journal
 
@@ -302,6 +304,18 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
     if "adapter" in config:
         more["adapter"] = build_settings(checkpoint.adapters().Adapter, config["adapter"], "config.json: adapter")
     return Predictor(model, processor, config.get("prompt", BARE), settings, decoding, **more)
+
+
+def build(
+    settings: Settings, data: DataSettings, decoding: GenerationSettings, train_examples: Sequence[Example]
+) -> Predictor:
+    """Build a model with its tokenizer, image settings and prompt.
+
+    Args:
+        train_examples: the texts that a tokenizer is trained on, where the settings ask for one.
+    """
+    model, processor, started_from = checkpoint.family(settings.family).compose(settings, data, train_examples)
+    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()), started_from)
 
 
 def _collated(processor: Processor, encoded: Sequence[Document | None]) -> tuple[list[bool], dict[str, Tensor]]:

@@ -75,7 +75,7 @@ class _Clip:
     def __init__(self, name: str, device: torch.device) -> None:
         from transformers import CLIPModel, CLIPProcessor
 
-        from vlmvqa.ranks import loading_bar
+        from vlmvqa.hub import loading_bar
 
         try:
             with hub_or_cache(name), loading_bar():

@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,14 +30,12 @@ from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, unread
 from vlmvqa.models.checkpoint import CONFIG, TOKENIZER, WEIGHTS
 from vlmvqa.models.interface import DTYPES, cast_parameters
 from vlmvqa.models.language import LanguageModel, LanguageSettings
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.models.vlm import VLM, ModelSettings
-from vlmvqa.ranks import loading_bar
 
 if TYPE_CHECKING:
     from vlmvqa.config.schema import DataSettings
@@ -93,18 +90,20 @@ def build_vision_encoder(settings: VisionSettings) -> VisionEncoder:
     arguments = {"num_classes": 0, "global_pool": "", "img_size": settings.image_size, **settings.overrides}
     arguments |= _weights_arguments(settings.weights)
     try:
-        with hub_or_cache() if settings.weights == "hub" else nullcontext():
+        if settings.weights == "random":
             encoder = timm.create_model(name, **arguments)
+        else:
+            from vlmvqa.hub import reading
+
+            what = f"model.vision.name={settings.name} with weights={settings.weights}"
+            with reading(what, None if settings.weights == "hub" else settings.weights, RuntimeError):
+                encoder = timm.create_model(name, **arguments)
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         near = suggest(unknown[1], inspect.signature(VisionTransformer).parameters) if unknown else ""
         raise InputError(
             f"model.vision.overrides: timm's {architecture} does not take these settings: {error}{near}"
         ) from error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if settings.weights == "random":
-            raise
-        raise unread(f"model.vision.name={settings.name} with weights={settings.weights}", error) from error
     if not hasattr(encoder, "has_class_token") or not hasattr(encoder, "blocks"):
         raise InputError(f"model.vision.name={settings.name} is not a vision transformer; choose a timm vit_* model")
     if settings.weights == "random":
@@ -140,14 +139,13 @@ def language_config(settings: LanguageSettings) -> PreTrainedConfig:
     Raises:
         InputError: a config that cannot be read, or an override that it does not have.
     """
-    try:
-        if settings.name in CONFIG_MAPPING_NAMES:
-            config = AutoConfig.for_model(settings.name)
-        else:
-            with hub_or_cache(settings.name):
-                config = AutoConfig.from_pretrained(settings.name, **OWN_CODE)
-    except (OSError, ValueError) as error:
-        raise unread(f"model.language.name={settings.name}", error) from error
+    if settings.name in CONFIG_MAPPING_NAMES:
+        config = AutoConfig.for_model(settings.name)
+    else:
+        from vlmvqa.hub import OWN_CODE, reading
+
+        with reading(f"model.language.name={settings.name}", settings.name):
+            config = AutoConfig.from_pretrained(settings.name, **OWN_CODE)
     known = config.to_dict()
     for key in settings.overrides:
         if key not in known:
@@ -155,7 +153,7 @@ def language_config(settings: LanguageSettings) -> PreTrainedConfig:
     if settings.name in CONFIG_MAPPING_NAMES:
         made: PreTrainedConfig = type(config)(**settings.overrides)
     else:
-        with hub_or_cache(settings.name):
+        with reading(f"model.language.name={settings.name}", settings.name):
             made = AutoConfig.from_pretrained(settings.name, **settings.overrides, **OWN_CODE)
     return made
 
@@ -184,13 +182,10 @@ def build_language_model(settings: LanguageSettings, dtype: torch.dtype = torch.
             "name a hub id or folder, or set model.language.weights=random"
         )
     else:
-        try:
-            with hub_or_cache(settings.name), loading_bar():
-                causal_lm = AutoModelForCausalLM.from_pretrained(
-                    settings.name, config=config, dtype=dtype, **SAFE_WEIGHTS
-                )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise unread(f"model.language.name={settings.name}", error) from error
+        from vlmvqa.hub import SAFE_WEIGHTS, loading_bar, reading
+
+        with reading(f"model.language.name={settings.name}", settings.name), loading_bar():
+            causal_lm = AutoModelForCausalLM.from_pretrained(settings.name, config=config, dtype=dtype, **SAFE_WEIGHTS)
     return LanguageModel(causal_lm, settings.attention, settings.loss)
 
 
@@ -233,10 +228,10 @@ def uninitialized_like(model: VLM, settings: ModelSettings) -> VLM:
 
 def load_processing_class(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a saved model."""
-    try:
+    from vlmvqa.hub import OWN_CODE, reading
+
+    with reading(f"the tokenizer of {folder}", str(folder)):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / TOKENIZER, **OWN_CODE)
-    except (OSError, ValueError) as error:
-        raise unread(f"the tokenizer of {folder}", error) from error
     return tokenizer
 
 
@@ -299,11 +294,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: it cannot be read, or has no EOS token to end answers with.
     """
-    try:
-        with hub_or_cache(name):
-            tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
-    except (OSError, ValueError) as error:
-        raise unread(f"the tokenizer of {name}", error) from error
+    from vlmvqa.hub import OWN_CODE, reading
+
+    with reading(f"the tokenizer of {name}", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no EOS token, which ends every answer; choose another")
     return tokenizer

@@ -14,7 +14,7 @@ import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import __version__ as transformers_version
 
+from vlmvqa.config.compose import build_settings
 from vlmvqa.errors import InputError
 from vlmvqa.models.interface import Model, Settings
 from vlmvqa.paths import EXPECTED, is_hub_id, missing_model
@@ -93,6 +94,12 @@ def family(name: str) -> Family:
 def family_of(model_config: Mapping[str, Any]) -> Family:
     """Return the family of a `model` config group: pretrained models have a key of that name."""
     return family("pretrained" if "pretrained" in model_config else "vlm")
+
+
+def model_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> Settings:
+    """Return the `model` group."""
+    settings: Settings = build_settings(family_of(values).SETTINGS, values, "model")
+    return settings
 
 
 def adapters() -> Any:

@@ -23,8 +23,8 @@ from vlmvqa.config.schema import MIXTURE, DistSettings, TrainConfig
 from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.inference.build import build_predictor, continue_from, with_saved_model
 from vlmvqa.inference.predictor import Predictor, load
+from vlmvqa.inference.predictor import build as build_predictor
 from vlmvqa.metrics.registry import score
 from vlmvqa.models.checkpoint import BASE, CONFIG
 from vlmvqa.models.interface import Model, set_trainable
@@ -83,7 +83,10 @@ def train(config: TrainConfig) -> bool:
 
 def prepare(config: TrainConfig) -> Session:
     """Check the config and the run's folder, join the process group, and read the data."""
-    config = with_saved_model(config)
+    if config.init_from is not None:
+        from vlmvqa.training.initial_model import with_saved_model
+
+        config = with_saved_model(config)
     dist = config.dist or DistSettings()
     compatibility.check(config, dist)
     distributed.start(dist, bool(config.trainer.get("use_cpu")))
@@ -220,6 +223,8 @@ def build(session: Session) -> tuple[Predictor, Any]:
     if resumed and (saved_base / CONFIG).is_file():  # adapters whose base this run has saved at its start
         predictor = replace(load(saved_base, "cpu"), settings=config.model)
     elif config.init_from is not None:
+        from vlmvqa.training.initial_model import continue_from
+
         predictor = continue_from(config)
     else:
         predictor = build_predictor(config.model, config.data, config.decoding, examples)

@@ -23,7 +23,7 @@ from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
 from vlmvqa.extras.feature_cache.writer import WriteOptions, unique_images, write
 from vlmvqa.extras.shards import shards
 from vlmvqa.extras.shards.split import packing_key
-from vlmvqa.inference.build import build_processor
+from vlmvqa.models import checkpoint
 from vlmvqa.models.build import build_vision_encoder
 from vlmvqa.models.interface import DTYPES, GenerationSettings
 from vlmvqa.models.vision import VisionEncoder
@@ -125,7 +125,7 @@ def build_encoder(
     vision = build_vision_encoder(config.model.vision)  # the first weights that a run initialises
     for parameter in vision.parameters():
         parameter.data = parameter.data.to(DTYPES[config.model.dtype])
-    processor = build_processor(config.model, data, examples)
+    processor = checkpoint.family(config.model.family).compose_processor(config.model, data, examples)
     return vision.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 

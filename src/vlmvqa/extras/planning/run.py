@@ -13,9 +13,9 @@ from vlmvqa.extras.planning.gpus import gpu
 from vlmvqa.extras.planning.planner import Planner, Training
 from vlmvqa.extras.planning.published_sizes import known_architecture, known_config
 from vlmvqa.extras.pretrained.model import PretrainedSettings
-from vlmvqa.inference.build import most_questions
 from vlmvqa.models.interface import Settings as AnySettings
 from vlmvqa.models.vlm import ModelSettings
+from vlmvqa.sequence.masks import SHAREABLE
 
 # Questions per image: the datasets' published counts.
 QUESTIONS = {"vqav2": 5.36, "gqa": 13.1, "coco_captions": 5.0, "docvqa": 3.9}
@@ -104,7 +104,7 @@ def _questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> fl
         raise InputError(
             f"the number of questions per image of {data.source} is unknown; give plan.questions_per_image"
         )
-    most = most_questions(data, settings.attention_pattern)
+    most = _most_questions(data, settings.attention_pattern)
     return float(count if most is None else min(count, most))  # an image with more questions fills several rows
 
 
@@ -116,3 +116,8 @@ def _text_tokens(plan: PlanSettings, data: DataSettings) -> int:
     if tokens is None:
         raise InputError("data.max_text_tokens is null, so the length of a question is unknown; give plan.text_tokens")
     return tokens
+
+
+def _most_questions(data: DataSettings, attention_pattern: str) -> int | None:
+    """Return how many questions may share a row: one where the image attends to its question."""
+    return data.questions_per_row if attention_pattern in SHAREABLE else 1

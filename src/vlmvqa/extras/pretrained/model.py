@@ -32,11 +32,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, unread
+from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, loading_bar, unread
 from vlmvqa.models.generation import choose_tokens, random_streams
 from vlmvqa.models.interface import DTYPES, PARTS, Generated, GenerationSettings, Model, Part
 from vlmvqa.models.language import final_logits, recompute_activations, refuse_unknown_head
-from vlmvqa.ranks import loading_bar
 from vlmvqa.sequence.loss import divide_loss, supervised_loss
 from vlmvqa.sequence.rows import FILL, IGNORE, Batch
 

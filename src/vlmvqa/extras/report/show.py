@@ -11,7 +11,7 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.report.row_drawing import describe, draw
-from vlmvqa.inference.build import build_processor
+from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import GenerationSettings
 
 
@@ -54,5 +54,5 @@ def show(config: ShowConfig) -> None:
 
 def _processor(config: ShowConfig, data: DataSettings, examples: list[Example]) -> tuple[Processor, int | None]:
     """Return the processor, and how many questions may share a row; no weights are loaded."""
-    processor = build_processor(config.model, data, examples)
+    processor = checkpoint.family(config.model.family).compose_processor(config.model, data, examples)
     return processor, data.questions_per_row if processor.shares_images else 1

@@ -1,29 +1,17 @@
-"""Build the model of a config with its tokenizer and processor: from parts, pretrained, or saved earlier."""
+"""Training that continues from a saved model (`init_from`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from vlmvqa import fingerprint
-from vlmvqa.config.compose import build_settings
-from vlmvqa.config.schema import DataSettings, TrainConfig
-from vlmvqa.data.example import Example
-from vlmvqa.data.processor import Processor
+from vlmvqa.config.schema import TrainConfig
 from vlmvqa.data.tasks import prompts
 from vlmvqa.errors import InputError
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models import checkpoint
-from vlmvqa.models.interface import DTYPES, GenerationSettings, Settings, cast_parameters
-from vlmvqa.sequence.masks import SHAREABLE
-
-
-def model_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> Settings:
-    """Return the `model` group."""
-    settings: Settings = build_settings(checkpoint.family_of(values).SETTINGS, values, "model")
-    return settings
+from vlmvqa.models.interface import DTYPES, cast_parameters
 
 
 def with_saved_model(config: TrainConfig) -> TrainConfig:
@@ -54,18 +42,6 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
     return replace(config, model=settings, init_from=init_from)
 
 
-def build_predictor(
-    settings: Settings, data: DataSettings, decoding: GenerationSettings, train_examples: Sequence[Example]
-) -> Predictor:
-    """Build a model with its tokenizer, image settings and prompt.
-
-    Args:
-        train_examples: the texts that a tokenizer is trained on, where the settings ask for one.
-    """
-    model, processor, started_from = checkpoint.family(settings.family).compose(settings, data, train_examples)
-    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()), started_from)
-
-
 def continue_from(config: TrainConfig) -> Predictor:
     """Load the model of `init_from`, with the data and decoding settings of this run."""
     assert config.init_from is not None
@@ -83,13 +59,3 @@ def continue_from(config: TrainConfig) -> Predictor:
         decoding=config.decoding,
         started_from={"model": config.init_from, "weights": fingerprint.weights_in(folder)},
     )
-
-
-def most_questions(data: DataSettings, attention_pattern: str) -> int | None:
-    """Return how many questions may share a row: one where the image attends to its question."""
-    return data.questions_per_row if attention_pattern in SHAREABLE else 1
-
-
-def build_processor(settings: Settings, data: DataSettings, train_examples: Sequence[Example]) -> Processor:
-    """Return the processor that `build_predictor` would build, without loading or downloading weights."""
-    return checkpoint.family(settings.family).compose_processor(settings, data, train_examples)
