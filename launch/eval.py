@@ -11,7 +11,7 @@ The same command resumes a run that was killed.
 from vlmvqa import cli
 
 with cli.script(__name__, __file__):
-    from vlmvqa.config.schema import EvalConfig
+    from vlmvqa.config.inference_schema import EvalConfig
     from vlmvqa.inference.run import evaluate_run
 
 if __name__ == "__main__":

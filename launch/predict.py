@@ -11,7 +11,7 @@ with cli.script(__name__, __file__):
 
     from tqdm import tqdm
 
-    from vlmvqa.config.schema import PredictConfig, override_decoding
+    from vlmvqa.config.inference_schema import PredictConfig, override_decoding
     from vlmvqa.inference.predictor import load
     from vlmvqa.inference.requests import read_questions
     from vlmvqa.ranks import bar

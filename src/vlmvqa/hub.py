@@ -10,13 +10,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from vlmvqa.errors import InputError
 from vlmvqa.ranks import bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # For every `from_pretrained`; by default transformers asks at the terminal.
 OWN_CODE: Final[dict[str, Any]] = {"trust_remote_code": False}
@@ -141,3 +144,18 @@ def loading_bar() -> Iterator[None]:
         yield
     finally:
         set_tqdm_hook(before)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub id or local folder.
+
+    Raises:
+        InputError: it cannot be read, or has no EOS token to end answers with.
+    """
+    from transformers import AutoTokenizer
+
+    with reading(f"the tokenizer of {name}", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {name} has no EOS token, which ends every answer; choose another")
+    return tokenizer

@@ -23,7 +23,8 @@ import pytest
 from tests import forks
 from tests.conftest import ROOT
 from vlmvqa import cli
-from vlmvqa.config.schema import EvalConfig, PredictConfig, TrainConfig
+from vlmvqa.config.inference_schema import EvalConfig, PredictConfig
+from vlmvqa.config.schema import TrainConfig
 from vlmvqa.evaluation.helm import run as helm_script
 from vlmvqa.evaluation.helm.plan import HelmConfig
 from vlmvqa.extras.dataset_tools.run import PrepareConfig, run_job

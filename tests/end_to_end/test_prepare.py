@@ -18,8 +18,7 @@ from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
-from vlmvqa.inference import predictor
-from vlmvqa.inference.predictor import Predictor
+from vlmvqa.models.trained_model import TrainedModel, build_model
 
 SMALL = (
     "data.options.train_images=30",
@@ -40,13 +39,13 @@ def call(*arguments: str) -> Ended:
     return scripts.call("prepare", *arguments)
 
 
-def in_training(root: Path, *overrides: str) -> tuple[Predictor, list[Example]]:
+def in_training(root: Path, *overrides: str) -> tuple[TrainedModel, list[Example]]:
     """The model as launch/train.py builds it, and its training images."""
     config = train_config(f"data.root={root}", "run.name=x", *SMALL, *overrides)
     set_seed(config.seed)
     data = config.data
     examples = read_examples(data, data.train_split, data.max_train_samples, BadRecords())
-    return predictor.build(config.model, data, config.decoding, examples), examples
+    return build_model(config.model, data, config.decoding, examples), examples
 
 
 def test_features_are_accepted_by_the_training_run(root: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.end_to_end.scripts import LONGER, call, done
+from vlmvqa.code_state import code_state
 from vlmvqa.extras.loggers.tensorboard_events import TensorBoard
 from vlmvqa.extras.loggers.tracking import RunInfo
-from vlmvqa.fingerprint import code_state
 from vlmvqa.training.log import read_log
 
 wandb = pytest.importorskip("wandb", reason="wandb is an extra: pip install 'vlmvqa[wandb]'")

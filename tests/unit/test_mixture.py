@@ -13,7 +13,7 @@ from vlmvqa.data.tasks import SHARED, data_settings, read_tasks
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
-from vlmvqa.inference.predictor import build
+from vlmvqa.models.trained_model import build_model
 from vlmvqa.training.run import training_set
 
 ROOTS = ("data.parts.vqav2.root=a", "data.parts.gqa.root=b")
@@ -89,7 +89,7 @@ def test_an_epoch_sees_each_part_as_often_as_its_weight_says(tmp_path: Path) -> 
     config = train_config("data=mixture", "data.weights.vqav2=0.5", "data.weights.gqa=2", *given, "run.name=x")
     tasks = read_tasks(config.data, BadRecords())
     examples = [example for task in tasks for example in task.train]
-    predictor = build(config.model, config.data, config.decoding, examples)
+    predictor = build_model(config.model, config.data, config.decoding, examples)
     assert predictor.prompts == {"vqav2": "answer en {question}\n", "gqa": "answer en {question}\n"}
     rows = training_set(config, predictor, tasks, BadRecords())
     seen = []

@@ -5,35 +5,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlmvqa import ranks
-from vlmvqa.config.compose import build_settings
 from vlmvqa.data.example import Example, ImageSource, Question, count_questions
 from vlmvqa.data.packing import split_questions
 from vlmvqa.data.processor import EvalDataset, Processor
-from vlmvqa.data.tasks import prompts
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.models import checkpoint
-from vlmvqa.models.interface import Generated, GenerationSettings, Model, Settings
+from vlmvqa.models.interface import Generated, GenerationSettings
+from vlmvqa.models.trained_model import TrainedModel, load_model
 from vlmvqa.ranks import bar
 from vlmvqa.sequence.rows import Document
 
 if TYPE_CHECKING:
-    from vlmvqa.config.schema import DataSettings
-    from vlmvqa.extras.adapters.peft_adapters import Adapter
     from vlmvqa.inference.answer_log import Journal
 
 ROW_TEXT_TOKENS = 512
-BARE = "{question}"  # the prompt of a model that was saved without one
 
 
 def confidence(log_probability: float | None) -> float:
@@ -64,36 +59,13 @@ class Answer:
         return self.text
 
 
-@dataclass
-class Predictor:
-    """A model with its processor, prompt and generation settings, as `vlmvqa.load` returns it.
+class Predictor(TrainedModel):
+    """A model that answers questions, as `vlmvqa.load` returns it."""
 
-    Attributes:
-        prompt: the template of a question, which contains `{question}`.
-        prompts: the template of each source that the model was trained on.
-        started_from: the saved model that training continued: its name, and the fingerprint of its weights file.
-        adapter: the adapter's settings and its base model; None without adapters.
-    """
-
-    model: Model
-    processor: Processor
-    prompt: str
-    settings: Settings
-    decoding: GenerationSettings = field(default_factory=GenerationSettings)
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    started_from: Mapping[str, str] | None = None
-    adapter: Adapter | None = None
-
-    def prompt_for(self, source: str, otherwise: str) -> str:
-        """Return the prompt template for a source: the one it was trained with, or else the model's only one.
-
-        Args:
-            otherwise: the source's own template, used if only one of the two has a `{question}`.
-        """
-        if self.prompt == BARE and not self.prompts:  # never trained here
-            return otherwise
-        fitting = ("{question}" in self.prompt) == ("{question}" in otherwise)
-        return self.prompts.get(source, self.prompt if fitting else otherwise)
+    @classmethod
+    def of(cls, trained: TrainedModel) -> Predictor:
+        """Return a predictor of a model."""
+        return cls(**vars(trained))
 
     @overload  # a string is a sequence of strings too, and asks once
     def answer(self, image: ImageSource | str, question: str) -> Answer: ...  # type: ignore[overload-overlap]
@@ -229,32 +201,6 @@ class Predictor:
         every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
         return {question.id: every[question.id] for question in _questions(examples) if question.id in every}
 
-    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Save model, tokenizer, image settings and prompt to a folder that `vlmvqa.load` reads.
-
-        Args:
-            weights: weights to save instead of the model's, by the same names.
-        """
-        if self.adapter is not None:
-            raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
-        own = self.processor.processing_class
-        checkpoint.save(Path(folder), self.model, self.settings, own, self._extra(), weights)
-
-    def describe(self, folder: Path) -> None:
-        """Save everything except the weights, which the folder already holds."""
-        own = self.processor.processing_class
-        checkpoint.describe(folder, self.model, self.settings, own, self._extra(), self.adapter)
-
-    def _extra(self) -> dict[str, Any]:
-        return {
-            "images": dataclasses.asdict(self.processor.images),
-            "prompt": self.prompt,
-            "prompts": dict(self.prompts),
-            "started_from": self.started_from,
-            "max_text_tokens": self.processor.max_text_tokens,
-            "decoding": dataclasses.asdict(self.decoding),
-        }
-
     def _rows(self, examples: Sequence[Example], processor: Processor, room: int) -> list[Example]:
         """Split the examples into rows of at most `room` text tokens (or one question), sorted from long to short."""
         most = None if self.model.shares_images else 1
@@ -296,26 +242,7 @@ def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
         path_or_hub_id: a run's folder, its `model/` folder, one of its checkpoints, or a hub id.
         device: default: the GPU if there is one.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, settings, text, config = checkpoint.load(path_or_hub_id, device)
-    decoding = build_settings(GenerationSettings, config.get("decoding", {}), "config.json: decoding")
-    more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
-    processor: Processor = checkpoint.family(settings.family).make_processor(text, model, config)
-    if "adapter" in config:
-        more["adapter"] = build_settings(checkpoint.adapters().Adapter, config["adapter"], "config.json: adapter")
-    return Predictor(model, processor, config.get("prompt", BARE), settings, decoding, **more)
-
-
-def build(
-    settings: Settings, data: DataSettings, decoding: GenerationSettings, train_examples: Sequence[Example]
-) -> Predictor:
-    """Build a model with its tokenizer, image settings and prompt.
-
-    Args:
-        train_examples: the texts that a tokenizer is trained on, where the settings ask for one.
-    """
-    model, processor, started_from = checkpoint.family(settings.family).compose(settings, data, train_examples)
-    return Predictor(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()), started_from)
+    return Predictor.of(load_model(path_or_hub_id, device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def _collated(processor: Processor, encoded: Sequence[Document | None]) -> tuple[list[bool], dict[str, Tensor]]:

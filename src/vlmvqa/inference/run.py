@@ -10,7 +10,8 @@ import torch
 
 from vlmvqa import ranks
 from vlmvqa.config.compose import refuse_overrides, to_yaml
-from vlmvqa.config.schema import DataSettings, DistSettings, EvalConfig, override_decoding
+from vlmvqa.config.inference_schema import EvalConfig, override_decoding
+from vlmvqa.config.schema import DataSettings, DistSettings
 from vlmvqa.data.example import Example, all_answered
 from vlmvqa.data.tasks import metric_options, read_examples, source_module
 from vlmvqa.errors import BadRecords, InputError

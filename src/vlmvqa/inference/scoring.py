@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vlmvqa import fingerprint, ranks
+from vlmvqa.code_state import code_state, versions
 from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
 from vlmvqa.data.tasks import source_module
 from vlmvqa.errors import BadRecords, InputError, counted
-from vlmvqa.fingerprint import code_state, versions
 from vlmvqa.inference.answer_log import Journal
 from vlmvqa.inference.evaluate import EvalSpec, evaluate, table
 from vlmvqa.inference.predictor import Answer, Predictor

@@ -275,6 +275,8 @@ def _processor(model: VLM, settings: ModelSettings, data: DataSettings, examples
     if settings.language.tokenizer == "trained":
         tokenizer = train_tokenizer(examples, model.language.config.vocab_size)
     else:
+        from vlmvqa.hub import load_tokenizer
+
         tokenizer = load_tokenizer(settings.language.tokenizer or settings.language.name)
     known = model.vision.data_config
     images = ImageSettings(
@@ -286,18 +288,3 @@ def _processor(model: VLM, settings: ModelSettings, data: DataSettings, examples
         data.reduced_decoding,
     )
     return Processor(tokenizer, images, model.vision.num_image_tokens, model.attention_pattern, data.max_text_tokens)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub id or local folder.
-
-    Raises:
-        InputError: it cannot be read, or has no EOS token to end answers with.
-    """
-    from vlmvqa.hub import OWN_CODE, reading
-
-    with reading(f"the tokenizer of {name}", name):
-        tokenizer = AutoTokenizer.from_pretrained(name, **OWN_CODE)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {name} has no EOS token, which ends every answer; choose another")
-    return tokenizer

@@ -9,9 +9,9 @@ from vlmvqa import fingerprint
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.data.tasks import prompts
 from vlmvqa.errors import InputError
-from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import DTYPES, cast_parameters
+from vlmvqa.models.trained_model import TrainedModel, load_model
 
 
 def with_saved_model(config: TrainConfig) -> TrainConfig:
@@ -42,11 +42,11 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
     return replace(config, model=settings, init_from=init_from)
 
 
-def continue_from(config: TrainConfig) -> Predictor:
+def continue_from(config: TrainConfig) -> TrainedModel:
     """Load the model of `init_from`, with the data and decoding settings of this run."""
     assert config.init_from is not None
     data, folder = config.data, checkpoint.find(config.init_from)
-    found = load(folder, "cpu")
+    found = load_model(folder)
     processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
     processor = processor.with_images(data.resize, data.reduced_decoding)
     return replace(

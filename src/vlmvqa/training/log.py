@@ -22,7 +22,7 @@ from transformers import (
 
 from vlmvqa import ranks
 from vlmvqa.models.interface import Model
-from vlmvqa.training.full_state import num_elements
+from vlmvqa.training.checkpoint_state import num_elements
 
 # Values printed for a training step, with their format and digits; `log.jsonl` and the loggers get all values.
 PRINTED = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmvqa.training.full_state import KEYS, local_tensor
+from vlmvqa.training.checkpoint_state import KEYS, local_tensor
 
 BITSANDBYTES_SUFFIX = {"exp_avg": "1", "exp_avg_sq": "2"}  # state1, qmap1, absmax1; state2...
 BLOCK = 256  # elements that share a scale

@@ -1,13 +1,12 @@
-"""A training run, top to bottom: check, read the data, build the model, train, save, score, publish."""
+"""A training run, top to bottom: check, read the data, build the model, train, save; `evaluation.py` scores it."""
 
 from __future__ import annotations
 
-import gc
 import math
+import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,20 +17,16 @@ from transformers import TrainingArguments, set_seed
 
 from vlmvqa import ranks
 from vlmvqa.config import compatibility
-from vlmvqa.config.compose import to_yaml
 from vlmvqa.config.schema import MIXTURE, DistSettings, TrainConfig
 from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.inference.predictor import Predictor, load
-from vlmvqa.inference.predictor import build as build_predictor
-from vlmvqa.metrics.registry import score
 from vlmvqa.models.checkpoint import BASE, CONFIG
 from vlmvqa.models.interface import Model, set_trainable
-from vlmvqa.training import distributed
+from vlmvqa.models.trained_model import TrainedModel, build_model, load_model
 from vlmvqa.training.checkpoint_state import WEIGHTS, full_weights, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
-from vlmvqa.training.log import SAMPLES, parts_table, rounded, truncate
+from vlmvqa.training.log import SAMPLES, parts_table, truncate
 from vlmvqa.training.optimizer import optimizer_for
 from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_other_base, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
@@ -75,6 +70,8 @@ def train(config: TrainConfig) -> bool:
         if stopped_by == "SIGINT" and not ranks.is_distributed():  # a launcher would report a failed rank
             sys.exit(128 + signal.SIGINT)  # as a shell expects: `train && eval` stops here
         return True
+    from vlmvqa.training.evaluation import publish, score_tasks
+
     metrics = score_tasks(session)
     if ranks.is_first():
         publish(session, metrics)
@@ -89,7 +86,10 @@ def prepare(config: TrainConfig) -> Session:
         config = with_saved_model(config)
     dist = config.dist or DistSettings()
     compatibility.check(config, dist)
-    distributed.start(dist, bool(config.trainer.get("use_cpu")))
+    if "RANK" in os.environ or dist.strategy != "ddp":
+        from vlmvqa.training import distributed
+
+        distributed.start(dist, bool(config.trainer.get("use_cpu")))
     ranks.broadcast_from_rank0(lambda: refuse_run(config.run.folder, config))
     if config.hub_id:
         ranks.broadcast_from_rank0(lambda: _refuse_upload(str(config.hub_id)))
@@ -159,32 +159,36 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
 def fit(session: Session) -> str | None:
     """Train and write `model/`; return the signal that stopped the training before its end, if one did."""
     config, arguments, folder = session.config, session.arguments, session.folder
-    predictor, unsaved_base = build(session)
+    trained, unsaved_base = build(session)
     # Before the weights are sharded: cached features are checked against the encoder's.
-    dataset = training_set(config, predictor, session.tasks, session.bad_records)
+    dataset = training_set(config, trained, session.tasks, session.bad_records)
     if session.dist.strategy == "fsdp":
+        from vlmvqa.training import distributed
+
         compute_dtype = torch.bfloat16 if arguments.bf16 else None
-        distributed.shard(predictor.model, arguments.device, compute_dtype, session.dist.offload)
+        distributed.shard(trained.model, arguments.device, compute_dtype, session.dist.offload)
 
     def evaluate(model: Model) -> dict[str, float]:
-        return score_now(session, replace(predictor, model=model), trainer.state.global_step)
+        from vlmvqa.training.evaluation import score_now
+
+        return score_now(session, replace(trained, model=model), trainer.state.global_step)
 
     trainer = VqaTrainer(
-        predictor.model,
+        trained.model,
         arguments,
         dataset,
-        predictor.processor,
+        trained.processor,
         TrainerOptions(
             dist=session.dist,
             learning_rates=config.learning_rates,
             clip_percentile=config.clip_percentile,
             score=evaluate,
-            settings=predictor.settings,
-            adapt=predictor.adapter.settings if predictor.adapter else None,
-            describe=predictor.describe,
+            settings=trained.settings,
+            adapt=trained.adapter.settings if trained.adapter else None,
+            describe=trained.describe,
         ),
     )
-    table = parts_table(predictor.model, trainer.parameter_groups())
+    table = parts_table(trained.model, trainer.parameter_groups())
     # Nothing is written or replaced before this line: all settings have been checked.
     checkpoint, messages = ranks.broadcast_from_rank0(
         lambda: open_run(folder, config, trainer.global_batch, ranks.world_size())
@@ -192,12 +196,12 @@ def fit(session: Session) -> str | None:
     if session.tracking is not None:
         trainer.add_callback(session.tracking)
     ranks.broadcast_from_rank0(lambda: _open_logs(session, checkpoint))
-    if predictor.adapter is not None:
+    if trained.adapter is not None:
         if unsaved_base is not None:
             fingerprint = unsaved_base.write(folder / BASE, resumed=checkpoint is not None)
-            predictor.adapter = replace(predictor.adapter, fingerprint=fingerprint)
-        trainer.base_fingerprint = predictor.adapter.fingerprint
-        refuse_other_base(checkpoint, predictor.adapter)
+            trained.adapter = replace(trained.adapter, fingerprint=fingerprint)
+        trainer.base_fingerprint = trained.adapter.fingerprint
+        refuse_other_base(checkpoint, trained.adapter)
     if ranks.is_first():
         session.bad_records.list_in(folder / "skipped.jsonl")
     session.bad_records.listing = folder / "skipped.jsonl"
@@ -207,11 +211,11 @@ def fit(session: Session) -> str | None:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stop_handler.stopped_by:
         return trainer.stop_handler.stopped_by
-    save_model(folder / "model", predictor, trainer)
+    save_model(folder / "model", trained, trainer)
     return None
 
 
-def build(session: Session) -> tuple[Predictor, Any]:
+def build(session: Session) -> tuple[TrainedModel, Any]:
     """Build the model of the config, and make its parts trainable, or frozen under adapters.
 
     Returns:
@@ -221,14 +225,14 @@ def build(session: Session) -> tuple[Predictor, Any]:
     examples = [example for task in session.tasks for example in task.train]
     resumed = is_resumed(session.folder, config) and complete_checkpoints(session.folder)
     if resumed and (saved_base / CONFIG).is_file():  # adapters whose base this run has saved at its start
-        predictor = replace(load(saved_base, "cpu"), settings=config.model)
+        trained = replace(load_model(saved_base), settings=config.model)
     elif config.init_from is not None:
         from vlmvqa.training.initial_model import continue_from
 
-        predictor = continue_from(config)
+        trained = continue_from(config)
     else:
-        predictor = build_predictor(config.model, config.data, config.decoding, examples)
-    if predictor.adapter is not None:
+        trained = build_model(config.model, config.data, config.decoding, examples)
+    if trained.adapter is not None:
         raise InputError(
             f"init_from={config.init_from} is an adapter; merge it into its base first, with launch/merge.py "
             f"adapter={config.init_from} output=..."
@@ -236,14 +240,14 @@ def build(session: Session) -> tuple[Predictor, Any]:
     if config.adapt is not None:
         from vlmvqa.extras.adapters.attach import attach_adapters
 
-        return predictor, attach_adapters(config, predictor, session.arguments.device)
+        return trained, attach_adapters(config, trained, session.arguments.device)
     for part, choice in config.trainable.items():
-        set_trainable(predictor.model.part(part), choice, part)
-    return predictor, None
+        set_trainable(trained.model.part(part), choice, part)
+    return trained, None
 
 
 def training_set(
-    config: TrainConfig, predictor: Predictor, tasks: Sequence[Task], bad_records: BadRecords
+    config: TrainConfig, trained: TrainedModel, tasks: Sequence[Task], bad_records: BadRecords
 ) -> TrainDataset:
     """Return the rows that the run trains on."""
     data, examples = config.data, [example for task in tasks for example in task.train]
@@ -251,12 +255,12 @@ def training_set(
     if data.feature_cache is not None:
         from vlmvqa.extras.feature_cache.training import open_features
 
-        features = open_features(data, predictor, examples)
-    questions_per_row = data.questions_per_row if predictor.model.shares_images else 1
+        features = open_features(data, trained, examples)
+    questions_per_row = data.questions_per_row if trained.model.shares_images else 1
     settings = RowSettings(data.target, config.seed, data.row_tokens, questions_per_row, config.loss_weighting)
     repeats = [task.weight for task in tasks for _ in task.train]
     with ranks.local_main_first():  # texts are tokenized at first use
-        return TrainDataset(examples, predictor.processor, settings, bad_records, features=features, repeats=repeats)
+        return TrainDataset(examples, trained.processor, settings, bad_records, features=features, repeats=repeats)
 
 
 def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequence[Task]) -> str | None:
@@ -283,113 +287,21 @@ def _open_logs(session: Session, checkpoint: Path | None) -> None:
         truncate(folder / SAMPLES, step)
 
 
-def save_model(folder: Path, predictor: Predictor, trainer: VqaTrainer) -> None:
+def save_model(folder: Path, trained: TrainedModel, trainer: VqaTrainer) -> None:
     """Write the same folder under every strategy, enough for `vlmvqa.load` on one CPU."""
     if ranks.is_first():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    if predictor.adapter is None:
+    if trained.adapter is None:
         save_weights(trainer, folder / WEIGHTS)
     else:
         from vlmvqa.extras.adapters import peft_adapters
 
         weights = full_weights(trainer)
         if ranks.is_first():
-            peft_adapters.save(folder, predictor.model, predictor.adapter.base, weights)
+            peft_adapters.save(folder, trained.model, trained.adapter.base, weights)
     if ranks.is_first():
-        predictor.describe(folder)
-
-
-# ---- evaluation
-
-
-def score_now(session: Session, predictor: Predictor, step: int) -> dict[str, float]:
-    """Score each task during training; return each score, the mean of several, and the speed."""
-    arguments, tracking = session.arguments, session.tracking
-    found: dict[str, float] = {}
-    answered, began = 0, time.perf_counter()
-    for task in session.tasks:
-        if not task.answered:
-            continue
-        answers = predictor.answer_examples(
-            task.evaluated,
-            batch_size=arguments.per_device_eval_batch_size,
-            workers=arguments.dataloader_num_workers,
-            bad_records=session.bad_records,
-            progress=True,
-        )
-        answered += len(answers)
-        texts = {name: answer.text for name, answer in answers.items()}
-        scored = score(task.evaluated, texts, task.data.metric, **task.metric_options)
-        if scored.overall is not None:
-            found[f"{task.prefix}{task.data.metric}"] = scored.overall
-        if ranks.is_first() and tracking is not None:
-            tracking.sample(task, answers, scored.per_question)
-    if ranks.is_first() and tracking is not None:
-        tracking.log_samples(step)
-    if len(session.tasks) > 1 and found:
-        found["mean"] = sum(found.values()) / len(found)
-    if answered:
-        found["questions_per_second"] = rounded(answered / (time.perf_counter() - began))
-    return found
-
-
-def score_tasks(session: Session) -> list[dict[str, Any]]:
-    """Score the saved model on each task and write the results; return the content of each `metrics.json`."""
-    from vlmvqa.inference.evaluate import EvalSpec
-    from vlmvqa.inference.scoring import Output, ScoredTask, score_and_report
-
-    config, arguments = session.config, session.arguments
-    gc.collect()  # the trained model is freed before the saved one is loaded
-    torch.cuda.empty_cache()
-    predictor = load(session.folder / "model", str(arguments.device))
-    output = Output(session.folder, str(config.run.name), to_yaml(config), config.report, config.attributions)
-    found = []
-    for task in session.tasks:
-        spec = EvalSpec(
-            task.evaluated,
-            task.train,
-            task.data.metric,
-            config.seed,
-            options=task.metric_options,
-            extra_metrics=task.data.extra,
-        )
-        found.append(
-            score_and_report(
-                predictor,
-                str(session.folder / "model"),
-                ScoredTask(spec, task.data, task.data.eval_split, task.name),
-                output,
-                session.bad_records,
-                batch_size=arguments.per_device_eval_batch_size,
-                workers=arguments.dataloader_num_workers,
-            )
-        )
-    return found
-
-
-# ---- publishing
-
-
-def publish(session: Session, metrics: Sequence[dict[str, Any]]) -> None:
-    """Report the final scores to the loggers, write the model card, and upload the model if `hub_id` asks for it."""
-    from vlmvqa.extras.report.model_card import write_card
-
-    config, model = session.config, session.folder / "model"
-    if session.tracking is not None:
-        session.tracking.finish(
-            {
-                f"{task.name or one['data']}_{name}": values["overall"]
-                for task, one in zip(session.tasks, metrics, strict=True)
-                for name, values in one["metrics"].items()
-            }
-        )
-    write_card(model, config.hub_id or config.run.dir, metrics, to_yaml(config))
-    print(f"model:  {model}")
-    if config.hub_id:
-        from vlmvqa.extras.hub.upload import upload
-
-        print(f"hub:    {upload(model, config.hub_id)}")
+        trained.describe(folder)
 
 
 def _refuse_upload(target: str) -> None:

@@ -18,10 +18,10 @@ import torch
 import yaml
 
 from vlmvqa import ranks
+from vlmvqa.code_state import code_state, versions
 from vlmvqa.config.compose import to_dict, to_yaml
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError, counted
-from vlmvqa.fingerprint import code_state, versions
 from vlmvqa.paths import replace_file
 from vlmvqa.ranks import LAUNCH
 from vlmvqa.training.checkpoint_state import progress, total_steps

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, counted
-from vlmvqa.training.full_state import num_elements
+from vlmvqa.training.checkpoint_state import num_elements
 from vlmvqa.training.optimizer import CLASSES
 
 if TYPE_CHECKING:

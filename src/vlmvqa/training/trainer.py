@@ -38,7 +38,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import Model, Settings, cast_parameters
 from vlmvqa.training import checkpoint_state, checkpoints, optimizer, runtime_checks
-from vlmvqa.training.full_state import FullState
+from vlmvqa.training.checkpoint_state import FullState
 from vlmvqa.training.interrupt import BATCH_SYSTEM_SIGNALS, StopHandler, blocked_signals
 from vlmvqa.training.log import LogFile, replace_progress_callbacks
 from vlmvqa.training.throughput import ThroughputMeter

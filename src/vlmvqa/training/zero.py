@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from vlmvqa import ranks
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.models.interface import Model
-from vlmvqa.training.full_state import KEYS, FullState, NamedTensors, read_moments, write_moments
+from vlmvqa.training.checkpoint_state import KEYS, FullState, NamedTensors, read_moments, write_moments
 
 
 def deepspeed_config(settings: DistSettings) -> dict[str, Any]:

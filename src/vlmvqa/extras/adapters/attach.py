@@ -13,12 +13,12 @@ from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import Adapter, AdapterSettings
-from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import PARTS
+from vlmvqa.models.trained_model import TrainedModel
 
 
-def attach_adapters(config: TrainConfig, predictor: Predictor, device: torch.device) -> Base | None:
+def attach_adapters(config: TrainConfig, trained: TrainedModel, device: torch.device) -> Base | None:
     """Freeze the model except for the parts that `trainable` names, and attach the adapters of `adapt`.
 
     Returns:
@@ -28,14 +28,14 @@ def attach_adapters(config: TrainConfig, predictor: Predictor, device: torch.dev
     assert settings is not None
     _refuse_trainable_parts(config, settings)
     unsaved = None
-    if predictor.started_from is not None:
-        base, known = predictor.started_from["model"], predictor.started_from["weights"]
+    if trained.started_from is not None:
+        base, known = trained.started_from["model"], trained.started_from["weights"]
     else:  # random, or built from parts: no folder holds it yet
         base, known = f"../{checkpoint.BASE}", ""
-        unsaved = Base(predictor)
-    predictor.adapter = Adapter(settings, base, known)
-    paths = peft_adapters.prepare(predictor.model, config.trainable, settings, device)
-    ranks.print_on_rank0(peft_adapters.describe(predictor.model, settings, paths))
+        unsaved = Base(trained)
+    trained.adapter = Adapter(settings, base, known)
+    paths = peft_adapters.prepare(trained.model, config.trainable, settings, device)
+    ranks.print_on_rank0(peft_adapters.describe(trained.model, settings, paths))
     return unsaved
 
 
@@ -60,9 +60,9 @@ def _refuse_trainable_parts(config: TrainConfig, settings: AdapterSettings) -> N
 class Base:
     """A model without adapters, held by rank 0 until the run's folder exists and it can be saved there."""
 
-    def __init__(self, predictor: Predictor) -> None:
-        named = predictor.model.named_parameters() if ranks.is_first() else ()
-        self.predictor, self.weights = replace(predictor), {name: weight.detach().clone() for name, weight in named}
+    def __init__(self, trained: TrainedModel) -> None:
+        named = trained.model.named_parameters() if ranks.is_first() else ()
+        self.trained, self.weights = replace(trained), {name: weight.detach().clone() for name, weight in named}
 
     def write(self, folder: Path, resumed: bool) -> str:
         """Save the base, unless a resumed run has saved it before, and return its fingerprint on every rank.
@@ -75,4 +75,4 @@ class Base:
 
     def _replace(self, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        self.predictor.save(folder, self.weights)
+        self.trained.save(folder, self.weights)

@@ -10,18 +10,18 @@ from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore, stored_dtype
-from vlmvqa.inference.predictor import Predictor
+from vlmvqa.models.trained_model import TrainedModel
 
 
-def open_features(data: DataSettings, predictor: Predictor, examples: Sequence[Example]) -> FeatureStore:
+def open_features(data: DataSettings, trained: TrainedModel, examples: Sequence[Example]) -> FeatureStore:
     """Open the features that `data.feature_cache` names.
 
     Raises:
         InputError: they are not those of this encoder and these images.
     """
     folder = Path(str(data.feature_cache)).expanduser()
-    vision: Any = predictor.model.vision
-    key = FeatureKey.of(vision, predictor.processor.images, stored_dtype(folder))
+    vision: Any = trained.model.vision
+    key = FeatureKey.of(vision, trained.processor.images, stored_dtype(folder))
     store = FeatureStore.open(folder, key)
     store.refuse_missing(example.image_id for example in examples)
     store.refuse_changed_images(examples)

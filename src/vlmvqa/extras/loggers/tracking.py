@@ -24,13 +24,13 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from vlmvqa.code_state import code_state
 from vlmvqa.config.compatibility import Rule
 from vlmvqa.config.compose import to_dict, to_yaml
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.data.tasks import Task
 from vlmvqa.errors import suggest
 from vlmvqa.extras.loggers.samples import Sample, SampledQuestions
-from vlmvqa.fingerprint import code_state
 from vlmvqa.training.log import SAMPLES, write_records
 
 # Module and class of each logger, imported on first use.

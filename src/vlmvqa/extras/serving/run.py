@@ -10,7 +10,8 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from vlmvqa.config.schema import RunSettings, override_decoding
+from vlmvqa.config.inference_schema import override_decoding
+from vlmvqa.config.schema import RunSettings
 from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.data.tasks import data_settings, read_examples
 from vlmvqa.errors import BadRecords, InputError

@@ -1,0 +1,51 @@
+"""Frozen dataclasses of the commands that answer questions: launch/eval.py and launch/predict.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from vlmvqa.config.schema import DataSettings, RunSettings
+from vlmvqa.models.interface import GenerationSettings
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Config of launch/eval.py: what is scored, and how; conf/eval.yaml documents its keys."""
+
+    run: RunSettings
+    decoding: GenerationSettings
+    data: DataSettings | None = None
+    checkpoint: str | None = None
+    predictions: str | None = None
+    compare: Sequence[str] | None = None
+    split: str | None = None
+    blank_images: bool = False
+    report: bool = True
+    attributions: int = 0
+    variants: bool = False
+    batch_size: int = 64
+    workers: int = 0
+    seed: int = 0
+    given: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Config of launch/predict.py: questions and images; conf/predict.yaml documents its keys."""
+
+    run: RunSettings
+    checkpoint: str
+    decoding: GenerationSettings
+    image: Sequence[str] = ()
+    question: Sequence[str] = ()
+    questions: str | None = None
+    given: frozenset[str] = frozenset()
+
+
+def override_decoding(
+    trained: GenerationSettings, decoding: GenerationSettings, given: Iterable[str]
+) -> GenerationSettings:
+    """Return the settings a model was trained with, except for those that the command line sets."""
+    keys = [key.removeprefix("decoding.") for key in given if key.startswith("decoding.")]
+    return replace(trained, **{key: getattr(decoding, key) for key in keys})

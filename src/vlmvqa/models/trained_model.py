@@ -1,0 +1,106 @@
+"""A model with all that belongs to it: processor, prompts, generation settings, adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vlmvqa.config.compose import build_settings
+from vlmvqa.config.schema import DataSettings
+from vlmvqa.data.example import Example
+from vlmvqa.data.processor import Processor
+from vlmvqa.data.tasks import prompts
+from vlmvqa.errors import InputError
+from vlmvqa.models import checkpoint
+from vlmvqa.models.interface import GenerationSettings, Model, Settings
+
+if TYPE_CHECKING:
+    from vlmvqa.extras.adapters.peft_adapters import Adapter
+
+BARE = "{question}"  # the prompt of a model that was saved without one
+
+
+@dataclass
+class TrainedModel:
+    """A model with its processor, prompt and generation settings.
+
+    Attributes:
+        prompt: the template of a question, which contains `{question}`.
+        prompts: the template of each source that the model was trained on.
+        started_from: the saved model that training continued: its name, and the fingerprint of its weights file.
+        adapter: the adapter's settings and its base model; None without adapters.
+    """
+
+    model: Model
+    processor: Processor
+    prompt: str
+    settings: Settings
+    decoding: GenerationSettings = field(default_factory=GenerationSettings)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    started_from: Mapping[str, str] | None = None
+    adapter: Adapter | None = None
+
+    def prompt_for(self, source: str, otherwise: str) -> str:
+        """Return the prompt template for a source: the one it was trained with, or else the model's only one.
+
+        Args:
+            otherwise: the source's own template, used if only one of the two has a `{question}`.
+        """
+        if self.prompt == BARE and not self.prompts:  # never trained here
+            return otherwise
+        fitting = ("{question}" in self.prompt) == ("{question}" in otherwise)
+        return self.prompts.get(source, self.prompt if fitting else otherwise)
+
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Save model, tokenizer, image settings and prompt to a folder that `vlmvqa.load` reads.
+
+        Args:
+            weights: weights to save instead of the model's, by the same names.
+        """
+        if self.adapter is not None:
+            raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
+        own = self.processor.processing_class
+        checkpoint.save(Path(folder), self.model, self.settings, own, self._extra(), weights)
+
+    def describe(self, folder: Path) -> None:
+        """Save everything except the weights, which the folder already holds."""
+        own = self.processor.processing_class
+        checkpoint.describe(folder, self.model, self.settings, own, self._extra(), self.adapter)
+
+    def _extra(self) -> dict[str, Any]:
+        return {
+            "images": dataclasses.asdict(self.processor.images),
+            "prompt": self.prompt,
+            "prompts": dict(self.prompts),
+            "started_from": self.started_from,
+            "max_text_tokens": self.processor.max_text_tokens,
+            "decoding": dataclasses.asdict(self.decoding),
+        }
+
+
+def build_model(
+    settings: Settings, data: DataSettings, decoding: GenerationSettings, train_examples: Sequence[Example]
+) -> TrainedModel:
+    """Build a model with its tokenizer, image settings and prompt.
+
+    Args:
+        train_examples: the texts that a tokenizer is trained on, where the settings ask for one.
+    """
+    model, processor, started_from = checkpoint.family(settings.family).compose(settings, data, train_examples)
+    return TrainedModel(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()), started_from)
+
+
+def load_model(path_or_hub_id: str | Path, device: str = "cpu") -> TrainedModel:
+    """Load a model from a run's folder, its `model/` folder, one of its checkpoints, or a hub id."""
+    model, settings, text, config = checkpoint.load(path_or_hub_id, device)
+    decoding = build_settings(GenerationSettings, config.get("decoding", {}), "config.json: decoding")
+    more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
+    processor: Processor = checkpoint.family(settings.family).make_processor(text, model, config)
+    if "adapter" in config:
+        more["adapter"] = build_settings(checkpoint.adapters().Adapter, config["adapter"], "config.json: adapter")
+    return TrainedModel(model, processor, config.get("prompt", BARE), settings, decoding, **more)
