@@ -116,10 +116,13 @@ def run(config_name: str, kind: type[Config], main: Main[Config]) -> None:
     """
     from vlmvqa import ranks
     from vlmvqa.config import overrides
-    from vlmvqa.ranks import launcher_choice, slurm_task
+    from vlmvqa.ranks import launcher_choice
 
     launcher = launcher_choice(os.environ, sys.argv[1:])
-    os.environ |= slurm_task(os.environ)
+    if "SLURM_PROCID" in os.environ:
+        from vlmvqa.training.rendezvous import slurm_task
+
+        os.environ |= slurm_task(os.environ)
     # `deepspeed` puts --local_rank=0 before the overrides, where Hydra would take it for one.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith(("--local_rank", "--local-rank"))]
     try:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from vlmvqa.errors import InputError
+from vlmvqa.paths import missing_model
 from vlmvqa.ranks import bar
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 OWN_CODE: Final[dict[str, Any]] = {"trust_remote_code": False}
 # For every `from_pretrained` that reads weights; by default transformers falls back on pytorch_model.bin.
 SAFE_WEIGHTS: Final[dict[str, Any]] = {**OWN_CODE, "use_safetensors": True}
+# Files that are downloaded from a hub repository: no pickles, and no copies of the weights in other formats.
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 SECONDS = 5  # timeout of the first request
 RETRY_AFTER = 60  # seconds before another request after a failed one
 
@@ -159,3 +162,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {name} has no EOS token, which ends every answer; choose another")
     return tokenizer
+
+
+def download(hub_id: str) -> Path:
+    """Return the local snapshot of a hub id, from the cache if the hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        with hub_or_cache():
+            return Path(snapshot_download(hub_id, allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{hub_id} is neither a folder here nor readable from the hub{when_offline()}; check the path "
+            f"or the id, the network, and HF_TOKEN for gated weights ({missing_model(Path(hub_id).absolute())})"
+        ) from error

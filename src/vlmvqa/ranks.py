@@ -6,7 +6,6 @@ Every function also works in a single process, so callers need no special case.
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -131,23 +130,6 @@ def launcher_choice(environment: Mapping[str, str], arguments: list[str]) -> tup
     if any(argument.startswith(("--local_rank", "--local-rank")) for argument in arguments):
         return "zero2", "the deepspeed launcher"
     return None
-
-
-def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables torchrun would set for a task of `srun`, one task per GPU on any number of machines."""
-    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
-        return {}
-    command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
-    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_WORLD_SIZE": environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
-        "MASTER_ADDR": hosts[0],
-        # Differs between jobs, so that two may share a machine.
-        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)),
-    }
 
 
 def bar(

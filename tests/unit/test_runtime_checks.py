@@ -17,9 +17,10 @@ from vlmvqa.config.compatibility import RunRequest, refuse
 from vlmvqa.config.compose import to_yaml
 from vlmvqa.config.schema import DistSettings, TrainConfig
 from vlmvqa.errors import InputError
-from vlmvqa.ranks import LAUNCH, slurm_task
+from vlmvqa.ranks import LAUNCH
 from vlmvqa.training import checkpoints, distributed
 from vlmvqa.training.optimizer import optimizer_for
+from vlmvqa.training.rendezvous import slurm_task
 from vlmvqa.training.run_folder import STARTED, is_resumed, open_run
 from vlmvqa.training.runtime_checks import check
 

@@ -1,20 +1,23 @@
-"""What Hydra does by itself: shell completion, printing the config (--cfg job), and the jobs of a sweep (-m)."""
+"""What Hydra does by itself: shell completion, printing the config (--cfg job), and the jobs of a sweep (-m).
+
+Imports no PyTorch.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob
 from omegaconf import DictConfig
 
-from vlmvqa import ranks
 from vlmvqa.config.overrides import Composition, Job, is_sweep, keys_of, resolve
-from vlmvqa.config.sweep import Sweep
 from vlmvqa.paths import CALLED_AS, CONF
 
 
@@ -35,6 +38,9 @@ def ask(name: str, arguments: list[str]) -> NoReturn:
 
 def run(start: Callable[[Job], bool | None], config_name: str, composition: Composition) -> None:
     """Let Hydra compose and run the jobs of a sweep one after the other, or print the config."""
+    from vlmvqa import ranks
+    from vlmvqa.config.sweep import Sweep
+
     sweep = None
     if is_sweep(sys.argv):
         sweep = Sweep.of(composition, config_name)
@@ -58,3 +64,22 @@ def run(start: Callable[[Job], bool | None], config_name: str, composition: Comp
             done = sweep.finish()
     if not done:
         sys.exit(1)
+
+
+def swept_values(override: str) -> list[str]:
+    """Return the override with each value that a sweep takes from it (a=1,2); without a sweep, itself."""
+    parsed = OverridesParser.create().parse_override(override)
+    key = override.partition("=")[0]
+    value = parsed.value()
+    if isinstance(value, Glob):
+        return [f"{key}={name}" for name in value.filter(sorted(path.stem for path in (CONF / key).glob("*.yaml")))]
+    return [f"{key}={value}" for value in parsed.sweep_string_iterator()] if parsed.is_discrete_sweep() else [override]
+
+
+def sweep_jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the overrides of a sweep's first job, then those with one other value: enough to find every mistake."""
+    values = [swept_values(override) for override in overrides]
+    first = [choices[0] for choices in values]
+    yield first
+    for place, choices in enumerate(values):
+        yield from ([*first[:place], other, *first[place + 1 :]] for other in choices[1:])

@@ -175,7 +175,7 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 
 
 def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
-    from vlmvqa.config.sweep import sweep_jobs
+    from vlmvqa.config.hydra_jobs import sweep_jobs
 
     return sweep_jobs(overrides)
 

@@ -82,6 +82,22 @@ class DataSettings:
         return self.parts or {"": self}
 
     @property
+    def prompts(self) -> dict[str, str]:
+        """The prompt template of each source.
+
+        Raises:
+            InputError: two tasks of one source have different ones, of which a saved model could keep only one.
+        """
+        found: dict[str, str] = {}
+        for task in self.tasks.values():
+            if found.setdefault(task.source, task.prompt) != task.prompt:
+                raise InputError(
+                    f"two parts of source {task.source} have different prompts ({found[task.source]!r}, "
+                    f"{task.prompt!r}); give both the same"
+                )
+        return found
+
+    @property
     def extra(self) -> dict[str, Mapping[str, Any]]:
         """The metrics printed in addition to the task's own, with their options."""
         return {name: options for name, options in self.extra_metrics.items() if options is not None}

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
 
 from vlmvqa import ranks
+from vlmvqa.config.hydra_jobs import swept_values
 from vlmvqa.config.overrides import Composition, Job, quoted
-from vlmvqa.paths import CONF, RUNS
+from vlmvqa.paths import RUNS
 
 # The output setting of each script that names it itself. The others choose a folder per job, or can't be swept.
 OUTPUTS = {"merge": "output", **dict.fromkeys(("train", "eval", "predict", "show", "plan"), "run.dir")}
@@ -155,25 +154,3 @@ def _select(values: Mapping[str, Any], key: str | None) -> str | None:
 
 def _key(override: str) -> str:
     return override.lstrip("+").partition("=")[0]
-
-
-# ---- the jobs of a command line
-
-
-def swept_values(override: str) -> list[str]:
-    """Return the override with each value that a sweep takes from it (a=1,2); without a sweep, itself."""
-    parsed = OverridesParser.create().parse_override(override)
-    key = override.partition("=")[0]
-    value = parsed.value()
-    if isinstance(value, Glob):
-        return [f"{key}={name}" for name in value.filter(sorted(path.stem for path in (CONF / key).glob("*.yaml")))]
-    return [f"{key}={value}" for value in parsed.sweep_string_iterator()] if parsed.is_discrete_sweep() else [override]
-
-
-def sweep_jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the overrides of a sweep's first job, then those with one other value: enough to find every mistake."""
-    values = [swept_values(override) for override in overrides]
-    first = [choices[0] for choices in values]
-    yield first
-    for place, choices in enumerate(values):
-        yield from ([*first[:place], other, *first[place + 1 :]] for other in choices[1:])

@@ -66,28 +66,13 @@ def data_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> DataS
     parts = {name: _checked(replace(part, **shared), f"data.parts.{name}") for name, part in parts.items()}
     if len(parts) < 2:
         raise InputError(f"data.parts holds {len(parts)} datasets; name two or more, or choose the one as data=...")
-    prompts(parts.values())
     weights = {name: mixture.weights.get(name, 1.0) for name in parts}
     for name, weight in weights.items():
         if not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise InputError(f"data.weights.{name}={weight} should be above 0: how often an epoch sees each image")
-    return replace(mixture, parts=parts, weights=weights)
-
-
-def prompts(tasks: Iterable[DataSettings]) -> dict[str, str]:
-    """Return the prompt template of each source.
-
-    Raises:
-        InputError: two tasks of the same source have different ones, of which a saved model could keep only one.
-    """
-    found: dict[str, str] = {}
-    for task in tasks:
-        if found.setdefault(task.source, task.prompt) != task.prompt:
-            raise InputError(
-                f"two parts of source {task.source} have different prompts ({found[task.source]!r}, {task.prompt!r}); "
-                "give both the same"
-            )
-    return found
+    checked = replace(mixture, parts=parts, weights=weights)
+    checked.prompts  # noqa: B018  # raises if two parts contradict each other
+    return checked
 
 
 def new_lines(prompt: str) -> str:

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 BASE = "base"  # a run's folder of the base model, if the base isn't stored elsewhere
-# Files that are downloaded from a hub repository: no pickles, and no copies of the weights in other formats.
-FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 FORMAT = 1
 OURS = "vlmvqa"  # the entry that vlmvqa adds to a config.json of transformers
 # Modules are imported on first use: a model of one family never loads the other, nor a model without adapters peft.
@@ -230,7 +228,9 @@ def find(path_or_hub_id: str | Path) -> Path:
     if folder.exists():
         return _newest_checkpoint(folder)
     if is_hub_id(str(path_or_hub_id)):
-        return _download(str(path_or_hub_id))
+        from vlmvqa.hub import download
+
+        return download(str(path_or_hub_id))
     raise InputError(f"{missing_model(folder.absolute())}; {EXPECTED}")
 
 
@@ -259,20 +259,3 @@ def _why_not(path: Path) -> str:
     if (path / "run.json").is_file():
         return "it is a run without model/ and without a checkpoint; resume it with resume=auto"
     return f"it holds no {CONFIG}"
-
-
-def _download(hub_id: str) -> Path:
-    """Return the local snapshot of a hub id, from the cache if the hub cannot be reached."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    from vlmvqa.hub import hub_or_cache, when_offline
-
-    try:
-        with hub_or_cache():
-            return Path(snapshot_download(hub_id, allow_patterns=FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{hub_id} is neither a folder here nor readable from the hub{when_offline()}; check the path "
-            f"or the id, the network, and HF_TOKEN for gated weights ({missing_model(Path(hub_id).absolute())})"
-        ) from error

@@ -14,7 +14,6 @@ from vlmvqa.config.compose import build_settings
 from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
 from vlmvqa.data.processor import Processor
-from vlmvqa.data.tasks import prompts
 from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import GenerationSettings, Model, Settings
@@ -92,7 +91,7 @@ def build_model(
         train_examples: the texts that a tokenizer is trained on, where the settings ask for one.
     """
     model, processor, started_from = checkpoint.family(settings.family).compose(settings, data, train_examples)
-    return TrainedModel(model, processor, data.prompt, settings, decoding, prompts(data.tasks.values()), started_from)
+    return TrainedModel(model, processor, data.prompt, settings, decoding, data.prompts, started_from)
 
 
 def load_model(path_or_hub_id: str | Path, device: str = "cpu") -> TrainedModel:

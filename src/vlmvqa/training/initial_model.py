@@ -7,7 +7,6 @@ from pathlib import Path
 
 from vlmvqa import fingerprint
 from vlmvqa.config.schema import TrainConfig
-from vlmvqa.data.tasks import prompts
 from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import DTYPES, cast_parameters
@@ -55,7 +54,7 @@ def continue_from(config: TrainConfig) -> TrainedModel:
         settings=replace(found.settings, dtype=config.model.dtype),
         processor=processor,
         prompt=data.prompt,
-        prompts={**found.prompts, **prompts(data.tasks.values())},
+        prompts={**found.prompts, **data.prompts},
         decoding=config.decoding,
         started_from={"model": config.init_from, "weights": fingerprint.weights_in(folder)},
     )

@@ -1,30 +1,28 @@
-"""Stop signals and hanging ranks.
+"""Stop signals.
 
 After SIGTERM, SIGUSR1 (sent by SLURM before it ends a job) or Ctrl-C, a run finishes its step, saves a checkpoint and
-stops; a second Ctrl-C, or one during an evaluation, stops at once. Ranks wait for each other in every step, so one that
-hangs would block all. Each rank publishes its progress, and when nothing has moved for the timeout, the run ends with
-an error that names the ranks that are behind.
+stops; a second Ctrl-C, or one during an evaluation, stops at once. With several ranks, `hang_monitor.py` ends the run
+when one of them hangs.
 """
 
 from __future__ import annotations
 
-import atexit
 import multiprocessing
 import os
 import signal
-import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlmvqa import ranks
+
+if TYPE_CHECKING:
+    from vlmvqa.training.hang_monitor import HangMonitor
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 BATCH_SYSTEM_SIGNALS = SIGNALS[:2]  # their sender waits until an evaluation ends; a user at a keyboard need not
@@ -71,8 +69,7 @@ class StopHandler(TrainerCallback):
         self.step = 0
         self.is_paused = False  # no progress is expected
         self.previous_handlers: dict[int, Any] = {}
-        self.finished = threading.Event()
-        self.thread = threading.Thread(target=self._monitor, daemon=True)
+        self.monitor: HangMonitor | None = None
 
     def start(self) -> None:
         """Install the signal handlers; with several ranks, start publishing this rank's progress."""
@@ -80,8 +77,9 @@ class StopHandler(TrainerCallback):
             if signal.getsignal(number) is not signal.SIG_IGN:  # ignored, for example, by a shell's background jobs
                 self.previous_handlers[number] = signal.signal(number, self._handle)
         if ranks.is_distributed():
-            self.thread.start()
-            atexit.register(self._finish)  # a thread inside PyTorch's store at exit would abort the process
+            from vlmvqa.training.hang_monitor import HangMonitor
+
+            self.monitor = HangMonitor(self)
 
     def heartbeat(self, step: int) -> None:
         """Record that a micro-batch of the step after `step` starts."""
@@ -112,14 +110,10 @@ class StopHandler(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Restore the previous signal handlers."""
-        self._finish()
+        if self.monitor is not None:
+            self.monitor.finish()
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-
-    def _finish(self) -> None:
-        self.finished.set()
-        if self.thread.is_alive():
-            self.thread.join(timeout=5)
 
     def _handle(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and (self.is_paused or self.signal == "SIGINT"):
@@ -127,49 +121,3 @@ class StopHandler(TrainerCallback):
         if number == signal.SIGINT and ranks.is_first():  # not with print, which the signal may have interrupted
             os.write(2, b"\nCtrl-C: finishing this step and saving, then stopping; press it again to stop at once\n")
         self.signal = signal.Signals(number).name
-
-    def _monitor(self) -> None:
-        """Publish this rank's progress and compare it with the others' until training ends."""
-        store = dist.PrefixStore("vlmvqa/watch", dist.distributed_c10d._get_default_store())
-        all_ranks = [str(rank) for rank in range(ranks.world_size())]
-        seen: dict[str, tuple[str, float]] = {rank: ("", time.monotonic()) for rank in all_ranks}
-        batches, moved = self.batches, time.monotonic()
-        number = 0
-        while not self.finished.wait(min(self.timeout / 8, 5.0)):
-            number += 1
-            now = time.monotonic()
-            if self.is_paused or self.batches != batches:
-                batches, moved = self.batches, now
-            try:
-                store.set(str(ranks.rank()), f"{number} {self.batches} {self.step}")
-                for rank in all_ranks:
-                    published = store.get(rank).decode() if store.check([rank]) else ""
-                    if published != seen[rank][0]:
-                        seen[rank] = (published, now)
-            except RuntimeError:  # rank 0, which hosts the store, is gone; PyTorch reports that
-                return
-            silent = [rank for rank in all_ranks if now - seen[rank][1] > self.timeout]
-            if silent:
-                self._exit(f"rank {', '.join(silent)} has not answered for {self.timeout / 60:g} minutes")
-            if now - moved > self.timeout:
-                self._exit(self._describe_hang({rank: published for rank, (published, _) in seen.items()}))
-
-    def _describe_hang(self, published: dict[str, str]) -> str:
-        batches = {rank: int(line.split()[1]) for rank, line in published.items()}
-        behind = [rank for rank in published if batches[rank] == min(batches.values())]
-        duration = f"for {self.timeout / 60:g} minutes"
-        if len(behind) == len(published):
-            return f"all ranks have been at step {self.step} {duration}"
-        steps = ", ".join(f"rank {rank} (step {published[rank].split()[2]})" for rank in behind)
-        return f"the other ranks have waited {duration} for {steps}"
-
-    def _exit(self, sentence: str) -> None:
-        first = ranks.claim_failure(sentence)
-        if first is None or "minutes" not in first:
-            print(
-                f"\nerror: {sentence}; find out why it hangs, and resume with resume=auto "
-                "(dist.timeout_minutes sets the timeout)",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(1)

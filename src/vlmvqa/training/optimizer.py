@@ -23,7 +23,7 @@ CLASSES = {
     "paged_adamw_8bit": ("bitsandbytes", "AdamW", "8bit"),
     "sgd": ("torch.optim", "SGD", None),
 }
-OPTIMIZERS = tuple(name for name in CLASSES if name != "sgd")  # those that `full_state.py` saves moments of
+OPTIMIZERS = tuple(name for name in CLASSES if name != "sgd")  # those that `checkpoint_state.py` saves moments of
 NORM_WINDOW = 100  # gradient norms that the clipping percentile is taken of
 
 

@@ -29,7 +29,7 @@ def read(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def write(optimizer: Any, group: int, parameter: Tensor, moments: Mapping[str, Tensor], step: int) -> None:
-    """Create a parameter's optimizer state from its local fp32 moments (see `full_state.write_moments`)."""
+    """Create a parameter's optimizer state from its local fp32 moments (see `checkpoint_state.write_moments`)."""
     state = _create_state(optimizer, group, parameter)
     for key, values in moments.items():
         if "state1" in state:

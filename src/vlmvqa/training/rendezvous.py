@@ -1,10 +1,12 @@
-"""How the ranks of a torchrun job find each other after torchrun has restarted some of them."""
+"""How the ranks of a job find each other: tasks of srun, and ranks that torchrun has restarted."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -52,3 +54,20 @@ def rendezvous(rank: int, world: int, timeout: timedelta) -> dist.Store:
 def _get_if_set(store: dist.Store, key: str) -> str:
     """Return a key's value without waiting; empty if it isn't set."""
     return store.get(key).decode() if store.check([key]) else ""
+
+
+def slurm_task(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables torchrun would set for a task of `srun`, one task per GPU on any number of machines."""
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return {}
+    command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
+    hosts = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+        "MASTER_ADDR": hosts[0],
+        # Differs between jobs, so that two may share a machine.
+        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)),
+    }

@@ -28,7 +28,7 @@ from vlmvqa.training.checkpoint_state import WEIGHTS, full_weights, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
 from vlmvqa.training.log import SAMPLES, parts_table, truncate
 from vlmvqa.training.optimizer import optimizer_for
-from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_other_base, refuse_run
+from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 
@@ -201,7 +201,10 @@ def fit(session: Session) -> str | None:
             fingerprint = unsaved_base.write(folder / BASE, resumed=checkpoint is not None)
             trained.adapter = replace(trained.adapter, fingerprint=fingerprint)
         trainer.base_fingerprint = trained.adapter.fingerprint
-        refuse_other_base(checkpoint, trained.adapter)
+        if checkpoint is not None:
+            from vlmvqa.training.resume import refuse_other_base
+
+            refuse_other_base(checkpoint, trained.adapter)
     if ranks.is_first():
         session.bad_records.list_in(folder / "skipped.jsonl")
     session.bad_records.listing = folder / "skipped.jsonl"

@@ -8,7 +8,7 @@ strategies    FSDP2 models arrive sharded, DeepSpeed wraps the model here (`dist
               before the first step (`runtime_checks.py`)
 evaluation    generates and scores answers; logits are not collected
 log           `log.jsonl`, one line per logging step, with throughput and time per phase (`throughput.py`)
-checkpoints   the same files under every strategy and number of ranks (`checkpoint_state.py`, `full_state.py`), ignored
+checkpoints   the same files under every strategy and number of ranks (`checkpoint_state.py`), ignored
               until complete (`checkpoints.py`)
 """
 
