@@ -1,4 +1,4 @@
-"""What Hydra does by itself: shell completion, printing the config (--cfg job), and the jobs of a sweep (-m).
+"""Hydra's own functions: shell completion, printing the config (--cfg job), and the jobs of a sweep (-m).
 
 Imports no PyTorch.
 """

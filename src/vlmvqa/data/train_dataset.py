@@ -49,7 +49,7 @@ class DocumentSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How examples become rows.
+    """Settings of the rows.
 
     Attributes:
         target: "most_common" trains on `Question.target`; "sampled" on one of the annotators' answers, sampled each

@@ -16,7 +16,7 @@ from vlmvqa.metrics.registry import Id, Score, metric, score, variants, version
 
 @dataclass(frozen=True)
 class EvalSpec:
-    """What an evaluation scores, and how.
+    """The questions, metric and controls of an evaluation.
 
     Attributes:
         examples: the split, with references.

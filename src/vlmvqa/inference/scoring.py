@@ -38,7 +38,7 @@ class ScoredTask:
 
 @dataclass(frozen=True)
 class Output:
-    """Where results are written, and what belongs to them.
+    """Output folder of an evaluation, and the options of its report.
 
     Attributes:
         folder: the run's; the results of a mixture's task are written to a folder of its name in it.

@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are generated.
+    """Settings of generation.
 
     Attributes:
         max_new_tokens: most tokens in an answer, EOS included.
@@ -85,7 +85,7 @@ class Generated:
 
 
 class VisionLanguageModel(Protocol):
-    """What a model family implements.
+    """The interface of a model family.
 
     Attributes:
         attention_pattern: which tokens see which, a key of `sequence.masks.ATTENTION_PATTERNS`.

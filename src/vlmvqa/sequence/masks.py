@@ -1,4 +1,4 @@
-"""Which tokens see which: one predicate, and the dense and block masks built from it.
+"""Attention masks: one predicate of which tokens see which, and the dense and block masks built from it.
 
 The predicate is defined over token properties (`Tokens`), not over indices. A dense boolean mask (any device) and a
 FlexAttention `BlockMask` (CUDA) both evaluate it.

@@ -1,4 +1,4 @@
-"""What a training logs: the records in `log.jsonl`, printed lines, a progress bar, and a table of the model's parts."""
+"""Output of a training: records in `log.jsonl`, printed lines, a progress bar, a table of the model's parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the ranks of a job find each other: tasks of srun, and ranks that torchrun has restarted."""
+"""Rendezvous of the ranks of a job: tasks of srun, and ranks that torchrun has restarted."""
 
 from __future__ import annotations
 

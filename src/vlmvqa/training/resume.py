@@ -1,4 +1,4 @@
-"""What may change between a run and its resumption: checks of settings, batch and base model."""
+"""Checks of a resumed run: settings, batch and base model must equal those of the run before."""
 
 from __future__ import annotations
 

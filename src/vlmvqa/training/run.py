@@ -34,7 +34,7 @@ from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 @dataclass(frozen=True)
 class Session:
-    """What the steps of a run share.
+    """State shared by the steps of a run.
 
     Attributes:
         config: the configuration, with the settings of a saved model where training continues from one.
