@@ -46,7 +46,7 @@ RUN_ID_FILES = {"wandb": ".wandb_run", "mlflow": ".mlflow_run"}
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Information about a run for its loggers: resolved config, git state, and the step it resumes from (0: a new run)."""
+    """Information about a run for its loggers: resolved config, git state, step it resumes from (0: a new run)."""
 
     folder: Path
     name: str
