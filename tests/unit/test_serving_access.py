@@ -124,10 +124,11 @@ def test_the_api_documentation_loads_nothing_from_other_hosts(client: TestClient
     schema = client.get("/openapi.json").json()
     (shown,) = re.findall("<pre>(.*)</pre>", page.text, re.DOTALL)
     assert yaml.safe_load(unescape(shown)) == schema
-    body = schema["paths"]["/answer"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert list(schema["paths"]["/answer"]["post"]["requestBody"]["content"]) == ["multipart/form-data"]
+    body = schema["components"]["schemas"]["AnswerForm"]
     assert set(body["properties"]) == {"image", "question", "alternatives", "attribution"}
-    assert body["required"] == ["image", "question"] and body["properties"]["question"]["maxItems"] == 16
-    assert body["properties"]["attribution"]["enum"] == ["attention", "gradient"]
+    assert body["required"] == ["image", "question"]
+    assert body["properties"]["attribution"]["anyOf"][0]["enum"] == ["attention", "gradient"]
     assert "probability" in schema["components"]["schemas"]["QuestionAnswer"]["properties"]
     assert schema["paths"].keys() == {"/answer", "/health"}
     assert {"200", "413", "415", "503"} <= schema["paths"]["/answer"]["post"]["responses"].keys()

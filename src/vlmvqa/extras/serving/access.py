@@ -11,17 +11,18 @@ import hmac
 import json
 import re
 import secrets
+from collections.abc import Mapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
+from fastapi import HTTPException  # starlette's would become status 400 while FastAPI reads a form
 from starlette.datastructures import MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlmvqa.extras.serving.limits import Limits
+from vlmvqa.extras.serving.limits import Limits, busy
 from vlmvqa.extras.serving.style import SIGN_IN
 
 COOKIE = "vlmvqa"
@@ -62,6 +63,7 @@ class AccessMiddleware:
         self.token = None if token is None else token.encode()
         self.session = secrets.token_urlsafe(32)  # cookie of signed-in clients; new at each start
         self._shutdown = asyncio.Event()
+        self._num_uploads = 0  # from before a body is read until its request is answered
 
     def shutdown(self) -> None:
         """End the event streams of open pages, which would keep the server running."""
@@ -90,11 +92,18 @@ class AccessMiddleware:
             response = _error(error.status_code, error.detail)
         except ClientDisconnect:
             response = _error(400, "the client disconnected")
+        is_upload = response is None and path in UPLOAD_PATHS
+        if is_upload and self._num_uploads >= self.limits.queue + self.limits.max_batch:
+            full = busy(f"{self._num_uploads} requests are active")
+            response, is_upload = _error(full.status, full.message, full.headers), False
+        self._num_uploads += is_upload
         try:
             await (response or self.app)(scope, receive, send)
         except asyncio.CancelledError:  # the server is shutting down and doesn't wait for this response
             if not self._shutdown.is_set():
                 raise
+        finally:
+            self._num_uploads -= is_upload
 
     def _max_bytes(self, path: str) -> int:
         """Return the largest allowed body: an image with its questions, or an event of the page."""
@@ -164,7 +173,7 @@ def _unauthorized(request: Request) -> Response:
     return _error(401, message, {"www-authenticate": "Bearer"})
 
 
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     return JSONResponse({"error": message}, status, headers)
 
 

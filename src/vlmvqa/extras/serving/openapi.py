@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, create_model
+from fastapi import UploadFile
+from pydantic import BaseModel, Field
 
-from vlmvqa.extras.report.attribution import METHODS
-from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.extras.serving.style import static_page
 
 ERRORS = {
@@ -22,6 +21,18 @@ ERRORS = {
     422: "a question or an option is invalid",
     503: "the queue is full, or there was no answer in time: retry after the seconds of Retry-After",
 }
+
+
+class AnswerForm(BaseModel):
+    """The form of `POST /answer`; `Service.answer` checks the server's limits."""
+
+    model_config = {"extra": "forbid"}
+    image: UploadFile = Field(description="JPEG, PNG, WEBP, GIF or BMP")
+    question: list[str] = Field(description="one per question")
+    alternatives: int = Field(default=0, ge=0, description="number of alternative answers, by beam search")
+    attribution: Literal["attention", "gradient"] | None = Field(
+        default=None, description="method of an attribution map"
+    )
 
 
 class Alternative(BaseModel):
@@ -60,26 +71,6 @@ class Error(BaseModel):
     """Response to a request that fails."""
 
     error: str = Field(description="one sentence: what is wrong, and what to do")
-
-
-def request_body(limits: Limits) -> dict[str, Any]:
-    """Return the OpenAPI description of the form of `POST /answer`, which `api.py` parses itself."""
-    formats = f"JPEG, PNG, WEBP, GIF or BMP; up to {limits.megabytes:g} MB and {limits.megapixels:g} megapixels"
-    question = Annotated[str, Field(max_length=limits.characters)]
-    fields: dict[str, Any] = {
-        "image": (bytes, Field(description=formats)),
-        "question": (list[question], Field(min_length=1, max_length=limits.questions, description="one per question")),
-        "alternatives": (
-            int,
-            Field(default=0, ge=0, le=limits.alternatives, description="number of alternative answers, by beam search"),
-        ),
-        "attribution": (
-            Literal[METHODS],
-            Field(default=None, description="method of an attribution map"),
-        ),
-    }
-    form = create_model("AnswerForm", **fields)
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form.model_json_schema()}}}}
 
 
 def page(schema: Mapping[str, Any]) -> str:

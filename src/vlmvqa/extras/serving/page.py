@@ -199,10 +199,9 @@ class _Page:
             return html.note(NO_QUESTION)
         alternatives = min(MAX_ALTERNATIVES, self.service.limits.alternatives)
         try:
-            with self.service.request_slot():
-                results = await self.service.answer(
-                    content, lines, model=model, alternatives=alternatives, attribution=method
-                )
+            results = await self.service.answer(
+                content, lines, model=model, alternatives=alternatives, attribution=method
+            )
         except RequestError as error:
             return html.note(_sentence(error), error=True)
         return html.cards(results, method)
