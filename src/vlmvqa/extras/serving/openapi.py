@@ -10,8 +10,6 @@ import yaml
 from fastapi import UploadFile
 from pydantic import BaseModel, Field
 
-from vlmvqa.extras.serving.style import static_page
-
 ERRORS = {
     400: "the image is damaged, or the form cannot be read",
     401: "the server requires a token",
@@ -74,17 +72,15 @@ class Error(BaseModel):
 
 
 def page(schema: Mapping[str, Any]) -> str:
-    """Return a page with the schema and a form to try the API.
-
-    FastAPI's own pages load scripts from other hosts.
-    """
-    body = f"""<h1>The API</h1>
+    """Return a page with the schema; FastAPI's own pages load scripts from other hosts."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>vlmvqa: the API</title><link rel="icon" href="data:,"><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 2rem 1.25rem; }}
+pre {{ overflow-x: auto; }}
+</style></head><body><h1>The API</h1>
 <p><code>POST /answer</code> answers questions about an image, <code>GET /health</code> returns the server's state.
 <a href="./">The page to try the model</a>.</p>
-<form action="answer" method="post" enctype="multipart/form-data">
-<label>Image <input type="file" name="image" accept="image/*" required></label>
-<label>Question <input type="text" name="question" value="What is this?" required></label>
-<button>Try it</button></form>
 <h2>OpenAPI schema (as <a href="openapi.json">JSON</a>)</h2>
-<pre>{escape(yaml.safe_dump(schema, sort_keys=False))}</pre>"""
-    return static_page("vlmvqa: the API", body)
+<pre>{escape(yaml.safe_dump(schema, sort_keys=False))}</pre></body></html>"""
