@@ -19,10 +19,10 @@ from vlmvqa.extras.report.gallery import HEAT
 from vlmvqa.extras.serving import browse, html, page
 from vlmvqa.extras.serving.access import AccessMiddleware
 from vlmvqa.extras.serving.api import build
-from vlmvqa.extras.serving.image_cache import ImageCache
 from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.extras.serving.server import Address, listen
 from vlmvqa.extras.serving.service import Service
+from vlmvqa.extras.serving.uploads import ImageCache
 from vlmvqa.inference.predictor import Predictor
 
 

@@ -16,9 +16,9 @@ from starlette.requests import ClientDisconnect, Request
 
 import vlmvqa
 from vlmvqa.extras.serving import openapi
-from vlmvqa.extras.serving.image_cache import ImageCache
 from vlmvqa.extras.serving.limits import RequestError
 from vlmvqa.extras.serving.service import Service
+from vlmvqa.extras.serving.uploads import ImageCache
 
 R = TypeVar("R")
 FORM_HINT = "send multipart/form-data with a file `image` and a field `question` for each question"

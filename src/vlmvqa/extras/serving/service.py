@@ -52,13 +52,10 @@ class Service:
         alternatives: int = 0,
         attribution: str | None = None,
     ) -> list[QuestionAnswer]:
-        """Answer questions about an image.
+        """Answer questions about an image file; `alternatives` and `attribution` are those of `PendingRequest`.
 
         Args:
-            content: bytes of the image file.
-            texts: one text per question.
             model: name of the model; None: the first.
-            alternatives, attribution: see `PendingRequest`.
 
         Raises:
             RequestError: the request is invalid, or the server is busy.
