@@ -4,38 +4,32 @@ The modules import this file as a module: `evaluate` takes the first metric clas
 not be the base class.
 """
 
+import inspect
+
 import datasets
 import evaluate
 
 TEXT = datasets.Value("string")
 TEXTS = datasets.Sequence(TEXT)
-INPUTS = """
-predictions: raw answers, a list of strings.
-references: {references}.
-{options}
-"""
 
 
 class MetricModule(evaluate.Metric):
     """A function of `vlmvqa.metrics` as a metric of `evaluate`; the docstring of the subclass is its description.
 
     Attributes:
-        function: the metric.
-        citation_text: publication that defines the metric.
-        references, references_text: type and description of the references.
-        options_text: description of the options.
+        function: the metric. Its docstring describes the inputs, which are lists here: the answers and, in the same
+            order, the references or categories.
+        references: type of the references.
     """
 
     function = None
-    citation_text = ""
-    references, references_text = TEXTS, "raw reference answers, a list of lists of strings in the same order"
-    options_text = ""
+    references = TEXTS
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=self.__doc__,
-            citation=self.citation_text,
-            inputs_description=INPUTS.format(references=self.references_text, options=self.options_text),
+            citation="",
+            inputs_description=inspect.getdoc(self.function),
             features=datasets.Features({"predictions": TEXT, "references": self.references}),
         )
 

@@ -94,7 +94,7 @@ class VLMClient(CachingClient):
         if request.num_completions != 1:
             raise InputError(f"{request.num_completions} answers per question are requested; this client returns one")
         asked = HelmQuestion.of(request.multimodal_prompt)
-        model = load(self.checkpoint, self.batch_size, uncut=self.prompt is not None)
+        model = load(self.checkpoint, self.prompt, self.batch_size)
         template = _template(model, self.prompt, self.source)
         prompt = template.replace("{instructions}", asked.instructions).replace("{question}", asked.question)
         decoding = model.decoding(self.decoding, request.max_tokens, request.temperature)
@@ -151,22 +151,9 @@ class SavedAnswersClient(CachingClient):
         return _result({**saved, "reason": "stop" if cut else "unknown", "request_time": 0.0}, False)
 
 
-def load_for(checkpoint: str, prompt: str | None, batch_size: int, **other: Any) -> Model:
-    """Load the model of a client with these arguments.
-
-    Raises:
-        InputError: the model cannot be loaded.
-    """
-    return load(checkpoint, batch_size, uncut=prompt is not None)
-
-
 def effective_settings(limits: Mapping[str, Any], **arguments: Any) -> dict[str, Any]:
-    """Return the settings with which a client with these arguments answers, for the record.
-
-    Args:
-        limits: HELM's `max_tokens` and `temperature`.
-    """
-    model = load_for(**arguments)
+    """Return the settings with which a `VLMClient` answers; `limits` are HELM's `max_tokens` and `temperature`."""
+    model = load(**arguments)
     decoding = model.decoding(arguments["decoding"], limits["max_tokens"], limits["temperature"])
     return {
         "checkpoint": arguments["checkpoint"],

@@ -104,21 +104,18 @@ _LOADED: dict[tuple[str, bool], Model | InputError] = {}
 _LOADING = threading.Lock()
 
 
-def load(checkpoint: str, batch_size: int, uncut: bool) -> Model:
-    """Load the model once per process, since HELM makes several clients and calls them from many threads.
-
-    Args:
-        uncut: whether to read complete prompts of any length; otherwise long questions are truncated as in training.
+def load(checkpoint: str, prompt: str | None, batch_size: int, **_: Any) -> Model:
+    """Load the model of a `VLMClient` with these arguments, once per process: HELM makes clients in many threads.
 
     Raises:
         InputError: the model cannot be loaded; raised again at every call.
     """
-    key = (checkpoint, uncut)
+    key = (checkpoint, prompt is not None)
     with _LOADING:
         if key not in _LOADED:
             try:
                 predictor = vlmvqa.load(checkpoint)
-                if uncut:
+                if prompt is not None:  # never truncated
                     predictor = replace(predictor, processor=replace(predictor.processor, max_text_tokens=None))
                 _LOADED[key] = Model(predictor, batch_size)
             except InputError as error:

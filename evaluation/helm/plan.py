@@ -54,13 +54,10 @@ class Plan:
     Attributes:
         home: folder of HELM's files of all models: prod_env/ (models, cache), benchmark_output/.
         model: the model's name in HELM's tables.
-        client: arguments of `VLMClient`; empty if answers are given.
-        predictions: a file of answers to score instead of a model.
+        client: arguments of `VLMClient`; empty if `predictions`, a file of answers, is scored instead of a model.
         source: the dataset of the questions.
         scenario: arguments of the run entry, without the image mode.
         modes: the image modes, `real` first.
-        threads: number of HELM's threads.
-        examples: the questions.
     """
 
     home: Path

@@ -69,9 +69,9 @@ def score(plan: Plan, config: HelmConfig) -> None:
     if plan.predictions is not None:
         answers = _saved_answers(plan, plan.predictions)
     else:
-        from vlmvqa.evaluation.helm.client import load_for  # imports PyTorch and transformers
+        from vlmvqa.evaluation.helm.model import load  # imports PyTorch and transformers
 
-        load_for(**plan.client)
+        load(**plan.client)
     plan.folder.mkdir(parents=True, exist_ok=True)
     (plan.folder / "summary.json").unlink(missing_ok=True)  # older results are overwritten
     results.remove(plan.home / "benchmark_output" / "runs" / plan.suite, plan.model)

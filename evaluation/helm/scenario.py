@@ -24,11 +24,11 @@ from vlmvqa.inference.baselines import grey_image, shuffle_images
 IMAGE_MODES = ("real", "blank", "shuffled")
 
 
-class VQAv2Sample(VQAScenario):
-    """The sample of VQAv2's validation questions that HELM scores; name and metadata are HELM's.
+class _LocalSample:
+    """A sample of local official files.
 
     Args:
-        root: the folder of the official files, as conf/data/vqav2.yaml lists them.
+        root: the folder of the official files, as conf/data/{vqav2,gqa}.yaml list them.
         max_instances: size of the sample; 1,000 for HELM's leaderboards.
         image_mode: `real`, or a control: `blank` (a grey image), `shuffled` (another image of the sample).
         seed: seed of the shuffling.
@@ -36,11 +36,16 @@ class VQAv2Sample(VQAScenario):
 
     def __init__(self, root: str, max_instances: int = 1000, image_mode: str = "real", seed: int = 0) -> None:
         super().__init__()
-        self.root, self.max_instances, self.image_mode, self.seed = Path(str(root)), max_instances, image_mode, seed
+        self.root, self.split = Path(str(root)), f"val[random:{max_instances}]"
+        self.image_mode, self.seed = image_mode, seed
+
+
+class VQAv2Sample(_LocalSample, VQAScenario):
+    """The sample of VQAv2's validation questions that HELM scores; name and metadata are HELM's."""
 
     def get_instances(self, output_path: str) -> list[Instance]:
         """Return the sampled questions in file order, with their own ids."""
-        sample = vqav2.read(self.root, f"val[random:{self.max_instances}]")
+        sample = vqav2.read(self.root, self.split)
         return [
             _instance(question.id, [image, _text(question.text)], question.answers)
             for example, image in _with_images(sample, self.image_mode, self.seed, Path(output_path))
@@ -48,25 +53,19 @@ class VQAv2Sample(VQAScenario):
         ]
 
 
-class GQASample(GQAScenario):
-    """The sample of GQA's balanced validation questions; `root` holds the files that conf/data/gqa.yaml lists.
+class GQASample(_LocalSample, GQAScenario):
+    """The sample of GQA's balanced validation questions.
 
     As in HELM, the question comes before the image, and both the short and the full answer are references.
     """
 
-    def __init__(self, root: str, max_instances: int = 1000, image_mode: str = "real", seed: int = 0) -> None:
-        super().__init__()
-        self.root, self.max_instances, self.image_mode, self.seed = Path(str(root)), max_instances, image_mode, seed
-
     def get_instances(self, output_path: str) -> list[Instance]:
         """Return the sampled questions in file order, with their own ids."""
-        split = f"val[random:{self.max_instances}]"
-        sentences = _full_answers(gqa.files(self.root, split)[0])
+        sample = gqa.read(self.root, self.split)
+        sentences = _full_answers(gqa.files(self.root, self.split)[0])
         return [
             _instance(question.id, [_text(question.text), image], (*question.answers, sentences(question)))
-            for example, image in _with_images(
-                gqa.read(self.root, split), self.image_mode, self.seed, Path(output_path)
-            )
+            for example, image in _with_images(sample, self.image_mode, self.seed, Path(output_path))
             for question in example.questions
         ]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlmvqa.extras.report import confusion
 from vlmvqa.extras.report.calibration import calibrate
 from vlmvqa.extras.report.confusion import confusion_matrix, expected
 
@@ -53,11 +54,12 @@ def pair(gold: str | None, answer: str, answers: list[str] | None = None) -> dic
     return {"target": gold, "answer": answer, "answers": [gold] if answers is None else answers}
 
 
-def test_the_matrix_counts_what_was_answered() -> None:
+def test_the_matrix_counts_what_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(1)
     words = np.array(["yes", "no", "red", "blue", "2"])
     gold, given = draw.integers(0, 5, 400), draw.integers(0, 5, 400)
-    found = confusion_matrix([pair(words[g], words[a]) for g, a in zip(gold, given, strict=True)], max_answers=3)
+    monkeypatch.setattr(confusion, "MAX_ANSWERS", 3)
+    found = confusion_matrix([pair(words[g], words[a]) for g, a in zip(gold, given, strict=True)])
     assert found is not None and found.total == 400
     frequent = [str(words[n]) for n in np.argsort(-np.bincount(gold), kind="stable")[:3]]
     assert list(found.answers) == frequent

@@ -8,5 +8,3 @@ class Anls(metric_module.MetricModule):
     """Average normalised Levenshtein similarity in 0..1, equal to DocVQA's challenge script."""
 
     function = staticmethod(anls)
-    citation_text = "Biten et al., Scene Text Visual Question Answering, ICCV 2019"
-    options_text = "threshold, inclusive: as in vlmvqa.metrics.anls."

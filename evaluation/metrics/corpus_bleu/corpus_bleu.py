@@ -8,7 +8,6 @@ class CorpusBleu(metric_module.MetricModule):
     """Corpus BLEU in 0..100 of all answers, with sacrebleu's defaults."""
 
     function = staticmethod(corpus_bleu)
-    citation_text = "Post, A Call for Clarity in Reporting BLEU Scores, WMT 2018"
 
     def _results(self, result):
         return {

@@ -8,4 +8,3 @@ class ExactMatch(metric_module.MetricModule):
     """Share of answers that equal one of their references, ignoring surrounding white space."""
 
     function = staticmethod(exact_match)
-    options_text = 'ignore_case: whether "Yes" equals "yes" (default: no).'

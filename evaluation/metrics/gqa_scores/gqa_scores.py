@@ -8,13 +8,10 @@ from vlmvqa.metrics import gqa_scores
 
 
 class GqaScores(metric_module.MetricModule):
-    """GQA's accuracy by type, consistency, validity, plausibility and distribution."""
+    """GQA's accuracy by type, consistency, validity, plausibility and distribution; references are question ids."""
 
-    citation_text = "Hudson and Manning, GQA, CVPR 2019"
+    function = staticmethod(gqa_scores)
     references = metric_module.TEXT
-    references_text = "ids of the answered questions, in the same order"
-    options_text = """questions: the official records by question id.
-choices, consistency, postprocess: as in vlmvqa.metrics.gqa_scores."""
 
     def _compute(self, predictions, references, questions, **options):
         """Return the scores by name, None where undefined, and the `reasons`."""

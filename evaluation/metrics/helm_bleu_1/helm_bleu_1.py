@@ -8,4 +8,3 @@ class HelmBleu1(metric_module.MetricModule):
     """HELM's BLEU-1 for VQA in 0..1: the highest over the references, words split by nltk."""
 
     function = staticmethod(helm_bleu_1)
-    citation_text = "Liang et al., Holistic Evaluation of Language Models, TMLR 2023"

@@ -8,5 +8,3 @@ class RelaxedAccuracy(metric_module.MetricModule):
     """ChartQA's accuracy: numbers within 5 %, text up to case."""
 
     function = staticmethod(relaxed_accuracy)
-    citation_text = "Masry et al., ChartQA, Findings of ACL 2022"
-    options_text = "tolerance: largest difference of a number, relative to the reference."

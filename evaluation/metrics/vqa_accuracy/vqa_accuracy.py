@@ -8,10 +8,6 @@ class VqaAccuracy(metric_module.MetricModule):
     """VQA accuracy in percent, equal to VQAv2's official script."""
 
     function = staticmethod(vqa_accuracy)
-    citation_text = "Antol et al., VQA: Visual Question Answering, ICCV 2015"
-    references_text = "raw annotator answers (ten in VQAv2), a list of lists of strings in the same order"
-    options_text = """answer_types, question_types: categories in the same order, for the per-category means (optional).
-normalize, consensus: as in vlmvqa.metrics.vqa_accuracy."""
 
     def _compute(self, predictions, references, **options):
         for name in ("answer_types", "question_types"):

@@ -16,23 +16,16 @@ THREADS = 8
 
 
 @dataclass(frozen=True)
-class Published:
-    """The published size of a split (None: not published)."""
-
-    questions: int | None = None
-    images: int | None = None
-
-
-@dataclass(frozen=True)
 class SplitCheck:
     """The result for a split.
 
     Attributes:
+        published: "questions" and "images" of the split, where they are published.
         problems: an error message for each unusable record or image, or for a split that cannot be read.
     """
 
     split: str
-    published: Published
+    published: Mapping[str, int]
     questions: int = 0
     images: int = 0
     problems: list[str] = field(default_factory=list)
@@ -40,11 +33,11 @@ class SplitCheck:
     @property
     def complete(self) -> bool:
         """Whether the split has its published size and no problems."""
-        same_questions = self.published.questions in (None, self.questions)
-        return same_questions and self.published.images in (None, self.images) and not self.problems
+        found = {"questions": self.questions, "images": self.images}
+        return not self.problems and all(found[name] == number for name, number in self.published.items())
 
 
-def check(read: Read, splits: Mapping[str, Published], decode_images: bool) -> Iterator[SplitCheck]:
+def check(read: Read, splits: Mapping[str, Mapping[str, int]], decode_images: bool) -> Iterator[SplitCheck]:
     """Check each split.
 
     Args:
@@ -68,18 +61,17 @@ def check(read: Read, splits: Mapping[str, Published], decode_images: bool) -> I
 
 def _decoding_errors(images: Sequence[Example], split: str) -> list[str]:
     """Return an error message for each image that cannot be decoded."""
+    bad_records = BadRecords("skip")
 
-    def decoding_error(example: Example) -> str | None:
+    def check_image(example: Example) -> None:
         try:
             decode(example.image, example.name)
         except InputError as error:
-            return str(error)
-        return None
+            bad_records.add_error(error)
 
     with ThreadPoolExecutor(THREADS) as pool:  # JPEG decoding releases the GIL
-        results = pool.map(decoding_error, images)
-        shown = bar(results, doing=f"decoding {split}", unit="images", total=len(images))
-        return [error for error in shown if error is not None]
+        list(bar(pool.map(check_image, images), doing=f"decoding {split}", unit="images", total=len(images)))
+    return bad_records.seen
 
 
 def table(results: Sequence[SplitCheck]) -> str:
@@ -87,7 +79,8 @@ def table(results: Sequence[SplitCheck]) -> str:
     lines = [f"{'split':<16}{'questions':>12}{'published':>12}{'images':>10}{'published':>12}{'problems':>10}"]
     for result in results:
         published = result.published
-        numbers = (result.questions, published.questions, result.images, published.images, len(result.problems))
+        expected = published.get("questions"), published.get("images")
+        numbers = (result.questions, expected[0], result.images, expected[1], len(result.problems))
         widths = (12, 12, 10, 12, 10)
         cells = (f"{'-' if n is None else f'{n:,}':>{width}}" for n, width in zip(numbers, widths, strict=True))
         lines.append(f"{result.split:<16}" + "".join(cells) + ("" if result.complete else "  incomplete"))

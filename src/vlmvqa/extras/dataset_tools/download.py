@@ -44,7 +44,7 @@ class Archive:
         return PurePosixPath(self.url).name
 
 
-def prepare(archive: Archive, root: Path, progress: bool = True) -> bool:
+def prepare(archive: Archive, root: Path) -> bool:
     """Download and unpack an archive unless that was done before; return whether it was necessary.
 
     Raises:
@@ -56,8 +56,8 @@ def prepare(archive: Archive, root: Path, progress: bool = True) -> bool:
         return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = download(archive, folder, progress)
-        unpack(path, root / archive.into, progress)
+        path = download(archive, folder)
+        unpack(path, root / archive.into)
         done.touch()
     except OSError as error:
         raise InputError(
@@ -67,7 +67,7 @@ def prepare(archive: Archive, root: Path, progress: bool = True) -> bool:
     return True
 
 
-def download(archive: Archive, folder: Path, progress: bool = True) -> Path:
+def download(archive: Archive, folder: Path) -> Path:
     """Return the path of the complete, verified file, downloading what is missing."""
     path = folder / archive.name
     if path.exists():
@@ -82,7 +82,7 @@ def download(archive: Archive, folder: Path, progress: bool = True) -> Path:
             total = start + int(length) if length else None
             with (
                 part.open("ab" if start else "wb") as file,
-                bar(doing=archive.name, unit="B", total=total, shown=progress, initial=start, unit_scale=True) as count,
+                bar(doing=archive.name, unit="B", total=total, initial=start, unit_scale=True) as count,
             ):
                 while block := response.read(CHUNK):
                     file.write(block)
@@ -109,7 +109,7 @@ def download(archive: Archive, folder: Path, progress: bool = True) -> Path:
     return path
 
 
-def unpack(path: Path, into: Path, progress: bool = True) -> None:
+def unpack(path: Path, into: Path) -> None:
     """Unpack a zip file; copy any other file."""
     into.mkdir(parents=True, exist_ok=True)
     if path.suffix != ".zip":
@@ -117,7 +117,7 @@ def unpack(path: Path, into: Path, progress: bool = True) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:  # extract() never writes outside of its folder
-            for member in bar(archive.infolist(), doing=f"unpacking {path.name}", unit="files", shown=progress):
+            for member in bar(archive.infolist(), doing=f"unpacking {path.name}", unit="files"):
                 archive.extract(member, into)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         path.unlink()

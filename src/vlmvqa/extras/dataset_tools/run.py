@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from vlmvqa.data.example import Example
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError, counted
-from vlmvqa.extras.dataset_tools.check import Published, check, table
+from vlmvqa.extras.dataset_tools.check import check, table
 from vlmvqa.extras.dataset_tools.download import Archive, prepare
 from vlmvqa.extras.feature_cache.forecast import forecast
 from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
@@ -80,12 +80,14 @@ class PrepareConfig:
 
 def run_job(config: PrepareConfig) -> None:
     """Run the job that the first word of the command names."""
-    JOBS[config.job](config)
+    job, what = JOBS[config.job]
+    if ranks.world_size() > 1:
+        raise InputError(f"{what} by one process; start it with python, without a launcher")
+    job(config)
 
 
 def cache_features(config: PrepareConfig) -> None:
     """Cache the encoder's output for every image of a split."""
-    _refuse_ranks("features are computed")
     folder, data = config.run.folder, config.data.single
     bad_records = BadRecords(data.on_bad_record)
     examples = read_examples(data, config.split, _most_samples(config), bad_records)
@@ -132,10 +134,9 @@ def build_encoder(
 def check_data(config: PrepareConfig) -> None:
     """Count every split's questions and images, and list the records that cannot be used."""
     data = config.data.single
-    _refuse_ranks("a dataset is checked")
-    splits = {name: Published(**counts) for name, counts in data.expected_counts.items()}
+    splits: Mapping[str, Mapping[str, int]] = data.expected_counts
     if not splits or data.synthetic or data.hub is not None:  # generated, or with splits of other names
-        splits = {data.train_split: Published(), data.eval_split: Published()}
+        splits = {data.train_split: {}, data.eval_split: {}}
 
     def read(split: str, bad_records: BadRecords) -> list[Example]:
         return read_examples(data, split, None, bad_records)
@@ -154,17 +155,13 @@ def check_data(config: PrepareConfig) -> None:
 
 def pack(config: PrepareConfig) -> None:
     """Write a split as parquet shards."""
-    _refuse_ranks("a split is packed")
     data = config.data.single
     if data.shards is not None:
         raise InputError("data.shards is already packed; give data.root or data.hub")
-    folder, bad_records, most = (
-        Path(config.pack.dir).expanduser(),
-        BadRecords(data.on_bad_record),
-        _most_samples(config),
-    )
+    folder, most = Path(config.pack.dir).expanduser(), _most_samples(config)
+    bad_records = BadRecords(data.on_bad_record)
     examples = read_examples(data, config.split, most, bad_records)
-    written = shards.write(folder, packing_key(data, config.split, most), examples, bad_records, progress=True)
+    written = shards.write(folder, packing_key(data, config.split, most), examples, bad_records)
     print(f"{counted(written, 'image')} with all questions; train on them with data.shards={folder}")
     if bad_records.seen:
         print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")
@@ -172,7 +169,6 @@ def pack(config: PrepareConfig) -> None:
 
 def download(config: PrepareConfig) -> None:
     """Download and unpack the benchmark's official archives."""
-    _refuse_ranks("archives are downloaded")
     data = config.data.single
     if not data.archives:
         raise InputError(
@@ -190,14 +186,9 @@ def _most_samples(config: PrepareConfig) -> int | None:
     return data.max_eval_samples if config.split == data.eval_split else data.max_train_samples
 
 
-def _refuse_ranks(what: str) -> None:
-    if ranks.world_size() > 1:
-        raise InputError(f"{what} by one process; start it with python, without a launcher")
-
-
-JOBS: dict[str, Callable[[PrepareConfig], None]] = {
-    "download": download,
-    "check": check_data,
-    "pack": pack,
-    "features": cache_features,
+JOBS: dict[str, tuple[Callable[[PrepareConfig], None], str]] = {
+    "download": (download, "archives are downloaded"),
+    "check": (check_data, "a dataset is checked"),
+    "pack": (pack, "a split is packed"),
+    "features": (cache_features, "features are computed"),
 }

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import InputError, suggest
@@ -21,23 +21,6 @@ SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+")
 BATCH_ROWS = 64
 MAX_ROWS = 2**62  # end of an open slice if the number of rows is unknown
 FAILURES = (OSError, RuntimeError, ValueError)  # raised by `datasets`, in addition to its DatasetsError
-
-
-class Table(Protocol):
-    """The rows of a split.
-
-    Attributes:
-        where: name for error messages.
-        total: number of rows; None if unknown before they are read.
-        columns: column names; None if unknown before the first row is read.
-    """
-
-    where: str
-    total: int | None
-    columns: Sequence[str] | None
-
-    def rows(self, numbers: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yield the rows with these numbers, with these columns."""
 
 
 def open_split(
@@ -105,7 +88,7 @@ def _refuse_unknown(columns: Sequence[str], known: Sequence[str], where: str) ->
 
 
 class ParquetTable:
-    """The rows of a split in local parquet files."""
+    """The rows of a split in local parquet files; the attributes are those of `HubTable`."""
 
     def __init__(self, files: Sequence[Path], where: str) -> None:
         parquet = _import("pyarrow.parquet", "pyarrow")
@@ -116,12 +99,11 @@ class ParquetTable:
             raise InputError(
                 f"{where}: its parquet files are unreadable ({_line(error)}); download them again"
             ) from error
-        self.total: int | None = sum(file.metadata.num_rows for file in self.files)
-        self.columns: Sequence[str] | None = self.files[0].schema_arrow.names
+        self.total = sum(file.metadata.num_rows for file in self.files)
+        self.columns: Sequence[str] = self.files[0].schema_arrow.names
 
     def rows(self, numbers: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield rows; files and batches that contain none of them are skipped."""
-        assert self.columns is not None
         _refuse_unknown(columns, self.columns, self.where)
         first = 0  # number of the first row of the file or batch
         for file in self.files:
@@ -164,7 +146,13 @@ def _local_splits(folder: Path, config: str | None) -> dict[str, list[Path]]:
 
 
 class HubTable:
-    """The rows of a split on the Hub, with images as the bytes of their files."""
+    """The rows of a split on the Hub, with images as the bytes of their files.
+
+    Attributes:
+        where: name for error messages.
+        total: number of rows; None if unknown before they are read.
+        columns: column names; None if unknown before the first row is read.
+    """
 
     def __init__(self, hub: str, config: str | None, split: str, streaming: bool) -> None:
         self.datasets = _datasets()
@@ -178,9 +166,7 @@ class HubTable:
         self.streaming = streaming
         self.columns: Sequence[str] | None = self.data.column_names
         known = (self.data.info.splits or {}).get(split)
-        self.total: int | None = (known.num_examples or None) if streaming and known else None
-        if not streaming:
-            self.total = len(self.data)
+        self.total: int | None = ((known and known.num_examples) or None) if streaming else len(self.data)
 
     def rows(self, numbers: range, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Yield rows, downloading them first if they are streamed."""
@@ -238,3 +224,6 @@ def _import(module: str, package: str) -> ModuleType:
 
 def _line(error: Exception) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
+Table = ParquetTable | HubTable

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.loggers import PROJECT
@@ -23,6 +22,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
+from transformers.utils.generic import flatten_dict
 
 MAX_PARAMS = 100  # per request, a limit of MLflow's servers
 
@@ -54,7 +54,7 @@ class MlflowRun(Logger):
         experiment = known.experiment_id if known else self.client.create_experiment(name)
         run_id: str = self.client.create_run(experiment, run_name=run.name).info.run_id
         # Only once: MLflow's parameters are immutable, and a resumed run may change the logging interval.
-        params = [Param(key, str(value)[:500]) for key, value in _flatten(run.config)]
+        params = [Param(key, str(value)[:500]) for key, value in flatten_dict(dict(run.config)).items()]
         for start in range(0, len(params), MAX_PARAMS):
             self.client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
         return run_id
@@ -76,12 +76,3 @@ class MlflowRun(Logger):
     def close(self, finished: bool) -> None:
         """Mark the run as finished or killed."""
         self.client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
-
-
-def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested mappings with their dotted names."""
-    if not isinstance(value, Mapping) or not value:
-        yield name, value
-        return
-    for key, inner in value.items():
-        yield from _flatten(inner, f"{name}.{key}" if name else str(key))

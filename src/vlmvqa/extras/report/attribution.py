@@ -10,7 +10,6 @@ Legend: B rows, T tokens, N patches, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,8 @@ from torch import Tensor, nn
 from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.data.images import decode
 from vlmvqa.errors import InputError
-from vlmvqa.extras.report.gallery import Record, choose_gallery, evenly
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.interface import Model
-from vlmvqa.ranks import bar
 from vlmvqa.sequence.rows import IGNORE, IMAGE, PADDING, PROMPT
 
 METHODS = ("attention", "gradient")
@@ -88,40 +85,6 @@ def draw(image: Image.Image, attribution: Attribution) -> Image.Image:
     overlay = image.convert("RGB")
     overlay.paste(colours, (left, top), Image.fromarray((smooth * MAX_OPACITY * 255).astype(np.uint8)))
     return overlay
-
-
-def report_attributions(
-    predictor: Predictor, examples: Sequence[Example], predictions: Sequence[Record], metric: str, count: int
-) -> list[tuple[Record, Image.Image]] | str:
-    """Attribute a sample of correct and wrong answers, for the report.
-
-    Args:
-        predictor: the model, with the prompt of these questions.
-        examples: the evaluated examples.
-        predictions: their records.
-        metric: the metric that decides whether an answer is correct.
-        count: maximum number of answers (0: none), half of them correct if possible; each costs a forward pass.
-
-    Returns:
-        Records with the image under its heat map; or the reason why attribution failed.
-    """
-    if count < 1:
-        return []
-    chosen = [record for group in choose_gallery(predictions, metric) for record in evenly(group, -(-count // 2))]
-    questions = {question.id: (example, question) for example in examples for question in example.questions}
-    overlays: list[tuple[Record, Image.Image]] = []
-    try:
-        for record in bar(chosen[:count], doing="attribution", unit="answers"):
-            example, question = questions[record["question_id"]]
-            image = decode(example.image, example.name)
-            # Captions have no question text, and their prompt has no place for one.
-            attribution = attribute(predictor, image, question.text or "caption", record["answer"])
-            overlays.append((record, draw(image, attribution)))
-    except InputError as error:
-        return str(error).rstrip(".")
-    except torch.OutOfMemoryError:  # must not lose the answers
-        return "the GPU has too little memory for eager attention"
-    return overlays
 
 
 def _answered_row(predictor: Predictor, example: Example, answer: str) -> dict[str, Tensor]:

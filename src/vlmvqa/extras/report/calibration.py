@@ -20,19 +20,13 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers with a confidence in (low, high]; the first bin includes 0.
-
-    Attributes:
-        low, high: bounds of the confidence.
-        n: number of answers.
-        confidence, accuracy: means over the bin; None if it is empty.
-    """
+    """Answers with a confidence in (low, high], the first bin includes 0; the means are None if there are none."""
 
     low: float
     high: float
     n: int
-    confidence: float | None
-    accuracy: float | None
+    confidence: float | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,16 +38,11 @@ class Calibration:
     error: float
 
 
-def calibrate(records: Iterable[Mapping[str, Any]], metric: str, bins: int = BINS) -> Calibration | None:
-    """Compute the calibration of records of `predictions.jsonl`.
+def calibrate(records: Iterable[Mapping[str, Any]], metric: str) -> Calibration | None:
+    """Return the calibration of records of `predictions.jsonl`; None if none has both a score and a probability.
 
     Args:
-        records: answers with their "log_probability" and score.
         metric: name of the score (0 to 100) in the records.
-        bins: number of bins.
-
-    Returns:
-        The calibration, or None if no record has both a score and a probability.
     """
     known = [
         (confidence(record["log_probability"]), record[metric] / 100)
@@ -62,19 +51,14 @@ def calibrate(records: Iterable[Mapping[str, Any]], metric: str, bins: int = BIN
     ]
     if not known:
         return None
-    contents: list[list[tuple[float, float]]] = [[] for _ in range(bins)]
-    for probability, accuracy in known:
-        contents[max(math.ceil(probability * bins) - 1, 0)].append((probability, accuracy))
-    gap = sum(abs(sum(a for _, a in content) - sum(c for c, _ in content)) for content in contents)
-    return Calibration(
-        tuple(_bin(index / bins, (index + 1) / bins, content) for index, content in enumerate(contents)),
-        len(known),
-        gap / len(known),
-    )
-
-
-def _bin(low: float, high: float, content: list[tuple[float, float]]) -> Bin:
-    n = len(content)
-    if not n:
-        return Bin(low, high, 0, None, None)
-    return Bin(low, high, n, sum(c for c, _ in content) / n, sum(a for _, a in content) / n)
+    bins, distance = [], 0.0
+    for index in range(BINS):
+        low, high = index / BINS, (index + 1) / BINS
+        inside = [pair for pair in known if max(math.ceil(pair[0] * BINS) - 1, 0) == index]
+        if not inside:
+            bins.append(Bin(low, high, 0))
+            continue
+        means = [sum(values) / len(inside) for values in zip(*inside, strict=True)]
+        bins.append(Bin(low, high, len(inside), *means))
+        distance += len(inside) * abs(means[0] - means[1])
+    return Calibration(tuple(bins), len(known), distance / len(known))

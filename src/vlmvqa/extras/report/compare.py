@@ -28,7 +28,9 @@ def compare_runs(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
         InputError: a folder has no scored results, or the runs have different metrics or questions.
     """
     (metrics, before), (other_metrics, after) = (_read_results(folder) for folder in (first, second))
-    _check_comparable(f"{first} and {second} cannot be compared", metrics, other_metrics, before, after)
+    problem = _difference(metrics, other_metrics, before, after)
+    if problem:
+        raise InputError(f"{first} and {second} cannot be compared: {problem}")
     name = metrics["metric"]
     scored = [question for question, record in before.items() if record[name] is not None]
     result: dict[str, Any] = {"first": str(first), "second": str(second), "metric": name, "n": len(scored)}
@@ -40,55 +42,38 @@ def compare_runs(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
         result[f"per_{kind}"] = {
             group: _compare(questions, before, after, name, seed) for group, questions in sorted(groups.items())
         }
-    result["flipped"] = _changed(scored, before, after, name)
+    changes = {question: after[question][name] - before[question][name] for question in scored}
+    result["flipped"] = [  # the largest improvement first
+        {
+            "question_id": question,
+            **{key: before[question][key] for key in ("image_id", "question", "answers")},
+            "first": before[question]["answer"],
+            "second": after[question]["answer"],
+            "difference": change,
+        }
+        for question, change in sorted(changes.items(), key=lambda item: (-item[1], repr(item[0])))
+        if change
+    ]
     return result
 
 
-def _check_comparable(
-    problem: str,
-    metrics: Mapping[str, Any],
-    other_metrics: Mapping[str, Any],
-    before: Mapping[Any, Record],
-    after: Mapping[Any, Record],
-) -> None:
+def _difference(
+    metrics: Record, other_metrics: Record, before: Mapping[Any, Record], after: Mapping[Any, Record]
+) -> str | None:
+    """Return how the runs differ and what to do; None if they can be compared."""
     for key in ("metric", "metric_version", "data", "split"):
         if metrics.get(key) != other_metrics.get(key):
-            raise InputError(
-                f"{problem}: {key} is {metrics.get(key)} in one and {other_metrics.get(key)} in the other; score both "
-                "in the same way"
-            )
+            values = f"{metrics.get(key)} in one and {other_metrics.get(key)} in the other"
+            return f"{key} is {values}; score both in the same way"
     if before.keys() != after.keys():
         different = sorted(before.keys() ^ after.keys(), key=repr)
-        raise InputError(
-            f"{problem}: they differ by {counted(len(different), 'question')} ({different[0]}...); score both on the "
-            "same split and slice"
-        )
+        number = counted(len(different), "question")
+        return f"they differ by {number} ({different[0]}...); score both on the same split and slice"
     for question, record in before.items():
         if any(record[key] != after[question][key] for key in ("image_id", "question", "answers")):
-            raise InputError(
-                f"{problem}: question {question} has another image, text or reference answers in one; score both on "
-                "the same files"
-            )
-
-
-def _changed(
-    scored: Sequence[Any], before: Mapping[Any, Record], after: Mapping[Any, Record], name: str
-) -> list[dict[str, Any]]:
-    """Return the questions whose score changed, the largest improvement first."""
-    changed = [question for question in scored if before[question][name] != after[question][name]]
-    changed.sort(key=lambda question: (before[question][name] - after[question][name], repr(question)))
-    return [
-        {
-            "question_id": question,
-            "image_id": before[question]["image_id"],
-            "question": before[question]["question"],
-            "answers": before[question]["answers"],
-            "first": before[question]["answer"],
-            "second": after[question]["answer"],
-            "difference": after[question][name] - before[question][name],
-        }
-        for question in changed
-    ]
+            what = "another image, text or reference answers in one"
+            return f"question {question} has {what}; score both on the same files"
+    return None
 
 
 def table(comparison: Mapping[str, Any]) -> str:
@@ -147,9 +132,5 @@ def _compare(
     row = {"n": len(questions), "first": means[0], "second": means[1], "difference": means[1] - means[0]}
     if result is None:
         return {**row, "interval": None, "p_bootstrap": None, "p_permutation": None}
-    return {
-        **row,
-        "interval": [result.difference.low, result.difference.high],
-        "p_bootstrap": result.p_bootstrap,
-        "p_permutation": result.p_permutation,
-    }
+    interval = [result.difference.low, result.difference.high]
+    return {**row, "interval": interval, "p_bootstrap": result.p_bootstrap, "p_permutation": result.p_permutation}

@@ -31,25 +31,22 @@ class Confusion:
         return sum(map(sum, self.counts))
 
 
-def confusion_matrix(records: Sequence[Mapping[str, Any]], max_answers: int = MAX_ANSWERS) -> Confusion | None:
+def confusion_matrix(records: Sequence[Mapping[str, Any]]) -> Confusion | None:
     """Compute the confusion matrix of records of `predictions.jsonl`; None if fewer than two answers are frequent.
 
     Answers are compared ignoring case and surrounding white space.
     """
-    pairs = [(expected(record), _folded(record["answer"])) for record in records if record["answers"]]
-    frequent = Counter(gold for gold, _ in pairs)
-    ordered = sorted(
-        (gold for gold in frequent if frequent[gold] >= MIN_QUESTIONS), key=lambda gold: (-frequent[gold], gold)
-    )
-    answers = ordered[:max_answers]
+    pairs = Counter((expected(record), _folded(record["answer"])) for record in records if record["answers"])
+    frequent: Counter[str] = Counter()
+    for (gold, _), count in pairs.items():
+        frequent[gold] += count
+    ordered = sorted(frequent.items(), key=lambda item: (-item[1], item[0]))
+    answers = tuple(gold for gold, count in ordered[:MAX_ANSWERS] if count >= MIN_QUESTIONS)
     if len(answers) < 2:
         return None
-    places = {answer: place for place, answer in enumerate(answers)}
-    counts = [[0] * (len(answers) + 1) for _ in answers]
-    for gold, given in pairs:
-        if gold in places:
-            counts[places[gold]][places.get(given, len(answers))] += 1
-    return Confusion(tuple(answers), tuple(map(tuple, counts)), len(pairs))
+    rows = [[pairs[gold, given] for given in answers] for gold in answers]
+    counts = tuple((*row, frequent[gold] - sum(row)) for gold, row in zip(answers, rows, strict=True))
+    return Confusion(answers, counts, pairs.total())
 
 
 def expected(record: Mapping[str, Any]) -> str:

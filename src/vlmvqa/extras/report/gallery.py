@@ -39,7 +39,6 @@ def choose_gallery(
         predictions: records of `predictions.jsonl`.
         name: the metric.
         most: maximum number of answers in each sample.
-        seed: of the samples.
     """
     scored = [record for record in predictions if record[name] is not None]
     limit = metric(name).correct_from
@@ -53,12 +52,7 @@ def choose_gallery(
 
 
 def heading(limit: float | None, right: bool) -> tuple[str, str]:
-    """Return a gallery's title and its description.
-
-    Args:
-        limit: lowest score of a correct answer; None if undefined.
-        right: whether the gallery shows the correct answers.
-    """
+    """Return the title and description of the gallery of right or wrong answers; `limit` is a right answer's score."""
     if limit is None:
         title = "The better half" if right else "The worse half"
         which = "the median or more" if right else "less than the median"
@@ -70,14 +64,14 @@ def heading(limit: float | None, right: bool) -> tuple[str, str]:
 
 def card(record: Record, images: Mapping[Any, Image], metric: str) -> dict[str, Any]:
     """Return a record with its image, score, confidence and counted references."""
+    probability = None if record["log_probability"] is None else record_confidence(record)
+    return {**_with_image(record, images), "score": record[metric], "probability": probability}
+
+
+def _with_image(record: Record, images: Mapping[Any, Image]) -> dict[str, Any]:
     image = images.get(record["image_id"])
-    return {
-        **record,
-        "score": record[metric],
-        "probability": None if record["log_probability"] is None else record_confidence(record),
-        "image": None if image is None else data_uri(image),
-        "counted": Counter(record["answers"]).most_common(),
-    }
+    uri = None if image is None else data_uri(image)
+    return {**record, "image": uri, "counted": Counter(record["answers"]).most_common()}
 
 
 def answer_history(samples: Sequence[Record], images: Mapping[Any, Image], name: str) -> list[dict[str, Any]]:
@@ -94,25 +88,11 @@ def answer_history(samples: Sequence[Record], images: Mapping[Any, Image], name:
     steps = evenly(sorted({sample["step"] for sample in samples}), MAX_STEPS)
     questions = []
     for by_step in by_question.values():
-        last = next(reversed(by_step.values()))
-        image = images.get(last["image_id"])
-        answers = [
-            {
-                **by_step[step],
-                "probability": record_confidence(by_step[step]),
-                "right": metric(name).is_correct(by_step[step]["score"]),
-            }
-            for step in steps
-            if step in by_step
-        ]
-        questions.append(
-            {
-                **last,
-                "image": None if image is None else data_uri(image),
-                "counted": Counter(last["answers"]).most_common(),
-                "history": answers,
-            }
-        )
+        answers = []
+        for sample in (by_step[step] for step in steps if step in by_step):
+            right = metric(name).is_correct(sample["score"])
+            answers.append({**sample, "probability": record_confidence(sample), "right": right})
+        questions.append({**_with_image(next(reversed(by_step.values())), images), "history": answers})
     return questions
 
 

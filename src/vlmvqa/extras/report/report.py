@@ -53,7 +53,7 @@ def write_report(
         metrics: content of `metrics.json`: "metrics", "controls", and the settings of the evaluation.
         log: records of `log.jsonl`, each with a "step"; empty if nothing was trained.
         predictions: all records of `predictions.jsonl`.
-        images: image by "image_id" for the records that are shown (`shown_images`).
+        images: image by "image_id".
         config_yaml: the resolved config.
         samples: records of `samples.jsonl`.
         attributions: records of `predictions` with the image under its heat map; or the reason why there are none.
@@ -82,32 +82,38 @@ def write_report(
     path.write_text(page, encoding="utf-8", errors="replace")
 
 
-def shown_images(predictions: Sequence[Record], name: str, samples: Sequence[Record] = ()) -> set[Any]:
-    """Return the "image_id" of every image that the report shows."""
-    right, wrong = gallery.choose_gallery(predictions, name)
-    return {record["image_id"] for record in (*right, *wrong, *samples)}
-
-
 def _template(name: str) -> str:
     return resources.files("vlmvqa.extras.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return the template's values for the scores: the metric, its controls, and tables by type."""
-    name, bars = metrics["metric"], _bars(metrics)
-    tables = _tables(metrics)
+    name, given = metrics["metric"], metrics["controls"]
+    model = metrics["metrics"][name]
+    controls = {
+        CONTROLS[key]: given.get(key) or {"overall": None, "reason": "not measured"}
+        for key in reversed(CONTROLS)
+        if key in given or key != "blank_images"  # shown only if measured
+    }
+    bars = [{"name": "This model", "note": "", **model}]
+    bars += [{"name": one.name.capitalize(), "note": one.description, **scores} for one, scores in controls.items()]
+    measured = {one.name.split()[0]: scores for one, scores in controls.items() if scores["overall"] is not None}
+    others = {key: scores for key, scores in metrics["metrics"].items() if key != name}
+    kinds = [key.removeprefix("per_") for key in model if key.startswith("per_")]
+    tables = {kind.replace("_", " ").capitalize(): _rows(kind, model, list(measured.values())) for kind in kinds}
     values = [value for rows in tables.values() for row in rows for value in (row["accuracy"], *row["controls"])]
     return {
         "metric": metric(name).title,
         "questions": metrics["n"],
         "unit": metrics["unit"],
-        "interval": metrics["metrics"][name].get("interval"),
-        "others": _others(metrics),
+        "interval": model.get("interval"),
+        "others": {NAMES.get(key, key.replace("_", " ")): scores for key, scores in others.items()}
+        | {key: {"overall": value} for key, value in metrics["variants"].items()},
         "bars": bars,
-        "longest": max(100.0, *(bar["percent"] or 0.0 for bar in bars)),  # CIDEr can exceed 100
-        "tables": tables,
+        "longest": max(100.0, *(bar["overall"] or 0.0 for bar in bars)),  # CIDEr can exceed 100
+        "tables": {heading: rows for heading, rows in tables.items() if rows},
         "longest_in_tables": max([100.0, *(value for value in values if value is not None)]),
-        "control_columns": list(_measured_controls(metrics)),
+        "control_columns": list(measured),
     }
 
 
@@ -132,26 +138,25 @@ def _answers(
     attributions: Sequence[tuple[Record, Image]] | str,
 ) -> dict[str, Any]:
     """Return the template's values for the answers: galleries, attributions, calibration and confusions."""
-    limit = metric(name).correct_from
-    galleries = zip(("right", "wrong"), (True, False), gallery.choose_gallery(predictions, name), strict=True)
+    scale = metric(name)
+    maps, reason = ((), attributions) if isinstance(attributions, str) else (attributions, "")
+    groups = zip(("right", "wrong"), (True, False), gallery.choose_gallery(predictions, name), strict=True)
+    galleries = {}
+    for kind, right, records in groups:
+        cards = [gallery.card(record, images, name) for record in records]
+        galleries[kind] = (*gallery.heading(scale.correct_from, right), cards)
+    attributed = []
+    for record, overlay in maps:
+        shown = {"overlay": gallery.data_uri(overlay), "right": scale.is_correct(record[name])}
+        attributed.append({**gallery.card(record, images, name), **shown})
     return {
-        "galleries": {
-            kind: (*gallery.heading(limit, right), [gallery.card(record, images, name) for record in records])
-            for kind, right, records in galleries
-        },
+        "galleries": galleries,
         "history": gallery.answer_history(samples, images, name),
-        "attributions": []
-        if isinstance(attributions, str)
-        else [_attribution(*attribution, images, name) for attribution in attributions],
-        "no_attributions": attributions if isinstance(attributions, str) else "",
+        "attributions": attributed,
+        "no_attributions": reason,
         **_reliability(name, predictions),
-        "confusion": None if limit is None else confusion_matrix(predictions),
+        "confusion": None if scale.correct_from is None else confusion_matrix(predictions),
     }
-
-
-def _attribution(record: Record, overlay: Image, images: Mapping[Any, Image], name: str) -> dict[str, Any]:
-    right = metric(name).is_correct(record[name])
-    return {**gallery.card(record, images, name), "overlay": gallery.data_uri(overlay), "right": right}
 
 
 def _reliability(name: str, predictions: Sequence[Record]) -> dict[str, Any]:
@@ -165,70 +170,16 @@ def _reliability(name: str, predictions: Sequence[Record]) -> dict[str, Any]:
     return {**values, "calibration": calibration, "reliability": curves.draw_reliability(calibration)}
 
 
-def _controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return each control's scores, or the reason why they are missing; blank images only if measured."""
-    measured = metrics["controls"]
-    shown = [key for key in reversed(CONTROLS) if key in measured or key != "blank_images"]
-    return {key: measured.get(key) or {"overall": None, "reason": "not measured"} for key in shown}
-
-
-def _measured_controls(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the scores of the measured controls by column name."""
-    return {
-        CONTROLS[key].name.split()[0]: scores
-        for key, scores in _controls(metrics).items()
-        if scores["overall"] is not None
-    }
-
-
-def _bars(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the bars of the model and its controls: percent, or the reason why it is missing."""
-    bars = [("This model", "", metrics["metrics"][metrics["metric"]])]
-    bars += [
-        (CONTROLS[key].name.capitalize(), CONTROLS[key].description, scores)
-        for key, scores in _controls(metrics).items()
-    ]
-    return [
-        {
-            "name": name,
-            "note": note,
-            "percent": scores["overall"],
-            "interval": scores.get("interval"),
-            "reason": scores.get("reason"),
-        }
-        for name, note, scores in bars
-    ]
-
-
-def _others(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the numbers other than the main one, and those of other toolkits."""
-    numbers = {NAMES.get(name, name.replace("_", " ")): scores for name, scores in metrics["metrics"].items()}
-    numbers |= {name: {"overall": value} for name, value in metrics["variants"].items()}
-    return [
-        {"name": name, "value": scores["overall"], "reason": scores.get("reason")}
-        for name, scores in numbers.items()
-        if scores is not metrics["metrics"][metrics["metric"]]
-    ]
-
-
-def _tables(metrics: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of each table by its heading."""
-    kinds = [key.removeprefix("per_") for key in metrics["metrics"][metrics["metric"]] if key.startswith("per_")]
-    return {kind.replace("_", " ").capitalize(): rows for kind in kinds if (rows := _rows_per_type(metrics, kind))}
-
-
-def _rows_per_type(metrics: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
+def _rows(kind: str, model: Mapping[str, Any], controls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return name, question count and scores of each category in a table, the most frequent first."""
-    model = metrics["metrics"][metrics["metric"]]
     values, counts, intervals = model[f"per_{kind}"], model[f"n_per_{kind}"], model.get(f"interval_per_{kind}", {})
-    controls = [control.get(f"per_{kind}", {}) for control in _measured_controls(metrics).values()]
     return [
         {
             "name": name,
             "n": counts[name],
             "accuracy": values[name],
             "interval": intervals.get(name),
-            "controls": [control.get(name) for control in controls],
+            "controls": [control.get(f"per_{kind}", {}).get(name) for control in controls],
         }
         for name in sorted(values, key=_order(counts))
     ]

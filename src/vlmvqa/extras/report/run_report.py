@@ -8,29 +8,48 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL.Image import Image
 
 from vlmvqa.data import images
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
-from vlmvqa.extras.report.attribution import report_attributions
-from vlmvqa.extras.report.gallery import Record
-from vlmvqa.extras.report.report import shown_images, write_report
+from vlmvqa.extras.report.attribution import attribute, draw
+from vlmvqa.extras.report.gallery import Record, choose_gallery, evenly
+from vlmvqa.extras.report.report import write_report
 from vlmvqa.inference.predictor import Predictor
+from vlmvqa.ranks import bar
 from vlmvqa.training.log import SAMPLES, read_log
 
 
 def attributions(
     predictor: Predictor, prompt: str, examples: Sequence[Example], predictions: Sequence[Record], name: str, most: int
 ) -> Sequence[tuple[Record, Image]] | str:
-    """Return answers with their attribution maps, or the reason why there are none.
+    """Return answers with the image under their attribution map, or the reason why attribution failed.
 
     Args:
         prompt: the template of these questions: each task of a mixture has its own.
         name: the metric, by which answers are right or wrong.
-        most: how many answers at most.
+        most: how many answers at most, half of them correct if possible; each costs a forward pass.
     """
-    return report_attributions(replace(predictor, prompt=prompt), examples, predictions, name, most)
+    if most < 1:
+        return []
+    predictor = replace(predictor, prompt=prompt)
+    chosen = [record for group in choose_gallery(predictions, name) for record in evenly(group, -(-most // 2))]
+    questions = {question.id: (example, question) for example in examples for question in example.questions}
+    overlays: list[tuple[Record, Image]] = []
+    try:
+        for record in bar(chosen[:most], doing="attribution", unit="answers"):
+            example, question = questions[record["question_id"]]
+            image = images.decode(example.image, example.name)
+            # Captions have no question text, and their prompt has no place for one.
+            attribution = attribute(predictor, image, question.text or "caption", record["answer"])
+            overlays.append((record, draw(image, attribution)))
+    except InputError as error:
+        return str(error).rstrip(".")
+    except torch.OutOfMemoryError:  # must not lose the answers
+        return "the GPU has too little memory for eager attention"
+    return overlays
 
 
 def write_run_report(
@@ -42,8 +61,8 @@ def write_run_report(
     predictions: Sequence[Record],
     examples: Sequence[Example],
     maps: Sequence[tuple[Record, Image]] | str,
-) -> Path:
-    """Write `report.html` and return its path.
+) -> None:
+    """Write `report.html`.
 
     Args:
         run: the run's folder; the page of a mixture's task is written to a folder of its name in it.
@@ -56,14 +75,14 @@ def write_run_report(
         for record in read_log(run / "log.jsonl")
     ]
     samples = [record for record in read_log(run / SAMPLES) if record["task"] == task]
-    shown, pictures = shown_images(predictions, metrics["metric"], samples), {}
+    right, wrong = choose_gallery(predictions, metrics["metric"])
+    shown, pictures = {record["image_id"] for record in (*right, *wrong, *samples)}, {}
     for example in examples:
         with suppress(InputError):  # another program may have answered about an unreadable image
             if example.image_id in shown:
                 pictures[example.image_id] = images.decode(example.image, example.name)
-    path = run / task / "report.html"
     write_report(
-        path,
+        run / task / "report.html",
         title=title,
         metrics=metrics,
         log=log,
@@ -73,4 +92,3 @@ def write_run_report(
         samples=samples,
         attributions=maps,
     )
-    return path

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
-from vlmvqa.data.example import Example
 from vlmvqa.data.packing import split_questions
-from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.report.row_drawing import describe, draw
@@ -37,7 +35,10 @@ def show(config: ShowConfig) -> None:
     folder, data = config.run.folder, config.data.single
     bad_records = BadRecords(data.on_bad_record, folder / "skipped.jsonl")
     examples = read_examples(data, config.split, None, bad_records)
-    processor, most = _processor(config, data, examples)
+    processor = checkpoint.family(config.model.family).compose_processor(
+        config.model, data, examples
+    )  # loads no weights
+    most = data.questions_per_row if processor.shares_images else 1
     parts = [
         one.with_questions(*span) for one in examples for span in split_questions([0] * len(one.questions), None, most)
     ]
@@ -50,9 +51,3 @@ def show(config: ShowConfig) -> None:
     print(describe(batch, processor))
     draw(batch, processor, folder / "row.png", title=example.name)
     print(f"image: {folder / 'row.png'}")
-
-
-def _processor(config: ShowConfig, data: DataSettings, examples: list[Example]) -> tuple[Processor, int | None]:
-    """Return the processor, and how many questions may share a row; no weights are loaded."""
-    processor = checkpoint.family(config.model.family).compose_processor(config.model, data, examples)
-    return processor, data.questions_per_row if processor.shares_images else 1

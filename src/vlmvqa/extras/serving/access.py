@@ -7,24 +7,23 @@ they are blocked: no path that a client names is opened.
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
 import hmac
 import json
 import re
-import secrets
-from http.cookies import CookieError, SimpleCookie
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
-from urllib.parse import parse_qs
 
+from fastapi import HTTPException  # starlette's would become status 400 while FastAPI reads a form
 from starlette.datastructures import MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlmvqa.extras.serving.limits import Limits
-from vlmvqa.extras.serving.style import SIGN_IN
+from vlmvqa.extras.serving.limits import Limits, busy
 
-COOKIE = "vlmvqa"
 PUBLIC_PATHS = ("/health",)
 UPLOAD_PATHS = ("/answer", "/image")
 # Method of each API route. Other methods are rejected here: FastAPI would pass them on to gradio, mounted at /.
@@ -52,7 +51,7 @@ class AccessMiddleware:
     """Check each request before it reaches the application.
 
     Args:
-        token: required as `Authorization: Bearer ...`, or once on the sign-in page; None: no authentication.
+        token: required as `Authorization: Bearer ...`, or as a password in the browser; None: no authentication.
         local: accept only requests whose host is a name of this machine. This prevents DNS rebinding: a page of
             another site whose name resolves to this machine could read the answers.
     """
@@ -60,8 +59,8 @@ class AccessMiddleware:
     def __init__(self, app: ASGIApp, limits: Limits, token: str | None = None, local: bool = False) -> None:
         self.app, self.limits, self.local = app, limits, local
         self.token = None if token is None else token.encode()
-        self.session = secrets.token_urlsafe(32)  # cookie of signed-in clients; new at each start
         self._shutdown = asyncio.Event()
+        self._num_uploads = 0  # from before a body is read until its request is answered
 
     def shutdown(self) -> None:
         """End the event streams of open pages, which would keep the server running."""
@@ -81,7 +80,7 @@ class AccessMiddleware:
         receive = _limited(receive, self._max_bytes(path), self.limits.timeout_s, shutdown)
         request = Request(scope, receive)
         try:
-            response = await self._reject(request)
+            response = self._reject(request)
             if response is None and path.startswith("/gradio_api/queue/join"):
                 body = await request.body()
                 response = _reject_event(body)
@@ -90,11 +89,18 @@ class AccessMiddleware:
             response = _error(error.status_code, error.detail)
         except ClientDisconnect:
             response = _error(400, "the client disconnected")
+        is_upload = response is None and path in UPLOAD_PATHS
+        if is_upload and self._num_uploads >= self.limits.queue + self.limits.max_batch:
+            full = busy(f"{self._num_uploads} requests are active")
+            response, is_upload = _error(full.status, full.message, full.headers), False
+        self._num_uploads += is_upload
         try:
             await (response or self.app)(scope, receive, send)
         except asyncio.CancelledError:  # the server is shutting down and doesn't wait for this response
             if not self._shutdown.is_set():
                 raise
+        finally:
+            self._num_uploads -= is_upload
 
     def _max_bytes(self, path: str) -> int:
         """Return the largest allowed body: an image with its questions, or an event of the page."""
@@ -102,16 +108,15 @@ class AccessMiddleware:
             return MAX_EVENT_BYTES
         return self.limits.bytes + 4 * self.limits.questions * self.limits.characters + 20_000
 
-    async def _reject(self, request: Request) -> Response | None:
-        """Return an error or the sign-in page for a request that isn't allowed, None for one that is."""
+    def _reject(self, request: Request) -> Response | None:
+        """Return an error for a request that isn't allowed, None for one that is."""
         path = request.scope["path"]
         if self.local and not LOOPBACK.fullmatch(request.headers.get("host", "")):
             return _error(421, "this server answers only as localhost; start it with a token to use other names")
-        if self.token is not None and path not in PUBLIC_PATHS:
-            if path == "/sign-in" and request.method == "POST":
-                return await self._sign_in(request)
-            if not self._is_authenticated(request):
-                return _unauthorized(request)
+        if path not in PUBLIC_PATHS and not self._is_authenticated(request):
+            message = "this server requires a token; send it in the header Authorization: Bearer ..."
+            # Browsers ask for it once: the password, with any user name.
+            return _error(401, message, {"www-authenticate": 'Basic realm="vlmvqa: the token is the password"'})
         method = _allowed_method(path)
         if method is None:
             return _error(404, f"there is no {_shorten(path)}; /docs lists the routes")
@@ -121,27 +126,17 @@ class AccessMiddleware:
         return None
 
     def _is_authenticated(self, request: Request) -> bool:
-        """Return whether a request has the token or the cookie of a signed-in client."""
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._is_token(token.strip()):
+        """Return whether a request has the token, as a Bearer token or as the password of HTTP's Basic scheme."""
+        if self.token is None:
             return True
-        try:
-            cookie = SimpleCookie(request.headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        token = given.strip().encode("utf-8", "replace")
+        if scheme.lower() == "basic":
+            with suppress(binascii.Error):
+                token = base64.b64decode(token).partition(b":")[2]
+        elif scheme.lower() != "bearer":
             return False
-        return cookie is not None and hmac.compare_digest(cookie.value.encode(), self.session.encode())
-
-    def _is_token(self, text: str) -> bool:
-        """Compare in constant time, which doesn't reveal how many characters match."""
-        return self.token is not None and hmac.compare_digest(text.encode("utf-8", "replace"), self.token)
-
-    async def _sign_in(self, request: Request) -> Response:
-        fields = parse_qs((await request.body()).decode("utf-8", "replace"))
-        if not self._is_token(fields.get("token", [""])[0].strip()):
-            return HTMLResponse(SIGN_IN.replace("<!--message-->", "Wrong token."), 401)
-        response = RedirectResponse("/", 303)
-        response.set_cookie(COOKIE, self.session, httponly=True, samesite="strict")
-        return response
+        return hmac.compare_digest(token, self.token)  # the time doesn't reveal how many characters match
 
 
 def _allowed_method(path: str) -> str | None:
@@ -157,14 +152,7 @@ def _shorten(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _unauthorized(request: Request) -> Response:
-    if "text/html" in request.headers.get("accept", ""):
-        return HTMLResponse(SIGN_IN, 401)
-    message = "this server requires a token; send it in the header Authorization: Bearer ..."
-    return _error(401, message, {"www-authenticate": "Bearer"})
-
-
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+def _error(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
     return JSONResponse({"error": message}, status, headers)
 
 

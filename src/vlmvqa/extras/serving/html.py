@@ -15,11 +15,7 @@ LEGENDS = {
 
 
 def cards(answers: Sequence[QuestionAnswer], method: str | None = None) -> str:
-    """Return a card for each question.
-
-    Args:
-        method: method of the attribution maps; None: without maps.
-    """
+    """Return a card for each question; `method` is that of the attribution maps, None without maps."""
     return f'<div class="vq-cards">{"".join(_card(answer, method) for answer in answers)}</div>'
 
 

@@ -14,20 +14,7 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server.
-
-    Attributes:
-        megabytes: size of an image file.
-        megapixels: size of an image, read from its header before decoding.
-        questions: questions per image.
-        characters: length of a question.
-        alternatives: alternative answers per question.
-        max_batch: rows per batch.
-        queue: requests that are being read or wait for an answer.
-        waiting_megapixels: total size of the queued images, decoded (3 MB per megapixel).
-        timeout_s: seconds to receive a request, and again to answer it.
-        clients: open connections.
-    """
+    """Limits of a server; docs/serving.md explains them."""
 
     megabytes: float = 10
     megapixels: float = 25

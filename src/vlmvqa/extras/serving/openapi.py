@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, create_model
-
-from vlmvqa.extras.report.attribution import METHODS
-from vlmvqa.extras.serving.limits import Limits
-from vlmvqa.extras.serving.style import static_page
+from fastapi import UploadFile
+from pydantic import BaseModel, Field
 
 ERRORS = {
     400: "the image is damaged, or the form cannot be read",
@@ -22,6 +19,18 @@ ERRORS = {
     422: "a question or an option is invalid",
     503: "the queue is full, or there was no answer in time: retry after the seconds of Retry-After",
 }
+
+
+class AnswerForm(BaseModel):
+    """The form of `POST /answer`; `Service.answer` checks the server's limits."""
+
+    model_config = {"extra": "forbid"}
+    image: UploadFile = Field(description="JPEG, PNG, WEBP, GIF or BMP")
+    question: list[str] = Field(description="one per question")
+    alternatives: int = Field(default=0, ge=0, description="number of alternative answers, by beam search")
+    attribution: Literal["attention", "gradient"] | None = Field(
+        default=None, description="method of an attribution map"
+    )
 
 
 class Alternative(BaseModel):
@@ -62,38 +71,16 @@ class Error(BaseModel):
     error: str = Field(description="one sentence: what is wrong, and what to do")
 
 
-def request_body(limits: Limits) -> dict[str, Any]:
-    """Return the OpenAPI description of the form of `POST /answer`, which `api.py` parses itself."""
-    formats = f"JPEG, PNG, WEBP, GIF or BMP; up to {limits.megabytes:g} MB and {limits.megapixels:g} megapixels"
-    question = Annotated[str, Field(max_length=limits.characters)]
-    fields: dict[str, Any] = {
-        "image": (bytes, Field(description=formats)),
-        "question": (list[question], Field(min_length=1, max_length=limits.questions, description="one per question")),
-        "alternatives": (
-            int,
-            Field(default=0, ge=0, le=limits.alternatives, description="number of alternative answers, by beam search"),
-        ),
-        "attribution": (
-            Literal[METHODS],
-            Field(default=None, description="method of an attribution map"),
-        ),
-    }
-    form = create_model("AnswerForm", **fields)
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form.model_json_schema()}}}}
-
-
 def page(schema: Mapping[str, Any]) -> str:
-    """Return a page with the schema and a form to try the API.
-
-    FastAPI's own pages load scripts from other hosts.
-    """
-    body = f"""<h1>The API</h1>
+    """Return a page with the schema; FastAPI's own pages load scripts from other hosts."""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>vlmvqa: the API</title><link rel="icon" href="data:,"><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 2rem 1.25rem; }}
+pre {{ overflow-x: auto; }}
+</style></head><body><h1>The API</h1>
 <p><code>POST /answer</code> answers questions about an image, <code>GET /health</code> returns the server's state.
 <a href="./">The page to try the model</a>.</p>
-<form action="answer" method="post" enctype="multipart/form-data">
-<label>Image <input type="file" name="image" accept="image/*" required></label>
-<label>Question <input type="text" name="question" value="What is this?" required></label>
-<button>Try it</button></form>
 <h2>OpenAPI schema (as <a href="openapi.json">JSON</a>)</h2>
-<pre>{escape(yaml.safe_dump(schema, sort_keys=False))}</pre>"""
-    return static_page("vlmvqa: the API", body)
+<pre>{escape(yaml.safe_dump(schema, sort_keys=False))}</pre></body></html>"""

@@ -16,10 +16,10 @@ from typing import Any
 from fastapi import FastAPI
 
 from vlmvqa.extras.serving import browse, html, uploads
-from vlmvqa.extras.serving.image_cache import ImageCache
 from vlmvqa.extras.serving.limits import RequestError
 from vlmvqa.extras.serving.service import Service
 from vlmvqa.extras.serving.style import CSS, FONTS, GREYS, MONOSPACE_FONTS, UPLOAD_SCRIPT, UPLOAD_TEMPLATE
+from vlmvqa.extras.serving.uploads import ImageCache
 
 MAX_ALTERNATIVES = 3
 ATTRIBUTIONS = [("Attention", "attention"), ("Gradient", "gradient"), ("Off", "off")]
@@ -33,14 +33,7 @@ NO_RUN = "No run is open. Start the server with browse=runs/name, a folder that 
 
 
 def mount(app: FastAPI, service: Service, run: browse.Run | None, examples: Sequence[bytes], temporary: Path) -> None:
-    """Mount the page at `/`.
-
-    Args:
-        app: see `api.build`.
-        run: run to browse.
-        examples: image files to choose from.
-        temporary: folder for files that gradio writes.
-    """
+    """Mount the page at `/`; gradio writes its files to `temporary`."""
     # Before gradio is imported: it sends usage statistics and looks for new versions otherwise.
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
@@ -109,11 +102,7 @@ class _Page:
         return blocks
 
     def _question_tab(self, tab: str, button_text: str, placeholder: str, handler: Any, attribution: bool) -> None:
-        """Add an image, a text box, a button and the answers.
-
-        Args:
-            attribution: add a choice of the attribution method.
-        """
+        """Add an image, a text box, a button and the answers; with `attribution`, a choice of its method."""
         gr = self.gr
         with gr.Row():
             with gr.Column(scale=2, min_width=300, elem_classes="vq-side"):
@@ -184,13 +173,7 @@ class _Page:
         return html.columns((first, answers[0]), (second, answers[1]))
 
     async def _answer(self, model: str, image: str, text: str, method: str | None) -> str:
-        """Return answers or an error message as HTML.
-
-        Args:
-            image: name of a cached image.
-            text: one question per line.
-            method: method of the attribution map.
-        """
+        """Return the answers to the questions in the lines of `text`, or an error message, as HTML."""
         content = self.images.get(str(image)) if image else None
         lines = [line for line in str(text or "").splitlines() if line.strip()]
         if content is None:
@@ -199,10 +182,9 @@ class _Page:
             return html.note(NO_QUESTION)
         alternatives = min(MAX_ALTERNATIVES, self.service.limits.alternatives)
         try:
-            with self.service.request_slot():
-                results = await self.service.answer(
-                    content, lines, model=model, alternatives=alternatives, attribution=method
-                )
+            results = await self.service.answer(
+                content, lines, model=model, alternatives=alternatives, attribution=method
+            )
         except RequestError as error:
             return html.note(_sentence(error), error=True)
         return html.cards(results, method)

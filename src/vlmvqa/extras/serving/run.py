@@ -17,7 +17,7 @@ from vlmvqa.data.tasks import data_settings, read_examples
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.serving import browse, uploads
 from vlmvqa.extras.serving.limits import Limits, RequestError
-from vlmvqa.extras.serving.server import Address, ServerContent, check_packages, listen, serve
+from vlmvqa.extras.serving.server import Address, check_packages, listen, serve
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models.interface import GenerationSettings
 
@@ -50,8 +50,7 @@ def serve_model(config: ServeConfig) -> None:
     run, images = _browsed(config)
     examples = _accepted(_read(config.examples) or images, config.limits)
     with listen(address) as listener:  # before a model is loaded, which may take minutes
-        content = ServerContent(_models(config), run, examples)
-        serve(content, address, config.limits, config.run.folder, listener)
+        serve(_models(config), run, examples, address, config.limits, config.run.folder, listener)
 
 
 def _models(config: ServeConfig) -> dict[str, Predictor]:

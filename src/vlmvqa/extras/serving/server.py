@@ -70,15 +70,6 @@ class Address:
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
-@dataclass(frozen=True)
-class ServerContent:
-    """Models by name, the run to browse, and example images (files) to choose from."""
-
-    models: Mapping[str, Predictor]
-    run: Run | None = None
-    examples: Sequence[bytes] = ()
-
-
 def check_packages() -> None:
     """Check that the packages of the page are installed, before models are loaded.
 
@@ -118,12 +109,21 @@ def listen(address: Address) -> socket.socket:
     return listener
 
 
-def serve(content: ServerContent, address: Address, limits: Limits, folder: Path, listener: socket.socket) -> None:
+def serve(
+    models: Mapping[str, Predictor],
+    run: Run | None,
+    examples: Sequence[bytes],
+    address: Address,
+    limits: Limits,
+    folder: Path,
+    listener: socket.socket,
+) -> None:
     """Run the server until SIGINT (Ctrl-C) or SIGTERM.
 
     Args:
+        run: run to browse.
+        examples: image files to choose from.
         folder: folder for temporary files; nothing is written elsewhere.
-        listener: see `listen`.
     """
     import uvicorn
 
@@ -135,10 +135,10 @@ def serve(content: ServerContent, address: Address, limits: Limits, folder: Path
     temporary = Path(mkdtemp(dir=folder, prefix="gradio-")).resolve()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # bad forms are reported to the client
-    service = Service(content.models, limits)
+    service = Service(models, limits)
     try:
         app = api.build(service)
-        page.mount(app, service, content.run, content.examples, temporary)
+        page.mount(app, service, run, examples, temporary)
         middleware = AccessMiddleware(app, limits, address.token, local=address.local and address.token is None)
         config = uvicorn.Config(
             middleware,
@@ -156,7 +156,7 @@ def serve(content: ServerContent, address: Address, limits: Limits, folder: Path
                 await super().shutdown(sockets)
 
         port = listener.getsockname()[1]
-        print(f"{' and '.join(content.models)} on {Address(address.host, port, address.token, True).url}")
+        print(f"{' and '.join(models)} on {Address(address.host, port, address.token, True).url}")
         print("the API is documented at /docs; press Ctrl-C to stop", flush=True)
         signal.signal(signal.SIGTERM, _interrupt)
         with suppress(KeyboardInterrupt):

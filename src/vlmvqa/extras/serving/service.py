@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 
 from PIL import Image
 
-from vlmvqa.extras.report.attribution import METHODS, Attribution, draw
+from vlmvqa.extras.report.attribution import Attribution, draw
 from vlmvqa.extras.serving import uploads
 from vlmvqa.extras.serving.batcher import Batcher, QuestionResult
 from vlmvqa.extras.serving.limits import Limits, RequestError, busy
@@ -36,22 +35,6 @@ class Service:
         self._image_settings = {name: predictor.processor.images for name, predictor in models.items()}
         self._special_tokens = {name: _special_tokens(predictor) for name, predictor in models.items()}
         self._decoders = ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="vlmvqa images")
-        self._num_active = 0
-
-    @contextmanager
-    def request_slot(self) -> Iterator[None]:
-        """Count a request as active, from before its body is read until it is answered.
-
-        Raises:
-            RequestError: too many requests are active.
-        """
-        if self._num_active >= self.limits.queue + self.limits.max_batch:
-            raise busy(f"{self._num_active} requests are active")
-        self._num_active += 1
-        try:
-            yield
-        finally:
-            self._num_active -= 1
 
     async def decode(self, content: bytes, model: str | None = None) -> Image.Image:
         """Run `uploads.decode` in a thread."""
@@ -69,22 +52,15 @@ class Service:
         alternatives: int = 0,
         attribution: str | None = None,
     ) -> list[QuestionAnswer]:
-        """Answer questions about an image.
+        """Answer questions about an image file; `alternatives` and `attribution` are those of `PendingRequest`.
 
         Args:
-            content: bytes of the image file.
-            texts: one text per question.
             model: name of the model; None: the first.
-            alternatives, attribution: see `PendingRequest`.
 
         Raises:
             RequestError: the request is invalid, or the server is busy.
         """
         model = model or self.model_names[0]
-        if attribution not in (None, *METHODS):
-            raise RequestError(
-                422, f"attribution={attribution[:40]} is unknown; use {' or '.join(METHODS)}, or leave it out"
-            )
         if not 0 <= alternatives <= self.limits.alternatives:
             raise RequestError(422, f"alternatives={alternatives} is out of range; use 0 to {self.limits.alternatives}")
         questions = uploads.clean_questions(texts, self.limits, self._special_tokens[model])

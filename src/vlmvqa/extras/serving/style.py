@@ -8,35 +8,6 @@ GREYS = (
     *("#fbfbfa", "#f4f5f5", "#e4e7ea", "#d3d8dd", "#a3abb5", "#667180"),
     *("#4d5764", "#363f4a", "#222931", "#14181e", "#0e1116"),
 )
-_STATIC_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title><!--title--></title><link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark; --ink: #1c2430; --dim: #5b6675; --paper: #fbfbfa; --line: #dfe2e6; --key: #2f5d8a; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e7eaee; --dim: #9aa5b3; --paper: #14181e; --line: #2b323c; --key: #8ab8e6; }
-}
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 46rem;
-  margin: 0 auto; padding: 2rem 1.25rem 4rem; overflow-wrap: break-word; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.5rem; } pre { overflow-x: auto; }
-a { color: var(--key); } code, pre { font-family: ui-monospace, monospace; font-size: .9em; }
-form { display: flex; flex-wrap: wrap; gap: .75rem; align-items: end; padding: 1rem; border: 1px solid var(--line);
-  border-radius: .5rem; margin: 1.5rem 0; }
-label { display: grid; gap: .25rem; font-size: .85rem; color: var(--dim); flex: 1 1 12rem; min-width: 0; }
-input, button { font: inherit; padding: .4rem .6rem; max-width: 100%; box-sizing: border-box; }
-</style></head><body><!--body--></body></html>"""
-
-
-def static_page(title: str, body: str) -> str:
-    """Return an HTML page without scripts."""
-    return _STATIC_PAGE.replace("<!--title-->", title).replace("<!--body-->", body)
-
-
-SIGN_IN = static_page(
-    "vlmvqa: sign in",
-    """<h1>Sign in</h1><p>Enter the token that the server was started with (<code>token=...</code>).</p>
-<form action="sign-in" method="post"><label>Token <input type="password" name="token" required autofocus></label>
-<button>Sign in</button></form><p role="alert"><!--message--></p>""",
-)
 
 # Uses gradio's variables, so that its theme sets light and dark colors.
 CSS = """

@@ -1,4 +1,4 @@
-"""Validation of client input: image bytes to an image, texts to questions.
+"""Client input: image bytes to an image, texts to questions, and the cache of the page's images.
 
 No path is opened and file names are not read. Only five formats are decoded: Pillow's EPS decoder starts another
 program, and decoders of rare formats are less tested.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import unicodedata
 import warnings
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from hashlib import blake2b
 
 from PIL import Image, UnidentifiedImageError
 
@@ -102,3 +104,39 @@ def _clean(number: int, text: str, limits: Limits, special_tokens: Collection[st
 def too_many_bytes(limits: Limits) -> RequestError:
     """Return the error for an image file over the limit."""
     return RequestError(413, f"the image has over {limits.megabytes:g} MB; scale it down, or save it as a JPEG")
+
+
+class ImageCache:
+    """Image files in memory by the hash of their content; the least recently used are evicted.
+
+    Args:
+        max_bytes: total size, without the pinned images.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._cached: OrderedDict[str, bytes] = OrderedDict()
+        self._num_bytes = 0
+        self._pinned: dict[str, bytes] = {}
+
+    def add(self, content: bytes, pinned: bool = False) -> str:
+        """Store an image file and return its name.
+
+        Args:
+            pinned: never evict it, and don't count its size.
+        """
+        name = blake2b(content, digest_size=16).hexdigest()
+        if pinned:
+            self._pinned[name] = content
+        elif name not in self._pinned:
+            self._num_bytes += len(content) - len(self._cached.pop(name, b""))
+            self._cached[name] = content
+            while self._num_bytes > self.max_bytes and len(self._cached) > 1:
+                self._num_bytes -= len(self._cached.popitem(last=False)[1])
+        return name
+
+    def get(self, name: str) -> bytes | None:
+        """Return an image file; None if it isn't cached."""
+        if name in self._cached:
+            self._cached.move_to_end(name)
+        return self._pinned.get(name) or self._cached.get(name)

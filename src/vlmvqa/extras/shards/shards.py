@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,43 +66,37 @@ def write(
     key: Mapping[str, Any],
     examples: Sequence[Example],
     bad_records: BadRecords,
-    *,
     images_per_shard: int = IMAGES_PER_SHARD,
-    progress: bool = False,
 ) -> int:
     """Write all shards of a split or none, replacing existing shards of the split; return the number of images.
 
     Args:
-        folder: the output folder.
         key: identifies the examples: source, split, and all options that select them.
         examples: images are files or bytes.
         bad_records: policy for unreadable images; skipped images are not written.
-        images_per_shard: number of rows of a shard.
-        progress: whether to show a progress bar.
 
     Raises:
         InputError: the folder cannot be written, or an image is unreadable.
     """
-    unfinished = folder / f".{uuid.uuid4().hex}"
+    unfinished, split = folder / f".{uuid.uuid4().hex}", str(key["split"])
     try:
         unfinished.mkdir(parents=True)
         schema = _schema(examples, key)
-        written, shards = 0, 0
-        with bar(doing=f"packing {key['split']}", unit="images", total=len(examples), shown=progress) as progress_bar:
-            for first in range(0, len(examples), images_per_shard):
-                rows = list(_rows(examples[first : first + images_per_shard], bad_records, progress_bar.update))
-                if rows:
-                    _write_shard(unfinished / f"{shards:05}.parquet", rows, schema)
-                    written, shards = written + len(rows), shards + 1
-        if not written:
-            raise InputError(f"{key['split']}: no image could be read; see the list of bad records")
+        shown = bar(examples, doing=f"packing {split}", unit="images")
+        rows = _rows(shown, bad_records)
+        sizes: list[int] = []
+        while shard := list(islice(rows, images_per_shard)):
+            _write_shard(unfinished / f"{len(sizes):05}.parquet", shard, schema)
+            sizes.append(len(shard))
+        if not sizes:
+            raise InputError(f"{split}: no image could be read; see the list of bad records")
         _open.cache_clear()
-        for old in shard_paths(folder, str(key["split"])):
+        for old in shard_paths(folder, split):
             old.unlink()
-        for number in range(shards):
-            name = f"{_file_name(str(key['split']))}-{number:05}-of-{shards:05}.parquet"
+        for number in range(len(sizes)):
+            name = f"{_file_name(split)}-{number:05}-of-{len(sizes):05}.parquet"
             (unfinished / f"{number:05}.parquet").replace(folder / name)
-        return written
+        return sum(sizes)
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written ({error.strerror or error}); free space, or choose another folder"
@@ -114,7 +109,6 @@ def read(folder: Path, key: Mapping[str, Any], prompt: str, *, has_questions: bo
     """Return the examples of a split in their packed order.
 
     Args:
-        folder: the shards' folder.
         key: identifies the examples; it must equal the key of the packed split.
         prompt: the model's input text; `{question}` is replaced by the question if the source `has_questions`.
         has_questions: False for captions.
@@ -177,9 +171,8 @@ def _check_key(found: Mapping[str, Any], key: Mapping[str, Any], folder: Path) -
 # --- rows ---------------------------------------------------------------------------------------------
 
 
-def _rows(examples: Iterable[Example], bad_records: BadRecords, count: Callable[[], Any]) -> Iterator[dict[str, Any]]:
+def _rows(examples: Iterable[Example], bad_records: BadRecords) -> Iterator[dict[str, Any]]:
     for example in examples:
-        count()
         image = example.image
         try:
             if isinstance(image, Image):

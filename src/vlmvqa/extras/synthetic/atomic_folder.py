@@ -3,50 +3,65 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from vlmvqa.errors import InputError
 
 SETTINGS = "settings.json"
+P = ParamSpec("P")
 
 
-def generate_once(
-    root: Path,
-    name: str,
-    settings: Mapping[str, Any],
-    minimums: Mapping[str, int],
-    generate: Callable[[Path], None],
-) -> Path:
-    """Return `root`, generating it first unless it already holds a dataset with these settings.
+def generated_once(
+    name: str, minimums: Mapping[str, int], **fixed: Any
+) -> Callable[[Callable[Concatenate[Path, P], None]], Callable[Concatenate[Path, P], Path]]:
+    """Make a function that fills an empty folder return a dataset's folder, generating it on first use.
 
-    Several processes may call this at the same time.
+    The function's keyword arguments except `progress` are the dataset's settings. They are saved in `settings.json`
+    with `fixed`, and an existing folder is reused if it has the same. Several processes may call it at the same time.
 
     Args:
-        root: the dataset's folder.
         name: the dataset's name in error messages, "shapes".
-        settings: everything that `generate` depends on; saved in `root/settings.json`.
         minimums: the smallest allowed value of some settings.
-        generate: fills an empty folder with the dataset's files.
 
     Raises:
-        InputError: a setting is below its minimum, `root` holds other files or was generated with other settings, or
-            it cannot be written.
+        InputError: by the function: a setting is below its minimum, the folder holds other files or was generated with
+            other settings, or it cannot be written.
     """
-    for setting, minimum in minimums.items():
-        if settings[setting] < minimum:
-            raise InputError(f"the {name} dataset needs {setting} of at least {minimum}, not {settings[setting]}.")
+
+    def decorate(fill: Callable[Concatenate[Path, P], None]) -> Callable[Concatenate[Path, P], Path]:
+        @wraps(fill)
+        def write(root: Path, /, *args: P.args, **given: P.kwargs) -> Path:
+            arguments = inspect.signature(fill).bind(root, *args, **given)
+            arguments.apply_defaults()
+            _, *options = arguments.arguments.items()
+            settings = {**fixed, **{key: value for key, value in options if key != "progress"}}
+            for setting, minimum in minimums.items():
+                if settings[setting] < minimum:
+                    raise InputError(
+                        f"the {name} dataset needs {setting} of at least {minimum}, not {settings[setting]}."
+                    )
+            return _generate(root, name, settings, lambda folder: fill(folder, *args, **given))
+
+        return write
+
+    return decorate
+
+
+def _generate(root: Path, name: str, settings: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         return _reuse(root, name, settings)
     unfinished = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
     try:
         unfinished.mkdir(parents=True)
-        generate(unfinished)
+        fill(unfinished)
         (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
         os.rename(unfinished, root)
     except OSError as error:
@@ -71,12 +86,12 @@ def _reuse(root: Path, name: str, settings: Mapping[str, Any]) -> Path:
         raise InputError(
             f"{root} exists and is not a {name} dataset (no readable {SETTINGS}); choose another data.root."
         )
-    if found != settings:
-        changes = ", ".join(
-            f"{key} {found.get(key)}, now {settings.get(key)}"
-            for key in {**settings, **found}
-            if found.get(key) != settings.get(key)
-        )
+    changes = ", ".join(
+        f"{key} {found.get(key)}, now {settings.get(key)}"
+        for key in {**settings, **found}
+        if found.get(key) != settings.get(key)
+    )
+    if changes:
         raise InputError(
             f"{root} was generated with other settings ({changes}); delete it, or choose another data.root."
         )

@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from vlmvqa.errors import InputError
-from vlmvqa.extras.synthetic.atomic_folder import generate_once
+from vlmvqa.extras.synthetic.atomic_folder import generated_once
 from vlmvqa.ranks import bar
 
 Font = ImageFont.FreeTypeFont
@@ -45,49 +45,38 @@ FIELD_LEFT, VALUE_LEFT = 0.01, 0.69
 STROKE_WIDTH = 0.01
 
 
+@generated_once("forms", MINIMUMS, version=VERSION, benchmark="docvqa")
 def write(
-    root: Path,
+    folder: Path,
     *,
     train_images: int = 2000,
     val_images: int = 200,
     image_size: int = 48,
     seed: int = 0,
     progress: bool = False,
-) -> Path:
-    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels.
+) -> None:
+    """Write the splits `train`, `val` and `test`; `image_size` is in pixels.
 
-    Splits: `train`, `val` and `test`; `test` has no answers and as many pages as `val`. Each page has a question for
-    each of its fields, and one about the text on a random line.
+    `test` has no answers and as many pages as `val`. Each page has a question for each of its fields, and one about the
+    text on a random line.
     """
-    settings = {
-        "version": VERSION,
-        "benchmark": "docvqa",
-        "train_images": train_images,
-        "val_images": val_images,
-        "image_size": image_size,
-        "seed": seed,
-    }
-
-    def generate(folder: Path) -> None:
-        fonts = {kind: _font(size * image_size * SUPERSAMPLING) for kind, size in FONT_SIZES.items()}
-        (folder / "documents").mkdir()
-        for first_id, split, images in ((1, "train", train_images), (2, "val", val_images), (3, "test", val_images)):
-            rng = random.Random(f"{seed} forms {split}")
-            records: list[dict[str, Any]] = []
-            for number in bar(range(images), doing=f"generating {split}", unit="pages", shown=progress):
-                page = random_page(rng)
-                document = first_id * 1_000_000 + number
-                name = f"documents/form{document}_1.png"
-                render(rng, page, image_size, fonts).save(folder / name)
-                for place, (question, answer, kind) in enumerate(page_questions(rng, page)):
-                    record = {"questionId": 10 * document + place, "question": question, "question_types": [kind]}
-                    record |= {"image": name, "docId": document, "data_split": split}
-                    records.append(record if split == "test" else {**record, "answers": [answer]})
-            content = {"dataset_name": "forms", "dataset_version": "1.0", "dataset_split": split, "data": records}
-            file = "test_v1.0.json" if split == "test" else f"{split}_v1.0_withQT.json"
-            (folder / file).write_text(json.dumps(content))
-
-    return generate_once(root, "forms", settings, MINIMUMS, generate)
+    fonts = {kind: _font(size * image_size * SUPERSAMPLING) for kind, size in FONT_SIZES.items()}
+    (folder / "documents").mkdir()
+    for first_id, split, images in ((1, "train", train_images), (2, "val", val_images), (3, "test", val_images)):
+        rng = random.Random(f"{seed} forms {split}")
+        records: list[dict[str, Any]] = []
+        for number in bar(range(images), doing=f"generating {split}", unit="pages", shown=progress):
+            page = random_page(rng)
+            document = first_id * 1_000_000 + number
+            name = f"documents/form{document}_1.png"
+            render(rng, page, image_size, fonts).save(folder / name)
+            for place, (question, answer, kind) in enumerate(page_questions(rng, page)):
+                record = {"questionId": 10 * document + place, "question": question, "question_types": [kind]}
+                record |= {"image": name, "docId": document, "data_split": split}
+                records.append(record if split == "test" else {**record, "answers": [answer]})
+        content = {"dataset_name": "forms", "dataset_version": "1.0", "dataset_split": split, "data": records}
+        file = "test_v1.0.json" if split == "test" else f"{split}_v1.0_withQT.json"
+        (folder / file).write_text(json.dumps(content))
 
 
 def random_page(rng: random.Random) -> Page:

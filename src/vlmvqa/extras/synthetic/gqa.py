@@ -12,14 +12,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import Any
 
 from vlmvqa.extras.synthetic import scene as scenes
-from vlmvqa.extras.synthetic.atomic_folder import generate_once
-from vlmvqa.extras.synthetic.scene import ATTRIBUTES, PLACES, YES_NO, Shape
+from vlmvqa.extras.synthetic.atomic_folder import generated_once
+from vlmvqa.extras.synthetic.scene import ATTRIBUTES, PLACES, Program, SceneQuestion, Shape, yes_no
 from vlmvqa.ranks import bar
 
 VERSION = 1  # of the generated images, questions and files
@@ -38,27 +37,12 @@ KINDS = {
     "logical": (0.05, "logical", "obj"),
     "same": (0.04, "compare", "attr"),
 }
-Program = tuple[tuple[str, str], ...]  # operation and argument of each step
 ORDERS = {"left of": ("x", "to the left of"), "above": ("y", "above")}  # words of the question: (axis, GQA's relation)
 
 
-@dataclass(frozen=True, slots=True)
-class GraphQuestion(scenes.SceneQuestion):
-    """A question about a scene graph.
-
-    Attributes:
-        group: the group of comparable answers, GQA's `groups.global`; None for yes/no questions.
-        program: operation and argument of each step.
-        entails: the texts of questions whose answers follow from this question's answer.
-    """
-
-    group: str | None
-    program: Program
-    entails: tuple[str, ...] = ()
-
-
+@generated_once("GQA shapes", MINIMUMS, version=VERSION, benchmark="gqa")
 def write(
-    root: Path,
+    folder: Path,
     *,
     train_images: int = 2000,
     val_images: int = 200,
@@ -66,47 +50,31 @@ def write(
     questions_per_image: int = 6,
     seed: int = 0,
     progress: bool = False,
-) -> Path:
-    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels.
+) -> None:
+    """Write `train_balanced`, and `balanced` and `all` of `val` and `testdev`; `image_size` is in pixels.
 
-    Splits: `train_balanced`, and `balanced` and `all` of `val` and `testdev`, which have `val_images` images each.
-    `questions_per_image` is the average number of balanced questions.
+    `val` and `testdev` have `val_images` images each. `questions_per_image` is an average, of balanced questions.
     """
-    settings = {
-        "version": VERSION,
-        "benchmark": "gqa",
-        "train_images": train_images,
-        "val_images": val_images,
-        "image_size": image_size,
-        "questions_per_image": questions_per_image,
-        "seed": seed,
-    }
-
-    def generate(folder: Path) -> None:
-        (folder / "images").mkdir()
-        for first_id, split, images in ((1, "train", train_images), (2, "val", val_images), (3, "testdev", val_images)):
-            questions: dict[str, dict[str, Any]] = {}
-            rng = random.Random(f"{seed} gqa {split}")
-            sampler = scenes.BalancedSampler(
-                rng, scene_questions, {kind: weight for kind, (weight, _, _) in KINDS.items()}
-            )
-            for number in bar(range(images), doing=f"generating {split}", unit="images", shown=progress):
-                scene, sampled = sampler.sample(questions_per_image)
-                image_id = f"{first_id}{number:06d}"
-                scenes.save_image(rng, scene, image_size, folder / "images" / f"{image_id}.jpg")
-                questions |= _records(image_id, sampled, list(scene_questions(scene)))
-            balanced = {key: record for key, record in questions.items() if record["isBalanced"]}
-            (folder / f"{split}_balanced_questions.json").write_text(json.dumps(balanced))
-            if split != "train":
-                (folder / f"{split}_all_questions.json").write_text(json.dumps(questions))
-
-    return generate_once(root, "GQA shapes", settings, MINIMUMS, generate)
+    (folder / "images").mkdir()
+    for first_id, split, images in ((1, "train", train_images), (2, "val", val_images), (3, "testdev", val_images)):
+        questions: dict[str, dict[str, Any]] = {}
+        rng = random.Random(f"{seed} gqa {split}")
+        sampler = scenes.BalancedSampler(rng, scene_questions, KINDS)
+        for number in bar(range(images), doing=f"generating {split}", unit="images", shown=progress):
+            scene, sampled = sampler.sample(questions_per_image)
+            image_id = f"{first_id}{number:06d}"
+            scenes.save_image(rng, scene, image_size, folder / "images" / f"{image_id}.jpg")
+            questions |= _records(image_id, sampled, list(scene_questions(scene)))
+        balanced = {key: record for key, record in questions.items() if record["isBalanced"]}
+        (folder / f"{split}_balanced_questions.json").write_text(json.dumps(balanced))
+        if split != "train":
+            (folder / f"{split}_all_questions.json").write_text(json.dumps(questions))
 
 
 # --- questions ----------------------------------------------------------------------------------------
 
 
-def scene_questions(scene: list[Shape]) -> Iterator[GraphQuestion]:
+def scene_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
     """Yield every unambiguous question about the scene."""
     yield from _presence_questions(scene)
     colors, forms = [shape.color for shape in scene], [shape.form for shape in scene]
@@ -119,35 +87,30 @@ def scene_questions(scene: list[Shape]) -> Iterator[GraphQuestion]:
     yield from _comparison_questions([shape for shape in scene if forms.count(shape.form) == 1])
 
 
-def _yes_no(kind: str, text: str, answer: bool, program: Program, entails: tuple[str, ...] = ()) -> GraphQuestion:
-    """Return a question whose answer is yes or no."""
-    return GraphQuestion(kind, text, "yes" if answer else "no", YES_NO, None, program, entails)
-
-
-def _presence_questions(scene: list[Shape]) -> Iterator[GraphQuestion]:
+def _presence_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
     """Yield `Is there a circle?`, `Is there a red circle?`, `Is there a circle and a star?`."""
     present = {
         **{form: any(shape.form == form for shape in scene) for form in ATTRIBUTES["form"]},
         **{f"{color} shape": any(shape.color == color for shape in scene) for color in ATTRIBUTES["color"]},
     }
     for name, is_present in present.items():
-        yield _yes_no("exists", f"Is there a {name}?", is_present, (("select", name), ("exist", "?")))
+        yield yes_no("exists", f"Is there a {name}?", is_present, (("select", name), ("exist", "?")))
     for color, form in product(ATTRIBUTES["color"], ATTRIBUTES["form"]):
         # With "no" as the answer, colour or form must be present: otherwise finding neither would be enough.
         if present[form] or present[f"{color} shape"]:
             both = any((shape.color, shape.form) == (color, form) for shape in scene)
             parts = (f"Is there a {form}?", f"Is there a {color} shape?") if both else ()
             program = (("select", form), ("filter color", color), ("exist", "?"))
-            yield _yes_no("exists", f"Is there a {color} {form}?", both, program, parts)
+            yield yes_no("exists", f"Is there a {color} {form}?", both, program, parts)
     for one, other in combinations(ATTRIBUTES["form"], 2):
         if present[one] or present[other]:
             both = present[one] and present[other]
             parts = (f"Is there a {one}?", f"Is there a {other}?") if both else ()
             steps = (("select", one), ("exist", "?"), ("select", other), ("exist", "?"), ("and", ""))
-            yield _yes_no("logical", f"Is there a {one} and a {other}?", both, steps, parts)
+            yield yes_no("logical", f"Is there a {one} and a {other}?", both, steps, parts)
 
 
-def _form_questions(shape: Shape, number: int) -> Iterator[GraphQuestion]:
+def _form_questions(shape: Shape, number: int) -> Iterator[SceneQuestion]:
     """Yield the questions about the only shape of its form."""
     form = shape.form
     select = (("select", f"{form} ({number})"),)
@@ -155,37 +118,36 @@ def _form_questions(shape: Shape, number: int) -> Iterator[GraphQuestion]:
     has_color = (exists, f"Is there a {shape.color} {form}?", f"Is the {form} {shape.color}?")
     for kind, value, entails in (("color", shape.color, has_color), ("size", shape.size, (exists,))):
         program = (*select, ("query", kind))
-        yield GraphQuestion(kind, f"What {kind} is the {form}?", value, ATTRIBUTES[kind], kind, program, entails)
+        yield SceneQuestion(kind, f"What {kind} is the {form}?", value, ATTRIBUTES[kind], kind, program, entails)
     yield from _position_questions(shape, form, select)
     for color in ATTRIBUTES["color"]:
         program = (*select, ("verify color", color))
         same = color == shape.color
-        yield _yes_no("attribute", f"Is the {form} {color}?", same, program, has_color[:2] if same else (exists,))
+        yield yes_no("attribute", f"Is the {form} {color}?", same, program, has_color[:2] if same else (exists,))
         for choices in ((shape.color, color), (color, shape.color)) if not same else ():
             program = (*select, ("choose color", "|".join(choices)))
             text = f"Is the {form} {choices[0]} or {choices[1]}?"
-            yield GraphQuestion("choose", text, shape.color, choices, "color", program, has_color)
+            yield SceneQuestion("choose", text, shape.color, choices, "color", program, has_color)
 
 
-def _color_questions(shape: Shape, number: int) -> Iterator[GraphQuestion]:
+def _color_questions(shape: Shape, number: int) -> Iterator[SceneQuestion]:
     """Yield the questions about the only shape of its colour."""
     name = f"{shape.color} shape"
     select = (("select", f"shape ({number})"), ("filter color", shape.color))
     entails = (f"Is there a {name}?", f"Is there a {shape.color} {shape.form}?")
     text, program = f"What shape is the {shape.color} object?", (*select, ("query", "name"))
-    yield GraphQuestion("shape", text, shape.form, ATTRIBUTES["form"], "shape", program, entails)
+    yield SceneQuestion("shape", text, shape.form, ATTRIBUTES["form"], "shape", program, entails)
     yield from _position_questions(shape, name, select)
 
 
-def _position_questions(shape: Shape, name: str, select: Program) -> Iterator[GraphQuestion]:
+def _position_questions(shape: Shape, name: str, select: Program) -> Iterator[SceneQuestion]:
     """Yield `Where is the circle?`."""
     if place := shape.place:
-        program = (*select, ("query", "position"))
-        entails = (f"Is there a {name}?",)
-        yield GraphQuestion("position", f"Where is the {name}?", place, PLACES, "position", program, entails)
+        program, entails = (*select, ("query", "position")), (f"Is there a {name}?",)
+        yield SceneQuestion("position", f"Where is the {name}?", place, PLACES, "position", program, entails)
 
 
-def _order_questions(shapes: list[Shape]) -> Iterator[GraphQuestion]:
+def _order_questions(shapes: list[Shape]) -> Iterator[SceneQuestion]:
     """Yield `Is the red shape left of the blue shape?` for shapes with unique colours."""
     for (one, other), (words, (axis, relation)) in product(permutations(shapes, 2), ORDERS.items()):
         difference = getattr(other, axis) - getattr(one, axis)
@@ -193,22 +155,22 @@ def _order_questions(shapes: list[Shape]) -> Iterator[GraphQuestion]:
             first, second = f"{one.color} shape", f"{other.color} shape"
             entails = (f"Is the {second} {words} the {first}?", f"Is there a {first}?", f"Is there a {second}?")
             program = (("select", "shape"), ("filter color", one.color), ("verify rel", f"{second},{relation},o"))
-            yield _yes_no("relation", f"Is the {first} {words} the {second}?", difference > 0, program, entails)
+            yield yes_no("relation", f"Is the {first} {words} the {second}?", difference > 0, program, entails)
 
 
-def _comparison_questions(shapes: list[Shape]) -> Iterator[GraphQuestion]:
+def _comparison_questions(shapes: list[Shape]) -> Iterator[SceneQuestion]:
     """Yield `Are the circle and the star the same color?` for shapes with unique forms."""
     for one, other in combinations(shapes, 2):
         program = (("select", one.form), ("select", other.form), ("same color", ""))
         entails = (f"Is there a {one.form}?", f"Is there a {other.form}?")
         text = f"Are the {one.form} and the {other.form} the same color?"
-        yield _yes_no("same", text, one.color == other.color, program, entails)
+        yield yes_no("same", text, one.color == other.color, program, entails)
 
 
 # --- GQA's records ------------------------------------------------------------------------------------
 
 
-def _records(image_id: str, sampled: list[GraphQuestion], possible: list[GraphQuestion]) -> dict[str, dict[str, Any]]:
+def _records(image_id: str, sampled: list[SceneQuestion], possible: list[SceneQuestion]) -> dict[str, dict[str, Any]]:
     """Return an image's records by question id: the sampled questions and those they entail."""
     by_text = {question.text: question for question in possible}
     balanced = {question.text for question in sampled}
@@ -218,10 +180,11 @@ def _records(image_id: str, sampled: list[GraphQuestion], possible: list[GraphQu
     return {key: _record(image_id, by_text[text], ids, text in balanced) for text, key in ids.items()}
 
 
-def _record(image_id: str, question: GraphQuestion, ids: dict[str, str], balanced: bool) -> dict[str, Any]:
+def _record(image_id: str, question: SceneQuestion, ids: dict[str, str], balanced: bool) -> dict[str, Any]:
     _, structural, semantic = KINDS[question.kind]
+    inputs = {"select": [], "same color": [0, 1], "and": [1, 3]}  # steps before it; by default the previous one
     program = [
-        {"operation": operation, "dependencies": _dependencies(operation, step), "argument": argument}
+        {"operation": operation, "dependencies": inputs.get(operation, [step - 1]), "argument": argument}
         for step, (operation, argument) in enumerate(question.program)
     ]
     return {
@@ -236,8 +199,3 @@ def _record(image_id: str, question: GraphQuestion, ids: dict[str, str], balance
         "types": {"detailed": question.kind, "semantic": semantic, "structural": structural},
         "fullAnswer": f"{question.answer.capitalize()}.",
     }
-
-
-def _dependencies(operation: str, step: int) -> list[int]:
-    """Return the numbers of the steps that a step takes its input from."""
-    return {"select": [], "same color": [0, 1], "and": [1, 3]}.get(operation, [step - 1])

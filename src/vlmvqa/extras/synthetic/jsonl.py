@@ -12,13 +12,14 @@ from typing import Any
 
 from vlmvqa.data.datasets import vqav2
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
-from vlmvqa.extras.synthetic.atomic_folder import generate_once
+from vlmvqa.extras.synthetic.atomic_folder import generated_once
 
 VERSION = 1  # of the written files
 
 
+@generated_once("jsonl", synthetic_vqav2.MINIMUMS, version=VERSION, benchmark="jsonl")
 def write(
-    root: Path,
+    folder: Path,
     *,
     train_images: int = 2000,
     val_images: int = 200,
@@ -26,27 +27,23 @@ def write(
     questions_per_image: int = 6,
     seed: int = 0,
     progress: bool = False,
-) -> Path:
-    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels."""
-    scene_settings = {
-        "train_images": train_images,
-        "val_images": val_images,
-        "image_size": image_size,
-        "questions_per_image": questions_per_image,
-        "seed": seed,
-    }
-    settings = {"version": VERSION, "benchmark": "jsonl", **scene_settings}
-
-    def generate(folder: Path) -> None:
-        images = synthetic_vqav2.write(folder / "pictures", **scene_settings, progress=progress)
-        for split in ("train", "val"):
-            with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                for example in vqav2.read(images, split):
-                    assert isinstance(example.image, Path)
-                    image = example.image.relative_to(folder).as_posix()
-                    for question in example.questions:
-                        record: dict[str, Any] = {"id": question.id, "image": image, "question": question.text}
-                        record |= {"answers": [question.target], "question_type": question.question_type}
-                        file.write(json.dumps(record) + "\n")
-
-    return generate_once(root, "jsonl", settings, synthetic_vqav2.MINIMUMS, generate)
+) -> None:
+    """Write the splits train and val; `image_size` is in pixels."""
+    images = synthetic_vqav2.write(
+        folder / "pictures",
+        train_images=train_images,
+        val_images=val_images,
+        image_size=image_size,
+        questions_per_image=questions_per_image,
+        seed=seed,
+        progress=progress,
+    )
+    for split in ("train", "val"):
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for example in vqav2.read(images, split):
+                assert isinstance(example.image, Path)
+                image = example.image.relative_to(folder).as_posix()
+                for question in example.questions:
+                    record: dict[str, Any] = {"id": question.id, "image": image, "question": question.text}
+                    record |= {"answers": [question.target], "question_type": question.question_type}
+                    file.write(json.dumps(record) + "\n")

@@ -19,10 +19,9 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
-from typing import Generic, TypeVar
 
 from PIL import Image, ImageDraw
 
@@ -41,6 +40,7 @@ ATTRIBUTES = {"form": FORMS, "color": tuple(COLORS), "size": tuple(SIZES)}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = ("0", "1", "2", "3", "4")
 YES_NO = ("yes", "no")
+Program = tuple[tuple[str, str], ...]
 
 # Minimum distances, as fractions of the image's side.
 MIN_DIFFERENCE = 0.18  # between two positions that a question compares
@@ -86,15 +86,26 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class SceneQuestion:
-    """A question, its answer, and all possible answers."""
+    """A question, its answer and all possible answers; the other fields are for GQA.
+
+    Attributes:
+        group: the group of comparable answers, GQA's `groups.global`; None for yes/no questions.
+        program: operation and argument of each step over the scene graph.
+        entails: the texts of questions whose answers follow from this question's answer.
+    """
 
     kind: str
     text: str
     answer: str
     choices: tuple[str, ...]
+    group: str | None = None
+    program: Program = ()
+    entails: tuple[str, ...] = ()
 
 
-Q = TypeVar("Q", bound=SceneQuestion)
+def yes_no(kind: str, text: str, answer: bool, program: Program = (), entails: tuple[str, ...] = ()) -> SceneQuestion:
+    """Return a question whose answer is yes or no."""
+    return SceneQuestion(kind, text, "yes" if answer else "no", YES_NO, None, program, entails)
 
 
 # --- generation and rendering -------------------------------------------------------------------------
@@ -108,13 +119,12 @@ def random_scene(rng: random.Random) -> list[Shape]:
         fixed = [shared] * rng.choice((3, 4, 4)) + [{}] * rng.choice((0, 1))
     else:
         fixed = [{}] * rng.choices((1, 2, 3, 4), SHAPE_COUNT_WEIGHTS)[0]
-    return _place(rng, [_random_shape(rng, **attributes) for attributes in fixed])
-
-
-def _random_shape(rng: random.Random, **fixed: str) -> Shape:
-    """Return a shape without a position; attributes that are not given are random."""
-    values = {name: rng.choice(choices) for name, choices in ATTRIBUTES.items()} | fixed
-    return Shape(values["form"], values["color"], values["size"], SIZES[values["size"]] * rng.uniform(0.97, 1.03))
+    shapes = []
+    for attributes in fixed:
+        values = {name: rng.choice(choices) for name, choices in ATTRIBUTES.items()} | attributes
+        side = SIZES[values["size"]] * rng.uniform(0.97, 1.03)
+        shapes.append(Shape(values["form"], values["color"], values["size"], side))
+    return _place(rng, shapes)
 
 
 def _place(rng: random.Random, shapes: list[Shape]) -> list[Shape]:
@@ -129,17 +139,12 @@ def _place(rng: random.Random, shapes: list[Shape]) -> list[Shape]:
         room = 0.5 / GRID - shape.side / 2
         x = (column + 0.5) / GRID + rng.uniform(-room, room)
         y = (row + 0.5) / GRID + rng.uniform(-room, room)
-        placed.append(Shape(shape.form, shape.color, shape.size, shape.side, x, y))
+        placed.append(replace(shape, x=x, y=y))
     return placed
 
 
 def save_image(rng: random.Random, scene: list[Shape], image_size: int, path: Path) -> None:
-    """Render a scene and save it as a JPEG file of high quality."""
-    render(rng, scene, image_size).save(path, quality=95, subsampling=0)
-
-
-def render(rng: random.Random, scene: list[Shape], image_size: int) -> Image.Image:
-    """Return the scene as an RGB image on a plain light background."""
+    """Render a scene on a plain light background and save it as a JPEG file of high quality."""
     side = image_size * SUPERSAMPLING
     level = rng.randint(215, 250)
     background = tuple(level + rng.randint(-5, 5) for _ in range(3))
@@ -152,7 +157,7 @@ def render(rng: random.Random, scene: list[Shape], image_size: int) -> Image.Ima
         else:
             corners = [(x + half * dx, y + half * dy) for dx, dy in OUTLINES[shape.form]]
             canvas.polygon(corners, fill=COLORS[shape.color])
-    return image.reduce(SUPERSAMPLING)
+    image.reduce(SUPERSAMPLING).save(path, quality=95, subsampling=0)
 
 
 def _star() -> list[tuple[float, float]]:
@@ -208,19 +213,17 @@ def _presence_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
             if str(count) in COUNTS:
                 yield SceneQuestion("count", f"How many {name}s are there?", str(count), COUNTS)
             if attribute != "size":
-                yield SceneQuestion("exists", f"Is there a {name}?", "yes" if count else "no", YES_NO)
+                yield yes_no("exists", f"Is there a {name}?", count > 0)
     present = {(shape.color, shape.form) for shape in scene}
     for color in COLORS:
         for form in FORMS:
             # With "no" as the answer, colour or form must be present: otherwise finding neither would be enough.
             if any(color == shape.color or form == shape.form for shape in scene):
-                answer = "yes" if (color, form) in present else "no"
-                yield SceneQuestion("exists", f"Is there a {color} {form}?", answer, YES_NO)
+                yield yes_no("exists", f"Is there a {color} {form}?", (color, form) in present)
     counts = {form: sum(shape.form == form for shape in scene) for form in FORMS}
     for more, fewer in permutations(FORMS, 2):
         if counts[more] or counts[fewer]:
-            answer = "yes" if counts[more] > counts[fewer] else "no"
-            yield SceneQuestion("more", f"Are there more {more}s than {fewer}s?", answer, YES_NO)
+            yield yes_no("more", f"Are there more {more}s than {fewer}s?", counts[more] > counts[fewer])
 
 
 def _order_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
@@ -231,7 +234,7 @@ def _order_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
             difference = getattr(other, axis) - getattr(one, axis)
             if abs(difference) >= MIN_DIFFERENCE:
                 text = f"Is the {one.color} shape {relation} the {other.color} shape?"
-                yield SceneQuestion("relation", text, "yes" if difference > 0 else "no", YES_NO)
+                yield yes_no("relation", text, difference > 0)
     if len(scene) == 1:
         return
     for axis, first, last in (("x", "leftmost", "rightmost"), ("y", "highest", "lowest")):
@@ -241,32 +244,32 @@ def _order_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
                 yield SceneQuestion("color", f"What color is the {word} shape?", end.color, ATTRIBUTES["color"])
 
 
-class BalancedSampler(Generic[Q]):
+class BalancedSampler:
     """Samples scenes with questions such that every answer to a question text is about equally frequent.
 
     Args:
-        rng: source of all randomness.
         list_questions: returns all questions about a scene.
-        kind_weights: relative frequency of each kind of question.
+        kinds: kinds of questions, each with its relative frequency as the first value.
     """
 
     def __init__(
         self,
         rng: random.Random,
-        list_questions: Callable[[list[Shape]], Iterable[Q]],
-        kind_weights: Mapping[str, float],
+        list_questions: Callable[[list[Shape]], Iterable[SceneQuestion]],
+        kinds: Mapping[str, tuple[float, str, str]],
     ) -> None:
-        self.rng, self.list_questions, self.kind_weights = rng, list_questions, kind_weights
+        self.rng, self.list_questions = rng, list_questions
+        self.kind_weights = {kind: weight for kind, (weight, _, _) in kinds.items()}
         self.counts: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
 
-    def sample(self, questions_per_image: int) -> tuple[list[Shape], list[Q]]:
+    def sample(self, questions_per_image: int) -> tuple[list[Shape], list[SceneQuestion]]:
         """Return a new scene and its questions."""
         scene = random_scene(self.rng)
-        remaining: dict[str, list[Q]] = {kind: [] for kind in self.kind_weights}
+        remaining: dict[str, list[SceneQuestion]] = {kind: [] for kind in self.kind_weights}
         for question in self.list_questions(scene):
             remaining[question.kind].append(question)
         wanted = max(1, questions_per_image + self.rng.randint(-1, 1))
-        sampled: list[Q] = []
+        sampled: list[SceneQuestion] = []
         for kind in self.rng.choices(tuple(self.kind_weights), tuple(self.kind_weights.values()), k=5 * wanted):
             chosen = self._choose(remaining[kind])
             if chosen:
@@ -277,13 +280,12 @@ class BalancedSampler(Generic[Q]):
                 break
         return scene, sampled
 
-    def _choose(self, questions: Sequence[Q]) -> Q | None:
+    def _choose(self, questions: Sequence[SceneQuestion]) -> SceneQuestion | None:
         """Return the question whose answer is most underused, ties broken at random; None if all are overused."""
-        ranked = [(self._excess(question), self.rng.random(), question) for question in questions]
-        excess, _, question = min(ranked, key=lambda entry: entry[:2], default=(0, 0.0, None))
-        return question if excess <= 1 else None
-
-    def _excess(self, question: Q) -> int:
-        """Return how much more often the question's answer was used for its text than the rarest possible answer."""
-        counts = self.counts[question.text]
-        return counts[question.answer] - min(counts[choice] for choice in question.choices)
+        ranked = []
+        for question in questions:
+            counts = self.counts[question.text]
+            rarest = min(counts[choice] for choice in question.choices)
+            ranked.append((counts[question.answer] - rarest, self.rng.random(), question))
+        excess, _, chosen = min(ranked, key=lambda entry: entry[:2], default=(0, 0.0, None))
+        return chosen if excess <= 1 else None

@@ -14,7 +14,7 @@ from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Example
 from vlmvqa.errors import BadRecords
 from vlmvqa.extras.synthetic import scene as scenes
-from vlmvqa.extras.synthetic.atomic_folder import generate_once
+from vlmvqa.extras.synthetic.atomic_folder import generated_once
 from vlmvqa.ranks import bar
 
 VERSION = 5  # of the generated images, questions and files; a dataset of another version is not reused
@@ -43,8 +43,9 @@ def files(root: Path, split: str, **settings: int) -> list[Path]:
     return vqav2.files(root, split)
 
 
+@generated_once("shapes", MINIMUMS, version=VERSION)
 def write(
-    root: Path,
+    folder: Path,
     *,
     train_images: int = 12000,
     val_images: int = 400,
@@ -52,57 +53,34 @@ def write(
     questions_per_image: int = 6,
     seed: int = 0,
     progress: bool = False,
-) -> Path:
-    """Return `root`, generating the dataset first unless it exists (`generate_once`); `image_size` is in pixels.
+) -> None:
+    """Write train2014 and val2014; `image_size` is in pixels.
 
     `questions_per_image` is an average: each image has that many, one more or one fewer. Validation images depend only
     on `seed`, `image_size` and `questions_per_image`, not on the number of training images.
     """
-    settings = {
-        "version": VERSION,
-        "train_images": train_images,
-        "val_images": val_images,
-        "image_size": image_size,
-        "questions_per_image": questions_per_image,
-        "seed": seed,
-    }
-
-    def generate(folder: Path) -> None:
-        for split, first_id, images in (("train2014", 1, train_images), ("val2014", 1_000_001, val_images)):
-            _write_split(folder, split, range(first_id, first_id + images), settings, progress)
-
-    return generate_once(root, "shapes", settings, MINIMUMS, generate)
-
-
-def _write_split(root: Path, split: str, image_ids: range, settings: dict[str, int], progress: bool) -> None:
-    """Write a split's images, questions file and annotations file."""
-    rng = random.Random(f"{settings['seed']} {split}")
-    kind_weights = {kind: weight for kind, (weight, _, _) in scenes.KINDS.items()}
-    sampler = scenes.BalancedSampler(rng, scenes.scene_questions, kind_weights)
-    questions: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    (root / split).mkdir()
-    for image_id in bar(image_ids, doing=f"generating {split}", unit="images", shown=progress):
-        scene, sampled = sampler.sample(settings["questions_per_image"])
-        image_path = root / split / f"COCO_{split}_{image_id:012d}.jpg"
-        scenes.save_image(rng, scene, settings["image_size"], image_path)
-        for number, question in enumerate(sampled):
-            _, question_type, answer_type = scenes.KINDS[question.kind]
-            ids = {"image_id": image_id, "question_id": image_id * 1000 + number}
-            questions.append({**ids, "question": question.text})
-            annotations.append(
-                {
-                    **ids,
-                    "question_type": question_type,
-                    "answer_type": answer_type,
-                    "multiple_choice_answer": question.answer,
-                    "answers": _annotator_answers(rng, question),
-                }
-            )
-    header = {"info": {"description": "coloured shapes"}, "data_type": "shapes", "data_subtype": split}
-    task = {**header, "task_type": "Open-Ended"}
-    (root / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps({**task, "questions": questions}))
-    (root / f"v2_mscoco_{split}_annotations.json").write_text(json.dumps({**header, "annotations": annotations}))
+    for split, first_id, images in (("train2014", 1, train_images), ("val2014", 1_000_001, val_images)):
+        rng = random.Random(f"{seed} {split}")
+        sampler = scenes.BalancedSampler(rng, scenes.scene_questions, scenes.KINDS)
+        questions: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        (folder / split).mkdir()
+        ids = range(first_id, first_id + images)
+        for image_id in bar(ids, doing=f"generating {split}", unit="images", shown=progress):
+            scene, sampled = sampler.sample(questions_per_image)
+            scenes.save_image(rng, scene, image_size, folder / split / f"COCO_{split}_{image_id:012d}.jpg")
+            for number, question in enumerate(sampled):
+                _, question_type, answer_type = scenes.KINDS[question.kind]
+                record = {"image_id": image_id, "question_id": image_id * 1000 + number}
+                questions.append({**record, "question": question.text})
+                record |= {"question_type": question_type, "answer_type": answer_type}
+                record |= {"multiple_choice_answer": question.answer, "answers": _annotator_answers(rng, question)}
+                annotations.append(record)
+        header = {"info": {"description": "coloured shapes"}, "data_type": "shapes", "data_subtype": split}
+        task = {**header, "task_type": "Open-Ended", "questions": questions}
+        (folder / f"v2_OpenEnded_mscoco_{split}_questions.json").write_text(json.dumps(task))
+        content = json.dumps({**header, "annotations": annotations})
+        (folder / f"v2_mscoco_{split}_annotations.json").write_text(content)
 
 
 def _annotator_answers(rng: random.Random, question: scenes.SceneQuestion) -> list[dict[str, Any]]:
