@@ -16,14 +16,13 @@ import torch
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-from vlmvqa.extras.planning import published_sizes
-from vlmvqa.extras.planning.batches import Rows, RowShape, Settings, row_shape
+from vlmvqa.extras.planning.batches import Rows, RowShape, num_image_tokens
 from vlmvqa.extras.planning.gpus import GIB, Gpu
 from vlmvqa.extras.planning.memory import PassProfile, Precision, build_on_meta, measure
+from vlmvqa.extras.planning.published_sizes import TEMPLATE_TOKENS, Settings, known_config
 from vlmvqa.extras.planning.strategy_memory import StrategyMemory, Training, Weight, strategy_memory, weights_of
 from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.models.interface import Model
-from vlmvqa.models.vlm import VLM
 
 CONTEXT = 0.8 * GIB  # assumed size of CUDA's context and NCCL and cuBLAS workspaces
 FRAGMENTATION = 0.05  # assumed share of allocated memory that is lost to fragmentation
@@ -114,18 +113,21 @@ class Planner:
     _profiles: dict[tuple[Precision, bool], PassProfile] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        rows = self.rows
         counts = {
             "plan.gpus": self.gpus,
-            "trainer.per_device_train_batch_size": self.rows.rows,
+            "trainer.per_device_train_batch_size": rows.rows,
             "trainer.gradient_accumulation_steps": self.training.accumulation,
-            "data.row_tokens": self.rows.row_tokens,
-            "plan.text_tokens": self.rows.text_tokens,
+            "plan.text_tokens": rows.text_tokens,
+            **({} if rows.row_tokens is None else {"data.row_tokens": rows.row_tokens}),
         }
         for name, count in counts.items():
-            if name == "data.row_tokens" and count is None:
-                continue
             if not isinstance(count, int) or count < 1:
                 raise InputError(f"{name}={count} must be a whole number, 1 or more")
+        if not 0 < rows.answer_tokens < rows.text_tokens:
+            raise InputError(
+                f"plan.answer_tokens={rows.answer_tokens} must be fewer than the question's {rows.text_tokens} tokens"
+            )
         if self.rows.row_tokens is not None and isinstance(self.settings, PretrainedSettings):
             raise InputError(f"data.row_tokens: rows of {self.settings.pretrained} are not packed; set it to null")
         if self.adapt and self.adapt.bits and self.adapt.compute_dtype == "bfloat16" and not self.gpu.bf16:
@@ -164,14 +166,13 @@ class Planner:
     @cached_property
     def model(self) -> Model:
         """The model on the meta device."""
-        model: Model = build_on_meta(self.settings, self.trainable, self.adapt)
-        return model
+        return build_on_meta(self.settings, self.trainable, self.adapt)
 
     @cached_property
     def num_image_tokens(self) -> int:
         """Tokens per image in the decoder's row."""
         if isinstance(self.settings, PretrainedSettings):
-            return published_sizes.num_image_tokens(published_sizes.known_config(self.settings), self.settings)
+            return num_image_tokens(self.settings)
         return int(self.model.part("vision").module.num_image_tokens)
 
     @cached_property
@@ -184,17 +185,15 @@ class Planner:
 
     @cached_property
     def shape(self) -> RowShape:
-        """The shape of a row."""
+        """The shape of a row: packed to `row_tokens`, or one image with its questions, padded to a multiple of 8."""
         rows = self.rows
-        if isinstance(self.settings, PretrainedSettings):  # one question per row
-            config = published_sizes.known_config(self.settings)
-            return RowShape(published_sizes.row_tokens(config, self.settings, rows.text_tokens), 1, rows.answer_tokens)
-        if rows.row_tokens is None:
-            assert isinstance(self.model, VLM)
-            return row_shape(self.model, rows)
-        # Packed rows never have more than row_tokens tokens.
-        supervised = ceil(self.images_per_row * rows.questions) * rows.answer_tokens
-        return RowShape(rows.row_tokens, self.images_per_row, supervised)
+        if rows.row_tokens is not None:
+            supervised = ceil(self.images_per_row * rows.questions) * rows.answer_tokens
+            return RowShape(rows.row_tokens, self.images_per_row, supervised)
+        tokens = self.num_image_tokens + rows.max_questions * (rows.text_tokens - 1)  # EOS is no input
+        if isinstance(self.settings, PretrainedSettings):
+            tokens += TEMPLATE_TOKENS[known_config(self.settings).model_type]
+        return RowShape(ceil(tokens / 8) * 8, 1, rows.max_questions * rows.answer_tokens)
 
     @cached_property
     def images_per_row(self) -> int:
@@ -213,7 +212,7 @@ class Planner:
         key = precision, checkpointing
         if key not in self._profiles:
             model = build_on_meta(self.settings, self.trainable, self.adapt)
-            self._profiles[key] = measure(model, self.shape, precision, checkpointing, self.settings)
+            self._profiles[key] = measure(model, self.settings, self.shape, precision, checkpointing)
         return self._profiles[key]
 
     def strategy_memory(self, dist: DistSettings) -> StrategyMemory:
