@@ -22,18 +22,14 @@ def attach_adapters(config: TrainConfig, predictor: Predictor, device: torch.dev
     """Freeze the model except for the parts that `trainable` names, and attach the adapters of `adapt`.
 
     Returns:
-        the base model of the adapters, if no folder holds it yet.
+        the base model of the adapters, if no folder holds it yet: it is random, or built from parts.
     """
     settings = config.adapt
     assert settings is not None
     _refuse_trainable_parts(config, settings)
-    unsaved = None
-    if predictor.started_from is not None:
-        base, known = predictor.started_from["model"], predictor.started_from["weights"]
-    else:  # random, or built from parts: no folder holds it yet
-        base, known = f"../{model_folder.BASE}", ""
-        unsaved = Base(predictor)
-    predictor.adapter = Adapter(settings, base, known)
+    unsaved = Base(predictor) if predictor.started_from is None else None
+    base = predictor.started_from or {"model": f"../{model_folder.BASE}", "weights": ""}
+    predictor.adapter = Adapter(settings, base["model"], base["weights"])
     paths = peft_adapters.prepare(predictor.model, config.trainable, settings, device)
     ranks.print_on_rank0(peft_adapters.describe(predictor.model, settings, paths))
     return unsaved
@@ -69,10 +65,11 @@ class Base:
 
         An existing folder belongs to a run that ended before its first checkpoint, perhaps with another seed.
         """
-        if not resumed:
-            ranks.broadcast_from_rank0(lambda: self._replace(folder))
-        return fingerprint.weights_in(folder)
 
-    def _replace(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        self.predictor.save(folder, self.weights)
+        def replace_base() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.predictor.save(folder, self.weights)
+
+        if not resumed:
+            ranks.broadcast_from_rank0(replace_base)
+        return fingerprint.weights_in(folder)

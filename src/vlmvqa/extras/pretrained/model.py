@@ -48,16 +48,12 @@ PROJECTORS = ("multi_modal_projector", "connector", "embed_vision", "mm_projecto
 
 @dataclass(frozen=True)
 class PretrainedSettings:
-    """Settings of a pretrained model.
+    """Settings of a pretrained model; conf/model/pretrained.yaml documents the keys.
 
     Attributes:
         pretrained: a hub id or local folder; for random weights also an architecture of transformers ("paligemma",
             "idefics2") with its config class's defaults.
-        weights: "hub" (also for a local folder) or "random".
         overrides: fields of the config class, for random weights; nested configs as mappings.
-        image_splitting: whether images are also encoded in crops, if the model supports it (null: as published).
-        attention: transformers' implementation: eager, sdpa or flash_attention_2 (null: the model's default).
-        dtype: data type of the weights.
         tokenizer: for random weights "trained", on the training questions and answers.
         resolution: part of the names of some published weights (conf/model/paligemma_3b.yaml).
     """
