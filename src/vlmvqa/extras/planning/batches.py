@@ -23,7 +23,6 @@ class Rows:
     """A micro-batch.
 
     Attributes:
-        rows: Rows per GPU (`trainer.per_device_train_batch_size`).
         questions: Questions per image, on average.
         text_tokens: Tokens of a question with its answer and EOS.
         answer_tokens: Tokens of the answer and EOS.

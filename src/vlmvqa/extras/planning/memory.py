@@ -43,16 +43,10 @@ assert max(TOKEN_PRIMES) < CHUNK
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of a pass.
+    """Dtypes of a pass: of the weights (None: each keeps its own), and of autocast, if the pass runs under it.
 
-    Mixed precision is `(float32, True)` under DDP, `(bfloat16, True)` under FSDP, which gathers weights in bfloat16,
-    and `(bfloat16, False)` under DeepSpeed, which converts the model.
-
-    Attributes:
-        weights: Dtype of the weights; None: each keeps its own, as under DDP, where adapters may be float32 and frozen
-            weights bfloat16.
-        autocast: Whether the pass runs under autocast.
-        half: Dtype of autocast.
+    Mixed precision is `(None, True)` under DDP, `(bfloat16, True)` under FSDP, which gathers weights in bfloat16, and
+    `(bfloat16, False)` under DeepSpeed, which converts the model.
     """
 
     weights: torch.dtype | None
@@ -149,13 +143,7 @@ def build_on_meta(
 def measure(
     model: Model, settings: Settings, shape: RowShape, precision: Precision, checkpointing: bool
 ) -> PassProfile:
-    """Measure a forward and backward pass without data.
-
-    Args:
-        model: A model of `build_on_meta`; it cannot be used again.
-        settings: Its settings.
-        checkpointing: Recompute the activations of encoder blocks and decoder layers in the backward pass.
-    """
+    """Measure a forward and backward pass of a model of `build_on_meta`, which cannot be used again."""
     sizes = {size for t in dummy_batch(settings, shape, 1).values() for size in t.shape}
     sizes.update(size for t in (*model.parameters(), *model.buffers()) for size in t.shape)
     rows, tokens = (
@@ -185,11 +173,8 @@ def profile(
 ) -> PassProfile:
     """Profile one forward and backward pass of a real or fake model.
 
-    A pretrained model's batch is included: its images may be many times as large as a row's activations.
-
-    Args:
-        precision: Dtypes of the pass; `weights` is ignored.
-        tracker: With the primes that separate growing from constant bytes; None for a real batch: all are constant.
+    A pretrained model's batch is included: its images may be many times as large as a row's activations. Of
+    `precision`, the dtype of the weights is ignored. Without a `tracker`, for a real batch, all bytes are constant.
     """
     tracker = tracker or MemoryTracker()
     tracker.exclude([*model.parameters(), *model.buffers()])

@@ -5,6 +5,7 @@ Peak memory is the maximum over the backward pass, the last reduction of gradien
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -87,19 +88,7 @@ class Plan:
 
 @dataclass
 class Planner:
-    """Plans training runs of one model, row shape and type of GPU.
-
-    Args:
-        settings: Settings of the model.
-        trainable: "all", "none" or the number of last blocks, for each part; with adapters, "all" or "none".
-        rows: Size of a micro-batch.
-        training: Trainer settings.
-        gpu: Type of GPU.
-        gpus: Number of GPUs.
-        utilisation: Assumed share of the GPU's rate that training reaches.
-        strategies: The strategies to plan, by name.
-        adapt: Adapters, if any.
-    """
+    """Plans training runs of one model, row shape and type of GPU; `trainable` as in `interface.set_trainable`."""
 
     settings: Settings
     trainable: Mapping[str, str | int]
@@ -223,6 +212,7 @@ class Planner:
         """Return a strategy's memory with `rows` rows per GPU."""
         dist = self.strategies[name]
         fixed, batch = self.strategy_memory(dist), self.profile(dist, checkpointing).at(rows)
+        block = max(fixed.decoder, fixed.encoder)
         backward = max(batch.decoder_peak + fixed.decoder, batch.encoder_peak + fixed.encoder)
         weights = fixed.parameters + fixed.optimizer
         moments = {
@@ -234,7 +224,7 @@ class Planner:
             moments["backward"] = weights + fixed.buffers + batch.peak_and_gradients
         moment = max(moments, key=lambda key: moments[key])
         temporary = {
-            "backward": backward - max(fixed.decoder, fixed.encoder) - batch.activations - batch.logits,
+            "backward": backward - block - batch.activations - batch.logits,
             "reduction": fixed.reduction,
             "step": fixed.step,
         }
@@ -246,7 +236,7 @@ class Planner:
             parameters=fixed.parameters,
             gradients=fixed.gradients,
             optimizer=fixed.optimizer,
-            buffers=fixed.buffers + max(fixed.decoder, fixed.encoder),
+            buffers=fixed.buffers + block,
             activations=batch.activations,
             logits=batch.logits,
             temporary=max(0, temporary[moment]),
@@ -263,20 +253,14 @@ class Planner:
         if fixed.parameters + fixed.optimizer + fixed.lasting > share * self.gpu.memory * GIB:
             return 0  # skip profiling a pass
 
-        def fits(rows: int) -> bool:
+        def too_many(rows: int) -> bool:
             plan = self.memory(name, rows, checkpointing)
-            return plan.needed <= share * plan.capacity
+            return plan.needed > share * plan.capacity
 
-        low, high = 0, 1
-        while fits(high) and high < 2**20:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        return bisect_left(range(1, 2**20), True, key=too_many)
 
-    def seconds(self, run: RunChoice) -> float:
-        """Estimate the time of an optimizer step; transfers within a pass overlap with computation."""
+    def questions_per_second(self, run: RunChoice) -> float:
+        """Estimate the training speed; transfers within a pass overlap with computation."""
         dist = self.strategies[run.strategy]
         fixed = self.strategy_memory(dist)
         rate = self.gpu.half if self.training.mixed else self.gpu.single
@@ -285,22 +269,16 @@ class Planner:
         sending = fixed.sent_each_pass / (self.gpu.link * 1e9) if self.gpus > 1 else 0.0
         copying = fixed.copied_each_pass / (self.gpu.host * 1e9)
         last = fixed.sent_each_step / (self.gpu.link * 1e9) + fixed.stepped_on_host * HOST_STEP / HOST_RATE
-        return run.accumulation * max(computing, sending + copying) + last
-
-    def questions_per_second(self, run: RunChoice) -> float:
-        """Estimate the training speed."""
         questions = run.rows * run.accumulation * self.gpus * self.images_per_row * self.rows.questions
-        return questions / self.seconds(run)
+        return questions / (run.accumulation * max(computing, sending + copying) + last)
 
     def plan(self, name: str, checkpointing: bool) -> Plan:
         """Return a strategy's plan for the configured batch."""
         plan = self.memory(name, self.rows.rows, checkpointing)
         run = RunChoice(name, self.rows.rows, checkpointing, self.training.accumulation)
-        speed = self.questions_per_second(run)
+        largest = self.max_rows(name, False), self.max_rows(name, True)
         return replace(
-            plan,
-            largest=(self.max_rows(name, False), self.max_rows(name, True)),
-            questions_per_second=speed if plan.fits else None,
+            plan, largest=largest, questions_per_second=self.questions_per_second(run) if plan.fits else None
         )
 
     def names(self) -> list[str]:
