@@ -28,18 +28,19 @@ from tests.conftest import ROOT
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import memory, report, verify
-from vlmvqa.extras.planning.batches import Rows, vlm_batch
+from vlmvqa.extras.planning.batches import Rows, RowShape, dummy_batch
 from vlmvqa.extras.planning.gpus import GIB, GPUS, gpu
 from vlmvqa.extras.planning.memory import Precision, build_on_meta, measure
 from vlmvqa.extras.planning.memory_tracker import MemoryTracker
 from vlmvqa.extras.planning.optimizer_memory import OPTIMIZERS, state_bytes
 from vlmvqa.extras.planning.planner import STRATEGIES, Planner, RunChoice, Training
-from vlmvqa.extras.planning.published_sizes import known_architecture
+from vlmvqa.extras.planning.published_sizes import known_settings
 from vlmvqa.extras.planning.run import PlanConfig, build_planner
 from vlmvqa.extras.planning.strategy_memory import Weight, strategy_memory, weights_of
 from vlmvqa.models.build import build
 from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM, ModelSettings
+from vlmvqa.sequence.rows import IGNORE, Document, TokenizedQuestion, build_row, pad_rows
 from vlmvqa.training.distributed import shard
 
 ALL = {"vision": "all", "projector": "all", "language": "all"}
@@ -55,6 +56,15 @@ def wide(**language: Any) -> ModelSettings:
 def planner(**changes: Any) -> Planner:
     values: dict[str, Any] = {"trainable": ALL, "rows": ROWS, "training": Training("fp32", "adamw_torch")}
     return Planner(**{"settings": wide(), **values, "gpu": GPUS["a10g"], "gpus": 4, **changes})
+
+
+def vlm_batch(model: VLM, rows: Rows) -> dict[str, Tensor]:
+    """Return a batch of images with their questions, laid out like training data."""
+    question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
+    tokens, pattern, size = model.vision.num_image_tokens, model.attention_pattern, model.vision.image_size
+    documents = [Document(image, [question] * rows.max_questions) for image in range(rows.rows)]
+    built = [build_row([document], tokens, pattern, document.image) for document in documents]
+    return {"pixel_values": torch.zeros(rows.rows, 3, size, size), **pad_rows(built, 8)}
 
 
 def tensor_bytes(tensors: Iterator[Tensor]) -> int:
@@ -148,7 +158,9 @@ def kept_for_backward(model: VLM, batch: dict[str, Tensor], autocast: bool) -> i
 def test_activations_are_those_of_a_real_pass(autocast: bool, checkpointing: bool) -> None:
     """One pass without data predicts two other batch sizes."""
     plans = planner()
-    profile = measure(build_on_meta(wide(), ALL), plans.shape, Precision(torch.float32, autocast), checkpointing)
+    profile = measure(
+        build_on_meta(wide(), ALL), wide(), plans.shape, Precision(torch.float32, autocast), checkpointing
+    )
     model = build(wide()).train()
     if checkpointing:
         model.checkpoint_activations()
@@ -163,7 +175,7 @@ def test_activations_are_those_of_a_real_pass(autocast: bool, checkpointing: boo
 
 @pytest.mark.parametrize("trained", [ALL, {**ALL, "vision": "none"}, {"vision": 1, "projector": "all", "language": 2}])
 def test_what_does_not_train_keeps_nothing(trained: dict[str, Any]) -> None:
-    profile = measure(build_on_meta(wide(), trained), planner().shape, Precision(torch.float32, False), False)
+    profile = measure(build_on_meta(wide(), trained), wide(), planner().shape, Precision(torch.float32, False), False)
     model = build(wide()).train()
     for part, choice in trained.items():
         set_trainable(model.part(part), choice, part)
@@ -189,7 +201,8 @@ def test_flex_attention_keeps_no_probabilities() -> None:
     flex = replace(flex, language=replace(flex.language, attention="flex"))
     long = replace(planner().shape, tokens=512)
     held = [
-        measure(build_on_meta(kind, ALL), long, Precision(torch.float32, False), False).at(4) for kind in (dense, flex)
+        measure(build_on_meta(kind, ALL), kind, long, Precision(torch.float32, False), False).at(4)
+        for kind in (dense, flex)
     ]
     assert held[1].activations < 0.6 * held[0].activations
 
@@ -346,8 +359,13 @@ def test_a_packed_row_is_full() -> None:
     )
     assert (packed.shape.tokens, packed.shape.images, packed.rows.text_tokens) == (2048, 6, 13)
     assert packed.shape.supervised == 33 * 4  # 6 x 5.36 questions of 4 tokens
-    given = vlm_batch(tiny.model(), replace(ROWS, row_tokens=100), images_per_row=2)
+    given = dummy_batch(tiny.settings(), RowShape(100, 2, 6), 2)
     assert given["labels"].shape == (2, 100) and len(given["pixel_values"]) == 4
+
+
+def test_a_rows_shape_is_that_of_training_data() -> None:
+    labels = vlm_batch(tiny.model(), ROWS)["labels"]
+    assert planner(settings=tiny.settings()).shape == RowShape(labels.shape[1], 1, int((labels[0] != IGNORE).sum()))
 
 
 @pytest.mark.long
@@ -414,7 +432,7 @@ def test_what_cannot_run_is_refused() -> None:
     with pytest.raises(InputError, match="nothing is trained"):
         planner(trainable={"vision": "none", "projector": "none", "language": "none"}).plan("ddp", False)
     with pytest.raises(InputError, match="a plan uses no network"):
-        known_architecture(replace(wide(), language=replace(wide().language, name="nobody/nothing")))
+        known_settings(replace(wide(), language=replace(wide().language, name="nobody/nothing")))
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="verify=true runs steps on a GPU"):
             verify.verify(planner(), False)

@@ -17,12 +17,12 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.planning import memory, quantized_memory, verify
-from vlmvqa.extras.planning.batches import Rows, dummy_batch, vlm_batch
+from vlmvqa.extras.planning.batches import Rows, dummy_batch, num_image_tokens
 from vlmvqa.extras.planning.gpus import GIB, GPUS
 from vlmvqa.extras.planning.memory import Precision, build_on_meta, build_random, measure
 from vlmvqa.extras.planning.memory_tracker import MemoryTracker
 from vlmvqa.extras.planning.planner import STRATEGIES, Planner, Training
-from vlmvqa.extras.planning.published_sizes import PUBLISHED, known_config, num_image_tokens, row_tokens
+from vlmvqa.extras.planning.published_sizes import PUBLISHED, known_config
 from vlmvqa.extras.planning.run import PlanConfig, build_planner
 from vlmvqa.extras.planning.strategy_memory import strategy_memory, weights_of
 from vlmvqa.extras.pretrained.model import PretrainedSettings
@@ -67,15 +67,17 @@ def published(name: str, adapt: AdapterSettings | None, **changes: Any) -> Plann
 )
 def test_published_sizes_need_no_network(name: str, parameters: int, tokens: int) -> None:
     settings = PretrainedSettings(name)
-    assert num_image_tokens(known_config(settings), settings) == tokens
+    assert num_image_tokens(settings) == tokens
     assert sum(weight.numel for weight in weights_of(build_on_meta(settings, ALL))) == parameters
 
 
 def test_a_row_is_one_question() -> None:
     whole = PretrainedSettings("HuggingFaceM4/idefics2-8b", image_splitting=False)
-    assert num_image_tokens(known_config(whole), whole) == 64
+    assert num_image_tokens(whole) == 64
     settings = PretrainedSettings("google/paligemma-3b-pt-224")
-    assert row_tokens(known_config(settings), settings, 64) == 328  # 256 + 2 + 63, in eights
+    assert (
+        planner(settings, None, ALL, rows=replace(ROWS, text_tokens=64)).shape.tokens == 328
+    )  # 256 + 2 + 63, in eights
     shape = planner(settings, None, ALL).shape
     assert (shape.images, shape.supervised) == (1, ROWS.answer_tokens)
 
@@ -145,13 +147,13 @@ def test_a_pass_without_data_holds_what_a_real_one_does(
 ) -> None:
     settings = tiny_settings(name, image_splitting=True if name == "idefics2" else None)
     plans = planner(settings, adapt, trainable)
-    profile = measure(plans.model, plans.shape, Precision(None, False), checkpointing, settings)
+    profile = measure(plans.model, settings, plans.shape, Precision(None, False), checkpointing)
     model = build_random(settings).train()
     peft_adapters.prepare(model, trainable, adapt)
     if checkpointing:
         model.checkpoint_activations()
     for rows in (3, 8):
-        batch = dummy_batch(model, plans.shape, rows, settings)
+        batch = dummy_batch(settings, plans.shape, rows)
         real = memory.profile(model, batch, plans.shape, Precision(None, False)).at(rows)
         planned = profile.at(rows)
         for held in ("kept", "activations", "decoder_peak", "peak_and_gradients"):
@@ -168,8 +170,7 @@ def test_weights_in_four_bits_are_whole_while_they_are_multiplied_with(family: s
     planned = plans.profile(STRATEGIES["ddp"], False).at(4)
     model = build_random(settings).train()
     peft_adapters.prepare(model, NONE, adapt)
-    own = family == "own"
-    batch = vlm_batch(model, ROWS) if own else dummy_batch(model, plans.shape, 4, settings)  # type: ignore[arg-type]
+    batch = dummy_batch(settings, plans.shape, 4)
     real = memory.profile(model, batch, plans.shape, Precision(None, False)).at(4)
     assert planned.kept == pytest.approx(real.kept, rel=0.05)
     assert planned.decoder_peak == pytest.approx(real.decoder_peak, rel=0.1)
@@ -185,7 +186,7 @@ def test_the_worst_moment_is_that_of_a_real_run(checkpointing: bool) -> None:
     peft_adapters.prepare(model, NONE, adapt)
     if checkpointing:
         model.checkpoint_activations()
-    batch: dict[str, Tensor] = dummy_batch(model, plans.shape, 4, settings)
+    batch: dict[str, Tensor] = dummy_batch(settings, plans.shape, 4)
     tracker = MemoryTracker()
     tracker.exclude([*model.parameters(), *model.buffers()])
     tracker.include(batch.values())

@@ -22,18 +22,14 @@ def attach_adapters(config: TrainConfig, trained: TrainedModel, device: torch.de
     """Freeze the model except for the parts that `trainable` names, and attach the adapters of `adapt`.
 
     Returns:
-        the base model of the adapters, if no folder holds it yet.
+        the base model of the adapters, if no folder holds it yet: it is random, or built from parts.
     """
     settings = config.adapt
     assert settings is not None
     _refuse_trainable_parts(config, settings)
-    unsaved = None
-    if trained.started_from is not None:
-        base, known = trained.started_from["model"], trained.started_from["weights"]
-    else:  # random, or built from parts: no folder holds it yet
-        base, known = f"../{checkpoint.BASE}", ""
-        unsaved = Base(trained)
-    trained.adapter = Adapter(settings, base, known)
+    unsaved = Base(trained) if trained.started_from is None else None
+    base = trained.started_from or {"model": f"../{checkpoint.BASE}", "weights": ""}
+    trained.adapter = Adapter(settings, base["model"], base["weights"])
     paths = peft_adapters.prepare(trained.model, config.trainable, settings, device)
     ranks.print_on_rank0(peft_adapters.describe(trained.model, settings, paths))
     return unsaved
@@ -69,10 +65,11 @@ class Base:
 
         An existing folder belongs to a run that ended before its first checkpoint, perhaps with another seed.
         """
-        if not resumed:
-            ranks.broadcast_from_rank0(lambda: self._replace(folder))
-        return fingerprint.weights_in(folder)
 
-    def _replace(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        self.trained.save(folder, self.weights)
+        def replace_base() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.trained.save(folder, self.weights)
+
+        if not resumed:
+            ranks.broadcast_from_rank0(replace_base)
+        return fingerprint.weights_in(folder)

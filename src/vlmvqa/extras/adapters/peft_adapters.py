@@ -11,7 +11,9 @@ config.json                                      the base with its fingerprint, 
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -39,19 +41,9 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The `adapt` group.
+    """The `adapt` group; conf/adapt/lora.yaml documents its keys.
 
-    Attributes:
-        method: "lora" or "dora".
-        rank: columns of B, rows of A.
-        alpha: alpha / rank is the scale of the product B A.
-        dropout: dropout on the input of A.
-        targets: patterns of the paths of the linear layers that get adapters; paths begin with vision, projector or
-            language, and `*` matches anything.
-        bits: 4 to store the linear layers of all blocks in 4 bits (null: no quantization).
-        quantization: type of the 4-bit weights, "nf4" or "fp4" (Dettmers et al. 2023).
-        double_quantization: whether the scales are quantized too, which saves 0.37 bits per weight.
-        compute_dtype: data type in which 4-bit weights are multiplied.
+    4-bit weights: Dettmers et al. 2023. Double quantization saves 0.37 bits per weight.
     """
 
     method: str = "lora"
@@ -107,18 +99,9 @@ def prepare(
     settings: AdapterSettings | None,
     device: torch.device | str = "cpu",
 ) -> list[str]:
-    """Attach adapters, and set which parameters train.
+    """Attach adapters, if there are `settings`, and set which parameters train; arguments and result as in `attach`.
 
-    Args:
-        trainable: a choice per part (`interface.set_trainable`); with adapters, "all" trains a part as well.
-        settings: settings of the adapters (None: no adapters).
-        device: device on which weights are quantized.
-
-    Returns:
-        The paths of the modules that got an adapter.
-
-    Raises:
-        InputError: see `attach`.
+    `trainable` has a choice per part (`interface.set_trainable`); with adapters, "all" trains a part as well.
     """
     paths = [] if settings is None else attach(model, settings, device)
     chosen = {part: choice for part, choice in trainable.items() if settings is None or choice == "all"}
@@ -140,7 +123,7 @@ def attach(model: Model, settings: AdapterSettings, device: torch.device | str =
     Raises:
         InputError: peft or bitsandbytes is not installed, a pattern matches nothing, or peft changed other modules.
     """
-    peft = _peft()
+    peft = _imported("peft", "adapt")
     host = model.adapter_host
     paths = _chosen(model, settings.targets)
     model.requires_grad_(False)
@@ -159,8 +142,7 @@ def attach(model: Model, settings: AdapterSettings, device: torch.device | str =
         if "lora_" in name:  # peft creates them in the base's type, which rounds small steps away
             parameter.data = parameter.data.float()
     got = {name for name, module in host.named_modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)}
-    wrong = sorted(got ^ set(paths.values()))
-    if wrong:
+    if wrong := sorted(got ^ set(paths.values())):
         raise InputError(
             f"adapt.targets: {wrong[0]} {'got' if wrong[0] in got else 'did not get'} an adapter, contrary "
             "to the config; please report it with the command"
@@ -190,13 +172,9 @@ def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def describe(model: Model, settings: AdapterSettings, paths: Sequence[str]) -> str:
     """Return a summary: the modules with adapters, the number of their parameters, and the quantized layers."""
-    kinds: dict[str, int] = {}
-    for path in paths:
-        kind = ".".join("*" if word.isdigit() else word for word in path.split("."))
-        kinds[kind] = kinds.get(kind, 0) + 1
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     lines = [f"{settings.method} of rank {settings.rank}, alpha {settings.alpha:g}: {adapters:,} parameters on"]
-    lines += [f"  {count:>4} x {kind}" for kind, count in kinds.items()]
+    lines += [f"  {count:>4} x {kind}" for kind, count in Counter(map(_kind, paths)).items()]
     if settings.bits == 4:
         packed: list[Any] = [module for module in model.modules() if hasattr(module, "quant_storage")]
         numel = sum(module.in_features * module.out_features for module in packed)
@@ -218,19 +196,17 @@ def quantize(model: Model, settings: AdapterSettings, device: torch.device | str
     A layer that cannot be dequantized correctly is left unchanged: on CPUs with AVX-512, bitsandbytes 0.50 mixes up
     the scales if the width is not a multiple of 64.
     """
-    bitsandbytes = _bitsandbytes()
-    dtype = getattr(torch, settings.compute_dtype)
     host = model.adapter_host
     for name in packable(model):
         linear: Any = host.get_submodule(name)
-        weight = _packed(linear.weight, settings, None).to(device)
+        weight = _packed(linear.weight, settings, device)
         if not _reads_back(weight):
             continue
-        packed = bitsandbytes.nn.Linear4bit(
+        packed = _bitsandbytes().nn.Linear4bit(
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
-            compute_dtype=dtype,
+            compute_dtype=getattr(torch, settings.compute_dtype),
             compress_statistics=settings.double_quantization,
             quant_type=settings.quantization,
             device="meta",
@@ -251,19 +227,19 @@ def packable(model: Model) -> list[str]:
 
 def through_four_bits(weight: Tensor, settings: AdapterSettings) -> Tensor:
     """Return a weight quantized to 4 bits and dequantized: `[out, in]`, in the same type."""
-    packed = _packed(weight, settings, None).to(weight.device)
+    packed = _packed(weight, settings, weight.device)
     return dequantize(packed) if _reads_back(packed) else weight
 
 
-def _packed(weight: Tensor, settings: AdapterSettings, module: Any) -> Any:
-    """Return the weight of a 4-bit layer; it is quantized when it is moved to a device."""
-    return _bitsandbytes().nn.Params4bit(
+def _packed(weight: Tensor, settings: AdapterSettings, device: torch.device | str) -> Any:
+    """Return the weight of a 4-bit layer."""
+    packed = _bitsandbytes().nn.Params4bit(
         weight.detach(),
         requires_grad=False,
         compress_statistics=settings.double_quantization,
         quant_type=settings.quantization,
-        module=module,
     )
+    return packed.to(device)  # which quantizes it
 
 
 def _reads_back(packed: Any) -> bool:
@@ -284,12 +260,7 @@ def dequantize(weight: Tensor) -> Tensor:
 
 
 def save(folder: Path, model: Model, base: str, weights: Mapping[str, Tensor]) -> None:
-    """Write peft's two files.
-
-    Args:
-        base: hub id or folder of the base.
-        weights: the trained weights by parameter name, unsharded.
-    """
+    """Write peft's two files, with the trained `weights` by parameter name, unsharded."""
     named = {peft_name(model.saved_name(name)): weight.contiguous() for name, weight in weights.items()}
     save_file(named, folder / WEIGHTS)
     host = model.adapter_host
@@ -317,24 +288,20 @@ def load(folder: Path, model: Model) -> None:
         saved = {peft_name(name): weight for name, weight in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} cannot be read ({error}); copy or save the adapter again") from error
-    here = dict(model.named_parameters())
-    named = {peft_name(model.saved_name(name)): name for name in here}
-    expected = {saved_as for saved_as in named if "lora_" in saved_as}
-    missing, odd = sorted(expected - saved.keys()), sorted(saved.keys() - named.keys())
+    here = {peft_name(model.saved_name(name)): (name, parameter) for name, parameter in model.named_parameters()}
+    missing = sorted(name for name in here if "lora_" in name and name not in saved)
+    odd = sorted(saved.keys() - here.keys())
     if missing or odd:
-        raise InputError(
-            f"{path} is of another model: "
-            + (f"it holds nothing for {missing[0]}" if missing else f"there is no {odd[0]} here")
-        )
-    keep_float32(model, {model.part_of(named[name]) for name in saved if "lora_" not in name})
-    with torch.no_grad():
-        for name, weight in saved.items():
-            parameter = here[named[name]]
-            if parameter.shape != weight.shape:
-                raise InputError(
-                    f"{path} is of another model: {name} has shape {tuple(weight.shape)}, here {tuple(parameter.shape)}"
-                )
-            parameter.data = weight.to(parameter.device, parameter.dtype)
+        reason = f"it holds nothing for {missing[0]}" if missing else f"there is no {odd[0]} here"
+        raise InputError(f"{path} is of another model: {reason}")
+    keep_float32(model, {model.part_of(here[name][0]) for name in saved if "lora_" not in name})
+    for name, weight in saved.items():
+        parameter = here[name][1]
+        if parameter.shape != weight.shape:
+            raise InputError(
+                f"{path} is of another model: {name} has shape {tuple(weight.shape)}, here {tuple(parameter.shape)}"
+            )
+        parameter.data = weight.to(parameter.device, parameter.dtype)
 
 
 def _chosen(model: Model, patterns: Sequence[str]) -> dict[str, str]:
@@ -352,14 +319,19 @@ def _chosen(model: Model, patterns: Sequence[str]) -> dict[str, str]:
     for pattern in patterns:
         found = {path: name for path, name in linears.items() if fnmatchcase(path, pattern)}
         if not found:
-            kinds = sorted({".".join("*" if word.isdigit() else word for word in path.split(".")) for path in linears})
-            near = suggest(pattern, kinds)
+            kinds = sorted(set(map(_kind, linears)))
+            more = f" and {len(kinds) - 12} more kinds" if len(kinds) > 12 else ""
             raise InputError(
-                f"adapt.targets: {pattern} matches no linear layer{near}; there are {', '.join(kinds[:12])}"
-                + (f" and {len(kinds) - 12} more kinds" if len(kinds) > 12 else "")
+                f"adapt.targets: {pattern} matches no linear layer{suggest(pattern, kinds)}; "
+                f"there are {', '.join(kinds[:12])}{more}"
             )
         chosen |= found
     return chosen
+
+
+def _kind(path: str) -> str:
+    """Return a module's path with `*` for the numbers of blocks."""
+    return ".".join("*" if word.isdigit() else word for word in path.split("."))
 
 
 def weights_file(folder: Path) -> Path:
@@ -380,17 +352,12 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(getattr(value, "value", value))
 
 
-def _peft() -> Any:
+def _imported(package: str, setting: str) -> Any:
     try:
-        import peft
+        return importlib.import_module(package)
     except ImportError as error:
-        raise InputError("adapt needs peft; install it with: pip install 'vlmvqa[adapters]'") from error
-    return peft
+        raise InputError(f"{setting} needs {package}; install it with: pip install 'vlmvqa[adapters]'") from error
 
 
 def _bitsandbytes() -> Any:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise InputError("adapt.bits=4 needs bitsandbytes; install it with: pip install 'vlmvqa[adapters]'") from error
-    return bitsandbytes
+    return _imported("bitsandbytes", "adapt.bits=4")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmvqa.errors import InputError, counted
-from vlmvqa.extras.feature_cache.store import STORED, bytes_per_image, file_size
+from vlmvqa.extras.feature_cache.store import bytes_per_image
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,14 @@ class Forecast:
     @property
     def bytes(self) -> int:
         """Size of all features."""
-        return self.images * bytes_per_image(self.shape, STORED[self.dtype][0])
+        return self.images * bytes_per_image(self.shape, self.dtype)
 
     def __str__(self) -> str:
-        per_image = format_size(bytes_per_image(self.shape, STORED[self.dtype][0]))
         present = f", {format_size(self.present)} of them already present" if self.present else ""
         return (
             f"{counted(self.images, 'image')} of {self.shape[0]} tokens x {self.shape[1]} numbers in {self.dtype}, "
-            f"{per_image} each: {format_size(self.bytes)} of features in {self.folder}{present}; "
-            f"{format_size(self.free)} are free"
+            f"{format_size(bytes_per_image(self.shape, self.dtype))} each: {format_size(self.bytes)} of features in "
+            f"{self.folder}{present}; {format_size(self.free)} are free"
         )
 
     def refuse(self) -> None:
@@ -55,7 +54,7 @@ class Forecast:
 def forecast(folder: Path, images: int, shape: tuple[int, int], dtype: str) -> Forecast:
     """Return the size of the features of a number of images in `folder`; `shape` is N and Dv."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    present = sum(map(file_size, folder.glob("shard-*")))
+    present = sum(path.stat().st_size for path in folder.glob("shard-*"))
     return Forecast(folder, images, shape, dtype, present, shutil.disk_usage(existing).free)
 
 

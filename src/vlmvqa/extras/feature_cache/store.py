@@ -16,7 +16,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -75,16 +75,15 @@ class FeatureKey:
     def differences(self, found: FeatureKey) -> list[str]:
         """Return how stored features differ from this key: `the image size was 224, is now 448`."""
         texts = ["the encoder's weights differ"] if found.weights != self.weights else []
-        before, now = found._settings(), self._settings()
+        before, now = (
+            {"encoder": key.encoder, "dtype": key.dtype, **{f"image {k}": v for k, v in key.transform.items()}}
+            for key in (found, self)
+        )
         return texts + [
             f"the {name} was {before.get(name)}, is now {now.get(name)}"
             for name in sorted({*before, *now})
             if before.get(name) != now.get(name)
         ]
-
-    def _settings(self) -> dict[str, Any]:
-        image = {f"image {name}": value for name, value in self.transform.items()}
-        return {"encoder": self.encoder, "dtype": self.dtype, **image}
 
 
 class FeatureStore:
@@ -96,20 +95,19 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
-        shards = index["shards"]
+        shards, dtype = index["shards"], index["key"]["dtype"]
         self.folder = folder
         self.shape: tuple[int, int] = tuple(index["shape"])
-        self.dtype, self._code = STORED[index["key"]["dtype"]]
+        self.dtype, self._code = STORED[dtype]
         self.checksums: dict[ImageId, int] = dict(index["samples"])
-        self.left_out: dict[ImageId, str] = {image: why for shard in shards for image, why in shard["left_out"]}
+        self.left_out: dict[ImageId, str] = dict(chain.from_iterable(shard["left_out"] for shard in shards))
+        stored = chain.from_iterable(shard["ids"] for shard in shards)
+        self._rows: dict[ImageId, int] = {image: row for row, image in enumerate(stored)}
         self._starts = [0, *accumulate(len(shard["ids"]) for shard in shards)]
-        self._rows: dict[ImageId, int] = {}
-        for shard in shards:
-            self._rows |= {image: row for row, image in enumerate(shard["ids"], start=len(self._rows))}
         self._maps: dict[int, Any] = {}
         for number, shard in enumerate(shards):
             path = shard_path(folder, number)
-            size, expected = file_size(path), len(shard["ids"]) * bytes_per_image(self.shape, self.dtype)
+            size, expected = file_size(path), len(shard["ids"]) * bytes_per_image(self.shape, dtype)
             if size != expected:
                 raise InputError(
                     f"{path} has {size:,} bytes instead of {expected:,}; run the command that computed them again"
@@ -221,9 +219,9 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.bin"
 
 
-def bytes_per_image(shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Return the size of N x Dv numbers."""
-    return shape[0] * shape[1] * dtype.itemsize
+def bytes_per_image(shape: tuple[int, int], dtype: str) -> int:
+    """Return the size of N x Dv numbers of a data type of `STORED`."""
+    return shape[0] * shape[1] * STORED[dtype][0].itemsize
 
 
 def file_size(path: Path) -> int:

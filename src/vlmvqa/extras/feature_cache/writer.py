@@ -10,17 +10,18 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from vlmvqa.data.example import Example
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.extras.feature_cache.image_batches import ImageBatch, load_batches
 from vlmvqa.extras.feature_cache.store import (
     FORMAT,
     INDEX,
@@ -48,12 +49,10 @@ class WriteOptions:
     """How features are computed and stored.
 
     Attributes:
-        batch_size: images encoded at a time.
         workers: number of processes that decode images.
         overwrite: whether to replace features of other images or another key.
         shard_bytes: maximum size of a shard, unless a single image is larger. A killed run loses at most one shard: 680
             images of DINOv2-B at 224 in bfloat16 by default.
-        progress: whether to show a progress bar.
     """
 
     batch_size: int = 64
@@ -65,6 +64,26 @@ class WriteOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.workers < 0:
             raise InputError(f"batch_size={self.batch_size} workers={self.workers}: use at least 1 image, 0 workers")
+
+
+class _Images(Dataset[Tensor | str]):
+    """Decoded images by id, or error messages: the main process applies the policy for bad records."""
+
+    def __init__(self, images: Mapping[ImageId, Example], load_image: Callable[[Example], Tensor]) -> None:
+        self.images, self.load_image = images, load_image
+
+    def __getitem__(self, image_id: ImageId) -> Tensor | str:
+        try:
+            return self.load_image(self.images[image_id])
+        except InputError as error:
+            return str(error)
+
+
+def _collate(items: Sequence[Tensor | str]) -> tuple[Tensor, list[str | None]]:
+    """Return the readable images, `float[I, 3, H, H]`, and every image's error or None."""
+    readable = [item for item in items if isinstance(item, Tensor)]
+    errors = [item if isinstance(item, str) else None for item in items]
+    return torch.stack(readable) if readable else torch.empty(0), errors
 
 
 def unique_images(examples: Iterable[Example]) -> dict[ImageId, Example]:
@@ -101,20 +120,29 @@ def write(
     if not images:
         raise InputError("the split has no images; check split and data.max_train_samples")
     ids, checksums = list(images), sample_checksums(list(images.values()))
-    image_bytes = bytes_per_image(shape, STORED[key.dtype][0])
+    image_bytes = bytes_per_image(shape, key.dtype)
     shard_images = max(1, options.shard_bytes // image_bytes)
     shard_images = _prepare_folder(folder, key, ids, checksums, shard_images, options.overwrite)
     shards = _chunks(ids, shard_images)
-    records = [_finished_shard(folder, number, shard, image_bytes, bad_records) for number, shard in enumerate(shards)]
-    todo = {number: _chunks(shards[number], options.batch_size) for number, done in enumerate(records) if done is None}
-    batches = [batch for shard_batches in todo.values() for batch in shard_batches]
-    loaded = load_batches(images, batches, load_image, options.workers, next(vision.parameters()).is_cuda)
+    records = [_finished_shard(folder, number, image_bytes, bad_records) for number in range(len(shards))]
+    todo = {n: _chunks(shards[n], options.batch_size) for n, record in enumerate(records) if record is None}
+    batches = list(chain.from_iterable(todo.values()))
+    loaded: Iterator[tuple[Tensor, list[str | None]]] = iter(
+        DataLoader(
+            _Images(images, load_image),
+            batch_sampler=batches,
+            collate_fn=_collate,
+            num_workers=options.workers,
+            pin_memory=next(vision.parameters()).is_cuda,
+            generator=torch.Generator(),  # leaves the global random state unchanged
+        )
+    )
     initial = len(ids) - sum(map(len, batches))
     progress = bar(doing="encoding", unit="images", total=len(ids), shown=options.progress, initial=initial)
     vision.eval()
     with progress, torch.inference_mode():
         for number, shard_batches in todo.items():
-            encoded = (_encode(vision, batch, next(loaded), key.dtype, bad_records) for batch in shard_batches)
+            encoded = (_encode(vision, batch, *next(loaded), key.dtype, bad_records) for batch in shard_batches)
             records[number] = _write_shard(folder, number, encoded, progress.update)
     if not any(record["ids"] for record in records if record):
         raise InputError("none of the images could be read; see the list of skipped records")
@@ -159,9 +187,7 @@ def _prepare_folder(
     return shard_images
 
 
-def _finished_shard(
-    folder: Path, number: int, ids: Sequence[ImageId], image_bytes: int, bad_records: BadRecords
-) -> ShardRecord | None:
+def _finished_shard(folder: Path, number: int, image_bytes: int, bad_records: BadRecords) -> ShardRecord | None:
     """Return the record of a complete shard; None if the shard has to be written."""
     path = shard_path(folder, number)
     if not path.with_suffix(".json").exists():
@@ -169,8 +195,7 @@ def _finished_shard(
     record = read_json(path.with_suffix(".json"))
     if record["left_out"] and bad_records.policy == "error":
         return None  # read the skipped images again: they are fixed, or an error now
-    complete = len(record["ids"]) + len(record["left_out"]) == len(ids)
-    if not complete or file_size(path) != image_bytes * len(record["ids"]):
+    if file_size(path) != image_bytes * len(record["ids"]):
         return None
     for _, why in record["left_out"]:
         bad_records.add_error(InputError(why))
@@ -178,18 +203,22 @@ def _finished_shard(
 
 
 def _encode(
-    vision: VisionEncoder, ids: Sequence[ImageId], batch: ImageBatch, dtype: str, bad_records: BadRecords
+    vision: VisionEncoder,
+    ids: Sequence[ImageId],
+    pixel_values: Tensor,
+    errors: Sequence[str | None],
+    dtype: str,
+    bad_records: BadRecords,
 ) -> tuple[bytes, ShardRecord]:
     """Return a batch's features as stored bytes, and its part of the shard's record."""
-    left_out = [(image, why) for image, why in zip(ids, batch.errors, strict=True) if why is not None]
+    left_out = [(image, why) for image, why in zip(ids, errors, strict=True) if why is not None]
     for _, why in left_out:
         bad_records.add_error(InputError(why))
-    kept = [image for image, why in zip(ids, batch.errors, strict=True) if why is None]
+    kept = [image for image, why in zip(ids, errors, strict=True) if why is None]
     content = b""
     if kept:
         weight = next(vision.parameters())
-        pixel_values = batch.pixel_values.to(weight.device, weight.dtype, non_blocking=True)
-        features = vision(pixel_values).to(STORED[dtype][0])
+        features = vision(pixel_values.to(weight.device, weight.dtype, non_blocking=True)).to(STORED[dtype][0])
         finite = features.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise InputError(

@@ -38,12 +38,18 @@ class AdapterDelta:
             self.entries[peft_adapters.peft_name(entry.key).removeprefix(peft_adapters.PEFT_PREFIX)] = entry
         self.adapted = {key.removesuffix(DOWN) + ".weight" for key in self.entries if key.endswith(DOWN)}
         self.full = {key for key in self.entries if ".lora_" not in key}
+        shapes = {name: list(self.entries[name].shape) for name in self.full}
         for name in self.adapted:
             module = name.removesuffix(".weight")
             rows = self.entries[module + UP].shape[0] if module + UP in self.entries else 0
-            self._check_shape(base, name, [rows, self.entries[module + DOWN].shape[-1]])
-        for name in self.full:
-            self._check_shape(base, name, list(self.entries[name].shape))
+            shapes[name] = [rows, self.entries[module + DOWN].shape[-1]]
+        for name, shape in shapes.items():
+            there = base.entries.get(name)
+            if there is None or list(there.shape) != shape:
+                reason = "does not exist there" if there is None else f"is {list(there.shape)} there, {shape} here"
+                raise InputError(
+                    f"{self.file} belongs to another model than {base.folder}: {name} {reason}; name its base"
+                )
 
     def changes(self, name: str) -> bool:
         """See `Weights.changes`."""
@@ -70,19 +76,11 @@ class AdapterDelta:
     def _read(self, name: str, rows: slice = slice(None)) -> Tensor:
         return read_rows(self.file, self.entries[name].key, rows)
 
-    def _check_shape(self, base: Weights, name: str, shape: list[int]) -> None:
-        entry = base.entries.get(name)
-        if entry is None or list(entry.shape) != shape:
-            reason = "does not exist there" if entry is None else f"is {list(entry.shape)} there, {shape} here"
-            raise InputError(f"{self.file} belongs to another model than {base.folder}: {name} {reason}; name its base")
-
 
 class DequantizedWeights(Weights):
     """Base weights as seen by adapters trained over 4 bits: quantized and dequantized; the others in the model's dtype.
 
     Args:
-        folder: Folder of the saved base.
-        model_name: See `Weights`.
         quantized: Names of the weights that were quantized to 4 bits.
         settings: Settings of the adapters.
         dtype: Dtype of the model that the adapters were trained with.

@@ -46,7 +46,6 @@ class Weights:
     """The tensors of a saved model by name, in file order.
 
     Args:
-        folder: Folder of the saved model.
         model_name: Maps a tensor's name in the file to its name in the model, or to None to skip it.
 
     Raises:

@@ -16,11 +16,9 @@ from vlmvqa.sequence.rows import IGNORE
 
 @dataclass(frozen=True)
 class LogitDiff:
-    """Difference between the logits of two models.
+    """Difference between the logits of two models at the answers' tokens and EOS.
 
     Attributes:
-        questions: Number of questions.
-        positions: Number of positions compared: answer tokens and EOS.
         largest: Largest absolute difference of a logit.
         range: Largest absolute logit of the first model.
         other_choices: Positions where the models disagree on the most likely token.
@@ -47,11 +45,9 @@ def split_questions(examples: Sequence[Example], limit: int) -> list[Example]:
 
 @torch.no_grad()
 def answer_logits(predictor: Predictor, examples: Sequence[Example]) -> list[Tensor]:
-    """Return the logits at the answer positions of each question, float32[S, V].
+    """Return the logits at the answer positions of each example's only question, float32[S, V].
 
-    Args:
-        predictor: The model with its processor.
-        examples: Examples with one question each; "yes" replaces a missing answer.
+    "yes" replaces a missing answer.
     """
     model, processor = predictor.model.eval(), predictor.processor
     device = next(model.parameters()).device

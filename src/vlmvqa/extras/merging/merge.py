@@ -15,7 +15,6 @@ from torch import Tensor
 
 from vlmvqa import fingerprint
 from vlmvqa.errors import InputError
-from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.merging import files, methods, validation
 from vlmvqa.extras.merging.adapter_delta import AdapterDelta, DequantizedWeights
 from vlmvqa.extras.merging.files import FLOATS, Weights
@@ -30,6 +29,14 @@ from vlmvqa.ranks import bar
 
 CARD = "README.md"  # the base's model card, whose scores aren't those of the merged model
 PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+COMBINE = {  # what each method does with the models' weights or kept changes
+    "linear": methods.linear,
+    "slerp": methods.weighted_sum,
+    "task_arithmetic": methods.weighted_sum,
+    "dare_linear": methods.weighted_sum,
+    "ties": methods.ties,
+    "dare_ties": methods.ties,
+}
 
 
 class Merge:
@@ -99,7 +106,8 @@ class Merge:
                 "the adapters' training, dequantized): a merged model has full weights"
             )
         settings = list(self.adapters.values())
-        if not settings or not all(one.bits for one in settings) or len(set(map(_quantization, settings))) > 1:
+        kinds = {(one.bits, one.quantization, one.double_quantization) for one in settings}
+        if len(kinds) != 1 or not settings[0].bits:
             raise InputError("into=dequantized: not all models are adapters over the same 4-bit weights; use into=full")
         dtypes = {read_config(one)["model"]["dtype"] for one in self.adapters}
         if len(dtypes) > 1:
@@ -119,8 +127,8 @@ class Merge:
         if self.settings.needs_base or self.adapters:
             folder = self.base.folder
             return {"model": str(folder), "weights": fingerprint.weights_in(folder)}
-        recorded = [validation.own_config(read_config(model.folder)).get("started_from") for model in self.models]
-        return recorded[0] if all(one == recorded[0] for one in recorded) else None
+        first, *others = (validation.own_config(model.folder).get("started_from") for model in self.models)
+        return first if all(other == first for other in others) else None
 
     def _copy_other_files(self, folder: Path) -> None:
         """Copy the base's other files, then write `config.json`: a folder with `config.json` is complete."""
@@ -146,52 +154,39 @@ class Merge:
 
     def _merged(self, name: str) -> Iterator[Tensor]:
         """Yield the chunks of a merged tensor, float32[n]."""
-        path = self.names.path(name)
-        weights = torch.tensor(self.settings.model_weights(path, len(self.models)))
-        part = path.partition(".")[0]
-        statistics = self.statistics.setdefault(part, MergeStatistics()) if self.knows_base else None
-        if self.settings.method == "linear":
-            for values in self._values(name, statistics):
-                yield methods.linear(values, weights)
-        elif self.settings.method == "slerp":
-            first, second = self._slerp_shares(name, float(weights[1] / weights.sum()))
-            for values in self._values(name, statistics):
-                yield first * values[0] + second * values[1]
-        else:
-            assert statistics is not None
-            yield from self._merged_deltas(name, weights, statistics)
-
-    def _merged_deltas(self, name: str, weights: Tensor, statistics: MergeStatistics) -> Iterator[Tensor]:
-        settings = self.settings
-        if not any(model.changes(name) for model in self.models):
-            for chunk in self.base.chunks(name):
-                statistics.add_base(chunk, len(self.models))
-                yield chunk
-            return
+        settings, path = self.settings, self.names.path(name)
+        weights = torch.tensor(settings.model_weights(path, len(self.models)))
+        statistics = MergeStatistics(len(self.models))
+        if self.knows_base:
+            statistics = self.statistics.setdefault(path.partition(".")[0], statistics)
         thresholds = None
         if settings.method == "ties":
             thresholds = torch.tensor(self.thresholds or self._thresholds([name]))
+        elif settings.method == "slerp":
+            weights = torch.tensor(self._slerp_shares(name, float(weights[1] / weights.sum())))
+        combine = COMBINE[settings.method]
         generators = [_generator(settings.seed, name, number) for number in range(len(self.models))]
-        combine = methods.ties if settings.method.endswith("ties") else methods.task_arithmetic
+        unchanged = settings.needs_base and not any(model.changes(name) for model in self.models)
         for rows in self.base.row_slices(name):
             base = self.base.read(name, rows)
-            deltas = torch.stack([model.delta(name, rows, base) for model in self.models])
-            kept = deltas
-            if thresholds is not None:
-                kept = methods.trim(deltas, thresholds)
-            elif settings.method.startswith("dare"):
-                kept = methods.drop_and_rescale(deltas, settings.density, generators)
-            statistics.add(base, deltas, kept)
-            yield base + settings.scale * combine(kept, weights)
-
-    def _values(self, name: str, statistics: MergeStatistics | None = None) -> Iterator[Tensor]:
-        """Yield the chunks of all models, float32[M, n]; add their deltas to `statistics`."""
-        for rows in self.base.row_slices(name):
-            base = self.base.read(name, rows)
-            values = torch.stack([model.value(name, rows, base) for model in self.models])
-            if statistics is not None:
-                statistics.add(base, values - base, values - base)
-            yield values
+            if unchanged:
+                statistics.add_base(base)
+                yield base
+                continue
+            if not settings.needs_base:
+                values = torch.stack([model.value(name, rows, base) for model in self.models])
+                kept = deltas = values - base
+                merged = combine(values, weights)
+            else:
+                kept = deltas = torch.stack([model.delta(name, rows, base) for model in self.models])
+                if thresholds is not None:
+                    kept = methods.trim(deltas, thresholds)
+                elif settings.method.startswith("dare"):
+                    kept = methods.drop_and_rescale(deltas, settings.density, generators)
+                merged = base + settings.scale * combine(kept, weights)
+            if self.knows_base:
+                statistics.add(base, deltas, kept)
+            yield merged
 
     def _thresholds(self, names: Sequence[str]) -> list[float]:
         """Return the smallest kept magnitude of each model's deltas over these tensors."""
@@ -211,16 +206,13 @@ class Merge:
 
     def _slerp_shares(self, name: str, share: float) -> tuple[float, float]:
         dot = first = second = 0.0
-        for values in self._values(name):
-            one, other = values.double()
+        for rows in self.base.row_slices(name):
+            base = self.base.read(name, rows)
+            one, other = (model.value(name, rows, base).double() for model in self.models)
             dot += float(one @ other)
             first += float(one @ one)
             second += float(other @ other)
         return methods.slerp_shares(dot, (sqrt(first), sqrt(second)), share)
-
-
-def _quantization(settings: AdapterSettings) -> tuple[Any, ...]:
-    return settings.bits, settings.quantization, settings.double_quantization
 
 
 def _generator(seed: int, name: str, model: int) -> torch.Generator:

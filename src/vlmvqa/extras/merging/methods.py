@@ -16,18 +16,13 @@ PARALLEL = 0.9995
 
 
 def linear(values: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted mean of the models (model soups, Wortsman et al. 2022).
-
-    Args:
-        values: Weights of the models, float[M, n].
-        weights: float[M]; they need not sum to 1.
-    """
-    return (weights[:, None] * values).sum(0) / weights.sum()
+    """Return the weighted mean of the models (model soups, Wortsman et al. 2022); `weights` need not sum to 1."""
+    return weighted_sum(values, weights) / weights.sum()
 
 
-def task_arithmetic(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sum of the deltas (Ilharco et al. 2023), to be added to the base."""
-    return (weights[:, None] * deltas).sum(0)
+def weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum; of deltas, to be added to the base, in task arithmetic (Ilharco et al. 2023)."""
+    return (weights[:, None] * values).sum(0)
 
 
 def trim(deltas: Tensor, thresholds: Tensor) -> Tensor:
@@ -35,30 +30,21 @@ def trim(deltas: Tensor, thresholds: Tensor) -> Tensor:
     return torch.where(deltas.abs() >= thresholds[:, None], deltas, 0.0)
 
 
-def elect(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Return the sign with the larger total magnitude at each entry, float[n]; 0 if equal: step 2 of TIES."""
-    return (weights[:, None] * deltas).sum(0).sign()
+def ties(deltas: Tensor, weights: Tensor) -> Tensor:
+    """Merge trimmed deltas with TIES (Yadav et al. 2023, algorithm 1); the paper has weights of 1.
 
-
-def disjoint_mean(deltas: Tensor, weights: Tensor, signs: Tensor) -> Tensor:
-    """Return the weighted mean over the models whose entry has the elected sign: step 3 of TIES."""
-    agrees = (deltas.sign() == signs) & (deltas != 0)
+    Each entry's sign is that of the larger total magnitude (step 2), its value the weighted mean over the models whose
+    entry has this sign (step 3).
+    """
+    agrees = (deltas.sign() == weighted_sum(deltas, weights).sign()) & (deltas != 0)
     shares = weights[:, None] * agrees
     return (shares * deltas).sum(0) / shares.sum(0).clamp(min=torch.finfo(deltas.dtype).tiny)
-
-
-def ties(deltas: Tensor, weights: Tensor) -> Tensor:
-    """Merge trimmed deltas with TIES (Yadav et al. 2023, algorithm 1); the paper has weights of 1."""
-    return disjoint_mean(deltas, weights, elect(deltas, weights))
 
 
 def drop_and_rescale(deltas: Tensor, density: float, generators: Iterable[torch.Generator]) -> Tensor:
     """Keep each entry with probability `density` and divide it by `density` (DARE, Yu et al. 2024).
 
-    Args:
-        deltas: float[M, n].
-        density: Share of entries to keep.
-        generators: One per model, so that a model's random numbers do not depend on the other models.
+    Each model has a generator of its own, so that its random numbers do not depend on the other models.
     """
     random = torch.stack([torch.rand(deltas.shape[1], generator=one) for one in generators])
     return torch.where(random < density, deltas / density, 0.0)
@@ -67,10 +53,7 @@ def drop_and_rescale(deltas: Tensor, density: float, generators: Iterable[torch.
 def slerp_shares(dot: float, norms: tuple[float, float], share: float) -> tuple[float, float]:
     """Return the factors of both tensors in slerp (Shoemake 1985); each tensor is one vector, as in mergekit.
 
-    Args:
-        dot: Dot product over all entries.
-        norms: Norms over all entries.
-        share: Weight of the second tensor, 0 to 1.
+    `dot` and `norms` are over all entries; `share` is the weight of the second tensor, 0 to 1.
     """
     product = norms[0] * norms[1]
     cosine = max(-1.0, min(1.0, dot / product)) if product else 1.0
@@ -86,25 +69,22 @@ def kth_magnitude(chunks: Callable[[], Iterable[Tensor]], kept: int) -> float:
     The bit pattern of a non-negative float32, read as an integer, has the same order: a histogram of the upper 16 bits
     finds the bin, and a histogram of the lower 16 bits within that bin finds the value.
 
-    Args:
-        chunks: Yields all entries as float32 chunks; called twice.
-        kept: 1 or more.
+    `chunks` is called twice; it yields all entries as float32 chunks.
     """
-    upper = torch.zeros(1 << 16, dtype=torch.int64)
-    for chunk in chunks():
-        upper += torch.bincount(_float_bits(chunk) >> 16, minlength=1 << 16)
-    if kept >= int(upper.sum()):
+
+    def histogram(half: Callable[[Tensor], Tensor]) -> Tensor:
+        """Count the 16-bit numbers that `half` returns; from each number on, summed over all higher ones."""
+        bits = (chunk.abs().flatten().view(torch.int32).long() for chunk in chunks())
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for chunk in bits:
+            counts += torch.bincount(half(chunk), minlength=1 << 16)
+        return counts.flip(0).cumsum(0).flip(0)
+
+    upper = histogram(lambda bits: bits >> 16)
+    if kept >= int(upper[0]):
         return 0.0
-    above = upper.flip(0).cumsum(0).flip(0)  # entries in this bin and all higher bins
-    index = int((above >= kept).nonzero()[-1])
-    missing = kept - (int(above[index]) - int(upper[index]))
-    lower = torch.zeros(1 << 16, dtype=torch.int64)
-    for chunk in chunks():
-        bits = _float_bits(chunk)
-        lower += torch.bincount(bits[bits >> 16 == index] & 0xFFFF, minlength=1 << 16)
-    within = int((lower.flip(0).cumsum(0).flip(0) >= missing).nonzero()[-1])
+    index = int((upper >= kept).nonzero()[-1])
+    missing = kept - int(upper[index + 1])  # index + 1 exists: a magnitude's first bit is 0
+    lower = histogram(lambda bits: bits[bits >> 16 == index] & 0xFFFF)
+    within = int((lower >= missing).nonzero()[-1])
     return float(torch.tensor((index << 16) | within, dtype=torch.int32).view(torch.float32))
-
-
-def _float_bits(values: Tensor) -> Tensor:
-    return values.abs().flatten().view(torch.int32).long()

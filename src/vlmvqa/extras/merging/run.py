@@ -20,10 +20,11 @@ from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.merging.logit_diff import answer_logits, logit_diff, split_questions
 from vlmvqa.extras.merging.merge import Merge
 from vlmvqa.extras.merging.settings import MergeSettings
-from vlmvqa.extras.merging.validation import adapter_settings, own_config
+from vlmvqa.extras.merging.validation import adapter_settings
 from vlmvqa.inference.predictor import load
 from vlmvqa.metrics.registry import check_scorable, metric, score
 from vlmvqa.models import checkpoint
+from vlmvqa.models.checkpoint import OURS
 from vlmvqa.paths import replace_file
 
 COMPARED = 16  # questions that an adapter over its base and the merged model are compared on
@@ -94,7 +95,7 @@ def merge_models(config: MergeConfig) -> None:
         "parts": {name: statistics.record() for name, statistics in merge.statistics.items()},
         "vlmvqa": __version__,
     }
-    _write(folder, record)
+    replace_file(folder / "merge.json", json.dumps(record, indent=2) + "\n")
     if record["parts"]:
         print(table(record["parts"], [config.adapter] if config.adapter else list(config.models)))
     if config.adapter and asked:
@@ -103,7 +104,7 @@ def merge_models(config: MergeConfig) -> None:
         record["scores"] = _scores(config, merge, folder, asked)
     elif why:
         print(f"nothing was compared: {why}")
-    _write(folder, record)
+    replace_file(folder / "merge.json", json.dumps(record, indent=2) + "\n")
     print(f"model: {folder}")
 
 
@@ -133,12 +134,12 @@ def table(counted: dict[str, Any], models: list[str]) -> str:
     """Return a table with a row per part and model: the norm of its change, and the share of it that was kept."""
     lines = [f"{'part':<12}{'model':<32}{'moved by, of the norm':>24}{'kept':>9}{'sign conflicts':>16}"]
     for part, one in counted.items():
-        for number, model in enumerate(models):
-            moved = one["norms_of_deltas"][number] / one["norm_of_base"] if one["norm_of_base"] else float("inf")
-            conflicts = f"{one['sign_conflicts']:.1%}" if number == 0 else ""
-            name = part if number == 0 else ""
-            kept = "-" if one["kept"][number] is None else f"{one['kept'][number]:.1%}"
-            lines.append(f"{name:<12}{model[-31:]:<32}{moved:>24.3%}{kept:>9}{conflicts:>16}")
+        first = f"{part:<12}", f"{one['sign_conflicts']:>16.1%}"
+        for model, norm, share in zip(models, one["norms_of_deltas"], one["kept"], strict=True):
+            moved = norm / one["norm_of_base"] if one["norm_of_base"] else float("inf")
+            kept = "-" if share is None else f"{share:.1%}"
+            lines.append(f"{first[0]}{model[-31:]:<32}{moved:>24.3%}{kept:>9}{first[1]}")
+            first = " " * 12, " " * 16
     return "\n".join(lines)
 
 
@@ -152,36 +153,29 @@ def _tasks(config: MergeConfig, merge: Merge) -> tuple[list[MergeTask], str | No
     if config.data is not None:
         named = {name or task.source: task for name, task in config.data.tasks.items()}
     else:
-        named, why = _own([model.folder for model in merge.models])
-        if why:
-            return [], f"{why}; give data="
-    prompts = own_config(merge.config).get("prompts", {})
+        named = {}
+        for folder in (model.folder for model in merge.models):
+            path = folder.parent / "config.yaml"
+            if folder.name != "model" or not path.is_file():
+                reason = f"{folder} is not in the folder of its run, whose config.yaml has its evaluation data"
+                return [], f"{reason}; give data="
+            for name, task in data_settings(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]).tasks.items():
+                name = name or task.source
+                if named.setdefault(name, task) != task:
+                    named[f"{name} ({folder.parent.name})"] = task
+    prompts = merge.config.get(OURS, merge.config).get("prompts", {})
     asked = []
     for name, task in named.items():
         task = replace(task, prompt=prompts.get(task.source, task.prompt))
-        most = config.samples or (COMPARED if config.adapter else None)
-        limits = [limit for limit in (most, task.max_eval_samples) if limit is not None]
-        examples = read_examples(task, task.eval_split, min(limits, default=None), BadRecords("skip"))
+        limits = (config.samples or (COMPARED if config.adapter else None), task.max_eval_samples)
+        most = min((limit for limit in limits if limit is not None), default=None)
+        examples = read_examples(task, task.eval_split, most, BadRecords("skip"))
         if not config.adapter:
             if not all_answered(examples):
                 raise InputError(f"{name}: {task.eval_split} has no answers to score with; choose another eval_split")
             check_scorable(task.metric, examples)
         asked.append(MergeTask(name, task, examples, metric_options(task, task.eval_split)))
     return asked, None
-
-
-def _own(models: Sequence[Path]) -> tuple[dict[str, DataSettings], str | None]:
-    """Return the tasks that the models' own runs evaluated on; or the reason why they are unknown."""
-    found: dict[str, DataSettings] = {}
-    for folder in models:
-        path = folder.parent / "config.yaml"
-        if folder.name != "model" or not path.is_file():
-            return {}, f"{folder} is not in the folder of its run, whose config.yaml has its evaluation data"
-        for name, task in data_settings(yaml.safe_load(path.read_text(encoding="utf-8"))["data"]).tasks.items():
-            name = name or task.source
-            if found.setdefault(name, task) != task:
-                found[f"{name} ({folder.parent.name})"] = task
-    return found, None
 
 
 def _drift(adapter: Path, merged: Path, asked: Sequence[MergeTask], most: int) -> dict[str, Any]:
@@ -231,14 +225,10 @@ def _scores(config: MergeConfig, merge: Merge, merged: Path, asked: Sequence[Mer
 def scores_table(found: dict[str, Any]) -> str:
     """Return a table with a row for each model and a column for each task."""
     titles = [f"{name}: {metric(one['metric']).title}, n={one['questions']}" for name, one in found.items()]
-    lines = [f"{'model':<36}" + "".join(f"{title:>{len(title) + 3}}" for title in titles)]
+    lines = [f"{'model':<36}" + "".join(f"   {title}" for title in titles)]
     for model in next(iter(found.values()))["scores"]:
         cells = [one["scores"][model] for one in found.values()]
-        shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
-        row = (f"{cell:>{len(title) + 3}}" for cell, title in zip(shown, titles, strict=True))
+        shown = ("-" if cell is None else f"{cell:.2f}" for cell in cells)
+        row = (f"   {cell:>{len(title)}}" for cell, title in zip(shown, titles, strict=True))
         lines.append(f"{model[-35:]:<36}" + "".join(row))
     return "\n".join(lines)
-
-
-def _write(folder: Path, record: dict[str, Any]) -> None:
-    replace_file(folder / "merge.json", json.dumps(record, indent=2) + "\n")

@@ -61,17 +61,13 @@ class MergeSettings:
         return {key: value for key, value in asdict(self).items() if key in used}
 
     def check_model_count(self, models: int) -> None:
-        """Check the number of models against the method and the weights.
-
-        Raises:
-            InputError: The method merges another number of models, or some weights are missing or not allowed.
-        """
+        """Raise InputError if the method merges another number of models, or weights are missing or not allowed."""
         minimum = 1 if self.method == "task_arithmetic" else 2
         if models < minimum or (self.method == "slerp" and models > 2):
             expected = "two models" if self.method == "slerp" else "two or more models"
             raise InputError(f"models names {models}; {self.method} merges {expected}: models=[runs/a,runs/b]")
-        given = {"weights": self.weights} if self.weights else {}
-        for key, weights in {**given, **{f"layers.{key}": value for key, value in self.layers.items()}}.items():
+        given = {"weights": self.weights or [1.0] * models, **{f"layers.{key}": v for key, v in self.layers.items()}}
+        for key, weights in given.items():
             if len(weights) != models or not all(isfinite(one) for one in weights):
                 raise InputError(f"{key}={list(weights)} should hold a number for each of the {models} models")
             if self.method not in SUMS and (min(weights) < 0 or sum(weights) <= 0):
@@ -81,11 +77,7 @@ class MergeSettings:
                 )
 
     def check_patterns(self, paths: Sequence[str]) -> None:
-        """Check that each pattern of `layers` matches the path of a tensor.
-
-        Raises:
-            InputError: A pattern matches none, or is not a regular expression.
-        """
+        """Raise InputError if a pattern of `layers` matches no tensor's path, or is not a regular expression."""
         for pattern in self.layers:
             try:
                 matches = any(re.search(pattern, path) for path in paths)

@@ -2,59 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
-@dataclass
 class MergeStatistics:
-    """Sums over the tensors of one part of the model (vision, projector, language); lists have one item per model.
+    """Sums over the tensors of one part of the model (vision, projector, language).
 
     Attributes:
         entries: Number of elements.
         base: Sum of squares of the base's weights.
-        deltas: Sums of squares of the deltas.
-        moved: Numbers of nonzero deltas.
-        kept: Numbers of these that trimming or dropping kept.
+        deltas: Sum of squares of each model's deltas, float64[M].
+        moved: Number of each model's nonzero deltas, int64[M].
+        kept: Number of these that trimming or dropping kept, int64[M].
         conflicts: Elements that two models move in opposite directions by their kept deltas.
         touched: Elements with a kept delta of any model.
     """
 
-    entries: int = 0
-    base: float = 0.0
-    deltas: list[float] = field(default_factory=list)
-    moved: list[int] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-    conflicts: int = 0
-    touched: int = 0
+    def __init__(self, models: int) -> None:
+        self.entries = self.conflicts = self.touched = 0
+        self.base = 0.0
+        self.deltas = torch.zeros(models, dtype=torch.float64)
+        self.moved, self.kept = torch.zeros(2, models, dtype=torch.int64)
 
-    def add_base(self, base: Tensor, models: int) -> None:
+    def add_base(self, base: Tensor) -> None:
         """Add a chunk of the base, float[n], that no model changes."""
-        if not self.deltas:
-            self.deltas, self.moved, self.kept = [0.0] * models, [0] * models, [0] * models
         self.entries += base.numel()
         self.base += float(base.double().square().sum())
 
     def add(self, base: Tensor, deltas: Tensor, kept: Tensor) -> None:
         """Add a chunk of the base, float[n], with the models' deltas before and after trimming, float[M, n]."""
-        self.add_base(base, len(deltas))
-        for model in range(len(deltas)):
-            self.deltas[model] += float(deltas[model].double().square().sum())
-            self.moved[model] += int(deltas[model].count_nonzero())
-            self.kept[model] += int(kept[model].count_nonzero())
+        self.add_base(base)
+        self.deltas += deltas.double().square().sum(1)
+        self.moved += deltas.count_nonzero(1)
+        self.kept += kept.count_nonzero(1)
         up, down = (kept > 0).any(0), (kept < 0).any(0)
         self.conflicts += int((up & down).sum())
         self.touched += int((up | down).sum())
 
     def record(self) -> dict[str, Any]:
         """Return the norms and shares for `merge.json`."""
+        counts = zip(self.kept.tolist(), self.moved.tolist(), strict=True)
         return {
             "entries": self.entries,
             "norm_of_base": sqrt(self.base),
-            "norms_of_deltas": [sqrt(one) for one in self.deltas],
-            "kept": [kept / moved if moved else None for kept, moved in zip(self.kept, self.moved, strict=True)],
+            "norms_of_deltas": self.deltas.sqrt().tolist(),
+            "kept": [kept / moved if moved else None for kept, moved in counts],
             "sign_conflicts": self.conflicts / max(1, self.touched),
         }

@@ -22,6 +22,7 @@ from vlmvqa.models.checkpoint import OURS, read_config
 
 # Keys of a transformers config that don't change what the model computes.
 IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache", OURS)
+OTHER_TOKENIZERS = "have different tokenizers; merge models fine-tuned from the same base"
 # Settings of an image processor that change the pixels.
 PIXELS = (
     *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
@@ -29,9 +30,10 @@ PIXELS = (
 )
 
 
-def own_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our part of a config: all of it, or one entry (possibly missing) of a transformers config."""
-    return dict(config.get(OURS, {}) if "model_type" in config else config)
+def own_config(folder: Path) -> dict[str, Any]:
+    """Return our part of a saved config: all of it, or one entry of a transformers config, if it has one."""
+    config = read_config(folder)
+    return dict(config.get(OURS, config))
 
 
 def adapter_settings(folder: Path) -> AdapterSettings | None:
@@ -80,7 +82,7 @@ def resolve_base(base: Path | None, folders: Sequence[Path]) -> Path | None:
 
 def check_started_from(base: Path, models: Sequence[Path]) -> None:
     """Raise InputError if a full model records that training started from another base."""
-    recorded = {folder: own_config(read_config(folder)).get("started_from") for folder in models}
+    recorded = {folder: own_config(folder).get("started_from") for folder in models}
     if not any(recorded.values()):
         return
     base_weights = fingerprint.weights_in(base)
@@ -100,9 +102,8 @@ def check_not_quantized(model: Weights) -> None:
 
 def check_same_tensors(base: Weights, other: Weights) -> None:
     """Raise InputError unless two models have the same tensor names, shapes, kinds of dtype and integer tensors."""
-    compared = (_difference(base, other, name) for name in dict.fromkeys([*base.entries, *other.entries]))
-    found = [difference for difference in compared if difference]
-    if found:
+    names = dict.fromkeys([*base.entries, *other.entries])
+    if found := [difference for name in names if (difference := _difference(base, other, name))]:
         more = f" (and {len(found) - 1} more differences)" if len(found) > 1 else ""
         raise InputError(
             f"{other.folder} and {base.folder} don't have the same base: {found[0]}{more}; merge models fine-tuned "
@@ -128,34 +129,29 @@ def _difference(base: Weights, other: Weights, name: str) -> str | None:
 
 
 def merged_config(weights: Weights, models: Sequence[Path], started_from: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return the base's config with all models' prompts and the largest text limit.
-
-    Args:
-        weights: Weights of the base; the merged weights are written in their dtypes.
-        models: Folders of the models.
-        started_from: The base that the merged config records.
+    """Return the base's config with all models' prompts, the largest text limit and the base's `weights` as dtype.
 
     Raises:
         InputError: The models differ in image processing, tokenizer, or the prompt of a source.
     """
     base = weights.folder
     config = read_config(base)
-    own_configs = {folder: own_config(read_config(folder)) for folder in (base, *models)}
-    if "model_type" in config:
+    own_configs = {folder: own_config(folder) for folder in (base, *models)}
+    pretrained = "model_type" in config
+    if pretrained:
         _check_same_network(base, models)
         _check_same_processor(base, models)
-        trained = next((one for one in own_configs.values() if "prompts" in one), None)
-        if trained is None:  # published models that we haven't trained
-            return config
-        entry = {key: value for key, value in trained.items() if key != "adapter"}
-    elif "prompts" not in config:  # not our format
-        return config
-    else:
+    elif "prompts" in config:
         _check_same_settings(base, models)
-        entry = config
+    else:  # not our format
+        return config
+    entry = next((one for one in own_configs.values() if "prompts" in one), None)
+    if entry is None:  # published models that we haven't trained
+        return config
+    entry.pop("adapter", None)
     model = {**entry["model"], "dtype": _dtype(weights)}
     entry = {**entry, "model": model, **_text_settings(own_configs), "started_from": started_from}
-    return {**config, OURS: entry} if "model_type" in config else entry
+    return {**config, OURS: entry} if pretrained else entry
 
 
 def _dtype(weights: Weights) -> str:
@@ -189,27 +185,19 @@ def _check_same_settings(base: Path, models: Sequence[Path]) -> None:
                     f"{folder} and {base} differ in their {key} settings; merge models with the same settings"
                 )
         if (folder / tokenizer).read_bytes() != (base / tokenizer).read_bytes():
-            raise _different_tokenizers(folder, base)
-
-
-def _different_tokenizers(folder: Path, base: Path) -> InputError:
-    return InputError(f"{folder} and {base} have different tokenizers; merge models fine-tuned from the same base")
+            raise InputError(f"{folder} and {base} {OTHER_TOKENIZERS}")
 
 
 def _check_same_network(base: Path, models: Sequence[Path]) -> None:
     """Raise InputError if full pretrained models have different architectures."""
-    expected = _architecture(base)
-    for folder in models:
-        if "adapter" in read_config(folder):
-            continue
-        other = _architecture(folder)
+    full_models = [folder for folder in (base, *models) if "adapter" not in read_config(folder)]
+    expected, *others = (
+        _without_ignored(AutoConfig.from_pretrained(folder, **OWN_CODE).to_dict()) for folder in full_models
+    )
+    for folder, other in zip(full_models[1:], others, strict=True):
         differ = sorted(key for key in {**expected, **other} if expected.get(key) != other.get(key))
         if differ:
             raise InputError(f"{folder} and {base} differ in {differ[0]} of their configs; merge models that agree")
-
-
-def _architecture(folder: Path) -> dict[str, Any]:
-    return _without_ignored(AutoConfig.from_pretrained(folder, **OWN_CODE).to_dict())
 
 
 def _without_ignored(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +215,7 @@ def _check_same_processor(base: Path, models: Sequence[Path]) -> None:
     for folder in models:
         processor = load_processor(str(folder))
         if processor.tokenizer.get_vocab() != vocabulary:
-            raise _different_tokenizers(folder, base)
+            raise InputError(f"{folder} and {base} {OTHER_TOKENIZERS}")
         pixels = {key: str(getattr(processor.image_processor, key, None)) for key in PIXELS}
         expected = expected or pixels
         differ = [key for key in PIXELS if pixels[key] != expected[key]]

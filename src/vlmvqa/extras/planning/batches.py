@@ -1,24 +1,21 @@
 """Sizes of a planned micro-batch, and dummy batches of these sizes.
 
-Legend: B rows, T tokens per row, H image height and width in pixels.
+Legend: B rows, T tokens per row, I images, P crops per image (the encoder's inputs), H image height and width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from vlmvqa.errors import InputError
-from vlmvqa.extras.planning import published_sizes
-from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
-from vlmvqa.models.interface import Model
-from vlmvqa.models.vlm import VLM, ModelSettings
-from vlmvqa.sequence.rows import FILL, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
+from vlmvqa.extras.planning.published_sizes import Settings, known_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings
+from vlmvqa.sequence.rows import FILL, IGNORE
 
-Settings = ModelSettings | PretrainedSettings
+SPLIT_CROPS = 5  # crops of a split image: four quarters and the full image
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,6 @@ class Rows:
     """A micro-batch.
 
     Attributes:
-        rows: Rows per GPU (`trainer.per_device_train_batch_size`).
         questions: Questions per image, on average.
         text_tokens: Tokens of a question with its answer and EOS.
         answer_tokens: Tokens of the answer and EOS.
@@ -42,7 +38,7 @@ class Rows:
     @property
     def max_questions(self) -> int:
         """Questions per image, rounded up."""
-        return max(1, ceil(self.questions))
+        return ceil(self.questions)
 
 
 @dataclass(frozen=True)
@@ -54,49 +50,45 @@ class RowShape:
     supervised: int
 
 
-def row_shape(model: VLM, rows: Rows) -> RowShape:
-    """Return the shape of a row with one image and its questions, laid out and padded like training data."""
-    if not 0 < rows.answer_tokens < rows.text_tokens:
-        raise InputError(
-            f"plan.answer_tokens={rows.answer_tokens} must be fewer than the question's {rows.text_tokens} tokens"
-        )
-    labels = _vlm_rows(model, replace(rows, rows=1, row_tokens=None), 1)["labels"]
-    return RowShape(labels.shape[1], 1, int((labels != IGNORE).sum()))
+def crops_per_image(settings: Settings) -> int:
+    """Return the number of crops per image (P); Idefics2 was published with splitting on."""
+    if not isinstance(settings, PretrainedSettings) or known_config(settings).model_type != "idefics2":
+        return 1
+    split = settings.weights == "hub" if settings.image_splitting is None else settings.image_splitting
+    return SPLIT_CROPS if split else 1
 
 
-def _vlm_rows(model: VLM, rows: Rows, images_per_row: int) -> dict[str, Tensor]:
-    question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
-    questions = rows.max_questions if rows.row_tokens is None else max(1, int(rows.questions))
-    documents = [Document(image, [question] * questions) for image in range(rows.rows * images_per_row)]
-    groups = [documents[row * images_per_row :][:images_per_row] for row in range(rows.rows)]
-    built = [
-        build_row(group, model.vision.num_image_tokens, model.attention_pattern, group[0].image) for group in groups
-    ]
-    return pad_rows(built, rows.row_tokens or 8)
+def num_image_tokens(settings: PretrainedSettings) -> int:
+    """Return the number of tokens of an image in the decoder's row."""
+    config = known_config(settings)
+    if config.model_type == "idefics2":
+        latents: int = config.perceiver_config.resampler_n_latents
+        return crops_per_image(settings) * latents
+    return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
 
-def vlm_batch(model: VLM, rows: Rows, images_per_row: int = 1) -> dict[str, Tensor]:
-    """Return a dummy batch of the planned size that a real model can train on."""
-    device = next(model.parameters()).device
-    size = model.vision.image_size
-    pixels = torch.zeros(rows.rows * images_per_row, 3, size, size, device=device)
-    columns = _vlm_rows(model, rows, images_per_row)
-    return {"pixel_values": pixels, **{name: column.to(device) for name, column in columns.items()}}
+def dummy_batch(settings: Settings, shape: RowShape, rows: int) -> dict[str, Tensor]:
+    """Return a batch that a model can train on, with the columns of its processor's `collate`.
 
-
-def dummy_batch(model: Model, shape: RowShape, rows: int, settings: Settings | None) -> dict[str, Tensor]:
-    """Return a dummy batch of `rows` rows; its values don't matter under FakeTensorMode.
-
-    Args:
-        model: The model; of a pretrained one the batch can also be trained on.
-        shape: Shape of a row.
-        rows: Number of rows (B).
-        settings: Settings of a pretrained model.
+    Images have the maximal size: `[I, 3, H, H]`, for Idefics2 `[B, P, 3, H, H]` with a mask.
     """
-    if isinstance(model, PretrainedVLM):
-        assert isinstance(settings, PretrainedSettings)
-        return published_sizes.dummy_batch(model, settings, rows, shape.tokens, shape.supervised)
-    dtypes = {name: torch.float32 if isinstance(fill, float) else torch.int64 for name, fill in FILL.items()}
-    batch = {name: torch.zeros(rows, shape.tokens, dtype=dtype) for name, dtype in dtypes.items()}
-    size = model.part("vision").module.image_size
-    return {**batch, "pixel_values": torch.zeros(rows * shape.images, 3, size, size)}
+    ids = torch.zeros(rows, shape.tokens, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, -shape.supervised :] = 0
+    if not isinstance(settings, PretrainedSettings):
+        columns = {name: torch.zeros_like(ids) for name in FILL}
+        side = settings.vision.image_size
+        images = torch.ones(rows * shape.images, 3, side, side)
+        return {**columns, "labels": labels, "weights": torch.ones(rows, shape.tokens), "pixel_values": images}
+    config = known_config(settings)
+    ids[:, : num_image_tokens(settings)] = config.image_token_id
+    not_padding = torch.ones_like(ids)
+    not_padding[:, 0] = 0
+    columns = {"input_ids": ids, "labels": labels, "attention_mask": not_padding}
+    side, crops = config.vision_config.image_size, crops_per_image(settings)
+    if config.model_type == "paligemma":
+        answers = (labels != IGNORE).long()
+        return {**columns, "pixel_values": torch.ones(rows, 3, side, side), "token_type_ids": answers}
+    mask = torch.ones(rows, crops, side, side, dtype=torch.int64)
+    mask[..., -1] = 0  # most images aren't square, and without padding the attention mask would be skipped
+    return {**columns, "pixel_values": torch.ones(rows, crops, 3, side, side), "pixel_attention_mask": mask}

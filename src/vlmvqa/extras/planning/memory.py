@@ -13,7 +13,7 @@ Legend: B rows, T tokens per row, S supervised tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -25,10 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-from vlmvqa.extras.planning import published_sizes, quantized_memory
-from vlmvqa.extras.planning.batches import RowShape, Settings, dummy_batch
+from vlmvqa.extras.planning import quantized_memory
+from vlmvqa.extras.planning.batches import RowShape, crops_per_image, dummy_batch
 from vlmvqa.extras.planning.cuda_emulation import replace_flex_attention, use_float32_norms
 from vlmvqa.extras.planning.memory_tracker import MemoryTracker
+from vlmvqa.extras.planning.published_sizes import Settings, known_config
 from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained
 from vlmvqa.models.build import build
 from vlmvqa.models.interface import Model
@@ -42,16 +43,10 @@ assert max(TOKEN_PRIMES) < CHUNK
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of a pass.
+    """Dtypes of a pass: of the weights (None: each keeps its own), and of autocast, if the pass runs under it.
 
-    Mixed precision is `(float32, True)` under DDP, `(bfloat16, True)` under FSDP, which gathers weights in bfloat16,
-    and `(bfloat16, False)` under DeepSpeed, which converts the model.
-
-    Attributes:
-        weights: Dtype of the weights; None: each keeps its own, as under DDP, where adapters may be float32 and frozen
-            weights bfloat16.
-        autocast: Whether the pass runs under autocast.
-        half: Dtype of autocast.
+    Mixed precision is `(None, True)` under DDP, `(bfloat16, True)` under FSDP, which gathers weights in bfloat16, and
+    `(bfloat16, False)` under DeepSpeed, which converts the model.
     """
 
     weights: torch.dtype | None
@@ -127,12 +122,14 @@ class PassProfile:
 def build_random(settings: Settings) -> Model:
     """Build the model with random weights."""
     if isinstance(settings, PretrainedSettings):
-        return build_pretrained(replace(settings, weights="random"), published_sizes.known_config(settings))
+        return build_pretrained(replace(settings, weights="random"), known_config(settings))
     vision, language = replace(settings.vision, weights="random"), replace(settings.language, weights="random")
     return build(replace(settings, vision=vision, language=language))
 
 
-def build_on_meta(settings: Settings, trainable: Mapping[str, str | int], adapt: AdapterSettings | None = None) -> Any:
+def build_on_meta(
+    settings: Settings, trainable: Mapping[str, str | int], adapt: AdapterSettings | None = None
+) -> Model:
     """Build the model, with its adapters if any, on the meta device: all names and shapes, no weights."""
     with torch.device("meta"):
         model = build_random(settings)
@@ -143,37 +140,23 @@ def build_on_meta(settings: Settings, trainable: Mapping[str, str | int], adapt:
         return model
 
 
-def _allocate(model: Model) -> Model:
-    # On the CPU, because the backward pass of CUDA tensors needs a driver.
-    model = model.to_empty(device="cpu")
-    model.tie_weights()
-    return model
-
-
 def measure(
-    model: Model,
-    shape: RowShape,
-    precision: Precision,
-    checkpointing: bool,
-    settings: Settings | None = None,
+    model: Model, settings: Settings, shape: RowShape, precision: Precision, checkpointing: bool
 ) -> PassProfile:
-    """Measure a forward and backward pass without data.
-
-    Args:
-        model: A model of `build_on_meta`; it cannot be used again.
-        shape: Shape of a row.
-        precision: Dtypes of the pass.
-        checkpointing: Recompute the activations of encoder blocks and decoder layers in the backward pass.
-        settings: Settings of a pretrained model, which determine its batch.
-    """
-    rows, tokens = _primes(model, shape)
+    """Measure a forward and backward pass of a model of `build_on_meta`, which cannot be used again."""
+    sizes = {size for t in dummy_batch(settings, shape, 1).values() for size in t.shape}
+    sizes.update(size for t in (*model.parameters(), *model.buffers()) for size in t.shape)
+    rows, tokens = (
+        next(prime for prime in primes if all(size % prime for size in sizes)) for primes in (ROW_PRIMES, TOKEN_PRIMES)
+    )
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     if precision.weights is not None:
         model = model.to(precision.weights)
     model = model.train()
     with fake:
-        model = _allocate(model)
-        batch = dummy_batch(model, shape, rows, settings)
+        model = model.to_empty(device="cpu")  # the backward pass of CUDA tensors needs a driver
+        model.tie_weights()
+        batch = dummy_batch(settings, shape, rows)
     if checkpointing:
         model.checkpoint_activations()
     if precision.autocast:
@@ -182,22 +165,16 @@ def measure(
         replace_flex_attention(model)
     # transformers' input checks read tensor values.
     with mock.patch.dict(os.environ, TRANSFORMERS_DISABLE_TORCH_CHECK="1"), fake:
-        return profile(model, batch, shape, precision, MemoryTracker(rows, tokens, published_sizes.crops_in(batch)))
+        return profile(model, batch, shape, precision, MemoryTracker(rows, tokens, crops_per_image(settings)))
 
 
 def profile(
     model: Model, batch: Batch, shape: RowShape, precision: Precision, tracker: MemoryTracker | None = None
 ) -> PassProfile:
-    """Profile one forward and backward pass of a model on a batch.
+    """Profile one forward and backward pass of a real or fake model.
 
-    A pretrained model's batch is included: its images may be many times as large as a row's activations.
-
-    Args:
-        model: The model, real or fake.
-        batch: The batch, real or fake.
-        shape: Shape of a row.
-        precision: Dtypes of the pass; `weights` is ignored.
-        tracker: With the primes that separate growing from constant bytes; None for a real batch: all are constant.
+    A pretrained model's batch is included: its images may be many times as large as a row's activations. Of
+    `precision`, the dtype of the weights is ignored. Without a `tracker`, for a real batch, all bytes are constant.
     """
     tracker = tracker or MemoryTracker()
     tracker.exclude([*model.parameters(), *model.buffers()])
@@ -211,13 +188,10 @@ def profile(
         tracker.mark_gradient("scored", output if isinstance(output, Tensor) else output.last_hidden_state)
 
     decoder = model.part("language").module
-    hooks: list[Any] = [
-        decoder.register_forward_pre_hook(before_decoder, with_kwargs=True),
-        decoder.register_forward_hook(after_decoder),
-    ]
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            hooks.append(parameter.register_post_accumulate_grad_hook(tracker.release_gradient))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks: list[Any] = [p.register_post_accumulate_grad_hook(tracker.release_gradient) for p in trained]
+    hooks.append(decoder.register_forward_pre_hook(before_decoder, with_kwargs=True))
+    hooks.append(decoder.register_forward_hook(after_decoder))
     divisor = torch.tensor(1)
     with tracker:
         with torch.autocast("cpu", precision.half, enabled=precision.autocast):
@@ -231,20 +205,3 @@ def profile(
         hook.remove()
     constant, per_row, per_token, gradients = np.array(tracker.timeline, dtype=np.int64).T
     return PassProfile(shape, constant, per_row, per_token, gradients, **tracker.marks, **tracker.flops())
-
-
-def _primes(model: Model, shape: RowShape) -> tuple[int, int]:
-    """Return a number of rows and one of supervised tokens that divide no size of the model."""
-    if isinstance(model, PretrainedVLM):
-        vision: Any = model.net.config.vision_config
-        sizes = {shape.tokens, vision.image_size, vision.image_size // vision.patch_size}
-    else:
-        encoder = model.part("vision").module
-        sizes = {shape.tokens, encoder.num_image_tokens, encoder.image_size}
-    for tensor in (*model.parameters(), *model.buffers()):
-        sizes.update(tensor.shape)
-
-    def first_free(primes: Iterable[int]) -> int:
-        return next(prime for prime in primes if all(size % prime for size in sizes))
-
-    return first_free(ROW_PRIMES), first_free(TOKEN_PRIMES)

@@ -17,10 +17,7 @@ EIGHT_BIT = tuple(name for name in BITSANDBYTES if "8bit" in name)  # its other 
 def state_bytes(optimizer: str, numels: Sequence[int], itemsize: int = 4) -> int:
     """Return the bytes of an optimizer's states, including pages that CUDA may move to host memory.
 
-    Args:
-        optimizer: transformers' name of the optimizer.
-        numels: Number of elements of each tensor.
-        itemsize: Bytes per element of the parameters.
+    `numels` are the numbers of elements of each tensor, `itemsize` the bytes per element of the parameters.
     """
     if optimizer == "sgd":
         return 0

@@ -5,6 +5,7 @@ Peak memory is the maximum over the backward pass, the last reduction of gradien
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,14 +17,13 @@ import torch
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-from vlmvqa.extras.planning import published_sizes
-from vlmvqa.extras.planning.batches import Rows, RowShape, Settings, row_shape
+from vlmvqa.extras.planning.batches import Rows, RowShape, num_image_tokens
 from vlmvqa.extras.planning.gpus import GIB, Gpu
 from vlmvqa.extras.planning.memory import PassProfile, Precision, build_on_meta, measure
+from vlmvqa.extras.planning.published_sizes import TEMPLATE_TOKENS, Settings, known_config
 from vlmvqa.extras.planning.strategy_memory import StrategyMemory, Training, Weight, strategy_memory, weights_of
 from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.models.interface import Model
-from vlmvqa.models.vlm import VLM
 
 CONTEXT = 0.8 * GIB  # assumed size of CUDA's context and NCCL and cuBLAS workspaces
 FRAGMENTATION = 0.05  # assumed share of allocated memory that is lost to fragmentation
@@ -88,19 +88,7 @@ class Plan:
 
 @dataclass
 class Planner:
-    """Plans training runs of one model, row shape and type of GPU.
-
-    Args:
-        settings: Settings of the model.
-        trainable: "all", "none" or the number of last blocks, for each part; with adapters, "all" or "none".
-        rows: Size of a micro-batch.
-        training: Trainer settings.
-        gpu: Type of GPU.
-        gpus: Number of GPUs.
-        utilisation: Assumed share of the GPU's rate that training reaches.
-        strategies: The strategies to plan, by name.
-        adapt: Adapters, if any.
-    """
+    """Plans training runs of one model, row shape and type of GPU; `trainable` as in `interface.set_trainable`."""
 
     settings: Settings
     trainable: Mapping[str, str | int]
@@ -114,18 +102,21 @@ class Planner:
     _profiles: dict[tuple[Precision, bool], PassProfile] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        rows = self.rows
         counts = {
             "plan.gpus": self.gpus,
-            "trainer.per_device_train_batch_size": self.rows.rows,
+            "trainer.per_device_train_batch_size": rows.rows,
             "trainer.gradient_accumulation_steps": self.training.accumulation,
-            "data.row_tokens": self.rows.row_tokens,
-            "plan.text_tokens": self.rows.text_tokens,
+            "plan.text_tokens": rows.text_tokens,
+            **({} if rows.row_tokens is None else {"data.row_tokens": rows.row_tokens}),
         }
         for name, count in counts.items():
-            if name == "data.row_tokens" and count is None:
-                continue
             if not isinstance(count, int) or count < 1:
                 raise InputError(f"{name}={count} must be a whole number, 1 or more")
+        if not 0 < rows.answer_tokens < rows.text_tokens:
+            raise InputError(
+                f"plan.answer_tokens={rows.answer_tokens} must be fewer than the question's {rows.text_tokens} tokens"
+            )
         if self.rows.row_tokens is not None and isinstance(self.settings, PretrainedSettings):
             raise InputError(f"data.row_tokens: rows of {self.settings.pretrained} are not packed; set it to null")
         if self.adapt and self.adapt.bits and self.adapt.compute_dtype == "bfloat16" and not self.gpu.bf16:
@@ -164,14 +155,13 @@ class Planner:
     @cached_property
     def model(self) -> Model:
         """The model on the meta device."""
-        model: Model = build_on_meta(self.settings, self.trainable, self.adapt)
-        return model
+        return build_on_meta(self.settings, self.trainable, self.adapt)
 
     @cached_property
     def num_image_tokens(self) -> int:
         """Tokens per image in the decoder's row."""
         if isinstance(self.settings, PretrainedSettings):
-            return published_sizes.num_image_tokens(published_sizes.known_config(self.settings), self.settings)
+            return num_image_tokens(self.settings)
         return int(self.model.part("vision").module.num_image_tokens)
 
     @cached_property
@@ -184,17 +174,15 @@ class Planner:
 
     @cached_property
     def shape(self) -> RowShape:
-        """The shape of a row."""
+        """The shape of a row: packed to `row_tokens`, or one image with its questions, padded to a multiple of 8."""
         rows = self.rows
-        if isinstance(self.settings, PretrainedSettings):  # one question per row
-            config = published_sizes.known_config(self.settings)
-            return RowShape(published_sizes.row_tokens(config, self.settings, rows.text_tokens), 1, rows.answer_tokens)
-        if rows.row_tokens is None:
-            assert isinstance(self.model, VLM)
-            return row_shape(self.model, rows)
-        # Packed rows never have more than row_tokens tokens.
-        supervised = ceil(self.images_per_row * rows.questions) * rows.answer_tokens
-        return RowShape(rows.row_tokens, self.images_per_row, supervised)
+        if rows.row_tokens is not None:
+            supervised = ceil(self.images_per_row * rows.questions) * rows.answer_tokens
+            return RowShape(rows.row_tokens, self.images_per_row, supervised)
+        tokens = self.num_image_tokens + rows.max_questions * (rows.text_tokens - 1)  # EOS is no input
+        if isinstance(self.settings, PretrainedSettings):
+            tokens += TEMPLATE_TOKENS[known_config(self.settings).model_type]
+        return RowShape(ceil(tokens / 8) * 8, 1, rows.max_questions * rows.answer_tokens)
 
     @cached_property
     def images_per_row(self) -> int:
@@ -213,7 +201,7 @@ class Planner:
         key = precision, checkpointing
         if key not in self._profiles:
             model = build_on_meta(self.settings, self.trainable, self.adapt)
-            self._profiles[key] = measure(model, self.shape, precision, checkpointing, self.settings)
+            self._profiles[key] = measure(model, self.settings, self.shape, precision, checkpointing)
         return self._profiles[key]
 
     def strategy_memory(self, dist: DistSettings) -> StrategyMemory:
@@ -224,6 +212,7 @@ class Planner:
         """Return a strategy's memory with `rows` rows per GPU."""
         dist = self.strategies[name]
         fixed, batch = self.strategy_memory(dist), self.profile(dist, checkpointing).at(rows)
+        block = max(fixed.decoder, fixed.encoder)
         backward = max(batch.decoder_peak + fixed.decoder, batch.encoder_peak + fixed.encoder)
         weights = fixed.parameters + fixed.optimizer
         moments = {
@@ -235,7 +224,7 @@ class Planner:
             moments["backward"] = weights + fixed.buffers + batch.peak_and_gradients
         moment = max(moments, key=lambda key: moments[key])
         temporary = {
-            "backward": backward - max(fixed.decoder, fixed.encoder) - batch.activations - batch.logits,
+            "backward": backward - block - batch.activations - batch.logits,
             "reduction": fixed.reduction,
             "step": fixed.step,
         }
@@ -247,7 +236,7 @@ class Planner:
             parameters=fixed.parameters,
             gradients=fixed.gradients,
             optimizer=fixed.optimizer,
-            buffers=fixed.buffers + max(fixed.decoder, fixed.encoder),
+            buffers=fixed.buffers + block,
             activations=batch.activations,
             logits=batch.logits,
             temporary=max(0, temporary[moment]),
@@ -264,20 +253,14 @@ class Planner:
         if fixed.parameters + fixed.optimizer + fixed.lasting > share * self.gpu.memory * GIB:
             return 0  # skip profiling a pass
 
-        def fits(rows: int) -> bool:
+        def too_many(rows: int) -> bool:
             plan = self.memory(name, rows, checkpointing)
-            return plan.needed <= share * plan.capacity
+            return plan.needed > share * plan.capacity
 
-        low, high = 0, 1
-        while fits(high) and high < 2**20:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        return bisect_left(range(1, 2**20), True, key=too_many)
 
-    def seconds(self, run: RunChoice) -> float:
-        """Estimate the time of an optimizer step; transfers within a pass overlap with computation."""
+    def questions_per_second(self, run: RunChoice) -> float:
+        """Estimate the training speed; transfers within a pass overlap with computation."""
         dist = self.strategies[run.strategy]
         fixed = self.strategy_memory(dist)
         rate = self.gpu.half if self.training.mixed else self.gpu.single
@@ -286,22 +269,16 @@ class Planner:
         sending = fixed.sent_each_pass / (self.gpu.link * 1e9) if self.gpus > 1 else 0.0
         copying = fixed.copied_each_pass / (self.gpu.host * 1e9)
         last = fixed.sent_each_step / (self.gpu.link * 1e9) + fixed.stepped_on_host * HOST_STEP / HOST_RATE
-        return run.accumulation * max(computing, sending + copying) + last
-
-    def questions_per_second(self, run: RunChoice) -> float:
-        """Estimate the training speed."""
         questions = run.rows * run.accumulation * self.gpus * self.images_per_row * self.rows.questions
-        return questions / self.seconds(run)
+        return questions / (run.accumulation * max(computing, sending + copying) + last)
 
     def plan(self, name: str, checkpointing: bool) -> Plan:
         """Return a strategy's plan for the configured batch."""
         plan = self.memory(name, self.rows.rows, checkpointing)
         run = RunChoice(name, self.rows.rows, checkpointing, self.training.accumulation)
-        speed = self.questions_per_second(run)
+        largest = self.max_rows(name, False), self.max_rows(name, True)
         return replace(
-            plan,
-            largest=(self.max_rows(name, False), self.max_rows(name, True)),
-            questions_per_second=speed if plan.fits else None,
+            plan, largest=largest, questions_per_second=self.questions_per_second(run) if plan.fits else None
         )
 
     def names(self) -> list[str]:

@@ -23,11 +23,9 @@ TABLE, NESTED_TABLE = 16 * 4, 256 * 4  # bytes of a layer's code tables for 4-bi
 
 
 def quantized_bytes(numel: int, double: bool) -> int:
-    """Return the bytes of a weight in 4 bits, with its scales and tables.
+    """Return the bytes of `numel` weights in 4 bits, with their scales and tables.
 
-    Args:
-        numel: Number of weights.
-        double: Whether the scales are quantized too: one byte each, an fp32 scale per block and one fp32 offset.
+    `double`: the scales are quantized too, to one byte each, an fp32 scale per block and one fp32 offset.
     """
     scales = ceil(numel / BLOCK)
     if not double:

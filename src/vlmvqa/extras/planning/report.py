@@ -31,7 +31,6 @@ def headline(planner: Planner, checkpointing: bool) -> str:
     count = sum(weight.numel for weight in planner.weights)
     trained = sum(weight.numel for weight in planner.weights if weight.trained)
     rate = gpu.half if training.mixed else gpu.single
-    batch = f"{counted(rows.rows, 'row')} per GPU x {training.accumulation} accumulated"
     images = f"{planner.images_per_row} x {planner.num_image_tokens}"
     questions = f"{rows.max_questions} x {rows.text_tokens}"
     speed = f"{planner.utilisation:.0%} of {rate:g} TFLOP/s, {gpu.link:g} GB/s between GPUs"
@@ -39,7 +38,7 @@ def headline(planner: Planner, checkpointing: bool) -> str:
     return f"""\
 model      {count:,} parameters, {trained:,} of them trained{f", {quantized:,} in 4 bits" if quantized else ""}
 training   {training.precision}, {training.optimizer}, activation checkpointing {"on" if checkpointing else "off"}
-batch      {batch}
+batch      {counted(rows.rows, "row")} per GPU x {training.accumulation} accumulated
 rows       {shape.tokens} tokens: {images} of images, {questions} of questions; {shape.supervised} supervised
 GPUs       {planner.gpus} x {gpu.name}, {gpu.memory} GiB each for PyTorch
 assumed    {speed}, {counted(rows.questions, "question")} per image"""
@@ -47,16 +46,13 @@ assumed    {speed}, {counted(rows.questions, "question")} per image"""
 
 def table(plans: Sequence[Plan], chosen: str) -> str:
     """Return two tables with a row per strategy, a summary and the parts; a star marks the chosen one."""
-    return "\n\n".join("\n".join(_aligned(rows)) for rows in _tables(plans, chosen))
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (list(zip(row, widths, strict=True)) for row in rows)
-    return [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(line))
-        for line in lines
-    ]
+    tables = []
+    for rows in _tables(plans, chosen):
+        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+        for name, *cells in rows:
+            tables.append("  ".join([name.ljust(first), *map(str.rjust, cells, others)]))
+        tables.append("")
+    return "\n".join(tables[:-1])
 
 
 def markdown(planner: Planner, plans: Sequence[Plan], chosen: str, checkpointing: bool) -> str:
@@ -85,21 +81,15 @@ def record(planner: Planner, plans: Sequence[Plan], chosen: str) -> dict[str, An
 
 
 def _tables(plans: Sequence[Plan], chosen: str) -> tuple[list[list[str]], list[list[str]]]:
-    names = [plan.strategy + (" *" if plan.strategy == chosen else "") for plan in plans]
-    summary = [[name, *_summary(plan)] for name, plan in zip(names, plans, strict=True)]
-    parts = [[name, *(_gib(getattr(plan, size)) for size in SIZES)] for name, plan in zip(names, plans, strict=True)]
-    return [list(HEADINGS), *summary], [["strategy", *SIZES], *parts]
-
-
-def _summary(plan: Plan) -> list[str]:
-    return [
-        _gib(plan.needed),
-        "yes" if plan.fits else "no",
-        _gib(plan.host) if plan.host else "-",
-        "-" if plan.questions_per_second is None else f"{plan.questions_per_second:.1f}",
-        *(str(rows) for rows in plan.largest),
-        plan.moment,
-    ]
+    summary, parts = [list(HEADINGS)], [["strategy", *SIZES]]
+    for plan in plans:
+        name = plan.strategy + (" *" if plan.strategy == chosen else "")
+        host = _gib(plan.host) if plan.host else "-"
+        speed = "-" if plan.questions_per_second is None else f"{plan.questions_per_second:.1f}"
+        fits = "yes" if plan.fits else "no"
+        summary.append([name, _gib(plan.needed), fits, host, speed, *map(str, plan.largest), plan.moment])
+        parts.append([name, *(_gib(getattr(plan, size)) for size in SIZES)])
+    return summary, parts
 
 
 def overrides(run: RunChoice) -> str:
@@ -157,11 +147,8 @@ def _checkpointing(planner: Planner, plan: Plan, run: RunChoice) -> list[str]:
 
 def _largest_parts(plan: Plan) -> str:
     parts = sorted(((getattr(plan, name), name) for name in SIZES), reverse=True)[:3]
-    return (
-        f"The largest parts of {plan.strategy} are "
-        + ", ".join(f"{name} ({_gib(size)} GiB)" for size, name in parts)
-        + "."
-    )
+    largest = ", ".join(f"{name} ({_gib(size)} GiB)" for size, name in parts)
+    return f"The largest parts of {plan.strategy} are {largest}."
 
 
 def _if_nothing_fits(planner: Planner, chosen: str) -> str:

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from vlmvqa.config.schema import DataSettings, TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import report, verify
-from vlmvqa.extras.planning.batches import Rows, Settings
+from vlmvqa.extras.planning.batches import Rows
 from vlmvqa.extras.planning.gpus import gpu
 from vlmvqa.extras.planning.planner import Planner, Training
-from vlmvqa.extras.planning.published_sizes import known_architecture, known_config
-from vlmvqa.extras.pretrained.model import PretrainedSettings
-from vlmvqa.models.interface import Settings as AnySettings
+from vlmvqa.extras.planning.published_sizes import Settings, known_settings
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
 
@@ -65,7 +63,7 @@ def plan(config: PlanConfig) -> None:
 
 def build_planner(config: PlanConfig) -> Planner:
     """Return the planner of a training run."""
-    settings, trainer, data = _known_model(config.model), config.trainer, config.data.single
+    settings, trainer, data = known_settings(config.model), config.trainer, config.data.single
     questions, tokens = _questions(config.plan, data, settings), _text_tokens(config.plan, data)
     rows = Rows(trainer["per_device_train_batch_size"], questions, tokens, config.plan.answer_tokens, data.row_tokens)
     precision = "bf16" if trainer.get("bf16") else "fp16" if trainer.get("fp16") else "fp32"
@@ -80,19 +78,6 @@ def build_planner(config: PlanConfig) -> Planner:
         config.plan.utilisation,
         adapt=config.adapt,
     )
-
-
-def _known_model(settings: AnySettings) -> Settings:
-    """Return the model's settings; raise if its sizes are not stored here.
-
-    Raises:
-        InputError: the architecture is unknown.
-    """
-    if isinstance(settings, ModelSettings):
-        return known_architecture(settings)
-    assert isinstance(settings, PretrainedSettings)
-    known_config(settings)
-    return settings
 
 
 def _questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> float:

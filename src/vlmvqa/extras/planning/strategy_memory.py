@@ -37,8 +37,6 @@ class Weight:
         part: vision, projector or language.
         unit: Number of its block; None: outside all blocks, so in FSDP's root unit.
         shape: Its shape, not quantized.
-        itemsize: Bytes per element.
-        trained: Whether it is trained.
         quantized: Bytes of its 4-bit form, the same under all strategies (None: not quantized).
     """
 

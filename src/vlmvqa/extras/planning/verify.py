@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.adapters import peft_adapters
-from vlmvqa.extras.planning.batches import dummy_batch, vlm_batch
+from vlmvqa.extras.planning.batches import dummy_batch
 from vlmvqa.extras.planning.gpus import GIB
 from vlmvqa.extras.planning.memory import build_random
 from vlmvqa.extras.planning.planner import Planner
 from vlmvqa.extras.planning.strategy_memory import Training
 from vlmvqa.models.interface import Model
-from vlmvqa.models.vlm import VLM
 from vlmvqa.training.optimizer import CLASSES
 
 STEPS = 3
@@ -51,12 +50,9 @@ def verify(planner: Planner, checkpointing: bool) -> str:
         model.checkpoint_activations()
     model.to(device)
     torch.cuda.reset_peak_memory_stats(device)
-    if isinstance(model, VLM):
-        rows = vlm_batch(model, planner.rows, planner.images_per_row)
-    else:
-        rows = dummy_batch(model, planner.shape, planner.rows.rows, planner.settings)
-        rows = {name: column.to(device) for name, column in rows.items()}
-    train_steps(model, rows, alone.training)
+    with device:
+        batch = dummy_batch(planner.settings, planner.shape, planner.rows.rows)
+    train_steps(model, batch, alone.training)
     measured = torch.cuda.max_memory_allocated(device)
     return (
         f"planned {plan.peak / GIB:.2f} GiB (at the {plan.moment}), measured {measured / GIB:.2f} GiB "

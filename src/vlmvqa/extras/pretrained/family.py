@@ -83,19 +83,16 @@ def continued_settings(settings: PretrainedSettings, folder: Path) -> Pretrained
 def compose(
     settings: PretrainedSettings, data: DataSettings, examples: Sequence[Example]
 ) -> tuple[PretrainedVLM, PretrainedProcessor, dict[str, str] | None]:
-    """Build a model and its processor for a run.
+    """Return the model of a run, its processor, and the name and fingerprint of the weights that training starts from.
 
-    Args:
-        examples: the texts that a tokenizer is trained on, if the settings ask for one.
-
-    Returns:
-        The model, its processor, and the name and fingerprint of the weights that training starts from.
+    The texts of `examples` train a tokenizer, if the settings ask for one.
     """
     processor, config = _processor(settings, data, examples)
     if settings.weights == "random":
         return build_pretrained(settings, config), processor, None
-    folder = checkpoint.find(settings.pretrained)
-    started_from = {"model": _absolute(settings.pretrained), "weights": fingerprint.weights_in(folder)}
+    folder, named = checkpoint.find(settings.pretrained), Path(settings.pretrained).expanduser()
+    name = str(named.resolve()) if named.exists() else settings.pretrained  # absolute, so that it is found elsewhere
+    started_from = {"model": name, "weights": fingerprint.weights_in(folder)}
     return build_pretrained(dataclasses.replace(settings, pretrained=str(folder)), config), processor, started_from
 
 
@@ -123,9 +120,3 @@ def _processor(
     else:
         library = load_processor(settings.pretrained, settings.image_splitting)
     return PretrainedProcessor.of(library, attention_pattern_of(config), data.max_text_tokens), config
-
-
-def _absolute(pretrained: str) -> str:
-    """Return a folder's absolute path, so that it is found from elsewhere; a hub id unchanged."""
-    folder = Path(pretrained).expanduser()
-    return str(folder.resolve()) if folder.exists() else pretrained

@@ -34,12 +34,13 @@ def load_processor(name: str, image_splitting: bool | None = None) -> ProcessorM
         raise unread(f"the processor of {name}", error) from error
     if not hasattr(library, "image_processor") or not hasattr(library, "tokenizer"):
         raise InputError(f"{name} has no processor for images and text; name a vision-language model")
-    if image_splitting is not None:
-        _set_splitting(library, image_splitting)
+    _set_splitting(library, image_splitting)
     return library
 
 
-def _set_splitting(library: ProcessorMixin, image_splitting: bool) -> None:
+def _set_splitting(library: ProcessorMixin, image_splitting: bool | None) -> None:
+    if image_splitting is None:
+        return
     if not hasattr(library.image_processor, "do_image_splitting"):
         raise InputError(
             f"model.image_splitting={image_splitting}: {type(library).__name__} does not split images; leave it out"
@@ -74,7 +75,7 @@ def random_processor(
         library: Any = PaliGemmaProcessor(images, tokenizer)
     elif config.model_type == "idefics2":
         images = Idefics2ImageProcessor(size={"longest_edge": vision.image_size, "shortest_edge": vision.image_size})
-        images.do_image_splitting = bool(image_splitting)
+        images.do_image_splitting = False
         latents = config.perceiver_config.resampler_n_latents
         library = Idefics2Processor(images, tokenizer, image_seq_len=latents, chat_template=TEMPLATES["idefics2"])
     else:
@@ -82,8 +83,7 @@ def random_processor(
             f"model.pretrained={config.model_type}: no processor is made here for random weights of it; use "
             "paligemma or idefics2, or name trained weights"
         )
-    if config.model_type != "idefics2" and image_splitting is not None:
-        _set_splitting(library, image_splitting)
+    _set_splitting(library, image_splitting)
     text = config.get_text_config()
     if len(tokenizer) > text.vocab_size:
         raise InputError(

@@ -47,16 +47,12 @@ PROJECTORS = ("multi_modal_projector", "connector", "embed_vision", "mm_projecto
 
 @dataclass(frozen=True)
 class PretrainedSettings:
-    """Settings of a pretrained model.
+    """Settings of a pretrained model; conf/model/pretrained.yaml documents the keys.
 
     Attributes:
         pretrained: a hub id or local folder; for random weights also an architecture of transformers ("paligemma",
             "idefics2") with its config class's defaults.
-        weights: "hub" (also for a local folder) or "random".
         overrides: fields of the config class, for random weights; nested configs as mappings.
-        image_splitting: whether images are also encoded in crops, if the model supports it (null: as published).
-        attention: transformers' implementation: eager, sdpa or flash_attention_2 (null: the model's default).
-        dtype: data type of the weights.
         tokenizer: for random weights "trained", on the training questions and answers.
         resolution: part of the names of some published weights (conf/model/paligemma_3b.yaml).
     """
@@ -141,26 +137,20 @@ class PretrainedVLM(Model):
         """Return one of `interface.PARTS`."""
         parameters = [p for known, p in self.named_parameters() if self.part_of(known) == name]
         module: nn.Module = getattr(self, name)
-        norm = next((getattr(module, norm) for norm in ("norm", "post_layernorm") if hasattr(module, norm)), None)
-        if norm is None and name == "vision":
-            norm = getattr(getattr(module, "vision_model", None), "post_layernorm", None)
+        owners = (module, getattr(module, "vision_model", None))
+        norms = (getattr(owner, norm, None) for owner in owners for norm in ("norm", "post_layernorm"))
         blocks = [] if name == "projector" else _blocks(module)
-        return Part(module, parameters, blocks, [norm] if norm is not None else [])
+        return Part(module, parameters, blocks, [norm for norm in norms if norm is not None][:1])
 
     def part_of(self, name: str) -> str:
         """Return the part that a parameter belongs to; the output head belongs to the language model."""
-        path = name.removeprefix(PREFIX)
-        return next(
-            (part for part in ("vision", "projector") if path.startswith(self.part_names[part] + ".")), "language"
-        )
+        return self.module_path(name.removeprefix(PREFIX)).partition(".")[0]
 
     def module_path(self, name: str) -> str:
         """Return a module's part with its name in it, which is the same path in models of either family."""
-        for part in PARTS:
-            inside = self.part_names[part] + "."
-            if name.startswith(inside):
-                return f"{part}.{name.removeprefix(inside)}"
-        return f"language.{name}"
+        inside = {part: f"{self.part_names[part]}." for part in PARTS}
+        part = next((part for part in PARTS if name.startswith(inside[part])), "language")
+        return f"{part}.{name.removeprefix(inside[part])}"
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -243,21 +233,13 @@ class PretrainedVLM(Model):
     def generate(
         self, batch: Batch, eos: Collection[int], decoding: GenerationSettings, keys: Sequence[int | str] | None = None
     ) -> list[Generated]:
-        """Answer every row with transformers' `generate`; arguments and result as in `generation.generate`.
-
-        Args:
-            batch: rows without answers, padded on the left.
-        """
+        """Answer every row, padded on the left, with transformers' `generate` (see `generation.generate`)."""
         if decoding.num_beams > 1:
             return [best[0] for best in self.beam_candidates(batch, eos, decoding)]
-        rows, prompt_tokens = batch["input_ids"].shape
-        keys = range(rows) if keys is None else keys
-        sampling = SamplingProcessor(decoding, sorted(eos), keys, batch["input_ids"].device)
-        found = self._generate(batch, eos, decoding, sampling)
-        return [
-            Generated(_until(tokens, eos), float(total))
-            for tokens, total in zip(found.sequences[:, prompt_tokens:].tolist(), sampling.total, strict=True)
-        ]
+        ids = batch["input_ids"]
+        sampling = SamplingProcessor(decoding, sorted(eos), range(len(ids)) if keys is None else keys, ids.device)
+        answers, _ = self._generate(batch, eos, decoding, sampling)
+        return [Generated(answer[0], float(total)) for answer, total in zip(answers, sampling.total, strict=True)]
 
     @torch.no_grad()
     def beam_candidates(
@@ -266,14 +248,11 @@ class PretrainedVLM(Model):
         """Return every row's finished beams, best first, at most `decoding.num_beams`."""
         if decoding.num_beams == 1:
             return [[one] for one in self.generate(batch, eos, decoding)]
-        prompt_tokens = batch["input_ids"].shape[1]
-        found = self._generate(batch, eos, decoding)
-        beams = []
-        sequences = found.sequences[:, prompt_tokens:].tolist()
-        for tokens, score in zip(sequences, found.sequences_scores.tolist(), strict=True):
-            answer = _until(tokens, eos)
-            length = min(len(answer) + 1, len(tokens))  # EOS counts
-            beams.append(Generated(answer, score * length**decoding.length_penalty))
+        answers, scores = self._generate(batch, eos, decoding)
+        beams = [
+            Generated(answer, score * length**decoding.length_penalty)
+            for (answer, length), score in zip(answers, scores, strict=True)
+        ]
         return [beams[first : first + decoding.num_beams] for first in range(0, len(beams), decoding.num_beams)]
 
     def _generate(
@@ -282,14 +261,18 @@ class PretrainedVLM(Model):
         eos: Collection[int],
         decoding: GenerationSettings,
         sampling: LogitsProcessor | None = None,
-    ) -> Any:
-        """Call transformers' `generate`: tokens are chosen by `sampling`, or by beam search."""
+    ) -> tuple[list[tuple[list[int], int]], list[float]]:
+        """Call transformers' `generate`: tokens are chosen by `sampling`, or by beam search.
+
+        Returns:
+            The tokens of every answer without EOS, and their number with EOS; the scores of the beams.
+        """
         training, net = self.training, cast("Any", self.net)
         published = net.generation_config
         config = GenerationConfig(
             max_new_tokens=decoding.max_new_tokens,
             num_beams=decoding.num_beams,
-            num_return_sequences=1 if sampling else decoding.num_beams,
+            num_return_sequences=decoding.num_beams,
             length_penalty=decoding.length_penalty,
             early_stopping=False,
             do_sample=False,
@@ -301,12 +284,17 @@ class PretrainedVLM(Model):
         self.eval()
         net.generation_config = GenerationConfig()  # the published one would fill options that are unset here
         try:
-            return net.generate(
+            found = net.generate(
                 **_inputs(batch), generation_config=config, logits_processor=[sampling] if sampling else None
             )
         finally:
             net.generation_config = published
             self.train(training)
+        answers = []
+        for tokens in found.sequences[:, batch["input_ids"].shape[1] :].tolist():
+            end = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
+            answers.append((tokens[:end], min(end + 1, len(tokens))))
+        return answers, [] if sampling else found.sequences_scores.tolist()
 
     # ---- files
 
@@ -379,11 +367,7 @@ def pretrained_config(settings: PretrainedSettings) -> PreTrainedConfig:
 def build_pretrained(
     settings: PretrainedSettings, config: PreTrainedConfig, uninitialized: bool = False
 ) -> PretrainedVLM:
-    """Build the model with its weights.
-
-    Args:
-        config: as `pretrained_config` returns it.
-        uninitialized: skip the weights, which are set afterwards.
+    """Build the model with its weights, or with `uninitialized` ones, which are set afterwards.
 
     Raises:
         InputError: unreachable, gated or broken weights, or a model that takes no image.
@@ -427,11 +411,6 @@ def _initialize_latents(model: PretrainedVLM) -> None:
     latents = getattr(getattr(model.projector, "perceiver_resampler", None), "latents", None)
     if latents is not None:
         nn.init.normal_(latents, std=0.02)
-
-
-def _until(tokens: list[int], eos: Collection[int]) -> list[int]:
-    """Return the tokens before the one that ends an answer."""
-    return tokens[: next((place for place, token in enumerate(tokens) if token in eos), len(tokens))]
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:

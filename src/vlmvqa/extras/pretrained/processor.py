@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import torch
@@ -23,21 +22,7 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode
 from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
-from vlmvqa.sequence.rows import ANSWER, IGNORE, IMAGE, NO_IMAGE, PADDING, PROMPT, Document, Row, pad_rows
-
-
-@dataclass(frozen=True)
-class PromptedQuestion:
-    """A question as the text that the library's processor takes, with the image's placeholder.
-
-    Attributes:
-        answer: token ids up to the one that ends the answer; empty if the model is to generate it.
-        weight: as in `TokenizedQuestion`.
-    """
-
-    prompt: str
-    answer: Sequence[int] = ()
-    weight: float = 1.0
+from vlmvqa.sequence.rows import ANSWER, IMAGE, PADDING, Document, TokenizedQuestion, build_row, pad_rows
 
 
 @dataclass(frozen=True)
@@ -75,8 +60,8 @@ class PretrainedProcessor(Processor):
         )
         return cls(tokenizer, about, 0, attention_pattern, max_text_tokens, library=library)
 
-    def tokenize(self, question: Question, answer: str | None) -> PromptedQuestion:  # type: ignore[override]
-        """Return the prompt in the model's format, and the tokens of the answer with the one that ends it.
+    def tokenize(self, question: Question, answer: str | None) -> TokenizedQuestion:
+        """Return the prompt as text in the model's format, and the tokens of the answer with the one that ends it.
 
         Raises:
             InputError: the answer is empty or exceeds `max_text_tokens`, or the text contains a special token.
@@ -91,7 +76,7 @@ class PretrainedProcessor(Processor):
         if self.max_text_tokens is not None:
             over = len(self._ids(question.prompt)) + len(target) - self.max_text_tokens
             question = self._shortened(question, over, len(target)) if over > 0 else question
-        return PromptedQuestion(self._prompt_text(question.prompt), target)
+        return TokenizedQuestion(self._prompt_text(question.prompt), target)  # type: ignore[arg-type] # tokenized below
 
     def load_image(self, example: Example) -> Image:  # type: ignore[override]
         """Decode the image; the library's processor resizes it in `collate`."""
@@ -107,31 +92,33 @@ class PretrainedProcessor(Processor):
         Rows are padded on the right; on the left if none has an answer, so that generation continues all of them at
         the same position.
         """
-        encoded = list(chain.from_iterable(rows))
-        questions: list[Any] = [one.questions[0] for one in encoded]
-        pictures = [[one.image] for one in encoded]
-        texts = [question.prompt for question in questions]
+        documents = [document for row in rows for document in row]
+        questions = [document.questions[0] for document in documents]
+        texts: list[Any] = [question.prompt for question in questions]
         bos = self.tokenizer.bos_token
         # If the chat template has written BOS, the tokenizer must not add another (as in transformers).
         more: dict[str, Any] = {"add_special_tokens": False} if bos is not None and texts[0].startswith(bos) else {}
-        found = self.library(text=texts, images=pictures, padding=True, return_tensors="pt", **more)
+        images = [[document.image] for document in documents]
+        found = self.library(text=texts, images=images, padding=True, return_tensors="pt", **more)
         found.pop("labels", None)  # PaliGemma's labels of the prompt
-        read = [
-            ids[mask.bool()].tolist() for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
+        ids, given = found.pop("input_ids"), found.pop("attention_mask").bool()
+        # The prompt contains the image's tokens already.
+        built = [
+            build_row([Document(None, [replace(question, prompt=prompt[mask].tolist())])], 0, "prefix_lm")
+            for question, prompt, mask in zip(questions, ids, given, strict=True)
         ]
-        laid = [
-            self._row(prompt, question, number)
-            for number, (prompt, question) in enumerate(zip(read, questions, strict=True))
-        ]
-        left = not any(question.answer for question in questions)
-        columns = pad_rows(laid, multiple, left=left)
-        real = columns["document"] != PADDING
-        columns["input_ids"].masked_fill_(~real, self._padding)
+        columns = pad_rows(built, multiple, left=not any(question.answer for question in questions))
         del columns["image_index"]
-        own = {name: value for name, value in found.items() if name not in ("input_ids", "attention_mask")}
-        for name in [name for name, value in own.items() if value.shape == found["input_ids"].shape]:
-            own[name] = self._extend_types(own[name], found["attention_mask"], columns["role"], real)
-        return {**own, **columns, "attention_mask": real.long()}
+        real, role = columns["document"] != PADDING, columns["role"]
+        padding = self.tokenizer.pad_token_id
+        columns["input_ids"][~real] = self.tokenizer.eos_token_id if padding is None else padding
+        role[columns["input_ids"] == self.library.image_token_id] = IMAGE
+        for name, types in found.items():
+            if types.shape == ids.shape:  # `token_type_ids` of the prompt; PaliGemma's answers have their own type
+                extended = torch.full_like(role, int(_is_paligemma(self.library)))
+                extended[real & (role != ANSWER)] = types[given].to(extended.dtype)
+                found[name] = extended.masked_fill(~real, 0)
+        return {**found, **columns, "attention_mask": real.long()}
 
     @property
     def shares_images(self) -> bool:
@@ -151,29 +138,6 @@ class PretrainedProcessor(Processor):
     def end_token_ids(self) -> set[int]:
         """Token ids that end an answer."""
         return {self.tokenizer.eos_token_id, self._target(Question(0, "", ""), "yes")[-1]}
-
-    def _row(self, prompt: list[int], question: PromptedQuestion, number: int) -> Row:
-        answer = list(question.answer)
-        read, written = len(prompt), max(len(answer) - 1, 0)
-        row = Row()
-        row.extend(
-            input_ids=[*prompt, *answer[:-1]],
-            image_index=[NO_IMAGE] * (read + written),
-            document=[number] * (read + written),
-            branch=[0] * (read + written),
-            role=[IMAGE if token == self._image_token else PROMPT for token in prompt] + [ANSWER] * written,
-            position=range(read + written),
-            labels=[IGNORE] * (read - 1) + (answer or [IGNORE]),
-            weights=[0.0] * (read - 1) + [question.weight] * len(answer or [IGNORE]),
-        )
-        return row
-
-    def _extend_types(self, given: Tensor, mask: Tensor, role: Tensor, real: Tensor) -> Tensor:
-        """Extend a column of the network (`token_type_ids`) from the prompts to the answers."""
-        suffix = int(_is_paligemma(self.library))  # PaliGemma's answers have their own type, which is causal
-        typed = torch.full_like(role, suffix)
-        typed[real & (role != ANSWER)] = given[mask.bool()].to(typed.dtype)
-        return typed.masked_fill(~real, 0)
 
     def _prompt_text(self, prompt: str, answer: str | None = None) -> str:
         """Return the text of the turn, with the image's placeholder."""
@@ -222,15 +186,6 @@ class PretrainedProcessor(Processor):
     def _special_words(self) -> re.Pattern[str]:
         tokens = {*self.tokenizer.all_special_tokens, self.library.image_token}
         return re.compile("|".join(re.escape(token) for token in sorted(tokens)))
-
-    @cached_property
-    def _image_token(self) -> int:
-        return int(self.library.image_token_id)
-
-    @cached_property
-    def _padding(self) -> int:
-        padding = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if padding is None else padding)
 
 
 def _is_paligemma(library: Any) -> bool:
