@@ -8,9 +8,10 @@ Legend: B rows, T tokens, K keys, D width, S supervised tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -161,6 +162,15 @@ class LanguageModel(nn.Module):
         else:
             logits = self.head(hidden)
         return final_logits(logits, self.config)
+
+    @property
+    def fused_losses(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The kernel of `loss: fused`, `float[S, D], int64[S] -> float32[S]`; None for "chunked"."""
+        if self.loss != "fused":
+            return None
+        from vlmvqa.models.fused_loss import fused_losses
+
+        return partial(fused_losses, self)
 
     def checkpoint_activations(self) -> None:
         """Recompute layer activations in the backward pass (non-reentrant)."""

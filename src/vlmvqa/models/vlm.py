@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -118,11 +117,7 @@ class VLM(Model):
             `loss` and `supervised_tokens`, both scalars.
         """
         hidden, labels = self.decode(batch), batch["labels"]
-        fused = None
-        if self.language.loss == "fused":
-            from vlmvqa.models.fused_loss import fused_losses
-
-            fused = partial(fused_losses, self.language)
+        fused = self.language.fused_losses
         loss, weight = supervised_loss(hidden, labels, self.logits, weights=batch.get("weights"), fused=fused)
         return {
             "loss": divide_loss(loss, weight, num_items_in_batch),
