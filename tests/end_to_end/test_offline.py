@@ -21,8 +21,9 @@ from vlmvqa.extras.hub import dataset
 from vlmvqa.extras.hub.upload import refuse_upload
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, pretrained_config
+from vlmvqa.hub import load_tokenizer
 from vlmvqa.metrics import clip_similarity
-from vlmvqa.models.build import build_vision_encoder, language_config, load_tokenizer
+from vlmvqa.models.build import build_vision_encoder, language_config
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
 

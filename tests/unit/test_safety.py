@@ -24,7 +24,8 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, pretrained_config
-from vlmvqa.models.build import build_language_model, build_vision_encoder, language_config, load_tokenizer
+from vlmvqa.hub import load_tokenizer
+from vlmvqa.models.build import build_language_model, build_vision_encoder, language_config
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
 from vlmvqa.training import checkpoint_state
