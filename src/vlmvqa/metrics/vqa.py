@@ -121,11 +121,10 @@ def _leave_one_out(matches: int, references: int) -> float:
     return thirds / 3 / references
 
 
-def _min3(matches: int, references: int) -> float:
-    return min(1.0, matches / 3)
-
-
-CONSENSUS: dict[str, Callable[[int, int], float]] = {"leave_one_out": _leave_one_out, "min3": _min3}
+CONSENSUS: dict[str, Callable[[int, int], float]] = {
+    "leave_one_out": _leave_one_out,
+    "min3": lambda matches, references: min(1.0, matches / 3),
+}
 
 
 @lru_cache(maxsize=1 << 17)
@@ -166,21 +165,15 @@ def _mean_per_type(accuracy: Mapping[Id, float], types: Mapping[Id, str] | None)
 
 
 def _score(questions: Sequence[Question], answers: Answers, **options: Any) -> Score:
-    types = {
-        kind: {question.id: getattr(question, kind) or "unknown" for question in questions}
-        for kind in ("answer_type", "question_type")
-    }
+    answer_types = {question.id: question.answer_type or "unknown" for question in questions}
+    question_types = {question.id: question.question_type or "unknown" for question in questions}
     result = vqa_accuracy(
-        answers,
-        references_by_id(questions),
-        answer_types=types["answer_type"],
-        question_types=types["question_type"],
-        **options,
+        answers, references_by_id(questions), answer_types=answer_types, question_types=question_types, **options
     )
-    means = {"answer_type": result.per_answer_type, "question_type": result.per_question_type}
-    counts = {kind: Counter(by_question.values()) for kind, by_question in types.items()}
+    answer_counts, question_counts = Counter(answer_types.values()), Counter(question_types.values())
     tables = {
-        kind: {name: (mean, counts[kind][name]) for name, mean in by_type.items()} for kind, by_type in means.items()
+        "answer_type": {name: (mean, answer_counts[name]) for name, mean in result.per_answer_type.items()},
+        "question_type": {name: (mean, question_counts[name]) for name, mean in result.per_question_type.items()},
     }
     return Score({"vqa_accuracy": result.overall}, dict(result.per_question), tables)
 
