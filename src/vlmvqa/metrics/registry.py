@@ -232,8 +232,9 @@ def check_text(predictions: Mapping[AnyId, str]) -> None:
 
 
 def _is_list_of_text(answers: object) -> bool:
-    is_list = isinstance(answers, Sequence) and not isinstance(answers, str)  # a string is a sequence of strings too
-    return is_list and len(answers) > 0 and all(isinstance(answer, str) for answer in answers)
+    if not isinstance(answers, Sequence) or isinstance(answers, str):  # a string is a sequence of strings too
+        return False
+    return len(answers) > 0 and all(isinstance(answer, str) for answer in answers)
 
 
 def check_ids(
