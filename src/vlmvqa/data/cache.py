@@ -136,12 +136,10 @@ def read_once(
     A result with bad records is not cached, so that every run stops at them or lists them.
 
     Args:
-        read: the reader of a split.
+        read: the reader of a split; `key` are its arguments, and it reports to `bad_records`.
         files: all files and folders that `read` depends on. A folder of images counts as changed when files are added
             or removed.
         root: the folder of the images; the cache holds paths relative to it.
-        key: the arguments of `read`.
-        bad_records: where `read` reports the records that it leaves out.
         cache: default: the cache of this user.
     """
     cache = cache or Cache()

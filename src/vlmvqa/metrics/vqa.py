@@ -74,10 +74,8 @@ def vqa_accuracy(
     With fewer than four references the official rule cannot reach 100, and with one it is always 0.
 
     Args:
-        predictions: raw model answer by question id.
         references: raw annotator answers (ten in VQAv2, any number here) by question id.
-        answer_types: category by question id, for the means by answer type.
-        question_types: category by question id, for the means by question type.
+        answer_types, question_types: category by question id, for the means by type.
         normalize: "official" normalises prediction and references unless all references are equal;
             "always" (lmms-eval, VLMEvalKit) normalises those too; "never" compares raw text.
         consensus: "leave_one_out" is official; "min3" is min(matches / 3, 1) over all references, the short form

@@ -65,19 +65,13 @@ def read(
 ) -> list[Example]:
     """Read the images of a split in file order, with their captions.
 
+    Splits: `train2014`, `val2014`, `train2017`, `val2017`, `karpathy_train` (with restval), `karpathy_val` and
+    `karpathy_test`; slices are over the images. Other arguments and errors: see `datasets/__init__.py`.
+
     Args:
-        root: the folder of the official files.
-        split: `train2014`, `val2014`, `train2017`, `val2017`, `karpathy_train` (with restval), `karpathy_val` or
-            `karpathy_test`, with an optional slice over the images: `train2017[:10%]`.
-        prompt: the model's input.
-        max_samples: limit on the number of images, from the start of the slice.
-        bad_records: policy for records that cannot be used (default: stop).
         captions: "each" (for training): each caption is a question, and those of an image share its row. "one" (for
             evaluation): an image is one question, with the image's id and all captions as references. None: "each" for
             training splits, "one" for the others.
-
-    Raises:
-        InputError: files are missing or cannot be read, or a record cannot be used.
     """
     selected = parse_split(split, SPLITS, "COCO captions", max_samples)
     _check_option(captions)
