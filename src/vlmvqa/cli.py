@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from vlmvqa.errors import InputError
 
@@ -50,14 +50,10 @@ PATIENCE = 60.0  # seconds that the other ranks of a machine wait for the first 
 
 @contextlib.contextmanager
 def script(name: str, file: str) -> Iterator[None]:
-    """Prepare the process of a script; the block holds its imports.
+    """Prepare the process of a script with this `__name__` and `__file__`; the block holds its imports.
 
     Ends the process if the command line asks for help or a completion, or holds a mistake. Does nothing where the
     script is imported.
-
-    Args:
-        name: the script's `__name__`.
-        file: its `__file__`.
     """
     if name != "__main__":
         yield
@@ -116,9 +112,8 @@ def run(config_name: str, kind: type[Config], main: Main[Config]) -> None:
     """
     from vlmvqa import ranks
     from vlmvqa.config import overrides
-    from vlmvqa.ranks import launcher_choice
 
-    launcher = launcher_choice(os.environ, sys.argv[1:])
+    launcher = ranks.launcher_choice(os.environ, sys.argv[1:])
     if "SLURM_PROCID" in os.environ:
         from vlmvqa.training.rendezvous import slurm_task
 
@@ -131,14 +126,13 @@ def run(config_name: str, kind: type[Config], main: Main[Config]) -> None:
         _stop(f"error: {error}")
     sys.argv[1:] = composition.arguments
     start = partial(_guarded, main, kind, config_name, launcher)
-    several = ranks.world_size() > 1
     if any(argument.startswith("-") for argument in arguments):  # Hydra's options: --cfg job, -m
         from vlmvqa.config import hydra_jobs
 
         hydra_jobs.run(start, config_name, composition)
     else:
         start(composition.jobs[0])
-    if several:
+    if ranks.world_size() > 1:
         leave()
 
 
@@ -208,8 +202,7 @@ def _stop(sentence: str) -> NoReturn:
 
     from vlmvqa import ranks
 
-    bars: Any = tqdm
-    for bar in list(bars._instances):
+    for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     if ranks.local_rank() > 0 and not torch.distributed.is_initialized():
         with contextlib.suppress(KeyboardInterrupt):

@@ -227,9 +227,10 @@ def test_cached_examples_equal_those_that_were_read(read: Reader, split: str) ->
 
 
 def test_all_fields_of_examples_are_cached() -> None:
-    """A new field of `Question` that is not text, or any of `Example`, needs its own column."""
+    """A new field needs a place in the JSON."""
     assert [field.name for field in fields(Example)] == ["image", "image_id", "questions"]
-    assert all(field.type in ("str", "str | None") for field in fields(Question) if field.name in cache_module.TEXTS)
+    names = ["id", "text", "prompt", "target", "answers", "question_type", "answer_type", "details"]
+    assert [field.name for field in fields(Question)] == names
 
 
 def test_equal_strings_and_answers_are_one_object_again(read: Reader) -> None:
@@ -339,10 +340,9 @@ def test_ids_may_be_texts_or_large_numbers(read: Reader, cache: Cache) -> None:
         Example(b"a picture", 1, ()),
         Example(Path("elsewhere/1.jpg"), 1, ()),
         Example(Path("vqav2/1.jpg"), b"1", ()),  # type: ignore[arg-type]
-        Example(Path("vqav2/1.jpg"), 1, (Question(1, "?", "?", target=3),)),  # type: ignore[arg-type]
     ],
 )
-def test_examples_that_columns_cannot_hold_are_read_each_time(read: Reader, cache: Cache, example: Example) -> None:
+def test_examples_that_json_cannot_hold_are_read_each_time(read: Reader, cache: Cache, example: Example) -> None:
     files = vqav2.files(read.root, "val")
     for _ in range(2):
         assert read_once(lambda: [example], files, Path("vqav2"), {}, BadRecords(), cache) == [example]

@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from vlmvqa.data import tokenization
 from vlmvqa.data.cache import Cache
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.tokenization import TokenTable, fingerprint, train_tokenizer
+from vlmvqa.data.tokenization import TokenTable, train_tokenizer
 
 TEXTS = ["answer en What colour is the café?\n", "rouge", "", "日本 🐈", "<bos>", "rouge", " two  spaces\t"]
 
@@ -90,11 +90,8 @@ def test_other_texts_and_other_tokenizers_are_other_entries(tokenizer: PreTraine
 
 
 def test_added_tokens_make_another_tokenizer(tokenizer: PreTrainedTokenizerFast, cache: Cache) -> None:
-    before = fingerprint(tokenizer)
-    assert fingerprint(tokenizer) == before
     TokenTable.build(TEXTS, tokenizer, cache)
     tokenizer.add_tokens(["日本"])
-    assert fingerprint(tokenizer) != before
     expected = tokenizer("日本 🐈", add_special_tokens=False)["input_ids"]
     assert TokenTable.build(TEXTS, tokenizer, cache).get("日本 🐈") == expected
 

@@ -32,13 +32,11 @@ BUILDERS = {
 def build(
     kind: type[Config], values: Mapping[str, Any], given: Iterable[str] = (), launcher: tuple[str, str] | None = None
 ) -> Config:
-    """Return a command's configuration.
+    """Return a command's configuration of class `kind` from the values that Hydra composed.
 
     Args:
-        kind: its class, `TrainConfig` for example.
-        values: resolved values, as Hydra composed them.
         given: the keys that the command line sets.
-        launcher: the strategy that the launcher implies, and the launcher's name (`config.launcher`).
+        launcher: the strategy that the launcher implies, and the launcher's name.
 
     Raises:
         InputError: an unknown key, a missing value, or values that contradict each other.
@@ -53,11 +51,7 @@ def build(
 
 
 def with_launcher(dist: dict[str, Any] | None, launcher: tuple[str, str] | None) -> dict[str, Any] | None:
-    """Return the `dist` group: the given one, or else the one that the launcher implies.
-
-    Raises:
-        InputError: they contradict each other, or there is no such group.
-    """
+    """Return the given `dist` group or the one that the launcher implies; raise an InputError if they differ."""
     if launcher is None:
         return dist
     choice, name = launcher
@@ -74,11 +68,7 @@ def with_launcher(dist: dict[str, Any] | None, launcher: tuple[str, str] | None)
 
 
 def refuse_overrides(given: Iterable[str], reason: str, *keys: str) -> None:
-    """Raise if the command line sets a key that the command would ignore.
-
-    Raises:
-        InputError: with the reason.
-    """
+    """Raise an InputError with the reason if the command line sets a key that the command would ignore."""
     for key in sorted(set(keys) & set(given)):
         raise InputError(f"{key} cannot be set here: it is {reason}; leave it out")
 
@@ -104,14 +94,8 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-Settings = TypeVar("Settings")
-
-
-def build_settings(kind: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
-    """Build a dataclass from a mapping, including nested dataclasses.
-
-    Args:
-        where: the name of the mapping in error messages ("model", "data").
+def build_settings(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """Build a dataclass from a mapping, including nested dataclasses; `where` names the mapping in error messages.
 
     Raises:
         InputError: a key is unknown or missing, or a value should be a mapping.

@@ -32,28 +32,15 @@ READS_DATA = ("train", "eval", "show", "merge", "helm", *(f"prepare {job}" for j
 FILES = ("coco_captions", "docvqa", "gqa", "jsonl", "vqav2")
 # The least value of a whole number.
 LEAST = {
-    "samples": 0,
-    "log_samples": 0,
-    "attributions": 0,
-    "workers": 0,
-    "batch_size": 1,
-    "max_instances": 1,
-    "seed": 0,
+    **dict.fromkeys(("samples", "log_samples", "attributions", "workers", "seed"), 0),
+    **dict.fromkeys(("batch_size", "max_instances"), 1),
 }
 NULLABLE = {"merge": ("samples",), "prepare": ("workers",)}
 
 
 def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
-    """Raise at the first mistake.
-
-    Args:
-        values: the resolved values of the config.
-        command: the script's name.
-
-    Raises:
-        InputError: what is wrong, and what to do.
-    """
-    missing = min((key for key, value in _leaves(values) if value == "???"), default=None)
+    """Raise an InputError at the first mistake in the resolved values of a command's config."""
+    missing = min((key for key, value in flatten(values).items() if value == "???"), default=None)
     if missing:
         raise InputError(f"{missing} must be given; add {missing}=... to the command")
     if command == "merge" and not isinstance(values["models"], list):
@@ -68,7 +55,11 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
     if command == "train":
         for sentence in problems(values["trainer"]):
             raise InputError(sentence)
-    _refuse_counts(values, NULLABLE.get(command, ()))
+    for key in LEAST:
+        if key not in values or (values[key] is None and key in NULLABLE.get(command, ())):
+            continue
+        if type(values[key]) is not int or values[key] < LEAST[key]:
+            raise InputError(f"{key}={values[key]} should be a whole number, at least {LEAST[key]}")
     for key in MODELS.get(command, ()):
         for model in listed(values[key]):
             refuse_missing_model(str(model))
@@ -78,14 +69,6 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
     reads_data = f"prepare {values['job']}" if command == "prepare" else command
     if reads_data in READS_DATA and values.get("data") is not None:
         _refuse_missing_data(values["data"], "data")
-
-
-def _refuse_counts(values: Mapping[str, Any], nullable: Sequence[str]) -> None:
-    for key, least in LEAST.items():
-        if key not in values or (values[key] is None and key in nullable):
-            continue
-        if type(values[key]) is not int or values[key] < least:
-            raise InputError(f"{key}={values[key]} should be a whole number, at least {least}")
 
 
 def _refuse_missing_data(data: dict[str, Any], where: str) -> None:
@@ -107,14 +90,6 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 # ---- the command line's words
 
 # Hydra's own options. argparse takes abbreviations of the long ones, too.
@@ -127,11 +102,7 @@ LAUNCHERS_OPTIONS = ("--local_rank", "--local-rank")  # added by `deepspeed`
 
 
 def refuse_flags(arguments: Sequence[str], config_name: str) -> None:
-    """Raise at an option of neither Hydra nor a launcher: settings are written key=value.
-
-    Raises:
-        InputError: with the setting to write instead.
-    """
+    """Raise an InputError at an option of neither Hydra nor a launcher: settings are written key=value."""
     for number, argument in enumerate(arguments):
         if not argument.startswith("-") or _is_option(argument):
             continue
@@ -148,12 +119,14 @@ def _is_option(argument: str) -> bool:
     return name in (*HYDRA_OPTIONS, *LAUNCHERS_OPTIONS) or (name.startswith("--") and len(abbreviates) == 1)
 
 
-def flatten(node: Any, prefix: str = "") -> list[str]:
-    """Return the dotted keys of a node and of the nodes below it."""
-    if not isinstance(node, dict):
-        return []
-    children = [name for key, value in node.items() for name in flatten(value, f"{prefix}{key}.")]
-    return [prefix + str(key) for key in node] + children
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the value of each dotted key, and of each group of keys."""
+    found = {}
+    for key, value in values.items():
+        found[f"{prefix}{key}"] = value
+        if isinstance(value, Mapping):
+            found |= flatten(value, f"{prefix}{key}.")
+    return found
 
 
 # ---- transformers' TrainingArguments, without importing them, which takes seconds

@@ -126,17 +126,9 @@ features: run every image of a split through the vision encoder once and cache t
     python launch/train.py   model=dinov2_gemma2_2b data=vqav2 data.root=/data/vqav2 \\
         data.feature_cache=/fast/features trainable.vision=none
 
-Training then decodes no image and runs no encoder; it reads tokens x width x bytes per image. DINOv2-B/14 at 224 in
-bfloat16 is 257 x 768 x 2 = 395 kB per image, 33 GB for the 82,783 training images of VQAv2. At 100 images/s training
-reads 39 MB/s, at 1,000 images/s 395 MB/s.
-
-It pays      where the encoder is frozen and the run (or a search over runs with the same encoder and images) makes
-             more than one epoch: n epochs decode and encode once instead of n times. It saves most where decoding and
-             encoding are much of a step: few or slow cores, a small language model, few questions per image.
-It does not  in a single epoch, which encodes every image once anyway; where the disk reads slower than
-             (images/s that training needs) x (bytes per image), unless memory holds the features after the first
-             epoch; where the language model takes nearly all of a step's time.
-It cannot    where the encoder trains: its features change with every step.
+Training then decodes no image and runs no encoder; it reads tokens x width x bytes per image: 395 kB for DINOv2-B/14 at
+224 in bfloat16, 33 GB for the 82,783 training images of VQAv2. It pays off where a frozen encoder would see each image
+more than once, and the disk is fast enough (docs/fast.md). It cannot be used where the encoder trains.
 
 The features are valid only for these weights, transform, image size and dtype; training with others is refused. The
 same command resumes a run that was killed.

@@ -6,7 +6,7 @@ Imports no PyTorch, so that a mistake is reported at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -78,7 +78,11 @@ def _compose(arguments: tuple[str, ...], config_name: str) -> Composition:
     overrides = [argument for argument in given if "=" in argument and not argument.startswith("-")]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:
-            first, *others = _jobs(overrides) if is_sweep(given) else [overrides]
+            first, *others = [overrides]
+            if is_sweep(given):
+                from vlmvqa.config.hydra_jobs import sweep_jobs
+
+                first, *others = sweep_jobs(overrides)
             config = _with_groups(config_name, first)
             # A sweep's overrides as they are given, since Hydra composes its jobs again, one after the other.
             checked = {one: _check_override(config_name, config, one, given) for one in overrides}
@@ -102,28 +106,18 @@ def _with_values(config_name: str, config: DictConfig, overrides: Sequence[str],
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
-    """Return a composed config as plain values, `${...}` resolved, without Hydra's own node.
-
-    Raises:
-        InputError: a reference leads nowhere.
-    """
+    """Return a composed config as plain values, `${...}` resolved, without Hydra's own node; missing ones are `???`."""
     current, before = HydraConfig.instance(), HydraConfig.instance().cfg
     if "hydra" in config:
         current.set_config(config)
     try:
-        names = [str(name) for name in config if name != "hydra"]
-        return {name: _value(config, name) for name in names}
+        own = OmegaConf.masked_copy(config, [str(name) for name in config if name != "hydra"])
+        values: dict[str, Any] = OmegaConf.to_container(own, resolve=True)  # type: ignore[assignment]
+        return values
     except OmegaConfBaseException as error:
         raise InputError(" ".join(str(error).split())) from error
     finally:
         current.cfg = before
-
-
-def _value(config: DictConfig, name: str) -> Any:
-    if OmegaConf.is_missing(config, name):
-        return "???"
-    value = config[name]
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def keys_of(overrides: Sequence[str]) -> frozenset[str]:
@@ -166,18 +160,9 @@ def quoted(value: str) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
 
 
-# ---- sweeps
-
-
 def is_sweep(arguments: Sequence[str]) -> bool:
     """Return whether the command line starts several jobs."""
     return bool({"-m", "--multirun"} & set(arguments))
-
-
-def _jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
-    from vlmvqa.config.hydra_jobs import sweep_jobs
-
-    return sweep_jobs(overrides)
 
 
 # ---- checks
@@ -191,11 +176,7 @@ def _refuse_words(arguments: Sequence[str]) -> None:
 
 
 def _is_choice(override: str) -> bool:
-    """Return whether an override chooses a file of a group (model=tiny, +experiment=x).
-
-    Raises:
-        InputError: the group has no such file.
-    """
+    """Return whether an override chooses a file of a group (model=tiny); raise an InputError if it does not exist."""
     key, _, choice = override.lstrip("+~").partition("=")
     if key.startswith("hydra/"):  # Hydra's own groups: hydra/launcher=submitit_slurm
         return True
@@ -209,15 +190,7 @@ def _is_choice(override: str) -> bool:
 
 
 def _check_override(config_name: str, config: DictConfig, override: str, arguments: Sequence[str]) -> str:
-    """Return an override as Hydra takes it.
-
-    Args:
-        config: the config with the chosen group files.
-        arguments: the complete command line, which decides the keys that may be suggested.
-
-    Raises:
-        InputError: its key does not exist.
-    """
+    """Return an override as Hydra takes it; raise an InputError if its key does not exist in the config."""
     key, _, value = override.lstrip("+~").partition("=")
     parts = key.split(".")
     if (CONF / key.partition("@")[0]).is_dir() or parts[0].startswith("hydra"):

@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from vlmvqa import ranks
+from vlmvqa.config.early_checks import flatten
 from vlmvqa.config.hydra_jobs import swept_values
 from vlmvqa.config.overrides import Composition, Job, quoted
 from vlmvqa.paths import RUNS
@@ -46,7 +47,7 @@ class Sweep:
         given = [argument for argument in composition.arguments if "=" in argument and not argument.startswith("-")]
         keys = tuple(_key(one) for one in given if len(swept_values(one)) > 1)
         output = OUTPUTS.get(config_name)
-        folders = [_select(job.values, output) for job in composition.jobs]
+        folders = [flatten(job.values).get(output) if output else None for job in composition.jobs]
         if folders[0] is not None and folders[0] in folders[1:]:
             return cls(Path(folders[0]).expanduser(), keys, output)
         digest = hashlib.sha256("\n".join(given).encode()).hexdigest()
@@ -63,11 +64,7 @@ class Sweep:
             shutil.rmtree(self.folder / JOBS, ignore_errors=True)
 
     def run(self, job: Job, start: Callable[[Job], bool | None]) -> None:
-        """Run a job in its own folder. A refused job is recorded, and the others still run.
-
-        Args:
-            start: runs the job; returns True if a signal stopped it, which ends the sweep.
-        """
+        """Run a job in its own folder; a signal ends the sweep. A refused job is recorded, and the others still run."""
         overrides = [one.lstrip("+") for one in HydraConfig.get().overrides.task if _key(one) in self.keys]
         ranks.print_on_rank0(f"\njob {HydraConfig.get().job.num}: {' '.join(overrides)}")
         if self.output is not None:
@@ -85,7 +82,8 @@ class Sweep:
                 del os.environ[name]
         if stopped and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # else this process runs one job
             sys.exit(0)
-        self._record(overrides, _select(job.values, "output") or _select(job.values, "run.dir"), error)
+        values = flatten(job.values)
+        self._record(overrides, values.get("output") or values.get("run.dir"), error)
 
     def _record(self, overrides: list[str], folder: str | None, error: str | None) -> None:
         if ranks.is_first():
@@ -142,14 +140,6 @@ def _folder_name(overrides: Sequence[str]) -> str:
     if len(name.encode()) > LONGEST:
         name = f"{name[: LONGEST // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
-
-
-def _select(values: Mapping[str, Any], key: str | None) -> str | None:
-    """Return the value of a dotted key; None if there is none."""
-    node: Any = values
-    for part in key.split(".") if key else ():
-        node = node.get(part) if isinstance(node, Mapping) else None
-    return node if isinstance(node, str) else None
 
 
 def _key(override: str) -> str:

@@ -4,8 +4,8 @@ The cache is optional and may be deleted at any time: an entry that is missing, 
 again, and a folder that cannot be written prints one line. Entries hold arrays and UTF-8 text, never pickles, so that a
 group may share a folder.
 
-    Examples  <->  numeric columns and one table of all strings     read_once
-    columns   <->  ~/.cache/vlmvqa/v1/<kind>-<hash of the key>      Cache; $VLMVQA_CACHE sets another folder
+    Examples   <->  numbers and JSON with one table of all texts     read_once
+    arrays     <->  ~/.cache/vlmvqa/v1/<kind>-<hash of the key>      Cache; $VLMVQA_CACHE sets another folder
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache as once
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ MAX_BYTES = 5 * 2**30  # of all entries; beyond, the least recently used are del
 ABANDONED = 24 * 3600  # seconds after which an unfinished entry is deleted
 CHECKSUM = 32  # bytes at the end of an entry
 
-Columns = dict[str, NDArray[Any]]
+Arrays = dict[str, NDArray[Any]]
 
 
 def _folder() -> Path | None:
@@ -53,7 +53,7 @@ class Cache:
 
     folder: Path | None = field(default_factory=_folder)
 
-    def load(self, kind: str, key: Any) -> Columns | None:
+    def load(self, kind: str, key: Any) -> Arrays | None:
         """Return the arrays saved under this key, or None."""
         if self.folder is None:
             return None
@@ -70,12 +70,12 @@ class Cache:
         with np.load(io.BytesIO(body), allow_pickle=False) as entry:
             return {name: entry[name] for name in entry.files}
 
-    def save(self, kind: str, key: Any, columns: Columns) -> None:
+    def save(self, kind: str, key: Any, arrays: Arrays) -> None:
         """Save numeric arrays under a key that JSON can hold. A disk error prints one line per process."""
         if self.folder is None:
             return
         body = io.BytesIO()
-        np.savez(body, **columns)  # type: ignore[arg-type]  # the stub takes them for its option allow_pickle
+        np.savez(body, **arrays)  # type: ignore[arg-type]  # the stub takes them for its option allow_pickle
         name = _name(kind, key)
         unfinished = self.folder / f".{name}.{uuid.uuid4().hex}"
         try:
@@ -136,12 +136,10 @@ def read_once(
     A result with bad records is not cached, so that every run stops at them or lists them.
 
     Args:
-        read: the reader of a split.
+        read: the reader of a split; `key` are its arguments, and it reports to `bad_records`.
         files: all files and folders that `read` depends on. A folder of images counts as changed when files are added
             or removed.
         root: the folder of the images; the cache holds paths relative to it.
-        key: the arguments of `read`.
-        bad_records: where `read` reports the records that it leaves out.
         cache: default: the cache of this user.
     """
     cache = cache or Cache()
@@ -155,9 +153,9 @@ def read_once(
     before = len(bad_records.seen)
     examples = read()
     if len(bad_records.seen) == before and _stamps(files) == stamps:
-        columns = _to_columns(examples, root)
-        if columns is not None:
-            cache.save("examples", full_key, columns)
+        arrays = _to_arrays(examples, root)
+        if arrays is not None:
+            cache.save("examples", full_key, arrays)
     return examples
 
 
@@ -178,94 +176,63 @@ def code_fingerprint() -> str:
     return digest.hexdigest()
 
 
-# --- examples as columns ------------------------------------------------------------------------------
+# --- examples as arrays -------------------------------------------------------------------------------
 
 TEXTS = [field.name for field in fields(Question) if field.name not in ("id", "answers", "details")]
 
 
-def _to_columns(examples: Sequence[Example], root: Path) -> Columns | None:
-    """Convert examples to arrays; None if one holds a value that these cannot (an image in memory, a non-text)."""
-    numbers: dict[str, int] = {}  # number of each distinct string; the columns hold these
+def _to_arrays(examples: Sequence[Example], root: Path) -> Arrays | None:
+    """Convert examples to arrays; None if one has no path below `root`, or holds a value that JSON cannot."""
+    texts: dict[str | None, int] = {}  # number of each distinct text; the arrays hold these
     answers: dict[tuple[str, ...], int] = {}
     questions = [question for example in examples for question in example.questions]
 
-    def column(values: Iterable[str | None]) -> NDArray[np.int32]:
-        return np.array([-1 if text is None else numbers.setdefault(text, len(numbers)) for text in values], np.int32)
+    def numbers(values: Iterable[str | None]) -> NDArray[np.int32]:
+        return np.array([texts.setdefault(text, len(texts)) for text in values], np.int32)
 
     try:
-        columns = {
-            "ids": column([json.dumps([question.id for question in questions])]),
-            **{name: column(getattr(question, name) for question in questions) for name in TEXTS},
-            "details": column(None if q.details is None else json.dumps(q.details) for q in questions),
-            "answers": np.array([answers.setdefault(q.answers, len(answers)) for q in questions], np.int32),
-            "answer_texts": column(text for texts in answers for text in texts),
-            "answer_counts": np.array([len(texts) for texts in answers], np.int32),
-            "images": column(_relative_path(example, root) for example in examples),
-            "image_ids": column([json.dumps([example.image_id for example in examples])]),
-            "question_counts": np.array([len(example.questions) for example in examples], np.int32),
+        arrays = {
+            **{name: numbers(getattr(question, name) for question in questions) for name in TEXTS},
+            "answers": np.array([answers.setdefault(question.answers, len(answers)) for question in questions], int),
+            "answer_texts": numbers(chain.from_iterable(answers)),
+            "answer_counts": np.array([len(some) for some in answers], int),
+            "question_counts": np.array([len(example.questions) for example in examples], int),
         }
-        return {**columns, **pack_strings(list(numbers))}
-    except (TypeError, ValueError):
+        images = [cast(Path, example.image).relative_to(root).as_posix() for example in examples]
+        image_ids = [example.image_id for example in examples]
+        others = [list(texts), images, image_ids, [q.id for q in questions], [q.details for q in questions]]
+        return {**arrays, "json": as_array(json.dumps(others))}
+    except (AttributeError, TypeError, ValueError):
         return None
 
 
-def _relative_path(example: Example, root: Path) -> str:
-    if not isinstance(example.image, Path):
-        raise TypeError(f"{example.name} is no file")
-    return example.image.relative_to(root).as_posix()
-
-
-def _to_examples(columns: Columns, root: Path) -> list[Example]:
-    """Convert columns back to examples; as from the reader, equal strings and equal answers are one object."""
-    strings: list[Any] = [*unpack_strings(columns), None]  # number -1 is None
+def _to_examples(arrays: Arrays, root: Path) -> list[Example]:
+    """Convert arrays back to examples; as from the reader, equal texts and equal answers are one object."""
+    texts, images, image_ids, ids, details = json.loads(as_text(arrays["json"]))
 
     def values(name: str) -> list[Any]:
-        return [strings[number] for number in columns[name].tolist()]
+        return [texts[number] for number in arrays[name].tolist()]
 
-    with _no_garbage_collection():
-        answers = _cut(values("answer_texts"), columns["answer_counts"])
-        given = {name: values(name) for name in TEXTS}
-        given["id"] = json.loads(*values("ids"))
-        given["answers"] = [answers[number] for number in columns["answers"].tolist()]
-        given["details"] = [None if text is None else json.loads(text) for text in values("details")]
-        questions = list(map(Question, *(given[field.name] for field in fields(Question))))
-        images = [root / name for name in values("images")]
-        image_ids = json.loads(*values("image_ids"))
-        return list(map(Example, images, image_ids, _cut(questions, columns["question_counts"])))
-
-
-def _cut(values: Sequence[Any], lengths: NDArray[Any]) -> list[tuple[Any, ...]]:
-    """Cut a sequence into consecutive tuples of these lengths."""
-    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).tolist()
-    return [tuple(values[start:end]) for start, end in pairwise(ends)]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Pause the collector: while a million objects are made that all stay, its scans take most of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
+    gc.disable()  # while a million objects are made that all stay, its scans take most of the time
     try:
-        yield
+        answer_texts = iter(values("answer_texts"))
+        answers = [tuple(islice(answer_texts, count)) for count in arrays["answer_counts"].tolist()]
+        columns = {"id": ids, "details": details, "answers": [answers[number] for number in arrays["answers"].tolist()]}
+        columns |= {name: values(name) for name in TEXTS}
+        questions = map(Question, *(columns[field.name] for field in fields(Question)))
+        return [
+            Example(root / image, image_id, tuple(islice(questions, count)))
+            for image, image_id, count in zip(images, image_ids, arrays["question_counts"].tolist(), strict=True)
+        ]
     finally:
-        if enabled:
-            gc.enable()
+        gc.enable()
 
 
-# --- strings as arrays --------------------------------------------------------------------------------
+def as_array(text: str) -> NDArray[np.uint8]:
+    """Return a text as an array."""
+    return np.frombuffer(text.encode(), np.uint8)
 
 
-def pack_strings(strings: Sequence[str]) -> Columns:
-    """Pack strings into an array of UTF-8 bytes and an array of their lengths in characters."""
-    if not all(isinstance(string, str) for string in strings):
-        raise TypeError("only strings can be packed")
-    joined = "".join(strings).encode("utf-8", "surrogatepass")  # JSON may hold half a surrogate pair: "\ud83d"
-    lengths = np.array([len(string) for string in strings], np.int32)
-    return {"utf8": np.frombuffer(joined, np.uint8), "characters": lengths}
-
-
-def unpack_strings(columns: Columns) -> list[str]:
-    """Return the strings that `pack_strings` packed."""
-    joined = columns["utf8"].tobytes().decode("utf-8", "surrogatepass")
-    ends = np.concatenate([[0], np.cumsum(columns["characters"], dtype=np.int64)]).tolist()
-    return [joined[start:end] for start, end in pairwise(ends)]
+def as_text(array: NDArray[np.uint8]) -> str:
+    """Return the text of an array that `as_array` made."""
+    return array.tobytes().decode()

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from sys import intern
 from typing import Any, TypeVar
 
 from vlmvqa.data.example import Example, Question
@@ -23,11 +24,7 @@ WORDS = {int: "a whole number", str: "text", list: "a list", dict: "an object", 
 
 
 def refuse_missing(root: Path, files: Sequence[Path], images: Path, benchmark: str) -> None:
-    """Check that all files of a split and its image folder exist.
-
-    Raises:
-        InputError: names the missing files and those that the folder should hold.
-    """
+    """Raise an InputError that names the missing files of a split, and those that the folder should hold."""
     paths = [*files, images]
     names = [path.relative_to(root).as_posix() for path in paths]
     listed = ", ".join(names[:-1]) + f" and the folder {names[-1]}/"
@@ -42,11 +39,7 @@ def refuse_missing(root: Path, files: Sequence[Path], images: Path, benchmark: s
 
 
 def load_json(path: Path, **hooks: Any) -> Any:
-    """Load an official JSON file.
-
-    Args:
-        path: the file.
-        hooks: `object_hook` or `object_pairs_hook` of `json.load`, to shrink large records while they are parsed.
+    """Load an official JSON file; `hooks` of `json.load` can shrink large records while they are parsed.
 
     Raises:
         InputError: it is not JSON (with line and column), not UTF-8, or cannot be read.
@@ -70,16 +63,10 @@ def unreadable(path: Path, error: OSError) -> InputError:
 
 
 def list_under(content: Any, key: str, path: Path, description: str) -> list[Any]:
-    """Return the list under `key` of a file's content.
+    """Return the list under `key` of a file's content; raise an InputError if there is none, or it is empty.
 
     Args:
-        content: the parsed file.
-        key: the key of the list.
-        path: the file, for errors.
-        description: the kind of file that was expected, such as "VQAv2's official questions file".
-
-    Raises:
-        InputError: there is none, or it is empty.
+        path, description: the file and its kind, such as "VQAv2's official questions file", for errors.
     """
     records = content.get(key) if isinstance(content, dict) else None
     if not isinstance(records, list):
@@ -92,21 +79,31 @@ def list_under(content: Any, key: str, path: Path, description: str) -> list[Any
 # --- records ------------------------------------------------------------------------------------------
 
 
-def unique_records(
-    records: list[Any], key: str, path: Path, bad_records: BadRecords, kind: str = "question"
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield index and record of those with a distinct integer id; report the others.
+def usable_records(
+    records: Iterable[Any],
+    key: str,
+    path: Path,
+    bad_records: BadRecords,
+    find: Callable[[dict[str, Any]], str | None] = lambda record: None,
+    *,
+    indices: Iterable[int] | None = None,
+    kind: str = "question",
+) -> Iterator[dict[str, Any]]:
+    """Yield the records with a distinct integer id in which `find` finds no problem; report the others.
 
-    Readers apply it to the full file, whatever the slice: duplicate ids are errors of the file.
+    Ids are compared in the full file, whatever the slice: duplicate ids are errors of the file.
 
     Args:
         records: the records in file order.
         key: the key of the id.
         path: the file, for errors.
-        bad_records: where records without an id and repeated ids are reported.
+        bad_records: where the others are reported.
+        find: returns what is wrong with a record, or None.
+        indices: the slice to yield from (None: all records).
         kind: the kind of record, for errors.
     """
     seen = set()
+    chosen = None if indices is None else set(indices)
     for number, record in enumerate(records):
         problem = find_problem(record, {key: int})
         if problem:
@@ -115,7 +112,17 @@ def unique_records(
             bad_records.add(f"{path}, {kind} {record[key]}", f"its {key} is used twice", "keep one of them")
         else:
             seen.add(record[key])
-            yield number, record
+            if chosen is not None and number not in chosen:
+                continue
+            if problem := find(record):
+                bad_records.add(f"{path}, {kind} {record[key]}", problem)
+            else:
+                yield record
+
+
+def ids_of(records: Iterable[Any], key: str) -> set[int]:
+    """Return the integer ids of the records, also of those that are bad otherwise."""
+    return {record[key] for record in records if not find_problem(record, {key: int})}
 
 
 def find_problem(record: Any, kinds: Kinds) -> str | None:
@@ -165,12 +172,11 @@ class PromptTemplate:
     def __init__(self, template: str) -> None:
         if "{question}" not in template:
             raise InputError(f"the prompt {template!r} has no {{question}}; put it where the question belongs.")
-        self.before, self.after = template.split("{question}", 1)
-        self.prompts: dict[str, str] = {}
+        self.template = template
 
     def __call__(self, text: str) -> str:
         """Return the prompt of a question."""
-        return self.prompts.setdefault(text, self.before + text + self.after)
+        return intern(self.template.replace("{question}", text, 1))
 
 
 # --- images -------------------------------------------------------------------------------------------
@@ -189,8 +195,7 @@ def group_by_image(
     Args:
         questions: pairs of image id and question.
         path_of: returns the image file of an image id.
-        where: the file of the questions, for errors.
-        split: the split, for errors.
+        where, split: the file of the questions and its split, for errors.
         bad_records: where questions whose image is missing are reported.
         place_of: returns the place in the file of a question id, for errors.
 

@@ -26,7 +26,6 @@ class Slice:
 
     Attributes:
         text: the split as written in the config, for errors.
-        name: the split's name.
         start, stop: the bounds as written, "10%" or "100"; None where the slice is open.
         max_samples: limit on the number of selected records, from the start of the slice.
         random_count: size of a random sample; None: no sampling.
@@ -47,8 +46,7 @@ class Slice:
 
         Args:
             total: the number of records to select from, in file order.
-            where: the file, for errors.
-            unit: what is counted, for errors.
+            where, unit: the file and what is counted, for errors.
 
         Raises:
             InputError: the slice is empty, or extends beyond the total.
@@ -60,32 +58,24 @@ class Slice:
                 )
             count = min(self.random_count, self.max_samples or self.random_count)
             return sorted(np.random.RandomState(0).permutation(total)[:count].tolist())
-        bounds: list[int | None] = []
-        for bound in (self.start, self.stop):
-            if bound is None:
-                bounds.append(None)
-                continue
+
+        def index(bound: str) -> int:
             number = float(bound[:-1]) * total / 100 if bound.endswith("%") else int(bound)
             if abs(number) > total:
                 raise InputError(f"{where}: '{self.text}' reaches beyond its {total} {unit}; choose a smaller slice.")
-            bounds.append(round(number))
-        selected = range(total)[slice(*bounds)]
+            return round(number)
+
+        selected = range(total)[index(self.start or "0") : index(self.stop) if self.stop else None]
         if not selected:
             raise InputError(f"{where}: '{self.text}' selects none of its {total} {unit}; choose a larger slice.")
         return selected[: self.max_samples]
 
 
 def parse_split(split: str, known: Iterable[str], benchmark: str, max_samples: int | None = None) -> Slice:
-    """Parse a split as written in a config: `train`, `val[:10%]`, `val[100:200]`, `val[random:1000]`.
-
-    Args:
-        split: the split.
-        known: the names of the dataset's splits.
-        benchmark: the name of the dataset, for errors.
-        max_samples: limit on the number of selected records (None: no limit).
+    """Parse a split as written in a config.
 
     Raises:
-        InputError: the split is unknown, its slice is malformed, or `max_samples` is below 1.
+        InputError: the split is not `known`, its slice is malformed, or `max_samples` is below 1.
     """
     known = list(known)
     match = SPLIT.fullmatch(split)

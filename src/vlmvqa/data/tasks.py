@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,14 +41,7 @@ SHARED = (
 
 
 def data_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> DataSettings:
-    """Return the `data` group, checked.
-
-    Args:
-        given: the keys that the command line sets.
-
-    Raises:
-        InputError: an unknown or missing key, a prompt without a place for the question, parts that do not go together.
-    """
+    """Return the `data` group, checked; `given` are the keys that the command line sets."""
     if values.get("source") != MIXTURE:
         return _checked(build_settings(DataSettings, values, "data"), "data")
     mixture = build_settings(DataSettings, {"root": None, **values}, "data")
@@ -98,11 +92,11 @@ def _checked(settings: DataSettings, where: str) -> DataSettings:
         )
     if settings.hub is not None and settings.columns.get("question", "") is None and "{question}" in settings.prompt:
         raise InputError(f"{where}.columns.question is null, so {where}.prompt={settings.prompt!r} has nothing to hold")
-    rest = settings.prompt.split("{question}")
+    marks = re.findall(r"{question}|[{}]", settings.prompt)
     if not has_questions(settings.source):
-        if set("{}") & set(settings.prompt):
+        if marks:
             raise InputError(f"{where}.prompt={settings.prompt!r} must hold no braces: {settings.source} asks nothing")
-    elif len(rest) != 2 or set("{}") & set("".join(rest)):
+    elif marks != ["{question}"]:
         raise InputError(f"{where}.prompt={settings.prompt!r} must hold {{question}} once, and no other braces")
     return settings
 
@@ -130,7 +124,6 @@ class Task:
     Attributes:
         name: the mixture's name for it; "" for a single task.
         weight: how often an epoch sees each of its images.
-        metric_options: options of its metric.
     """
 
     name: str
@@ -161,11 +154,7 @@ class Task:
 
 
 def read_tasks(data: DataSettings, bad_records: BadRecords) -> list[Task]:
-    """Read the training and evaluation splits of each task.
-
-    Raises:
-        InputError: a split cannot be read, or the metric cannot score the evaluation split.
-    """
+    """Read the splits of each task; raise an InputError if the metric cannot score the evaluation split."""
     tasks = [
         Task(
             name,

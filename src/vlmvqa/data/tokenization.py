@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import chain
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import tokenizers
@@ -15,17 +13,15 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vlmvqa.data.cache import Cache, Columns, code_fingerprint, pack_strings, unpack_strings
+from vlmvqa.data.cache import Arrays, Cache, as_array, as_text, code_fingerprint
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 from vlmvqa.ranks import bar
 
 SPECIAL = ["<pad>", "<eos>", "<bos>"]  # ids 0, 1, 2 of a trained tokenizer
 CHUNK = 8192  # texts per call: keeps all threads busy, and the library's Encoding objects take little memory
-MIN_CACHED_TEXTS = 4096  # tokenizing fewer takes less time than a fingerprint of Gemma's tokenizer
+MIN_CACHED_TEXTS = 4096  # tokenizing fewer takes less time than hashing Gemma's tokenizer
 BAR_DELAY = 2.0  # seconds
-
-_fingerprints: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------
@@ -49,22 +45,12 @@ def train_tokenizer(
     cached = cache.load("tokenizer", key)
     if cached is None:
         tokenizer = _train(counts, vocabulary, alphabet)
-        cache.save("tokenizer", key, pack_strings([tokenizer.to_str()]))
+        cache.save("tokenizer", key, {"json": as_array(tokenizer.to_str())})
     else:
-        tokenizer = Tokenizer.from_str(unpack_strings(cached)[0])
+        tokenizer = Tokenizer.from_str(as_text(cached["json"]))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[1], bos_token=SPECIAL[2]
     )
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Hash everything that affects tokenization; Gemma's 30 MB are hashed once per process."""
-    size, digest = _fingerprints.get(tokenizer, (None, ""))
-    if size != len(tokenizer):  # tokens were added
-        settings = f"{tokenizers.__version__} {tokenizer.split_special_tokens}"
-        digest = _digest(settings.encode(), tokenizer.backend_tokenizer.to_str().encode())
-        _fingerprints[tokenizer] = len(tokenizer), digest
-    return digest
 
 
 def _texts(examples: Iterable[Example]) -> Iterator[str]:
@@ -110,8 +96,8 @@ class TokenTable:
         if len(distinct) < MIN_CACHED_TEXTS or not isinstance(tokenizer, PreTrainedTokenizerFast):
             return cls(numbers, **_tokenize(distinct, tokenizer))
         cache = cache or Cache()
-        key = {"texts": _digest(*(column.tobytes() for column in pack_strings(distinct).values()))}
-        key["tokenizer"] = fingerprint(tokenizer)
+        settings = [tokenizers.__version__, tokenizer.split_special_tokens, tokenizer.backend_tokenizer.to_str()]
+        key = {"texts": distinct, "tokenizer": settings}
         columns = cache.load("tokens", key)
         if columns is None:
             columns = _tokenize(distinct, tokenizer)
@@ -139,30 +125,14 @@ class TokenTable:
         return self.starts[numbers + 1] - self.starts[numbers]
 
 
-def _digest(*parts: bytes) -> str:
-    digest = blake2b(digest_size=20)
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
-
-
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Columns:
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Arrays:
     """Return the columns `ids` and `starts` of a `TokenTable`."""
     ids, lengths = [np.zeros(0, np.int32)], [np.zeros(1, np.int64)]
     with bar(doing="tokenizing", unit="texts", total=len(texts), delay=BAR_DELAY) as progress:
         for start in range(0, len(texts), CHUNK):
-            chunk = _tokenize_chunk(texts[start : start + CHUNK], tokenizer)
+            # One call for several texts, which the Rust library tokenizes in its own threads.
+            chunk = tokenizer(texts[start : start + CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
             ids.append(np.fromiter(chain.from_iterable(chunk), np.int32))
             lengths.append(np.array([len(text_ids) for text_ids in chunk], np.int64))
             progress.update(len(chunk))
     return {"ids": np.concatenate(ids), "starts": np.concatenate(lengths).cumsum()}
-
-
-def _tokenize_chunk(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    # One call for all texts, which the Rust library tokenizes in its own threads.
-    ids: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
-    return ids

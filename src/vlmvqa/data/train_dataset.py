@@ -67,10 +67,8 @@ class RowSettings:
     loss_weighting: str = "token"
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("data.target", self.target, TARGETS),
-            ("loss_weighting", self.loss_weighting, WEIGHTINGS),
-        ):
+        checked = ("data.target", self.target, TARGETS), ("loss_weighting", self.loss_weighting, tuple(WEIGHTINGS))
+        for name, value, known in checked:
             if value not in known:
                 raise InputError(f"{name}={value} is unknown; use one of {', '.join(known)}{suggest(value, known)}")
 
@@ -170,8 +168,7 @@ class TrainDataset(Dataset[list[Document]]):
         texts = chain((question.prompt for question in questions), chain.from_iterable(answers))
         table = TokenTable.build(texts, self.processor.tokenizer)
         self.processor = replace(self.processor, table=table)
-        counts = [len(possible) for possible in answers]
-        starts = np.cumsum([0, *counts[:-1]])
+        starts = np.cumsum([0, *map(len, answers[:-1])])
         answer_lengths = table.lengths(chain.from_iterable(answers))
         longest, shortest = np.maximum.reduceat(answer_lengths, starts), np.minimum.reduceat(answer_lengths, starts)
         prompt_lengths = table.lengths(question.prompt for question in questions)
@@ -187,9 +184,9 @@ class TrainDataset(Dataset[list[Document]]):
             self.processor.count_tokens(question, answer) for answer in self._possible_answers(question)
         )
         if room is not None and length > room:
-            num_image_tokens = self.processor.num_image_tokens
+            total = self.processor.num_image_tokens + length
             raise InputError(
-                f"question {question.id}: with its image it has {num_image_tokens + length} tokens, more than "
+                f"question {question.id}: with its image it has {total} tokens, more than "
                 f"data.row_tokens={self.settings.row_tokens}; raise it"
             )
         return length

@@ -15,23 +15,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlmvqa.metrics.bleu import CorpusBleu, HelmBleu1, corpus_bleu, helm_bleu_1
-    from vlmvqa.metrics.captions import CaptionScores, caption_scores
-    from vlmvqa.metrics.clip_score import ClipSimilarity, clip_similarity
-    from vlmvqa.metrics.gqa import GqaScores, gqa_scores
-    from vlmvqa.metrics.levenshtein import Anls, anls
-    from vlmvqa.metrics.string_match import Accuracy, exact_match, relaxed_accuracy
-    from vlmvqa.metrics.vqa import VqaAccuracy, normalize_answer, vqa_accuracy
+    from vlmvqa.metrics.bleu import corpus_bleu, helm_bleu_1
+    from vlmvqa.metrics.captions import caption_scores
+    from vlmvqa.metrics.clip_score import clip_similarity
+    from vlmvqa.metrics.gqa import gqa_scores
+    from vlmvqa.metrics.levenshtein import anls
+    from vlmvqa.metrics.string_match import exact_match, relaxed_accuracy
+    from vlmvqa.metrics.vqa import normalize_answer, vqa_accuracy
 
 __all__ = [
-    "Accuracy",
-    "Anls",
-    "CaptionScores",
-    "ClipSimilarity",
-    "CorpusBleu",
-    "GqaScores",
-    "HelmBleu1",
-    "VqaAccuracy",
     "anls",
     "caption_scores",
     "clip_similarity",
@@ -46,13 +38,13 @@ __all__ = [
 
 # No module has the name of a public function: importing it would replace the function in this package.
 _MODULES = {
-    "bleu": ("CorpusBleu", "HelmBleu1", "corpus_bleu", "helm_bleu_1"),
-    "captions": ("CaptionScores", "caption_scores"),
-    "clip_score": ("ClipSimilarity", "clip_similarity"),
-    "gqa": ("GqaScores", "gqa_scores"),
-    "levenshtein": ("Anls", "anls"),
-    "string_match": ("Accuracy", "exact_match", "relaxed_accuracy"),
-    "vqa": ("VqaAccuracy", "normalize_answer", "vqa_accuracy"),
+    "bleu": ("corpus_bleu", "helm_bleu_1"),
+    "captions": ("caption_scores",),
+    "clip_score": ("clip_similarity",),
+    "gqa": ("gqa_scores",),
+    "levenshtein": ("anls",),
+    "string_match": ("exact_match", "relaxed_accuracy"),
+    "vqa": ("normalize_answer", "vqa_accuracy"),
 }
 
 

@@ -5,27 +5,30 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 from vlmvqa.errors import InputError
-from vlmvqa.metrics.registry import Answers, Id, MeanScore, Metric, Score, check_answers, mean_scorer, references_by_id
+from vlmvqa.metrics.registry import (
+    Answers,
+    Id,
+    MeanScore,
+    Metric,
+    Score,
+    check_answers,
+    mean_over_questions,
+    mean_scorer,
+    references_by_id,
+)
 
 if TYPE_CHECKING:
     from vlmvqa.data.example import Question
 
 # Possible end of a sentence inside a text: only then do the words depend on the sentence splitter.
 _INNER_END = re.compile(r"[.?!](?=.)", re.DOTALL)
-
-
-class HelmBleu1(MeanScore):
-    """BLEU-1 in 0..1: the mean, and the value of each question."""
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,8 @@ class CorpusBleu:
     signature: str
 
 
-def helm_bleu_1(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> HelmBleu1:
-    """Compute HELM's "BLEU" for VQA: the mean over questions of the highest BLEU-1 against a single reference.
+def helm_bleu_1(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> MeanScore:
+    """Compute HELM's "BLEU" for VQA in 0..1: the mean of each question's highest BLEU-1 against one reference.
 
     Case and punctuation count: against "red", "red." has two words and scores 0.5, and "Red" scores 0. A perfect answer
     scores 1, or 0 if it has no words.
@@ -58,13 +61,26 @@ def helm_bleu_1(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[
         InputError: ids differ between the mappings, a question has no reference, nltk is not installed, or a text
             has several sentences and nltk's sentence model is not installed.
     """
-    check_answers(predictions, references)
-    words = cache(_word_tokenizer())
-    scores: dict[int | str, float] = {
-        question: max(_bleu_1(words(predictions[question].strip()), words(answer)) for answer in answers)
-        for question, answers in references.items()
-    }
-    return HelmBleu1(fmean(scores.values()), scores)
+    try:
+        from nltk.tokenize import word_tokenize
+    except ImportError as error:
+        raise InputError("helm_bleu_1 needs nltk; install it with: pip install 'vlmvqa[captions]'") from error
+
+    @cache
+    def words(text: str) -> list[str]:
+        try:  # nltk needs its sentence model only for texts of several sentences
+            tokens: list[str] = word_tokenize(text, preserve_line=_INNER_END.search(text.strip()) is None)
+        except LookupError:
+            raise InputError(
+                f"Splitting {text!r} into words needs nltk's sentence model, which is not installed; download it with: "
+                "python -m nltk.downloader punkt_tab"
+            ) from None
+        return tokens
+
+    def score(prediction: str, answers: Sequence[str]) -> float:
+        return max(_bleu_1(words(prediction.strip()), words(answer)) for answer in answers)
+
+    return mean_over_questions(predictions, references, score)
 
 
 def _bleu_1(words: Sequence[str], reference: Sequence[str]) -> float:
@@ -73,26 +89,6 @@ def _bleu_1(words: Sequence[str], reference: Sequence[str]) -> float:
         return 0.0
     precision = (Counter(words) & Counter(reference)).total() / len(words)
     return precision * math.exp(min(0.0, 1 - len(reference) / len(words)))
-
-
-def _word_tokenizer() -> Callable[[str], list[str]]:
-    """Return nltk's `word_tokenize`, which needs its sentence model only for texts of several sentences."""
-    try:
-        from nltk.tokenize import word_tokenize
-    except ImportError as error:
-        raise InputError("helm_bleu_1 needs nltk; install it with: pip install 'vlmvqa[captions]'") from error
-
-    def tokenize(text: str) -> list[str]:
-        try:
-            words: list[str] = word_tokenize(text, preserve_line=_INNER_END.search(text.strip()) is None)
-        except LookupError:
-            raise InputError(
-                f"Splitting {text!r} into words needs nltk's sentence model, which is not installed; download it with: "
-                "python -m nltk.downloader punkt_tab"
-            ) from None
-        return words
-
-    return tokenize
 
 
 def corpus_bleu(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> CorpusBleu:

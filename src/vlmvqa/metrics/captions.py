@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from vlmvqa.metrics import java
+from vlmvqa.metrics.java import Scores
 from vlmvqa.metrics.ptb_tokenizer import tokenize
 from vlmvqa.metrics.registry import Answers, Id, Metric, Score, check_answers, check_option, references_by_id
 
@@ -30,7 +31,6 @@ METRICS = ("bleu", "rouge_l", "cider", "meteor", "spice")
 TOKENIZERS = ("python", "java")
 Tokenizer = Callable[[str], str | Sequence[str]]
 Counts = dict[int, int]  # by n-gram
-Scores = tuple[float, list[float]]  # of the dataset, and of each image
 
 ORDERS = 4  # n-grams of 1 to 4 words
 BETA = 1.2  # ROUGE-L: weight of recall relative to precision
@@ -67,8 +67,6 @@ def caption_scores(
     image's other references differ or all have fewer than four words, and 0 in a dataset of one image.
 
     Args:
-        predictions: raw caption by image id.
-        references: raw reference captions by image id.
         metrics: any of "bleu", "rouge_l", "cider", "meteor" and "spice"; the last two need Java.
         tokenizer: "python", this project's; "java", the official one; or a function from a caption to its tokens,
             as a list or separated by spaces (`str.split` for tokenized captions).
@@ -79,7 +77,6 @@ def caption_scores(
     """
     metrics = check_metrics(metrics, tokenizer)
     check_answers(predictions, references)
-
     texts = _tokenized([[predictions[image], *captions] for image, captions in references.items()], tokenizer)
     numbers: dict[str, int] = {}
     captions = [[_Caption(text, numbers) for text in group] for group in texts]
@@ -101,11 +98,7 @@ def caption_scores(
 def check_metrics(
     metrics: Sequence[str] = ("bleu", "rouge_l", "cider"), tokenizer: str | Tokenizer = "python"
 ) -> tuple[str, ...]:
-    """Return the metrics' names.
-
-    Raises:
-        InputError: an option of `caption_scores` is unknown, or needs Java and Java is missing.
-    """
+    """Return the metrics' names; raise an InputError if an option is unknown, or needs Java and Java is missing."""
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for name in metrics:
         check_option("metrics", name, METRICS)
@@ -120,12 +113,9 @@ def _tokenized(groups: Sequence[Sequence[str]], tokenizer: str | Tokenizer) -> l
     if tokenizer == "java":
         tokens = iter(java.tokenize([text for group in groups for text in group]))
         return [[next(tokens) for _ in group] for group in groups]
-    tokenize_one = tokenizer if callable(tokenizer) else tokenize
-    return [[_joined(tokenize_one(text)) for text in group] for group in groups]
-
-
-def _joined(tokens: str | Sequence[str]) -> str:
-    return tokens if isinstance(tokens, str) else " ".join(tokens)
+    split = tokenizer if callable(tokenizer) else tokenize
+    tokenized = [[split(text) for text in group] for group in groups]
+    return [[text if isinstance(text, str) else " ".join(text) for text in group] for group in tokenized]
 
 
 def _with_mean(scores: Iterable[float]) -> Scores:
@@ -168,23 +158,17 @@ class _Image:
 
 def _bleu(images: Sequence[_Image]) -> list[Scores]:
     """Compute BLEU-1 to BLEU-4."""
-    each: list[list[float]] = [[] for _ in range(ORDERS)]
-    matched, possible = [0] * ORDERS, [0] * ORDERS
-    length = reference_length = 0
-    for image in images:
-        nearest = _nearest_length(image)
-        hits = [_matches(image, n) for n in range(ORDERS)]
-        grams = [max(image.caption.length - n, 0) for n in range(ORDERS)]
-        for scores, score in zip(each, _bleu_of(hits, grams, image.caption.length, nearest), strict=True):
-            scores.append(score)
-        matched = [total + count for total, count in zip(matched, hits, strict=True)]
-        possible = [total + count for total, count in zip(possible, grams, strict=True)]
-        length, reference_length = length + image.caption.length, reference_length + nearest
-    return list(zip(_bleu_of(matched, possible, length, reference_length), each, strict=True))
+    matched = [[_matches(image, n) for n in range(ORDERS)] for image in images]
+    possible = [[max(image.caption.length - n, 0) for n in range(ORDERS)] for image in images]
+    lengths = [(image.caption.length, _nearest_length(image)) for image in images]
+    each = map(_bleu_of, matched, possible, lengths)
+    corpus = _bleu_of(*([sum(numbers) for numbers in zip(*part, strict=True)] for part in (matched, possible, lengths)))
+    return [(corpus[n], list(scores)) for n, scores in enumerate(zip(*each, strict=True))]
 
 
-def _bleu_of(matched: Sequence[int], possible: Sequence[int], length: int, reference_length: int) -> list[float]:
-    """Compute BLEU-1 to BLEU-4 from the matched and possible n-grams, with the brevity penalty."""
+def _bleu_of(matched: Sequence[int], possible: Sequence[int], lengths: Sequence[int]) -> list[float]:
+    """Compute BLEU-1 to BLEU-4 from the matched and possible n-grams, and the lengths of caption and reference."""
+    length, reference_length = lengths
     ratio = (length + TINY) / (reference_length + SMALL)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, scores = 1.0, []
@@ -210,29 +194,18 @@ def _matches(image: _Image, n: int) -> int:
 
 def _rouge_l(image: _Image) -> float:
     """Compute the F-measure of the longest common subsequence of words."""
+    from rapidfuzz.distance import LCSseq  # local: benchmarking a model's speed needs no metric packages
+
     # pycocoevalcap splits at single spaces, so a caption without words has one empty word.
     words = image.caption.text.split(" ")
-    places: dict[str, int] = {}
-    for place, word in enumerate(words):
-        places[word] = places.get(word, 0) | 1 << place
     precision = recall = 0.0
     for other in image.references:
         reference = other.text.split(" ")
-        common = _common_subsequence(places, len(words), reference)
+        common = LCSseq.similarity(words, reference)
         precision, recall = max(precision, common / len(words)), max(recall, common / len(reference))
     if precision == 0:
         return 0.0
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
-
-
-def _common_subsequence(places: Mapping[str, int], length: int, reference: Sequence[str]) -> int:
-    """Return its length, computed row by row as the bits of an integer (Hyyrö 2004, "Bit-parallel LCS")."""
-    full = (1 << length) - 1
-    row = full
-    for word in reference:
-        shared = row & places.get(word, 0)
-        row = (row + shared) | (row - shared)
-    return length - (row & full).bit_count()
 
 
 def _cider(images: Sequence[_Image]) -> list[float]:

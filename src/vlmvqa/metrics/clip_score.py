@@ -6,7 +6,7 @@ paper's model is ViT-B/32; numbers of different models are not comparable.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,6 @@ MODEL = "openai/clip-vit-base-patch32"
 SCALE = 2.5
 
 
-class ClipSimilarity(MeanScore):
-    """CLIPScore in 0..2.5, usually below 1: the mean, and the value of each caption."""
-
-    __slots__ = ()
-
-
 def clip_similarity(
     predictions: Mapping[Id, str],
     images: Mapping[Id, ImageSource | str],
@@ -38,11 +32,11 @@ def clip_similarity(
     prefix: str = "A photo depicts ",
     batch_size: int = 32,
     device: str | torch.device | None = None,
-) -> ClipSimilarity:
-    """Compute the similarity of each caption and its image in CLIP's embedding space.
+) -> MeanScore:
+    """Compute CLIPScore of each caption and its image, in 0..2.5 and usually below 1.
 
     Args:
-        predictions: caption or answer by id; text over CLIP's limit of 77 tokens is truncated.
+        predictions: caption by id; text over CLIP's limit of 77 tokens is truncated.
         images: image by id: a path, the bytes of a file, or a PIL image.
         model: hub id of a CLIP model, or a local folder with its weights, tokenizer and image processor.
         prefix: text prepended to each caption.
@@ -61,12 +55,13 @@ def clip_similarity(
     check_text(predictions)
     clip = _Clip(str(model), torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     scores: dict[int | str, float] = {}
-    for ids in _batches(list(predictions), batch_size):
+    keys = list(predictions)
+    for ids in (keys[start : start + batch_size] for start in range(0, len(keys), batch_size)):
         texts = clip.texts([prefix + predictions[key] for key in ids])
         features = clip.images([images[key] for key in ids], [f"the image of {key!r}" for key in ids])
         cosines = (texts * features).sum(-1)
         scores |= zip(ids, (SCALE * cosines.clamp(min=0)).tolist(), strict=True)
-    return ClipSimilarity(fmean(scores.values()), scores)
+    return MeanScore(fmean(scores.values()), scores)
 
 
 class _Clip:
@@ -87,8 +82,7 @@ class _Clip:
                 f"model={name!r} cannot be loaded{when_offline()} ({reason}); give the local folder or the hub id of a "
                 "CLIP model."
             ) from error
-        self.model = model.to(device).eval()
-        self.device = device
+        self.model, self.device = model.to(device).eval(), device
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         limit = self.model.config.text_config.max_position_embeddings
@@ -100,9 +94,10 @@ class _Clip:
     def images(self, sources: Sequence[ImageSource | str], names: Sequence[str]) -> torch.Tensor:
         from vlmvqa.data.images import decode
 
+        paths = [Path(source) if isinstance(source, str) else source for source in sources]
         decoded = [
-            decode(Path(source) if isinstance(source, str) else source, _name(source, name))
-            for source, name in zip(sources, names, strict=True)
+            decode(source, str(source) if isinstance(source, Path) else name)
+            for source, name in zip(paths, names, strict=True)
         ]
         return self._unit(self.model.get_image_features, self.processor.image_processor(decoded, return_tensors="pt"))
 
@@ -113,15 +108,6 @@ class _Clip:
             # transformers 5 returns the projected embedding as the pooled output.
             projected = embed(**inputs.to(self.device)).pooler_output
             return torch.nn.functional.normalize(projected.float(), dim=-1)
-
-
-def _name(source: object, name: str) -> str:
-    """Return the name of an image for error messages: its path if it has one."""
-    return str(source) if isinstance(source, str | Path) else name
-
-
-def _batches(ids: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (ids[start : start + size] for start in range(0, len(ids), size))
 
 
 def _score(questions: Sequence[Question], answers: Answers, images: Mapping[Any, ImageSource], **options: Any) -> Score:

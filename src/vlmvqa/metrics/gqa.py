@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from vlmvqa.metrics.registry import Answers, Metric, Score, check_ids, check_opt
 from vlmvqa.metrics.vqa import normalize_answer
 
 if TYPE_CHECKING:
-    from vlmvqa.data.example import Example, Question
+    from vlmvqa.data.example import Question
 
 Table = dict[str, tuple[float, int]]
 Record = Mapping[str, Any]
@@ -92,7 +92,13 @@ def gqa_scores(
     """
     check_option("postprocess", postprocess or "none", POSTPROCESS)
     balanced = _balanced(questions)
-    _check_predictions(predictions, questions, balanced)
+    check_ids("prediction", predictions, balanced)
+    if unknown := [key for key in predictions if key not in questions]:
+        raise InputError(
+            f"{len(unknown)} of {len(predictions)} predictions have no question ({first_ids(unknown)}); "
+            "give the question file that was answered."
+        )
+    check_text(predictions)
     answers = {key: POSTPROCESS[postprocess or "none"](answer) for key, answer in predictions.items()}
     correct = {key: answers[key] == question["answer"] for key, question in balanced.items()}
     kinds = {key: "open" if q["types"]["structural"] == "query" else "binary" for key, q in balanced.items()}
@@ -107,7 +113,7 @@ def gqa_scores(
     }
     known = {name: None if isinstance(score, str) else score for name, score in scores.items()}
     return GqaScores(
-        accuracy=_percent(correct.values()),
+        accuracy=100 * fmean(correct.values()),
         **known,
         per_structural_type=_table(correct, {key: q["types"]["structural"] for key, q in balanced.items()}),
         per_semantic_type=_table(correct, {key: q["types"]["semantic"] for key, q in balanced.items()}),
@@ -117,24 +123,8 @@ def gqa_scores(
     )
 
 
-def _check_predictions(
-    predictions: Mapping[str, str], questions: Mapping[str, Record], balanced: Mapping[str, Record]
-) -> None:
-    check_ids("prediction", predictions, balanced)
-    if unknown := [key for key in predictions if key not in questions]:
-        raise InputError(
-            f"{len(unknown)} of {len(predictions)} predictions have no question ({first_ids(unknown)}); "
-            "give the question file that was answered."
-        )
-    check_text(predictions)
-
-
 def _balanced(questions: Mapping[str, Record]) -> dict[str, Record]:
-    """Return the balanced questions.
-
-    Raises:
-        InputError: there is none, or one lacks a field that the scores need.
-    """
+    """Return the balanced questions; raise an InputError if there is none, or one lacks a field."""
     if not questions:
         raise InputError("There are no questions to score against; give the official records by question id.")
     balanced: dict[str, Record] = {}
@@ -162,16 +152,12 @@ def _steps(question: Record) -> int:
     return sum(not any(text in step for text in _UNCOUNTED_STEPS) for step in steps)
 
 
-def _percent(correct: Iterable[float]) -> float:
-    return 100 * fmean(correct)
-
-
 def _table(correct: Mapping[str, bool], keys: Mapping[str, Any]) -> dict[Any, tuple[float, int]]:
     """Return accuracy in percent and number of questions by key, sorted by key."""
     groups: dict[Any, list[bool]] = {}
     for question, key in keys.items():
         groups.setdefault(key, []).append(correct[question])
-    return {key: (_percent(groups[key]), len(groups[key])) for key in sorted(groups)}
+    return {key: (100 * fmean(groups[key]), len(groups[key])) for key in sorted(groups)}
 
 
 def _consistency(
@@ -192,7 +178,7 @@ def _consistency(
             f"{len(missing)} entailed questions have no record or prediction ({first_ids(sorted(missing, key=str))}); "
             "answer the split's all_questions file (split=testdev_all, val_all)"
         )
-    return _percent(shares) if shares else "no correctly answered question entails another"
+    return 100 * fmean(shares) if shares else "no correctly answered question entails another"
 
 
 def _share_in_choices(
@@ -206,7 +192,7 @@ def _share_in_choices(
         return "no choices were given: the official val_choices.json or testdev_choices.json, in data.root"
     if missing := [key for key in balanced if kind not in choices.get(key, {})]:
         return f"choices has no {kind!r} for {len(missing)} of {len(balanced)} questions ({first_ids(missing)})"
-    return _percent(
+    return 100 * fmean(
         answers[key] in (_COMMON if "Common" in question["types"]["detailed"] else choices[key][kind])
         for key, question in balanced.items()
     )
@@ -238,21 +224,16 @@ def _score(questions: Sequence[Question], answers: Answers, **options: Any) -> S
     result = gqa_scores(texts, records, consistency=True, **options)
     others = ("binary", "open", "consistency", "validity", "plausibility", "distribution")
     numbers = {"gqa_accuracy": result.accuracy, **{name: getattr(result, name) for name in others}}
-    by_key: dict[str, Mapping[Any, tuple[float, int]]] = {
+    tables = {
         "question_type": result.per_structural_type,
         "answer_type": result.per_semantic_type,
-        "words": result.per_words,
-        "steps": result.per_steps,
+        "words": {str(key): value for key, value in result.per_words.items()},
+        "steps": {str(key): value for key, value in result.per_steps.items()},
     }
-    tables = {name: {str(key): value for key, value in table.items()} for name, table in by_key.items()}
     balanced = [question for question in questions if records[str(question.id)]["isBalanced"]]
     clean = POSTPROCESS[options.get("postprocess") or "none"]
     correct = {question.id: 100.0 * (clean(answers[question.id]) == question.answers[0]) for question in balanced}
     return Score(numbers, correct, tables, dict(result.reasons))
-
-
-def _check_examples(examples: Iterable[Example], **options: Any) -> None:
-    _check_questions([question for example in examples for question in example.questions])
 
 
 def _check_questions(questions: Sequence[Question]) -> None:
@@ -274,7 +255,7 @@ GQA_ACCURACY = Metric(
     version="gqa_accuracy: official script",
     score=_score,
     check_options=lambda postprocess=None: check_option("postprocess", postprocess or "none", POSTPROCESS),
-    check_examples=_check_examples,
+    check_examples=lambda examples, **options: _check_questions([q for one in examples for q in one.questions]),
     options=("postprocess",),
     variants={"postprocess=llava": {"postprocess": "llava"}, "postprocess=vqa": {"postprocess": "vqa"}},
 )

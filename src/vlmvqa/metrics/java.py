@@ -6,10 +6,13 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlmvqa.errors import InputError
+
+Texts = Sequence[Sequence[str]]  # by image: the prediction, then the references
+Scores = tuple[float, list[float]]  # of the dataset, and of each image
 
 # Line breaks in Java. The tokenizer reads one caption per line, so a break inside a caption would shift later ones.
 _LINE_BREAK = re.compile(r"[\n\r\x0b\x0c\x85\u2028\u2029]")
@@ -18,13 +21,10 @@ _SPICE_JAVA = 15  # newest version that SPICE's libraries support
 
 
 def check(needed: Sequence[str]) -> None:
-    """Check that the requirements of the tools are installed.
+    """Raise an InputError if pycocoevalcap, Java, or a file that a tool needs is missing.
 
     Args:
         needed: the tools to run: "meteor", "spice", "tokenizer='java'".
-
-    Raises:
-        InputError: pycocoevalcap, Java, or a file that SPICE needs is missing.
     """
     if not needed:
         return
@@ -63,28 +63,25 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     return [tokens[n][0] for n in range(len(captions))]
 
 
-def _meteor(texts: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
-    """Compute METEOR 1.5 of tokenized captions; `texts[i]` is the prediction for an image, then its references."""
+def meteor(texts: Texts) -> Scores:
+    """Compute METEOR 1.5 of tokenized captions."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     corpus, each = Meteor().compute_score(*_by_number(texts))
     return float(corpus), [float(score) for score in each]
 
 
-def _spice(texts: Sequence[Sequence[str]]) -> tuple[float, list[float]]:
-    """Compute SPICE of tokenized captions; `texts[i]` is the prediction for an image, then its references."""
+def spice(texts: Texts) -> Scores:
+    """Compute SPICE of tokenized captions."""
     from pycocoevalcap.spice.spice import Spice
 
     corpus, each = Spice().compute_score(*_by_number(texts))
     return float(corpus), [float(image["All"]["f"]) for image in each]
 
 
-def _by_number(texts: Sequence[Sequence[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+def _by_number(texts: Texts) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
     """Return references and predictions in the scorers' format."""
     return {n: list(text[1:]) for n, text in enumerate(texts)}, {n: [text[0]] for n, text in enumerate(texts)}
 
 
-SCORERS: dict[str, Callable[[Sequence[Sequence[str]]], tuple[float, list[float]]]] = {
-    "meteor": _meteor,
-    "spice": _spice,
-}
+SCORERS = {"meteor": meteor, "spice": spice}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmvqa.errors import InputError, suggest
@@ -16,8 +17,8 @@ from vlmvqa.errors import InputError, suggest
 if TYPE_CHECKING:
     from vlmvqa.data.example import Example, Question
 
-
 Id = int | str
+AnyId = TypeVar("AnyId", bound=int | str)
 Answers = Mapping[Id, str]
 
 
@@ -82,8 +83,21 @@ class MeanScore:
     per_question: dict[Id, float]
 
 
+def mean_over_questions(
+    predictions: Mapping[AnyId, str],
+    references: Mapping[AnyId, Sequence[str]],
+    score: Callable[[str, Sequence[str]], float],
+) -> MeanScore:
+    """Check predictions and references, and score each question by its prediction and its references."""
+    check_answers(predictions, references)
+    scores: dict[Id, float] = {
+        question: score(predictions[question], answers) for question, answers in references.items()
+    }
+    return MeanScore(fmean(scores.values()), scores)
+
+
 def mean_scorer(name: str, function: Callable[..., MeanScore]) -> Callable[..., Score]:
-    """Return the `Metric.score` function of a metric that averages per-question scores in 0..1."""
+    """Return the `Metric.score` function of a metric that averages per-question scores."""
 
     def score(questions: Sequence[Question], answers: Answers, **options: Any) -> Score:
         result = function(answers, references_by_id(questions), **options)
@@ -136,11 +150,7 @@ METRICS = {
 
 
 def metric(name: str) -> Metric:
-    """Return a metric by the name used in `data.metric`.
-
-    Raises:
-        InputError: the name is unknown.
-    """
+    """Return a metric by the name used in `data.metric`."""
     if name not in METRICS:
         raise InputError(f"data.metric={name} is unknown{suggest(name, METRICS)}; use one of {', '.join(METRICS)}")
     module, _, attribute = METRICS[name].partition(":")
@@ -149,16 +159,7 @@ def metric(name: str) -> Metric:
 
 
 def check_options(name: str, options: Mapping[str, Any], where: str = "data.metric_options") -> None:
-    """Check the options of a metric before anything is scored.
-
-    Args:
-        name: the metric.
-        options: option values by name.
-        where: config key of the options, for error messages.
-
-    Raises:
-        InputError: an option or its value is unknown, or an option needs Java and Java is missing.
-    """
+    """Raise an InputError if an option of a metric or its value is unknown, or needs Java and Java is missing."""
     known = metric(name).options
     for option in options:
         if option not in known:
@@ -171,11 +172,7 @@ def check_options(name: str, options: Mapping[str, Any], where: str = "data.metr
 
 
 def check_scorable(name: str, examples: Iterable[Example], **options: Any) -> None:
-    """Check before training that the examples can be scored afterwards.
-
-    Raises:
-        InputError: the questions lack what the metric needs, or the model that it uses cannot be loaded.
-    """
+    """Raise an InputError if the questions lack what the metric needs, or its model cannot be loaded."""
     metric(name).check_examples(examples, **options)
 
 
@@ -187,14 +184,7 @@ def version(name: str, options: Mapping[str, Any]) -> str:
 
 
 def score(examples: Iterable[Example], answers: Answers, name: str = "vqa_accuracy", **options: Any) -> Score:
-    """Score answers.
-
-    Args:
-        examples: images with their questions; questions without an answer are left out.
-        answers: answer by question id.
-        name: the metric.
-        **options: options of the metric.
-    """
+    """Score answers by question id with the metric `name`; questions without an answer are left out."""
     examples = list(examples)
     questions = [question for example in examples for question in example.questions if question.id in answers]
     if metric(name).needs_images:
@@ -213,8 +203,6 @@ def variants(examples: Sequence[Example], answers: Answers, name: str, **options
 
 # ---- checks of a metric's input
 
-AnyId = TypeVar("AnyId", bound=int | str)
-
 
 def check_option(option: str, name: str, known: Iterable[str]) -> None:
     """Raise an error unless `name` is a known value of the option."""
@@ -223,11 +211,7 @@ def check_option(option: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_answers(predictions: Mapping[AnyId, str], references: Mapping[AnyId, Sequence[str]]) -> None:
-    """Check that each question has one prediction (a string) and a non-empty list of references (strings).
-
-    Raises:
-        InputError: the ids differ, or a value has the wrong type.
-    """
+    """Raise an InputError unless each question has a prediction (a string) and a list of references (strings)."""
     if not references:
         raise InputError("There are no reference answers to score against; use a split that has answers.")
     check_ids("prediction", predictions, references, exactly=True)
@@ -248,27 +232,17 @@ def check_text(predictions: Mapping[AnyId, str]) -> None:
 
 
 def _is_list_of_text(answers: object) -> bool:
-    return (
-        isinstance(answers, Sequence)
-        and not isinstance(answers, str)  # a string is a sequence of one-letter strings too
-        and len(answers) > 0
-        and all(isinstance(answer, str) for answer in answers)
-    )
+    if not isinstance(answers, Sequence) or isinstance(answers, str):  # a string is a sequence of strings too
+        return False
+    return len(answers) > 0 and all(isinstance(answer, str) for answer in answers)
 
 
 def check_ids(
     noun: str, given: Mapping[AnyId, object] | None, references: Mapping[AnyId, object], exactly: bool = False
 ) -> None:
-    """Check that each question with references has a value in `given`.
+    """Raise an InputError unless `given` has a value (a `noun`) for each question, and `exactly` these if set.
 
-    Args:
-        noun: name of the values, for error messages.
-        given: values by question id; None is not checked.
-        references: references by question id.
-        exactly: whether `given` must have no other ids.
-
-    Raises:
-        InputError: an id is missing or unexpected.
+    None is not checked.
     """
     if given is None:
         return

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 
-from vlmvqa.metrics.registry import Id, MeanScore, Metric, check_answers, mean_scorer
+from vlmvqa.metrics.registry import Id, MeanScore, Metric, mean_over_questions, mean_scorer
 
 TOLERANCE = 0.05
 
 
-class Accuracy(MeanScore):
-    """Share of matching answers in 0..1, and 0 or 1 for each question."""
-
-    __slots__ = ()
-
-
 def exact_match(
     predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]], *, ignore_case: bool = False
-) -> Accuracy:
+) -> MeanScore:
     """Compute the share of predictions that equal one of their references, ignoring surrounding white space.
 
     Args:
-        predictions: raw model answer by question id.
-        references: raw reference answers by question id.
         ignore_case: whether "Yes" equals "yes".
 
     Raises:
         InputError: ids differ between the mappings, or a question has no reference.
     """
 
-    def same(answer: str, reference: str) -> bool:
-        answer, reference = answer.strip(), reference.strip()
-        return answer.lower() == reference.lower() if ignore_case else answer == reference
+    def clean(text: str) -> str:
+        return text.strip().lower() if ignore_case else text.strip()
 
-    return _accuracy(predictions, references, same)
+    return mean_over_questions(predictions, references, lambda answer, known: float(clean(answer) in map(clean, known)))
 
 
 def relaxed_accuracy(
     predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]], *, tolerance: float = TOLERANCE
-) -> Accuracy:
+) -> MeanScore:
     """Compute the share of predictions that match a reference: numbers within 5 %, text up to case.
 
     A percentage is converted to its value: "5%" is 0.05, so neither "5" nor "5 percent" matches it. A reference of zero
@@ -49,14 +39,14 @@ def relaxed_accuracy(
     lmms-eval.
 
     Args:
-        predictions: raw model answer by question id.
-        references: raw reference answers by question id.
         tolerance: largest difference, relative to the reference.
 
     Raises:
         InputError: ids differ between the mappings, or a question has no reference.
     """
-    return _accuracy(predictions, references, lambda answer, reference: _relaxed(answer, reference, tolerance))
+    return mean_over_questions(
+        predictions, references, lambda answer, known: float(any(_relaxed(answer, one, tolerance) for one in known))
+    )
 
 
 def _relaxed(answer: str, reference: str, tolerance: float) -> bool:
@@ -74,22 +64,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _accuracy(
-    predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]], same: Callable[[str, str], bool]
-) -> Accuracy:
-    check_answers(predictions, references)
-    scores: dict[int | str, float] = {
-        question: float(any(same(predictions[question], answer) for answer in answers))
-        for question, answers in references.items()
-    }
-    return Accuracy(fmean(scores.values()), scores)
-
-
-EXACT_MATCH = Metric(
-    title="exact match (%)",
-    version="exact_match",
-    score=mean_scorer("exact_match", exact_match),
-)
+EXACT_MATCH = Metric("exact match (%)", "exact_match", mean_scorer("exact_match", exact_match))
 RELAXED_ACCURACY = Metric(
     title="relaxed accuracy (%)",
     version="relaxed_accuracy: ChartQA's, 5 % of the number",

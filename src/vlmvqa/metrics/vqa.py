@@ -74,10 +74,8 @@ def vqa_accuracy(
     With fewer than four references the official rule cannot reach 100, and with one it is always 0.
 
     Args:
-        predictions: raw model answer by question id.
         references: raw annotator answers (ten in VQAv2, any number here) by question id.
-        answer_types: category by question id, for the means by answer type.
-        question_types: category by question id, for the means by question type.
+        answer_types, question_types: category by question id, for the means by type.
         normalize: "official" normalises prediction and references unless all references are equal;
             "always" (lmms-eval, VLMEvalKit) normalises those too; "never" compares raw text.
         consensus: "leave_one_out" is official; "min3" is min(matches / 3, 1) over all references, the short form
@@ -121,11 +119,10 @@ def _leave_one_out(matches: int, references: int) -> float:
     return thirds / 3 / references
 
 
-def _min3(matches: int, references: int) -> float:
-    return min(1.0, matches / 3)
-
-
-CONSENSUS: dict[str, Callable[[int, int], float]] = {"leave_one_out": _leave_one_out, "min3": _min3}
+CONSENSUS: dict[str, Callable[[int, int], float]] = {
+    "leave_one_out": _leave_one_out,
+    "min3": lambda matches, references: min(1.0, matches / 3),
+}
 
 
 @lru_cache(maxsize=1 << 17)
@@ -166,21 +163,15 @@ def _mean_per_type(accuracy: Mapping[Id, float], types: Mapping[Id, str] | None)
 
 
 def _score(questions: Sequence[Question], answers: Answers, **options: Any) -> Score:
-    types = {
-        kind: {question.id: getattr(question, kind) or "unknown" for question in questions}
-        for kind in ("answer_type", "question_type")
-    }
+    answer_types = {question.id: question.answer_type or "unknown" for question in questions}
+    question_types = {question.id: question.question_type or "unknown" for question in questions}
     result = vqa_accuracy(
-        answers,
-        references_by_id(questions),
-        answer_types=types["answer_type"],
-        question_types=types["question_type"],
-        **options,
+        answers, references_by_id(questions), answer_types=answer_types, question_types=question_types, **options
     )
-    means = {"answer_type": result.per_answer_type, "question_type": result.per_question_type}
-    counts = {kind: Counter(by_question.values()) for kind, by_question in types.items()}
+    answer_counts, question_counts = Counter(answer_types.values()), Counter(question_types.values())
     tables = {
-        kind: {name: (mean, counts[kind][name]) for name, mean in by_type.items()} for kind, by_type in means.items()
+        "answer_type": {name: (mean, answer_counts[name]) for name, mean in result.per_answer_type.items()},
+        "question_type": {name: (mean, question_counts[name]) for name, mean in result.per_question_type.items()},
     }
     return Score({"vqa_accuracy": result.overall}, dict(result.per_question), tables)
 

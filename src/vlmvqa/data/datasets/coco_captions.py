@@ -15,17 +15,18 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
     find_problem,
     group_by_image,
+    ids_of,
     list_under,
     load_json,
     numeric_id,
     refuse_missing,
-    unique_records,
+    usable_records,
     write_json,
 )
 from vlmvqa.data.splits import Slice, parse_split
@@ -49,12 +50,8 @@ PARTS = {"karpathy_train": ("train", "restval"), "karpathy_val": ("val",), "karp
 CAPTIONS = ("each", "one")
 
 
-class CaptionedImage(NamedTuple):
-    """An image with all its captions."""
-
-    id: int
-    path: Path
-    captions: tuple[str, ...]
+# An image's id, path and captions.
+CaptionedImage = tuple[int, Path, tuple[str, ...]]
 
 
 def read(
@@ -68,19 +65,13 @@ def read(
 ) -> list[Example]:
     """Read the images of a split in file order, with their captions.
 
+    Splits: `train2014`, `val2014`, `train2017`, `val2017`, `karpathy_train` (with restval), `karpathy_val` and
+    `karpathy_test`; slices are over the images. Other arguments and errors: see `datasets/__init__.py`.
+
     Args:
-        root: the folder of the official files.
-        split: `train2014`, `val2014`, `train2017`, `val2017`, `karpathy_train` (with restval), `karpathy_val` or
-            `karpathy_test`, with an optional slice over the images: `train2017[:10%]`.
-        prompt: the model's input.
-        max_samples: limit on the number of images, from the start of the slice.
-        bad_records: policy for records that cannot be used (default: stop).
         captions: "each" (for training): each caption is a question, and those of an image share its row. "one" (for
             evaluation): an image is one question, with the image's id and all captions as references. None: "each" for
             training splits, "one" for the others.
-
-    Raises:
-        InputError: files are missing or cannot be read, or a record cannot be used.
     """
     selected = parse_split(split, SPLITS, "COCO captions", max_samples)
     _check_option(captions)
@@ -89,21 +80,15 @@ def read(
     bad_records = bad_records or BadRecords()
     path = files(root, split)[0]
     load = _load_karpathy if selected.name in PARTS else _load_official
-    images = load(root, path, selected, bad_records)
-    paths = {image.id: image.path for image in images}
-    questions = (
-        (image.id, Question(image.id, "", prompt, _one_line(image.captions[0]), image.captions)) for image in images
-    )
+    images = list(load(root, path, selected, bad_records))
+    paths = {key: image_path for key, image_path, _ in images}
+    questions = ((key, Question(key, "", prompt, _one_line(texts[0]), texts)) for key, _, texts in images)
     examples = group_by_image(questions, paths.__getitem__, path, split, bad_records)
     return arrange(examples, selected.name, captions=captions)
 
 
 def files(root: Path, split: str, captions: str | None = None) -> list[Path]:
-    """Return the file and the image folders of a split; while they are unchanged, `read` returns the same.
-
-    Raises:
-        InputError: one is missing.
-    """
+    """Return the file and the image folders of a split; raise an InputError if one is missing."""
     name = parse_split(split, SPLITS, "COCO captions").name
     path = root / "annotations" / SPLITS[name]
     if not path.exists() and (root / SPLITS[name]).exists():
@@ -116,13 +101,7 @@ def files(root: Path, split: str, captions: str | None = None) -> list[Path]:
 
 
 def arrange(examples: list[Example], split: str, *, captions: str | None = None) -> list[Example]:
-    """Convert images with one question each to the form that `captions` selects (see `read`).
-
-    Args:
-        examples: images with one question, all captions of which are its answers.
-        split: the split; the default of `captions` is "each" if its name contains `train`.
-        captions: "each", "one" or None.
-    """
+    """Convert images with one question, whose answers are the captions, to the form that `captions` selects."""
     _check_option(captions)
     if (captions or ("each" if "train" in split else "one")) == "one":
         return examples
@@ -164,72 +143,53 @@ def _one_line(caption: str) -> str:
 # --- the files ----------------------------------------------------------------------------------------
 
 
-def _load_official(root: Path, path: Path, selected: Slice, bad_records: BadRecords) -> list[CaptionedImage]:
-    """Load the selected images of an official file of 2014 or 2017."""
+def _load_official(root: Path, path: Path, selected: Slice, bad_records: BadRecords) -> Iterator[CaptionedImage]:
+    """Yield the selected images of an official file of 2014 or 2017."""
     description = "COCO's official captions file"
     content = load_json(path)
     records = list_under(content, "images", path, description)
-    captions = _captions(list_under(content, "annotations", path, description), path, bad_records)
-    indices, images = set(selected.indices(len(records), path, "images")), []
-    known = set()
-    for number, record in unique_records(records, "id", path, bad_records, "image"):
-        image_id = record["id"]
-        known.add(image_id)
-        if number not in indices:
-            continue
+    captions: dict[int, list[str]] = {}
+    annotations = list_under(content, "annotations", path, description)
+    for record in usable_records(annotations, "id", path, bad_records, _caption_problem, kind="annotation"):
+        captions.setdefault(record["image_id"], []).append(record["caption"])
+
+    def find(record: dict[str, Any]) -> str | None:
         problem = find_problem(record, {"file_name": str})
-        if not problem and image_id not in captions:
-            problem = "it has no caption"
-        if problem:
-            bad_records.add(f"{path}, image {image_id}", problem)
-        else:
-            images.append(
-                CaptionedImage(image_id, root / selected.name / record["file_name"], tuple(captions[image_id]))
-            )
+        return problem or (None if record["id"] in captions else "it has no caption")
+
+    indices = selected.indices(len(records), path, "images")
+    for record in usable_records(records, "id", path, bad_records, find, indices=indices, kind="image"):
+        yield record["id"], root / selected.name / record["file_name"], tuple(captions[record["id"]])
+    known = ids_of(records, "id")
     for image_id in captions:
         if image_id not in known:
             bad_records.add(f"{path}, image {image_id}", "it has captions, but is not among the images")
-    return images
 
 
-def _captions(records: list[Any], path: Path, bad_records: BadRecords) -> dict[int, list[str]]:
-    """Return the captions of each image, in file order."""
-    captions: dict[int, list[str]] = {}
-    for _, record in unique_records(records, "id", path, bad_records, "annotation"):
-        problem = find_problem(record, {"image_id": int, "caption": str})
-        if not problem and not record["caption"].strip():
-            problem = "the caption is empty"
-        if problem:
-            bad_records.add(f"{path}, annotation {record['id']}", problem)
-        else:
-            captions.setdefault(record["image_id"], []).append(record["caption"])
-    return captions
+def _caption_problem(record: dict[str, Any]) -> str | None:
+    problem = find_problem(record, {"image_id": int, "caption": str})
+    return problem or (None if record["caption"].strip() else "the caption is empty")
 
 
-def _load_karpathy(root: Path, path: Path, selected: Slice, bad_records: BadRecords) -> list[CaptionedImage]:
-    """Load the selected images of a split of Karpathy and Fei-Fei (2015)."""
+def _load_karpathy(root: Path, path: Path, selected: Slice, bad_records: BadRecords) -> Iterator[CaptionedImage]:
+    """Yield the selected images of a split of Karpathy and Fei-Fei (2015)."""
     records = list_under(load_json(path, object_hook=_keep_text), "images", path, "Karpathy's dataset_coco.json")
-    in_split = []
-    for _, record in unique_records(records, "cocoid", path, bad_records, "image"):
-        problem = find_problem(record, {"split": str})
-        if problem:
-            bad_records.add(f"{path}, image {record['cocoid']}", problem)
-        elif record["split"] in PARTS[selected.name]:
-            in_split.append(record)
-    images = []
-    for index in selected.indices(len(in_split), path, "images"):
-        record = in_split[index]
-        problem = find_problem(record, {"filepath": str, "filename": str, "sentences": list})
-        if not problem and not record["sentences"]:
-            problem = "it has no caption"
-        if not problem and not all(isinstance(text, str) and text.strip() for text in record["sentences"]):
-            problem = "one of its sentences has no text in 'raw'"
-        if problem:
-            bad_records.add(f"{path}, image {record['cocoid']}", problem)
-        else:
-            image_path = root / record["filepath"] / record["filename"]
-            images.append(CaptionedImage(record["cocoid"], image_path, tuple(record["sentences"])))
-    return images
+    placed = usable_records(
+        records, "cocoid", path, bad_records, lambda record: find_problem(record, {"split": str}), kind="image"
+    )
+    in_split = [record for record in placed if record["split"] in PARTS[selected.name]]
+    chosen = [in_split[index] for index in selected.indices(len(in_split), path, "images")]
+    for record in usable_records(chosen, "cocoid", path, bad_records, _sentences_problem, kind="image"):
+        yield record["cocoid"], root / record["filepath"] / record["filename"], tuple(record["sentences"])
+
+
+def _sentences_problem(record: dict[str, Any]) -> str | None:
+    problem = find_problem(record, {"filepath": str, "filename": str, "sentences": list})
+    if not problem and not record["sentences"]:
+        problem = "it has no caption"
+    if not problem and not all(isinstance(text, str) and text.strip() for text in record["sentences"]):
+        problem = "one of its sentences has no text in 'raw'"
+    return problem
 
 
 def _keep_text(record: dict[str, Any]) -> Any:

@@ -7,7 +7,8 @@ root/documents/xnbl0037_1.png  the image "documents/xnbl0037_1.png"
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from vlmvqa.data.records import (
     most_common,
     numeric_id,
     refuse_missing,
-    unique_records,
+    usable_records,
     write_json,
 )
-from vlmvqa.data.splits import Slice, parse_split
+from vlmvqa.data.splits import parse_split
 from vlmvqa.errors import BadRecords
 
 # split: (file, has answers)
@@ -56,16 +57,16 @@ def read(
     template = PromptTemplate(prompt)
     bad_records = bad_records or BadRecords()
     path, _ = files(root, split)
-    questions = ((record["image"], _question(record, template)) for record in _usable(path, selected, bad_records))
+    records = list_under(load_json(path), "data", path, "DocVQA's official file")
+    find = partial(_find_problem, answered=SPLITS[selected.name][1])
+    indices = selected.indices(len(records), path)
+    usable = usable_records(records, "questionId", path, bad_records, find, indices=indices)
+    questions = ((record["image"], _question(record, template)) for record in usable)
     return group_by_image(questions, lambda image: root / image, path, split, bad_records)
 
 
 def files(root: Path, split: str) -> list[Path]:
-    """Return the file and the image folder of a split; while they are unchanged, `read` returns the same.
-
-    Raises:
-        InputError: one is missing.
-    """
+    """Return the file and the image folder of a split; raise an InputError if one is missing."""
     path = root / SPLITS[parse_split(split, SPLITS, "DocVQA").name][0]
     refuse_missing(root, [path], root / "documents", "DocVQA")
     return [path, root / "documents"]
@@ -76,22 +77,13 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     write_json(path, [{"questionId": numeric_id(key), "answer": answer} for key, answer in answers.items()])
 
 
-def _usable(path: Path, selected: Slice, bad_records: BadRecords) -> Iterator[dict[str, Any]]:
-    """Yield the usable ones of the selected records."""
-    records = list_under(load_json(path), "data", path, "DocVQA's official file")
-    indices, answered = set(selected.indices(len(records), path)), SPLITS[selected.name][1]
-    for number, record in unique_records(records, "questionId", path, bad_records):
-        if number not in indices:
-            continue
-        problem = find_question_problem(record, {"image": str})
-        if not problem and answered:
-            problem = find_answers_problem(record)
-        if not problem and record.get("question_types") is not None:
-            problem = find_problem(record, {"question_types": list})
-        if problem:
-            bad_records.add(f"{path}, question {record['questionId']}", problem)
-        else:
-            yield record
+def _find_problem(record: dict[str, Any], answered: bool) -> str | None:
+    problem = find_question_problem(record, {"image": str})
+    if not problem and answered:
+        problem = find_answers_problem(record)
+    if not problem and record.get("question_types") is not None:
+        problem = find_problem(record, {"question_types": list})
+    return problem
 
 
 def _question(record: Mapping[str, Any], template: PromptTemplate) -> Question:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from sys import intern
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
@@ -74,11 +75,7 @@ def read(
 
 
 def files(root: Path, split: str) -> list[Path]:
-    """Return the files and the image folder of a split; while they are unchanged, `read` returns the same.
-
-    Raises:
-        InputError: one is missing.
-    """
+    """Return the files and the image folder of a split; raise an InputError if one is missing."""
     name = f"{SPLITS[parse_split(split, SPLITS, 'GQA').name]}_questions"
     paths = [root / f"{name}.json"]
     if name == "train_all_questions":
@@ -123,46 +120,22 @@ def _official(question: Question) -> Question:
 # --- the files ----------------------------------------------------------------------------------------
 
 
-class ParsedQuestion(NamedTuple):
-    """The fields of a usable record that a `Question` needs."""
-
-    image: str
-    text: str
-    answer: str
-    structural: str | None
-    semantic: str | None
-    details: dict[str, Any] | None
-
-
-class Parser:
-    """`object_pairs_hook` of `json`: convert usable questions to `ParsedQuestion`, and collect repeated keys.
+def _reduce(pairs: list[tuple[str, Any]], with_details: bool, repeated: list[str]) -> Any:
+    """Reduce the record of a usable question to a tuple while parsing, and collect repeated keys.
 
     Of equal keys the first counts.
     """
-
-    def __init__(self, with_details: bool) -> None:
-        self.with_details, self.repeated = with_details, list[str]()
-
-    def __call__(self, pairs: list[tuple[str, Any]]) -> Any:
-        """Return the value of a JSON object."""
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            record = {}
-            for key, value in pairs:
-                if key in record:
-                    self.repeated.append(key)
-                record.setdefault(key, value)
-        if "imageId" not in record or _find_problem(record, self.with_details):
-            return record
-        types = record["types"]
-        return ParsedQuestion(
-            intern(record["imageId"]),
-            intern(record["question"]),
-            intern(record["answer"]),
-            _interned(types.get("structural")),
-            _interned(types.get("semantic")),
-            {key: record[key] for key in DETAILS} if self.with_details else None,
-        )
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        record = {}
+        for key, value in pairs:
+            if record.setdefault(key, value) is not value:
+                repeated.append(key)
+    if "imageId" not in record or _find_problem(record, with_details):
+        return record
+    texts = (intern(record[key]) for key in ("imageId", "question", "answer"))
+    types = (_interned(record["types"].get(kind)) for kind in ("structural", "semantic"))
+    return (*texts, *types, {key: record[key] for key in DETAILS} if with_details else None)
 
 
 def _interned(value: Any) -> str | None:
@@ -179,11 +152,11 @@ def _load(paths: Sequence[Path], with_details: bool, bad_records: BadRecords) ->
     records: list[tuple[Path, str, Any]] = []
     seen: set[str] = set()
     for path in paths:
-        parser = Parser(with_details)
-        content = load_json(path, object_pairs_hook=parser)
+        repeated: list[str] = []
+        content = load_json(path, object_pairs_hook=partial(_reduce, with_details=with_details, repeated=repeated))
         if not isinstance(content, dict) or not content:
             raise InputError(f"{path} holds no object of questions by id; is it GQA's official questions file?")
-        for key in [*(key for key in parser.repeated if key in content), *(key for key in content if key in seen)]:
+        for key in [*(key for key in repeated if key in content), *(key for key in content if key in seen)]:
             bad_records.add(f"{path}, question {key}", "its id is used twice", "keep one of them")
         records += [(path, key, record) for key, record in content.items() if key not in seen]
         seen.update(content)
@@ -195,13 +168,10 @@ def _questions(
 ) -> Iterator[tuple[str, Question]]:
     """Yield image id and question of each usable record."""
     for path, key, record in records:
-        if not isinstance(record, ParsedQuestion):
+        if not isinstance(record, tuple):
             bad_records.add(f"{path}, question {key}", _find_problem(record, with_details) or "it cannot be used")
             continue
-        text, answer = record.text, record.answer
-        official = {"question": text, "answer": answer, "imageId": record.image}
-        details = record.details and {**official, **record.details}
-        yield (
-            record.image,
-            Question(key, text, template(text), answer, (answer,), record.structural, record.semantic, details),
-        )
+        image, text, answer, structural, semantic, details = record
+        if details:
+            details = {"question": text, "answer": answer, "imageId": image, **details}
+        yield image, Question(key, text, template(text), answer, (answer,), structural, semantic, details)

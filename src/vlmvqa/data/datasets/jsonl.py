@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import (
@@ -29,15 +29,8 @@ from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.paths import replace_file
 
 SINGLE = "all"  # the split of a single file
+Records = dict[int | str, tuple[int, Any]]  # by the question's id: number and JSON value of the line
 LINE = '{"image": "images/1.jpg", "question": "What is it?", "answers": ["a cat"]}'
-
-
-class Record(NamedTuple):
-    """A parsed line: its number, the question's id, the JSON value."""
-
-    line: int
-    id: int | str
-    content: Any
 
 
 def read(
@@ -64,12 +57,16 @@ def read(
         raise InputError(
             f"{path} holds no usable line; write one JSON object per line, with image, question and answers"
         )
-    indices = selected.indices(len(records), path, "lines")
-    answered = any(record.content.get("answers") is not None for record in records)
-    questions = _questions([records[index] for index in indices], path, answered, template, bad_records)
-    lines = {record.id: record.line for record in records}
+    keys = list(records)
+    chosen = {keys[index]: records[keys[index]] for index in selected.indices(len(keys), path, "lines")}
+    answered = any(content.get("answers") is not None for _, content in records.values())
     return group_by_image(
-        questions, lambda image: path.parent / image, path, split, bad_records, lambda key: f"line {lines[key]}"
+        _questions(chosen, path, answered, template, bad_records),
+        lambda image: path.parent / image,
+        path,
+        split,
+        bad_records,
+        lambda key: f"line {records[key][0]}",
     )
 
 
@@ -118,11 +115,10 @@ def _refuse_format(where: Path | str, llava: bool) -> NoReturn:
     raise InputError(f"{where} is {format}; write a file of JSON lines, a line for each question: {LINE}")
 
 
-def _load(path: Path, bad_records: BadRecords) -> list[Record]:
+def _load(path: Path, bad_records: BadRecords) -> Records:
     """Parse the lines in file order, each id once; skip empty lines."""
     _check_not_list(path)
-    records: list[Record] = []
-    seen: set[int | str] = set()
+    records: Records = {}
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -142,21 +138,20 @@ def _load(path: Path, bad_records: BadRecords) -> list[Record]:
             _refuse_format(f"{path}, line {number}", llava=True)
         problem = find_problem(record, {"id": (int, str)} if isinstance(record, dict) and "id" in record else {})
         key = number if problem else record.get("id", number)
-        if not problem and key in seen:
+        if not problem and key in records:
             problem = f"the id {key} is used twice"
         if problem:
             bad_records.add(f"{path}, line {number}", problem)
         else:
-            seen.add(key)
-            records.append(Record(number, key, record))
+            records[key] = number, record
     return records
 
 
 def _questions(
-    records: list[Record], path: Path, answered: bool, template: PromptTemplate, bad_records: BadRecords
+    records: Records, path: Path, answered: bool, template: PromptTemplate, bad_records: BadRecords
 ) -> Iterator[tuple[str, Question]]:
     """Yield image path and question of each usable record."""
-    for line, key, record in records:
+    for key, (line, record) in records.items():
         if isinstance(record.get("answers"), str):
             record = {**record, "answers": [record["answers"]]}
         optional = {"question_type": str} if "question_type" in record else {}

@@ -21,11 +21,12 @@ from vlmvqa.data.records import (
     find_problem,
     find_question_problem,
     group_by_image,
+    ids_of,
     list_under,
     load_json,
     numeric_id,
     refuse_missing,
-    unique_records,
+    usable_records,
     write_json,
 )
 from vlmvqa.data.splits import Slice, parse_split
@@ -53,26 +54,26 @@ def read(
     Splits: `train`, `val`, `test` and `test-dev`. Arguments and errors: see `datasets/__init__.py`.
     """
     selected = parse_split(split, SPLITS, "VQAv2", max_samples)
-    folder = SPLITS[selected.name][1]
     template = PromptTemplate(prompt)
     bad_records = bad_records or BadRecords()
-    paths = _find(root, selected.name)
+    path, *annotations, images = files(root, selected.name)
     return group_by_image(
-        _questions(paths, selected, template, bad_records),
-        lambda image_id: paths["images"] / f"COCO_{folder}_{image_id:012d}.jpg",
-        paths["questions"],
+        _questions(path, annotations[0] if annotations else None, selected, template, bad_records),
+        lambda image_id: images / f"COCO_{images.name}_{image_id:012d}.jpg",
+        path,
         split,
         bad_records,
     )
 
 
 def files(root: Path, split: str) -> list[Path]:
-    """Return the files and the image folder of a split; while they are unchanged, `read` returns the same.
-
-    Raises:
-        InputError: one is missing.
-    """
-    return list(_find(root, parse_split(split, SPLITS, "VQAv2").name).values())
+    """Return the questions, the annotations and the image folder of a split; raise an InputError if one is missing."""
+    subset, folder, annotated = SPLITS[parse_split(split, SPLITS, "VQAv2").name]
+    paths = [root / f"v2_OpenEnded_mscoco_{subset}_questions.json"]
+    if annotated:
+        paths.append(root / f"v2_mscoco_{subset}_annotations.json")
+    refuse_missing(root, paths, root / folder, "VQAv2")
+    return [*paths, root / folder]
 
 
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
@@ -85,16 +86,6 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
 
 
 # --- the files ----------------------------------------------------------------------------------------
-
-
-def _find(root: Path, name: str) -> dict[str, Path]:
-    """Return the paths of a split's questions, annotations and images, all of which exist."""
-    subset, folder, annotated = SPLITS[name]
-    files = {"questions": root / f"v2_OpenEnded_mscoco_{subset}_questions.json"}
-    if annotated:
-        files["annotations"] = root / f"v2_mscoco_{subset}_annotations.json"
-    refuse_missing(root, list(files.values()), root / folder, "VQAv2")
-    return {**files, "images": root / folder}
 
 
 def _load(path: Path, key: str) -> list[Any]:
@@ -118,7 +109,7 @@ def _annotations(path: Path, bad_records: BadRecords) -> dict[int, Annotation | 
     """Return annotations by question id; None for a bad one, whose question is then left out without a report."""
     annotations: dict[int, Annotation | None] = {}
     answer_lists: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for _, record in unique_records(_load(path, "annotations"), "question_id", path, bad_records, "annotation"):
+    for record in usable_records(_load(path, "annotations"), "question_id", path, bad_records, kind="annotation"):
         key = record["question_id"]
         problem = _annotation_problem(record)
         if problem:
@@ -150,37 +141,24 @@ def _annotation_problem(record: dict[str, Any]) -> str | None:
 
 
 def _questions(
-    paths: Mapping[str, Path], selected: Slice, template: PromptTemplate, bad_records: BadRecords
+    path: Path, annotated: Path | None, selected: Slice, template: PromptTemplate, bad_records: BadRecords
 ) -> Iterator[tuple[int, Question]]:
     """Yield image id and question of each usable one of the selected records."""
-    path, annotated = paths["questions"], "annotations" in paths
-    annotations = _annotations(paths["annotations"], bad_records) if annotated else {}
+    annotations = _annotations(annotated, bad_records) if annotated else {}
     records = _load(path, "questions")
     indices = selected.indices(len(records), path)
-    by_index = dict(unique_records(records, "question_id", path, bad_records))
-    _check_same_split(by_index, annotations, paths, bad_records)
-    for record in (by_index[index] for index in indices if index in by_index):
-        key = record["question_id"]
-        problem = find_question_problem(record, {"image_id": int})
-        if problem:
-            bad_records.add(f"{path}, question {key}", problem)
-        elif annotated and key not in annotations:
-            name = paths["annotations"].name
-            bad_records.add(f"{path}, question {key}", f"{name} has no annotation for it", SAME_SPLIT)
+
+    def find(record: dict[str, Any]) -> str | None:
+        return find_question_problem(record, {"image_id": int})
+
+    for record in usable_records(records, "question_id", path, bad_records, find, indices=indices):
+        key, text = record["question_id"], intern(record["question"])
+        if annotated and key not in annotations:
+            bad_records.add(f"{path}, question {key}", f"{annotated.name} has no annotation for it", SAME_SPLIT)
         elif not annotated or annotations[key] is not None:
-            text = intern(record["question"])
             yield record["image_id"], Question(key, text, template(text), *(annotations.get(key) or ()))
-
-
-def _check_same_split(
-    by_index: Mapping[int, dict[str, Any]],
-    annotations: Mapping[int, Annotation | None],
-    paths: Mapping[str, Path],
-    bad_records: BadRecords,
-) -> None:
-    """Report annotations without a question, in the full file: a slice may fit annotations of another split."""
-    known = {record["question_id"] for record in by_index.values()}
+    # In the full file: a slice may fit annotations of another split.
+    known = ids_of(records, "question_id")
     for key in annotations:
         if key not in known:
-            where = f"{paths['annotations']}, question {key}"
-            bad_records.add(where, f"{paths['questions'].name} has no such question", SAME_SPLIT)
+            bad_records.add(f"{annotated}, question {key}", f"{path.name} has no such question", SAME_SPLIT)
