@@ -1,4 +1,4 @@
-"""Combinations of adapters with other settings that cannot work (`config/compatibility.py`)."""
+"""Settings that cannot be combined with adapters: further rules for `config/compatibility.py`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ RULES: Sequence[Rule] = (
     ),
     Rule(
         lambda r: r.cached and any(target.startswith(("vision", "*")) for target in r.adapt.targets),
-        lambda r: "data.feature_cache: an encoder with adapters runs in every step; leave the cache out",
+        lambda r: "data.feature_cache: an encoder with adapters runs in every step; leave data.feature_cache out",
     ),
 )

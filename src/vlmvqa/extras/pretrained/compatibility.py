@@ -1,4 +1,4 @@
-"""Combinations of pretrained models with other settings that cannot work (`config/compatibility.py`)."""
+"""Settings that cannot be combined with a pretrained model: further rules for `config/compatibility.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RULES: Sequence[Rule] = (
     Rule(
         lambda r: r.questions_per_row not in (None, 1),
         lambda r: (
-            f"{_name(r)} answers one question per row, and data.questions_per_row="
+            f"{_name(r)} takes one question per row, and data.questions_per_row="
             f"{r.questions_per_row}; set data.questions_per_row=1"
         ),
     ),
@@ -27,6 +27,6 @@ RULES: Sequence[Rule] = (
     ),
     Rule(
         lambda r: r.cached,
-        lambda r: f"data.feature_cache: {_name(r)} trains with its own encoder; leave the cache out",
+        lambda r: f"data.feature_cache: cached features are not supported for {_name(r)}; leave data.feature_cache out",
     ),
 )
