@@ -190,7 +190,7 @@ def test_a_random_base_is_kept_beside_its_adapters(shapes: str, tmp_path: Path) 
         (("adapt.rank=0",), "rank must be at least 1"),
         (("adapt.method=loha",), "adapt.method=loha is unknown"),
         (("data.row_tokens=224",), "data.row_tokens=224: rows of"),
-        (("data.questions_per_row=4",), "answers one question per row, and data.questions_per_row=4"),
+        (("data.questions_per_row=4",), "takes one question per row, and data.questions_per_row=4"),
     ],
 )
 def test_what_cannot_work_is_one_sentence(

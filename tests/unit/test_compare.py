@@ -89,7 +89,7 @@ def test_other_references_to_the_same_questions_are_refused(tmp_path: Path) -> N
     first, second = leave(tmp_path / "a", {1}), leave(tmp_path / "b", {2})
     predictions = second / "predictions.jsonl"
     predictions.write_text(predictions.read_text().replace('"answers": ["yes"]', '"answers": ["yes!"]', 1))
-    with pytest.raises(InputError, match="question 0 has another image, text or reference answers in one"):
+    with pytest.raises(InputError, match="question 0 has different images, texts or reference answers in the two runs"):
         compare_runs(first, second)
 
 

@@ -353,7 +353,7 @@ def test_a_row_without_answers_among_others_is_a_bad_record(tmp_path: Path) -> N
     rows = [*ROWS[:4], {**ROWS[4], "answers": None, "multiple_choice_answer": None}]
     write(tmp_path / "validation.parquet", rows)
     given: dict[str, Any] = {"columns": VQAV2, "prompt": TEMPLATE}
-    with pytest.raises(InputError, match="question 40: it has no answers, as others have"):
+    with pytest.raises(InputError, match="question 40: it has no answers, but others do"):
         dataset.read(str(tmp_path), "validation", **given)
     bad_records = BadRecords("skip")
     found = dataset.read(str(tmp_path), "validation", bad_records=bad_records, **given)

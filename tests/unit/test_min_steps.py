@@ -15,7 +15,7 @@ def test_a_small_data_set_is_repeated(tmp_path: Path) -> None:
     task, vlm = Task("", DataSettings("jsonl", "mine", min_steps=10), [], []), model()
     longer = trainer(tmp_path, vlm, max_steps=-1, num_train_epochs=1)
     assert repeat_small_data(longer, frozenset(), [task]) == (
-        "3 epochs instead of 1, since a small dataset makes few steps (data.min_steps=10)"
+        "3 epochs instead of 1, because the dataset is small (data.min_steps=10)"
     )
     longer.train()
     assert longer.state.global_step == 12

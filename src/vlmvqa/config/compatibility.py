@@ -1,7 +1,7 @@
-"""Combinations of settings that cannot work, each with the nearest one that does.
+"""Combinations of settings that cannot work: tables of conditions and error messages.
 
-An extra keeps its own in a function `conflicts`, which is imported only when a config uses the extra. Training calls
-`check` before anything is loaded or written.
+Each message names the nearest combination that works. An extra keeps its own table in a function `conflicts`, which is
+imported only when a config uses the extra. Training calls `check` before anything is loaded or written.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.training.optimizer import CLASSES, OPTIMIZERS, optimizer_for
+
+# Whether a combination is asked for, and the error message.
+Conflicts = Sequence[tuple[Any, str]]
 
 
 @dataclass(frozen=True)
@@ -83,85 +86,114 @@ def refuse(r: RunRequest) -> None:
         "vlmvqa.extras.pretrained.compatibility": not isinstance(r.model, ModelSettings),
     }
     modules = [importlib.import_module(module) for module, used in extras.items() if used]
-    for conflicts in [*(module.conflicts for module in modules), _conflicts, _conflicts_of_vlm]:
-        for message in conflicts(r):
-            raise InputError(message)
+    for conflicts in [*(module.conflicts for module in modules), run_conflicts, model_conflicts]:
+        for condition, message in conflicts(r):
+            if condition:
+                raise InputError(message)
 
 
-def _conflicts(r: RunRequest) -> Iterator[str]:
-    """Yield the conflicts of optimizer, strategy, precision, data and loss."""
-    strategy, fp16, bf16 = r.dist.strategy, r.trainer.get("fp16"), r.trainer.get("bf16")
+def run_conflicts(r: RunRequest) -> Conflicts:
+    """Return the conflicts of optimizer, strategy, precision, data and loss."""
+    strategy, is_zero, fp16, bf16 = r.dist.strategy, r.dist.is_zero, r.trainer.get("fp16"), r.trainer.get("bf16")
     precision = "bf16" if bf16 else "fp16" if fp16 else "no"
-    if r.accelerate_precision not in ("no", precision):
-        yield (
-            f"accelerate's config file sets {r.accelerate_precision}, the run sets {precision}; add "
-            f"trainer.{r.accelerate_precision}=true"
-        )
-
     optim = optimizer_for(r.trainer.get("optim", "adamw_torch"), r.dist)
-    if optim not in CLASSES:
-        yield (
+    package, _, extra = CLASSES.get(optim, ("", "", None))
+    return [
+        (
+            r.accelerate_precision not in ("no", precision),
+            f"accelerate's config file sets {r.accelerate_precision}, the run sets {precision}; add "
+            f"trainer.{r.accelerate_precision}=true",
+        ),
+        # ---- optimizers
+        (
+            optim not in CLASSES,
             f"trainer.optim={optim} has no states that every strategy can save; use one of {', '.join(OPTIMIZERS)}"
-            f"{suggest(optim, OPTIMIZERS)}"
-        )
-    elif CLASSES[optim][2] and missing(CLASSES[optim][0]):
-        yield (
-            f"trainer.optim={optim} needs {CLASSES[optim][0]}; install it with: pip install "
-            f"'vlmvqa[{CLASSES[optim][2]}]'"
-        )
-    if optim.startswith("paged") and not r.gpu:
-        yield f"trainer.optim={optim}: paged states need CUDA, so it needs a GPU; use adamw_bnb_8bit or adamw_torch"
-    if optim.startswith("paged") and strategy == "fsdp":
-        yield f"trainer.optim={optim} cannot step on FSDP2's shards; use adamw_torch_8bit, or dist=fsdp_offload"
-
-    if r.dist.is_zero and missing("deepspeed"):
-        yield f"dist={strategy} needs DeepSpeed; install it with: pip install 'vlmvqa[deepspeed]', or use dist=fsdp"
-    if r.dist.is_zero and optim == "adamw_torch_8bit":
-        yield f"trainer.optim=adamw_torch_8bit does not step on {strategy}'s partitions; use adamw_bnb_8bit"
-    if strategy == "zero3" and any(r.trainer.get(f"torch_compile{more}") for more in ("", "_backend", "_mode")):
-        yield "trainer.torch_compile=true: the tied output matrix is not traced under zero3; use dist=fsdp or zero2"
-    if r.dist.is_zero and r.trainer.get("use_cpu") and torch.cuda.is_available():
-        yield (
+            f"{suggest(optim, OPTIMIZERS)}",
+        ),
+        (
+            extra and missing(package),
+            f"trainer.optim={optim} needs {package}; install it with: pip install 'vlmvqa[{extra}]'",
+        ),
+        (
+            optim.startswith("paged") and not r.gpu,
+            f"trainer.optim={optim}: paged states need CUDA, so it needs a GPU; use adamw_bnb_8bit or adamw_torch",
+        ),
+        (
+            optim.startswith("paged") and strategy == "fsdp",
+            f"trainer.optim={optim} cannot step on FSDP2's shards; use adamw_torch_8bit, or dist=fsdp_offload",
+        ),
+        # ---- strategies
+        (
+            is_zero and missing("deepspeed"),
+            f"dist={strategy} needs DeepSpeed; install it with: pip install 'vlmvqa[deepspeed]', or use dist=fsdp",
+        ),
+        (
+            is_zero and optim == "adamw_torch_8bit",
+            f"trainer.optim=adamw_torch_8bit does not step on {strategy}'s partitions; use adamw_bnb_8bit",
+        ),
+        (
+            strategy == "zero3" and any(r.trainer.get(f"torch_compile{more}") for more in ("", "_backend", "_mode")),
+            "trainer.torch_compile=true: the tied output matrix is not traced under zero3; use dist=fsdp or zero2",
+        ),
+        (
+            is_zero and r.trainer.get("use_cpu") and torch.cuda.is_available(),
             "trainer.use_cpu=true: DeepSpeed uses a GPU if there is one; hide it with CUDA_VISIBLE_DEVICES=, or "
-            f"use dist=ddp instead of {strategy}"
-        )
-
-    if fp16 and not r.gpu:
-        yield "trainer.fp16=true needs a GPU; use trainer.bf16=true or neither on the CPU"
-    if fp16 and strategy == "fsdp":
-        yield "trainer.fp16=true does not work under dist=fsdp; use trainer.bf16=true, or dist=zero2 without it"
-    if bf16 and not r.bf16_works:
-        yield "trainer.bf16=true: this card does not compute in bfloat16; use trainer.fp16=true under dist=ddp or zero2"
-    if r.model.dtype != "float32" and r.dist.is_zero and not bf16:
-        yield f"model.dtype={r.model.dtype} under {strategy} needs trainer.bf16=true"
-    if r.model.dtype == "float16" and r.adapt is None:
-        yield "model.dtype=float16: weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)"
-
-    if r.cached and r.trained_vision != "none":
-        yield (
+            f"use dist=ddp instead of {strategy}",
+        ),
+        # ---- precision
+        (fp16 and not r.gpu, "trainer.fp16=true needs a GPU; use trainer.bf16=true or neither on the CPU"),
+        (
+            fp16 and strategy == "fsdp",
+            "trainer.fp16=true does not work under dist=fsdp; use trainer.bf16=true, or dist=zero2 without it",
+        ),
+        (
+            bf16 and not r.bf16_works,
+            "trainer.bf16=true: this card does not compute in bfloat16; use trainer.fp16=true under dist=ddp or zero2",
+        ),
+        (
+            r.model.dtype != "float32" and is_zero and not bf16,
+            f"model.dtype={r.model.dtype} under {strategy} needs trainer.bf16=true",
+        ),
+        (
+            r.model.dtype == "float16" and r.adapt is None,
+            "model.dtype=float16: weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)",
+        ),
+        # ---- data and loss
+        (
+            r.cached and r.trained_vision != "none",
             f"trainable.vision={r.trained_vision}: an encoder whose output is cached cannot train; set "
-            "trainable.vision=none, or leave data.feature_cache out"
-        )
-    if r.trainer.get("average_tokens_across_devices") is False:
-        yield "trainer.average_tokens_across_devices=false would weigh ranks equally, not tokens; leave it out"
+            "trainable.vision=none, or leave data.feature_cache out",
+        ),
+        (
+            r.trainer.get("average_tokens_across_devices") is False,
+            "trainer.average_tokens_across_devices=false would weigh ranks equally, not tokens; leave it out",
+        ),
+    ]
 
 
-def _conflicts_of_vlm(r: RunRequest) -> Iterator[str]:
-    """Yield the conflicts of our own model."""
+def model_conflicts(r: RunRequest) -> Conflicts:
+    """Return the conflicts of our own model."""
     if not isinstance(r.model, ModelSettings):
-        return
-    if r.model.language.attention == "flex" and not r.gpu:
-        yield (
+        return []
+    attention, loss, pattern = r.model.language.attention, r.model.language.loss, r.model.attention_pattern
+    return [
+        (
+            attention == "flex" and not r.gpu,
             "model.language.attention=flex: FlexAttention has no backward pass on the CPU; use "
-            "model.language.attention=dense"
-        )
-    if r.model.language.loss == "fused" and not r.gpu:
-        yield "model.language.loss=fused: its kernel needs a GPU; use model.language.loss=chunked"
-    if r.model.language.loss == "fused" and missing("cut_cross_entropy"):
-        yield "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'"
-    if r.model.attention_pattern not in SHAREABLE and r.questions_per_row not in (None, 1):
-        yield (
-            f"model.attention_pattern={r.model.attention_pattern} lets the image see its question, so "
+            "model.language.attention=dense",
+        ),
+        (
+            loss == "fused" and not r.gpu,
+            "model.language.loss=fused: its kernel needs a GPU; use model.language.loss=chunked",
+        ),
+        (
+            loss == "fused" and missing("cut_cross_entropy"),
+            "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'",
+        ),
+        (
+            pattern not in SHAREABLE and r.questions_per_row not in (None, 1),
+            f"model.attention_pattern={pattern} lets the image see its question, so "
             f"data.questions_per_row={r.questions_per_row} questions cannot share one; set "
-            "data.questions_per_row=1, or model.attention_pattern=blockwise_prefix"
-        )
+            "data.questions_per_row=1, or model.attention_pattern=blockwise_prefix",
+        ),
+    ]

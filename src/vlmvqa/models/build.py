@@ -222,7 +222,7 @@ def uninitialized(settings: ModelSettings, config: Mapping[str, Any]) -> VLM:
 
 
 def uninitialized_like(model: VLM, settings: ModelSettings) -> VLM:
-    """Build a model like `model`, whose weights are set afterwards."""
+    """Build a model with the architecture of `model`; the caller sets its weights."""
     return build_uninitialized(settings, deepcopy(model.language.config))
 
 

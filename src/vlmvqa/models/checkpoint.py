@@ -68,7 +68,7 @@ class Family(Protocol):
         """Load the tokenizer or processor of a saved model."""
 
     def uninitialized_like(self, model: Any, settings: Any) -> Model:
-        """Build a model like `model`, whose weights are set afterwards."""
+        """Build a model with the architecture of `model`; the caller sets its weights."""
 
     def make_processor(self, processing_class: ProcessingClass, model: Any, config: Mapping[str, Any]) -> Processor:
         """Return the processor of a saved model."""
@@ -181,7 +181,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Settings]:
 
 
 def uninitialized_like(model: Model, settings: Settings) -> Model:
-    """Build a model like `model` from its settings; its weights are set afterwards."""
+    """Build a model with the architecture of `model` from its settings; the caller sets its weights."""
     return family(settings.family).uninitialized_like(model, settings)
 
 

@@ -1,4 +1,4 @@
-"""A model with all that belongs to it: processor, prompts, generation settings, adapter."""
+"""A model together with its processor, prompts, generation settings and adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrainedModel:
     Attributes:
         prompt: the template of a question, which contains `{question}`.
         prompts: the template of each source that the model was trained on.
-        started_from: the saved model that training continued: its name, and the fingerprint of its weights file.
+        started_from: the saved model that training started from: its name, and the fingerprint of its weights file.
         adapter: the adapter's settings and its base model; None without adapters.
     """
 
@@ -45,10 +45,11 @@ class TrainedModel:
     adapter: Adapter | None = None
 
     def prompt_for(self, source: str, otherwise: str) -> str:
-        """Return the prompt template for a source: the one it was trained with, or else the model's only one.
+        """Return the prompt template for a source: the one used to train on it, or else the model's `prompt`.
 
         Args:
-            otherwise: the source's own template, used if only one of the two has a `{question}`.
+            otherwise: the source's own template, used if the model was never trained here, or if only one of `prompt`
+                and `otherwise` has a `{question}`.
         """
         if self.prompt == BARE and not self.prompts:  # never trained here
             return otherwise
@@ -88,7 +89,7 @@ def build_model(
     """Build a model with its tokenizer, image settings and prompt.
 
     Args:
-        train_examples: the texts that a tokenizer is trained on, where the settings ask for one.
+        train_examples: the texts that a tokenizer is trained on, if the settings select "trained".
     """
     model, processor, started_from = checkpoint.family(settings.family).compose(settings, data, train_examples)
     return TrainedModel(model, processor, data.prompt, settings, decoding, data.prompts, started_from)

@@ -86,14 +86,14 @@ class VLM(Model):
         return rearrange(projected, "i n d -> (i n) d")
 
     def embed(self, batch: Batch) -> Tensor:
-        """Return text and image embeddings in place, `float[B, T, D]`: one gather and one where for any batch."""
+        """Place the image embeddings among the text embeddings, `float[B, T, D]`: one gather and one `where`."""
         text = self.language.embed(batch["input_ids"])
         images = self.image_embeddings(batch).to(text.dtype)
         index = batch["image_index"]
         return torch.where((index != NO_IMAGE)[..., None], images[index.clamp(min=0)], text)
 
     def tokens(self, batch: Batch) -> Tokens:
-        """Return the token properties that decide which tokens see which."""
+        """Return the token properties that determine which tokens attend to which."""
         return Tokens.of(batch["document"], batch["branch"], batch["role"], batch["position"], self.attention_pattern)
 
     def decode(self, batch: Batch, cache: Cache | None = None) -> Tensor:
@@ -177,7 +177,7 @@ class VLM(Model):
         self.language.checkpoint_activations()
 
     def describe_attention(self) -> str:
-        """Return attention pattern and backend; raise InputError if another backend runs than configured."""
+        """Return attention pattern and backend; raise InputError if the backend is not the configured one."""
         return f"{self.attention_pattern}, {self.language.describe_attention()}"
 
     def eager_attention(self) -> AbstractContextManager[Sequence[nn.Module]]:

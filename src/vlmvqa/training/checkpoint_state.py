@@ -3,7 +3,7 @@
 model.safetensors       full weights in the model's own dtypes; with adapters, only the trained weights
 optimizer.safetensors   AdamW's full moments in fp32 by parameter name, and their number of steps
 scheduler.pt            the learning rate schedule
-scaler.pt               fp16's loss scale under ddp (DeepSpeed finds its own again within a few steps)
+scaler.pt               fp16's loss scale under ddp (DeepSpeed's isn't saved; it adapts within a few steps)
 rng_state*.pth          random state of each rank
 progress.json           number of ranks, global batch, last gradient norms, fingerprint of the adapters' base model
 trainer_state.json      transformers' own: step, epoch, best score
@@ -36,7 +36,7 @@ WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "prog
 
 
 def full_weights(trainer: VqaTrainer) -> dict[str, Tensor]:
-    """Return the full weights that are saved, in host memory and their original dtypes; empty except on rank 0."""
+    """Return the full weights to save, in host memory and in their original dtypes; empty except on rank 0."""
     gathered = trainer.full_state.weights(trainer.saved_dtypes)
     return {name: weight.to("cpu", trainer.saved_dtypes[name]) for name, weight in gathered if ranks.is_first()}
 
@@ -118,7 +118,7 @@ def _load_schedule(trainer: VqaTrainer, folder: Path) -> None:
         schedule.load_state_dict(saved)
     schedule.last_epoch = step
     if len(before) == len(rates) and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(before, rates, strict=True)):
-        rates = before  # bit for bit
+        rates = before  # the saved values, bit for bit
     else:
         kind = str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type))
         ranks.print_on_rank0(
@@ -132,14 +132,14 @@ def _load_schedule(trainer: VqaTrainer, folder: Path) -> None:
 
 # ---- full weights and moments
 #
-# `torch.distributed.checkpoint.state_dict` does not do this for DDP and FSDP2:
+# Why `torch.distributed.checkpoint.state_dict` is not used for DDP and FSDP2:
 # - optimizer: `get_optimizer_state_dict` returns 8-bit moments as their library stores them (bitsandbytes' nested
 #   `__bnb_optimizer_quant_state__`, torchao's `OptimState8bit`), while checkpoints contain fp32 moments that any
 #   optimizer loads. `set_optimizer_state_dict` first steps the optimizer with zero gradients, which needs the memory of
 #   all gradients when a run resumes, and it expects `param_groups` in the file.
 # - weights: `get_model_state_dict` also lists the quantization tensors of 4-bit base weights, and returns all weights
 #   at once. `FullState.weights` yields one at a time, so evaluating a sharded model needs no second full copy.
-# So DTensor's primitives are used (`full_tensor`, `distribute_tensor`), one tensor at a time.
+# Instead, DTensor's primitives (`full_tensor`, `distribute_tensor`) process one tensor at a time.
 
 KEYS = ("exp_avg", "exp_avg_sq")  # AdamW's moments
 NamedTensors = Iterator[tuple[str, Tensor]]
@@ -190,7 +190,7 @@ class FullState:
         return int(states[0].get("step", 0)) if states else 0
 
     def optimized_elements(self) -> int:
-        """Return the number of elements that the optimizer updates, on all ranks together."""
+        """Return the number of elements that the optimizer updates; sharded parameters count in full."""
         return sum(parameter.numel() for group in self.optimizer.param_groups for parameter in group["params"])
 
     def _trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

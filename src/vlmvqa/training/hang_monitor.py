@@ -1,7 +1,7 @@
-"""End a run of several ranks when one of them hangs, with an error that names it.
+"""Stop a run of several ranks when one of them hangs, with an error message that names it.
 
-Ranks wait for each other in every step, so one that hangs blocks all. Each rank publishes its progress in PyTorch's
-store; when nothing has moved for the timeout, the ranks that are behind are the ones that hang.
+Ranks wait for each other in every step, so a rank that hangs blocks all others. Each rank publishes its progress in
+PyTorch's store. If no rank makes progress for `dist.timeout_minutes`, the error names those that are furthest behind.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vlmvqa.training.interrupt import StopHandler
 
 
 class HangMonitor:
-    """A thread that publishes this rank's progress (`StopHandler.heartbeat`) and watches the others'."""
+    """A thread that publishes this rank's progress (`StopHandler.heartbeat`) and monitors the others'."""
 
     def __init__(self, handler: StopHandler) -> None:
         self.handler = handler
@@ -29,7 +29,7 @@ class HangMonitor:
         atexit.register(self.finish)  # a thread inside PyTorch's store at exit would abort the process
 
     def finish(self) -> None:
-        """Stop watching."""
+        """Stop monitoring."""
         self.finished.set()
         if self.thread.is_alive():
             self.thread.join(timeout=5)
@@ -52,7 +52,7 @@ class HangMonitor:
                     published = store.get(rank).decode() if store.check([rank]) else ""
                     if published != seen[rank][0]:
                         seen[rank] = (published, now)
-            except RuntimeError:  # rank 0, which hosts the store, is gone; PyTorch reports that
+            except RuntimeError:  # rank 0, which hosts the store, has exited; PyTorch reports this
                 return
             silent = [rank for rank in all_ranks if now - seen[rank][1] > self.handler.timeout]
             if silent:

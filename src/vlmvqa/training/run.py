@@ -42,7 +42,7 @@ class Session:
         arguments: transformers' TrainingArguments.
         tasks: the training and evaluation data.
         bad_records: policy and list of unusable records.
-        tracking: the loggers and sample answers (`extras/loggers`); None if the config asks for neither.
+        tracking: the loggers and sample answers (`extras/loggers`); None if the config enables neither.
     """
 
     config: TrainConfig
@@ -109,7 +109,7 @@ def prepare(config: TrainConfig) -> Session:
 
 
 def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArguments:
-    """Return the arguments: the `trainer` group, and the run's folder, seed and strategy.
+    """Return transformers' TrainingArguments: the `trainer` group, and the run's folder, seed and strategy.
 
     Raises:
         InputError: transformers rejects a value.
@@ -126,7 +126,7 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
     values["disable_tqdm"] = bool(values.get("disable_tqdm")) or not sys.stderr.isatty()
     defaults: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "use_cpu": not torch.cuda.is_available(),  # without a GPU, ranks over gloo
+        "use_cpu": not torch.cuda.is_available(),  # without a GPU, ranks communicate over gloo
         "ddp_find_unused_parameters": False,
         "metric_for_best_model": "mean" if config.data.source == MIXTURE else config.data.metric,
         "greater_is_better": True,
@@ -160,7 +160,7 @@ def fit(session: Session) -> str | None:
     """Train and write `model/`; return the signal that stopped the training before its end, if one did."""
     config, arguments, folder = session.config, session.arguments, session.folder
     trained, unsaved_base = build(session)
-    # Before the weights are sharded: cached features are checked against the encoder's.
+    # Before the weights are sharded, because cached features are checked against the encoder's weights.
     dataset = training_set(config, trained, session.tasks, session.bad_records)
     if session.dist.strategy == "fsdp":
         from vlmvqa.training import distributed
@@ -219,15 +219,15 @@ def fit(session: Session) -> str | None:
 
 
 def build(session: Session) -> tuple[TrainedModel, Any]:
-    """Build the model of the config, and make its parts trainable, or frozen under adapters.
+    """Build the configured model; set which of its parts train, or attach adapters.
 
     Returns:
-        the model with its processor; and the base of its adapters, when it isn't stored anywhere yet.
+        the model with its processor; and the base of its adapters, if that isn't stored anywhere yet.
     """
     config, saved_base = session.config, session.folder / BASE
     examples = [example for task in session.tasks for example in task.train]
     resumed = is_resumed(session.folder, config) and complete_checkpoints(session.folder)
-    if resumed and (saved_base / CONFIG).is_file():  # adapters whose base this run has saved at its start
+    if resumed and (saved_base / CONFIG).is_file():  # the base of the adapters, saved at the start of this run
         trained = replace(load_model(saved_base), settings=config.model)
     elif config.init_from is not None:
         from vlmvqa.training.initial_model import continue_from
@@ -267,9 +267,9 @@ def training_set(
 
 
 def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequence[Task]) -> str | None:
-    """Raise the epochs of a small dataset until they make `data.min_steps`; return the line that reports it.
+    """Train a small dataset for more epochs, at least `data.min_steps` steps; return the line that reports it.
 
-    A `trainer.num_train_epochs` or `trainer.max_steps` of the command line is kept.
+    A `trainer.num_train_epochs` or `trainer.max_steps` set on the command line is kept.
     """
     arguments, least = trainer.args, max(task.data.min_steps for task in tasks)
     epochs = math.ceil(least / (len(trainer.training_set) // trainer.global_batch))
@@ -277,7 +277,7 @@ def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequenc
     if fixed or epochs <= arguments.num_train_epochs:
         return None
     configured, arguments.num_train_epochs = arguments.num_train_epochs, float(epochs)
-    return f"{epochs} epochs instead of {configured:g}, since a small dataset makes few steps (data.min_steps={least})"
+    return f"{epochs} epochs instead of {configured:g}, because the dataset is small (data.min_steps={least})"
 
 
 def _open_logs(session: Session, checkpoint: Path | None) -> None:
@@ -291,7 +291,7 @@ def _open_logs(session: Session, checkpoint: Path | None) -> None:
 
 
 def save_model(folder: Path, trained: TrainedModel, trainer: VqaTrainer) -> None:
-    """Write the same folder under every strategy, enough for `vlmvqa.load` on one CPU."""
+    """Write `model/`, with the same files under every strategy; `vlmvqa.load` loads it on one CPU."""
     if ranks.is_first():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

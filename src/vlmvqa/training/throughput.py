@@ -2,22 +2,22 @@
 
 questions_per_second, tokens_per_second, supervised_tokens_per_second   over all ranks
 padding          percent of token positions that are padding
-time_data        percent of the time spent reading and packing until a batch is on the device; on CUDA only what wasn't
-                 hidden behind computation
+time_data        until the next batch is on the device: reading, building rows, copying; on CUDA only the part that
+                 doesn't overlap with computation
 time_encoder     vision encoder and projector, forward and backward
 time_language_model   embeddings and decoder, forward and backward
 time_loss        output head and cross-entropy, forward and backward
-time_model       instead of these three under torch.compile, where a hook inside the model would break the graph
+time_model       replaces the three above under torch.compile, because hooks inside the model would break the graph
 time_optimizer   after the backward pass: waiting for other ranks' gradients, clipping, optimizer step
 time_other       writing the log
-peak_memory_gib  highest rank: memory that CUDA allocated since the last record; on a CPU, the process's peak so far
-peak_rss_gib     host memory: highest resident size of any rank's process so far
+peak_memory_gib  maximum over ranks: peak CUDA memory allocated since the last record; on a CPU as peak_rss_gib
+peak_rss_gib     maximum over ranks: peak resident host memory of the process so far
 mfu              model FLOPs utilisation in percent (`models/flops.py`)
 
-Evaluations and checkpoints are excluded. The time per phase is rank 0's. Phases change at hooks on the modules in the
-forward pass, and in the backward pass at hooks on the tensors between them, which gradients reach in reverse order. The
-clock is always in exactly one phase, so the percentages add up to 100. (One boundary is approximate: the gradient of
-the embeddings is computed last and counts as encoder.)
+time_* are percentages of the training time of rank 0; evaluations and checkpoints are excluded. In the forward pass,
+hooks on the modules switch the phase; in the backward pass, hooks on the tensors between the modules switch it in
+reverse order. The clock is always in exactly one phase, so the percentages add up to 100. (One boundary is approximate:
+the gradient of the embeddings is computed last and counts as encoder.)
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ GIB = 2**30
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak bytes: allocated since the last call on CUDA, resident since the process started on a CPU."""
+    """Return peak memory in bytes: allocated since the last call on CUDA, resident since the start on a CPU."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -62,7 +62,7 @@ def peak_resident() -> int:
 
 
 class ThroughputMeter(TrainerCallback):
-    """Measure a training. The trainer calls `begin` and `backward` for each micro-batch.
+    """Measure a training run. The trainer calls `begin` and `backward` for each micro-batch.
 
     The hooks stay on the model until training ends, and do nothing while the clock is paused.
     """
@@ -137,7 +137,7 @@ class ThroughputMeter(TrainerCallback):
         self.clock.switch(phase)
 
     def begin(self, batch: Batch) -> None:
-        """Count a micro-batch that is about to enter the model."""
+        """Count a micro-batch before its forward pass, and start the first phase of that pass."""
         self.shapes["positions"] += batch["document"].numel()
         self.shapes["images"] += len(batch["pixel_values" if "pixel_values" in batch else "image_features"])
         self.shapes["encoded"] += len(batch.get("pixel_values", ()))
@@ -153,14 +153,14 @@ class ThroughputMeter(TrainerCallback):
         loss.register_hook(lambda _: queue(lambda: self.enter("optimizer")))
 
     def _handover(self, before: str, output: Any, after: str) -> None:
-        """Enter phase `after`, and in the backward pass `before`, where the gradient of `output` is ready."""
+        """Enter phase `after` now; in the backward pass, enter `before` once the gradient of `output` is ready."""
         self.enter(after)
         tensor = output if isinstance(output, Tensor) else output[0]
         if tensor.requires_grad:
             tensor.register_hook(lambda _: self.enter(before))
 
     def report(self) -> dict[str, float]:
-        """Return the values listed at the top of this file since the last report; every rank must call this."""
+        """Return the values listed at the top of this file, since the last report; every rank must call this."""
         self.enter("other")
         seconds = self.clock.read()
         total = sum(seconds.values())
@@ -186,7 +186,7 @@ class ThroughputMeter(TrainerCallback):
 class PhaseClock:
     """Seconds per phase; the clock is in one phase at a time, or stopped (None).
 
-    On CUDA it times the device's stream: events are recorded and read once they have passed, without synchronizing.
+    On CUDA it times the device's stream with events. `switch` never synchronizes; `read` waits for the last event.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -207,7 +207,7 @@ class PhaseClock:
             self._count_oldest()
 
     def read(self) -> dict[str, float]:
-        """Return the seconds per phase between the last call and the last switch."""
+        """Return the seconds per phase, from the previous call of `read` to the last switch."""
         if self.cuda and self.marks:
             self.marks[-1][1].synchronize()
         while len(self.marks) > 1:

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO: its configuration, corrections of accelerate's integration, and full weights and moments.
 
-Imported only where DeepSpeed runs the strategy.
+Imported only if a ZeRO strategy is selected.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def deepspeed_config(settings: DistSettings) -> dict[str, Any]:
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
         "zero_optimization": zero,
-        # Our own optimizer, with a learning rate per part. When offloaded, torch's AdamW instead of DeepSpeed's CPU
-        # Adam, which would need a compiler.
+        # The trainer passes its own optimizer, which has a learning rate per part. Offloading keeps torch's AdamW,
+        # because DeepSpeed's CPU Adam needs a compiler.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -60,9 +60,9 @@ def prepare(trainer: Any) -> ZeroFullState:
 
 
 def _set_clipping(trainer: Any) -> None:
-    """Set DeepSpeed's clipping bound inside its step, where it first knows the norm.
+    """Set DeepSpeed's clipping bound inside its optimizer step, where the gradient norm is first known.
 
-    DeepSpeed clips one partition after the other; the first of a step sets the bound.
+    DeepSpeed clips one partition after another; the bound is set at the first partition of a step.
     """
     zero, clip = trainer.engine.optimizer, trainer.engine.optimizer.unscale_and_clip_grads
     limited_step: int | None = None
@@ -79,10 +79,10 @@ def _set_clipping(trainer: Any) -> None:
 
 
 def correct_deepspeed() -> None:
-    """Correct errors of accelerate's DeepSpeed integration; call this once there are TrainingArguments.
+    """Correct errors of accelerate's DeepSpeed integration; call this after TrainingArguments are created.
 
-    Without a GPU they ignore DeepSpeed under use_cpu, and without use_cpu they count one process, so that every rank
-    would train on the same data. Under ZeRO-3, every transformers model that is built afterwards would be partitioned,
+    Without a GPU, TrainingArguments ignore DeepSpeed if use_cpu is set; otherwise they count one process, so every rank
+    would train on the same data. Under ZeRO-3, transformers would partition every model that is built afterwards,
     including unsharded copies for evaluation.
     """
     PartialState().distributed_type = DistributedType.DEEPSPEED
@@ -90,12 +90,12 @@ def correct_deepspeed() -> None:
 
 
 def silence() -> None:
-    """Hide warnings about DeepSpeed's own defaults, and keep it from compiling collectives for CPUs."""
+    """Hide warnings about DeepSpeed's own defaults, and prevent it from compiling collectives for CPUs."""
     import deepspeed
 
     # It warns about its own defaults and about values that accelerate sets; runtime_checks.py checks what runs.
     deepspeed.utils.logger.setLevel("ERROR")
-    # Shared-memory collectives for CPUs would be compiled first; gloo works without.
+    # Shared-memory collectives for CPUs would be compiled first; gloo works without them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -123,7 +123,7 @@ class ZeroFullState(FullState):
         return sum(partition.numel() for partition in self.partitions)
 
     def weights(self, names: Container[str] | None = None) -> NamedTensors:
-        """Yield the full weights: fp32 masters of trained ones, the uncast values of frozen ones."""
+        """Yield the full weights: fp32 master weights of trained parameters, the original values of frozen ones."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in self.model.named_parameters():

@@ -73,9 +73,9 @@ def read(
         split: the split's name in the dataset, with an optional slice of its rows: `validation[:10%]`.
         columns: the dataset's column names.
         prompt: the model's input text; `{question}` is replaced by the question.
-        config: one of the dataset's configurations; `{split}` is replaced by the split if each split has its own, as in
-            GQA's "{split}_instructions".
-        images: another configuration that holds the images ("{split}_images").
+        config: one of the dataset's configurations; `{split}` in it is replaced by the split's name, for datasets with
+            a configuration per split (GQA's "{split}_instructions").
+        images: the configuration that holds the images, if it is another one ("{split}_images").
         streaming: download rows while reading instead of the complete split first.
         max_samples: read at most this many rows of the slice.
         bad_records: policy for unusable rows (default: raise).
@@ -93,7 +93,7 @@ def read(
     image_bytes: dict[ImageId, bytes] = {}
     by_image: dict[ImageId, list[Question]] = {}
     first_rows: dict[ImageId, str] = {}  # the first row of each image, for error messages
-    row_columns = replace(columns, image="") if images else columns  # without images, which are in another table
+    row_columns = replace(columns, image="") if images else columns  # the images are read from another table
     for where, image_id, content, question in _read_rows(table, selected, row_columns, to_prompt, hub, bad_records):
         if content is not None:
             image_bytes.setdefault(image_id, content)
@@ -115,13 +115,13 @@ def read(
 def _without_unanswered(
     by_image: Mapping[ImageId, list[Question]], first_rows: Mapping[ImageId, str], bad_records: BadRecords
 ) -> dict[ImageId, list[Question]]:
-    """Remove questions without answers as bad records, unless no question has any, as in a test split."""
+    """Remove questions without answers as bad records; keep all if no question has answers, as in a test split."""
     if not any(question.answers for questions in by_image.values() for question in questions):
         return dict(by_image)
     for image_id, questions in by_image.items():
         for question in questions:
             if not question.answers:
-                bad_records.add(f"{first_rows[image_id]}, question {question.id}", "it has no answers, as others have")
+                bad_records.add(f"{first_rows[image_id]}, question {question.id}", "it has no answers, but others do")
     answered = {key: [question for question in questions if question.answers] for key, questions in by_image.items()}
     return {image_id: questions for image_id, questions in answered.items() if questions}
 
@@ -134,7 +134,7 @@ def _read_rows(
     hub: str,
     bad_records: BadRecords,
 ) -> Iterator[tuple[str, ImageId, bytes | None, Question]]:
-    """Yield (location, image id, image, question) of each usable row; image is None if `columns` names none."""
+    """Yield (location, image id, image, question) of each usable row; image is None if `columns.image` is empty."""
     numbers = selected_rows(selected, table)
     seen: set[int | str] = set()
     rows = bar(table.rows(numbers, _top_level(columns)), doing=f"reading {table.where}", unit="rows", delay=2.0)

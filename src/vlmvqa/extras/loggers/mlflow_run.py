@@ -1,7 +1,7 @@
-"""MLflow logger: a run in `mlruns/` of the run's folder, or on the server in MLFLOW_TRACKING_URI.
+"""MLflow logger: an MLflow run in `mlruns/` of the run's folder, or on the server in MLFLOW_TRACKING_URI.
 
-The default is a folder of files although MLflow recommends a database: a database needs the full `mlflow` package (or
-SQLAlchemy), and the metrics of one run are few.
+The default is a folder of files, although MLflow recommends a database: a database needs the full `mlflow` package (or
+SQLAlchemy), and one run has few metrics.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from transformers.utils.generic import flatten_dict
 
-MAX_PARAMS = 100  # per request, a limit of MLflow's servers
+MAX_PARAMS = 100  # limit of MLflow's servers per request
 
 
 class MlflowRun(Logger):
-    """Metrics, parameters, and samples as text and image artifacts."""
+    """Log metrics, parameters, and samples as text and image artifacts."""
 
     shows_samples = True
 
@@ -43,7 +43,7 @@ class MlflowRun(Logger):
             self.client.set_tag(self.id, "code", run.code)
         except (MlflowException, OSError) as error:
             raise InputError(
-                f"logger=mlflow: MLflow opens no run at {uri} ({' '.join(str(error).split())}); correct "
+                f"logger=mlflow: MLflow cannot open a run at {uri} ({' '.join(str(error).split())}); correct "
                 "MLFLOW_TRACKING_URI, unset it to write into the run's folder, or choose logger=tensorboard"
             ) from error
         id_file.write_text(self.id)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from vlmvqa.code_state import code_state
-from vlmvqa.config.compatibility import RunRequest
+from vlmvqa.config.compatibility import Conflicts, RunRequest, missing
 from vlmvqa.config.compose import to_dict, to_yaml
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.data.tasks import Task
@@ -85,16 +85,24 @@ def chosen(loggers: str | Sequence[str] | None) -> tuple[list[str], list[str]]:
     return ours, [name for name in named if name not in (*LOGGERS, "none")]
 
 
-def conflicts(request: RunRequest) -> Iterator[str]:
-    """Yield an error message for each logger that is unknown or whose package is missing."""
-    ours, others = chosen(request.trainer.get("report_to"))
-    for name in others:
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = [*LOGGERS, "none"]
-            yield f"logger={name} is unknown{suggest(name, known)}; use one or several of {', '.join(known)}"
-    for name in ours:
-        if name in RUN_ID_FILES and importlib.util.find_spec(name) is None:
-            yield f"logger={name} needs {name}; install it with: pip install 'vlmvqa[{name}]'"
+def conflicts(r: RunRequest) -> Conflicts:
+    """Return for each logger whether it is unknown or its package is missing, with the error message."""
+    ours, others = chosen(r.trainer.get("report_to"))
+    known = [*LOGGERS, "none"]
+    return [
+        *(
+            (
+                name not in INTEGRATION_TO_CALLBACK,
+                f"logger={name} is unknown{suggest(name, known)}; use one or several of {', '.join(known)}",
+            )
+            for name in others
+        ),
+        *(
+            (missing(name), f"logger={name} needs {name}; install it with: pip install 'vlmvqa[{name}]'")
+            for name in ours
+            if name in RUN_ID_FILES
+        ),
+    ]
 
 
 def named(record: Mapping[str, Any]) -> dict[str, float]:

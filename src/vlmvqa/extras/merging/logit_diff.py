@@ -1,4 +1,4 @@
-"""Compare the logits of two models on the same questions, such as a merged model and the adapter it was merged from."""
+"""Compare the logits of two models on the same questions, such as an adapter on its base and the merged model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmvqa.sequence.rows import IGNORE
 
 @dataclass(frozen=True)
 class LogitDiff:
-    """Difference between the logits of two models at the answers' tokens and EOS.
+    """Difference between the logits of two models at the positions that predict the answers' tokens and EOS.
 
     Attributes:
         largest: Largest absolute difference of a logit.
@@ -45,9 +45,9 @@ def split_questions(examples: Sequence[Example], limit: int) -> list[Example]:
 
 @torch.no_grad()
 def answer_logits(predictor: Predictor, examples: Sequence[Example]) -> list[Tensor]:
-    """Return the logits at the answer positions of each example's only question, float32[S, V].
+    """Return the logits at the supervised positions of each example's only question, float32[S, V].
 
-    "yes" replaces a missing answer.
+    A question without an answer is given the answer "yes".
     """
     model, processor = predictor.model.eval(), predictor.processor
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Plan a training run from its config: memory and speed under every strategy, printed and written."""
+"""Plan a training run from its config: print and write its memory and speed under every strategy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PlanConfig(TrainConfig):
 
 
 def plan(config: PlanConfig) -> None:
-    """Print the plan and write `plan.json` and `plan.md`; with `verify`, run three steps and compare."""
+    """Print the plan and write `plan.json` and `plan.md`; with `verify`, compare with a few real steps instead."""
     planner = build_planner(config)
     checkpointing = bool(config.trainer.get("activation_checkpointing"))
     if config.verify:
@@ -94,8 +94,8 @@ def _questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> fl
 
 
 def _text_tokens(plan: PlanSettings, data: DataSettings) -> int:
-    """Return the tokens of a question with its answer."""
-    # A packed row has the same length whatever its questions: the mean length gives how many of them it holds.
+    """Return the number of tokens of a question with its answer: the mean if rows are packed, otherwise the limit."""
+    # Packed rows have nearly the same length, so the mean length of a question determines how many a row holds.
     usual = TEXT_TOKENS.get(data.source) if data.row_tokens else None
     tokens = plan.text_tokens or usual or data.max_text_tokens
     if tokens is None:
@@ -104,5 +104,5 @@ def _text_tokens(plan: PlanSettings, data: DataSettings) -> int:
 
 
 def _most_questions(data: DataSettings, attention_pattern: str) -> int | None:
-    """Return how many questions may share a row: one where the image attends to its question."""
+    """Return the limit on the questions of a row (None: no limit); it is 1 if the image attends to its question."""
     return data.questions_per_row if attention_pattern in SHAREABLE else 1

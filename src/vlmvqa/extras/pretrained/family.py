@@ -1,4 +1,4 @@
-"""The family of pretrained models: how they are loaded and composed for a run (`models.checkpoint.Family`)."""
+"""The functions of `models.checkpoint.Family` for pretrained models: load a saved one, compose one for a run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SETTINGS = PretrainedSettings
 def saved_settings(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], PretrainedSettings]:
     """Return vlmvqa's entries of a `config.json`, and the settings that load the model from its folder.
 
-    A folder of adapters has a config.json of vlmvqa, with the settings of its base model.
+    The `config.json` of an adapter's folder is vlmvqa's own; its entry `model` holds the settings of the base model.
     """
     if "model_type" not in config:
         return dict(config), build_settings(PretrainedSettings, config["model"], f"{folder / CONFIG}: model")
@@ -57,7 +57,7 @@ def load(folder: Path, settings: PretrainedSettings, config: Mapping[str, Any]) 
 
 
 def uninitialized_like(model: PretrainedVLM, settings: PretrainedSettings) -> PretrainedVLM:
-    """Build a model like `model`, whose weights are set afterwards."""
+    """Build a model with the architecture of `model`; the caller sets its weights."""
     with no_init_weights():
         return build_pretrained(settings, deepcopy(model.net.config), uninitialized=True)
 
@@ -73,7 +73,7 @@ def make_processor(library: ProcessorMixin, model: PretrainedVLM, config: Mappin
 
 
 def continued_settings(settings: PretrainedSettings, folder: Path) -> PretrainedSettings:
-    """Return the settings of a run that continues to train a saved model: they name its folder already."""
+    """Return the settings unchanged: `pretrained` is already the folder of the saved model."""
     return settings
 
 
@@ -85,13 +85,13 @@ def compose(
 ) -> tuple[PretrainedVLM, PretrainedProcessor, dict[str, str] | None]:
     """Return the model of a run, its processor, and the name and fingerprint of the weights that training starts from.
 
-    The texts of `examples` train a tokenizer, if the settings ask for one.
+    With `tokenizer: trained`, a tokenizer is trained on the texts of `examples`.
     """
     processor, config = _processor(settings, data, examples)
     if settings.weights == "random":
         return build_pretrained(settings, config), processor, None
     folder, named = checkpoint.find(settings.pretrained), Path(settings.pretrained).expanduser()
-    name = str(named.resolve()) if named.exists() else settings.pretrained  # absolute, so that it is found elsewhere
+    name = str(named.resolve()) if named.exists() else settings.pretrained  # absolute: valid in any working directory
     started_from = {"model": name, "weights": fingerprint.weights_in(folder)}
     return build_pretrained(dataclasses.replace(settings, pretrained=str(folder)), config), processor, started_from
 
@@ -109,12 +109,12 @@ def _processor(
     """Return the processor of a pretrained model, and the network's config."""
     if data.resize != "squash" or data.reduced_decoding:
         raise InputError(
-            f"{settings.pretrained} resizes images as it was trained; leave data.resize and data.reduced_decoding out"
+            f"{settings.pretrained} resizes images as in its training; leave data.resize and data.reduced_decoding out"
         )
     config = pretrained_config(settings)
     if settings.weights == "random":
         if settings.tokenizer != "trained":
-            raise InputError("model.weights=random needs model.tokenizer=trained, which is made of the questions")
+            raise InputError("model.weights=random needs model.tokenizer=trained, a tokenizer trained on the data")
         tokenizer = train_tokenizer(examples, config.get_text_config().vocab_size - ADDED_TOKENS)
         library, config = random_processor(config, tokenizer, settings.image_splitting)
     else:

@@ -1,9 +1,9 @@
 """Calibration of answers: reliability bins and the expected calibration error.
 
 Confidence is the probability of the full answer, exp(log-probability), including its end token; accuracy is the
-answer's score as a share of 1. Answers are sorted by confidence into ten bins of equal width. The expected calibration
-error is the mean distance between a bin's mean confidence and accuracy, weighted by its number of answers (Naeini et
-al., AAAI 2015; Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2).
+answer's score on a scale of 0 to 1. Answers are sorted by confidence into ten bins of equal width. The expected
+calibration error is the mean distance between a bin's mean confidence and accuracy, weighted by its number of answers
+(Naeini et al., AAAI 2015; Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers with a confidence in (low, high], the first bin includes 0; the means are None if there are none."""
+    """A bin of n answers with confidence in (low, high]; the first bin includes 0. Both means are None if n is 0."""
 
     low: float
     high: float
@@ -31,7 +31,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The bins, the number of answers in them, and the expected calibration error (0 to 1)."""
+    """The bins, the number of answers in all of them, and the expected calibration error (0 to 1)."""
 
     bins: tuple[Bin, ...]
     n: int
@@ -39,7 +39,7 @@ class Calibration:
 
 
 def calibrate(records: Iterable[Mapping[str, Any]], metric: str) -> Calibration | None:
-    """Return the calibration of records of `predictions.jsonl`; None if none has both a score and a probability.
+    """Return the calibration of records of `predictions.jsonl`; None if no record has both a score and a probability.
 
     Args:
         metric: name of the score (0 to 100) in the records.

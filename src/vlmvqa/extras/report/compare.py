@@ -1,6 +1,7 @@
 """Comparison of two runs on the same questions: difference, confidence interval, and changed answers.
 
-A paired comparison can separate runs whose own intervals overlap, because both runs find the same questions hard.
+A paired comparison can detect a difference between runs whose intervals overlap: the same questions are hard for both,
+so their scores vary together.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def compare_runs(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
 def _difference(
     metrics: Record, other_metrics: Record, before: Mapping[Any, Record], after: Mapping[Any, Record]
 ) -> str | None:
-    """Return how the runs differ and what to do; None if they can be compared."""
+    """Return why the runs cannot be compared and what to do; None if they can be."""
     for key in ("metric", "metric_version", "data", "split"):
         if metrics.get(key) != other_metrics.get(key):
             values = f"{metrics.get(key)} in one and {other_metrics.get(key)} in the other"
@@ -71,7 +72,7 @@ def _difference(
         return f"they differ by {number} ({different[0]}...); score both on the same split and slice"
     for question, record in before.items():
         if any(record[key] != after[question][key] for key in ("image_id", "question", "answers")):
-            what = "another image, text or reference answers in one"
+            what = "different images, texts or reference answers in the two runs"
             return f"question {question} has {what}; score both on the same files"
     return None
 

@@ -1,4 +1,4 @@
-"""Model card: training data, scores with their controls, and licences."""
+"""Model card: description, scores with their controls, licences and configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmvqa.metrics.registry import metric
 from vlmvqa.models.checkpoint import OURS, read_config
 from vlmvqa.paths import is_hub_id
 
-# Licences by a part of the model's name: the hub's identifier, and text for the card.
+# Licences by a substring of the model's name: the hub's identifier, and the text for the card.
 LICENCES = {
     "idefics2": ("apache-2.0", "Apache-2.0"),
     "gemma": ("gemma", "[Gemma terms of use](https://ai.google.dev/gemma/terms)"),
@@ -22,7 +22,7 @@ METHODS = {"lora": "LoRA", "dora": "DoRA"}
 
 
 def licences(config: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Return the hub's licence identifier of the model ("other" if unknown), and a sentence for each part's weights."""
+    """Return the model's licence as a hub identifier ("other" if unknown), and a sentence for each part's weights."""
     identifiers, sentences = [], []
     model = config["model"]
     parts = {"pretrained": {"name": model["pretrained"], **model}} if "pretrained" in model else model
@@ -45,7 +45,7 @@ def write_card(folder: Path, name: str, metrics: Sequence[Mapping[str, Any]], co
     """Write the model card `README.md` next to the weights, without absolute paths.
 
     Args:
-        folder: a saved model without its card.
+        folder: the folder of a saved model.
         name: hub id or folder that users will load the model by.
         metrics: content of `metrics.json` of each task.
         config_yaml: the resolved config of the run.
@@ -119,7 +119,7 @@ def _base(saved: Mapping[str, Any]) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """Replace absolute paths in a setting by the folder's name; for `<run>/model` by the run's name."""
+    """Replace each absolute path in a setting with its last component, and `<run>/model` with the run's name."""
     if isinstance(value, Mapping):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
