@@ -30,7 +30,7 @@ def weights(module: nn.Module, *more: str) -> str:
     return digest.hexdigest()
 
 
-def pictures(given: Iterable[Example], most: int = 64) -> str:
+def image_files(given: Iterable[Example], most: int = 64) -> str:
     """Return the hash of at most `most` image files, evenly spread."""
     images = list({example.image_id: example for example in given}.values())
     digest = hashlib.sha256()

@@ -142,11 +142,11 @@ def test_check_counts_and_names_what_is_missing(root: Path, tmp_path: Path) -> N
     root = shutil.copytree(root, tmp_path / "data")
     arguments = ("check", "data=vqav2", "data.synthetic=true", f"data.root={root}", f"check.dir={tmp_path}")
     options = "data.options={train_images:30,val_images:6,questions_per_image:3}"
-    assert "train" in done(call(*arguments, options, "check.pictures=true")).out
+    assert "train" in done(call(*arguments, options, "check.images=true")).out
     broken, gone = sorted((root / "train2014").iterdir())[2:4]
     broken.write_bytes(broken.read_bytes()[:300])
     gone.unlink()
-    ended = call(*arguments, options, "check.pictures=true")
+    ended = call(*arguments, options, "check.images=true")
     assert ended.status == 1 and "incomplete" in ended.out
     problems = (tmp_path / "problems.txt").read_text()
     assert broken.name in problems and gone.name in problems

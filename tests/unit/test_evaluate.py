@@ -18,7 +18,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 from vlmvqa.inference import bootstrap
 from vlmvqa.inference.answer_file import read_answers
-from vlmvqa.inference.answer_log import Journal
+from vlmvqa.inference.answer_log import AnswerLog
 from vlmvqa.inference.evaluate import EvalSpec, evaluate, table
 from vlmvqa.inference.predictor import Answer
 from vlmvqa.metrics.registry import METRICS, check_options, check_scorable, metric, score
@@ -222,7 +222,7 @@ def test_a_killed_evaluation_goes_on_where_it_stood(tmp_path: Path, monkeypatch:
     model, given = predictor(), examples(7)
     options: dict[str, Any] = {"batch_size": 2}
     expected = model.answer_examples(given, **options)
-    journal, real = Journal(tmp_path, {"checkpoint": "x"}), type(model)._answer_batch
+    answer_log, real = AnswerLog(tmp_path, {"checkpoint": "x"}), type(model)._answer_batch
     asked_for: list[int] = []
 
     def until_the_third(self: Any, rows: Any, readable: Any, columns: Any) -> Mapping[Any, Answer]:
@@ -233,20 +233,20 @@ def test_a_killed_evaluation_goes_on_where_it_stood(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(type(model), "_answer_batch", until_the_third)
     with pytest.raises(KeyboardInterrupt):
-        model.answer_examples(given, journal=journal, **options)
+        model.answer_examples(given, answer_log=answer_log, **options)
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text() + '{"batch": "cut in ha')
-    assert model.answer_examples(given, journal=journal, **options) == expected
+    assert model.answer_examples(given, answer_log=answer_log, **options) == expected
     assert len(asked_for) == 3 + 2  # of four batches two were kept
-    assert model.answer_examples(given, journal=journal, **options) == expected and len(asked_for) == 5
-    journal.remove()
+    assert model.answer_examples(given, answer_log=answer_log, **options) == expected and len(asked_for) == 5
+    answer_log.remove()
     assert not list(tmp_path.iterdir())
 
 
 def test_another_models_answers_are_not_taken(tmp_path: Path) -> None:
     model, given = predictor(), examples(2)
-    one, other = (Journal(tmp_path, {"checkpoint": name}) for name in ("x", "y"))
-    model.answer_examples(given, journal=one)
+    one, other = (AnswerLog(tmp_path, {"checkpoint": name}) for name in ("x", "y"))
+    model.answer_examples(given, answer_log=one)
     assert one.read() and not other.read()
 
 

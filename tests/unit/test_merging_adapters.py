@@ -24,7 +24,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.merging import files, methods
-from vlmvqa.extras.merging.logit_diff import LogitDiff, answer_logits, logit_diff, split_questions
+from vlmvqa.extras.merging.logit_diff import LogitDiff, answer_logits, logit_diff, one_question_each
 from vlmvqa.extras.merging.merge import Merge
 from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.inference.predictor import Predictor, load
@@ -96,7 +96,7 @@ def asked(predictor: Predictor) -> list[Tensor]:
     """Return the logits of six questions."""
     given = own_examples() if predictor.model.shares_images else pretrained.examples()
     answered = [replace(one, questions=tuple(replace(q, target="red") for q in one.questions)) for one in given]
-    return answer_logits(predictor, split_questions(answered, 6))
+    return answer_logits(predictor, one_question_each(answered, 6))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

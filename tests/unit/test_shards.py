@@ -150,8 +150,8 @@ def test_similar_slices_have_different_file_names(examples: list[Example], tmp_p
 def test_fingerprints_include_the_bytes_of_packed_images(examples: list[Example], tmp_path: Path) -> None:
     """Cached features and saved answers of other images must not be mistaken for these."""
     found = shards.read(pack(tmp_path / "packed", examples), KEY, "{question}")
-    assert fingerprint.pictures(found) == fingerprint.pictures(examples)
-    assert fingerprint.pictures(found[1:]) != fingerprint.pictures(examples)
+    assert fingerprint.image_files(found) == fingerprint.image_files(examples)
+    assert fingerprint.image_files(found[1:]) != fingerprint.image_files(examples)
     (tmp_path / "packed" / "train-00000-of-00001.parquet").unlink()
     shards._open.cache_clear()
     assert fingerprint.file_of(found[0].image) is None

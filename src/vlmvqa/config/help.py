@@ -116,7 +116,7 @@ PREPARE = """\
 Most used, each as key=value:
   data=... data.root=/folder split=train
   features.dir=/fast/features features.dtype=bfloat16
-  pack.dir=/fast/vqav2 check.pictures=true check.dir=runs/check"""
+  pack.dir=/fast/vqav2 check.images=true check.dir=runs/check"""
 
 FEATURES = """\
 features: run every image of a split through the vision encoder once and cache the output.
@@ -144,9 +144,9 @@ check: read the published splits (of generated and hub data: the training and ev
 and list those that cannot be used.
 
     python launch/prepare.py check data=vqav2 data.root=/data/vqav2
-    python launch/prepare.py check data=vqav2 data.root=/data/vqav2 check.pictures=true
+    python launch/prepare.py check data=vqav2 data.root=/data/vqav2 check.images=true
 
-Questions and missing images take seconds; check.pictures=true decodes every image, which takes minutes. The table is
+Questions and missing images take seconds; check.images=true decodes every image, which takes minutes. The table is
 printed, every problem is written to check.dir/problems.txt, and the exit status is 1 if a split is incomplete.
 """
 

@@ -21,7 +21,7 @@ from vlmvqa.data.example import Example
 Kept = dict[str, list[list[Any]]]
 
 
-class Journal:
+class AnswerLog:
     """A log of the answers of one model under one set of generation settings.
 
     Args:

@@ -26,7 +26,7 @@ from vlmvqa.ranks import bar
 from vlmvqa.sequence.rows import Document
 
 if TYPE_CHECKING:
-    from vlmvqa.inference.answer_log import Journal
+    from vlmvqa.inference.answer_log import AnswerLog
 
 ROW_TEXT_TOKENS = 512
 
@@ -145,7 +145,7 @@ class Predictor(TrainedModel):
         workers: int = 0,
         bad_records: BadRecords | None = None,
         progress: bool = False,
-        journal: Journal | None = None,
+        answer_log: AnswerLog | None = None,
     ) -> dict[int | str, Answer]:
         """Answer every question of every example, by question id, in the examples' order.
 
@@ -159,7 +159,7 @@ class Predictor(TrainedModel):
             row_text_tokens: an image whose questions have more tokens is split into several rows.
             workers: processes that decode images.
             bad_records: policy for unreadable images (default: raise); the questions of a skipped one get no answer.
-            journal: log of the answers; those that it holds are not generated again.
+            answer_log: log of the answers; those that it holds are not generated again.
 
         Raises:
             InputError: two questions have one id, or an image cannot be read.
@@ -172,10 +172,10 @@ class Predictor(TrainedModel):
         numbers = range(len(rows))
         batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
         answers: dict[int | str, Answer] = {}
-        if journal:
+        if answer_log:
             # Rank 0 reads before any rank writes, so that all ranks have the same batches even if their disks differ.
-            kept = ranks.broadcast_from_rank0(journal.read)
-            keys = [journal.batch_key([rows[number] for number in batch]) for batch in batches]
+            kept = ranks.broadcast_from_rank0(answer_log.read)
+            keys = [answer_log.batch_key([rows[number] for number in batch]) for batch in batches]
             answers = {question: Answer(*answer) for key in keys for question, *answer in kept.get(key, ())}
             batches = [batch for batch, key in zip(batches, keys, strict=True) if key not in kept]
         mine = batches[ranks.rank() :: ranks.world_size()] if ranks.is_distributed() else batches
@@ -192,10 +192,10 @@ class Predictor(TrainedModel):
             for batch, (readable, columns) in zip(mine, loader, strict=True):
                 group = [rows[number] for number in batch]
                 found = self._answer_batch(group, readable, columns)
-                if journal and len(found) == count_questions(group):  # an unreadable image is reported again on resume
-                    journal.add(
-                        journal.batch_key(group), [[name, *dataclasses.astuple(one)] for name, one in found.items()]
-                    )
+                # A batch with an unreadable image is not logged, so that the image is reported again on resume.
+                if answer_log and len(found) == count_questions(group):
+                    listed = [[name, *dataclasses.astuple(one)] for name, one in found.items()]
+                    answer_log.add(answer_log.batch_key(group), listed)
                 answers |= found
                 done.update(count_questions(group))
         every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}

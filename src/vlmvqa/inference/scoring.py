@@ -14,7 +14,7 @@ from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
 from vlmvqa.data.tasks import source_module
 from vlmvqa.errors import BadRecords, InputError, counted
-from vlmvqa.inference.answer_log import Journal
+from vlmvqa.inference.answer_log import AnswerLog
 from vlmvqa.inference.evaluate import EvalSpec, evaluate, table
 from vlmvqa.inference.predictor import Answer, Predictor
 from vlmvqa.paths import replace_file
@@ -71,8 +71,13 @@ def score_and_report(
         "checkpoint_fingerprint": fingerprint.weights(predictor.model),
         "decoding": asdict(predictor.decoding),
     }
-    inputs = {"data": fingerprint.examples(spec.examples), "pictures": fingerprint.pictures(spec.examples)}
-    journal = Journal(output.folder / task.name, {**made_by, **inputs, "images": asdict(predictor.processor.images)})
+    depends = {
+        **made_by,
+        "data": fingerprint.examples(spec.examples),
+        "image_files": fingerprint.image_files(spec.examples),
+        "images": asdict(predictor.processor.images),
+    }
+    answer_log = AnswerLog(output.folder / task.name, depends)
 
     def answer(examples: Sequence[Example]) -> dict[int | str, Answer]:
         return predictor.answer_examples(
@@ -81,7 +86,7 @@ def score_and_report(
             workers=workers,
             bad_records=bad_records,
             progress=True,
-            journal=journal,
+            answer_log=answer_log,
         )
 
     answers = answer(spec.examples)
@@ -100,7 +105,7 @@ def score_and_report(
     metrics = write_results(task, output, facts, found, predictions, bad_records, maps)
     ranks.barrier()
     if ranks.is_first():
-        journal.remove()
+        answer_log.remove()
     return metrics
 
 

@@ -56,7 +56,7 @@ class CheckSettings:
     """The `check` group: whether images are decoded, and the folder of `problems.txt`."""
 
     dir: str
-    pictures: bool = False
+    images: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def check_data(config: PrepareConfig) -> None:
     def read(split: str, bad_records: BadRecords) -> list[Example]:
         return read_examples(data, split, None, bad_records)
 
-    found = list(check(read, splits, config.check.pictures))
+    found = list(check(read, splits, config.check.images))
     print(table(found))
     problems = [f"{one.split}: {problem}" for one in found for problem in one.problems]
     if problems:

@@ -70,8 +70,8 @@ class MlflowRun(Logger):
         text = "\n\n".join(f"{sample.name}\n{sample.text()}" for sample in samples)
         self.client.log_text(self.id, text, f"{folder}.txt")
         for sample in samples:
-            if sample.picture is not None:
-                self.client.log_image(self.id, sample.picture.convert("RGB"), f"{folder}/{sample.name}.png")
+            if sample.thumbnail is not None:
+                self.client.log_image(self.id, sample.thumbnail.convert("RGB"), f"{folder}/{sample.name}.png")
 
     def close(self, finished: bool) -> None:
         """Mark the run as finished or killed."""

@@ -29,7 +29,7 @@ class Sample:
         name: the same at every evaluation: its task, if there are several, and its index.
         log_probability: of the answer's tokens together.
         score: in the metric's unit; None if the question has none.
-        picture: a thumbnail; None if no image is shown.
+        thumbnail: its image; None if no image is shown.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Sample:
     log_probability: float
     score: float | None
     answers: tuple[str, ...]
-    picture: Image | None = None
+    thumbnail: Image | None = None
 
     @property
     def probability(self) -> float:
@@ -59,7 +59,7 @@ class Sample:
 
     def record(self, step: int) -> dict[str, Any]:
         """Return the sample as a record of `samples.jsonl`."""
-        return {"step": step, **{key: value for key, value in vars(self).items() if key not in ("name", "picture")}}
+        return {"step": step, **{key: value for key, value in vars(self).items() if key not in ("name", "thumbnail")}}
 
 
 @dataclass
@@ -78,13 +78,13 @@ class SampledQuestions:
         chosen = rng.sample(with_questions, min(count, len(with_questions)))
         return cls(task, [(example, rng.choice(example.questions)) for example in chosen])
 
-    def samples(self, answers: Mapping[Any, Any], scores: Mapping[Any, float], pictures: bool) -> list[Sample]:
+    def samples(self, answers: Mapping[Any, Any], scores: Mapping[Any, float], thumbnails: bool) -> list[Sample]:
         """Return the chosen questions' samples; one whose image was skipped has no answer and is left out.
 
         Args:
             answers: `predictor.Answer` by question id.
             scores: by question id, for questions that have one.
-            pictures: whether to add thumbnails; an unreadable image is left out.
+            thumbnails: whether to add thumbnails; an unreadable image is left out.
         """
         found = []
         for index, (example, question) in enumerate(self.chosen):
@@ -102,7 +102,7 @@ class SampledQuestions:
                     log_probability=answer.log_probability,
                     score=scores.get(question.id),
                     answers=question.answers,
-                    picture=self._thumbnail(index, example) if pictures else None,
+                    thumbnail=self._thumbnail(index, example) if thumbnails else None,
                 )
             )
         return found

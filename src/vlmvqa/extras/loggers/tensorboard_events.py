@@ -32,8 +32,8 @@ class TensorBoard(Logger):
     def log_samples(self, samples: Sequence[Sample], step: int) -> None:
         """Write each sample's image and text."""
         for sample in samples:
-            if sample.picture is not None:
-                image = np.asarray(sample.picture.convert("RGB"))
+            if sample.thumbnail is not None:
+                image = np.asarray(sample.thumbnail.convert("RGB"))
                 self.writer.add_image(f"samples/{sample.name}", image, step, dataformats="HWC")
             self.writer.add_text(f"samples/{sample.name}", _code_block(sample.text()), step)
         self.writer.flush()

@@ -49,7 +49,7 @@ class WeightsAndBiases(Logger):
         columns: list[str | int] = ["image", "task", "question", "answer", "p", "score", "references"]
         table = wandb.Table(columns=columns)
         for sample in samples:
-            image = None if sample.picture is None else wandb.Image(sample.picture)
+            image = None if sample.thumbnail is None else wandb.Image(sample.thumbnail)
             values = (sample.task, sample.question, sample.answer, sample.probability, sample.score)
             table.add_data(image, *values, ", ".join(sample.answers))
         self.run.log({"samples": table, "train/global_step": step})

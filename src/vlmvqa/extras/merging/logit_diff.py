@@ -37,7 +37,7 @@ class LogitDiff:
         )
 
 
-def split_questions(examples: Sequence[Example], limit: int) -> list[Example]:
+def one_question_each(examples: Sequence[Example], limit: int) -> list[Example]:
     """Split examples into examples with one question each, and return at most `limit` of them."""
     every = (example.with_questions(n, n + 1) for example in examples for n in range(len(example.questions)))
     return list(islice(every, limit))

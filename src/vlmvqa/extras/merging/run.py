@@ -17,7 +17,7 @@ from vlmvqa.config.schema import DataSettings, RunSettings
 from vlmvqa.data.example import Example, all_answered, count_questions
 from vlmvqa.data.tasks import data_settings, metric_options, read_examples
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.extras.merging.logit_diff import answer_logits, logit_diff, split_questions
+from vlmvqa.extras.merging.logit_diff import answer_logits, logit_diff, one_question_each
 from vlmvqa.extras.merging.merge import Merge
 from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.extras.merging.validation import adapter_settings
@@ -180,7 +180,7 @@ def _tasks(config: MergeConfig, merge: Merge) -> tuple[list[MergeTask], str | No
 
 def _drift(adapter: Path, merged: Path, asked: Sequence[MergeTask], most: int) -> dict[str, Any]:
     """Compare the logits of the adapter on its base with those of the merged model."""
-    examples = [one for task in asked for one in split_questions(task.examples, most)]
+    examples = [one for task in asked for one in one_question_each(task.examples, most)]
     logits, kinds = [], []
     for folder in (adapter, merged):
         predictor = load(folder)
