@@ -1,11 +1,11 @@
-"""Checks of a resumed run: settings, batch and base model must equal those of the run before."""
+"""Checks of a resumed run: settings and batch must equal those of the run before."""
 
 from __future__ import annotations
 
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -13,9 +13,6 @@ from vlmvqa.config.compose import to_dict
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError, counted
 from vlmvqa.training.checkpoint_state import progress, total_steps
-
-if TYPE_CHECKING:
-    from vlmvqa.extras.adapters.peft_adapters import Adapter
 
 # Settings that determine the result of a run: a resumed run cannot change them...
 DECIDES = (
@@ -98,15 +95,6 @@ def refuse_other_batch(checkpoint: Path, global_batch: int, world: int, config: 
         f"{checkpoint} was trained with {counted(before, 'row')} a step, now it would be {global_batch}: {remedy}, "
         "or resume anyway with resume_force=true"
     )
-
-
-def refuse_other_base(checkpoint: Path, adapter: Adapter) -> None:
-    """Raise if the base weights differ from those that the adapters of a resumed run were trained on."""
-    if progress(checkpoint).get("base") != adapter.fingerprint:
-        raise InputError(
-            f"{checkpoint} was trained over other weights than {adapter.base} holds now; put back the base it was "
-            "trained on, or start over with run.overwrite=true"
-        )
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

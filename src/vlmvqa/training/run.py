@@ -197,14 +197,9 @@ def fit(session: Session) -> str | None:
         trainer.add_callback(session.tracking)
     ranks.broadcast_from_rank0(lambda: _open_logs(session, checkpoint))
     if trained.adapter is not None:
-        if unsaved_base is not None:
-            fingerprint = unsaved_base.write(folder / BASE, resumed=checkpoint is not None)
-            trained.adapter = replace(trained.adapter, fingerprint=fingerprint)
-        trainer.base_fingerprint = trained.adapter.fingerprint
-        if checkpoint is not None:
-            from vlmvqa.training.resume import refuse_other_base
+        from vlmvqa.extras.adapters.attach import settle_base
 
-            refuse_other_base(checkpoint, trained.adapter)
+        trainer.base_fingerprint = settle_base(trained, unsaved_base, folder / BASE, checkpoint)
     if ranks.is_first():
         session.bad_records.list_in(folder / "skipped.jsonl")
     session.bad_records.listing = folder / "skipped.jsonl"

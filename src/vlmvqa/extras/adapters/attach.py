@@ -16,6 +16,7 @@ from vlmvqa.extras.adapters.peft_adapters import Adapter, AdapterSettings
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import PARTS
 from vlmvqa.models.trained_model import TrainedModel
+from vlmvqa.training.checkpoint_state import progress
 
 
 def attach_adapters(config: TrainConfig, trained: TrainedModel, device: torch.device) -> Base | None:
@@ -33,6 +34,29 @@ def attach_adapters(config: TrainConfig, trained: TrainedModel, device: torch.de
     paths = peft_adapters.prepare(trained.model, config.trainable, settings, device)
     ranks.print_on_rank0(peft_adapters.describe(trained.model, settings, paths))
     return unsaved
+
+
+def settle_base(trained: TrainedModel, unsaved: Base | None, folder: Path, checkpoint: Path | None) -> str:
+    """Save the base model unless it is stored elsewhere, and return the fingerprint of its weights.
+
+    Args:
+        unsaved: the base model, if no folder holds it yet.
+        folder: where it is saved then.
+        checkpoint: the checkpoint that the run resumes from.
+
+    Raises:
+        InputError: the adapters of the checkpoint were trained over another base model.
+    """
+    assert trained.adapter is not None
+    if unsaved is not None:
+        found = unsaved.write(folder, resumed=checkpoint is not None)
+        trained.adapter = replace(trained.adapter, fingerprint=found)
+    if checkpoint is not None and progress(checkpoint).get("base") != trained.adapter.fingerprint:
+        raise InputError(
+            f"{checkpoint} was trained over other weights than {trained.adapter.base} holds now; put back the base it "
+            "was trained on, or start over with run.overwrite=true"
+        )
+    return trained.adapter.fingerprint
 
 
 def _refuse_trainable_parts(config: TrainConfig, settings: AdapterSettings) -> None:
