@@ -207,17 +207,17 @@ def page(name: str, script: Path, word: str = "") -> str:
 
 def as_installed(text: str) -> str:
     """Return a page with the commands of the installed package (vlmvqa train); columns stay aligned."""
-    lines = []
-    for line in text.splitlines():
-        new = re.sub(r"\bpython launch/(\w+)\.py", r"vlmvqa \1", line)
-        new = re.sub(r"\baccelerate launch launch/(\w+)\.py", r"accelerate launch -m vlmvqa \1", new)
-        new = re.sub(r"\bdeepspeed launch/(\w+)\.py", r"deepspeed --module vlmvqa \1", new)
-        gap = re.search(r"(?<=\S) {3,}(?=\S)", new)
-        if new != line and gap:
-            about = new[gap.end() :]
-            new = new[: gap.start()].ljust(len(line) - len(about) - 1) + " " + about
-        lines.append(new)
-    return "\n".join(lines)
+    starts = {
+        "python": "vlmvqa",
+        "accelerate launch": "accelerate launch -m vlmvqa",
+        "deepspeed": "deepspeed --module vlmvqa",
+    }
+
+    def installed(found: re.Match[str]) -> str:
+        command = f"{starts[found[1]]} {found[2]}{found[3]}"
+        return command.ljust(len(found[0]) - 1) + " " if found[4] else command
+
+    return re.sub(rf"\b({'|'.join(starts)}) launch/(\w+)\.py(.*?)( {{3,}}|$)", installed, text, flags=re.MULTILINE)
 
 
 def _choices(name: str) -> Iterator[str]:

@@ -39,7 +39,6 @@ ALIASES = {
     "output": "output_dir out_dir save_dir",
     "run.name": "name run_name",
     "run.overwrite=true": "overwrite_output_dir",
-    "run.overwrite": "overwrite",
     "resume=auto": "resume_from_checkpoint",
     "logger": "report_to",
     "hub_id": "push_to_hub hub_model_id",
@@ -49,7 +48,6 @@ ALIASES = {
     "init_from": "model_path ckpt checkpoint",
     "data": "dataset dataset_name",
     "data.root": "data_dir data_path",
-    "model.dtype": "dtype",
     "dist=fsdp": "fsdp",
     "dist=zero2": "deepspeed",
     "adapt=lora": "lora use_lora use_peft",
@@ -58,7 +56,6 @@ ALIASES = {
     "adapt.alpha": "lora_alpha",
     "adapt.dropout": "lora_dropout",
     "decoding.num_beams": "beams",
-    "decoding.max_new_tokens": "max_new_tokens",
     "image": "img images image_path",
     "question": "prompt text",
 }

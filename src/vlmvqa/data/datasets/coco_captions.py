@@ -17,18 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vlmvqa.data import records
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import (
-    find_problem,
-    group_by_image,
-    ids_of,
-    list_under,
-    load_json,
-    numeric_id,
-    refuse_missing,
-    usable_records,
-    write_json,
-)
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import BadRecords, InputError, suggest
 
@@ -83,7 +73,7 @@ def read(
     images = list(load(root, path, selected, bad_records))
     paths = {key: image_path for key, image_path, _ in images}
     questions = ((key, Question(key, "", prompt, _one_line(texts[0]), texts)) for key, _, texts in images)
-    examples = group_by_image(questions, paths.__getitem__, path, split, bad_records)
+    examples = records.group_by_image(questions, paths.__getitem__, path, split, bad_records)
     return arrange(examples, selected.name, captions=captions)
 
 
@@ -96,7 +86,7 @@ def files(root: Path, split: str, captions: str | None = None) -> list[Path]:
     # Karpathy's train split has images of both folders, his other splits only of val2014.
     folders = {"karpathy_train": ("train2014", "val2014"), "karpathy_val": ("val2014",), "karpathy_test": ("val2014",)}
     *others, last = (root / folder for folder in folders.get(name, (name,)))
-    refuse_missing(root, [path, *others], last, "COCO captions")
+    records.refuse_missing(root, [path, *others], last, "COCO captions")
     return [path, *others, last]
 
 
@@ -110,7 +100,7 @@ def arrange(examples: list[Example], split: str, *, captions: str | None = None)
 
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     """Write the official results file, `[{"image_id": 9, "caption": "a cat"}, ...]`, with unmodified captions."""
-    write_json(path, [{"image_id": submission_name(key), "caption": text} for key, text in answers.items()])
+    records.write_json(path, [{"image_id": submission_name(key), "caption": text} for key, text in answers.items()])
 
 
 def submission_name(key: int | str) -> int | str:
@@ -119,7 +109,7 @@ def submission_name(key: int | str) -> int | str:
     `COCO_val2014_000000391895.jpg` is image 391895.
     """
     match = re.fullmatch(r"(?:COCO_[a-z]+\d{4}_)?(\d+)\.\w+", key) if isinstance(key, str) else None
-    return int(match[1]) if match else numeric_id(key)
+    return int(match[1]) if match else records.numeric_id(key)
 
 
 def _check_option(captions: str | None) -> None:
@@ -146,45 +136,47 @@ def _one_line(caption: str) -> str:
 def _load_official(root: Path, path: Path, selected: Slice, bad_records: BadRecords) -> Iterator[CaptionedImage]:
     """Yield the selected images of an official file of 2014 or 2017."""
     description = "COCO's official captions file"
-    content = load_json(path)
-    records = list_under(content, "images", path, description)
+    content = records.load_json(path)
+    entries = records.list_under(content, "images", path, description)
     captions: dict[int, list[str]] = {}
-    annotations = list_under(content, "annotations", path, description)
-    for record in usable_records(annotations, "id", path, bad_records, _caption_problem, kind="annotation"):
+    annotations = records.list_under(content, "annotations", path, description)
+    for record in records.usable_records(annotations, "id", path, bad_records, _caption_problem, kind="annotation"):
         captions.setdefault(record["image_id"], []).append(record["caption"])
 
     def find(record: dict[str, Any]) -> str | None:
-        problem = find_problem(record, {"file_name": str})
+        problem = records.find_problem(record, {"file_name": str})
         return problem or (None if record["id"] in captions else "it has no caption")
 
-    indices = selected.indices(len(records), path, "images")
-    for record in usable_records(records, "id", path, bad_records, find, indices=indices, kind="image"):
+    indices = selected.indices(len(entries), path, "images")
+    for record in records.usable_records(entries, "id", path, bad_records, find, indices=indices, kind="image"):
         yield record["id"], root / selected.name / record["file_name"], tuple(captions[record["id"]])
-    known = ids_of(records, "id")
+    known = records.ids_of(entries, "id")
     for image_id in captions:
         if image_id not in known:
             bad_records.add(f"{path}, image {image_id}", "it has captions, but is not among the images")
 
 
 def _caption_problem(record: dict[str, Any]) -> str | None:
-    problem = find_problem(record, {"image_id": int, "caption": str})
+    problem = records.find_problem(record, {"image_id": int, "caption": str})
     return problem or (None if record["caption"].strip() else "the caption is empty")
 
 
 def _load_karpathy(root: Path, path: Path, selected: Slice, bad_records: BadRecords) -> Iterator[CaptionedImage]:
     """Yield the selected images of a split of Karpathy and Fei-Fei (2015)."""
-    records = list_under(load_json(path, object_hook=_keep_text), "images", path, "Karpathy's dataset_coco.json")
-    placed = usable_records(
-        records, "cocoid", path, bad_records, lambda record: find_problem(record, {"split": str}), kind="image"
+    entries = records.list_under(
+        records.load_json(path, object_hook=_keep_text), "images", path, "Karpathy's dataset_coco.json"
+    )
+    placed = records.usable_records(
+        entries, "cocoid", path, bad_records, lambda record: records.find_problem(record, {"split": str}), kind="image"
     )
     in_split = [record for record in placed if record["split"] in PARTS[selected.name]]
     chosen = [in_split[index] for index in selected.indices(len(in_split), path, "images")]
-    for record in usable_records(chosen, "cocoid", path, bad_records, _sentences_problem, kind="image"):
+    for record in records.usable_records(chosen, "cocoid", path, bad_records, _sentences_problem, kind="image"):
         yield record["cocoid"], root / record["filepath"] / record["filename"], tuple(record["sentences"])
 
 
 def _sentences_problem(record: dict[str, Any]) -> str | None:
-    problem = find_problem(record, {"filepath": str, "filename": str, "sentences": list})
+    problem = records.find_problem(record, {"filepath": str, "filename": str, "sentences": list})
     if not problem and not record["sentences"]:
         problem = "it has no caption"
     if not problem and not all(isinstance(text, str) and text.strip() for text in record["sentences"]):

@@ -12,21 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vlmvqa.data import records
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import (
-    PromptTemplate,
-    find_answers_problem,
-    find_problem,
-    find_question_problem,
-    group_by_image,
-    list_under,
-    load_json,
-    most_common,
-    numeric_id,
-    refuse_missing,
-    usable_records,
-    write_json,
-)
 from vlmvqa.data.splits import parse_split
 from vlmvqa.errors import BadRecords
 
@@ -54,45 +41,47 @@ def read(
     Splits: `train`, `val` and `test`. Arguments and errors: see `datasets/__init__.py`.
     """
     selected = parse_split(split, SPLITS, "DocVQA", max_samples)
-    template = PromptTemplate(prompt)
+    template = records.PromptTemplate(prompt)
     bad_records = bad_records or BadRecords()
     path, _ = files(root, split)
-    records = list_under(load_json(path), "data", path, "DocVQA's official file")
+    entries = records.list_under(records.load_json(path), "data", path, "DocVQA's official file")
     find = partial(_find_problem, answered=SPLITS[selected.name][1])
-    indices = selected.indices(len(records), path)
-    usable = usable_records(records, "questionId", path, bad_records, find, indices=indices)
+    indices = selected.indices(len(entries), path)
+    usable = records.usable_records(entries, "questionId", path, bad_records, find, indices=indices)
     questions = ((record["image"], _question(record, template)) for record in usable)
-    return group_by_image(questions, lambda image: root / image, path, split, bad_records)
+    return records.group_by_image(questions, lambda image: root / image, path, split, bad_records)
 
 
 def files(root: Path, split: str) -> list[Path]:
     """Return the file and the image folder of a split; raise an InputError if one is missing."""
     path = root / SPLITS[parse_split(split, SPLITS, "DocVQA").name][0]
-    refuse_missing(root, [path], root / "documents", "DocVQA")
+    records.refuse_missing(root, [path], root / "documents", "DocVQA")
     return [path, root / "documents"]
 
 
 def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     """Write the official results file, `[{"questionId": 1, "answer": "$ 5"}, ...]`, with unmodified answers."""
-    write_json(path, [{"questionId": numeric_id(key), "answer": answer} for key, answer in answers.items()])
+    records.write_json(
+        path, [{"questionId": records.numeric_id(key), "answer": answer} for key, answer in answers.items()]
+    )
 
 
 def _find_problem(record: dict[str, Any], answered: bool) -> str | None:
-    problem = find_question_problem(record, {"image": str})
+    problem = records.find_question_problem(record, {"image": str})
     if not problem and answered:
-        problem = find_answers_problem(record)
+        problem = records.find_answers_problem(record)
     if not problem and record.get("question_types") is not None:
-        problem = find_problem(record, {"question_types": list})
+        problem = records.find_problem(record, {"question_types": list})
     return problem
 
 
-def _question(record: Mapping[str, Any], template: PromptTemplate) -> Question:
+def _question(record: Mapping[str, Any], template: records.PromptTemplate) -> Question:
     types = record.get("question_types")
     return Question(
         record["questionId"],
         record["question"],
         template(record["question"]),
-        most_common(record["answers"]) if record.get("answers") else None,
+        records.most_common(record["answers"]) if record.get("answers") else None,
         tuple(record.get("answers") or ()),
         types[0] if types else None,
     )

@@ -19,15 +19,8 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
+from vlmvqa.data import records
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import (
-    PromptTemplate,
-    find_question_problem,
-    group_by_image,
-    load_json,
-    refuse_missing,
-    write_json,
-)
 from vlmvqa.data.splits import parse_split
 from vlmvqa.errors import BadRecords, InputError
 
@@ -64,14 +57,14 @@ def read(
     """
     selected = parse_split(split, SPLITS, "GQA", max_samples)
     with_details = not selected.name.startswith("train")
-    template = PromptTemplate(prompt)
+    template = records.PromptTemplate(prompt)
     bad_records = bad_records or BadRecords()
     *paths, images = files(root, split)
     where = paths[0] if len(paths) == 1 else paths[0].parent
-    records = _load(paths, with_details, bad_records)
-    records = [records[index] for index in selected.indices(len(records), where)]
-    questions = _questions(records, with_details, template, bad_records)
-    return group_by_image(questions, lambda image_id: images / f"{image_id}.jpg", where, split, bad_records)
+    entries = _load(paths, with_details, bad_records)
+    entries = [entries[index] for index in selected.indices(len(entries), where)]
+    questions = _questions(entries, with_details, template, bad_records)
+    return records.group_by_image(questions, lambda image_id: images / f"{image_id}.jpg", where, split, bad_records)
 
 
 def files(root: Path, split: str) -> list[Path]:
@@ -79,16 +72,16 @@ def files(root: Path, split: str) -> list[Path]:
     name = f"{SPLITS[parse_split(split, SPLITS, 'GQA').name]}_questions"
     paths = [root / f"{name}.json"]
     if name == "train_all_questions":
-        refuse_missing(root, [root / name], root / "images", "GQA")
+        records.refuse_missing(root, [root / name], root / "images", "GQA")
         paths = [root / name / f"{name}_{number}.json" for number in range(TRAIN_ALL_FILES)]
-    refuse_missing(root, paths, root / "images", "GQA")
+    records.refuse_missing(root, paths, root / "images", "GQA")
     return [*paths, root / "images"]
 
 
 def scoring(root: Path, split: str) -> dict[str, Any]:
     """Return the metric's options: the official choices, if their file is in `root`."""
     path = root / f"{parse_split(split, SPLITS, 'GQA').name.removesuffix('_all')}_choices.json"
-    return {"choices": load_json(path)} if path.exists() else {}
+    return {"choices": records.load_json(path)} if path.exists() else {}
 
 
 def arrange(examples: list[Example], split: str) -> list[Example]:
@@ -101,7 +94,7 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
 
     The answers are not modified; ids are strings, as in the official questions files.
     """
-    write_json(path, [{"questionId": str(key), "prediction": text} for key, text in answers.items()])
+    records.write_json(path, [{"questionId": str(key), "prediction": text} for key, text in answers.items()])
 
 
 def _official(question: Question) -> Question:
@@ -143,31 +136,36 @@ def _interned(value: Any) -> str | None:
 
 
 def _find_problem(record: Any, with_details: bool) -> str | None:
-    problem = find_question_problem(record, {**KINDS, **DETAILS} if with_details else KINDS)
+    problem = records.find_question_problem(record, {**KINDS, **DETAILS} if with_details else KINDS)
     return problem or (None if record["answer"].strip() else "its answer is empty")
 
 
 def _load(paths: Sequence[Path], with_details: bool, bad_records: BadRecords) -> list[tuple[Path, str, Any]]:
     """Return file, id and record of all questions in file order, each id once."""
-    records: list[tuple[Path, str, Any]] = []
+    entries: list[tuple[Path, str, Any]] = []
     seen: set[str] = set()
     for path in paths:
         repeated: list[str] = []
-        content = load_json(path, object_pairs_hook=partial(_reduce, with_details=with_details, repeated=repeated))
+        content = records.load_json(
+            path, object_pairs_hook=partial(_reduce, with_details=with_details, repeated=repeated)
+        )
         if not isinstance(content, dict) or not content:
             raise InputError(f"{path} holds no object of questions by id; is it GQA's official questions file?")
         for key in [*(key for key in repeated if key in content), *(key for key in content if key in seen)]:
             bad_records.add(f"{path}, question {key}", "its id is used twice", "keep one of them")
-        records += [(path, key, record) for key, record in content.items() if key not in seen]
+        entries += [(path, key, record) for key, record in content.items() if key not in seen]
         seen.update(content)
-    return records
+    return entries
 
 
 def _questions(
-    records: Sequence[tuple[Path, str, Any]], with_details: bool, template: PromptTemplate, bad_records: BadRecords
+    entries: Sequence[tuple[Path, str, Any]],
+    with_details: bool,
+    template: records.PromptTemplate,
+    bad_records: BadRecords,
 ) -> Iterator[tuple[str, Question]]:
     """Yield image id and question of each usable record."""
-    for path, key, record in records:
+    for path, key, record in entries:
         if not isinstance(record, tuple):
             bad_records.add(f"{path}, question {key}", _find_problem(record, with_details) or "it cannot be used")
             continue

@@ -14,16 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vlmvqa.data import records
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import (
-    PromptTemplate,
-    find_answers_problem,
-    find_problem,
-    find_question_problem,
-    group_by_image,
-    most_common,
-    unreadable,
-)
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.paths import replace_file
@@ -50,23 +42,23 @@ def read(
     Arguments and errors: see `datasets/__init__.py`.
     """
     path, selected = _find(root, split, max_samples)
-    template = PromptTemplate(prompt)
+    template = records.PromptTemplate(prompt)
     bad_records = bad_records or BadRecords()
-    records = _load(path, bad_records)
-    if not records:
+    entries = _load(path, bad_records)
+    if not entries:
         raise InputError(
             f"{path} holds no usable line; write one JSON object per line, with image, question and answers"
         )
-    keys = list(records)
-    chosen = {keys[index]: records[keys[index]] for index in selected.indices(len(keys), path, "lines")}
-    answered = any(content.get("answers") is not None for _, content in records.values())
-    return group_by_image(
+    keys = list(entries)
+    chosen = {keys[index]: entries[keys[index]] for index in selected.indices(len(keys), path, "lines")}
+    answered = any(content.get("answers") is not None for _, content in entries.values())
+    return records.group_by_image(
         _questions(chosen, path, answered, template, bad_records),
         lambda image: path.parent / image,
         path,
         split,
         bad_records,
-        lambda key: f"line {records[key][0]}",
+        lambda key: f"line {entries[key][0]}",
     )
 
 
@@ -104,7 +96,7 @@ def _check_not_list(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise records.unreadable(path, error) from None
     if start.startswith(b"["):
         _refuse_format(path, llava=b'"conversations"' in start)
 
@@ -118,11 +110,11 @@ def _refuse_format(where: Path | str, llava: bool) -> NoReturn:
 def _load(path: Path, bad_records: BadRecords) -> Records:
     """Parse the lines in file order, each id once; skip empty lines."""
     _check_not_list(path)
-    records: Records = {}
+    entries: Records = {}
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise records.unreadable(path, error) from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -136,31 +128,33 @@ def _load(path: Path, bad_records: BadRecords) -> Records:
             continue
         if isinstance(record, dict) and "conversations" in record and "question" not in record:
             _refuse_format(f"{path}, line {number}", llava=True)
-        problem = find_problem(record, {"id": (int, str)} if isinstance(record, dict) and "id" in record else {})
+        problem = records.find_problem(
+            record, {"id": (int, str)} if isinstance(record, dict) and "id" in record else {}
+        )
         key = number if problem else record.get("id", number)
-        if not problem and key in records:
+        if not problem and key in entries:
             problem = f"the id {key} is used twice"
         if problem:
             bad_records.add(f"{path}, line {number}", problem)
         else:
-            records[key] = number, record
-    return records
+            entries[key] = number, record
+    return entries
 
 
 def _questions(
-    records: Records, path: Path, answered: bool, template: PromptTemplate, bad_records: BadRecords
+    entries: Records, path: Path, answered: bool, template: records.PromptTemplate, bad_records: BadRecords
 ) -> Iterator[tuple[str, Question]]:
     """Yield image path and question of each usable record."""
-    for key, (line, record) in records.items():
+    for key, (line, record) in entries.items():
         if isinstance(record.get("answers"), str):
             record = {**record, "answers": [record["answers"]]}
         optional = {"question_type": str} if "question_type" in record else {}
-        problem = find_question_problem(record, {"image": str, **optional})
+        problem = records.find_question_problem(record, {"image": str, **optional})
         if not problem and answered:
-            problem = find_answers_problem(record)
+            problem = records.find_answers_problem(record)
         if problem:
             bad_records.add(f"{path}, line {line}", problem)
             continue
         text, answers = record["question"], tuple(record.get("answers") or ())
-        target = most_common(answers) if answers else None
+        target = records.most_common(answers) if answers else None
         yield record["image"], Question(key, text, template(text), target, answers, record.get("question_type"))

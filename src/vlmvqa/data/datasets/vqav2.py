@@ -15,20 +15,8 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
+from vlmvqa.data import records
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.records import (
-    PromptTemplate,
-    find_problem,
-    find_question_problem,
-    group_by_image,
-    ids_of,
-    list_under,
-    load_json,
-    numeric_id,
-    refuse_missing,
-    usable_records,
-    write_json,
-)
 from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import BadRecords
 
@@ -54,10 +42,10 @@ def read(
     Splits: `train`, `val`, `test` and `test-dev`. Arguments and errors: see `datasets/__init__.py`.
     """
     selected = parse_split(split, SPLITS, "VQAv2", max_samples)
-    template = PromptTemplate(prompt)
+    template = records.PromptTemplate(prompt)
     bad_records = bad_records or BadRecords()
     path, *annotations, images = files(root, selected.name)
-    return group_by_image(
+    return records.group_by_image(
         _questions(path, annotations[0] if annotations else None, selected, template, bad_records),
         lambda image_id: images / f"COCO_{images.name}_{image_id:012d}.jpg",
         path,
@@ -72,7 +60,7 @@ def files(root: Path, split: str) -> list[Path]:
     paths = [root / f"v2_OpenEnded_mscoco_{subset}_questions.json"]
     if annotated:
         paths.append(root / f"v2_mscoco_{subset}_annotations.json")
-    refuse_missing(root, paths, root / folder, "VQAv2")
+    records.refuse_missing(root, paths, root / folder, "VQAv2")
     return [*paths, root / folder]
 
 
@@ -82,7 +70,9 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
     The answers are not modified: the official evaluation normalises them. Ids that became strings (as keys of a JSON
     object) become numbers again.
     """
-    write_json(path, [{"question_id": numeric_id(key), "answer": answer} for key, answer in answers.items()])
+    records.write_json(
+        path, [{"question_id": records.numeric_id(key), "answer": answer} for key, answer in answers.items()]
+    )
 
 
 # --- the files ----------------------------------------------------------------------------------------
@@ -90,7 +80,9 @@ def write_submission(path: Path, answers: Mapping[int | str, str]) -> None:
 
 def _load(path: Path, key: str) -> list[Any]:
     """Load the list under `key` of one of the two JSON files."""
-    return list_under(load_json(path, object_hook=_keep_answer), key, path, f"VQAv2's official {key} file")
+    return records.list_under(
+        records.load_json(path, object_hook=_keep_answer), key, path, f"VQAv2's official {key} file"
+    )
 
 
 def _keep_answer(record: dict[str, Any]) -> Any:
@@ -109,7 +101,8 @@ def _annotations(path: Path, bad_records: BadRecords) -> dict[int, Annotation | 
     """Return annotations by question id; None for a bad one, whose question is then left out without a report."""
     annotations: dict[int, Annotation | None] = {}
     answer_lists: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for record in usable_records(_load(path, "annotations"), "question_id", path, bad_records, kind="annotation"):
+    entries = _load(path, "annotations")
+    for record in records.usable_records(entries, "question_id", path, bad_records, kind="annotation"):
         key = record["question_id"]
         problem = _annotation_problem(record)
         if problem:
@@ -128,7 +121,7 @@ def _annotations(path: Path, bad_records: BadRecords) -> dict[int, Annotation | 
 
 def _annotation_problem(record: dict[str, Any]) -> str | None:
     kinds = {"multiple_choice_answer": str, "answers": list, "question_type": str, "answer_type": str}
-    problem = find_problem(record, kinds)
+    problem = records.find_problem(record, kinds)
     if problem:
         return problem
     if not record["multiple_choice_answer"].strip():
@@ -141,24 +134,24 @@ def _annotation_problem(record: dict[str, Any]) -> str | None:
 
 
 def _questions(
-    path: Path, annotated: Path | None, selected: Slice, template: PromptTemplate, bad_records: BadRecords
+    path: Path, annotated: Path | None, selected: Slice, template: records.PromptTemplate, bad_records: BadRecords
 ) -> Iterator[tuple[int, Question]]:
     """Yield image id and question of each usable one of the selected records."""
     annotations = _annotations(annotated, bad_records) if annotated else {}
-    records = _load(path, "questions")
-    indices = selected.indices(len(records), path)
+    entries = _load(path, "questions")
+    indices = selected.indices(len(entries), path)
 
     def find(record: dict[str, Any]) -> str | None:
-        return find_question_problem(record, {"image_id": int})
+        return records.find_question_problem(record, {"image_id": int})
 
-    for record in usable_records(records, "question_id", path, bad_records, find, indices=indices):
+    for record in records.usable_records(entries, "question_id", path, bad_records, find, indices=indices):
         key, text = record["question_id"], intern(record["question"])
         if annotated and key not in annotations:
             bad_records.add(f"{path}, question {key}", f"{annotated.name} has no annotation for it", SAME_SPLIT)
         elif not annotated or annotations[key] is not None:
             yield record["image_id"], Question(key, text, template(text), *(annotations.get(key) or ()))
     # In the full file: a slice may fit annotations of another split.
-    known = ids_of(records, "question_id")
+    known = records.ids_of(entries, "question_id")
     for key in annotations:
         if key not in known:
             bad_records.add(f"{annotated}, question {key}", f"{path.name} has no such question", SAME_SPLIT)
