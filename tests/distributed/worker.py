@@ -35,10 +35,10 @@ from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.models.build import build
+from vlmvqa.models.checkpoint import WEIGHTS
 from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training import distributed, runtime_checks, zero
-from vlmvqa.training.checkpoint_state import WEIGHTS
 from vlmvqa.training.log import read_log
 from vlmvqa.training.optimizer import optimizer_for
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,6 +89,20 @@ def test_the_core_stays_small(entry: str) -> None:
     found, (files, lines) = closure(ROOT / entry), LIMITS[entry]
     largest = sorted(((count, str(path.relative_to(ROOT))) for path, count in found.items()), reverse=True)
     assert len(found) <= files and sum(found.values()) <= lines, f"{len(found)} files, {sum(found.values())}: {largest}"
+
+
+@pytest.mark.parametrize("entry", LIMITS)
+def test_the_architecture_page_prints_the_size(entry: str) -> None:
+    """Lines are rounded there, so that not every change of the code changes the page."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{entry}` |"))
+    _, now, most = (
+        (int(n.replace(",", "")) for n in re.findall(r"[\d,]+(?= files| lines)", cell)) for cell in row.split("|")[2:5]
+    )
+    found = closure(ROOT / entry)
+    files, lines = now
+    assert len(found) == files and abs(sum(found.values()) - lines) <= 0.03 * lines, (len(found), sum(found.values()))
+    assert tuple(most) == LIMITS[entry]
 
 
 TRAIN_A_STEP = """\

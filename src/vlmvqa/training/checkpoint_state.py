@@ -26,13 +26,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from vlmvqa import ranks
+from vlmvqa.models.checkpoint import WEIGHTS
 from vlmvqa.models.interface import Model
 
 if TYPE_CHECKING:
     from vlmvqa.training.trainer import VqaTrainer
 
 
-WEIGHTS, MOMENTS, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
+MOMENTS, PROGRESS = "optimizer.safetensors", "progress.json"
 
 
 def full_weights(trainer: VqaTrainer) -> dict[str, Tensor]:

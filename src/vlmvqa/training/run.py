@@ -21,10 +21,10 @@ from vlmvqa.config.schema import MIXTURE, DistSettings, TrainConfig
 from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.models.checkpoint import BASE, CONFIG
+from vlmvqa.models.checkpoint import BASE, CONFIG, WEIGHTS
 from vlmvqa.models.interface import Model, set_trainable
 from vlmvqa.models.trained_model import TrainedModel, build_model, load_model
-from vlmvqa.training.checkpoint_state import WEIGHTS, full_weights, save_weights
+from vlmvqa.training.checkpoint_state import full_weights, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
 from vlmvqa.training.log import SAMPLES, parts_table, truncate
 from vlmvqa.training.optimizer import optimizer_for

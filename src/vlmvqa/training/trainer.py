@@ -332,7 +332,7 @@ class VqaTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
-        checkpoint_state.load_weights(self, Path(self.state.best_model_checkpoint) / checkpoint_state.WEIGHTS)
+        checkpoint_state.load_weights(self, Path(self.state.best_model_checkpoint) / checkpoint.WEIGHTS)
 
     @property
     def global_batch(self) -> int:
