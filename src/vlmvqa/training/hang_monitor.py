@@ -7,15 +7,32 @@ PyTorch's store. If no rank makes progress for `dist.timeout_minutes`, the error
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from vlmvqa import ranks
 from vlmvqa.training.interrupt import StopHandler
+
+
+class Progress(NamedTuple):
+    """The progress that a rank publishes.
+
+    Attributes:
+        beat: grows while the rank's monitor runs.
+        batches: micro-batches started.
+        step: the optimizer step that it is in.
+    """
+
+    beat: int = 0
+    batches: int = 0
+    step: int = 0
 
 
 class HangMonitor:
@@ -37,36 +54,34 @@ class HangMonitor:
     def _monitor(self) -> None:
         """Publish this rank's progress and compare it with the others' until training ends."""
         store = dist.PrefixStore("vlmvqa/watch", dist.distributed_c10d._get_default_store())
-        all_ranks = [str(rank) for rank in range(ranks.world_size())]
-        seen: dict[str, tuple[str, float]] = {rank: ("", time.monotonic()) for rank in all_ranks}
-        batches, moved = self.handler.batches, time.monotonic()
-        number = 0
-        while not self.finished.wait(min(self.handler.timeout / 8, 5.0)):
-            number += 1
-            now = time.monotonic()
-            if self.handler.is_paused or self.handler.batches != batches:
-                batches, moved = self.handler.batches, now
+        handler, timeout, beat = self.handler, self.handler.timeout, 0
+        moved, batches = time.monotonic(), handler.batches
+        seen = {str(rank): (Progress(), time.monotonic()) for rank in range(ranks.world_size())}
+        while not self.finished.wait(min(timeout / 8, 5.0)):
+            beat, now = beat + 1, time.monotonic()
+            if handler.is_paused or handler.batches != batches:
+                moved, batches = now, handler.batches
             try:
-                store.set(str(ranks.rank()), f"{number} {self.handler.batches} {self.handler.step}")
-                for rank in all_ranks:
-                    published = store.get(rank).decode() if store.check([rank]) else ""
-                    if published != seen[rank][0]:
+                store.set(str(ranks.rank()), json.dumps(Progress(beat, handler.batches, handler.step)))
+                for rank, (before, _) in seen.items():
+                    published = Progress(*json.loads(store.get(rank))) if store.check([rank]) else before
+                    if published != before:
                         seen[rank] = (published, now)
             except RuntimeError:  # rank 0, which hosts the store, has exited; PyTorch reports this
                 return
-            silent = [rank for rank in all_ranks if now - seen[rank][1] > self.handler.timeout]
+            silent = [rank for rank, (_, when) in seen.items() if now - when > timeout]
             if silent:
-                self._exit(f"rank {', '.join(silent)} has not answered for {self.handler.timeout / 60:g} minutes")
-            if now - moved > self.handler.timeout:
+                self._exit(f"rank {', '.join(silent)} has not answered for {timeout / 60:g} minutes")
+            if now - moved > timeout:
                 self._exit(self._describe_hang({rank: published for rank, (published, _) in seen.items()}))
 
-    def _describe_hang(self, published: dict[str, str]) -> str:
-        batches = {rank: int(line.split()[1]) for rank, line in published.items()}
-        behind = [rank for rank in published if batches[rank] == min(batches.values())]
+    def _describe_hang(self, published: Mapping[str, Progress]) -> str:
+        least = min(progress.batches for progress in published.values())
+        behind = {rank: progress for rank, progress in published.items() if progress.batches == least}
         duration = f"for {self.handler.timeout / 60:g} minutes"
         if len(behind) == len(published):
             return f"all ranks have been at step {self.handler.step} {duration}"
-        steps = ", ".join(f"rank {rank} (step {published[rank].split()[2]})" for rank in behind)
+        steps = ", ".join(f"rank {rank} (step {progress.step})" for rank, progress in behind.items())
         return f"the other ranks have waited {duration} for {steps}"
 
     def _exit(self, sentence: str) -> None:
