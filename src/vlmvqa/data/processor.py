@@ -51,12 +51,11 @@ class Processor:
         Raises:
             InputError: the answer is empty, or leaves no room for the question within `max_text_tokens`.
         """
-        ids = self._ids(question.prompt)
-        bos, eos = self._special_ids
-        prompt = [*bos, *ids]  # PaliGemma's order: image, BOS, prompt
+        bos = self.tokenizer.bos_token_id
+        prompt = [*([] if bos is None else [bos]), *self._ids(question.prompt)]  # PaliGemma's order: image, BOS, prompt
         target: list[int] = []
         if answer is not None:
-            target = [*self._ids(answer), eos]
+            target = [*self._ids(answer), self.tokenizer.eos_token_id]
             if len(target) == 1:
                 raise InputError(f"question {question.id}: its answer is empty, so nothing is supervised")
         if self.max_text_tokens is not None and len(prompt) + len(target) > self.max_text_tokens:
@@ -90,11 +89,9 @@ class Processor:
         return len(tokens.prompt) + len(tokens.answer) - 1
 
     def collate(self, rows: Sequence[Sequence[Document]], multiple: int = 8) -> dict[str, Tensor]:
-        """Return the batch of some rows of documents.
+        """Return the batch of some rows of documents, with T a multiple of `multiple`.
 
-        Returns:
-            `pixel_values float[I, 3, H, H]` or `image_features float[I, N, Dv]`, and the `[B, T]` columns of
-            `sequence/rows.py`, T a multiple of `multiple`.
+        `pixel_values float[I, 3, H, H]` or `image_features float[I, N, Dv]`, and the columns of `sequence/rows.py`.
         """
         images = torch.stack([document.image for row in rows for document in row])
         first_images = accumulate(map(len, rows), initial=0)  # index in the batch of each row's first image
@@ -122,12 +119,6 @@ class Processor:
     def end_token_ids(self) -> set[int]:
         """Return the token ids that end an answer."""
         return {self.tokenizer.eos_token_id}
-
-    @cached_property
-    def _special_ids(self) -> tuple[list[int], int]:
-        """Return BOS, if the tokenizer has one, and EOS; reading them takes as long as a lookup in the table."""
-        bos = self.tokenizer.bos_token_id
-        return [] if bos is None else [bos], self.tokenizer.eos_token_id
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] | None = self.table.get(text) if self.table is not None else None
