@@ -35,7 +35,8 @@ START = """
 import hashlib, json, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
-from data_from_config import DataSettings, read_examples
+from vlmvqa.config.schema import DataSettings
+from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.images import ImageSettings
