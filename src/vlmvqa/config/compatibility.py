@@ -21,7 +21,7 @@ from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.training.optimizer import CLASSES, OPTIMIZERS, optimizer_for
 
-# Whether a combination is asked for, and the error message.
+# Whether the run combines them, and the error message.
 Conflicts = Sequence[tuple[Any, str]]
 
 
