@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vlmvqa.errors import InputError
 from vlmvqa.metrics.registry import (
     Answers,
-    Id,
+    AnyId,
     MeanScore,
     Metric,
     Score,
@@ -48,7 +48,7 @@ class CorpusBleu:
     signature: str
 
 
-def helm_bleu_1(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> MeanScore:
+def helm_bleu_1(predictions: Mapping[AnyId, str], references: Mapping[AnyId, Sequence[str]]) -> MeanScore:
     """Compute HELM's "BLEU" for VQA in 0..1: the mean of each question's highest BLEU-1 against one reference.
 
     Case and punctuation count: against "red", "red." has two words and scores 0.5, and "Red" scores 0. A perfect answer
@@ -91,7 +91,7 @@ def _bleu_1(words: Sequence[str], reference: Sequence[str]) -> float:
     return precision * math.exp(min(0.0, 1 - len(reference) / len(words)))
 
 
-def corpus_bleu(predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]]) -> CorpusBleu:
+def corpus_bleu(predictions: Mapping[AnyId, str], references: Mapping[AnyId, Sequence[str]]) -> CorpusBleu:
     """Compute sacrebleu's corpus BLEU of all predictions, each against all of its references.
 
     Perfect answers score 100, unless all of them have fewer than four words.

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from vlmvqa.metrics import java
 from vlmvqa.metrics.java import Scores
 from vlmvqa.metrics.ptb_tokenizer import tokenize
-from vlmvqa.metrics.registry import Answers, Id, Metric, Score, check_answers, check_option, references_by_id
+from vlmvqa.metrics.registry import Answers, AnyId, Metric, Score, check_answers, check_option, references_by_id
 
 if TYPE_CHECKING:
     from vlmvqa.data.example import Question
@@ -55,8 +55,8 @@ class CaptionScores:
 
 
 def caption_scores(
-    predictions: Mapping[Id, str],
-    references: Mapping[Id, Sequence[str]],
+    predictions: Mapping[AnyId, str],
+    references: Mapping[AnyId, Sequence[str]],
     *,
     metrics: Sequence[str] = ("bleu", "rouge_l", "cider"),
     tokenizer: str | Tokenizer = "python",

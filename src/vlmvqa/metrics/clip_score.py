@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmvqa.errors import InputError
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, when_offline
-from vlmvqa.metrics.registry import Answers, Id, MeanScore, Metric, Score, check_ids, check_text, percent
+from vlmvqa.metrics.registry import Answers, AnyId, MeanScore, Metric, Score, check_ids, check_text, percent
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, so they are imported when an image is scored
     import torch
@@ -25,8 +25,8 @@ SCALE = 2.5
 
 
 def clip_similarity(
-    predictions: Mapping[Id, str],
-    images: Mapping[Id, ImageSource | str],
+    predictions: Mapping[AnyId, str],
+    images: Mapping[AnyId, ImageSource | str],
     *,
     model: str | Path = MODEL,
     prefix: str = "A photo depicts ",

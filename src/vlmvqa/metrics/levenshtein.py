@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from vlmvqa.errors import InputError
-from vlmvqa.metrics.registry import Id, MeanScore, Metric, mean_over_questions, mean_scorer
+from vlmvqa.metrics.registry import AnyId, MeanScore, Metric, mean_over_questions, mean_scorer
 
 
 def anls(
-    predictions: Mapping[Id, str],
-    references: Mapping[Id, Sequence[str]],
+    predictions: Mapping[AnyId, str],
+    references: Mapping[AnyId, Sequence[str]],
     *,
     threshold: float = 0.5,
     inclusive: bool = True,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vlmvqa.metrics.registry import Id, MeanScore, Metric, mean_over_questions, mean_scorer
+from vlmvqa.metrics.registry import AnyId, MeanScore, Metric, mean_over_questions, mean_scorer
 
 TOLERANCE = 0.05
 
 
 def exact_match(
-    predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]], *, ignore_case: bool = False
+    predictions: Mapping[AnyId, str], references: Mapping[AnyId, Sequence[str]], *, ignore_case: bool = False
 ) -> MeanScore:
     """Compute the share of predictions that equal one of their references, ignoring surrounding white space.
 
@@ -28,7 +28,7 @@ def exact_match(
 
 
 def relaxed_accuracy(
-    predictions: Mapping[Id, str], references: Mapping[Id, Sequence[str]], *, tolerance: float = TOLERANCE
+    predictions: Mapping[AnyId, str], references: Mapping[AnyId, Sequence[str]], *, tolerance: float = TOLERANCE
 ) -> MeanScore:
     """Compute the share of predictions that match a reference: numbers within 5 %, text up to case.
 

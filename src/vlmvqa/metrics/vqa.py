@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from vlmvqa.metrics.registry import Answers, Id, Metric, Score, check_answers, check_ids, check_option, references_by_id
+from vlmvqa.metrics.registry import (
+    Answers,
+    AnyId,
+    Metric,
+    Score,
+    check_answers,
+    check_ids,
+    check_option,
+    references_by_id,
+)
 
 if TYPE_CHECKING:
     from vlmvqa.data.example import Question
@@ -61,11 +70,11 @@ class VqaAccuracy:
 
 
 def vqa_accuracy(
-    predictions: Mapping[Id, str],
-    references: Mapping[Id, Sequence[str]],
+    predictions: Mapping[AnyId, str],
+    references: Mapping[AnyId, Sequence[str]],
     *,
-    answer_types: Mapping[Id, str] | None = None,
-    question_types: Mapping[Id, str] | None = None,
+    answer_types: Mapping[AnyId, str] | None = None,
+    question_types: Mapping[AnyId, str] | None = None,
     normalize: str = "official",
     consensus: str = "leave_one_out",
 ) -> VqaAccuracy:
@@ -153,7 +162,7 @@ def _mean(values: Iterable[float]) -> float:
     return round(100 * math.fsum(values) / len(values), 2)
 
 
-def _mean_per_type(accuracy: Mapping[Id, float], types: Mapping[Id, str] | None) -> dict[str, float]:
+def _mean_per_type(accuracy: Mapping[AnyId, float], types: Mapping[AnyId, str] | None) -> dict[str, float]:
     if types is None:
         return {}
     groups: dict[str, list[float]] = {}
