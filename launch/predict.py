@@ -12,8 +12,8 @@ with cli.script(__name__, __file__):
     from tqdm import tqdm
 
     from vlmvqa.config.inference_schema import PredictConfig, override_decoding
+    from vlmvqa.inference.command_line import read_questions
     from vlmvqa.inference.predictor import load
-    from vlmvqa.inference.requests import read_questions
     from vlmvqa.ranks import bar
 
 

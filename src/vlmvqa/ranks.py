@@ -17,6 +17,10 @@ from tqdm import tqdm
 T = TypeVar("T")
 # The first rank to fail stores its error here, so that the other ranks don't report the errors that follow from it.
 FAILURE = "vlmvqa/failure"
+# Identifies this launch; unchanged when torchrun restarts its workers.
+LAUNCH = "VLMVQA_LAUNCH"
+# Variables in which accelerate's launcher passes the strategy of its config file.
+ACCELERATES = ("FSDP_", *(f"ACCELERATE_{name}_" for name in ("USE", "DEEPSPEED", "CONFIG", "GRADIENT", "DYNAMO")))
 
 
 def rank() -> int:
@@ -107,14 +111,8 @@ def claim_failure(sentence: str) -> str | None:
     return None if first == f"rank {rank()}: {sentence}" else first
 
 
-# Identifies this launch; unchanged when torchrun restarts its workers.
-LAUNCH = "VLMVQA_LAUNCH"
-# Variables in which accelerate's launcher passes the strategy of its config file.
-ACCELERATES = ("FSDP_", *(f"ACCELERATE_{name}_" for name in ("USE", "DEEPSPEED", "CONFIG", "GRADIENT", "DYNAMO")))
-
-
 def launcher_choice(environment: Mapping[str, str], arguments: list[str]) -> tuple[str, str] | None:
-    """Return the `dist` choice that a launcher implies, and the launcher's name; None if it implies none.
+    """Return the `dist` choice that the launcher implies, and the launcher's name; None without such a launcher.
 
     accelerate passes its config file's strategy in the environment; `deepspeed` starts scripts with --local_rank.
     """

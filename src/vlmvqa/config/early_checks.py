@@ -46,12 +46,12 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
     if command == "merge" and not isinstance(values["models"], list):
         raise InputError(f"models={values['models']} should be a list: models=[runs/a,runs/b]")
     if command in ("eval", "predict"):
-        from vlmvqa.inference import requests
+        from vlmvqa.inference import command_line
 
     if command == "eval":
-        requests.refuse_eval(values)
+        command_line.refuse_eval(values)
     if command == "predict":
-        requests.read_questions(listed(values["image"]), listed(values["question"]), values["questions"])
+        command_line.read_questions(listed(values["image"]), listed(values["question"]), values["questions"])
     if command == "train":
         for sentence in problems(values["trainer"]):
             raise InputError(sentence)

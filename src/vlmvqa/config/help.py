@@ -1,4 +1,4 @@
-"""The -h page of each script: what it does, examples, its most used keys, and the choices of each group.
+"""The -h page of each script: purpose, examples, most used keys, and the choices of each group.
 
 A test composes every key that a page shows.
 """

@@ -39,9 +39,8 @@ CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 BASE = "base"  # a run's folder of the base model, if the base isn't stored elsewhere
 FORMAT = 1
 OURS = "vlmvqa"  # the entry that vlmvqa adds to a config.json of transformers
-# Modules are imported on first use: a model of one family never loads the other, nor a model without adapters peft.
+# Modules are imported on first use: a model of one family never loads the other.
 FAMILIES = {"vlm": "vlmvqa.models.build", "pretrained": "vlmvqa.extras.pretrained.family"}
-ADAPTERS = "vlmvqa.extras.adapters.peft_adapters"
 
 ProcessingClass = Any  # PreTrainedTokenizerBase, or a pretrained model's ProcessorMixin
 
@@ -98,11 +97,6 @@ def model_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> Sett
     """Return the `model` group."""
     settings: Settings = build_settings(family_of(values).SETTINGS, values, "model")
     return settings
-
-
-def adapters() -> Any:
-    """Return the module `extras.adapters.peft_adapters`."""
-    return importlib.import_module(ADAPTERS)
 
 
 def save(

@@ -1,4 +1,4 @@
-"""The interface that every model family implements, and what applies to any model.
+"""Interface of the model families, and functions for any model.
 
 Training, inference and the extras use these methods only. The families are `VLM` (`models/vlm.py`) and `PretrainedVLM`
 (`extras/pretrained/model.py`), which wraps a vision-language model of transformers.

@@ -102,5 +102,7 @@ def load_model(path_or_hub_id: str | Path, device: str = "cpu") -> TrainedModel:
     more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
     processor: Processor = checkpoint.family(settings.family).make_processor(text, model, config)
     if "adapter" in config:
-        more["adapter"] = build_settings(checkpoint.adapters().Adapter, config["adapter"], "config.json: adapter")
+        from vlmvqa.extras.adapters.peft_adapters import Adapter
+
+        more["adapter"] = build_settings(Adapter, config["adapter"], "config.json: adapter")
     return TrainedModel(model, processor, config.get("prompt", BARE), settings, decoding, **more)

@@ -19,8 +19,7 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
     Raises:
         InputError: there is no such model, or the command chooses another or sets a key of it other than model.dtype.
     """
-    if config.init_from is None:
-        return config
+    assert config.init_from is not None
     for key in sorted(config.given):
         if key == "model":
             raise InputError(

@@ -4,12 +4,12 @@ loss          sum over supervised tokens, divided by their weight in the global 
               divides)
 data          rows in the order that the training set generates for each epoch, in full steps on every rank
 optimizer     a learning rate per part, no weight decay on norms and biases, gradient clipping (`optimizer.py`)
-strategies    FSDP2 models arrive sharded, DeepSpeed wraps the model here (`distributed.py`); the result is checked
-              before the first step (`runtime_checks.py`)
+strategies    FSDP2 models arrive sharded, DeepSpeed wraps the model here (`distributed.py`, `zero.py`); the result is
+              checked before the first step (`runtime_checks.py`)
 evaluation    generates and scores answers; logits are not collected
 log           `log.jsonl`, one line per logging step, with throughput and time per phase (`throughput.py`)
-checkpoints   the same files under every strategy and number of ranks (`checkpoint_state.py`), ignored
-              until complete (`checkpoints.py`)
+checkpoints   the same files under every strategy and number of ranks (`checkpoint_state.py`), ignored until
+              complete (`checkpoints.py`)
 """
 
 from __future__ import annotations
@@ -283,7 +283,9 @@ class VqaTrainer(Trainer):
         assert self.options.settings is not None
         copy = checkpoint.uninitialized_like(self.vlm, self.options.settings)
         if self.options.adapt is not None:
-            checkpoint.adapters().attach(copy, self.options.adapt)
+            from vlmvqa.extras.adapters import peft_adapters
+
+            peft_adapters.attach(copy, self.options.adapt)
         copy = cast_parameters(copy, torch.bfloat16 if self.args.bf16 else self.dtype).to(self.args.device)
         parameters = dict(copy.named_parameters())
         with torch.no_grad():

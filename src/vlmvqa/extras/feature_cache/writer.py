@@ -67,7 +67,7 @@ class WriteOptions:
 
 
 class _Images(Dataset[Tensor | str]):
-    """Decoded images by id, or error messages: the main process applies the policy for bad records."""
+    """Decoded images by id; an unreadable one gives its error message, which the main process handles."""
 
     def __init__(self, images: Mapping[ImageId, Example], load_image: Callable[[Example], Tensor]) -> None:
         self.images, self.load_image = images, load_image

@@ -40,7 +40,7 @@ STRATEGIES: dict[str, DistSettings] = {
 
 
 class RunChoice(NamedTuple):
-    """The settings that the planner recommends."""
+    """Recommended settings of a plan."""
 
     strategy: str
     rows: int
