@@ -20,7 +20,7 @@ with cli.script(__name__, __file__):
 def predict(config: PredictConfig) -> None:
     """Print every answer, and write all of them to `predictions.jsonl` in the run's folder."""
     images, questions = read_questions(config.image, config.question, config.questions)
-    predictor = load(config.checkpoint)
+    predictor = load(config.checkpoint, dtype=config.dtype)
     predictor.decoding = override_decoding(predictor.decoding, config.decoding, config.given)
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,8 @@ class Model:
 
     def __init__(self, predictor: Predictor, batch_size: int) -> None:
         self.predictor, self.batch_size = predictor, batch_size
-        self.weights, self.about = fingerprint.weights(predictor.model), _fingerprint_settings(predictor)
+        assert predictor.folder is not None, "the model was loaded from a folder"
+        self.weights, self.about = fingerprint.weights_in(predictor.folder), _fingerprint_settings(predictor)
         self.waiting: SimpleQueue[tuple[Example, GenerationSettings, Future[Answer]]] = SimpleQueue()
         # A copy, because tokenizers are not thread-safe.
         self.tokenizer, self.tokenizing = deepcopy(predictor.processor.tokenizer), threading.Lock()
@@ -135,6 +136,7 @@ def _fingerprint_settings(predictor: Predictor) -> str:
     processor = predictor.processor
     about = {
         "settings": asdict(predictor.settings),
+        "dtype": predictor.dtype,
         "network": predictor.model.saved_config({}),
         "images": asdict(processor.images),
         "text": [processor.max_text_tokens, processor.attention_pattern],

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from tests import tiny
+from vlmvqa.config.early_checks import ANSWERING_DTYPES
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.inference.predictor import Answer, Predictor, load
-from vlmvqa.models.interface import Generated, GenerationSettings
+from vlmvqa.models.attention import softcap_attention
+from vlmvqa.models.interface import DTYPES, Generated, GenerationSettings, answering_dtype
 from vlmvqa.models.vlm import VLM
 
 WORDS = ("what", "color", "is", "the", "big", "dog", "left", "of", "it")
@@ -193,3 +197,59 @@ def test_a_model_saved_before_reduced_decoding_sees_whole_pictures(tmp_path: Pat
     config["images"].pop("reduced")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load(tmp_path, "cpu").processor.images.reduced is False
+
+
+@pytest.mark.parametrize(
+    ("choice", "saved", "device", "gpu_has_bf16", "expected"),
+    [
+        ("auto", "float32", "cuda:1", True, "bfloat16"),
+        ("auto", "float32", "cuda", False, "float32"),  # T4, V100
+        ("auto", "float16", "cuda", True, "float16"),
+        ("auto", "float32", "cpu", True, "float32"),
+        ("saved", "float32", "cuda", True, "float32"),
+        ("float16", "float32", "cpu", False, "float16"),
+    ],
+)
+def test_the_data_type_that_a_model_answers_in(
+    choice: str, saved: str, device: str, gpu_has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_has_bf16)
+    assert answering_dtype(choice, saved, device) == expected
+
+
+def test_an_unknown_data_type_is_refused() -> None:
+    assert set(ANSWERING_DTYPES) == {"auto", "saved", *DTYPES}
+    with pytest.raises(InputError, match="dtype=bf16 is unknown; use auto, saved, float32"):
+        answering_dtype("bf16", "float32", "cpu")
+
+
+def test_a_model_loaded_in_bfloat16_answers_nearly_as_in_float32(tmp_path: Path) -> None:
+    predictor().save(tmp_path)
+    full, half = load(tmp_path, "cpu"), load(tmp_path, "cpu", "bfloat16")
+    assert (full.dtype, half.dtype) == ("float32", "bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    frequencies = {b.dtype for name, b in half.model.named_buffers() if "inv_freq" in name}
+    assert frequencies == {torch.float32}
+    expected, found = full.answer_examples(examples()), half.answer_examples(examples())
+    close = [abs(found[name].log_probability - expected[name].log_probability) < 0.5 for name in expected]
+    assert sum(close) > 0.7 * len(close)
+    with pytest.raises(InputError, match=r"the weights were rounded to bfloat16; load the model with dtype='saved'"):
+        half.save(tmp_path / "again")
+
+
+def test_answers_cap_their_scores_in_float32() -> None:
+    """With gradients, bfloat16 scores are rounded before the cap; without, only the products are."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 64, 32, generator=generator) for heads in (4, 2, 2))
+    mask = torch.zeros(2, 1, 64, 64)
+
+    def attend(dtype: torch.dtype) -> Tensor:
+        given = [tensor.to(dtype) for tensor in (query, key, value, mask)]
+        found, _ = softcap_attention(torch.nn.Module().eval(), *given, scaling=1.0, softcap=50.0)
+        return found.float()
+
+    expected = attend(torch.float32)
+    trained = (attend(torch.bfloat16) - expected).abs().mean()
+    with torch.no_grad():
+        answered = (attend(torch.bfloat16) - expected).abs().mean()
+    assert answered < 0.8 * trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.models.interface import set_trainable
+from vlmvqa.models.interface import Model, set_trainable
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training import checkpoints, quantized_moments
 from vlmvqa.training.log import parts_table, read_log
@@ -312,3 +313,23 @@ def test_8_bit_moments_survive_reading_and_writing(numbers: int) -> None:
         again, absmax = quantized_moments.quantize(dense, qmap, 256)
         torch.testing.assert_close(absmax, state.absmax.flatten(), rtol=1e-6, atol=0)
         assert torch.equal(again, codes.flatten())
+
+
+def test_evaluation_answers_in_the_data_type_of_the_saved_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: bfloat16. The trained model stays as it is."""
+    monkeypatch.setattr("vlmvqa.training.trainer.answering_dtype", lambda *_: "bfloat16")
+    training, seen = trainer(tmp_path, model()), []
+
+    def score(answering: Model) -> dict[str, float]:
+        seen.extend({parameter.dtype for parameter in answering.parameters()})
+        vision = answering.part("vision").parameters[0]
+        assert torch.equal(vision.float(), training.vlm.part("vision").parameters[0].bfloat16().float())
+        return {"score": 1.0}
+
+    options = replace(training.options, score=score, settings=tiny.settings(vocab_size=300))
+    training.options = options
+    training._prepare_for_training(4, training.get_train_dataloader(), None)
+    assert training.evaluate()["eval_score"] == 1.0
+    assert seen == [torch.bfloat16] and {p.dtype for p in training.vlm.parameters()} == {torch.float32}

@@ -36,6 +36,8 @@ LEAST = {
     **dict.fromkeys(("batch_size", "max_instances"), 1),
 }
 NULLABLE = {"merge": ("samples",), "prepare": ("workers",)}
+# Values of `dtype` of the scripts that answer questions (`models.interface.answering_dtype`).
+ANSWERING_DTYPES = ("auto", "saved", "float32", "bfloat16", "float16")
 
 
 def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
@@ -55,6 +57,8 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
     if command == "train":
         for sentence in problems(values["trainer"]):
             raise InputError(sentence)
+    if command in ("eval", "predict", "serve") and values["dtype"] not in ANSWERING_DTYPES:
+        raise InputError(f"dtype={values['dtype']} is unknown; use one of {', '.join(ANSWERING_DTYPES)}")
     for key in LEAST:
         if key not in values or (values[key] is None and key in NULLABLE.get(command, ())):
             continue

@@ -26,6 +26,7 @@ class EvalConfig:
     variants: bool = False
     batch_size: int = 64
     workers: int = 0
+    dtype: str = "auto"
     seed: int = 0
     given: frozenset[str] = frozenset()
 
@@ -40,6 +41,7 @@ class PredictConfig:
     image: Sequence[str] = ()
     question: Sequence[str] = ()
     questions: str | None = None
+    dtype: str = "auto"
     given: frozenset[str] = frozenset()
 
 

@@ -235,14 +235,17 @@ class Predictor(TrainedModel):
         return {name: column.to(device) for name, column in columns.items()}
 
 
-def load(path_or_hub_id: str | Path, device: str | None = None) -> Predictor:
+def load(path_or_hub_id: str | Path, device: str | None = None, dtype: str = "auto") -> Predictor:
     """Load a trained model: `vlmvqa.load("runs/demo").answer("photo.jpg", "what is this?")`.
 
     Args:
         path_or_hub_id: a run's folder, its `model/` folder, one of its checkpoints, or a hub id.
         device: default: the GPU if there is one.
+        dtype: data type of the weights: "float32", "bfloat16", "float16", "saved", or "auto" (bfloat16 for float32
+            weights on a GPU that computes in it, else as saved). Softmax, softcaps and log-probabilities are float32.
     """
-    return Predictor.of(load_model(path_or_hub_id, device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Predictor.of(load_model(path_or_hub_id, device, dtype))
 
 
 def _collated(processor: Processor, encoded: Sequence[Document | None]) -> tuple[list[bool], dict[str, Tensor]]:

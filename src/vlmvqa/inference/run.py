@@ -42,7 +42,8 @@ def _score_checkpoint(config: EvalConfig) -> None:
     """Load a model, answer the split, score."""
     refuse_overrides(config.given, "the checkpoint's own, as it was trained", *TRAINED_WITH)
     data = _data(config)
-    predictor = load(str(config.checkpoint), f"cuda:{ranks.local_rank()}" if torch.cuda.is_available() else "cpu")
+    device = f"cuda:{ranks.local_rank()}" if torch.cuda.is_available() else "cpu"
+    predictor = load(str(config.checkpoint), device, config.dtype)
     predictor.decoding = override_decoding(predictor.decoding, config.decoding, config.given)
     prompt = predictor.prompt_for(data.source, data.prompt)
     if predictor.prompts and data.source not in predictor.prompts:  # a model that was saved before has none

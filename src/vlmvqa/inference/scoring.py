@@ -66,9 +66,11 @@ def score_and_report(
 ) -> dict[str, Any]:
     """Answer and score a task, all ranks together; rank 0 writes and prints. Return the content of `metrics.json`."""
     spec = task.spec
+    assert predictor.folder is not None, "a model is scored after it was saved"
     made_by = {
         "checkpoint": checkpoint,
-        "checkpoint_fingerprint": fingerprint.weights(predictor.model),
+        "checkpoint_fingerprint": fingerprint.weights_in(predictor.folder),
+        "dtype": predictor.dtype,
         "decoding": asdict(predictor.decoding),
     }
     depends = {

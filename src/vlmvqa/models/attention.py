@@ -67,7 +67,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: fl
     groups, length = key.shape[1], query.shape[2]
     # The heads of a group, and their queries, are one axis of one matrix product with the group's keys.
     grouped = rearrange(query, "b (g h) t d -> b g (h t) d", g=groups)
-    capped = rearrange(torch.tanh(grouped @ key.mT), "b g (h t) k -> b g h t k", t=length)
+    scores = grouped @ key.mT
+    if not torch.is_grad_enabled():  # answers: cap and softmax in fp32. In training, the backward pass would keep both.
+        scores = scores.float()
+    capped = rearrange(torch.tanh(scores), "b g (h t) k -> b g h t k", t=length)
     scores = torch.add(mask[:, :, None], capped, alpha=softcap)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     weights = F.dropout(weights, dropout)

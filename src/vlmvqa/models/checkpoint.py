@@ -25,7 +25,7 @@ from transformers import __version__ as transformers_version
 
 from vlmvqa.config.compose import build_settings
 from vlmvqa.errors import InputError
-from vlmvqa.models.interface import Model, Settings
+from vlmvqa.models.interface import Model, Settings, answering_dtype
 from vlmvqa.paths import EXPECTED, is_hub_id, missing_model
 
 if TYPE_CHECKING:
@@ -179,12 +179,15 @@ def uninitialized_like(model: Model, settings: Settings) -> Model:
     return family(settings.family).uninitialized_like(model, settings)
 
 
-def load(path_or_hub_id: str | Path, device: str = "cpu") -> tuple[Model, Settings, ProcessingClass, dict[str, Any]]:
+def load(
+    path_or_hub_id: str | Path, device: str = "cpu", dtype: str = "saved"
+) -> tuple[Model, Settings, ProcessingClass, dict[str, Any]]:
     """Load a model.
 
     Args:
         path_or_hub_id: a folder, or a hub id if no such folder exists. Both may be of a model of transformers that was
             never trained here.
+        dtype: data type of the weights, as in `interface.answering_dtype`.
 
     Returns:
         The model, its settings, its tokenizer (or a pretrained model's processor), and vlmvqa's entries of config.json.
@@ -195,12 +198,13 @@ def load(path_or_hub_id: str | Path, device: str = "cpu") -> tuple[Model, Settin
     folder = find(path_or_hub_id)
     config, settings = read_settings(folder)
     own = family(settings.family)
+    loaded_in = answering_dtype(dtype, settings.dtype, device)
     if "adapter" in config:
         from vlmvqa.extras.adapters.saved import load_adapter
 
-        model = load_adapter(folder, config, device)
+        model = load_adapter(folder, config, device, loaded_in)
     else:
-        model = own.load(folder, settings, config)
+        model = own.load(folder, dataclasses.replace(settings, dtype=loaded_in), config)
     return model.to(device).eval(), settings, own.load_processing_class(folder), config
 
 

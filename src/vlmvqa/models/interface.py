@@ -216,6 +216,27 @@ class Model(nn.Module, VisionLanguageModel):
         return None
 
 
+def answering_dtype(choice: str, saved: str, device: str | torch.device) -> str:
+    """Return the data type of the weights of a model that answers questions, a key of `DTYPES`.
+
+    Args:
+        choice: a key of `DTYPES`; "saved"; or "auto": bfloat16 for float32 weights on a GPU that computes in it, else
+            `saved`.
+        saved: data type in which the weights are saved or trained.
+        device: where the model runs.
+
+    Raises:
+        InputError: unknown choice.
+    """
+    if choice in DTYPES:
+        return choice
+    if choice not in ("auto", "saved"):
+        raise InputError(f"dtype={choice} is unknown; use auto, saved, {', '.join(DTYPES)}")
+    if choice == "saved" or saved != "float32" or torch.device(device).type != "cuda":
+        return saved
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else saved
+
+
 def set_trainable(part: Part, choice: str | int, name: str) -> None:
     """Set which parameters of a part train.
 

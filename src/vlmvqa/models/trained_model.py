@@ -33,6 +33,7 @@ class TrainedModel:
         prompts: the template of each source that the model was trained on.
         started_from: the saved model that training started from: its name, and the fingerprint of its weights file.
         adapter: the adapter's settings and its base model; None without adapters.
+        folder: the folder of the saved model; None if it was not loaded.
     """
 
     model: Model
@@ -43,6 +44,13 @@ class TrainedModel:
     prompts: Mapping[str, str] = field(default_factory=dict)
     started_from: Mapping[str, str] | None = None
     adapter: Adapter | None = None
+    folder: Path | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the weights."""
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return str(dtype).removeprefix("torch.")
 
     def prompt_for(self, source: str, otherwise: str) -> str:
         """Return the prompt template for a source: the one used to train on it, or else the model's `prompt`.
@@ -64,6 +72,8 @@ class TrainedModel:
         """
         if self.adapter is not None:
             raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
+        if weights is None and self.dtype != self.settings.dtype:
+            raise InputError(f"the weights were rounded to {self.dtype}; load the model with dtype='saved' to save it")
         own = self.processor.processing_class
         checkpoint.save(Path(folder), self.model, self.settings, own, self._extra(), weights)
 
@@ -95,11 +105,16 @@ def build_model(
     return TrainedModel(model, processor, data.prompt, settings, decoding, data.prompts, started_from)
 
 
-def load_model(path_or_hub_id: str | Path, device: str = "cpu") -> TrainedModel:
-    """Load a model from a run's folder, its `model/` folder, one of its checkpoints, or a hub id."""
-    model, settings, text, config = checkpoint.load(path_or_hub_id, device)
+def load_model(path_or_hub_id: str | Path, device: str = "cpu", dtype: str = "saved") -> TrainedModel:
+    """Load a model from a run's folder, its `model/` folder, one of its checkpoints, or a hub id.
+
+    Args:
+        dtype: data type of the weights, as in `interface.answering_dtype`.
+    """
+    folder = checkpoint.find(path_or_hub_id)
+    model, settings, text, config = checkpoint.load(folder, device, dtype)
     decoding = build_settings(GenerationSettings, config.get("decoding", {}), "config.json: decoding")
-    more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from")}
+    more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from"), "folder": folder}
     processor: Processor = checkpoint.family(settings.family).make_processor(text, model, config)
     if "adapter" in config:
         from vlmvqa.extras.adapters.peft_adapters import Adapter

@@ -15,6 +15,7 @@ checkpoints   the same files under every strategy and number of ranks (`checkpoi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import random
 import shutil
@@ -36,7 +37,7 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.train_dataset import TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
-from vlmvqa.models.interface import Model, Settings, cast_parameters
+from vlmvqa.models.interface import DTYPES, Model, Settings, answering_dtype, cast_parameters
 from vlmvqa.training import checkpoint_state, checkpoints, optimizer, runtime_checks
 from vlmvqa.training.checkpoint_state import FullState
 from vlmvqa.training.interrupt import BATCH_SYSTEM_SIGNALS, StopHandler, blocked_signals
@@ -273,20 +274,25 @@ class VqaTrainer(Trainer):
 
     @contextlib.contextmanager
     def _full_model(self) -> Iterator[Model]:
-        """Yield the model to generate with: a sharded model is copied, so that ranks need not wait for each other.
+        """Yield the model to generate with, in the data type in which the saved model will answer.
 
-        The copy is held in memory in addition to the trained model; under bf16 it is in bfloat16, half the size.
+        A model that is sharded, or trained in another data type, is copied; sharded, ranks would wait for each other at
+        every token. The copy is held in memory in addition to the trained model.
         """
-        if self.dist.strategy not in ("fsdp", "zero3") and (self.options.adapt is not None or not self.dist.is_zero):
+        settings, adapt = self.options.settings, self.options.adapt
+        trained_in = str(self.dtype).removeprefix("torch.")
+        dtype = trained_in if adapt and adapt.bits else answering_dtype("auto", trained_in, self.args.device)
+        is_complete = self.dist.strategy not in ("fsdp", "zero3") and (adapt is not None or not self.dist.is_zero)
+        if is_complete and dtype == trained_in:
             yield self.vlm
             return
-        assert self.options.settings is not None
-        copy = checkpoint.uninitialized_like(self.vlm, self.options.settings)
-        if self.options.adapt is not None:
+        assert settings is not None
+        copy = checkpoint.uninitialized_like(self.vlm, dataclasses.replace(settings, dtype=dtype))
+        if adapt is not None:
             from vlmvqa.extras.adapters import peft_adapters
 
-            peft_adapters.attach(copy, self.options.adapt)
-        copy = cast_parameters(copy, torch.bfloat16 if self.args.bf16 else self.dtype).to(self.args.device)
+            peft_adapters.attach(copy, adapt)
+        copy = cast_parameters(copy, DTYPES[dtype]).to(self.args.device)
         parameters = dict(copy.named_parameters())
         with torch.no_grad():
             for name, weight in self.full_state.weights():

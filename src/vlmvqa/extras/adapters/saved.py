@@ -31,16 +31,23 @@ def base_of(folder: Path, adapter: Mapping[str, Any]) -> Path:
     return where
 
 
-def load_adapter(folder: Path, config: Mapping[str, Any], device: str) -> Model:
-    """Load a base model with the adapters of a folder."""
-    base = base_of(folder, config["adapter"])
+def load_adapter(folder: Path, config: Mapping[str, Any], device: str, dtype: str) -> Model:
+    """Load a base model with the adapters of a folder.
+
+    Args:
+        dtype: data type of all weights; adapters over a base that was trained in this type, or over 4-bit weights, keep
+            theirs.
+    """
+    base, trained_in = base_of(folder, config["adapter"]), config["model"]["dtype"]
     model, _, _, entries = checkpoint.load(base)
     if "adapter" in entries:
         raise InputError(f"the base of {folder} is {base}, which is an adapter itself; merge that into its base first")
     settings = build_settings(
         peft_adapters.AdapterSettings, config["adapter"]["settings"], f"{folder / checkpoint.CONFIG}: adapter.settings"
     )
-    model = cast_parameters(model, DTYPES[config["model"]["dtype"]])
+    if settings.bits:  # the compute dtype of 4-bit layers is a setting of its own
+        dtype = trained_in
+    model = cast_parameters(model, DTYPES[dtype])
     peft_adapters.attach(model, settings, device)
     peft_adapters.load(folder, model)
-    return model
+    return model if dtype == trained_in else cast_parameters(model, DTYPES[dtype])

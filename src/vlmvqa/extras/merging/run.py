@@ -183,7 +183,7 @@ def _drift(adapter: Path, merged: Path, asked: Sequence[MergeTask], most: int) -
     examples = [one for task in asked for one in one_question_each(task.examples, most)]
     logits, kinds = [], []
     for folder in (adapter, merged):
-        predictor = load(folder)
+        predictor = load(folder, dtype="saved")
         bits = predictor.adapter and predictor.adapter.settings.bits
         kinds.append(predictor.settings.dtype + (f", {bits} bits" if bits else ""))
         logits.append(answer_logits(predictor, examples))

@@ -35,6 +35,7 @@ class ServeConfig:
     compare: str | None = None
     browse: str | None = None
     examples: str | Sequence[str] = ()
+    dtype: str = "auto"
     host: str = "127.0.0.1"
     port: int = 7860
     token: str | None = None
@@ -57,7 +58,7 @@ def _models(config: ServeConfig) -> dict[str, Predictor]:
     names = [str(path) for path in (config.checkpoint, config.compare) if path is not None]
     if len(set(names)) < len(names):
         raise InputError(f"compare={names[1]} is the checkpoint itself; name another")
-    models = {path: load(path) for path in names}
+    models = {path: load(path, dtype=config.dtype) for path in names}
     for predictor in models.values():
         predictor.decoding = override_decoding(predictor.decoding, config.decoding, config.given)
     return models
