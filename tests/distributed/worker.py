@@ -41,6 +41,7 @@ from vlmvqa.models.vlm import VLM
 from vlmvqa.training import distributed, runtime_checks, zero
 from vlmvqa.training.log import read_log
 from vlmvqa.training.optimizer import optimizer_for
+from vlmvqa.training.run import COMPILE, compile_blocks
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 
@@ -121,6 +122,7 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         set_trainable(vlm.part("vision"), "none", "vision")
         set_trainable(vlm.part("language"), "none", "language")
     arguments = make_arguments(case, dist, folder)
+    compiled = compile_blocks(vlm, case.trainer or {})
     if dist.is_zero:
         zero.correct_deepspeed()
     if case.strategy == "fsdp":
@@ -142,6 +144,7 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
             clip_percentile=case.clip_percentile,
             settings=tiny.settings(case.attention_pattern, initializer_range=0.02, **WIDE),
             adapt=adapt,
+            compiled=compiled,
         ),
     )
 
@@ -168,7 +171,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         logging_steps=1,
         ddp_find_unused_parameters=False,
         deepspeed=zero.deepspeed_config(dist) if dist.is_zero else None,
-        **values,
+        **{key: value for key, value in values.items() if key not in COMPILE},
     )
 
 

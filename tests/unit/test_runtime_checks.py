@@ -46,7 +46,6 @@ def asked(
         (asked(bf16=True, gpu=True, bf16_works=False), "this card does not compute in bfloat16; use trainer.fp16=true"),
         (asked("zero3", dtype="bfloat16"), "needs trainer.bf16=true"),
         (asked(dtype="float16"), "weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)"),
-        (asked("zero3", torch_compile=True), "use dist=fsdp or zero2"),
         (asked(attention="flex"), "no backward pass on the CPU; use model.language.attention=dense"),
         (
             asked(attention_pattern="prefix_lm", questions_per_row=4),

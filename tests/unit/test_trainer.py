@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from tests import tiny
@@ -24,6 +25,7 @@ from vlmvqa.models.vlm import VLM
 from vlmvqa.training import checkpoints, quantized_moments
 from vlmvqa.training.log import parts_table, read_log
 from vlmvqa.training.optimizer import GradientClipping
+from vlmvqa.training.run import compile_blocks
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 COLORS = ("red", "green", "blue", "black")
@@ -333,3 +335,37 @@ def test_evaluation_answers_in_the_data_type_of_the_saved_model(
     training._prepare_for_training(4, training.get_train_dataloader(), None)
     assert training.evaluate()["eval_score"] == 1.0
     assert seen == [torch.bfloat16] and {p.dtype for p in training.vlm.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_share_a_graph_and_keep_the_gradients(tmp_path: Path) -> None:
+    """More layers than `torch.compile` would compile separately before it gives up and runs them uncompiled."""
+    batch = next(iter(trainer(tmp_path, model()).get_train_dataloader()))
+
+    def gradients(compiled: bool) -> list[Tensor]:
+        vlm = tiny.model(vocab_size=300, initializer_range=0.02, num_hidden_layers=10).train()
+        assert compile_blocks(vlm, {"torch_compile_backend": "aot_eager"} if compiled else {}) is None or compiled
+        vlm(**batch)["loss"].backward()
+        return [parameter.grad for parameter in vlm.parameters() if parameter.grad is not None]
+
+    expected = gradients(compiled=False)
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(gradients(compiled=True), expected, atol=1e-6, rtol=1e-5)
+    # One graph of the encoder's blocks, one of the decoder's layers.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_answers_during_training_are_not_compiled(tmp_path: Path) -> None:
+    def score(answering: Model) -> dict[str, float]:
+        answering(**batch)
+        return {"score": 1.0}
+
+    vlm = model()
+    training = trainer(tmp_path, vlm)
+    batch = next(iter(training.get_train_dataloader()))
+    training.options = replace(training.options, score=score, compiled=compile_blocks(vlm, {"torch_compile": True}))
+    training._prepare_for_training(4, training.get_train_dataloader(), None)
+    torch._dynamo.utils.counters.clear()
+    training.evaluate()
+    assert not torch._dynamo.utils.counters["frames"]

@@ -132,10 +132,6 @@ def run_conflicts(r: RunRequest) -> Conflicts:
             f"trainer.optim=adamw_torch_8bit does not step on {strategy}'s partitions; use adamw_bnb_8bit",
         ),
         (
-            strategy == "zero3" and any(r.trainer.get(f"torch_compile{more}") for more in ("", "_backend", "_mode")),
-            "trainer.torch_compile=true: the tied output matrix is not traced under zero3; use dist=fsdp or zero2",
-        ),
-        (
             is_zero and r.trainer.get("use_cpu") and torch.cuda.is_available(),
             "trainer.use_cpu=true: DeepSpeed uses a GPU if there is one; hide it with CUDA_VISIBLE_DEVICES=, or "
             f"use dist=ddp instead of {strategy}",

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from vlmvqa.training.log import SAMPLES, parts_table, truncate
 from vlmvqa.training.optimizer import optimizer_for
 from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
+
+# Keys of the `trainer` group that `compile_blocks` takes: the Trainer would compile the model as one graph.
+COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
     Raises:
         InputError: transformers rejects a value.
     """
-    values = dict(config.trainer)
+    values = {key: value for key, value in config.trainer.items() if key not in COMPILE}
     values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
     if values.get("report_to") in (None, "none"):
         values["report_to"] = "none"
@@ -160,6 +163,7 @@ def fit(session: Session) -> str | None:
     """Train and write `model/`; return the signal that stopped the training before its end, if one did."""
     config, arguments, folder = session.config, session.arguments, session.folder
     trained, unsaved_base = build(session)
+    compiled = compile_blocks(trained.model, config.trainer)
     # Before the weights are sharded, because cached features are checked against the encoder's weights.
     dataset = training_set(config, trained, session.tasks, session.bad_records)
     if session.dist.strategy == "fsdp":
@@ -185,6 +189,7 @@ def fit(session: Session) -> str | None:
             score=evaluate,
             settings=trained.settings,
             adapt=trained.adapter.settings if trained.adapter else None,
+            compiled=compiled,
             describe=trained.describe,
         ),
     )
@@ -242,6 +247,21 @@ def build(session: Session) -> tuple[TrainedModel, Any]:
     for part, choice in config.trainable.items():
         set_trainable(trained.model.part(part), choice, part)
     return trained, None
+
+
+def compile_blocks(model: Model, trainer: Mapping[str, Any]) -> str | None:
+    """Compile each transformer block, if the `trainer` group says so; return the backend.
+
+    Blocks of one kind share a graph, so that compiling takes as long as for one block, and hooks of the model's parts
+    and of FSDP2, which wraps blocks afterwards, are outside of it.
+    """
+    enabled, backend, mode = (trainer.get(key) for key in COMPILE)
+    if not (enabled or backend or mode):
+        return None
+    backend = str(backend or "inductor")
+    for block in model.blocks:
+        block.compile(backend=backend, mode=mode)
+    return backend
 
 
 def training_set(

@@ -95,8 +95,10 @@ def _check_precision(trainer: VqaTrainer) -> str:
     extras = []
     if args.activation_checkpointing:
         extras.append("activations recomputed")
-    if args.torch_compile:
-        extras.append(f"compiled by {args.torch_compile_backend}")
+    if trainer.options.compiled:
+        blocks = trainer.vlm.blocks
+        _require_equal("compiled blocks", len(blocks), sum(one._compiled_call_impl is not None for one in blocks))
+        extras.append(f"{len(blocks)} blocks compiled by {trainer.options.compiled}")
     return ", ".join([f"{computed_in}, weights kept in {weights}", *extras])
 
 

@@ -7,7 +7,6 @@ time_data        until the next batch is on the device: reading, building rows, 
 time_encoder     vision encoder and projector, forward and backward
 time_language_model   embeddings and decoder, forward and backward
 time_loss        output head and cross-entropy, forward and backward
-time_model       replaces the three above under torch.compile, because hooks inside the model would break the graph
 time_optimizer   after the backward pass: waiting for other ranks' gradients, clipping, optimizer step
 time_other       writing the log
 peak_memory_gib  maximum over ranks: peak CUDA memory allocated since the last record; on a CPU as peak_rss_gib
@@ -42,7 +41,6 @@ from vlmvqa.sequence.rows import Batch
 from vlmvqa.training.log import rounded
 
 PHASES = ("data", "encoder", "language_model", "loss", "optimizer", "other")
-COMPILED_PHASES = ("data", "model", "optimizer", "other")
 GIB = 2**30
 
 
@@ -71,7 +69,6 @@ class ThroughputMeter(TrainerCallback):
         self.vlm = vlm
         self.device = torch.device("cpu")
         self.clock = PhaseClock(self.device)  # stopped
-        self.phases: tuple[str, ...] = PHASES
         self.hooks: list[RemovableHandle] = []
         self.window = getattr(vlm.part("language").module.config, "sliding_window", None)
         self.flops: Flops | None = None
@@ -82,9 +79,7 @@ class ThroughputMeter(TrainerCallback):
         """Add the hooks, measure the device's peak FLOPs and start the clock."""
         self.detach()
         self.device, self.clock = args.device, PhaseClock(args.device)
-        self.phases = COMPILED_PHASES if args.torch_compile else PHASES
-        if not args.torch_compile:
-            self.attach()
+        self.attach()
         self.flops = self.vlm.flops()
         weights = next(self.vlm.parameters()).dtype
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights
@@ -142,7 +137,7 @@ class ThroughputMeter(TrainerCallback):
         self.shapes["images"] += len(batch["pixel_values" if "pixel_values" in batch else "image_features"])
         self.shapes["encoded"] += len(batch.get("pixel_values", ()))
         self.counts = self.counts.to(batch["role"].device) + count(batch, self.vlm.attention_pattern, self.window)
-        self.enter("model" if "model" in self.phases else "language_model")
+        self.enter("language_model")
 
     def backward(self, loss: Tensor) -> None:
         """Start the optimizer's phase at the end of this loss's backward pass.
@@ -174,7 +169,7 @@ class ThroughputMeter(TrainerCallback):
             "tokens_per_second": sums["tokens"] / total,
             "supervised_tokens_per_second": sums["supervised_tokens"] / total,
             "padding": 100 * (1 - sums["tokens"] / sums["positions"]),
-            **{f"time_{phase}": 100 * seconds.get(phase, 0.0) / total for phase in self.phases},
+            **{f"time_{phase}": 100 * seconds.get(phase, 0.0) / total for phase in PHASES},
             "peak_memory_gib": max(peak for _, _, peak, _ in gathered) / GIB,
             "peak_rss_gib": max(resident for *_, resident in gathered) / GIB,
         }

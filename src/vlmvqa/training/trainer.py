@@ -59,6 +59,7 @@ class TrainerOptions:
         score: called with the full model at every evaluation; its metrics are logged with the prefix `eval_`.
         settings: the model's settings, to build the unsharded copy that a sharded model is evaluated with.
         adapt: settings of the model's adapters, if any.
+        compiled: the backend that compiled the model's blocks, if any.
         describe: writes config.json and the tokenizer into a checkpoint's folder; None: they are left out.
     """
 
@@ -68,6 +69,7 @@ class TrainerOptions:
     score: Callable[[Model], Mapping[str, float]] | None = None
     settings: Settings | None = None
     adapt: AdapterSettings | None = None
+    compiled: str | None = None
     describe: Callable[[Path], None] | None = None
 
 
@@ -103,7 +105,7 @@ class VqaTrainer(Trainer):
         self.saved_dtypes = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad or not adapted}
         self.frozen = self._frozen_weights(args)
         # torch.compile compiles a kernel per row length, so few lengths; FlexAttention's blocks have 128 tokens.
-        multiple = 128 if args.torch_compile or model.attention == "flex" else 8
+        multiple = 128 if self.options.compiled or model.attention == "flex" else 8
         super().__init__(
             model=model,
             args=args,
@@ -265,6 +267,7 @@ class VqaTrainer(Trainer):
             self.stop_handler.paused(),
             self.throughput.paused(),
             blocked_signals(BATCH_SYSTEM_SIGNALS),
+            torch.compiler.set_stance("force_eager"),  # answers have other shapes at every step
             self._full_model() as model,
         ):
             metrics = {f"eval_{name}": value for name, value in self.options.score(model).items()}
