@@ -101,6 +101,13 @@ def test_whatever_is_turned(two_turned: dict[str, Any], one_turned: dict[str, An
     assert two_turned[f"{strategy}-{name}"]["losses"] == pytest.approx(one_turned[name]["losses"], abs=tolerance)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_embeddings_keep_fp32_moments(two_turned: dict[str, Any], strategy: str) -> None:
+    """The other parameters' moments have 8 bits; under ZeRO, embeddings are a partition of their own."""
+    assert two_turned[f"{strategy}-half"]["types_of_large_moments"] == ["32", "8 bits"]
+
+
 def test_packed_rows_go_on_where_they_stood(two: dict[str, Any]) -> None:
     """Resume in the middle of an epoch, under another strategy, and continue into the next epoch."""
     rest = {step: loss for step, loss in two["ddp-packed"]["losses"].items() if step > 2}

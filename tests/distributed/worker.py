@@ -39,6 +39,7 @@ from vlmvqa.models.checkpoint import WEIGHTS
 from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training import distributed, runtime_checks, zero
+from vlmvqa.training.checkpoint_state import local_tensor
 from vlmvqa.training.log import read_log
 from vlmvqa.training.optimizer import optimizer_for
 from vlmvqa.training.run import COMPILE, compile_blocks
@@ -108,8 +109,17 @@ def run(case: Case, root: Path) -> dict[str, Any]:
         "table": runtime_checks.check(trainer),
         "weights": str(weights),
         "whole_model_is_the_checkpoint": same,
+        "types_of_large_moments": sorted(large_moments(trainer.plain_optimizer())),
         "types_of_the_batch": {name: str(column.dtype) for name, column in batch.items()},
     }
+
+
+def large_moments(optimizer: torch.optim.Optimizer) -> set[str]:
+    """The types of the moments that an 8-bit optimizer could quantize."""
+    moments = [state.get("state1", state.get("exp_avg")) for state in optimizer.state.values()]
+    local = [local_tensor(moment) for moment in moments if moment is not None]
+    quantized = [hasattr(one, "codes") or one.dtype == torch.uint8 for one in local if one.numel() >= 4096]
+    return {"8 bits" if one else "32" for one in quantized}
 
 
 def make_trainer(case: Case, folder: Path) -> VqaTrainer:

@@ -192,7 +192,8 @@ def test_the_table_of_one_process(tmp_path: Path) -> None:
     given.train()
     lines = check(given).splitlines()
     assert lines[0].split(maxsplit=1)[1] == "one process, 1 rank on cpu"
-    assert "adamw_bnb_8bit, 8-bit moments in blocks of 256, fp32 below 4,096 elements, norm clipped to 1" in lines[4]
+    states = "8-bit moments in blocks of 256, fp32 for embeddings and below 4,096 elements"
+    assert f"adamw_bnb_8bit, {states}, norm clipped to 1" in lines[4]
     assert lines[6].endswith("2 rows (2 a rank x 1 accumulated x 1 rank)")
 
 

@@ -369,3 +369,24 @@ def test_answers_during_training_are_not_compiled(tmp_path: Path) -> None:
     torch._dynamo.utils.counters.clear()
     training.evaluate()
     assert not torch._dynamo.utils.counters["frames"]
+
+
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch_8bit"])
+def test_8_bit_optimizers_keep_the_moments_of_embeddings_in_fp32(tmp_path: Path, optim: str) -> None:
+    """Of the same parameters as transformers' Trainer, which has this rule for bitsandbytes only."""
+
+    def eight_bit(vlm: VLM, optimizer: Any) -> set[str]:
+        for parameter in vlm.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+            optimizer.step()
+        moments = {name: optimizer.state[parameter] for name, parameter in vlm.named_parameters()}
+        first = {name: state.get("state1", state.get("exp_avg")) for name, state in moments.items()}
+        return {name for name, one in first.items() if hasattr(one, "codes") or one.dtype == torch.uint8}
+
+    ours, theirs = (tiny.model(vocab_size=300, hidden_size=128, intermediate_size=256) for _ in range(2))
+    run = trainer(tmp_path, ours, optim=optim)
+    found = eight_bit(ours, run.create_optimizer())
+    assert any("mlp" in name for name in found) and not any("embed_tokens" in name for name in found)
+    if optim == "adamw_bnb_8bit":
+        assert found == eight_bit(theirs, Trainer(theirs, run.args).create_optimizer())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
+from torch import nn
 
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
@@ -41,15 +43,17 @@ def parameter_groups(
     default_rate: float,
     weight_decay: float,
     decayed: Collection[str],
+    fp32_moments: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Return one or two parameter groups per model part: with and without weight decay.
+    """Return the parameter groups of each model part: with and without weight decay, and with moments in fp32.
 
     Args:
         learning_rates: by part; None or missing: `default_rate`.
         decayed: names of the parameters with weight decay.
+        fp32_moments: names of the parameters whose moments an 8-bit optimizer keeps in fp32.
 
     Returns:
-        groups with `params`, `lr`, `weight_decay`, and the part as `name`.
+        groups with `params`, `lr`, `weight_decay`, `fp32_moments`, and the part as `name`.
 
     Raises:
         InputError: no parameter is trained.
@@ -58,14 +62,20 @@ def parameter_groups(
     for part in PARTS:
         trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and model.part_of(n) == part]
         rate = learning_rates.get(part)
-        for decay, has_decay in ((weight_decay, True), (0.0, False)):
-            params = [p for n, p in trained if (n in decayed) == has_decay]
-            lr = default_rate if rate is None else rate
+        lr = default_rate if rate is None else rate
+        for fp32, has_decay in product((True, False), repeat=2):
+            params = [p for n, p in trained if (n in decayed) == has_decay and (n in fp32_moments) == fp32]
+            decay = weight_decay if has_decay else 0.0
             if params:
-                groups.append({"params": params, "lr": lr, "weight_decay": decay, "name": part})
+                groups.append({"params": params, "lr": lr, "weight_decay": decay, "fp32_moments": fp32, "name": part})
     if not groups:
         raise InputError("nothing trains: every part is set to trainable=none; set one to all")
     return groups
+
+
+def embedding_weights(model: nn.Module) -> set[str]:
+    """Return the names of the weights of embeddings."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -21,6 +21,24 @@ BLOCK = 256  # elements that share a scale
 CHUNK = 2**22  # elements converted at once: the intermediate tensors are several times as large
 
 
+def keep_fp32_moments(optimizer: Any) -> None:
+    """Make an 8-bit optimizer keep the moments of its groups with `fp32_moments` in fp32.
+
+    bitsandbytes' own overrides are by parameter or by a group's index, both of which DeepSpeed changes.
+    """
+    if hasattr(optimizer, "init_state"):  # bitsandbytes
+        get_config = optimizer.get_config
+
+        def config_of(index: int, number: int, group: Mapping[str, Any]) -> dict[str, Any]:
+            return {**get_config(index, number, group), **({"optim_bits": 32} if group["fp32_moments"] else {})}
+
+        optimizer.get_config = config_of
+    else:  # torchao
+        kept = {id(p) for group in optimizer.param_groups if group["fp32_moments"] for p in group["params"]}
+        new_buffer = optimizer._new_buffer
+        optimizer._new_buffer = lambda p, signed: torch.zeros_like(p) if id(p) in kept else new_buffer(p, signed)
+
+
 def read(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a parameter's local moments in fp32, by `KEYS`."""
     if "state1" in state:

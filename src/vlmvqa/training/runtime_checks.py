@@ -111,7 +111,9 @@ def _check_optimizer(trainer: VqaTrainer) -> str:
     found = f"{type(optimizer).__name__} of {package if module.startswith(package) else module}"
     _require_equal("optimizer", f"{class_name} of {package}", found)
     is_8bit = "8bit" in name
-    states = "8-bit moments in blocks of 256, fp32 below 4,096 elements" if is_8bit else "fp32 moments"
+    states = "fp32 moments"
+    if is_8bit:
+        states = "8-bit moments in blocks of 256, fp32 for embeddings and below 4,096 elements"
     if name == "sgd":
         states = "no moments"
     if is_8bit and package == "bitsandbytes":

@@ -180,13 +180,24 @@ class VqaTrainer(Trainer):
         if self.optimizer is None:
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = kind(self.parameter_groups(), **arguments)
+            if self._is_8bit():
+                from vlmvqa.training import quantized_moments
+
+                quantized_moments.keep_fp32_moments(self.optimizer)
         return self.optimizer
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups (`optimizer.parameter_groups`)."""
+        """Return the optimizer's parameter groups (`optimizer.parameter_groups`).
+
+        transformers' Trainer, too, keeps the moments of embeddings in fp32.
+        """
         decayed = set(self.get_decay_parameter_names(self.vlm))
+        embeddings = optimizer.embedding_weights(self.vlm) if self._is_8bit() else set[str]()
         rates, args = self.options.learning_rates, self.args
-        return optimizer.parameter_groups(self.vlm, rates, args.learning_rate, args.weight_decay, decayed)
+        return optimizer.parameter_groups(self.vlm, rates, args.learning_rate, args.weight_decay, decayed, embeddings)
+
+    def _is_8bit(self) -> bool:
+        return "8bit" in str(getattr(self.args.optim, "value", self.args.optim))
 
     # ---- a step
 

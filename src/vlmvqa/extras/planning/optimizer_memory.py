@@ -14,20 +14,23 @@ BITSANDBYTES = tuple(name for name, (package, *_) in CLASSES.items() if package 
 EIGHT_BIT = tuple(name for name in BITSANDBYTES if "8bit" in name)  # its other optimizers have fp32 states
 
 
-def state_bytes(optimizer: str, numels: Sequence[int], itemsize: int = 4) -> int:
+def state_bytes(optimizer: str, numels: Sequence[int], embeddings: Sequence[int] = (), itemsize: int = 4) -> int:
     """Return the bytes of an optimizer's states, including pages that CUDA may move to host memory.
 
-    `numels` are the numbers of elements of each tensor, `itemsize` the bytes per element of the parameters.
+    `numels` are the numbers of elements of each tensor, `embeddings` those of tensors that 8-bit optimizers keep full
+    states of, `itemsize` the bytes per element of the parameters.
     """
     if optimizer == "sgd":
         return 0
+    full = 2 * (4 if optimizer in BITSANDBYTES else itemsize)  # bytes per element
     if optimizer in EIGHT_BIT:  # two moments of one byte, two fp32 scales per block
-        return sum(2 * n + 8 * ceil(n / BLOCK) if n >= SMALLEST_8BIT else 8 * n for n in numels)
-    if optimizer == "adamw_torch_8bit":  # the same, and a table of 256 values for each moment
+        states = sum(2 * n + 8 * ceil(n / BLOCK) if n >= SMALLEST_8BIT else full * n for n in numels)
+    elif optimizer == "adamw_torch_8bit":  # the same, and a table of 256 values for each moment
         eight_bit = [n for n in numels if n >= SMALLEST_8BIT and n % BLOCK == 0]
-        others = sum(numels) - sum(eight_bit)
-        return sum(2 * n + 8 * n // BLOCK + 2048 for n in eight_bit) + 2 * itemsize * others
-    return 2 * (4 if optimizer in BITSANDBYTES else itemsize) * sum(numels)
+        states = sum(2 * n + 8 * n // BLOCK + 2048 for n in eight_bit) + full * (sum(numels) - sum(eight_bit))
+    else:
+        states = full * sum(numels)
+    return states + full * sum(embeddings)
 
 
 def step_bytes(optimizer: str, groups: Sequence[Sequence[int]], itemsize: int = 4) -> int:

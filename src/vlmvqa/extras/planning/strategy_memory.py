@@ -24,6 +24,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.extras.planning.optimizer_memory import EIGHT_BIT, OPTIMIZERS, state_bytes, step_bytes
 from vlmvqa.extras.planning.quantized_memory import QuantizedLinear
 from vlmvqa.models.interface import PARTS, Model
+from vlmvqa.training.optimizer import embedding_weights
 
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET, MAX_LIVE, SUB_GROUP = int(5e8), int(1e9), int(1e9)
@@ -38,6 +39,7 @@ class Weight:
         unit: Number of its block; None: outside all blocks, so in FSDP's root unit.
         shape: Its shape, not quantized.
         quantized: Bytes of its 4-bit form, the same under all strategies (None: not quantized).
+        embedding: Whether it is an embedding's, whose moments stay in fp32.
     """
 
     part: str
@@ -46,6 +48,7 @@ class Weight:
     itemsize: int
     trained: bool
     quantized: int | None = None
+    embedding: bool = False
 
     @property
     def numel(self) -> int:
@@ -136,12 +139,13 @@ def weights_of(model: Model) -> list[Weight]:
     for number, block in enumerate(model.blocks):
         units.update({id(parameter): number for parameter in block.parameters()})
     layers = {id(layer.packed): layer for layer in model.modules() if isinstance(layer, QuantizedLinear)}
-    weights = []
+    weights, embeddings = [], embedding_weights(model)
     for name, p in model.named_parameters():
         layer = layers.get(id(p))
         shape = tuple(p.shape) if layer is None else (layer.out_features, layer.in_features)
         quantized = None if layer is None else layer.stored_bytes
-        weights.append(Weight(model.part_of(name), units.get(id(p)), shape, p.itemsize, p.requires_grad, quantized))
+        part, unit, embedding = model.part_of(name), units.get(id(p)), name in embeddings
+        weights.append(Weight(part, unit, shape, p.itemsize, p.requires_grad, quantized, embedding))
     return weights
 
 
@@ -205,7 +209,16 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
     trained_numel = sum(weight.numel for weight in trained)
     largest = max((weight.numel for weight in trained), default=0)
     # Each parameter group is flattened and padded to 2N.
-    partitions = [ceil(sum(group) / (2 * gpus)) * 2 for group in _groups(trained, 1)]
+    separate = "8bit" in training.optimizer  # embeddings are groups of their own
+    partitions, embeddings = (
+        [ceil(sum(group) / (2 * gpus)) * 2 for group in _groups(chosen, 1)]
+        for chosen in (
+            [weight for weight in trained if not (separate and weight.embedding)],
+            [weight for weight in trained if separate and weight.embedding],
+        )
+    )
+    states = state_bytes(training.optimizer, partitions, embeddings)
+    partitions += embeddings
     partition = sum(partitions)
     bucket = int(zero.get("reduce_bucket_size", REDUCE_BUCKET))
     # A bucket is flattened into a copy to be sent; a weight larger than a bucket is sent alone, at the end.
@@ -217,7 +230,7 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
     memory = StrategyMemory(
         parameters=sum(weight.stored_bytes(itemsize) for weight in weights),
         gradients=itemsize * partition,
-        optimizer=4 * partition + state_bytes(training.optimizer, partitions),
+        optimizer=4 * partition + states,
         # Two buckets alternate; this pass's partition of gradients is added to the accumulated one.
         buffers=itemsize * ((2 if zero["overlap_comm"] else 1) * bucket + partition),
         decoder=copy,
@@ -250,10 +263,14 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
 
 def _states(optimizer: str, trained: Sequence[Weight], gpus: int = 1) -> int:
     """Return the bytes of optimizer states, which have the dtype of their weight."""
-    sizes = {weight.itemsize for weight in trained}
-    return sum(
-        state_bytes(optimizer, [w.shard_numel(gpus) for w in trained if w.itemsize == size], size) for size in sizes
-    )
+    total = 0
+    for size in {weight.itemsize for weight in trained}:
+        numels: tuple[list[int], list[int]] = ([], [])
+        for weight in trained:
+            if weight.itemsize == size:
+                numels[weight.embedding].append(weight.shard_numel(gpus))
+        total += state_bytes(optimizer, *numels, itemsize=size)
+    return total
 
 
 def _widest(trained: Sequence[Weight]) -> int:
