@@ -119,3 +119,38 @@ def test_a_fraction_is_of_other_documents_each_epoch() -> None:
         Packing([10, 20, 30], None, 0, [1, 1, 1]).plan(3).order.tolist()
         == Packing([10, 20, 30], None, 0).plan(3).order.tolist()
     )
+
+
+def padding(lengths: list[int], batch: int) -> float:
+    batches = [lengths[start : start + batch] for start in range(0, len(lengths) - batch + 1, batch)]
+    padded = sum(len(rows) * -(-max(rows) // 8) * 8 for rows in batches)
+    return 1 - sum(map(sum, batches)) / padded
+
+
+@pytest.mark.parametrize(
+    ("batch", "step", "window", "most"), [(6, 240, 1, 0.04), (4, 12, 2, 0.06), (12, 12, 16, 0.06), (48, 48, 16, 0.06)]
+)
+def test_rows_of_similar_length_share_a_micro_batch(batch: int, step: int, window: int, most: float) -> None:
+    """One image per row, at VQAv2's lengths: without grouping, 12 to 30 % of the positions are padding."""
+    packing = Packing(vqav2(8000).tolist(), None, seed=0)
+    plans = [packing.plan(0, step, given) for given in (0, window)]
+    before, after = ([int(packing.lengths[plan[row]].sum()) for row in range(len(plan))] for plan in plans)
+    assert padding(before, batch) > 0.11 and padding(after, batch) <= most
+
+
+@given(
+    lengths=some.lists(some.integers(1, 100), min_size=1, max_size=60),
+    step=some.integers(1, 9),
+    window=some.integers(1, 4),
+)
+def test_grouping_keeps_each_window_and_the_last_step(lengths: list[int], step: int, window: int) -> None:
+    """Each document stays within its window of steps, so a window of 1 changes no step; longest rows come first."""
+    packing = Packing(lengths, None, seed=0)
+    plain, grouped = packing.plan(3, step, 0), packing.plan(3, step, window)
+    size, rows = step * window, len(plain)
+    for start in range(0, rows, size):
+        inside = range(start, min(start + size, rows))
+        assert sorted(plain[row][0] for row in inside) == sorted(grouped[row][0] for row in inside)
+    for start in range(0, rows, step):
+        tokens = [lengths[grouped[row][0]] for row in range(start, min(start + step, rows))]
+        assert tokens == sorted(tokens, reverse=True)

@@ -389,8 +389,8 @@ def test_the_recipe_fits_under_fsdp_and_not_under_ddp() -> None:
     fsdp, ddp = recipe.memory("fsdp", 6, True), recipe.strategy_memory(STRATEGIES["ddp"])
     assert fsdp.fits
     assert ddp.parameters + ddp.gradients + ddp.optimizer + ddp.buffers > recipe.gpu.memory * GIB
-    # 2,701,838,592 parameters: fp32 shards and gradients of a quarter; two bytes a parameter and scales of states, eight
-    # for the embedding.
+    # 2,701,838,592 parameters: fp32 shards and gradients of a quarter; states of two bytes a parameter with their
+    # scales, and of eight for the embedding.
     quarter = 2_701_838_592 / 4
     assert fsdp.parameters == pytest.approx(4 * quarter, rel=0.001) and fsdp.gradients == fsdp.parameters
     embedding = 256_000 * 2304 / 4

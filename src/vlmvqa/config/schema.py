@@ -69,6 +69,7 @@ class DataSettings:
     max_new_tokens: int | None = None  # read by conf/decoding
     questions_per_row: int | None = None
     row_tokens: int | None = None
+    length_window: int = 1
     feature_cache: str | None = None
     on_bad_record: str = "error"
     expected_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -5,7 +5,8 @@ so far, over as few rows as hold them within a token budget (Graham 1969, "longe
 then have nearly the same length, so batches need little padding, and each row mixes long and short documents.
 
 Which row the i-th longest document is assigned to depends on the lengths alone, so every epoch has the same number of
-rows. Documents of equal length, and the rows, are shuffled each epoch with the seed.
+rows. Documents of equal length, and the rows, are shuffled each epoch with the seed. Within a window of steps, rows are
+then ordered by length, so that those of a micro-batch are about equally long.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,13 +65,39 @@ class Packing:
         """Return the number of rows of an epoch."""
         return int(self._row.max(initial=-1)) + 1
 
-    def plan(self, epoch: int) -> Plan:
-        """Return the rows of an epoch."""
+    def plan(self, epoch: int, step_rows: int = 1, window: int = 1) -> Plan:
+        """Return the rows of an epoch.
+
+        Args:
+            step_rows: rows of an optimizer step, over all ranks.
+            window: number of steps among which rows of similar length are exchanged, in shuffled order; 1: each step
+                has the rows that it would have without grouping, sorted by length; 0: no grouping.
+        """
         generator = np.random.default_rng([self.seed, epoch])
         documents = self._sampler.sample(generator)
         row = generator.permutation(len(self))[self._row]
+        if step_rows * window > 1:
+            tokens = np.bincount(row, weights=self._sampler.lengths, minlength=len(self))
+            row = np.argsort(_group_by_length(tokens, step_rows, window, generator))[row]
         starts = np.concatenate([[0], np.bincount(row, minlength=len(self)).cumsum()])
         return Plan(documents[np.argsort(row, kind="stable")], starts)
+
+
+def _group_by_length(
+    tokens: NDArray[Any], step_rows: int, window: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Return the rows of an epoch in the order in which they are trained on.
+
+    Args:
+        tokens: tokens of each row, in shuffled order.
+    """
+    ordered = []
+    for start in range(0, len(tokens), step_rows * window):
+        rows = start + np.argsort(-tokens[start : start + step_rows * window], kind="stable")
+        steps = [rows[first : first + step_rows] for first in range(0, len(rows), step_rows)]
+        last = [steps.pop()] if len(steps[-1]) < step_rows else []  # the epoch's last step, which may be incomplete
+        ordered += [steps[number] for number in generator.permutation(len(steps))] + last
+    return np.concatenate([np.zeros(0, dtype=np.int64), *ordered])
 
 
 class _DocumentSampler:

@@ -32,6 +32,7 @@ SHARED = (
     "max_new_tokens",
     "questions_per_row",
     "row_tokens",
+    "length_window",
     "feature_cache",
     "on_bad_record",
 )

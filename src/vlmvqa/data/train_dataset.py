@@ -57,6 +57,7 @@ class RowSettings:
         seed: seed of the row order and of sampled answers.
         row_tokens: rows are packed with documents up to this many tokens (`packing.py`); None: one document per row.
         questions_per_row: limit on the questions of one document; None: all questions of the image that fit.
+        length_window: see `Packing.plan`.
         loss_weighting: loss weight of each supervised token (`WEIGHTINGS`).
     """
 
@@ -64,6 +65,7 @@ class RowSettings:
     seed: int = 0
     row_tokens: int | None = None
     questions_per_row: int | None = None
+    length_window: int = 1
     loss_weighting: str = "token"
 
     def __post_init__(self) -> None:
@@ -114,8 +116,8 @@ class TrainDataset(Dataset[list[Document]]):
         self.epoch.fill_(epoch)
 
     def pad_to_multiple(self, rows: int) -> None:
-        """Pad every epoch with rows without supervised tokens, so that it ends with a full step of `rows` rows."""
-        self.multiple = rows
+        """Set the rows of a step: every epoch is padded to full steps with rows without supervised tokens."""
+        self.multiple, self._current_plan = rows, None
 
     def __len__(self) -> int:
         return -(-len(self.packing) // self.multiple) * self.multiple
@@ -130,7 +132,7 @@ class TrainDataset(Dataset[list[Document]]):
     def _plan(self) -> Plan:
         epoch = int(self.epoch)
         if self._current_plan is None or self._current_plan[0] != epoch:
-            self._current_plan = epoch, self.packing.plan(epoch)
+            self._current_plan = epoch, self.packing.plan(epoch, self.multiple, self.settings.length_window)
         return self._current_plan[1]
 
     # --- documents ------------------------------------------------------------------------------------

@@ -275,7 +275,9 @@ def training_set(
 
         features = open_features(data, trained, examples)
     questions_per_row = data.questions_per_row if trained.model.shares_images else 1
-    settings = RowSettings(data.target, config.seed, data.row_tokens, questions_per_row, config.loss_weighting)
+    settings = RowSettings(
+        data.target, config.seed, data.row_tokens, questions_per_row, data.length_window, config.loss_weighting
+    )
     repeats = [task.weight for task in tasks for _ in task.train]
     with ranks.local_main_first():  # texts are tokenized at first use
         return TrainDataset(examples, trained.processor, settings, bad_records, features=features, repeats=repeats)
