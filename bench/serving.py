@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
         parser.error(f"--requests {args.requests} is not a multiple of each of {args.clients} clients")
 
     machine = tables.machine("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
-    machine |= {package: version(package) for package in ("gradio", "fastapi", "uvicorn")}
+    machine |= {package: version(package) for package in ("fastapi", "uvicorn")}
     print(tables.describe(machine))
     bodies = request_bodies(args.requests, args.side, args.seed)
     first, second = SERVERS

@@ -11,4 +11,4 @@ with cli.script(__name__, __file__):
 
 if __name__ == "__main__":
     cli.run("serve", ServeConfig, serve_model)
-    cli.leave()  # shutting down PyTorch and gradio takes longer than a user waits after Ctrl-C
+    cli.leave()  # shutting down PyTorch takes longer than a user waits after Ctrl-C

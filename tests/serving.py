@@ -6,7 +6,7 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from vlmvqa.data.example import Example
 from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.extras.serving.access import AccessMiddleware
 from vlmvqa.extras.serving.api import build
+from vlmvqa.extras.serving.batcher import Batcher
+from vlmvqa.extras.serving.browse import Run
 from vlmvqa.extras.serving.limits import Limits
-from vlmvqa.extras.serving.openapi import Alternative, QuestionAnswer
-from vlmvqa.extras.serving.service import Service
 from vlmvqa.inference.predictor import Answer, Predictor
 from vlmvqa.models.interface import GenerationSettings
 
@@ -42,14 +42,16 @@ def paligemma(folder: Path) -> Predictor:
 
 
 @contextmanager
-def serving(model: Predictor, token: str | None = None, **limits: Any) -> Iterator[tuple[TestClient, Service]]:
-    """Yield a client of the API behind its access checks, as on this machine, and the service."""
-    service = Service({"model": model}, Limits(**limits))
-    app = AccessMiddleware(build(service), service.limits, token, local=token is None)
+def serving(
+    model: Predictor, token: str | None = None, run: Run | None = None, examples: Sequence[bytes] = (), **limits: Any
+) -> Iterator[tuple[TestClient, Batcher]]:
+    """Yield a client of the API behind its access checks, as on this machine, and the queue."""
+    batcher = Batcher({"model": model}, Limits(**limits))
+    app = AccessMiddleware(build(batcher, run, examples), batcher.limits, token, local=token is None)
     try:
-        yield TestClient(app, base_url="http://localhost", raise_server_exceptions=False), service
+        yield TestClient(app, base_url="http://localhost", raise_server_exceptions=False), batcher
     finally:
-        service.close()
+        batcher.close()
 
 
 def image_file(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -99,13 +101,6 @@ class HeldPredictor:
             return real(model, examples, **options)
 
         monkeypatch.setattr(Predictor, "answer_examples", answer_examples)
-
-
-def answered(question: str, text: str, probability: float, *others: tuple[str, float], **fields: Any) -> QuestionAnswer:
-    """Return an answer with alternatives, each a text and its probability."""
-    alternatives = [Alternative(text=text, probability=probability) for text, probability in others]
-    fields = {"truncated": False, "attribution": None, **fields}
-    return QuestionAnswer(question=question, text=text, probability=probability, alternatives=alternatives, **fields)
 
 
 def ask(client: TestClient, content: bytes, *questions: str, **fields: str) -> Any:

@@ -87,7 +87,8 @@ def test_the_source_distribution_builds_the_same_wheel_and_holds_all(built: Path
     assert {name.partition("/")[0] for name in names} == {"vlmvqa", f"vlmvqa-{__version__}.dist-info"}
     assert {
         "vlmvqa/py.typed",
-        "vlmvqa/inference/report.html.j2",
+        "vlmvqa/extras/report/report.html.j2",
+        *(f"vlmvqa/extras/serving/page.{kind}" for kind in ("css", "html", "js")),
         "vlmvqa/evaluation/helm/schema_vqav2_bleu.yaml",
     } <= names
     (archive,) = (built / "dist").glob("*.tar.gz")

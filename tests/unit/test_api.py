@@ -17,9 +17,9 @@ from tests.unit.test_predictor import predictor
 
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 HEADINGS = re.findall(r"^### `(\w+)(?:\((.*?)\))?(?: -> .*)?`$", PAGE, re.MULTILINE)
-HEAVY = ("torch", "transformers", "timm", "deepspeed", "helm", "gradio", "peft", "bitsandbytes", "wandb", "mlflow")
+HEAVY = ("torch", "transformers", "timm", "deepspeed", "helm", "fastapi", "peft", "bitsandbytes", "wandb", "mlflow")
 TRAINS = ("transformers.trainer", "peft", "bitsandbytes")
-OPTIONAL = ("deepspeed", "helm", "gradio", "mlflow", *TRAINS)  # timm imports wandb itself, where it is installed
+OPTIONAL = ("deepspeed", "helm", "fastapi", "mlflow", *TRAINS)  # timm imports wandb itself, where it is installed
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,25 @@
-"""Authentication, allowed hosts and routes, the image cache, and the pages' HTML."""
+"""Authentication, allowed hosts and routes, the files of the page, and what it reads from the API."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
-from html import unescape
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from starlette.testclient import TestClient
 
-from tests.pretrained import picture
-from tests.serving import answered, ask, error_message, numbered_image, serving, vlm_predictor
+from tests.serving import ask, error_message, numbered_image, serving, vlm_predictor
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.gallery import HEAT
-from vlmvqa.extras.serving import browse, html, page
+from vlmvqa.extras.serving import browse
 from vlmvqa.extras.serving.access import AccessMiddleware
+from vlmvqa.extras.serving.address import Address, listen
 from vlmvqa.extras.serving.api import build
+from vlmvqa.extras.serving.batcher import Batcher
 from vlmvqa.extras.serving.limits import Limits
-from vlmvqa.extras.serving.server import Address, listen
-from vlmvqa.extras.serving.service import Service
-from vlmvqa.extras.serving.uploads import ImageCache
 from vlmvqa.inference.predictor import Predictor
 
 
@@ -43,10 +40,9 @@ def client(vlm: Predictor) -> Iterator[TestClient]:
 def test_a_token_protects_all_routes_but_health(vlm: Predictor) -> None:
     with serving(vlm, token="a long secret") as (client, _):
         assert client.get("/health").status_code == 200
-        for path in ("/", "/docs", "/openapi.json", "/image/x", "/config", "/gradio_api/queue/data"):
+        for path in ("/", "/page.js", "/docs", "/openapi.json", "/info", "/browse", "/examples/0", "/nothing"):
             assert "requires a token" in error_message(client.get(path), 401)
         assert "token" in error_message(ask(client, numbered_image(0)), 401)
-        assert "token" in error_message(client.post("/image", content=numbered_image(0)), 401)
         assert client.get("/docs", headers={"authorization": "Bearer wrong"}).status_code == 401
         assert client.get("/docs", headers={"authorization": "Bearer a long secret"}).status_code == 200
         assert client.get("/docs", headers={"authorization": "Bearer a long secr\xe9t".encode()}).status_code == 401
@@ -109,109 +105,117 @@ def test_bad_limits(name: str, value: float) -> None:
 # --- pages ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_api_documentation_loads_nothing_from_other_hosts(client: TestClient) -> None:
+def test_the_documentation_is_the_schema(client: TestClient) -> None:
     page = client.get("/docs")
-    assert page.status_code == 200 and "POST /answer" in page.text and "GET /health" in page.text
-    assert "//" not in re.sub(r"/\*.*?\*/", "", page.text) and "<script" not in page.text
-    assert "default-src 'self'" in page.headers["content-security-policy"]
     schema = client.get("/openapi.json").json()
-    (shown,) = re.findall("<pre>(.*)</pre>", page.text, re.DOTALL)
-    assert yaml.safe_load(unescape(shown)) == schema
+    assert page.headers["content-type"].startswith("text/plain") and yaml.safe_load(page.text) == schema
     assert list(schema["paths"]["/answer"]["post"]["requestBody"]["content"]) == ["multipart/form-data"]
     body = schema["components"]["schemas"]["AnswerForm"]
-    assert set(body["properties"]) == {"image", "question", "alternatives", "attribution"}
+    assert set(body["properties"]) == {"image", "question", "model", "alternatives", "attribution"}
     assert body["required"] == ["image", "question"]
     assert body["properties"]["attribution"]["anyOf"][0]["enum"] == ["attention", "gradient"]
     assert "probability" in schema["components"]["schemas"]["QuestionAnswer"]["properties"]
-    assert schema["paths"].keys() == {"/answer", "/health"}
+    assert schema["paths"].keys() == {"/answer", "/health", "/info", "/browse", "/examples/{number}"}
     assert {"200", "413", "415", "503"} <= schema["paths"]["/answer"]["post"]["responses"].keys()
 
 
-def test_uploaded_images_are_cached(client: TestClient) -> None:
-    content = numbered_image(5)
-    kept = client.post("/image", content=content).json()
-    assert (kept["width"], kept["height"]) == picture(5).size
-    found = client.get(f"/image/{kept['name']}")
-    assert found.content == content and found.headers["content-type"] == "image/png"
-    assert found.headers["x-content-type-options"] == "nosniff"
-    assert "not an image" in error_message(client.post("/image", content=b"<svg/>"), 415)
-    for name in ("0" * 32, "..%2f..%2fetc%2fpasswd", "x" * 3000):
-        assert client.get(f"/image/{name}").status_code == 404
+def test_the_page_loads_only_its_own_files(client: TestClient) -> None:
+    files = {"/": "text/html", "/page.css": "text/css", "/page.js": "javascript"}
+    for path, kind in files.items():
+        response = client.get(path)
+        assert response.status_code == 200 and kind in response.headers["content-type"]
+        assert re.findall(r"https?://|url\(|@import|innerHTML|\beval\b", response.text) == []
+        policy = response.headers["content-security-policy"]
+        assert "default-src 'self'" in policy and "unsafe" not in policy
+        assert response.headers["x-content-type-options"] == "nosniff"
+    assert set(re.findall(r'(?:src|href)="(\w+\.\w+)"', client.get("/").text)) == {"page.css", "page.js"}
+    style = " ".join(client.get("/page.css").text.split())
+    assert HEAT in style
 
 
-def test_the_least_recently_used_images_are_evicted() -> None:
-    images = ImageCache(max_bytes=100)
-    example = images.add(b"e" * 90, pinned=True)
-    first, second = images.add(b"a" * 40), images.add(b"b" * 40)
-    assert images.add(b"a" * 40) == first  # uploaded again
-    third = images.add(b"c" * 40)
-    assert images.get(second) is None
-    assert all(images.get(name) for name in (first, third, example))
+def test_the_info_and_the_examples(vlm: Predictor) -> None:
+    images = [numbered_image(n) for n in range(2)]
+    run = browse.Run([], "vqa_accuracy")
+    with serving(vlm, run=run, examples=images, questions=3) as (client, _):
+        info = client.get("/info").json()
+        assert info["models"] == ["model"] and info["question_types"] == [] and info["limits"]["questions"] == 3
+        assert [one.startswith("data:image/jpeg;base64,") for one in info["examples"]] == [True, True]
+        assert [client.get(f"/examples/{n}").content for n in range(2)] == images
+        for number in ("2", "-1"):
+            assert f"there is no example {number}" in error_message(client.get(f"/examples/{number}"), 404)
+        assert "number: Input should be a valid integer" in error_message(client.get("/examples/x"), 422)
 
 
-def test_events_that_name_files_and_other_gradio_routes_are_blocked(vlm: Predictor) -> None:
-    async def gradio(scope: Any, receive: Any, send: Any) -> None:
-        body = (await receive()).get("body", b"")
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"gradio: " + body})
+def test_the_browsed_answers(vlm: Predictor) -> None:
+    """Filters, pages, counted references, and images that cannot be read."""
+    records = [
+        {
+            "image_id": n,
+            "question": f"what is {n}?",
+            "answer": "a <dog>" if n else "",
+            "answers": ["a", "b", "a"],
+            "log_probability": math.log(0.3 if n % 2 else 0.95) if n else None,
+            "question_type": "what" if n % 3 else "how",
+            "vqa_accuracy": 100.0 * (n % 2),
+        }
+        for n in range(30)
+    ]
+    run = browse.Run(records, "vqa_accuracy", {1: numbered_image(1), 2: b"no image"})
+    with serving(vlm, run=run) as (client, _):
+        assert client.get("/info").json()["question_types"] == ["what", "how"]
 
-    client = TestClient(AccessMiddleware(gradio, Limits(), local=True), base_url="http://localhost")
-    event = {"data": ["a question", 3], "fn_index": 0}
-    assert client.post("/gradio_api/queue/join", json=event).text.startswith('gradio: {"data"')
-    for hidden in ({"path": "/etc/passwd"}, [{"a": {"path": "http://elsewhere.example", "meta": {}}}]):
-        refused = client.post("/gradio_api/queue/join", json={**event, "data": [hidden]})
-        assert "may not name files" in error_message(refused, 400)
-    for broken in (b"{", b"[" * 100_000, b"\xff"):
-        assert "must be JSON" in error_message(client.post("/gradio_api/queue/join", content=broken), 400)
-    for path in (
-        *("file=/etc/passwd", "file/etc/passwd", "upload", "proxy=http://elsewhere.example", "stream/x", "vibe-edit"),
-        *(
-            "run/ask",
-            "call/ask",
-            "call/v2/ask",
-            "api/ask",
-            "deep_link",
-            "custom_component/a/b/c/d",
-            "queue/x",
-        ),
-    ):
-        assert client.get(f"/gradio_api/{path}").status_code == 404
-        assert client.post(f"/gradio_api/{path}", json=event).status_code == 404
-    for path in ("/", "/config", "/assets/index.js", "/theme.css", "/gradio_api/heartbeat/abc"):
-        assert client.get(path).status_code == 200
+        def found(**query: str | int) -> dict[str, Any]:
+            return client.get("/browse", params=query).json()
+
+        page = found()
+        assert [page[key] for key in ("total", "pages", "page", "first")] == [30, 3, 0, 1]
+        first, second, third = page["answers"][:3]
+        assert (first["text"], first["probability"], first["right"]) == ("", None, False)
+        assert second["thumbnail"].startswith("data:image/jpeg") and third["thumbnail"] is None
+        assert second["references"] == ["a x 2", "b"] and second["type"] == "what"
+        last = found(page=10**9)
+        assert (last["page"], last["first"], len(last["answers"])) == (2, 25, 6)
+        assert found(correctness="right")["total"] == 15 and found(type="how")["total"] == 10
+        assert found(confidence="over 90 %")["total"] == 14 and found(confidence="50 to 90 %")["total"] == 0
+        assert found(correctness="right", confidence="over 90 %")["answers"] == []
+        assert found(type="no such type")["total"] == 0
+        for query in ("correctness=maybe", "confidence=high", "page=-1", "page=x"):
+            message = error_message(client.get(f"/browse?{query}"), 422)
+            assert message.startswith(query.partition("=")[0]) and "multipart" not in message
 
 
-def test_wrong_methods_and_unknown_paths(vlm: Predictor, tmp_path: Path) -> None:
-    """With the page mounted at /, which receives all requests that no route of the API matches."""
-    service = Service({"model": vlm}, Limits())
-    app = build(service)
-    page.mount(app, service, None, [], tmp_path)
-    client = TestClient(AccessMiddleware(app, Limits(), local=True), base_url="http://localhost")
-    wrong = {"/answer": "GET PUT DELETE PATCH OPTIONS", "/image": "GET", "/image/x": "POST", "/health": "POST"}
+def test_without_a_run_there_is_nothing_to_browse(client: TestClient) -> None:
+    assert "start the server with browse=" in error_message(client.get("/browse"), 404)
+    assert client.get("/info").json()["question_types"] is None
+
+
+def test_wrong_methods_and_unknown_paths(client: TestClient) -> None:
+    wrong = {"/answer": "GET PUT DELETE PATCH OPTIONS", "/info": "POST", "/health": "POST", "/browse": "POST"}
+    wrong |= {"/docs": "POST", "/openapi.json": "PUT", "/": "POST", "/page.js": "POST", "/examples/0": "POST"}
+    for path, methods in wrong.items():
+        for method in methods.split():
+            refused = client.request(method, path)
+            assert f"{method} {path} is not allowed; use " in error_message(refused, 405)
+            assert refused.headers["allow"] in refused.json()["error"]
+    for path in ("/answers", "/answer/", "/v1/answer", "/page.html", "/api.py", "/favicon.ico"):
+        assert f"there is no {path}; /docs lists the routes" in error_message(client.get(path), 404)
+    assert "there is no /" + "x" * 59 + "...;" in error_message(client.get("/" + "x" * 3000), 404)
+
+
+def test_no_path_of_a_client_is_opened(client: TestClient) -> None:
+    for path in ("../limits.py", "%2e%2e/limits.py", "page.css/../api.py", "..%2f..%2fetc%2fpasswd", "//etc/passwd"):
+        for folder in ("", "examples/"):
+            assert client.get(f"/{folder}{path}").status_code in (404, 422)
+
+
+def test_two_models_by_name(vlm: Predictor) -> None:
+    batcher = Batcher({"first": vlm, "second": vlm}, Limits())
+    client = TestClient(AccessMiddleware(build(batcher), Limits(), local=True), base_url="http://localhost")
     try:
-        for path, methods in (
-            wrong | {"/docs": "POST", "/openapi.json": "PUT", "/": "POST", "/config": "POST"}
-        ).items():
-            for method in methods.split():
-                refused = client.request(method, path)
-                assert f"{method} {path} is not allowed; use " in error_message(refused, 405)
-                assert refused.headers["allow"] in refused.json()["error"]
-        for path in ("/answers", "/answer/", "/v1/answer", "/gradio_api/upload"):
-            assert f"there is no {path}; /docs lists the routes" in error_message(client.get(path), 404)
+        assert client.get("/info").json()["models"] == ["first", "second"]
+        for given, model in (({}, "first"), ({"model": "second"}, "second")):
+            assert ask(client, numbered_image(0), **given).json()["model"] == model
+        message = error_message(ask(client, numbered_image(0), model="third"), 422)
+        assert message == "model=third is not served; use first or second"
     finally:
-        service.close()
-
-
-def test_empty_answers_have_a_placeholder() -> None:
-    record = {"image_id": 1, "question": "what is it?", "answers": ["a <dog>"], "log_probability": None}
-    run = browse.Run("run", [{**record, "answer": "", "vqa_accuracy": 0.0}], "vqa_accuracy")
-    html, _, _ = browse.page(run, "wrong", "any", "any", 0)
-    assert "(no word)" in html and "References: a &lt;dog&gt;" in html
-
-
-def test_cards_explain_truncation_and_the_color_scale() -> None:
-    shown = answered("what is it?", "a do", 0.5, ("b", 0.2), ("c", 0.3), truncated=True, attribution="cG5n")
-    cards = html.cards([shown], "gradient")
-    assert "(truncated at max_new_tokens)" in cards
-    assert f'low<i style="background-image:{HEAT}"></i>high' in cards and "Gradient map" in cards
-    assert cards.index("50.0 %") < cards.index("30.0 %") < cards.index("20.0 %")  # the most probable first
+        batcher.close()

@@ -1,37 +1,52 @@
-"""The HTTP API: `POST /answer`, `GET /health`, its documentation, and the image routes of the page."""
+"""The HTTP API and the files of the page."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Form
+import yaml
+from fastapi import FastAPI, Form, Query
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 import vlmvqa
-from vlmvqa.extras.serving import openapi
-from vlmvqa.extras.serving.limits import RequestError
-from vlmvqa.extras.serving.service import Service
-from vlmvqa.extras.serving.uploads import ImageCache
+from vlmvqa.extras.report.gallery import data_uri
+from vlmvqa.extras.serving import browse, openapi, uploads
+from vlmvqa.extras.serving.batcher import Batcher, PendingRequest
+from vlmvqa.extras.serving.limits import RequestError, busy
 
 R = TypeVar("R")
+FOLDER = Path(__file__).parent
 FORM_HINT = "send multipart/form-data with a file `image` and a field `question` for each question"
-CACHED_IMAGES = 25  # images of the largest size that the page's cache holds
+DECODER_THREADS = 2  # each decodes one image, which takes up to 17 bytes per pixel
 
 MultiPartParser.spool_max_size = 2**62  # never write to disk; `AccessMiddleware` limits the body
 
 
-def build(service: Service) -> FastAPI:
-    """Return the API without the page and without `AccessMiddleware`."""
-    images = ImageCache(CACHED_IMAGES * service.limits.bytes)
-    app = FastAPI(title="vlmvqa", version=vlmvqa.__version__, docs_url=None, redoc_url=None)
-    app.state.images = images
+def build(batcher: Batcher, run: browse.Run | None = None, examples: Sequence[bytes] = ()) -> FastAPI:
+    """Return the application without `AccessMiddleware`.
+
+    Args:
+        batcher: answers the requests; its first model is the default.
+        run: run to browse.
+        examples: image files to choose from.
+    """
+    app = FastAPI(title="vlmvqa", version=vlmvqa.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    decoders = ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="vlmvqa images")
+    info = openapi.Info(
+        models=list(batcher.models),
+        formats=list(uploads.FORMATS),
+        limits=batcher.limits,
+        examples=[data_uri(uploads.decode(content, batcher.limits)) for content in examples],
+        question_types=None if run is None else run.types,
+    )
 
     @app.post(
         "/answer",
@@ -44,71 +59,95 @@ def build(service: Service) -> FastAPI:
     ) -> Any:
         if len((await request.form()).getlist("image")) > 1:
             raise RequestError(422, f"there must be one `image`; {FORM_HINT}")
-        answering = service.answer(
-            await form.image.read(), form.question, alternatives=form.alternatives, attribution=form.attribution
-        )
-        answers = await _unless_disconnected(request, answering)
-        return {"model": service.model_names[0], "answers": answers}
+        model, limits, loop = form.model or info.models[0], batcher.limits, asyncio.get_running_loop()
+        if model not in batcher.models:
+            raise RequestError(422, f"model={model:.60} is not served; use {' or '.join(batcher.models)}")
+        if form.alternatives > limits.alternatives:
+            raise RequestError(422, f"alternatives={form.alternatives} is out of range; use 0 to {limits.alternatives}")
+        questions = uploads.clean_questions(form.question, limits, batcher.special_tokens[model])
+        content, settings = await form.image.read(), batcher.models[model].processor.images
+        deadline = loop.time() + limits.timeout_s
+        image = await loop.run_in_executor(decoders, uploads.decode, content, limits, settings)
+        pending = batcher.submit(PendingRequest(model, image, questions, form.alternatives, form.attribution))
+        answers = await _result(request, asyncio.wrap_future(pending), deadline - loop.time())
+        if answers is None:
+            raise busy(f"there was no answer within {limits.timeout_s:g} seconds")
+        return {"model": model, "answers": answers}
 
     @app.get("/health", summary="Return the server's state", response_model=openapi.Health)
     async def health() -> Any:
-        return {"status": "ready", "waiting": service.batcher.num_waiting}
+        return {"status": "ready", "waiting": batcher.num_waiting}
+
+    @app.get("/info", summary="Return the models, limits, examples and the browsed run's question types")
+    async def show_info() -> openapi.Info:
+        return info
+
+    @app.get("/browse", summary="Return a page of the browsed run's answers")
+    def show_page(
+        correctness: browse.Correctness = "all",
+        type: Annotated[str, Query(description="a question type; empty: all")] = "",
+        confidence: browse.Confidence = "any",
+        page: Annotated[int, Query(ge=0)] = 0,
+    ) -> Any:
+        if run is None:
+            raise RequestError(404, "no run is open; start the server with browse=runs/name, a scored run's folder")
+        return browse.page(run, correctness, type, confidence, page)
+
+    @app.get("/examples/{number}", summary="Return the image file of an example", response_class=Response)
+    async def example(number: int) -> Response:
+        if not 0 <= number < len(examples):
+            raise RequestError(404, f"there is no example {number}; there are {len(examples)}, counted from 0")
+        return Response(examples[number], media_type="application/octet-stream")
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(openapi.page(app.openapi()))
+    async def docs() -> Response:  # FastAPI's own page loads scripts from other hosts
+        return PlainTextResponse(yaml.safe_dump(app.openapi(), sort_keys=False))
 
-    @app.post("/image", include_in_schema=False)
-    async def upload(request: Request) -> Any:
-        """Cache an image for the page; its events then name the image."""
-        content = await request.body()
-        image = await service.decode(content)
-        return {"name": images.add(content), "width": image.width, "height": image.height}
-
-    @app.get("/image/{name}", include_in_schema=False)
-    async def cached_image(name: str) -> Response:
-        content = images.get(name)
-        if content is None:
-            raise RequestError(404, "this image is no longer cached; upload it again")
-        return Response(content, media_type=_media_type(content), headers={"cache-control": "private, max-age=3600"})
+    @app.get("/", include_in_schema=False)
+    @app.get("/page.css", include_in_schema=False)
+    @app.get("/page.js", include_in_schema=False)
+    async def page_file(request: Request) -> FileResponse:
+        return FileResponse(FOLDER / (request.url.path[1:] or "page.html"))
 
     for kind in (RequestError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.exception_handler(kind)(_error_response)
     return app
 
 
-async def _unless_disconnected(request: Request, answering: Coroutine[Any, Any, R]) -> R:
-    """Return the result of a coroutine, but cancel it when the client disconnects."""
-    task = asyncio.ensure_future(answering)
+async def _result(request: Request, answers: asyncio.Future[R], seconds: float) -> R | None:
+    """Return a future's result; cancel it if the client leaves, the server stops, or `seconds` have passed (None)."""
     disconnect = asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        waiting: set[asyncio.Future[Any]] = {answers, disconnect}
+        await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if answers.done():
+            return answers.result()
+        if disconnect.done():
             raise ClientDisconnect
-        return task.result()
+        return None
+    except asyncio.CancelledError:
+        raise busy("the server is shutting down") from None
     finally:
-        for future in (task, disconnect):
-            future.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await future
+        answers.cancel()
+        disconnect.cancel()
 
 
-def _media_type(content: bytes) -> str:
-    """Return the type of a file that `uploads.decode` has accepted."""
-    kinds = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"GI": "gif", b"BM": "bmp", b"RI": "webp"}
-    return f"image/{kinds[content[:2]]}"
-
-
-async def _error_response(_: Request, error: Exception) -> Response:
+async def _error_response(request: Request, error: Exception) -> Response:
     headers: Mapping[str, str] | None = None
+    path = request.url.path if len(request.url.path) <= 60 else f"{request.url.path[:60]}..."
     match error:
         case RequestError():
             status, message, headers = error.status, error.message, error.headers
         case RequestValidationError():
             first = error.errors()[0]
-            status, message = 422, f"{first['loc'][-1]!s:.40}: {first['msg']}; {FORM_HINT}"
+            hint = f"; {FORM_HINT}" if first["loc"][0] == "body" else ""
+            status, message = 422, f"{first['loc'][-1]!s:.40}: {first['msg']}{hint}"
         case HTTPException():
             status, message, headers = error.status_code, error.detail, error.headers
+            if status == 404:
+                message = f"there is no {path}; /docs lists the routes"
+            elif status == 405 and headers:
+                message = f"{request.method:.60} {path} is not allowed; use {headers['Allow']} (see /docs)"
         case ClientDisconnect():
             status, message = 499, "the client disconnected"
         case _:  # uvicorn logs the traceback

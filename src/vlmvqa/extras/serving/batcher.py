@@ -6,13 +6,16 @@ clients either.
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 
@@ -20,20 +23,13 @@ from PIL import Image
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
-from vlmvqa.extras.report.attribution import Attribution, attribute
+from vlmvqa.extras.report.attribution import Attribution, attribute, draw
 from vlmvqa.extras.serving.limits import MILLION, Limits, RequestError, busy
+from vlmvqa.extras.serving.openapi import Alternative, QuestionAnswer
 from vlmvqa.inference.predictor import Answer, Predictor
 
 log = logging.getLogger("vlmvqa.extras.serving")
-
-
-@dataclass(frozen=True)
-class QuestionResult:
-    """The answer to a question, alternative answers from beam search, and an attribution map."""
-
-    answer: Answer
-    alternatives: Sequence[Answer]
-    attribution: Attribution | None
+MAP_SIDE = 512  # pixels of an attribution map's longer side; small images are enlarged so that it looks smooth
 
 
 @dataclass(eq=False)
@@ -45,42 +41,23 @@ class PendingRequest:
         image: RGB, upright.
         alternatives: number of alternative answers per question.
         attribution: method of the attribution map; None: no map.
-        deadline: monotonic time after which the request is not computed.
-        results: a result for each question, in order.
+        deadline: monotonic time after which alternatives and attribution maps are not computed.
+        results: an answer for each question, in order.
     """
 
     model: str
     image: Image.Image
     questions: Sequence[str]
-    alternatives: int
-    attribution: str | None
-    deadline: float
-    results: Future[list[QuestionResult]] = field(default_factory=Future)
+    alternatives: int = 0
+    attribution: str | None = None
+    deadline: float = math.inf
+    results: Future[list[QuestionAnswer]] = field(default_factory=Future)
 
     @cached_property
     def ids(self) -> list[str]:
-        """A hash of image and text for each question.
-
-        Sampling is seeded by it, so equal requests get equal answers.
-        """
-        image_hash = blake2b(repr(self.image.size).encode(), digest_size=16)
-        image_hash.update(self.image.tobytes())
-        ids = []
-        for question in self.questions:
-            question_hash = image_hash.copy()
-            question_hash.update(question.encode())
-            ids.append(question_hash.hexdigest())
-        return ids
-
-    @property
-    def pixels(self) -> int:
-        """Number of pixels of the image."""
-        return self.image.width * self.image.height
-
-    @property
-    def expired(self) -> bool:
-        """Whether the deadline has passed."""
-        return time.monotonic() > self.deadline
+        """An id of image and text for each question; sampling is seeded by it, so equal requests get equal answers."""
+        image = blake2b(self.image.tobytes(), digest_size=16).hexdigest()
+        return [f"{self.image.size} {image} {question}" for question in self.questions]
 
 
 class Batcher:
@@ -90,12 +67,15 @@ class Batcher:
         models: predictors by name.
 
     Attributes:
-        batch_sizes: rows of the most recent batches, oldest first.
+        special_tokens: texts that a question may not contain; `<image>`, for example, would insert another image.
     """
 
     def __init__(self, models: Mapping[str, Predictor], limits: Limits) -> None:
-        self.models, self.limits = dict(models), limits
-        self.batch_sizes: deque[int] = deque(maxlen=1000)
+        self.models, self.limits = models, limits
+        self.special_tokens = {
+            name: [str(token) for token in model.processor.tokenizer.added_tokens_decoder.values() if token.special]
+            for name, model in models.items()
+        }
         self._queue: deque[PendingRequest] = deque()
         self._queue_changed = threading.Condition()
         self._closed = False
@@ -107,25 +87,17 @@ class Batcher:
         """Number of requests in the queue."""
         return len(self._queue)
 
-    def submit(
-        self,
-        model: str,
-        image: Image.Image,
-        questions: Sequence[str],
-        alternatives: int = 0,
-        attribution: str | None = None,
-    ) -> Future[list[QuestionResult]]:
+    def submit(self, request: PendingRequest) -> Future[list[QuestionAnswer]]:
         """Queue a request; cancelling its future before it runs drops it.
 
         Raises:
             RequestError: the queue is full, or the server is shutting down.
         """
-        deadline = time.monotonic() + self.limits.timeout_s
-        request = PendingRequest(model, image, questions, alternatives, attribution, deadline)
+        request.deadline = time.monotonic() + self.limits.timeout_s
         with self._queue_changed:
             if self._closed:
                 raise busy("the server is shutting down")
-            pixels = request.pixels + sum(other.pixels for other in self._queue)
+            pixels = sum(other.image.width * other.image.height for other in (request, *self._queue))
             too_large = self._queue and pixels > self.limits.waiting_megapixels * MILLION
             if len(self._queue) >= self.limits.queue or too_large:
                 raise busy(f"the queue is full ({len(self._queue)} requests)")
@@ -137,12 +109,11 @@ class Batcher:
         """Fail queued and new requests; wait at most `timeout_s` for the current batch."""
         with self._queue_changed:
             self._closed = True
-            queued = list(self._queue)
-            self._queue.clear()
             self._queue_changed.notify()
-        for request in queued:
-            if request.results.set_running_or_notify_cancel():
-                request.results.set_exception(busy("the server is shutting down"))
+            for request in self._queue:
+                if request.results.set_running_or_notify_cancel():
+                    request.results.set_exception(busy("the server is shutting down"))
+            self._queue.clear()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
@@ -151,50 +122,37 @@ class Batcher:
 
     def _next_batch(self) -> list[PendingRequest]:
         """Wait for requests; return the oldest and those of the same model that fit with it. Empty: closed."""
+        batch: list[PendingRequest] = []
+        num_rows = 0
         with self._queue_changed:
-            while True:
+            while not batch:
                 self._queue_changed.wait_for(lambda: self._queue or self._closed)
                 if self._closed:
-                    return []
-                batch: list[PendingRequest] = []
-                remaining: deque[PendingRequest] = deque()
-                num_rows = 0
-                for request in self._queue:
-                    rows = self._num_rows(request.model, request.questions)
-                    same_model = not batch or request.model == batch[0].model
-                    if batch and not (same_model and num_rows + rows <= self.limits.max_batch):
-                        remaining.append(request)
-                    elif request.results.set_running_or_notify_cancel():  # False: the client has disconnected
+                    break
+                for _ in range(len(self._queue)):  # once around: requests that don't fit are queued again, in order
+                    request = self._queue.popleft()
+                    rows = 1 if self.models[request.model].model.shares_images else len(request.questions)
+                    fits = not batch or (request.model == batch[0].model and num_rows + rows <= self.limits.max_batch)
+                    if not fits:
+                        self._queue.append(request)
+                    elif request.results.set_running_or_notify_cancel():  # False: the client has left or timed out
                         batch.append(request)
                         num_rows += rows
-                self._queue = remaining
-                if batch:
-                    return batch
-
-    def _num_rows(self, model: str, questions: Sequence[object]) -> int:
-        return 1 if self.models[model].model.shares_images else len(questions)
+        return batch
 
     def _answer(self, batch: Sequence[PendingRequest]) -> None:
         """Answer a batch; if the model fails on it, answer its requests one by one, so that only the bad one fails."""
-        current = []
-        for request in batch:
-            if request.expired:
-                request.results.set_exception(self._timeout())
-            else:
-                current.append(request)
-        if not current:
-            return
         try:
-            answers = self._predict(current)
+            answers = self._predict(batch)
         except Exception as error:
-            if len(current) == 1:
-                current[0].results.set_exception(_client_error(error))
-                return
-            for request in current:
-                self._answer([request])
+            if len(batch) == 1:
+                batch[0].results.set_exception(_client_error(error))
+            else:
+                for request in batch:
+                    self._answer([request])
             return
         # Requests without alternatives and attribution first: those two take a while.
-        for request in sorted(current, key=lambda request: bool(request.alternatives or request.attribution)):
+        for request in sorted(batch, key=lambda request: bool(request.alternatives or request.attribution)):
             try:
                 request.results.set_result(self._results(request, [answers[key] for key in request.ids]))
             except Exception as error:
@@ -202,45 +160,47 @@ class Batcher:
 
     def _predict(self, batch: Sequence[PendingRequest]) -> dict[int | str, Answer]:
         """Return answers by question id; duplicate questions are computed once."""
-        model = batch[0].model
-        predictor = self.models[model]
+        predictor, prompt = self.models[batch[0].model], self.models[batch[0].model].prompt
         examples: list[Example] = []
         seen: set[str] = set()
         for request in batch:
             new = {key: text for key, text in zip(request.ids, request.questions, strict=True) if key not in seen}
             seen |= new.keys()
-            prompts = {key: predictor.prompt.replace("{question}", text) for key, text in new.items()}
-            questions = tuple(Question(key, text, prompts[key]) for key, text in new.items())
+            questions = tuple(Question(key, text, prompt.replace("{question}", text)) for key, text in new.items())
             if questions:
                 examples.append(Example(request.image, "sent", questions))
-        answers = predictor.answer_examples(examples, batch_size=self.limits.max_batch)
-        self.batch_sizes.append(sum(self._num_rows(model, example.questions) for example in examples))
-        return answers
+        return predictor.answer_examples(examples, batch_size=self.limits.max_batch)
 
-    def _results(self, request: PendingRequest, answers: Sequence[Answer]) -> list[QuestionResult]:
+    def _results(self, request: PendingRequest, answers: Sequence[Answer]) -> list[QuestionAnswer]:
         """Add the requested alternatives and attribution maps to the answers."""
-        predictor = self.models[request.model]
-        alternatives: Sequence[Sequence[Answer]] = [()] * len(answers)
+        if (request.alternatives or request.attribution) and time.monotonic() > request.deadline:
+            raise busy("there was no answer in time")  # the client already has this error
+        predictor, results = self.models[request.model], []
+        beams: Sequence[Sequence[Answer]] = [()] * len(answers)
         if request.alternatives:
-            self._check_deadline(request)
             beams = predictor.beam_candidates(request.image, list(request.questions), request.alternatives + 1)
-            alternatives = [
-                [other for other in found if other.text != answer.text][: request.alternatives]
-                for found, answer in zip(beams, answers, strict=True)
-            ]
-        attributions: list[Attribution | None] = [None] * len(answers)
-        if request.attribution:
-            for index, (question, answer) in enumerate(zip(request.questions, answers, strict=True)):
-                self._check_deadline(request)
-                attributions[index] = attribute(predictor, request.image, question, answer.text, request.attribution)
-        return [QuestionResult(*row) for row in zip(answers, alternatives, attributions, strict=True)]
+        for question, answer, found in zip(request.questions, answers, beams, strict=True):
+            result = QuestionAnswer(
+                question=question, text=answer.text, probability=answer.probability, truncated=answer.cut
+            )
+            others = [Alternative(text=other.text, probability=other.probability) for other in found]
+            result.alternatives = [other for other in others if other.text != answer.text][: request.alternatives]
+            if request.attribution:
+                attribution = attribute(predictor, request.image, question, answer.text, request.attribution)
+                result.attribution = _png(request.image, attribution)
+            results.append(result)
+        return results
 
-    def _check_deadline(self, request: PendingRequest) -> None:
-        if request.expired:
-            raise self._timeout()
 
-    def _timeout(self) -> RequestError:
-        return busy(f"there was no answer within {self.limits.timeout_s:g} seconds")
+def _png(image: Image.Image, attribution: Attribution) -> str:
+    """Return an image (RGB, upright) with an attribution map over it, as a PNG in base64."""
+    width, height = (max(1, round(side * MAP_SIDE / max(image.size))) for side in image.size)
+    ratios = (width / image.width, height / image.height) * 2
+    left, top, right, bottom = (round(edge * ratio) for edge, ratio in zip(attribution.box, ratios, strict=True))
+    box = (left, top, max(right, left + 1), max(bottom, top + 1))  # at least a pixel
+    buffer = io.BytesIO()
+    draw(image.resize((width, height), Image.Resampling.BICUBIC), replace(attribution, box=box)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _client_error(error: Exception) -> RequestError:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vlmvqa.data import images
 from vlmvqa.data.example import ImageSource
 from vlmvqa.errors import InputError
-from vlmvqa.extras.report.gallery import record_confidence
-from vlmvqa.extras.serving.html import answer_text, note, percent
+from vlmvqa.extras.report.gallery import data_uri, record_confidence
 from vlmvqa.metrics.registry import metric
 
 PAGE_SIZE = 12
-THUMBNAIL = (360, 300)  # pixels
-CORRECTNESS = ("all", "right", "wrong")
-ANY_TYPE = "every type"
+Correctness = Literal["all", "right", "wrong"]
+Confidence = Literal["any", "under 50 %", "50 to 90 %", "over 90 %"]
 # Inclusive lower and exclusive upper bound; a probability of 1 is in the last range.
-CONFIDENCE = {"any": (0.0, 2.0), "under 50 %": (0.0, 0.5), "50 to 90 %": (0.5, 0.9), "over 90 %": (0.9, 2.0)}
+RANGES = {"any": (0.0, 2.0), "under 50 %": (0.0, 0.5), "50 to 90 %": (0.5, 0.9), "over 90 %": (0.9, 2.0)}
 
 
 @dataclass(frozen=True)
@@ -33,13 +29,11 @@ class Run:
     """A scored run.
 
     Attributes:
-        name: name of its folder.
         records: lines of its predictions.jsonl.
         metric: name of the metric in the records.
         images: by image id, where the dataset is available.
     """
 
-    name: str
     records: Sequence[Mapping[str, Any]]
     metric: str
     images: Mapping[Any, ImageSource] = field(default_factory=dict)
@@ -47,20 +41,7 @@ class Run:
     @property
     def types(self) -> list[str]:
         """Question types, the most frequent first."""
-        counts = Counter(_type(record) for record in self.records)
-        return [name for name, _ in counts.most_common() if name]
-
-    def select(self, correctness: str, kind: str, confidence: str) -> list[Mapping[str, Any]]:
-        """Return the records that pass all filters, in their order; an unknown filter value passes all."""
-        low, high = CONFIDENCE.get(confidence, (0.0, 2.0))
-        types = set(self.types)
-        return [
-            record
-            for record in self.records
-            if (correctness not in ("right", "wrong") or self.is_right(record) == (correctness == "right"))
-            and (kind not in types or _type(record) == kind)
-            and low <= record_confidence(record) < high
-        ]
+        return [name for name, _ in Counter(map(_type, self.records)).most_common() if name]
 
     def is_right(self, record: Mapping[str, Any]) -> bool | None:
         """Return whether an answer is right; None without a score, or if the metric has no threshold for it."""
@@ -86,61 +67,47 @@ def read(folder: Path) -> Run:
                 raise ValueError(f"a record has only {', '.join(record)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"browse={folder} cannot be read ({error}); score the run again with launch/eval.py") from None
-    return Run(folder.name, records, name)
+    return Run(records, name)
 
 
-def page(run: Run, correctness: str, kind: str, confidence: str, index: int) -> tuple[str, int, int]:
-    """Return one page of the selected answers as HTML, its index clamped to the existing pages, and their number."""
-    selected = run.select(correctness, kind, confidence)
-    num_pages = max(1, math.ceil(len(selected) / PAGE_SIZE))
-    index = min(max(index, 0), num_pages - 1)
-    if not selected:
-        return note("No answer passes these filters."), 0, 1
-    shown = selected[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
-    first = index * PAGE_SIZE + 1
-    count = f"{first:,} to {first + len(shown) - 1:,} of {len(selected):,} answers"
-    tiles = "".join(_tile(run, record) for record in shown)
-    return f'<p class="vq-count">{count}</p><div class="vq-grid">{tiles}</div>', index, num_pages
-
-
-def thumbnail(source: ImageSource, name: str) -> str | None:
-    """Return a small JPEG as a data URI; None if the image cannot be read.
+def page(run: Run, correctness: Correctness, kind: str, confidence: Confidence, index: int) -> dict[str, Any]:
+    """Return the answers of one page, `first` being the number of the first one, and counts of answers and pages.
 
     Args:
-        name: name of the image in error messages.
+        kind: a question type; empty: all types.
+        index: of the page; clamped to the existing pages.
     """
-    try:
-        small = images.decode(source, name)
-    except InputError:
-        return None
-    small.thumbnail(THUMBNAIL)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    low, high = RANGES[confidence]
+    selected = [
+        record
+        for record in run.records
+        if (correctness == "all" or run.is_right(record) == (correctness == "right"))
+        and kind in ("", _type(record))
+        and low <= record_confidence(record) < high
+    ]
+    num_pages = max(1, math.ceil(len(selected) / PAGE_SIZE))
+    index = min(index, num_pages - 1)
+    first = index * PAGE_SIZE
+    answers = [_answer(run, record) for record in selected[first : first + PAGE_SIZE]]
+    return {"total": len(selected), "pages": num_pages, "page": index, "first": first + 1, "answers": answers}
 
 
-def _tile(run: Run, record: Mapping[str, Any]) -> str:
-    image_id = escape(str(record["image_id"]))
-    source = run.images.get(record["image_id"])
-    uri = None if source is None else thumbnail(source, "an image")
-    right = run.is_right(record)
-    word = "right" if right else "wrong"
-    mark = "" if right is None else f'<span class="vq-mark vq-{word}">{word}</span>'
-    counts = Counter(map(str, record["answers"])).most_common(4)
-    references = ", ".join(escape(text) + (f" x {count}" if count > 1 else "") for text, count in counts)
-    details = {
-        "References": references or "not known",
-        "Confidence": "" if record["log_probability"] is None else percent(record_confidence(record)),
-        "Type": escape(_type(record)),
-        "Image": image_id,
+def _answer(run: Run, record: Mapping[str, Any]) -> dict[str, Any]:
+    thumbnail = None
+    if record["image_id"] in run.images:
+        with suppress(InputError):  # the image cannot be read
+            thumbnail = data_uri(images.decode(run.images[record["image_id"]], "an image"))
+    references = Counter(map(str, record["answers"])).most_common(4)
+    return {
+        "question": str(record["question"]),
+        "text": str(record["answer"]),
+        "probability": None if record["log_probability"] is None else record_confidence(record),
+        "right": run.is_right(record),
+        "references": [text + (f" x {count}" if count > 1 else "") for text, count in references],
+        "type": _type(record),
+        "image_id": record["image_id"],
+        "thumbnail": thumbnail,
     }
-    lines = "".join(f'<p class="vq-small">{name}: {text}</p>' for name, text in details.items() if text)
-    return (
-        '<article class="vq-tile">'
-        + (f'<img src="{uri}" alt="image {image_id}">' if uri else "")
-        + f"<div><p><small>Question:</small> {escape(str(record['question']))}</p>"
-        f"<p><small>Answer:</small> <b>{answer_text(str(record['answer']))}</b> {mark}</p>{lines}</div></article>"
-    )
 
 
 def _type(record: Mapping[str, Any]) -> str:

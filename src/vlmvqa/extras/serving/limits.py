@@ -33,18 +33,8 @@ class Limits:
             if not isinstance(value, int | float) or value <= 0:
                 raise InputError(f"limits.{field.name} is {value}; use a number above 0")
         pillow_limit = Image.MAX_IMAGE_PIXELS or 0
-        if self.pixels > pillow_limit:
+        if self.megapixels * MILLION > pillow_limit:
             raise InputError(f"limits.megapixels is {self.megapixels}; use at most {pillow_limit // MILLION}")
-
-    @property
-    def pixels(self) -> int:
-        """Pixels per image."""
-        return int(self.megapixels * MILLION)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes per image file."""
-        return int(self.megabytes * MILLION)
 
 
 class RequestError(Exception):

@@ -1,14 +1,13 @@
-"""Data models of the API, and a documentation page that loads nothing from other hosts."""
+"""Data models of the API."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from html import escape
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from fastapi import UploadFile
 from pydantic import BaseModel, Field
+
+from vlmvqa.extras.serving.limits import Limits
 
 ERRORS = {
     400: "the image is damaged, or the form cannot be read",
@@ -27,10 +26,9 @@ class AnswerForm(BaseModel):
     model_config = {"extra": "forbid"}
     image: UploadFile = Field(description="JPEG, PNG, WEBP, GIF or BMP")
     question: list[str] = Field(description="one per question")
+    model: str | None = Field(default=None, description="name of one of the models of /info; default: the first")
     alternatives: int = Field(default=0, ge=0, description="number of alternative answers, by beam search")
-    attribution: Literal["attention", "gradient"] | None = Field(
-        default=None, description="method of an attribution map"
-    )
+    attribution: Literal["attention", "gradient"] | None = Field(default=None, description="attribution map's method")
 
 
 class Alternative(BaseModel):
@@ -47,8 +45,8 @@ class QuestionAnswer(BaseModel):
     text: str
     probability: float = Field(description="of the complete answer, end of sequence included")
     truncated: bool = Field(description="the answer was truncated at max_new_tokens")
-    alternatives: list[Alternative] = Field(description="other answers of the beam search, most probable first")
-    attribution: str | None = Field(description="attribution map over the image: a PNG in base64")
+    alternatives: list[Alternative] = Field(default=[], description="other answers of the beam search, by probability")
+    attribution: str | None = Field(default=None, description="attribution map over the image: a PNG in base64")
 
 
 class Answers(BaseModel):
@@ -65,22 +63,17 @@ class Health(BaseModel):
     waiting: int = Field(description="number of requests in the queue")
 
 
+class Info(BaseModel):
+    """Response of `GET /info`."""
+
+    models: list[str]
+    formats: list[str] = Field(description="of images")
+    limits: Limits
+    examples: list[str] = Field(description="thumbnails of the images of /examples, as data URIs")
+    question_types: list[str] | None = Field(description="of the browsed run; null without one")
+
+
 class Error(BaseModel):
     """Response to a request that fails."""
 
     error: str = Field(description="one sentence: what is wrong, and what to do")
-
-
-def page(schema: Mapping[str, Any]) -> str:
-    """Return a page with the schema; FastAPI's own pages load scripts from other hosts."""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vlmvqa: the API</title><link rel="icon" href="data:,"><style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 2rem 1.25rem; }}
-pre {{ overflow-x: auto; }}
-</style></head><body><h1>The API</h1>
-<p><code>POST /answer</code> answers questions about an image, <code>GET /health</code> returns the server's state.
-<a href="./">The page to try the model</a>.</p>
-<h2>OpenAPI schema (as <a href="openapi.json">JSON</a>)</h2>
-<pre>{escape(yaml.safe_dump(schema, sort_keys=False))}</pre></body></html>"""

@@ -1,23 +1,27 @@
-"""Serve a trained model: its config, the models, the browsed run and the example images."""
+"""Serve a trained model: the config, start and shutdown, the models, the browsed run and the example images."""
 
 from __future__ import annotations
 
 import json
+import logging
+import signal
 from collections.abc import Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 from PIL import Image
 
+from vlmvqa.config.compatibility import missing
 from vlmvqa.config.inference_schema import override_decoding
 from vlmvqa.config.schema import RunSettings
 from vlmvqa.data.example import Example, ImageSource
 from vlmvqa.data.tasks import data_settings, read_examples
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.serving import browse, uploads
+from vlmvqa.extras.serving.address import Address, listen
 from vlmvqa.extras.serving.limits import Limits, RequestError
-from vlmvqa.extras.serving.server import Address, check_packages, listen, serve
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models.interface import GenerationSettings
 
@@ -44,14 +48,41 @@ class ServeConfig:
 
 
 def serve_model(config: ServeConfig) -> None:
-    """Serve the page and the API until Ctrl-C."""
-    check_packages()
+    """Serve the page and the API until SIGINT (Ctrl-C) or SIGTERM."""
+    for package in ("fastapi", "python_multipart", "uvicorn"):  # before models are loaded
+        if missing(package):
+            raise InputError(f"the server needs {package}, which is not installed; pip install 'vlmvqa[demo]'")
+    import uvicorn
+
+    from vlmvqa.extras.serving import api
+    from vlmvqa.extras.serving.access import AccessMiddleware
+    from vlmvqa.extras.serving.batcher import Batcher
+
     token = None if config.token is None else str(config.token)
     address = Address(str(config.host), config.port, token, config.open)
-    run, images = _browsed(config)
-    examples = _accepted(_read(config.examples) or images, config.limits)
-    with listen(address) as listener:  # before a model is loaded, which may take minutes
-        serve(_models(config), run, examples, address, config.limits, config.run.folder, listener)
+    run = _browsed(config)
+    examples = _accepted(_read(config.examples) or list(run.images.values() if run else ())[:EXAMPLES], config.limits)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # bad forms are reported to the client
+    # The port is taken before a model is loaded, which may take minutes.
+    with listen(address) as listener, closing(Batcher(_models(config), config.limits)) as batcher:
+        app = api.build(batcher, run, examples)
+        settings = uvicorn.Config(
+            AccessMiddleware(app, config.limits, token, local=address.local and token is None),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=config.limits.clients,
+            timeout_graceful_shutdown=1,
+        )
+        port = listener.getsockname()[1]
+        print(f"{' and '.join(batcher.models)} on {replace(address, port=port).url}")
+        print("the API is documented at /docs; press Ctrl-C to stop", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run(sockets=[listener])
+    print("stopped")
 
 
 def _models(config: ServeConfig) -> dict[str, Predictor]:
@@ -64,12 +95,11 @@ def _models(config: ServeConfig) -> dict[str, Predictor]:
     return models
 
 
-def _browsed(config: ServeConfig) -> tuple[browse.Run | None, list[bytes]]:
-    """Return the run to browse, and some of its images."""
+def _browsed(config: ServeConfig) -> browse.Run | None:
     if config.browse is None:
         folder = Path(config.checkpoint).expanduser()
         if not (folder / "metrics.json").is_file():
-            return None, []
+            return None
     else:
         folder = Path(config.browse).expanduser()
     run = browse.read(folder)
@@ -77,10 +107,8 @@ def _browsed(config: ServeConfig) -> tuple[browse.Run | None, list[bytes]]:
         examples = _examples(folder)
     except InputError as error:
         print(f"{folder} is browsed without images: {error}")
-        return run, []
-    images: dict[int | str, ImageSource] = {example.image_id: example.image for example in examples}
-    contents = [_content(image) for image in list(images.values())[:EXAMPLES]]
-    return replace(run, images=images), [content for content in contents if content is not None]
+        return run
+    return replace(run, images={example.image_id: example.image for example in examples})
 
 
 def _examples(folder: Path) -> list[Example]:
@@ -101,16 +129,6 @@ def _examples(folder: Path) -> list[Example]:
     return read_examples(data, metrics["split"], metrics["max_samples"], BadRecords("skip"))
 
 
-def _content(image: ImageSource) -> bytes | None:
-    """Return the bytes of an image file; None if it is no file, or cannot be read."""
-    if isinstance(image, Image.Image):
-        return None
-    try:
-        return image if isinstance(image, bytes) else image.read_bytes()
-    except OSError:
-        return None
-
-
 def _read(given: str | Iterable[str]) -> list[bytes]:
     """Read the images of files and folders."""
     found: list[bytes] = []
@@ -123,14 +141,15 @@ def _read(given: str | Iterable[str]) -> list[bytes]:
     return found
 
 
-def _accepted(contents: Iterable[bytes], limits: Limits) -> list[bytes]:
-    """Return the images within the limits: the page uploads an example like any other image."""
+def _accepted(sources: Iterable[ImageSource], limits: Limits) -> list[bytes]:
+    """Return the image files within the limits: the page sends an example like any other image."""
     kept = []
-    for content in contents:
+    for source in sources:
         try:
-            uploads.decode(content, limits)
-        except RequestError as error:
-            print(f"an example is skipped: {error.message}")
-        else:
-            kept.append(content)
+            content = source.read_bytes() if isinstance(source, Path) else source
+            if isinstance(content, bytes):
+                uploads.decode(content, limits)
+                kept.append(content)
+        except (OSError, RequestError) as error:
+            print(f"an example is skipped: {error}")
     return kept

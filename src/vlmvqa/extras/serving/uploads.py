@@ -1,4 +1,4 @@
-"""Client input: image bytes to an image, texts to questions, and the cache of the page's images.
+"""Client input: image bytes to an image, and texts to questions.
 
 No path is opened and file names are not read. Only five formats are decoded: Pillow's EPS decoder starts another
 program, and decoders of rare formats are less tested.
@@ -9,16 +9,14 @@ from __future__ import annotations
 import io
 import unicodedata
 import warnings
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from hashlib import blake2b
 
 from PIL import Image, UnidentifiedImageError
 
 from vlmvqa.data import images
 from vlmvqa.data.images import DECODE_ERRORS, ImageSettings
 from vlmvqa.errors import InputError
-from vlmvqa.extras.serving.limits import Limits, RequestError
+from vlmvqa.extras.serving.limits import MILLION, Limits, RequestError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # A progressive JPEG is decoded once per scan, and a scan may have a few bytes: 10 MB of them take hours.
@@ -40,16 +38,14 @@ def decode(content: bytes, limits: Limits, settings: ImageSettings | None = None
     """
     if not content:
         raise RequestError(400, "the image is empty (0 bytes); send an image file")
-    if len(content) > limits.bytes:
-        raise too_many_bytes(limits)
+    if len(content) > limits.megabytes * MILLION:
+        raise RequestError(413, f"the image has over {limits.megabytes:g} MB; scale it down, or save it as a JPEG")
     if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_JPEG_SCANS:
-        raise RequestError(
-            400, f"the image is a JPEG with more than {MAX_JPEG_SCANS} scans; save it as a baseline JPEG"
-        )
+        raise RequestError(400, f"the image is a JPEG with over {MAX_JPEG_SCANS} scans; save it as a baseline JPEG")
     too_many_pixels = f"over {limits.megapixels:g} megapixels; scale it down"
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > limits.pixels:
+            if image.width * image.height > limits.megapixels * MILLION:
                 size = f"{image.width:,} x {image.height:,} pixels"
                 raise RequestError(413, f"the image has {size}, {too_many_pixels}")
             if image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle":
@@ -59,9 +55,7 @@ def decode(content: bytes, limits: Limits, settings: ImageSettings | None = None
                 image.draft(None, (settings.size, settings.size))
             return images.decode(image, NAME)
     except UnidentifiedImageError:
-        raise RequestError(
-            415, f"this is not an image in a supported format; send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        ) from None
+        raise RequestError(415, f"this is not an image in a supported format; send {', '.join(FORMATS)}") from None
     except InputError as error:
         raise RequestError(400, str(error).rstrip(".").replace("fetch it again", "replace the file")) from None
     except Image.DecompressionBombError:
@@ -71,7 +65,7 @@ def decode(content: bytes, limits: Limits, settings: ImageSettings | None = None
         raise RequestError(400, f"the image is damaged ({reason}); save it again") from None
 
 
-def clean_questions(texts: Sequence[str], limits: Limits, special_tokens: Collection[str] = ()) -> tuple[str, ...]:
+def clean_questions(texts: Sequence[str], limits: Limits, special_tokens: Collection[str] = ()) -> list[str]:
     """Return the questions with white space collapsed.
 
     Args:
@@ -84,59 +78,15 @@ def clean_questions(texts: Sequence[str], limits: Limits, special_tokens: Collec
         raise RequestError(422, "there is no question; send at least one")
     if len(texts) > limits.questions:
         raise RequestError(422, f"there are {len(texts)} questions; send at most {limits.questions} per image")
-    return tuple(_clean(number, text, limits, special_tokens) for number, text in enumerate(texts, start=1))
-
-
-def _clean(number: int, text: str, limits: Limits, special_tokens: Collection[str]) -> str:
-    if len(text) > limits.characters:  # before the checks whose cost grows with the length
-        raise RequestError(422, f"question {number} has {len(text):,} characters; use at most {limits.characters}")
-    question = " ".join(text.split())
-    if not question:
-        raise RequestError(422, f"question {number} is empty; write a question")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in question):
-        raise RequestError(422, f"question {number} contains control characters; send plain text")
-    for token in special_tokens:
-        if token in question:
-            raise RequestError(422, f"question {number} contains {token}, a special token of the model; remove it")
-    return question
-
-
-def too_many_bytes(limits: Limits) -> RequestError:
-    """Return the error for an image file over the limit."""
-    return RequestError(413, f"the image has over {limits.megabytes:g} MB; scale it down, or save it as a JPEG")
-
-
-class ImageCache:
-    """Image files in memory by the hash of their content; the least recently used are evicted.
-
-    Args:
-        max_bytes: total size, without the pinned images.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self._cached: OrderedDict[str, bytes] = OrderedDict()
-        self._num_bytes = 0
-        self._pinned: dict[str, bytes] = {}
-
-    def add(self, content: bytes, pinned: bool = False) -> str:
-        """Store an image file and return its name.
-
-        Args:
-            pinned: never evict it, and don't count its size.
-        """
-        name = blake2b(content, digest_size=16).hexdigest()
-        if pinned:
-            self._pinned[name] = content
-        elif name not in self._pinned:
-            self._num_bytes += len(content) - len(self._cached.pop(name, b""))
-            self._cached[name] = content
-            while self._num_bytes > self.max_bytes and len(self._cached) > 1:
-                self._num_bytes -= len(self._cached.popitem(last=False)[1])
-        return name
-
-    def get(self, name: str) -> bytes | None:
-        """Return an image file; None if it isn't cached."""
-        if name in self._cached:
-            self._cached.move_to_end(name)
-        return self._pinned.get(name) or self._cached.get(name)
+    questions = [" ".join(text[: limits.characters + 1].split()) for text in texts]
+    for number, (text, question) in enumerate(zip(texts, questions, strict=True), start=1):
+        if len(text) > limits.characters:
+            raise RequestError(422, f"question {number} has {len(text):,} characters; use at most {limits.characters}")
+        if not question:
+            raise RequestError(422, f"question {number} is empty; write a question")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in question):
+            raise RequestError(422, f"question {number} contains control characters; send plain text")
+        for token in special_tokens:
+            if token in question:
+                raise RequestError(422, f"question {number} contains {token}, a special token of the model; remove it")
+    return questions
