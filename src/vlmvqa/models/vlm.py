@@ -89,8 +89,12 @@ class VLM(Model):
         """Place the image embeddings among the text embeddings, `float[B, T, D]`: one gather and one `where`."""
         text = self.language.embed(batch["input_ids"])
         images = self.image_embeddings(batch).to(text.dtype)
-        index = batch["image_index"]
-        return torch.where((index != NO_IMAGE)[..., None], images[index.clamp(min=0)], text)
+        index = batch["image_index"].flatten()
+        is_image = index != NO_IMAGE
+        # Text positions read any image token, each another: their zero gradients must not all be added to one.
+        source = torch.where(is_image, index, torch.arange(len(index), device=index.device) % len(images))
+        placed = rearrange(images.index_select(0, source), "(b t) d -> b t d", b=len(text))
+        return torch.where(rearrange(is_image, "(b t) -> b t 1", b=len(text)), placed, text)
 
     def tokens(self, batch: Batch) -> Tokens:
         """Return the token properties that determine which tokens attend to which."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -48,9 +49,12 @@ def supervised_loss(
     def chunk_loss(states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         return (F.cross_entropy(logits(states), targets, reduction="none") * weights).sum()
 
-    supervised = labels != IGNORE
-    states, targets = hidden[supervised], labels[supervised]
-    weight = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights[supervised]
+    # Indices once: on a GPU, each use of a boolean index waits for their number.
+    supervised = (labels.flatten() != IGNORE).nonzero()[:, 0]
+    states = rearrange(hidden, "b t d -> (b t) d").index_select(0, supervised)
+    targets = labels.flatten().index_select(0, supervised)
+    weights = torch.ones_like(labels, dtype=torch.float32) if weights is None else weights
+    weight = weights.flatten().index_select(0, supervised)
     if fused is not None and len(targets):
         return (fused(states, targets) * weight).sum(), weight.sum()
     chunks = list(zip(states.split(chunk), targets.split(chunk), weight.split(chunk), strict=True))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from vlmvqa.sequence.rows import PADDING
+from vlmvqa.sequence.rows import IMAGE, PADDING, PROMPT
 
 NONE = -1
 SPAN = 64  # queries
@@ -41,8 +41,10 @@ class Tokens(NamedTuple):
     @classmethod
     def of(cls, document: Tensor, branch: Tensor, role: Tensor, position: Tensor, attention_pattern: str) -> Tokens:
         """Return the columns of a batch, with each role's bidirectional block under `attention_pattern`."""
-        blocks = torch.tensor(ATTENTION_PATTERNS[attention_pattern], device=role.device)
-        return cls(document, branch, blocks[role], position)
+        image, prompt, answer = ATTENTION_PATTERNS[attention_pattern]
+        # From numbers, not from a table: copying one to a GPU would wait for it.
+        block = torch.where(role == IMAGE, image, torch.where(role == PROMPT, prompt, answer))
+        return cls(document, branch, block, position)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         """Apply a function to every column."""

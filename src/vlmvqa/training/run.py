@@ -129,6 +129,7 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
     values["disable_tqdm"] = bool(values.get("disable_tqdm")) or not sys.stderr.isatty()
     defaults: dict[str, Any] = {
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # of copies to the GPU
         "use_cpu": not torch.cuda.is_available(),  # without a GPU, ranks communicate over gloo
         "ddp_find_unused_parameters": False,
         "metric_for_best_model": "mean" if config.data.source == MIXTURE else config.data.metric,

@@ -99,6 +99,7 @@ class VqaTrainer(Trainer):
         self.clipping = optimizer.GradientClipping(args.max_grad_norm, self.options.clip_percentile)
         self.stop_handler = StopHandler(self.dist.timeout_minutes)
         self.throughput = ThroughputMeter(model)
+        self.step_losses: list[Tensor] = []  # of the micro-batches since the last step
         self.training_set = training_set
         # Checkpoints of a model with adapters contain what trains; its base model is stored elsewhere.
         adapted = self.options.adapt is not None
@@ -230,10 +231,14 @@ class VqaTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss; stop if it isn't finite, before the backward pass, in which DeepSpeed steps."""
+        """Compute the loss. If it isn't finite, neither is the gradient norm, which is checked before the step.
+
+        DeepSpeed and the fp16 scaler skip such steps; with them the loss is checked here, which waits for the GPU.
+        """
         loss: Any = super().compute_loss(*args, **kwargs)
-        if not torch.isfinite(loss).all():
+        if (self.dist.is_zero or self.args.fp16) and not torch.isfinite(loss).all():
             raise self._diverged(f"the loss is {loss.item()}")
+        self.step_losses.append(loss.detach())
         self.throughput.backward(loss)
         return loss
 
@@ -256,8 +261,10 @@ class VqaTrainer(Trainer):
     def finite(self, norm: Any) -> float:
         """Return a gradient norm as a number; stop the run if it isn't finite."""
         norm = float(norm)
+        losses, self.step_losses = self.step_losses, []
         if not math.isfinite(norm) and not self.args.fp16:  # the fp16 scaler skips such steps
-            raise self._diverged(f"the gradient norm is {norm}")
+            bad = [loss for loss in map(float, losses) if not math.isfinite(loss)]
+            raise self._diverged(f"the loss is {bad[0]}" if bad else f"the gradient norm is {norm}")
         return norm
 
     def _diverged(self, problem: str) -> InputError:

@@ -80,6 +80,9 @@ class MemoryTracker(TorchDispatchMode):
             args = (args[0], self._replace_masks(args[1]))
         if self.tokens and function is torch.ops.aten._local_scalar_dense.default:
             return self.crops  # the only number that a model reads from its data: the crops that aren't padding
+        if self.tokens and function is torch.ops.aten.nonzero.default:  # the supervised tokens
+            args, function = ((self.tokens, args[0].ndim), 0), torch.ops.aten.full.default
+            kwargs = {"dtype": torch.int64}
         out = function(*args, **(kwargs or {}))
         if function._overloadpacket in flop_registry:
             self._add(self._flops, flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out))
@@ -94,16 +97,11 @@ class MemoryTracker(TorchDispatchMode):
         self.timeline.append((constant, row, token, self._gradients))
 
     def _replace_masks(self, indices: list[Tensor | None]) -> list[Tensor | None]:
-        """Replace boolean indices, whose size depends on data: all crops are real, `tokens` tokens are supervised."""
-        replaced: list[Tensor | None] = []
-        for index in indices:
-            if index is not None and index.dtype == torch.bool and index.ndim == 1:
-                replaced.append(torch.arange(len(index)))
-            elif index is not None and index.dtype == torch.bool:
-                replaced += [torch.zeros(self.tokens, dtype=torch.int64) for _ in range(index.ndim)]
-            else:
-                replaced.append(index)
-        return replaced
+        """Replace boolean indices, whose size depends on data: all crops are real."""
+        return [
+            torch.arange(len(index)) if index is not None and index.dtype == torch.bool and index.ndim == 1 else index
+            for index in indices
+        ]
 
     def _track(self, storage: torch.UntypedStorage) -> None:
         if weakref.ref(storage) in self._tracked:
