@@ -18,9 +18,8 @@ from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError, counted
 from vlmvqa.extras.dataset_tools.check import check, table
 from vlmvqa.extras.dataset_tools.download import Archive, prepare
-from vlmvqa.extras.feature_cache.forecast import forecast
-from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
-from vlmvqa.extras.feature_cache.writer import WriteOptions, unique_images, write
+from vlmvqa.extras.feature_cache.store import check_dtype, feature_key
+from vlmvqa.extras.feature_cache.writer import disk_space, unique_images, write
 from vlmvqa.extras.shards import shards
 from vlmvqa.extras.shards.split import packing_key
 from vlmvqa.models import checkpoint
@@ -92,19 +91,22 @@ def cache_features(config: PrepareConfig) -> None:
     bad_records = BadRecords(data.on_bad_record)
     examples = read_examples(data, config.split, _most_samples(config), bad_records)
     vision, processor = build_encoder(config, data, examples)
-    key = FeatureKey.of(vision, processor.images, config.features.dtype)
-    images = len(unique_images(examples))
-    space = forecast(folder, images, (vision.num_image_tokens, vision.width), config.features.dtype)
-    print(space, flush=True)
-    space.refuse()
-    options = WriteOptions(
-        batch_size=config.batch_size,
-        workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))) if config.workers is None else config.workers,
-        overwrite=config.features.overwrite,
-        progress=True,
-    )
+    key = feature_key(vision, processor.images, config.features.dtype)
+    shape = vision.num_image_tokens, vision.width
+    print(disk_space(folder, len(unique_images(examples)), shape, config.features.dtype), flush=True)
+    cores = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     try:
-        store = write(folder, key, vision, examples, processor.load_image, bad_records, options)
+        store = write(
+            folder,
+            key,
+            vision,
+            examples,
+            processor.load_image,
+            bad_records,
+            batch_size=config.batch_size,
+            workers=cores if config.workers is None else config.workers,
+            overwrite=config.features.overwrite,
+        )
     except torch.OutOfMemoryError as error:
         raise InputError(f"the GPU's memory is full at batch_size={config.batch_size}; make it smaller") from error
     print(f"{counted(len(store), 'image')}; train on them with data.feature_cache={folder} trainable.vision=none")
