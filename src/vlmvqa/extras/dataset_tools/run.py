@@ -21,7 +21,6 @@ from vlmvqa.extras.dataset_tools.download import Archive, prepare
 from vlmvqa.extras.feature_cache.store import check_dtype, feature_key
 from vlmvqa.extras.feature_cache.writer import disk_space, unique_images, write
 from vlmvqa.extras.shards import shards
-from vlmvqa.extras.shards.split import packing_key
 from vlmvqa.models import checkpoint
 from vlmvqa.models.build import build_vision_encoder
 from vlmvqa.models.interface import DTYPES, GenerationSettings
@@ -163,7 +162,7 @@ def pack(config: PrepareConfig) -> None:
     folder, most = Path(config.pack.dir).expanduser(), _most_samples(config)
     bad_records = BadRecords(data.on_bad_record)
     examples = read_examples(data, config.split, most, bad_records)
-    written = shards.write(folder, packing_key(data, config.split, most), examples, bad_records)
+    written = shards.write(folder, shards.packing_key(data, config.split, most), examples, bad_records)
     print(f"{counted(written, 'image')} with all questions; train on them with data.shards={folder}")
     if bad_records.seen:
         print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")
