@@ -17,7 +17,7 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError, counted
 from vlmvqa.extras.dataset_tools.check import check, table
-from vlmvqa.extras.dataset_tools.download import Archive, prepare
+from vlmvqa.extras.dataset_tools.download import download
 from vlmvqa.extras.feature_cache.store import check_dtype, feature_key
 from vlmvqa.extras.feature_cache.writer import disk_space, unique_images, write
 from vlmvqa.extras.shards import shards
@@ -168,7 +168,7 @@ def pack(config: PrepareConfig) -> None:
         print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")
 
 
-def download(config: PrepareConfig) -> None:
+def download_archives(config: PrepareConfig) -> None:
     """Download and unpack the benchmark's official archives."""
     data = config.data.single
     if not data.archives:
@@ -177,7 +177,7 @@ def download(config: PrepareConfig) -> None:
         )
     root = Path(data.root or ".").expanduser()
     for one in data.archives:
-        fetched = prepare(Archive(**one), root)
+        fetched = download(root, **one)
         print(f"{one['url']}: {'unpacked' if fetched else 'already present'}", flush=True)
     print(f"all in {root}; check it with: python launch/prepare.py check data={data.source} data.root={root}")
 
@@ -188,7 +188,7 @@ def _most_samples(config: PrepareConfig) -> int | None:
 
 
 JOBS: dict[str, tuple[Callable[[PrepareConfig], None], str]] = {
-    "download": (download, "archives are downloaded"),
+    "download": (download_archives, "archives are downloaded"),
     "check": (check_data, "a dataset is checked"),
     "pack": (pack, "a split is packed"),
     "features": (cache_features, "features are computed"),
