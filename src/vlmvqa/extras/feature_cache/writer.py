@@ -30,6 +30,7 @@ from vlmvqa.extras.feature_cache.store import (
     sample_checksums,
 )
 from vlmvqa.models.interface import DTYPES
+from vlmvqa.paths import replace_file
 from vlmvqa.ranks import bar
 
 if TYPE_CHECKING:
@@ -208,7 +209,4 @@ def _encode(vision: VisionEncoder, ids: Sequence[ImageId], pixel_values: Tensor,
 
 
 def _write_index(folder: Path, index: Mapping[str, Any], skipped: Mapping[ImageId, str]) -> None:
-    """Replace the index atomically."""
-    partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps({"format": FORMAT, **index, "skipped": list(skipped.items())}) + "\n")
-    partial.replace(folder / INDEX)
+    replace_file(folder / INDEX, json.dumps({"format": FORMAT, **index, "skipped": list(skipped.items())}) + "\n")
