@@ -42,7 +42,7 @@ IMPORTED = (
     *("torch.distributed.fsdp", "torch.utils.tensorboard", "deepspeed", "matplotlib.figure", "hydra"),
     *(
         "vlmvqa.inference.evaluate",
-        "vlmvqa.extras.report.report",
+        "vlmvqa.extras.report.run_report",
         "tests.unit.test_predictor",
         "tests.unit.test_trainer",
     ),

@@ -16,8 +16,10 @@ from PIL import Image
 import vlmvqa
 import vlmvqa.hub
 from tests.end_to_end.scripts import SMALL, call, done, sentence
-from vlmvqa.errors import InputError
-from vlmvqa.extras.hub import dataset
+from vlmvqa.config.schema import DataSettings
+from vlmvqa.data.datasets import vqav2
+from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.extras.hub.dataset import read_hub
 from vlmvqa.extras.hub.upload import refuse_upload
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, pretrained_config
@@ -64,7 +66,7 @@ PLACES: dict[str, Callable[[], object]] = {
     "tokenizer": lambda: load_tokenizer("no/where"),
     "encoder": lambda: build_vision_encoder(VisionSettings("vit_tiny_patch16_224.augreg_in21k", weights="hub")),
     "clip": lambda: clip_similarity({1: "a dog"}, {1: Image.new("RGB", (8, 8))}, model="no/where"),
-    "data": lambda: dataset.read("no/where", "train", columns=dataset.Columns(), prompt="{question}"),
+    "data": lambda: read_hub(DataSettings("vqav2", None, hub="no/where"), vqav2, "train", None, BadRecords()),
     "publish": lambda: refuse_upload("no/where"),
 }
 

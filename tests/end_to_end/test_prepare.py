@@ -16,7 +16,7 @@ from tests.end_to_end.scripts import Ended, done, launch, sentence
 from vlmvqa.data.example import Example
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords
-from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore
+from vlmvqa.extras.feature_cache.store import FeatureStore
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 from vlmvqa.models.trained_model import TrainedModel, build_model
 
@@ -55,21 +55,20 @@ def test_features_are_accepted_by_the_training_run(root: Path, tmp_path: Path) -
     first = done(launch("prepare", "features", *arguments, "batch_size=8"))
     size = first.out.splitlines()[0]
     predictor, examples = in_training(root, *asked)
-    assert f"{len(examples)} images of 10 tokens x 128 numbers in float32, 5.1 kB each" in size and "free" in size
+    assert f"{len(examples)} images of 10 tokens x 128 numbers in float32, 5.12kB each" in size and "free" in size
     assert "\r" not in first.err and "encoding" not in first.err  # no bar where there is no terminal
     assert f"data.feature_cache={tmp_path} trainable.vision=none" in first.out
 
     vision = predictor.model.vision.eval()
-    store = FeatureStore.open(tmp_path, FeatureKey.of(vision, predictor.processor.images, "float32"))
-    store.refuse_missing(example.image_id for example in examples)
+    store = FeatureStore.open(tmp_path, vision, predictor.processor.images, examples)
     assert len(store) == len(examples) < 30
     with torch.no_grad():
         batch = torch.stack([predictor.processor.load_image(example) for example in examples[:8]])
         assert torch.equal(torch.stack([store[example.image_id] for example in examples[:8]]), vision(batch))
-    written = (tmp_path / "shard-00000.bin").stat().st_mtime_ns
+    written = (tmp_path / "features.bin").stat().st_mtime_ns
     again = done(call("features", *arguments))
     assert "of them already present" in again.out
-    assert (tmp_path / "shard-00000.bin").stat().st_mtime_ns == written
+    assert (tmp_path / "features.bin").stat().st_mtime_ns == written
     other = sentence(call("features", *arguments, "seed=4"))
     assert "has other features: the encoder's weights differ" in other
 

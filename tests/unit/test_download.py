@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vlmvqa.errors import InputError
-from vlmvqa.extras.dataset_tools.download import Archive, download, prepare
+from vlmvqa.extras.dataset_tools.download import download
 
 
 def zipped(**files: bytes) -> bytes:
@@ -73,57 +73,60 @@ def site() -> Iterator[Site]:
     server.server_close()
 
 
-def archive(site: Site, **changes: Any) -> Archive:
-    return Archive(**{"url": f"{site.address}/data.zip", "md5": hashlib.md5(CONTENT).hexdigest(), **changes})
+def prepare(site: Site, root: Path, **changes: Any) -> bool:
+    return download(root, **{"url": f"{site.address}/data.zip", "md5": hashlib.md5(CONTENT).hexdigest(), **changes})
 
 
 def test_it_is_downloaded_verified_and_unpacked_once(site: Site, tmp_path: Path) -> None:
-    assert prepare(archive(site), tmp_path)
+    assert prepare(site, tmp_path)
     assert (tmp_path / "train2014" / "a").read_bytes() == b"a" * 5000 and (tmp_path / "questions").exists()
-    assert not prepare(archive(site), tmp_path) and len(site.requested) == 1
+    assert not prepare(site, tmp_path) and len(site.requested) == 1
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["resumes", "starts over"])
 def test_an_interrupted_download_is_resumed(site: Site, tmp_path: Path, ranges: bool) -> None:
     site.closes_after, site.ranges = 100, ranges
     with pytest.raises(InputError, match=r"closed after 100 of|cannot be reached"):
-        download(archive(site), tmp_path)
+        prepare(site, tmp_path)
     site.closes_after = None
-    assert download(archive(site), tmp_path).read_bytes() == CONTENT
+    assert prepare(site, tmp_path)
+    assert (tmp_path / "archives" / "data.zip").read_bytes() == CONTENT
     assert site.requested == [None, "bytes=100-"]
 
 
 def test_a_complete_part_file_is_renamed(site: Site, tmp_path: Path) -> None:
-    (tmp_path / "data.zip.part").write_bytes(CONTENT)
-    assert download(archive(site), tmp_path).read_bytes() == CONTENT
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "archives" / "data.zip.part").write_bytes(CONTENT)
+    assert prepare(site, tmp_path)
+    assert (tmp_path / "archives" / "data.zip").read_bytes() == CONTENT
 
 
 def test_a_wrong_checksum(site: Site, tmp_path: Path) -> None:
     site.content = CONTENT[:-1] + b"x"
     with pytest.raises(InputError, match="its checksum is"):
-        download(archive(site), tmp_path)
-    assert not list(tmp_path.iterdir())
+        prepare(site, tmp_path)
+    assert not list((tmp_path / "archives").iterdir())
 
 
 def test_a_file_that_is_no_zip_is_downloaded_again(site: Site, tmp_path: Path) -> None:
     site.content = b"<html>please log in</html>"
     with pytest.raises(InputError, match="not a complete zip file"):
-        prepare(archive(site, md5=None), tmp_path)
+        prepare(site, tmp_path, md5=None)
     site.content = CONTENT
-    assert prepare(archive(site, md5=None), tmp_path)
+    assert prepare(site, tmp_path, md5=None)
 
 
 def test_a_moved_file_and_an_unreachable_site(site: Site, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"returned 404 .*put the file into"):
-        download(archive(site, url=f"{site.address}/moved"), tmp_path)
+        prepare(site, tmp_path, url=f"{site.address}/moved")
     with pytest.raises(InputError, match="cannot be reached"):
-        download(archive(site, url="http://127.0.0.1:9/data.zip"), tmp_path)
+        prepare(site, tmp_path, url="http://127.0.0.1:9/data.zip")
 
 
 def test_a_damaged_stream_inside_a_zip_is_downloaded_again(site: Site, tmp_path: Path) -> None:
     at = CONTENT.index(b"train2014/a") + len(b"train2014/a")
     site.content = CONTENT[:at] + b"\xff" * 8 + CONTENT[at + 8 :]
     with pytest.raises(InputError, match="not a complete zip file"):
-        prepare(archive(site, md5=None), tmp_path)
+        prepare(site, tmp_path, md5=None)
     site.content = CONTENT
-    assert prepare(archive(site, md5=None), tmp_path)
+    assert prepare(site, tmp_path, md5=None)

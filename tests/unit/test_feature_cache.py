@@ -1,4 +1,4 @@
-"""Cached features equal the encoder's output bit by bit; stale ones are refused; complete shards are kept."""
+"""Cached features equal the encoder's output bit by bit; stale ones are refused; a killed run is resumed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ from tests import tiny
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.extras.feature_cache import writer
-from vlmvqa.extras.feature_cache.forecast import forecast
-from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore, stored_dtype
-from vlmvqa.extras.feature_cache.writer import WriteOptions, write
+from vlmvqa.extras.feature_cache.store import FeatureStore, check_dtype, feature_key
+from vlmvqa.extras.feature_cache.writer import disk_space, write
 from vlmvqa.models.build import build_vision_encoder
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 
@@ -67,16 +65,14 @@ def made(
     load: Callable[[Example], Tensor] = load_image,
     **options: int,
 ) -> FeatureStore:
-    """Write features in shards of three images and batches of two."""
-    key = FeatureKey.of(encoder, SETTINGS, dtype)
-    given = WriteOptions(**{"batch_size": 2, "shard_bytes": 3 * IMAGE_BYTES, **options})  # type: ignore[arg-type]
-    return write(folder, key, encoder, examples, load, BadRecords(policy), given)
+    """Write features in batches of two images."""
+    key = feature_key(encoder, SETTINGS, dtype)
+    return write(folder, key, encoder, examples, load, BadRecords(policy), **{"batch_size": 2, **options})
 
 
-def computed(encoder: VisionEncoder, examples: Files) -> Tensor:
-    """Return the encoder's output, computed in the writer's batches: two images and then one of each shard."""
-    shards = [examples[start : start + 3] for start in range(0, len(examples), 3)]
-    batches = [batch for shard in shards for batch in (shard[:2], shard[2:]) if batch]
+def computed(encoder: VisionEncoder, examples: Files, batch_size: int = 2) -> Tensor:
+    """Return the encoder's output, computed in the writer's batches."""
+    batches = [examples[start : start + batch_size] for start in range(0, len(examples), batch_size)]
     with torch.no_grad():
         return torch.cat([encoder(torch.stack([load_image(example) for example in batch])) for batch in batches])
 
@@ -86,9 +82,11 @@ def test_features_are_the_encoders_to_the_bit(
     tmp_path: Path, encoder: VisionEncoder, files: Files, workers: int
 ) -> None:
     made(tmp_path / "f", encoder, files, workers=workers)
-    store = FeatureStore.open(tmp_path / "f", FeatureKey.of(encoder, SETTINGS, "float32"))
+    store = FeatureStore.open(tmp_path / "f", encoder, SETTINGS, files)
     assert len(store) == IMAGES and store.shape == (17, 32)
-    assert "page-0" in store and 1 in store and 0 not in store and "1" not in store
+    for unknown in (0, "1"):
+        with pytest.raises(InputError, match="compute them for this split"):
+            store[unknown]
     for example, expected in zip(files, computed(encoder, files), strict=True):
         assert torch.equal(store[example.image_id], expected)
 
@@ -99,13 +97,9 @@ def test_halves_are_rounded_once(
 ) -> None:
     store = made(tmp_path / "f", encoder, files, dtype, batch_size=3)
     stored = torch.stack([store[example.image_id] for example in files])
-    with torch.no_grad():
-        shards = [files[start : start + 6] for start in range(0, IMAGES, 6)]  # half the bytes: six images a shard
-        batches = [shard[start : start + 3] for shard in shards for start in range(0, len(shard), 3)]
-        expected = torch.cat([encoder(torch.stack([load_image(example) for example in batch])) for batch in batches])
-    assert stored_dtype(tmp_path / "f") == dtype
+    expected = computed(encoder, files, batch_size=3)
     assert stored.dtype == kind and torch.equal(stored, expected.to(kind))
-    assert sum(path.stat().st_size for path in (tmp_path / "f").glob("*.bin")) == IMAGES * IMAGE_BYTES // 2
+    assert (tmp_path / "f" / "features.bin").stat().st_size == IMAGES * IMAGE_BYTES // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,9 +151,7 @@ class Rows:
 
 def test_an_image_of_several_examples_is_stored_once(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
     store = made(tmp_path / "f", encoder, [*files, *files[:4]])
-    assert (
-        len(store) == IMAGES and sum(p.stat().st_size for p in (tmp_path / "f").glob("*.bin")) == IMAGES * IMAGE_BYTES
-    )
+    assert len(store) == IMAGES and (tmp_path / "f" / "features.bin").stat().st_size == IMAGES * IMAGE_BYTES
     other = dataclasses.replace(files[0], image=files[1].image)
     with pytest.raises(InputError, match=r"image id page-0 names both .*0\.jpg and .*1\.jpg"):
         made(tmp_path / "g", encoder, [*files, other])
@@ -216,13 +208,15 @@ def test_stale_features_are_refused(
 ) -> None:
     made(tmp_path / "f", encoder, files)
     changed = change(encoder) if change else encoder
-    key = FeatureKey.of(changed, dataclasses.replace(SETTINGS, **settings), dtype)  # type: ignore[arg-type]
-    again = rf"python launch/prepare.py features features.dir=\S+ features.dtype={dtype} features.overwrite=true"
-    with pytest.raises(InputError, match=rf"the features in \S+ are stale: .*{said}.*{again}") as refused:
-        FeatureStore.open(tmp_path / "f", key)
-    assert "\n" not in str(refused.value)
+    transform = dataclasses.replace(SETTINGS, **settings)  # type: ignore[arg-type]
+    key = feature_key(changed, transform, dtype)
+    if dtype == "float32":  # a run takes the stored data type
+        again = r"python launch/prepare.py features features.dir=\S+ features.overwrite=true features.dtype=float32"
+        with pytest.raises(InputError, match=rf"the features in \S+ are stale: .*{said}.*{again}") as refused:
+            FeatureStore.open(tmp_path / "f", changed, transform, files)
+        assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match=rf"has other features: .*{said}.*features.overwrite=true"):
-        write(tmp_path / "f", key, changed, files, load_image, BadRecords(), WriteOptions())
+        write(tmp_path / "f", key, changed, files, load_image, BadRecords())
 
 
 def test_the_same_encoder_built_again_finds_its_features(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
@@ -231,7 +225,7 @@ def test_the_same_encoder_built_again_finds_its_features(tmp_path: Path, encoder
     again = tiny.model().train().vision
     again.requires_grad_(False)
     again.checkpoint_activations()
-    assert len(FeatureStore.open(tmp_path / "f", FeatureKey.of(again, SETTINGS, "float32"))) == IMAGES
+    assert len(FeatureStore.open(tmp_path / "f", again, SETTINGS, files)) == IMAGES
 
 
 def test_other_features_are_replaced_with_overwrite(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
@@ -241,38 +235,38 @@ def test_other_features_are_replaced_with_overwrite(tmp_path: Path, encoder: Vis
         made(folder, encoder, files[:4])
     (folder / "notes.txt").write_text("mine")
     store = made(folder, encoder, files[:4], overwrite=True)
-    assert len(store) == 4 and len(list(folder.glob("*.bin"))) == 2 and (folder / "notes.txt").exists()
+    assert len(store) == 4 and (folder / "features.bin").stat().st_size == 4 * IMAGE_BYTES
+    assert (folder / "notes.txt").exists()
 
 
 def test_missing_and_damaged_features_are_named(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
-    key = FeatureKey.of(encoder, SETTINGS, "float32")
+    folder = tmp_path / "f"
     with pytest.raises(InputError, match=r"has no features; compute them: python launch/prepare.py features"):
-        FeatureStore.open(tmp_path / "f", key)
-    with pytest.raises(InputError, match="has no features"):
-        stored_dtype(tmp_path / "f")
-    store = made(tmp_path / "f", encoder, files[:9])
+        FeatureStore(folder)
+    store = made(folder, encoder, files[:9])
     with pytest.raises(InputError, match=r"image 9 has no features in \S+: compute them for this split"):
         store[9]
-    store.refuse_missing(example.image_id for example in files[:9])
+    FeatureStore.open(folder, encoder, SETTINGS, files[:9])
     with pytest.raises(InputError, match=r"lack 1 of the images \(the first is 9\)"):
-        store.refuse_missing(example.image_id for example in files)
-    shard = tmp_path / "f" / "shard-00001.bin"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"shard-00001.bin has 6,527 bytes instead of 6,528; run the command"):
-        FeatureStore.open(tmp_path / "f", key)
-    assert torch.equal(made(tmp_path / "f", encoder, files[:9])[7], store[7])  # only this shard is written again
-    (tmp_path / "f" / "index.json").write_text('{"key":')
+        FeatureStore.open(folder, encoder, SETTINGS, files)
+    whole = (folder / "features.bin").read_bytes()
+    (folder / "features.bin").write_bytes(whole[:-1])
+    with pytest.raises(InputError, match="are incomplete; run the command that computes them again"):
+        FeatureStore(folder)
+    made(folder, encoder, files[:9], batch_size=1)
+    assert (folder / "features.bin").read_bytes() == whole
+    (folder / "index.json").write_text('{"key":')
     with pytest.raises(InputError, match=r"index.json cannot be read .*recompute the features"):
-        FeatureStore.open(tmp_path / "f", key)
+        FeatureStore(folder)
     with pytest.raises(InputError, match=r"features.dtype=bfloat61 is unknown.*did you mean 'bfloat16'"):
-        FeatureKey.of(encoder, SETTINGS, "bfloat61")
+        check_dtype("bfloat61")
 
 
 # --- interrupted, unreadable, full ---------------------------------------------------------------------
 
 
-def test_a_killed_run_resumes_at_its_last_complete_shard(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
-    """Killed at its eighth image: two shards are complete, the third is partial."""
+def test_a_killed_run_resumes_at_its_last_batch(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+    """Killed at its eighth image, in the fourth batch."""
     folder, whole = tmp_path / "f", made(tmp_path / "whole", encoder, files)
 
     def until_the_eighth(example: Example) -> Tensor:
@@ -286,11 +280,10 @@ def test_a_killed_run_resumes_at_its_last_complete_shard(tmp_path: Path, encoder
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.bin")}
-    assert sorted(kept) == ["shard-00000.bin", "shard-00001.bin"]
-    assert (folder / "shard-00002.partial").exists()
     with pytest.raises(InputError, match="are incomplete; run the command that computes them again"):
-        FeatureStore.open(folder, FeatureKey.of(encoder, SETTINGS, "float32"))
+        FeatureStore(folder)
+    with (folder / "features.bin").open("ab") as file:
+        file.write(b"part of an image")
 
     decoded: list[int | str] = []
 
@@ -298,10 +291,8 @@ def test_a_killed_run_resumes_at_its_last_complete_shard(tmp_path: Path, encoder
         decoded.append(example.image_id)
         return load_image(example)
 
-    # The folder keeps its shard size.
-    store = made(folder, encoder, files, load=counted, shard_bytes=5 * IMAGE_BYTES)
+    store = made(folder, encoder, files, load=counted)
     assert decoded == [example.image_id for example in files[6:]]
-    assert all(folder.joinpath(name).stat().st_mtime_ns == changed for name, changed in kept.items())
     assert all(torch.equal(store[example.image_id], whole[example.image_id]) for example in files)
     assert content(folder) == content(tmp_path / "whole")
 
@@ -310,30 +301,31 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_bad_image_stops_or_is_left_out(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+def test_a_bad_image_stops_or_is_skipped(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
     folder, bad = tmp_path / "f", files[4].image
     assert isinstance(bad, Path)
     whole = bad.read_bytes()
     bad.write_bytes(whole[:300])
     with pytest.raises(InputError, match=r"4\.jpg cannot be read .*set data.on_bad_record=skip"):
         made(folder, encoder, files, workers=1)
-    for _ in range(2):  # the second time all shards are kept, and the image is still listed
+    for _ in range(2):  # the second time all features are kept, and the image is still listed
         skipping = BadRecords("skip")
-        key = FeatureKey.of(encoder, SETTINGS, "float32")
-        options = WriteOptions(batch_size=2, shard_bytes=3 * IMAGE_BYTES)
-        store = write(folder, key, encoder, files, load_image, skipping, options)
+        store = write(
+            folder, feature_key(encoder, SETTINGS, "float32"), encoder, files, load_image, skipping, batch_size=2
+        )
         assert len(skipping.seen) == 1 and "4.jpg cannot be read" in skipping.seen[0]
-        assert len(store) == IMAGES - 1 and "page-4" not in store
-        assert "4.jpg cannot be read" in store.left_out["page-4"]
+        assert len(store) == IMAGES - 1
+        assert "4.jpg cannot be read" in store.skipped["page-4"]
         with pytest.raises(InputError, match=r"image page-4 has no features in \S+: .*4\.jpg cannot be read"):
             store["page-4"]
-        store.refuse_missing(example.image_id for example in files)
-    expected = computed(encoder, files[6:])  # the shards after the bad image's
+        FeatureStore.open(folder, encoder, SETTINGS, files)
+    expected = computed(encoder, files[6:])  # the batches after the bad image's
     assert all(torch.equal(store[e.image_id], x) for e, x in zip(files[6:], expected, strict=True))
     with pytest.raises(InputError, match=r"4\.jpg cannot be read"):  # skipped images are read again
         made(folder, encoder, files)
     bad.write_bytes(whole)
     assert len(made(folder, encoder, files)) == IMAGES
+    assert content(folder).keys() == {"index.json", "features.bin"}
 
 
 def test_images_that_are_all_bad(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
@@ -354,46 +346,33 @@ def test_features_that_overflow_a_dtype_are_refused(tmp_path: Path, encoder: Vis
     assert len(made(tmp_path / "g", encoder, files, "bfloat16")) == IMAGES
 
 
-def test_the_size_is_forecast(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
-    vqav2 = forecast(tmp_path / "not" / "yet", 82_783, (257, 768), "bfloat16")
-    assert vqav2.bytes == 82_783 * 394_752
-    assert "394.8 kB each: 32.7 GB of features" in str(vqav2)
-    made(tmp_path / "f", encoder, files)
-    known = forecast(tmp_path / "f", IMAGES, (17, 32), "float32")
-    assert known.bytes == sum(path.stat().st_size for path in (tmp_path / "f").glob("*.bin"))
-
-
-def test_a_disk_that_is_too_small_is_refused(
+def test_the_size_is_forecast(
     tmp_path: Path, encoder: VisionEncoder, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=20_000_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=40_000_000_000))
+    said = disk_space(tmp_path / "not" / "yet", 82_783, (257, 768), "bfloat16")
+    assert "395kB each: 32.7GB of features" in said and "40.0GB are free" in said
     with pytest.raises(
-        InputError, match=r"need 65.4 GB, 45.4 GB more than the disk of .* has; free .*dtype=bfloat16"
+        InputError, match=r"need 65.4GB, 25.4GB more than the disk of .* has; free .*dtype=bfloat16"
     ) as refused:
-        forecast(tmp_path, 82_783, (257, 768), "float32").refuse()
+        disk_space(tmp_path, 82_783, (257, 768), "float32")
     assert "\n" not in str(refused.value)
-    forecast(tmp_path, 50_000, (257, 768), "bfloat16").refuse()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
     made(tmp_path / "f", encoder, files)
-    forecast(tmp_path / "f", IMAGES, (17, 32), "float32").refuse()  # already present
+    assert "21.8kB of them already present" in disk_space(tmp_path / "f", IMAGES, (17, 32), "float32")
 
 
 def test_a_full_disk_is_an_error_and_the_run_can_be_resumed(
-    tmp_path: Path, encoder: VisionEncoder, files: Files, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, encoder: VisionEncoder, files: Files
 ) -> None:
-    synced = []
-
-    def full(descriptor: int) -> None:
-        synced.append(descriptor)
-        if len(synced) == 3:
+    def full(example: Example) -> Tensor:
+        if example.image_id == 5:  # as if an earlier image filled it
             raise OSError(errno.ENOSPC, "No space left on device")
+        return load_image(example)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(writer.os, "fsync", full)
-        with pytest.raises(InputError, match=r"the disk of \S+ is full; .* the same command .* resumes at shard 2"):
-            made(tmp_path / "f", encoder, files)
-    assert not list((tmp_path / "f").glob("*.partial"))
+    with pytest.raises(InputError, match=r"f cannot be written \(No space left on device\); free space and resume"):
+        made(tmp_path / "f", encoder, files, load=full)
     assert len(made(tmp_path / "f", encoder, files)) == IMAGES
 
 
@@ -406,23 +385,22 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, encoder: VisionEncoder,
 def test_an_old_format_is_refused(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
     made(tmp_path / "f", encoder, files)
     index = tmp_path / "f" / "index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "format": 0}))
-    with pytest.raises(InputError, match=r"index.json is not of format 1; delete \S+ and recompute"):
-        FeatureStore.open(tmp_path / "f", FeatureKey.of(encoder, SETTINGS, "float32"))
+    index.write_text(json.dumps({**json.loads(index.read_text()), "format": 1}))
+    with pytest.raises(InputError, match=r"index.json is not of format 2; delete \S+ and recompute"):
+        FeatureStore(tmp_path / "f")
 
 
 def test_other_images_with_the_same_ids_are_refused(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
     """A newly generated or another dataset can have the same ids, key and sizes."""
-    store = made(tmp_path / "f", encoder, files)
-    store.refuse_changed_images(files)
+    made(tmp_path / "f", encoder, files)
     others = []
     for number, example in enumerate(files):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (30, 30), (9 * number, 0, 99)).save(path)
         others.append(dataclasses.replace(example, image=path))
     with pytest.raises(InputError, match=r"belong to other images: .*0\.png has changed since"):
-        store.refuse_changed_images(others)
+        FeatureStore.open(tmp_path / "f", encoder, SETTINGS, others)
     with pytest.raises(InputError, match="has other features: they belong to other images"):
         made(tmp_path / "f", encoder, others)
     gone = [dataclasses.replace(example, image=tmp_path / "gone.png") for example in files]
-    store.refuse_changed_images(gone)  # image files are not needed any more
+    FeatureStore.open(tmp_path / "f", encoder, SETTINGS, gone)  # image files are not needed any more

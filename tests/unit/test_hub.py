@@ -16,12 +16,14 @@ from PIL import Image
 from tests.configs import data as train_data
 from tests.unit.test_vqav2 import ids
 from vlmvqa.config.compose import build_settings
+from vlmvqa.config.schema import DataSettings
+from vlmvqa.data.datasets import vqav2
 from vlmvqa.data.example import Question
 from vlmvqa.data.images import decode
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.extras.hub import dataset, parquet
-from vlmvqa.extras.hub.dataset import Columns
+from vlmvqa.extras.hub import parquet
+from vlmvqa.extras.hub.dataset import Columns, read_hub
 
 # The columns of lmms-lab/VQAv2, as conf/data/vqav2.yaml has them.
 VQAV2 = build_settings(Columns, train_data("data=vqav2", "data.root=x").columns, "data.columns")
@@ -58,8 +60,16 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
 
 
-def read(folder: Path, split: str = "validation", columns: Columns = VQAV2, **options: Any) -> Any:
-    return dataset.read(str(folder), split, columns=columns, prompt=TEMPLATE, **options)
+def read(
+    hub: Path | str,
+    split: str = "validation",
+    columns: Columns = VQAV2,
+    max_samples: int | None = None,
+    bad_records: BadRecords | None = None,
+    **given: Any,
+) -> Any:
+    settings = DataSettings("vqav2", None, hub=str(hub), columns=vars(columns), **{"prompt": TEMPLATE, **given})
+    return read_hub(settings, vqav2, split, max_samples, bad_records or BadRecords())
 
 
 @pytest.fixture
@@ -199,26 +209,26 @@ def test_unknown_splits_folders_and_columns_are_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"has no column 'pic', only question_id, .*; set data.columns"):
         read(folder, columns=replace(VQAV2, image="pic"))
     with pytest.raises(InputError, match=r"has no folder dta, only data; set data.hub_config; did you mean 'data'"):
-        read(folder, config="dta")
+        read(folder, hub_config="dta")
     (folder / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty has no .parquet file"):
         read(folder / "empty")
     with pytest.raises(InputError, match=r"has no \{question\}"):
-        dataset.read(str(folder), "validation", columns=VQAV2, prompt="answer")
+        read(folder, prompt="answer")
     with pytest.raises(InputError, match=r"data.hub_images needs data.columns.image_id"):
-        read(folder, columns=Columns(), images="images")
+        read(folder, columns=Columns(), hub_images="images")
 
 
 def test_a_missing_folder_is_not_searched_on_the_hub(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no such folder; correct the path"):
-        dataset.read(str(tmp_path / "nothing"), "validation", columns=VQAV2, prompt=TEMPLATE)
+        read(tmp_path / "nothing")
 
 
 def test_a_split_in_two_folders_is_not_guessed(folder: Path) -> None:
     write(folder / "other" / "validation-00000-of-00001.parquet", ROWS)
     with pytest.raises(InputError, match=r"has files of validation in data and other; set data.hub_config to one"):
         read(folder)
-    assert len(ids(read(folder, config="other"))) == 5
+    assert len(ids(read(folder, hub_config="other"))) == 5
 
 
 def test_a_damaged_file_is_named(folder: Path) -> None:
@@ -266,7 +276,7 @@ def test_without_the_packages_a_sentence_names_them(tmp_path: Path, monkeypatch:
         read(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"needs the package datasets; install it with: pip install 'vlmvqa\[hub\]'"):
-        dataset.read("lmms-lab/VQAv2", "validation", columns=VQAV2, prompt=TEMPLATE)
+        read("lmms-lab/VQAv2")
 
 
 # --- through `datasets` ----------------------------------------------------------------------------------
@@ -325,7 +335,7 @@ def test_a_loading_script_is_refused_with_its_parquet_form(
     package = SimpleNamespace(get_dataset_split_names=refuse, config=SimpleNamespace())
     monkeypatch.setitem(sys.modules, "datasets", package)
     with pytest.raises(InputError) as caught:
-        dataset.read(name, "train", columns=VQAV2, prompt=TEMPLATE)
+        read(name, "train")
     assert str(caught.value) == f"{name} is a loading script, {sentence}"
 
 
@@ -345,18 +355,17 @@ def test_what_is_not_on_the_hub_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     pytest.importorskip("datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"the dataset no/where cannot be read from the Hub \(.*\); check data.hub"):
-        dataset.read("no/where", "train", columns=VQAV2, prompt=TEMPLATE)
+        read("no/where", "train")
 
 
 def test_a_row_without_answers_among_others_is_a_bad_record(tmp_path: Path) -> None:
     """A single such row must not make the split look like one without answers, which is not scored."""
     rows = [*ROWS[:4], {**ROWS[4], "answers": None, "multiple_choice_answer": None}]
     write(tmp_path / "validation.parquet", rows)
-    given: dict[str, Any] = {"columns": VQAV2, "prompt": TEMPLATE}
     with pytest.raises(InputError, match="question 40: it has no answers, but others do"):
-        dataset.read(str(tmp_path), "validation", **given)
+        read(tmp_path)
     bad_records = BadRecords("skip")
-    found = dataset.read(str(tmp_path), "validation", bad_records=bad_records, **given)
+    found = read(tmp_path, bad_records=bad_records)
     assert [example.image_id for example in found] == [7, 9] and len(bad_records.seen) == 1
 
 

@@ -394,7 +394,7 @@ def test_models_that_are_asked_otherwise_are_refused(saved: dict[str, Path], tmp
     made = Merge(saved["base"], [tmp_path / "a0", saved["b"]], MergeSettings())
     assert made.config["prompts"] == {"gqa": "a {question}"}
     (tmp_path / "a0" / "tokenizer" / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="have different tokenizers"):
+    with pytest.raises(InputError, match="differ in their tokenizers"):
         Merge(saved["base"], [tmp_path / "a0", saved["b"]], MergeSettings())
 
 

@@ -112,7 +112,7 @@ def test_other_words_or_pixels(saved: dict[str, Path], tmp_path: Path) -> None:
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     (words / "tokenizer.json").write_text(json.dumps(read))
     with pytest.raises(
-        InputError, match=r"words and .*base have different tokenizers; merge models fine-tuned from the same base"
+        InputError, match=r"words and .*base differ in their tokenizers; merge models fine-tuned from the same base"
     ):
         Merge(saved["base"], [saved["a"], words], MergeSettings())
     pixels = shutil.copytree(saved["b"], tmp_path / "pixels")

@@ -128,7 +128,12 @@ def test_the_card_holds_scores_config_and_licences(tmp_path: Path) -> None:
 
 def test_a_model_is_uploaded_whole(tmp_path: Path, hub: type[Hub]) -> None:
     (tmp_path / "tokenizer").mkdir()
-    contents = {"model.safetensors": b"\0\1weights", "tokenizer/tokenizer.json": b"{}", "README.md": b"card"}
+    contents = {
+        "config.json": b"{}",
+        "model.safetensors": b"\0\1weights",
+        "tokenizer/tokenizer.json": b"{}",
+        "README.md": b"card",
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     refuse_upload("somebody/model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmvqa.data.example import Example
 from vlmvqa.extras.report import gallery
 from vlmvqa.extras.report.gallery import choose_gallery
-from vlmvqa.extras.report.report import write_report
+from vlmvqa.extras.report.run_report import write_run_report
 
 HOSTILE = "<script>alert(\"1\")</script><img src=x onerror=alert(2)> & 'so on'"
 
@@ -99,15 +101,23 @@ LOG = [
 
 
 def write(folder: Path, **changes: Any) -> tuple[str, Page]:
-    arguments = {
+    given: dict[str, Any] = {
         "title": "A run",
         "metrics": METRICS,
         "log": LOG,
+        "samples": [],
         "predictions": [record(number, accuracy=30.0 * (number % 4)) for number in range(30)],
         "images": {},
         "config_yaml": "seed: 0\n",
+        "attributions": (),
     } | changes
-    write_report(folder / "runs" / "report.html", **arguments)
+    run = folder / "runs"
+    run.mkdir(parents=True, exist_ok=True)
+    for name, records in {"log.jsonl": given["log"], "samples.jsonl": given["samples"]}.items():
+        (run / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    examples = [Example(image, image_id, ()) for image_id, image in given["images"].items()]
+    title, config, metrics, predictions = (given[key] for key in ("title", "config_yaml", "metrics", "predictions"))
+    write_run_report(run, "", title, config, metrics, predictions, examples, given["attributions"])
     html = (folder / "runs" / "report.html").read_text(encoding="utf-8")
     return html, Page(html)
 
@@ -189,7 +199,7 @@ def test_text_of_data_and_model_is_never_markup(tmp_path: Path) -> None:
         predictions=[record(1, **everywhere, answers=[HOSTILE] * 10)],
         images={HOSTILE: Image.new("RGB", (8, 8))},
         config_yaml=f"prompt: {HOSTILE}",
-        samples=[sample(1, task=HOSTILE, question=HOSTILE, answer=HOSTILE, answers=[HOSTILE], image_id=HOSTILE)],
+        samples=[sample(1, question=HOSTILE, answer=HOSTILE, answers=[HOSTILE], image_id=HOSTILE)],
         attributions=[(record(1, **everywhere, answers=[HOSTILE] * 10), Image.new("RGB", (8, 8)))],
     )
     assert "<script" not in html.lower()

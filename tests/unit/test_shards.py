@@ -18,11 +18,12 @@ from vlmvqa.data.example import Example
 from vlmvqa.data.images import decode
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.shards import shards
-from vlmvqa.extras.shards.split import packing_key
+from vlmvqa.extras.shards.shards import packing_key
 from vlmvqa.extras.synthetic import docvqa as synthetic_docvqa
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 
-KEY = {"source": "docvqa", "split": "train", "max_samples": None, "options": {}}
+SETTINGS = DataSettings("docvqa", None, prompt="{question}\n", metric="anls")
+KEY = packing_key(SETTINGS, "train", None)
 
 
 @pytest.fixture
@@ -36,10 +37,14 @@ def pack(folder: Path, examples: list[Example], key: Any = KEY, **options: Any) 
     return folder
 
 
+def read(folder: Path, split: str = "train", max_samples: int | None = None, **changed: Any) -> list[Example]:
+    return shards.read_split(replace(SETTINGS, shards=str(folder), **changed), split, max_samples)
+
+
 def test_it_reads_what_was_packed(examples: list[Example], tmp_path: Path) -> None:
     folder = pack(tmp_path / "packed", examples, images_per_shard=3)
     assert [path.name for path in sorted(folder.iterdir())] == [f"train-{n:05}-of-00003.parquet" for n in range(3)]
-    found = shards.read(folder, KEY, "{question}\n")
+    found = read(folder)
     assert [replace(one, image=b"") for one in found] == [replace(one, image=b"") for one in examples]
     for one, before in zip(found, examples, strict=True):
         assert not isinstance(one.image, bytes | Image.Image) and isinstance(before.image, Path)
@@ -49,22 +54,23 @@ def test_it_reads_what_was_packed(examples: list[Example], tmp_path: Path) -> No
 
 def test_an_image_is_read_in_another_process(examples: list[Example], tmp_path: Path) -> None:
     """Spawned DataLoader workers receive the examples pickled."""
-    found = shards.read(pack(tmp_path / "packed", examples), KEY, "{question}\n")
+    found = read(pack(tmp_path / "packed", examples))
     again = pickle.loads(pickle.dumps(found[3]))
     assert again.image.read_bytes() == examples[3].image.read_bytes()  # type: ignore[union-attr]
 
 
 def test_the_prompt_is_that_of_the_run(examples: list[Example], tmp_path: Path) -> None:
     folder = pack(tmp_path / "packed", examples)
-    assert shards.read(folder, KEY, "say: {question}")[0].questions[0].prompt == f"say: {examples[0].questions[0].text}"
-    assert shards.read(folder, KEY, "caption en\n", has_questions=False)[0].questions[0].prompt == "caption en\n"
+    assert read(folder, prompt="say: {question}")[0].questions[0].prompt == f"say: {examples[0].questions[0].text}"
+    pack(folder, examples, {**KEY, "source": "coco_captions"})
+    assert read(folder, source="coco_captions", prompt="caption en\n")[0].questions[0].prompt == "caption en\n"
 
 
 def test_gqas_details_are_kept(tmp_path: Path) -> None:
     root = synthetic_gqa.write(tmp_path / "gqa", train_images=3, val_images=3)
     examples = read_gqa(root, "val")
-    key = {**KEY, "source": "gqa", "split": "val"}
-    found = shards.read(pack(tmp_path / "packed", examples, key), key, "answer en {question}\n")
+    folder = pack(tmp_path / "packed", examples, {**KEY, "source": "gqa", "split": "val"})
+    found = read(folder, "val", source="gqa", prompt="answer en {question}\n")
     assert [one.questions for one in found] == [one.questions for one in examples]
     assert found[0].questions[0].details
 
@@ -72,23 +78,23 @@ def test_gqas_details_are_kept(tmp_path: Path) -> None:
 def test_options_of_the_generator_are_not_in_the_key() -> None:
     drawn = DataSettings("docvqa", "x", {"train_images": 7}, synthetic=True, metric="anls")
     assert packing_key(drawn, "train", None) == KEY
-    read = DataSettings("coco_captions", "x", {"captions": "one", "val_images": 3}, synthetic=True, metric="cider")
-    assert packing_key(read, "val2014", None)["options"] == {"captions": "one"}
+    captions = DataSettings("coco_captions", "x", {"captions": "one", "val_images": 3}, synthetic=True, metric="cider")
+    assert packing_key(captions, "val2014", None)["options"] == {"captions": "one"}
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"does not exist; create them with: .* data=docvqa .*'split=train'"):
-        shards.read(tmp_path / "pakced", KEY, "{question}")
+        read(tmp_path / "pakced")
 
 
 def test_two_splits_share_a_folder(examples: list[Example], tmp_path: Path) -> None:
     folder = tmp_path / "packed"
     pack(folder, examples)
     pack(folder, examples[:2], {**KEY, "split": "train[:10%]"})
-    assert len(shards.read(folder, KEY, "{question}")) == 7
-    assert len(shards.read(folder, {**KEY, "split": "train[:10%]"}, "{question}")) == 2
+    assert len(read(folder)) == 7
+    assert len(read(folder, "train[:10%]")) == 2
     pack(folder, examples[:4], images_per_shard=1)  # packed again with another shard size: the old shards are deleted
-    assert len(shards.read(folder, KEY, "{question}")) == 4
+    assert len(read(folder)) == 4
 
 
 @pytest.mark.parametrize(
@@ -105,7 +111,7 @@ def test_other_questions_are_refused(
 ) -> None:
     folder = pack(tmp_path / "packed", examples)
     with pytest.raises(InputError, match=said):
-        shards.read(folder, {**KEY, **changed}, "{question}")
+        read(folder, **changed)
 
 
 def test_a_lost_or_cut_shard_is_an_error(examples: list[Example], tmp_path: Path) -> None:
@@ -114,10 +120,10 @@ def test_a_lost_or_cut_shard_is_an_error(examples: list[Example], tmp_path: Path
     content = second.read_bytes()
     second.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"train-00001-of-00003\.parquet is not a complete shard"):
-        shards.read(folder, KEY, "{question}")
+        read(folder)
     second.unlink()
     with pytest.raises(InputError, match="has 2 of 3 shards of train; copy the others"):
-        shards.read(folder, KEY, "{question}")
+        read(folder)
 
 
 def test_another_programs_parquet_is_refused(tmp_path: Path) -> None:
@@ -126,7 +132,7 @@ def test_another_programs_parquet_is_refused(tmp_path: Path) -> None:
 
     parquet.write_table(pyarrow.table({"image": [b""]}), tmp_path / "train-00000-of-00001.parquet")
     with pytest.raises(InputError, match="is not a complete shard"):
-        shards.read(tmp_path, KEY, "{question}")
+        read(tmp_path)
 
 
 def test_an_unreadable_image_is_skipped_or_an_error(examples: list[Example], tmp_path: Path) -> None:
@@ -137,19 +143,19 @@ def test_an_unreadable_image_is_skipped_or_an_error(examples: list[Example], tmp
     assert not list((tmp_path / "packed").glob("*"))  # no partial output
     bad_records = BadRecords("skip")
     assert shards.write(tmp_path / "packed", KEY, examples, bad_records) == 6
-    assert len(bad_records.seen) == 1 and len(shards.read(tmp_path / "packed", KEY, "{question}")) == 6
+    assert len(bad_records.seen) == 1 and len(read(tmp_path / "packed")) == 6
 
 
 def test_similar_slices_have_different_file_names(examples: list[Example], tmp_path: Path) -> None:
     for split, count in (("train[2:]", 5), ("train[-2:]", 2), ("train[:2]", 2), ("train[:-2]", 5)):
         pack(tmp_path / "packed", examples[:count], {**KEY, "split": split})
     for split, count in (("train[2:]", 5), ("train[-2:]", 2), ("train[:2]", 2), ("train[:-2]", 5)):
-        assert len(shards.read(tmp_path / "packed", {**KEY, "split": split}, "{question}")) == count
+        assert len(read(tmp_path / "packed", split)) == count
 
 
 def test_fingerprints_include_the_bytes_of_packed_images(examples: list[Example], tmp_path: Path) -> None:
     """Cached features and saved answers of other images must not be mistaken for these."""
-    found = shards.read(pack(tmp_path / "packed", examples), KEY, "{question}")
+    found = read(pack(tmp_path / "packed", examples))
     assert fingerprint.image_files(found) == fingerprint.image_files(examples)
     assert fingerprint.image_files(found[1:]) != fingerprint.image_files(examples)
     (tmp_path / "packed" / "train-00000-of-00001.parquet").unlink()

@@ -195,11 +195,11 @@ def read_examples(
     """
     source = source_module(settings.source)
     if settings.shards is not None:
-        from vlmvqa.extras.shards.split import read_split
+        from vlmvqa.extras.shards.shards import read_split
 
         return read_split(settings, split, max_samples)
     if settings.hub is not None:
-        from vlmvqa.extras.hub.split import read_hub
+        from vlmvqa.extras.hub.dataset import read_hub
 
         return read_hub(settings, source, split, max_samples, bad_records)
     root, options = Path(settings.root or ".").expanduser(), settings.options

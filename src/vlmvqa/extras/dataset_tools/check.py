@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from vlmvqa.data.example import Example, count_questions
 from vlmvqa.data.images import decode
@@ -20,21 +20,19 @@ class SplitCheck:
     """The result for a split.
 
     Attributes:
-        published: "questions" and "images" of the split, where they are published.
+        published, found: numbers of "questions" and "images"; the published ones where there are any.
         problems: an error message for each unusable record or image, or for a split that cannot be read.
     """
 
     split: str
     published: Mapping[str, int]
-    questions: int = 0
-    images: int = 0
-    problems: list[str] = field(default_factory=list)
+    found: Mapping[str, int]
+    problems: Sequence[str]
 
     @property
     def complete(self) -> bool:
         """Whether the split has its published size and no problems."""
-        found = {"questions": self.questions, "images": self.images}
-        return not self.problems and all(found[name] == number for name, number in self.published.items())
+        return not self.problems and {**self.found, **self.published} == self.found
 
 
 def check(read: Read, splits: Mapping[str, Mapping[str, int]], decode_images: bool) -> Iterator[SplitCheck]:
@@ -50,38 +48,32 @@ def check(read: Read, splits: Mapping[str, Mapping[str, int]], decode_images: bo
         try:
             examples = read(split, bad_records)
         except InputError as error:
-            yield SplitCheck(split, published, problems=[str(error)])
+            yield SplitCheck(split, published, {"questions": 0, "images": 0}, [str(error)])
             continue
         problems = list(bad_records.seen)
-        images = list({example.image_id: example for example in examples}.values())
+        images = {example.image_id: example for example in examples}
         if decode_images:
-            problems += _decoding_errors(images, split)
-        yield SplitCheck(split, published, count_questions(examples), len(images), problems)
+            with ThreadPoolExecutor(THREADS) as pool:  # JPEG decoding releases the GIL
+                errors = pool.map(_decoding_error, images.values())
+                problems += filter(None, bar(errors, doing=f"decoding {split}", unit="images", total=len(images)))
+        found = {"questions": count_questions(examples), "images": len(images)}
+        yield SplitCheck(split, published, found, problems)
 
 
-def _decoding_errors(images: Sequence[Example], split: str) -> list[str]:
-    """Return an error message for each image that cannot be decoded."""
-    bad_records = BadRecords("skip")
-
-    def check_image(example: Example) -> None:
-        try:
-            decode(example.image, example.name)
-        except InputError as error:
-            bad_records.add_error(error)
-
-    with ThreadPoolExecutor(THREADS) as pool:  # JPEG decoding releases the GIL
-        list(bar(pool.map(check_image, images), doing=f"decoding {split}", unit="images", total=len(images)))
-    return bad_records.seen
+def _decoding_error(example: Example) -> str:
+    try:
+        decode(example.image, example.name)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def table(results: Sequence[SplitCheck]) -> str:
     """Return a table with one line per split."""
     lines = [f"{'split':<16}{'questions':>12}{'published':>12}{'images':>10}{'published':>12}{'problems':>10}"]
-    for result in results:
-        published = result.published
-        expected = published.get("questions"), published.get("images")
-        numbers = (result.questions, expected[0], result.images, expected[1], len(result.problems))
-        widths = (12, 12, 10, 12, 10)
-        cells = (f"{'-' if n is None else f'{n:,}':>{width}}" for n, width in zip(numbers, widths, strict=True))
-        lines.append(f"{result.split:<16}" + "".join(cells) + ("" if result.complete else "  incomplete"))
+    for one in results:
+        published = {name: f"{one.published[name]:,}" if name in one.published else "-" for name in one.found}
+        sizes = f"{one.found['questions']:>12,}{published['questions']:>12}"
+        sizes += f"{one.found['images']:>10,}{published['images']:>12}"
+        lines.append(f"{one.split:<16}{sizes}{len(one.problems):>10,}{'' if one.complete else '  incomplete'}")
     return "\n".join(lines)

@@ -1,63 +1,53 @@
 """Download and unpack a benchmark's official archives; existing files are kept, interrupted downloads are resumed.
 
-root/archives/train2014.zip          complete, with the published checksum
 root/archives/train2014.zip.part     incomplete; the next call resumes at its end
-root/archives/train2014.zip.done     marks an archive that was unpacked into root
+root/archives/train2014.zip          complete
+root/archives/train2014.zip.done     marks an archive that was verified and unpacked into root
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import shutil
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import httpx
 
 from vlmvqa.errors import InputError
 from vlmvqa.ranks import bar
 
-CHUNK = 2**20  # bytes
 TIMEOUT = 60  # seconds without data
 
 
-@dataclass(frozen=True)
-class Archive:
-    """A file on the benchmark's website.
+def download(root: Path, url: str, md5: str | None = None, into: str = ".") -> bool:
+    """Download, verify and unpack an archive unless that was done before; return whether it was necessary.
 
-    Attributes:
-        url: its address.
+    Args:
+        root: the dataset's folder.
+        url: the file on the benchmark's website.
         md5: the published checksum (None: only the length is checked).
         into: the folder below the root that a zip file is unpacked into and other files are copied to.
-    """
-
-    url: str
-    md5: str | None = None
-    into: str = "."
-
-    @property
-    def name(self) -> str:
-        """The file name in the URL."""
-        return PurePosixPath(self.url).name
-
-
-def prepare(archive: Archive, root: Path) -> bool:
-    """Download and unpack an archive unless that was done before; return whether it was necessary.
 
     Raises:
         InputError: the download fails, the checksum differs, or the disk is full.
     """
-    folder = root / "archives"
-    done = folder / f"{archive.name}.done"
+    path = root / "archives" / PurePosixPath(url).name
+    done = path.with_name(f"{path.name}.done")
     if done.exists():
         return False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = download(archive, folder)
-        unpack(path, root / archive.into)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            _fetch(url, path)
+        if md5 is not None:
+            _verify(path, url, md5)
+        (root / into).mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".zip":
+            _unzip(path, root / into)
+        else:
+            shutil.copyfile(path, root / into / path.name)
         done.touch()
     except OSError as error:
         raise InputError(
@@ -67,54 +57,43 @@ def prepare(archive: Archive, root: Path) -> bool:
     return True
 
 
-def download(archive: Archive, folder: Path) -> Path:
-    """Return the path of the complete, verified file, downloading what is missing."""
-    path = folder / archive.name
-    if path.exists():
-        return path
+def _fetch(url: str, path: Path) -> None:
+    """Download a file, resuming at the end of its `.part` file."""
     part = path.with_name(f"{path.name}.part")
     start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(archive.url, headers={"Range": f"bytes={start}-"} if start else {})
+    headers = {"Range": f"bytes={start}-"} if start else {}
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            start = start if response.status == http.HTTPStatus.PARTIAL_CONTENT else 0  # no ranges: start over
-            length = response.headers.get("Content-Length")
-            total = start + int(length) if length else None
-            with (
-                part.open("ab" if start else "wb") as file,
-                bar(doing=archive.name, unit="B", total=total, initial=start, unit_scale=True) as count,
-            ):
-                while block := response.read(CHUNK):
-                    file.write(block)
-                    count.update(len(block))
-    except urllib.error.HTTPError as error:
-        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # the .part file is complete
-            raise InputError(
-                f"{archive.url} returned {error.code} ({error.reason}); find its new URL on the benchmark's website, "
-                f"put the file into {folder}, and resume with the same command"
-            ) from error
-        total = start
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise InputError(f"{archive.url} cannot be reached ({reason}); resume with the same command later") from error
-    size = part.stat().st_size
-    if total is not None and size < total:
+        with httpx.stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
+            if response.status_code != httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:  # else the .part file is complete
+                response.raise_for_status()
+                start = start if response.status_code == httpx.codes.PARTIAL_CONTENT else 0  # no ranges: start over
+                total = start + int(response.headers.get("Content-Length", 0)) or None
+                with (
+                    part.open("ab" if start else "wb") as file,
+                    bar(doing=path.name, unit="B", total=total, initial=start, unit_scale=True) as count,
+                ):
+                    for block in response.iter_raw():
+                        count.update(file.write(block))
+    except httpx.HTTPStatusError as error:
         raise InputError(
-            f"{archive.url}: the connection closed after {size:,} of {total:,} bytes; resume with the same command"
-        )
-    if archive.md5 is not None and (found := _md5(part)) != archive.md5:
-        part.unlink()
-        raise InputError(f"{archive.url}: its checksum is {found}, not {archive.md5} as published; download it again")
+            f"{url} returned {error.response.status_code} ({error.response.reason_phrase}); find its new URL on the "
+            f"benchmark's website, put the file into {path.parent}, and resume with the same command"
+        ) from error
+    except httpx.TransportError as error:
+        raise InputError(f"{url} cannot be reached ({error}); resume with the same command later") from error
     part.rename(path)
-    return path
 
 
-def unpack(path: Path, into: Path) -> None:
-    """Unpack a zip file; copy any other file."""
-    into.mkdir(parents=True, exist_ok=True)
-    if path.suffix != ".zip":
-        shutil.copyfile(path, into / path.name)
-        return
+def _verify(path: Path, url: str, md5: str) -> None:
+    """Delete a file with another checksum than the published one."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != md5:
+        path.unlink()
+        raise InputError(f"{url}: its checksum is {found}, not {md5} as published; download it again")
+
+
+def _unzip(path: Path, into: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:  # extract() never writes outside of its folder
             for member in bar(archive.infolist(), doing=f"unpacking {path.name}", unit="files"):
@@ -124,8 +103,3 @@ def unpack(path: Path, into: Path) -> None:
         raise InputError(
             f"{path} is not a complete zip file ({error}); download it again with the same command"
         ) from error
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()

@@ -17,12 +17,10 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError, counted
 from vlmvqa.extras.dataset_tools.check import check, table
-from vlmvqa.extras.dataset_tools.download import Archive, prepare
-from vlmvqa.extras.feature_cache.forecast import forecast
-from vlmvqa.extras.feature_cache.store import FeatureKey, check_dtype
-from vlmvqa.extras.feature_cache.writer import WriteOptions, unique_images, write
+from vlmvqa.extras.dataset_tools.download import download
+from vlmvqa.extras.feature_cache.store import check_dtype, feature_key
+from vlmvqa.extras.feature_cache.writer import disk_space, unique_images, write
 from vlmvqa.extras.shards import shards
-from vlmvqa.extras.shards.split import packing_key
 from vlmvqa.models import checkpoint
 from vlmvqa.models.build import build_vision_encoder
 from vlmvqa.models.interface import DTYPES, GenerationSettings
@@ -92,19 +90,22 @@ def cache_features(config: PrepareConfig) -> None:
     bad_records = BadRecords(data.on_bad_record)
     examples = read_examples(data, config.split, _most_samples(config), bad_records)
     vision, processor = build_encoder(config, data, examples)
-    key = FeatureKey.of(vision, processor.images, config.features.dtype)
-    images = len(unique_images(examples))
-    space = forecast(folder, images, (vision.num_image_tokens, vision.width), config.features.dtype)
-    print(space, flush=True)
-    space.refuse()
-    options = WriteOptions(
-        batch_size=config.batch_size,
-        workers=min(MOST_WORKERS, len(os.sched_getaffinity(0))) if config.workers is None else config.workers,
-        overwrite=config.features.overwrite,
-        progress=True,
-    )
+    key = feature_key(vision, processor.images, config.features.dtype)
+    shape = vision.num_image_tokens, vision.width
+    print(disk_space(folder, len(unique_images(examples)), shape, config.features.dtype), flush=True)
+    cores = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     try:
-        store = write(folder, key, vision, examples, processor.load_image, bad_records, options)
+        store = write(
+            folder,
+            key,
+            vision,
+            examples,
+            processor.load_image,
+            bad_records,
+            batch_size=config.batch_size,
+            workers=cores if config.workers is None else config.workers,
+            overwrite=config.features.overwrite,
+        )
     except torch.OutOfMemoryError as error:
         raise InputError(f"the GPU's memory is full at batch_size={config.batch_size}; make it smaller") from error
     print(f"{counted(len(store), 'image')}; train on them with data.feature_cache={folder} trainable.vision=none")
@@ -161,13 +162,13 @@ def pack(config: PrepareConfig) -> None:
     folder, most = Path(config.pack.dir).expanduser(), _most_samples(config)
     bad_records = BadRecords(data.on_bad_record)
     examples = read_examples(data, config.split, most, bad_records)
-    written = shards.write(folder, packing_key(data, config.split, most), examples, bad_records)
+    written = shards.write(folder, shards.packing_key(data, config.split, most), examples, bad_records)
     print(f"{counted(written, 'image')} with all questions; train on them with data.shards={folder}")
     if bad_records.seen:
         print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")
 
 
-def download(config: PrepareConfig) -> None:
+def download_archives(config: PrepareConfig) -> None:
     """Download and unpack the benchmark's official archives."""
     data = config.data.single
     if not data.archives:
@@ -176,7 +177,7 @@ def download(config: PrepareConfig) -> None:
         )
     root = Path(data.root or ".").expanduser()
     for one in data.archives:
-        fetched = prepare(Archive(**one), root)
+        fetched = download(root, **one)
         print(f"{one['url']}: {'unpacked' if fetched else 'already present'}", flush=True)
     print(f"all in {root}; check it with: python launch/prepare.py check data={data.source} data.root={root}")
 
@@ -187,7 +188,7 @@ def _most_samples(config: PrepareConfig) -> int | None:
 
 
 JOBS: dict[str, tuple[Callable[[PrepareConfig], None], str]] = {
-    "download": (download, "archives are downloaded"),
+    "download": (download_archives, "archives are downloaded"),
     "check": (check_data, "a dataset is checked"),
     "pack": (pack, "a split is packed"),
     "features": (cache_features, "features are computed"),

@@ -1,11 +1,10 @@
 """Read cached features of a frozen vision encoder instead of decoding and encoding the images in every epoch.
 
-    examples --image--> float[3, H, H] --VisionEncoder--> float[N, Dv] --writer--> shards --FeatureStore--> training
+    examples --image--> float[3, H, H] --VisionEncoder--> float[N, Dv] --writer--> features.bin --FeatureStore--> rows
 
-    folder/key.json          what the features depend on and how they are sharded; written first
-           shard-00000.bin   raw little-endian [images, N, Dv]; bfloat16 as its 16 bits
-           shard-00000.json  ids of its images in order, and the skipped ones; marks the shard as complete
-           index.json        all shards; written last: marks the folder as complete
+    folder/index.json     key (what the features depend on), shape (N, Dv), ids of the images in order, the skipped ones
+                          with their errors, and checksums of some image files; written first
+           features.bin   raw [images, N, Dv] in the order of the ids; complete when it has its full size
 
 Legend: N tokens per image, H height and width, Dv vision width.
 """
@@ -13,10 +12,8 @@ Legend: N tokens per image, H height and width, Dv vision width.
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import accumulate, chain
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -29,177 +26,134 @@ from vlmvqa import fingerprint
 from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.models.interface import DTYPES
 
 if TYPE_CHECKING:
     from vlmvqa.models.vision import VisionEncoder
 
-FORMAT = 1
-KEY, INDEX = "key.json", "index.json"
+FORMAT = 2
+INDEX, FEATURES = "index.json", "features.bin"
 COMMAND = "python launch/prepare.py features"
-# Data types by name: of tensors, and of the bytes in a shard.
-STORED = {"float32": (torch.float32, "<f4"), "bfloat16": (torch.bfloat16, "<u2"), "float16": (torch.float16, "<f2")}
 SAMPLES = 64  # number of images whose files are compared
 
 ImageId = int | str
-
-
-@dataclass(frozen=True)
-class FeatureKey:
-    """Everything that the features of an image depend on.
-
-    Attributes:
-        encoder: timm's name of the encoder.
-        weights: hash of its layers and of the names and values in its state dict.
-        transform: the `ImageSettings` by name.
-        dtype: the stored data type, one of `STORED`.
-    """
-
-    encoder: str
-    weights: str
-    transform: Mapping[str, Any]
-    dtype: str
-
-    def __post_init__(self) -> None:
-        check_dtype(self.dtype)
-
-    @classmethod
-    def of(cls, vision: VisionEncoder, images: ImageSettings, dtype: str) -> FeatureKey:
-        """Return the key of an encoder in its current state: after casting its weights, before sharding them."""
-        config = vision.encoder.pretrained_cfg
-        name = ".".join(filter(None, (config["architecture"], config.get("tag"))))
-        transform = json.loads(json.dumps(asdict(images)))  # with lists instead of tuples, as in key.json
-        # Neither the weights' shapes nor the printed layers include the number of heads.
-        heads = [vars(module).get("num_heads") for module in vision.modules()]
-        return cls(name, fingerprint.weights(vision, f"{vision.encoder} {heads}"), transform, dtype)
-
-    def differences(self, found: FeatureKey) -> list[str]:
-        """Return how stored features differ from this key: `the image size was 224, is now 448`."""
-        texts = ["the encoder's weights differ"] if found.weights != self.weights else []
-        before, now = (
-            {"encoder": key.encoder, "dtype": key.dtype, **{f"image {k}": v for k, v in key.transform.items()}}
-            for key in (found, self)
-        )
-        return texts + [
-            f"the {name} was {before.get(name)}, is now {now.get(name)}"
-            for name in sorted({*before, *now})
-            if before.get(name) != now.get(name)
-        ]
+Key = Mapping[str, Any]
 
 
 class FeatureStore:
-    """The features in a folder by image id, read from memory-mapped files; DataLoader workers can share it.
+    """The features in a folder by image id; DataLoader workers can share it.
 
     Attributes:
-        shape: N and Dv.
-        left_out: images that were unreadable when the features were computed, with the error message.
+        index: the content of index.json.
+        skipped: images that were unreadable when the features were computed, with the error message.
+
+    Raises:
+        InputError: there are no features in the folder, or they are incomplete.
     """
 
-    def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
-        shards, dtype = index["shards"], index["key"]["dtype"]
-        self.folder = folder
-        self.shape: tuple[int, int] = tuple(index["shape"])
-        self.dtype, self._code = STORED[dtype]
-        self.checksums: dict[ImageId, int] = dict(index["samples"])
-        self.left_out: dict[ImageId, str] = dict(chain.from_iterable(shard["left_out"] for shard in shards))
-        stored = chain.from_iterable(shard["ids"] for shard in shards)
-        self._rows: dict[ImageId, int] = {image: row for row, image in enumerate(stored)}
-        self._starts = [0, *accumulate(len(shard["ids"]) for shard in shards)]
-        self._maps: dict[int, Any] = {}
-        for number, shard in enumerate(shards):
-            path = shard_path(folder, number)
-            size, expected = file_size(path), len(shard["ids"]) * bytes_per_image(self.shape, dtype)
-            if size != expected:
-                raise InputError(
-                    f"{path} has {size:,} bytes instead of {expected:,}; run the command that computed them again"
-                )
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.index = folder, read_index(folder)
+        self.shape: tuple[int, int] = tuple(self.index["shape"])
+        self.dtype = DTYPES[self.index["key"]["dtype"]]
+        self.skipped: dict[ImageId, str] = dict(self.index["skipped"])
+        ids = self.index["ids"]
+        self._rows = {image: row for row, image in enumerate(ids) if image not in self.skipped}
+        self._image_bytes = bytes_per_image(self.shape, self.dtype)
+        if file_size(folder / FEATURES) != len(ids) * self._image_bytes:
+            raise InputError(f"the features in {folder} are incomplete; run the command that computes them again")
 
     @classmethod
-    def open(cls, folder: Path, key: FeatureKey) -> FeatureStore:
-        """Open the features in a folder.
+    def open(
+        cls, folder: Path, vision: VisionEncoder, images: ImageSettings, examples: Sequence[Example]
+    ) -> FeatureStore:
+        """Open the features of an encoder and of these examples' images.
 
         Raises:
-            InputError: there are none, they are incomplete or damaged, or their key differs from `key`.
+            InputError: the features are missing or incomplete, or those of another encoder, transform or dataset.
         """
-        index = _read_index(folder)
-        differences = key.differences(FeatureKey(**index["key"]))
-        if differences:
+        store = cls(folder)
+        found = store.index["key"]
+        recompute = f"{COMMAND} features.dir={folder} features.overwrite=true"
+        if stale := differences(found, feature_key(vision, images, found["dtype"])):
             raise InputError(
-                f"the features in {folder} are stale: {'; '.join(differences)}; recompute them with this run's model, "
-                f"data and seed: {COMMAND} features.dir={folder} features.dtype={key.dtype} features.overwrite=true"
+                f"the features in {folder} are stale: {stale}; recompute them with this run's model, data and seed: "
+                f"{recompute} features.dtype={found['dtype']}"
             )
-        return cls(folder, index)
+        ids = (example.image_id for example in examples)
+        if missing := [image for image in ids if image not in store._rows and image not in store.skipped]:
+            raise InputError(
+                f"the features in {folder} lack {len(missing):,} of the images (the first is {missing[0]}); "
+                f"compute the features of this split: {COMMAND} split=... features.dir=..."
+            )
+        if changed := changed_image(store.index["samples"], examples):
+            raise InputError(
+                f"the features in {folder} belong to other images: {changed.name} has changed since; "
+                f"recompute them: {recompute}"
+            )
+        return store
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, image_id: object) -> bool:
-        return image_id in self._rows
-
     def __getitem__(self, image_id: ImageId) -> Tensor:
-        """Return a copy of an image's features, `float[N, Dv]` in the stored data type.
+        """Return an image's features, `float[N, Dv]` in the stored data type.
 
         Raises:
             InputError: the image was skipped, or belongs to another split.
         """
-        row = self._rows.get(image_id)
-        if row is None:
-            why = self.left_out.get(image_id, "compute them for this split")
+        if image_id not in self._rows:
+            why = self.skipped.get(image_id, "compute them for this split")
             raise InputError(f"image {image_id} has no features in {self.folder}: {why}")
-        shard = bisect_right(self._starts, row) - 1
-        if shard not in self._maps:  # mapped in the worker process that reads it
-            shape = (self._starts[shard + 1] - self._starts[shard], *self.shape)
-            self._maps[shard] = np.memmap(shard_path(self.folder, shard), self._code, mode="r", shape=shape)
-        stored = self._maps[shard][row - self._starts[shard]]
-        return torch.from_numpy(np.array(stored, dtype=stored.dtype.newbyteorder("="))).view(self.dtype)
-
-    def refuse_missing(self, image_ids: Iterable[ImageId]) -> None:
-        """Raise if images have no features because they belong to another split; skipped images are accepted."""
-        missing = [image for image in image_ids if image not in self._rows and image not in self.left_out]
-        if missing:
-            raise InputError(
-                f"the features in {self.folder} lack {len(missing):,} of the images (the first is {missing[0]}); "
-                f"compute the features of this split: {COMMAND} split=... features.dir=..."
-            )
-
-    def refuse_changed_images(self, examples: Iterable[Example]) -> None:
-        """Raise if image files differ from those that were encoded, as in another or a newly generated dataset."""
-        for example in examples:
-            expected = self.checksums.get(example.image_id)
-            if expected is not None and _checksum(example) not in (expected, None):
-                raise InputError(
-                    f"the features in {self.folder} belong to other images: {example.name} has changed since; "
-                    f"recompute them: {COMMAND} features.dir={self.folder} features.overwrite=true"
-                )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # pickling a map would copy its content to spawned workers
+        offset = self._rows[image_id] * self._image_bytes
+        stored = np.fromfile(self.folder / FEATURES, np.uint8, self._image_bytes, offset=offset)
+        return torch.from_numpy(stored).view(self.dtype).view(self.shape)
 
 
-def stored_dtype(folder: Path) -> str:
-    """Return the data type of a folder's features, one of `STORED`.
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's index.json.
 
     Raises:
-        InputError: there are none, or they are incomplete.
+        InputError: there is none, or it is damaged or of another format.
     """
-    dtype: str = _read_index(folder)["key"]["dtype"]
-    return dtype
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    if not (folder / INDEX).exists():
-        if (folder / KEY).exists():
-            raise InputError(f"the features in {folder} are incomplete; run the command that computes them again")
+    path = folder / INDEX
+    if not path.exists():
         raise InputError(f"{folder} has no features; compute them: {COMMAND} features.dir={folder}")
-    return read_json(folder / INDEX)
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete {folder} and recompute the features") from error
+    if content.pop("format", None) != FORMAT:
+        raise InputError(f"{path} is not of format {FORMAT}; delete {folder} and recompute the features")
+    return content
 
 
-# --- shared with the writer ---------------------------------------------------------------------------
+def feature_key(vision: VisionEncoder, images: ImageSettings, dtype: str) -> Key:
+    """Return what the features of an image depend on, for an encoder with cast but not yet sharded weights."""
+    config = vision.encoder.pretrained_cfg
+    # Neither the weights' shapes nor the printed layers include the number of heads.
+    heads = [vars(module).get("num_heads") for module in vision.modules()]
+    transform = json.loads(json.dumps(asdict(images)))  # with lists instead of tuples, as in index.json
+    return {
+        "encoder": ".".join(filter(None, (config["architecture"], config.get("tag")))),
+        "weights": fingerprint.weights(vision, f"{vision.encoder} {heads}"),
+        "dtype": dtype,
+        **{f"image {name}": value for name, value in transform.items()},
+    }
+
+
+def differences(found: Key, key: Key) -> str:
+    """Return how a stored key differs from another one: `the image size was 224, is now 448`."""
+    return "; ".join(
+        "the encoder's weights differ" if name == "weights" else f"the {name} was {found.get(name)}, is now {value}"
+        for name, value in key.items()
+        if found.get(name) != value
+    )
 
 
 def check_dtype(dtype: str) -> None:
     """Raise if features cannot be stored in a data type."""
-    if dtype not in STORED:
-        raise InputError(f"features.dtype={dtype} is unknown; use one of {', '.join(STORED)}{suggest(dtype, STORED)}")
+    if dtype not in DTYPES:
+        raise InputError(f"features.dtype={dtype} is unknown; use one of {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
 
 
 def sample_checksums(examples: Sequence[Example]) -> list[tuple[ImageId, int]]:
@@ -208,33 +162,23 @@ def sample_checksums(examples: Sequence[Example]) -> list[tuple[ImageId, int]]:
     return [(example.image_id, crc) for example in chosen if (crc := _checksum(example)) is not None]
 
 
+def changed_image(samples: Iterable[tuple[ImageId, int]], examples: Iterable[Example]) -> Example | None:
+    """Return the first example whose image file differs from its checksum; a file that is gone does not."""
+    expected = dict(samples)
+    known = (example for example in examples if example.image_id in expected)
+    return next((one for one in known if _checksum(one) not in (expected[one.image_id], None)), None)
+
+
 def _checksum(example: Example) -> int | None:
-    """Return the CRC-32 of an image file; None if there is no file (any more)."""
     content = fingerprint.file_of(example.image)
     return None if content is None else crc32(content)
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    """Return the path of a shard's numbers; its record has the suffix `.json`."""
-    return folder / f"shard-{number:05d}.bin"
-
-
-def bytes_per_image(shape: tuple[int, int], dtype: str) -> int:
-    """Return the size of N x Dv numbers of a data type of `STORED`."""
-    return shape[0] * shape[1] * STORED[dtype][0].itemsize
+def bytes_per_image(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Return the size of N x Dv numbers."""
+    return shape[0] * shape[1] * dtype.itemsize
 
 
 def file_size(path: Path) -> int:
     """Return a file's size in bytes; 0 if it doesn't exist."""
     return path.stat().st_size if path.exists() else 0
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one of the folder's JSON files and check its format."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); delete {path.parent} and recompute the features") from error
-    if content.pop("format", None) != FORMAT:
-        raise InputError(f"{path} is not of format {FORMAT}; delete {path.parent} and recompute the features")
-    return content

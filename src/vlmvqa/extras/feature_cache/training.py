@@ -9,7 +9,7 @@ from typing import Any
 from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
-from vlmvqa.extras.feature_cache.store import FeatureKey, FeatureStore, stored_dtype
+from vlmvqa.extras.feature_cache.store import FeatureStore
 from vlmvqa.models.trained_model import TrainedModel
 
 
@@ -21,11 +21,8 @@ def open_features(data: DataSettings, trained: TrainedModel, examples: Sequence[
     """
     folder = Path(str(data.feature_cache)).expanduser()
     vision: Any = trained.model.vision
-    key = FeatureKey.of(vision, trained.processor.images, stored_dtype(folder))
-    store = FeatureStore.open(folder, key)
-    store.refuse_missing(example.image_id for example in examples)
-    store.refuse_changed_images(examples)
-    if data.on_bad_record == "error" and store.left_out:
-        image, why = next(iter(store.left_out.items()))
+    store = FeatureStore.open(folder, vision, trained.processor.images, examples)
+    if data.on_bad_record == "error" and store.skipped:
+        image, why = next(iter(store.skipped.items()))
         raise InputError(f"image {image} has no features in {folder}: {why.rstrip('.')}; set data.on_bad_record=skip")
     return store

@@ -3,23 +3,26 @@
     hub id -------datasets--> rows --Columns--> questions --> Examples whose image is the bytes of a file
     folder of parquet --pyarrow--^
 
-Each selected image is kept in memory once; `max_samples` or a slice limits how many. With `streaming`, only the
-selected rows are downloaded.
+Each selected image is kept in memory once; `data.max_*_samples` or a slice limits how many. With `data.streaming`, only
+the selected rows are downloaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from vlmvqa.config.compose import build_settings
+from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import PromptTemplate, most_common, refuse_empty
-from vlmvqa.data.splits import Slice
+from vlmvqa.data.tasks import refuse_unknown_options
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.extras.hub.parquet import MAX_ROWS, Table, open_split, selected_rows
+from vlmvqa.extras.hub.parquet import open_split
 from vlmvqa.ranks import bar
 
 ImageId = int | str
@@ -54,129 +57,121 @@ class Columns:
     details: tuple[str, ...] = ()
 
 
-def read(
-    hub: str,
-    split: str,
-    *,
-    columns: Columns,
-    prompt: str,
-    config: str | None = None,
-    images: str | None = None,
-    streaming: bool = False,
-    max_samples: int | None = None,
-    bad_records: BadRecords | None = None,
+def read_hub(
+    settings: DataSettings, source: ModuleType, split: str, max_samples: int | None, bad_records: BadRecords
 ) -> list[Example]:
     """Return the questions of a split, grouped by image in order of first appearance.
 
+    The source's function `arrange` brings them into the form of its own files.
+
     Args:
-        hub: the dataset's id on the Hub, or a folder with its parquet files.
+        settings: `hub_config` and `hub_images` may contain `{split}`, for datasets with a configuration per split.
+        source: the module that reads the dataset's own files.
         split: the split's name in the dataset, with an optional slice of its rows: `validation[:10%]`.
-        columns: the dataset's column names.
-        prompt: the model's input text; `{question}` is replaced by the question.
-        config: one of the dataset's configurations; `{split}` in it is replaced by the split's name, for datasets with
-            a configuration per split (GQA's "{split}_instructions").
-        images: the configuration that holds the images, if it is another one ("{split}_images").
-        streaming: download rows while reading instead of the complete split first.
         max_samples: read at most this many rows of the slice.
-        bad_records: policy for unusable rows (default: raise).
+        bad_records: policy for unusable rows.
 
     Raises:
         InputError: a package or the dataset is missing, the dataset is a loading script, or a row is unusable.
     """
-    if images and not columns.image_id:
+    hub, columns = str(settings.hub), build_settings(Columns, settings.columns, "data.columns")
+    if settings.hub_images and not columns.image_id:
         raise InputError("data.hub_images needs data.columns.image_id to match images with questions; set it")
-    bad_records = bad_records or BadRecords()
-    to_prompt: Callable[[str], str] = PromptTemplate(prompt) if columns.question else lambda _: prompt
-    table, selected = open_split(hub, config, split, streaming, max_samples)
-    if selected.name.startswith("train"):
+    name, prompt = split.partition("[")[0], settings.prompt
+    if name.startswith("train"):
         columns = replace(columns, details=())
-    image_bytes: dict[ImageId, bytes] = {}
-    by_image: dict[ImageId, list[Question]] = {}
-    first_rows: dict[ImageId, str] = {}  # the first row of each image, for error messages
-    row_columns = replace(columns, image="") if images else columns  # the images are read from another table
-    for where, image_id, content, question in _read_rows(table, selected, row_columns, to_prompt, hub, bad_records):
-        if content is not None:
-            image_bytes.setdefault(image_id, content)
-        by_image.setdefault(image_id, []).append(question)
-        first_rows.setdefault(image_id, where)
-    if images:
-        image_table, _ = open_split(hub, images, selected.name, streaming, None)
-        image_bytes = _read_images(image_table, columns, by_image, hub)
-    by_image = _without_unanswered(by_image, first_rows, bad_records)
-    examples = []
-    for image_id, questions in by_image.items():
-        if image_id in image_bytes:
-            examples.append(Example(image_bytes[image_id], image_id, tuple(questions)))
-        else:
-            bad_records.add(first_rows[image_id], f"there is no image {image_id} in {images}", "leave the row out")
-    return refuse_empty(examples, table.where, split)
-
-
-def _without_unanswered(
-    by_image: Mapping[ImageId, list[Question]], first_rows: Mapping[ImageId, str], bad_records: BadRecords
-) -> dict[ImageId, list[Question]]:
-    """Remove questions without answers as bad records; keep all if no question has answers, as in a test split."""
-    if not any(question.answers for questions in by_image.values() for question in questions):
-        return dict(by_image)
-    for image_id, questions in by_image.items():
-        for question in questions:
-            if not question.answers:
-                bad_records.add(f"{first_rows[image_id]}, question {question.id}", "it has no answers, but others do")
-    answered = {key: [question for question in questions if question.answers] for key, questions in by_image.items()}
-    return {image_id: questions for image_id, questions in answered.items() if questions}
-
-
-def _read_rows(
-    table: Table,
-    selected: Slice,
-    columns: Columns,
-    to_prompt: Callable[[str], str],
-    hub: str,
-    bad_records: BadRecords,
-) -> Iterator[tuple[str, ImageId, bytes | None, Question]]:
-    """Yield (location, image id, image, question) of each usable row; image is None if `columns.image` is empty."""
-    numbers = selected_rows(selected, table)
+    to_prompt: Callable[[str], str] = PromptTemplate(prompt) if columns.question else lambda _: prompt
+    table, numbers = open_split(hub, settings.hub_config, split, settings.streaming, max_samples)
+    single = (value for key, value in vars(columns).items() if key not in ("image", "joined_id", "details"))
+    read_columns = _top_level(None if settings.hub_images else columns.image, *single, *columns.details)
+    rows = bar(table.rows(numbers, read_columns), doing=f"reading {table.where}", unit="rows", delay=2.0)
     seen: set[int | str] = set()
-    rows = bar(table.rows(numbers, _top_level(columns)), doing=f"reading {table.where}", unit="rows", delay=2.0)
+    images: dict[ImageId, tuple[str, bytes | None]] = {}  # the first row of each image, for errors, and its content
+    by_image: dict[ImageId, list[Question]] = {}
     for row, number in zip(rows, numbers, strict=False):
         where = f"{table.where}, row {number}"
         try:
-            question = _question(row, number, columns, to_prompt, where)
+            question = _question(row, number, columns, to_prompt)
             if question.id in seen:
-                raise InputError(f"{where}: its id {question.id} is used twice; keep one of them")
-            content = _image_bytes(_value(row, columns.image), hub, where) if columns.image else None
-            image_id = _image_id(row, columns, content, where)
+                raise InputError(f"its id {question.id} is used twice; keep one of them")
+            content = None if settings.hub_images else _image_bytes(_value(row, columns.image), hub)
+            image_id = _image_id(row, columns, content)
         except InputError as error:
-            bad_records.add_error(error)
-        else:
-            seen.add(question.id)
-            yield where, image_id, content, question
+            bad_records.add_error(InputError(f"{where}: {error}"))
+            continue
+        seen.add(question.id)
+        images.setdefault(image_id, (where, content))
+        by_image.setdefault(image_id, []).append(question)
+    joined = _read_images(settings, columns, name, by_image) if settings.hub_images else {}
+    answered = any(question.answers for questions in by_image.values() for question in questions)
+    examples = []
+    for image_id, questions in by_image.items():
+        where, content = images[image_id]
+        content = content or joined.get(image_id)
+        if content is None:
+            bad_records.add(where, f"there is no image {image_id} in {settings.hub_images}", "leave the row out")
+            continue
+        usable = []
+        for question in questions:
+            if question.answers or not answered:
+                usable.append(question)
+            else:
+                bad_records.add(f"{where}, question {question.id}", "it has no answers, but others do")
+        if usable:
+            examples.append(Example(content, image_id, tuple(usable)))
+    arrange = vars(source).get("arrange", lambda examples, split: examples)
+    refuse_unknown_options(settings.options, arrange)
+    return list(arrange(refuse_empty(examples, table.where, split), split, **settings.options))
+
+
+def _read_images(
+    settings: DataSettings, columns: Columns, split: str, wanted: Collection[ImageId]
+) -> dict[ImageId, bytes]:
+    """Return the wanted images by id, from the configuration that `data.hub_images` names."""
+    hub, found = str(settings.hub), dict[ImageId, bytes]()
+    table, numbers = open_split(hub, settings.hub_images, split, settings.streaming, None)
+    for row in table.rows(numbers, _top_level(columns.image, columns.joined_id)):
+        image_id = _value(row, columns.joined_id)
+        if image_id in wanted:
+            try:
+                found[image_id] = _image_bytes(_value(row, columns.image), hub)
+            except InputError as error:
+                raise InputError(f"{table.where}, image {image_id}: {error}") from error
+        if len(found) == len(wanted):
+            break
+    return found
+
+
+def _top_level(*names: str | None) -> list[str]:
+    """Return the names of the top-level columns to read."""
+    return list(dict.fromkeys(name.split(".")[0] for name in names if name))
 
 
 # --- fields of a row ------------------------------------------------------------------------------------
 
 
-def _question(
-    row: Mapping[str, Any], number: int, columns: Columns, to_prompt: Callable[[str], str], where: str
-) -> Question:
+def _question(row: Mapping[str, Any], number: int, columns: Columns, to_prompt: Callable[[str], str]) -> Question:
     key = number if columns.id is None else _value(row, columns.id)
     if not isinstance(key, int | str) or isinstance(key, bool):
-        raise InputError(f"{where}: its {columns.id} should be an integer or text, not {str(key)[:40]!r}; fix it")
-    text = _text(row, columns.question, where)
+        raise InputError(f"its {columns.id} should be an integer or text, not {str(key)[:40]!r}; fix it")
+    text = _text(row, columns.question)
     if columns.question and not (text or "").strip():
-        raise InputError(f"{where}: its {columns.question} is empty; fix it")
-    answers = _answers(row, columns.answers, where)
-    target = _text(row, columns.target, where) if columns.target else (most_common(answers) if answers else None)
+        raise InputError(f"its {columns.question} is empty; fix it")
+    listed = None if columns.answers is None else _value(row, columns.answers)
+    answers = (listed,) if isinstance(listed, str) else listed or ()
+    if not isinstance(answers, list | tuple) or not all(isinstance(answer, str) for answer in answers):
+        raise InputError(f"its {columns.answers} should be texts, not {str(listed)[:40]!r}; fix it or data.columns")
+    target = _text(row, columns.target) if columns.target else (most_common(answers) if answers else None)
     if answers and not (target or "").strip():
-        raise InputError(f"{where}: its answer is empty; fix it")
+        raise InputError("its answer is empty; fix it")
     return Question(
         key,
         text or "",
         to_prompt(text or ""),
         target,
-        answers,
-        _text(row, columns.question_type, where),
-        _text(row, columns.answer_type, where),
+        tuple(answers),
+        _text(row, columns.question_type),
+        _text(row, columns.answer_type),
         {name: _value(row, name) for name in columns.details} or None,
     )
 
@@ -192,34 +187,26 @@ def _value(row: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _text(row: Mapping[str, Any], name: str | None, where: str) -> str | None:
+def _text(row: Mapping[str, Any], name: str | None) -> str | None:
     """Return a text, or the first of a list of texts."""
     value = None if name is None else _value(row, name)
     if isinstance(value, list):
         value = value[0] if value else None
     if value is None or isinstance(value, str):
         return value
-    raise InputError(f"{where}: its {name} should be text, not {str(value)[:40]!r}; fix it or data.columns")
+    raise InputError(f"its {name} should be text, not {str(value)[:40]!r}; fix it or data.columns")
 
 
-def _answers(row: Mapping[str, Any], name: str | None, where: str) -> tuple[str, ...]:
-    value = None if name is None else _value(row, name)
-    listed = [value] if isinstance(value, str) else value or []
-    if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-        raise InputError(f"{where}: its {name} should be texts, not {str(value)[:40]!r}; fix it or data.columns")
-    return tuple(listed)
-
-
-def _image_id(row: Mapping[str, Any], columns: Columns, content: bytes | None, where: str) -> ImageId:
+def _image_id(row: Mapping[str, Any], columns: Columns, content: bytes | None) -> ImageId:
     if columns.image_id is None:
         return blake2b(content or b"", digest_size=10).hexdigest()
     value = _value(row, columns.image_id)
     if not isinstance(value, int | str):
-        raise InputError(f"{where}: its {columns.image_id} should be an integer or text; fix it or data.columns")
+        raise InputError(f"its {columns.image_id} should be an integer or text; fix it or data.columns")
     return value
 
 
-def _image_bytes(value: Any, hub: str, where: str) -> bytes:
+def _image_bytes(value: Any, hub: str) -> bytes:
     """Return the bytes of an image file; `datasets` stores the bytes, a path, or both."""
     path = value.get("path") if isinstance(value, Mapping) else value
     content = value.get("bytes") if isinstance(value, Mapping) else value
@@ -227,31 +214,9 @@ def _image_bytes(value: Any, hub: str, where: str) -> bytes:
         return content
     if isinstance(path, str):
         if path.startswith(("http://", "https://")):
-            raise InputError(f"{where}: its image is only a URL, {path}; use a dataset that contains the images")
+            raise InputError(f"its image is only a URL, {path}; use a dataset that contains the images")
         try:
             return (Path(hub) / path).read_bytes()
         except OSError as error:
-            raise InputError(f"{where}: its image {path} cannot be read ({error.strerror}); download it") from None
-    raise InputError(f"{where}: it has no image; fix it, or data.columns.image")
-
-
-def _read_images(table: Table, columns: Columns, wanted: Iterable[ImageId], hub: str) -> dict[ImageId, bytes]:
-    """Return the wanted images by id, read from a table of images."""
-    missing, found = set(wanted), {}
-    numbers = range(table.total if table.total is not None else MAX_ROWS)
-    names = _top_level(Columns(image=columns.image, question=None, answers=None, id=columns.joined_id))
-    for number, row in zip(numbers, table.rows(numbers, names), strict=False):
-        image_id = _value(row, columns.joined_id)
-        if image_id in missing:
-            found[image_id] = _image_bytes(_value(row, columns.image), hub, f"{table.where}, row {number}")
-            missing.remove(image_id)
-        if not missing:
-            break
-    return found
-
-
-def _top_level(columns: Columns) -> list[str]:
-    """Return the names of the top-level columns to read."""
-    single = (name for field, name in vars(columns).items() if field not in ("joined_id", "details"))
-    names = (*single, *columns.details)
-    return list(dict.fromkeys(name.split(".")[0] for name in names if name))
+            raise InputError(f"its image {path} cannot be read ({error.strerror}); download it") from None
+    raise InputError("it has no image; fix it, or data.columns.image")

@@ -25,8 +25,15 @@ FAILURES = (OSError, RuntimeError, ValueError)  # raised by `datasets`, in addit
 
 def open_split(
     hub: str, config: str | None, split: str, streaming: bool, max_samples: int | None
-) -> tuple[Table, Slice]:
-    """Return the table of a split and the slice to read; the arguments are those of `dataset.read`.
+) -> tuple[ParquetTable | HubTable, range]:
+    """Return the table of a split and the numbers of the rows to read.
+
+    Args:
+        hub: a Hub id or a folder.
+        config: a configuration, or None; `{split}` in it is replaced by the split's name.
+        split: the split's name, with an optional slice.
+        streaming: download rows while reading instead of the complete split first.
+        max_samples: most rows to read.
 
     Raises:
         InputError: a package or the dataset is missing, the dataset is a loading script, or it has no such split.
@@ -40,9 +47,8 @@ def open_split(
     own = own and len(known) == 1
     selected = parse_split(split, [name] if own else known, hub, max_samples)
     inner = next(iter(known)) if own else name
-    if folder:
-        return ParquetTable(known[inner], f"{hub} {name}"), selected
-    return HubTable(hub, config, inner, streaming), selected
+    table = ParquetTable(known[inner], f"{hub} {name}") if folder else HubTable(hub, config, inner, streaming)
+    return table, _selected_rows(selected, table.total, table.where)
 
 
 def _folder(hub: str) -> Path | None:
@@ -53,28 +59,20 @@ def _folder(hub: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def selected_rows(selected: Slice, table: Table) -> range:
-    """Return the numbers of the rows in a slice.
-
-    Raises:
-        InputError: the slice is a random sample, or depends on the number of rows, which is unknown for a stream.
-    """
+def _selected_rows(selected: Slice, total: int | None, where: str) -> range:
+    """Return the numbers of the rows in a slice of a table; a total of None is unknown."""
     if selected.random_count is not None:
-        raise InputError(
-            f"{table.where}: rows cannot be sampled at random ('{selected.text}'); use a slice, or data.root"
-        )
-    if table.total is not None:
-        numbers = selected.indices(table.total, table.where, "rows")
+        raise InputError(f"{where}: rows cannot be sampled at random ('{selected.text}'); use a slice, or data.root")
+    if total is not None:
+        numbers = selected.indices(total, where, "rows")
         assert isinstance(numbers, range)
         return numbers
-    bounds = (selected.start, selected.stop)
-    if any(bound is not None and (bound.endswith("%") or bound.startswith("-")) for bound in bounds):
+    if any(bound and (bound.endswith("%") or bound.startswith("-")) for bound in (selected.start, selected.stop)):
         raise InputError(
-            f"{table.where}: '{selected.text}' depends on the number of rows, which is unknown while streaming; "
+            f"{where}: '{selected.text}' depends on the number of rows, which is unknown while streaming; "
             "use row numbers, or set data.streaming=false"
         )
-    start, stop = int(selected.start or 0), int(selected.stop) if selected.stop else MAX_ROWS
-    return range(start, max(start, stop))[: selected.max_samples]
+    return range(int(selected.start or 0), int(selected.stop or MAX_ROWS))[: selected.max_samples]
 
 
 def _refuse_unknown(columns: Sequence[str], known: Sequence[str], where: str) -> None:
@@ -91,7 +89,7 @@ class ParquetTable:
     """The rows of a split in local parquet files; the attributes are those of `HubTable`."""
 
     def __init__(self, files: Sequence[Path], where: str) -> None:
-        parquet = _import("pyarrow.parquet", "pyarrow")
+        parquet = require("pyarrow.parquet")
         self.where = where
         try:
             self.files = [parquet.ParquetFile(path) for path in files]
@@ -197,7 +195,7 @@ def _hub_splits(hub: str, config: str | None) -> dict[str, list[Path]]:
 
 def _datasets() -> ModuleType:
     """Return the library with loading scripts disabled; version 3 would prompt at the terminal to run one."""
-    datasets = _import("datasets", "datasets")
+    datasets = require("datasets")
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     return datasets
 
@@ -215,15 +213,14 @@ def _unavailable(hub: str, error: Exception) -> InputError:
     )
 
 
-def _import(module: str, package: str) -> ModuleType:
+def require(module: str, what: str = "data.hub") -> ModuleType:
+    """Import a module of the install extra `hub` that a setting or command needs."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"data.hub needs the package {package}; install it with: pip install 'vlmvqa[hub]'") from None
+        package = module.partition(".")[0]
+        raise InputError(f"{what} needs the package {package}; install it with: pip install 'vlmvqa[hub]'") from None
 
 
 def _line(error: Exception) -> str:
     return " ".join((str(error) or type(error).__name__).split())[:200]
-
-
-Table = ParquetTable | HubTable

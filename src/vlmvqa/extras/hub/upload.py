@@ -34,8 +34,8 @@ def refuse_upload(target: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
-    if _is_folder(target):
-        if _folder(target).exists():
+    if (output := _output_folder(target)) is not None:
+        if output.exists():
             raise InputError(f"hub_id={target} exists already and is never overwritten; choose another folder")
         return
     if target.count("/") != 1:
@@ -59,37 +59,37 @@ def upload(folder: Path, target: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    base = _base_name(folder)
+    adapter = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("adapter") or {}
+    base = str(adapter.get("base", ""))
     if base.startswith(("/", "~")):
         ranks.print_on_rank0(
             f"its base model {base} is not uploaded; publish it too, or merge first: launch/merge.py adapter={folder} "
             "output=..."
         )
-    if _is_folder(target):
-        output = _folder(target)
+    own_base = stored_base(folder, base)  # the base model if only the run's folder holds it
+    if (output := _output_folder(target)) is not None:
         refuse_upload(target)
         unfinished = output.with_name(output.name + ".partial")
         shutil.rmtree(unfinished, ignore_errors=True)
-        _copy_with_base(folder, unfinished, shutil.copy2)
+        _copy(folder, own_base, unfinished, shutil.copy2)
         unfinished.rename(output)
         return str(output)
     api = HfApi()
     api.create_repo(target, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix="upload-") as temporary:
         complete = folder
-        if _own_base(folder) is not None:
+        if own_base is not None:
             complete = Path(temporary) / "model"
-            _copy_with_base(folder, complete, os.link)  # hard links need no space
+            _copy(folder, own_base, complete, os.link)  # hard links need no space
         return str(api.upload_folder(repo_id=target, folder_path=complete, commit_message="Upload by vlmvqa"))
 
 
-def _copy_with_base(folder: Path, output: Path, copy: Callable[..., Any]) -> None:
-    """Copy a model's folder, and into it the base model if it is stored only in the run's folder."""
+def _copy(folder: Path, own_base: Path | None, output: Path, copy: Callable[..., Any]) -> None:
+    """Copy a model's folder, and its base model into it."""
     shutil.copytree(folder, output, copy_function=copy)
-    base = _own_base(folder)
-    if base is None:
+    if own_base is None:
         return
-    shutil.copytree(base, output / BASE, copy_function=copy)
+    shutil.copytree(own_base, output / BASE, copy_function=copy)
     for name, keys in ((CONFIG, ("adapter", "base")), (PEFT_CONFIG, ("base_model_name_or_path",))):
         config = json.loads((output / name).read_text(encoding="utf-8"))
         node = config
@@ -100,22 +100,6 @@ def _copy_with_base(folder: Path, output: Path, copy: Callable[..., Any]) -> Non
         (output / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _own_base(folder: Path) -> Path | None:
-    """Return the folder of the adapters' base model if it is stored only in the run's folder."""
-    return stored_base(folder, _base_name(folder))
-
-
-def _base_name(folder: Path) -> str:
-    """Return the base model's name or path in the adapters' config; "" for a complete model."""
-    if not (folder / CONFIG).is_file():
-        return ""
-    adapter = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("adapter") or {}
-    return str(adapter.get("base", ""))
-
-
-def _is_folder(target: str) -> bool:
-    return target.startswith((".", "/", "~"))
-
-
-def _folder(target: str) -> Path:
-    return Path(target).expanduser().absolute()
+def _output_folder(target: str) -> Path | None:
+    """Return the folder to copy the model to; None for a Hub id."""
+    return Path(target).expanduser().absolute() if target.startswith((".", "/", "~")) else None

@@ -25,6 +25,7 @@ from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.models import checkpoint
 from vlmvqa.models.checkpoint import read_config
 from vlmvqa.models.interface import DTYPES
+from vlmvqa.paths import replace_file
 from vlmvqa.ranks import bar
 
 CARD = "README.md"  # the base's model card, whose scores aren't those of the merged model
@@ -68,7 +69,12 @@ class Merge:
         self.names = TensorNames.read(found)
         self.base = self._load_base(found)
         validation.check_not_quantized(self.base)
-        self.models = [self._load_model(folder) for folder in models]
+        self.models = [
+            AdapterDelta(folder, self.base, self.adapters[folder])
+            if folder in self.adapters
+            else Weights(folder, self.names.model_name)
+            for folder in models
+        ]
         full_models = [model for model in self.models if isinstance(model, Weights)]
         for model in full_models:
             validation.check_not_quantized(model)
@@ -117,11 +123,6 @@ class Merge:
         quantized = self.names.quantizable()
         return DequantizedWeights(folder, self.names.model_name, quantized, settings[0], DTYPES[dtypes.pop()])
 
-    def _load_model(self, folder: Path) -> Weights | AdapterDelta:
-        if folder in self.adapters:
-            return AdapterDelta(folder, self.base, self.adapters[folder])
-        return Weights(folder, self.names.model_name)
-
     def _started_from(self) -> dict[str, str] | None:
         """Return the base to record in the merged config; without a base, the one that all models record."""
         if self.settings.needs_base or self.adapters:
@@ -142,9 +143,7 @@ class Merge:
                 shutil.copy2(path, folder)
         if self.names.model is not None:  # training may have changed the processor's settings
             load_processor(str(self.models[0].folder)).save_pretrained(folder)
-        partial = folder / (checkpoint.CONFIG + ".partial")
-        partial.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / checkpoint.CONFIG)
+        replace_file(folder / checkpoint.CONFIG, json.dumps(self.config, indent=2) + "\n")
 
     def _all_chunks(self, progress: Any) -> Iterator[tuple[str, Tensor]]:
         for name, entry in self.base.entries.items():
@@ -170,7 +169,7 @@ class Merge:
         for rows in self.base.row_slices(name):
             base = self.base.read(name, rows)
             if unchanged:
-                statistics.add_base(base)
+                statistics.add(base)
                 yield base
                 continue
             if not settings.needs_base:

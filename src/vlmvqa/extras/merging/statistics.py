@@ -28,14 +28,12 @@ class MergeStatistics:
         self.deltas = torch.zeros(models, dtype=torch.float64)
         self.moved, self.kept = torch.zeros(2, models, dtype=torch.int64)
 
-    def add_base(self, base: Tensor) -> None:
-        """Add a chunk of the base, float[n], that no model changes."""
+    def add(self, base: Tensor, deltas: Tensor | None = None, kept: Tensor | None = None) -> None:
+        """Add a chunk of the base, float[n], with the models' deltas before and after trimming, float[M, n], if any."""
         self.entries += base.numel()
         self.base += float(base.double().square().sum())
-
-    def add(self, base: Tensor, deltas: Tensor, kept: Tensor) -> None:
-        """Add a chunk of the base, float[n], with the models' deltas before and after trimming, float[M, n]."""
-        self.add_base(base)
+        if deltas is None or kept is None:
+            return
         self.deltas += deltas.double().square().sum(1)
         self.moved += deltas.count_nonzero(1)
         self.kept += kept.count_nonzero(1)

@@ -22,7 +22,6 @@ from vlmvqa.models.checkpoint import OURS, read_config
 
 # Keys of a transformers config that don't change what the model computes.
 IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache", OURS)
-OTHER_TOKENIZERS = "have different tokenizers; merge models fine-tuned from the same base"
 # Settings of an image processor that change the pixels.
 PIXELS = (
     *("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
@@ -138,13 +137,18 @@ def merged_config(weights: Weights, models: Sequence[Path], started_from: Mappin
     config = read_config(base)
     own_configs = {folder: own_config(folder) for folder in (base, *models)}
     pretrained = "model_type" in config
-    if pretrained:
-        _check_same_network(base, models)
-        _check_same_processor(base, models)
-    elif "prompts" in config:
-        _check_same_settings(base, models)
-    else:  # not our format
+    if not pretrained and "prompts" not in config:  # not our format
         return config
+    expected: dict[str, tuple[Path, Any]] = {}
+    for folder in (base, *models):
+        for what, value in (_pretrained_settings if pretrained else _settings)(folder).items():
+            if pretrained and folder == base and what.endswith("image processors"):
+                continue  # training may have changed them
+            first, before = expected.setdefault(what, (folder, value))
+            if value != before:
+                raise InputError(
+                    f"{folder} and {first} differ in {what}; merge models fine-tuned from the same base in the same way"
+                )
     entry = next((one for one in own_configs.values() if "prompts" in one), None)
     if entry is None:  # published models that we haven't trained
         return config
@@ -173,31 +177,21 @@ def _text_settings(own_configs: Mapping[Path, Mapping[str, Any]]) -> dict[str, A
     return {"prompts": prompts, "max_text_tokens": None if None in limits else max(limits)}
 
 
-def _check_same_settings(base: Path, models: Sequence[Path]) -> None:
-    """Raise InputError if models of our architecture differ in architecture, image processing or tokenizer."""
-    config = read_config(base)
-    tokenizer = checkpoint.TOKENIZER + "/tokenizer.json"
-    for folder in models:
-        other = read_config(folder)
-        for key in ("model", "images"):
-            if {**other[key], "dtype": None} != {**config[key], "dtype": None}:  # the stored dtype may differ
-                raise InputError(
-                    f"{folder} and {base} differ in their {key} settings; merge models with the same settings"
-                )
-        if (folder / tokenizer).read_bytes() != (base / tokenizer).read_bytes():
-            raise InputError(f"{folder} and {base} {OTHER_TOKENIZERS}")
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return what must be the same in models of our architecture, by its name in errors."""
+    config = read_config(folder)  # the stored dtype may differ
+    own = {f"their {key} settings": {**config[key], "dtype": None} for key in ("model", "images")}
+    return {**own, "their tokenizers": (folder / checkpoint.TOKENIZER / "tokenizer.json").read_bytes()}
 
 
-def _check_same_network(base: Path, models: Sequence[Path]) -> None:
-    """Raise InputError if full pretrained models have different architectures."""
-    full_models = [folder for folder in (base, *models) if "adapter" not in read_config(folder)]
-    expected, *others = (
-        _without_ignored(AutoConfig.from_pretrained(folder, **OWN_CODE).to_dict()) for folder in full_models
-    )
-    for folder, other in zip(full_models[1:], others, strict=True):
-        differ = sorted(key for key in {**expected, **other} if expected.get(key) != other.get(key))
-        if differ:
-            raise InputError(f"{folder} and {base} differ in {differ[0]} of their configs; merge models that agree")
+def _pretrained_settings(folder: Path) -> dict[str, Any]:
+    """Return what must be the same in pretrained models and adapters, by its name in errors."""
+    processor = load_processor(str(folder))
+    found = {f"{key} of their image processors": str(getattr(processor.image_processor, key, None)) for key in PIXELS}
+    if "adapter" not in read_config(folder):
+        network = _without_ignored(AutoConfig.from_pretrained(folder, **OWN_CODE).to_dict())
+        found |= {f"{key} of their configs": value for key, value in network.items()}
+    return {**found, "their tokenizers": processor.tokenizer.get_vocab()}
 
 
 def _without_ignored(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,20 +200,3 @@ def _without_ignored(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in IGNORED
     }
-
-
-def _check_same_processor(base: Path, models: Sequence[Path]) -> None:
-    """Raise InputError if pretrained models differ in tokenizer or in image processing."""
-    vocabulary = load_processor(str(base)).tokenizer.get_vocab()
-    expected = None
-    for folder in models:
-        processor = load_processor(str(folder))
-        if processor.tokenizer.get_vocab() != vocabulary:
-            raise InputError(f"{folder} and {base} {OTHER_TOKENIZERS}")
-        pixels = {key: str(getattr(processor.image_processor, key, None)) for key in PIXELS}
-        expected = expected or pixels
-        differ = [key for key in PIXELS if pixels[key] != expected[key]]
-        if differ:
-            raise InputError(
-                f"{folder} and {models[0]} differ in {differ[0]} of their image processors; merge models that agree"
-            )

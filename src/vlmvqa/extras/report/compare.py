@@ -127,11 +127,14 @@ def _compare(
     questions: Sequence[Any], before: Mapping[Any, Record], after: Mapping[Any, Record], name: str, seed: int
 ) -> dict[str, Any]:
     first, second = ({question: records[question][name] for question in questions} for records in (before, after))
-    images = {question: before[question]["image_id"] for question in questions}
-    result = bootstrap.compare(first, second, images, seed)
+    result = bootstrap.compare(first, second, {question: before[question]["image_id"] for question in questions}, seed)
     means = [sum(scores.values()) / len(scores) for scores in (first, second)]
-    row = {"n": len(questions), "first": means[0], "second": means[1], "difference": means[1] - means[0]}
-    if result is None:
-        return {**row, "interval": None, "p_bootstrap": None, "p_permutation": None}
-    interval = [result.difference.low, result.difference.high]
-    return {**row, "interval": interval, "p_bootstrap": result.p_bootstrap, "p_permutation": result.p_permutation}
+    return {
+        "n": len(questions),
+        "first": means[0],
+        "second": means[1],
+        "difference": means[1] - means[0],
+        "interval": result and [result.difference.low, result.difference.high],
+        "p_bootstrap": result and result.p_bootstrap,
+        "p_permutation": result and result.p_permutation,
+    }

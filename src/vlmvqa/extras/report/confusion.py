@@ -18,17 +18,14 @@ class Confusion:
     Attributes:
         answers: expected answers, the most frequent first.
         counts: `int[len(answers), len(answers) + 1]`.
+        shown: number of questions in the matrix.
         total: number of questions with references.
     """
 
     answers: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
+    shown: int
     total: int
-
-    @property
-    def shown(self) -> int:
-        """Number of questions in the matrix."""
-        return sum(map(sum, self.counts))
 
 
 def confusion_matrix(records: Sequence[Mapping[str, Any]]) -> Confusion | None:
@@ -46,7 +43,7 @@ def confusion_matrix(records: Sequence[Mapping[str, Any]]) -> Confusion | None:
         return None
     rows = [[pairs[gold, given] for given in answers] for gold in answers]
     counts = tuple((*row, frequent[gold] - sum(row)) for gold, row in zip(answers, rows, strict=True))
-    return Confusion(answers, counts, pairs.total())
+    return Confusion(answers, counts, sum(map(sum, counts)), pairs.total())
 
 
 def expected(record: Mapping[str, Any]) -> str:

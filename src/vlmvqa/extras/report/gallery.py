@@ -62,26 +62,19 @@ def heading(limit: float | None, right: bool) -> tuple[str, str]:
     return title, f"Scored {which}. A random sample, sorted by confidence."
 
 
-def card(record: Record, images: Mapping[Any, Image], metric: str) -> dict[str, Any]:
-    """Return a record with its image, score, confidence and counted references."""
+def card(record: Record, thumbnails: Mapping[Any, str], metric: str) -> dict[str, Any]:
+    """Return a record with its image as a data URI, score, confidence and counted references."""
     probability = None if record["log_probability"] is None else record_confidence(record)
-    return {**_with_image(record, images), "score": record[metric], "probability": probability}
+    return {**_with_image(record, thumbnails), "score": record[metric], "probability": probability}
 
 
-def _with_image(record: Record, images: Mapping[Any, Image]) -> dict[str, Any]:
-    image = images.get(record["image_id"])
-    uri = None if image is None else data_uri(image)
-    return {**record, "image": uri, "counted": Counter(record["answers"]).most_common()}
+def _with_image(record: Record, thumbnails: Mapping[Any, str]) -> dict[str, Any]:
+    image = thumbnails.get(record["image_id"])
+    return {**record, "image": image, "counted": Counter(record["answers"]).most_common()}
 
 
-def answer_history(samples: Sequence[Record], images: Mapping[Any, Image], name: str) -> list[dict[str, Any]]:
-    """Return each sampled question with its answers at the evaluations during training.
-
-    Args:
-        samples: records of `samples.jsonl`.
-        images: image by "image_id".
-        name: the metric.
-    """
+def answer_history(samples: Sequence[Record], thumbnails: Mapping[Any, str], name: str) -> list[dict[str, Any]]:
+    """Return each question of `samples.jsonl` with its answers at the evaluations during training."""
     by_question: dict[Any, dict[int, Record]] = {}
     for sample in samples:  # the last record of a step counts: a resumed run repeats steps
         by_question.setdefault(sample["question_id"], {})[sample["step"]] = sample
@@ -92,7 +85,7 @@ def answer_history(samples: Sequence[Record], images: Mapping[Any, Image], name:
         for sample in (by_step[step] for step in steps if step in by_step):
             right = metric(name).is_correct(sample["score"])
             answers.append({**sample, "probability": record_confidence(sample), "right": right})
-        questions.append({**_with_image(next(reversed(by_step.values())), images), "history": answers})
+        questions.append({**_with_image(next(reversed(by_step.values())), thumbnails), "history": answers})
     return questions
 
 
@@ -110,7 +103,6 @@ def record_confidence(record: Record) -> float:
 
 def data_uri(image: Image) -> str:
     """Return a thumbnail as a data URI."""
-    content = b""
     for side, quality in FORMATS:
         small = image.convert("RGB")
         small.thumbnail((side, side))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vlmvqa.metrics.registry import metric
 from vlmvqa.models.checkpoint import OURS, read_config
@@ -54,61 +55,30 @@ def write_card(folder: Path, name: str, metrics: Sequence[Mapping[str, Any]], co
     base = _base(saved)
     licence, terms = licences(config)
     terms.append(f"The data's terms: those of the publisher of {', '.join(one['data'] for one in metrics)}")
-    (folder / "README.md").write_text(
-        f"""---
-library_name: {"peft" if "adapter" in saved and is_hub_id(base) else "vlmvqa"}
-pipeline_tag: visual-question-answering
-license: {licence}
-{f"base_model: {base}{chr(10)}" if is_hub_id(base) else ""}---
-
-# {Path(name).expanduser().resolve().name}
-
-{_description(saved, base)}
-
-```python
-import vlmvqa
-
-print(vlmvqa.load("{name}").answer("photo.jpg", "what is this?").text)
-```
-
-## Scores
-
-| task | metric | questions | model | majority baseline | shuffled images |
-|---|---|---|---|---|---|
-{"".join(_row(one) for one in metrics)}
-- Majority baseline: the most frequent training answer of each question type.
-- Shuffled images: the same questions, each with another question's image.
-{"".join(_measured(one) for one in metrics)}
-## Licences
-
-{"".join(f"- {sentence}." + chr(10) for sentence in terms)}
-## Configuration
-
-```yaml
-{yaml.safe_dump(_without_paths(config), sort_keys=False, allow_unicode=True).strip()}
-```
-""",
-        encoding="utf-8",
+    environment = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        loader=PackageLoader("vlmvqa.extras.report", ""),
     )
-
-
-def _description(saved: Mapping[str, Any], base: str) -> str:
-    """Return a sentence about the kind of model and how it was trained."""
-    if base.startswith("."):
-        base_name = "the model in `base/`"
-    elif is_hub_id(base):
-        base_name = f"[{base}](https://huggingface.co/{base})"
-    else:
-        base_name = f"a local model (`{_without_paths(base)}`)"
-    if "adapter" in saved:
-        settings = saved["adapter"]["settings"]
-        bits = f", over a base in {settings['bits']} bits" if settings["bits"] else ""
-        kind = f"{METHODS[settings['method']]}, rank {settings['rank']}{bits}"
-        return f"Adapters ({kind}) of {base_name}, which answer questions about images."
-    if OURS in saved:
-        origin = f"fine-tuned from {base_name}" if base else "trained from random weights"
-        return f"`{saved['architectures'][0]}` of transformers, {origin} to answer questions about images."
-    return "A vision encoder, a projector and a language model that answer questions about images."
+    card = environment.get_template("model_card.md.j2").render(
+        name=name,
+        title=Path(name).expanduser().resolve().name,
+        licence=licence,
+        terms=terms,
+        base=base,
+        base_on_hub=is_hub_id(base),
+        adapter=saved["adapter"]["settings"] if "adapter" in saved else None,
+        architecture=saved["architectures"][0] if OURS in saved else None,
+        tasks=metrics,
+        config=yaml.safe_dump(_without_paths(config), sort_keys=False, allow_unicode=True).strip(),
+        methods=METHODS,
+        title_of=lambda name: metric(name).title,
+        without_paths=_without_paths,
+        repr=repr,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _base(saved: Mapping[str, Any]) -> str:
@@ -128,18 +98,3 @@ def _without_paths(value: Any) -> Any:
         return value
     path = Path(value)
     return path.parent.name if path.name == "model" else path.name
-
-
-def _row(metrics: Mapping[str, Any]) -> str:
-    """Return a task's row of the score table."""
-    columns = [
-        metrics["metrics"][metrics["metric"]],
-        *(metrics["controls"][name] for name in ("prior", "shuffled_images")),
-    ]
-    values = ["-" if column["overall"] is None else f"{column['overall']:.2f}" for column in columns]
-    about = [f"{metrics['data']} {metrics['split']}", metric(metrics["metric"]).title, str(metrics["n"])]
-    return f"| {' | '.join(about + values)} |\n"
-
-
-def _measured(metrics: Mapping[str, Any]) -> str:
-    return f"- Metric and prompt of {metrics['data']}: {metrics['metric_version']}; `{metrics['prompt']!r}`.\n"

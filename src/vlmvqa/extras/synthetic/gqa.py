@@ -79,10 +79,20 @@ def scene_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
     yield from _presence_questions(scene)
     colors, forms = [shape.color for shape in scene], [shape.form for shape in scene]
     for number, shape in enumerate(scene):
-        if forms.count(shape.form) == 1:
-            yield from _form_questions(shape, number)
-        if colors.count(shape.color) == 1:
-            yield from _color_questions(shape, number)
+        form, color = shape.form, shape.color
+        names: dict[str, Program] = {}  # of the shape, where only this one has it, and the steps that select it
+        if forms.count(form) == 1:
+            names[form] = (("select", f"{form} ({number})"),)
+            yield from _form_questions(shape, names[form])
+        if colors.count(color) == 1:
+            names[f"{color} shape"] = (("select", f"shape ({number})"), ("filter color", color))
+            text, program = f"What shape is the {color} object?", (*names[f"{color} shape"], ("query", "name"))
+            parts = (f"Is there a {color} shape?", f"Is there a {color} {form}?")
+            yield SceneQuestion("shape", text, form, ATTRIBUTES["form"], "shape", program, parts)
+        for name, select in names.items():
+            text, program = f"Where is the {name}?", (*select, ("query", "position"))
+            if place := shape.place:
+                yield SceneQuestion("position", text, place, PLACES, "position", program, (f"Is there a {name}?",))
     yield from _order_questions([shape for shape in scene if colors.count(shape.color) == 1])
     yield from _comparison_questions([shape for shape in scene if forms.count(shape.form) == 1])
 
@@ -110,16 +120,13 @@ def _presence_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
             yield yes_no("logical", f"Is there a {one} and a {other}?", both, steps, parts)
 
 
-def _form_questions(shape: Shape, number: int) -> Iterator[SceneQuestion]:
-    """Yield the questions about the only shape of its form."""
-    form = shape.form
-    select = (("select", f"{form} ({number})"),)
-    exists = f"Is there a {form}?"
+def _form_questions(shape: Shape, select: Program) -> Iterator[SceneQuestion]:
+    """Yield the questions about the attributes of the only shape of its form."""
+    form, exists = shape.form, f"Is there a {shape.form}?"
     has_color = (exists, f"Is there a {shape.color} {form}?", f"Is the {form} {shape.color}?")
     for kind, value, entails in (("color", shape.color, has_color), ("size", shape.size, (exists,))):
         program = (*select, ("query", kind))
         yield SceneQuestion(kind, f"What {kind} is the {form}?", value, ATTRIBUTES[kind], kind, program, entails)
-    yield from _position_questions(shape, form, select)
     for color in ATTRIBUTES["color"]:
         program = (*select, ("verify color", color))
         same = color == shape.color
@@ -128,23 +135,6 @@ def _form_questions(shape: Shape, number: int) -> Iterator[SceneQuestion]:
             program = (*select, ("choose color", "|".join(choices)))
             text = f"Is the {form} {choices[0]} or {choices[1]}?"
             yield SceneQuestion("choose", text, shape.color, choices, "color", program, has_color)
-
-
-def _color_questions(shape: Shape, number: int) -> Iterator[SceneQuestion]:
-    """Yield the questions about the only shape of its colour."""
-    name = f"{shape.color} shape"
-    select = (("select", f"shape ({number})"), ("filter color", shape.color))
-    entails = (f"Is there a {name}?", f"Is there a {shape.color} {shape.form}?")
-    text, program = f"What shape is the {shape.color} object?", (*select, ("query", "name"))
-    yield SceneQuestion("shape", text, shape.form, ATTRIBUTES["form"], "shape", program, entails)
-    yield from _position_questions(shape, name, select)
-
-
-def _position_questions(shape: Shape, name: str, select: Program) -> Iterator[SceneQuestion]:
-    """Yield `Where is the circle?`."""
-    if place := shape.place:
-        program, entails = (*select, ("query", "position")), (f"Is there a {name}?",)
-        yield SceneQuestion("position", f"Where is the {name}?", place, PLACES, "position", program, entails)
 
 
 def _order_questions(shapes: list[Shape]) -> Iterator[SceneQuestion]:

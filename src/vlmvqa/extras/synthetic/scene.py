@@ -20,7 +20,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -124,21 +124,13 @@ def random_scene(rng: random.Random) -> list[Shape]:
         values = {name: rng.choice(choices) for name, choices in ATTRIBUTES.items()} | attributes
         side = SIZES[values["size"]] * rng.uniform(0.97, 1.03)
         shapes.append(Shape(values["form"], values["color"], values["size"], side))
-    return _place(rng, shapes)
-
-
-def _place(rng: random.Random, shapes: list[Shape]) -> list[Shape]:
-    """Return the shapes at random positions, each inside its own cell of the grid.
-
-    A cell is a patch of the tiny model's encoder. With shapes that cross patch borders and mostly empty patches, a
-    model this small doesn't learn within minutes to associate words with patches.
-    """
-    cells = rng.sample([(column, row) for column in range(GRID) for row in range(GRID)], len(shapes))
+    # Each shape is inside its own cell, which is a patch of the tiny model's encoder. With shapes that cross patch
+    # borders and mostly empty patches, a model this small doesn't learn within minutes to associate words with patches.
+    cells = rng.sample(list(product(range(GRID), repeat=2)), len(shapes))
     placed = []
-    for shape, (column, row) in zip(shapes, cells, strict=True):
+    for shape, cell in zip(shapes, cells, strict=True):
         room = 0.5 / GRID - shape.side / 2
-        x = (column + 0.5) / GRID + rng.uniform(-room, room)
-        y = (row + 0.5) / GRID + rng.uniform(-room, room)
+        x, y = ((index + 0.5) / GRID + rng.uniform(-room, room) for index in cell)
         placed.append(replace(shape, x=x, y=y))
     return placed
 
@@ -160,17 +152,13 @@ def save_image(rng: random.Random, scene: list[Shape], image_size: int, path: Pa
     image.reduce(SUPERSAMPLING).save(path, quality=95, subsampling=0)
 
 
-def _star() -> list[tuple[float, float]]:
-    """Return the ten corners of a five-pointed star inside the square from -1 to 1."""
-    radii = (1.05, 0.45) * 5
-    angles = [math.pi * (index / 5 - 0.5) for index in range(10)]
-    return [(radius * math.cos(angle), radius * math.sin(angle)) for radius, angle in zip(radii, angles, strict=True)]
-
-
-OUTLINES = {
+OUTLINES = {  # corners in a square from -1 to 1
     "square": [(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)],
     "triangle": [(0.0, -1.0), (1.0, 1.0), (-1.0, 1.0)],
-    "star": _star(),
+    "star": [  # ten corners
+        (radius * math.cos(math.pi * (corner / 5 - 0.5)), radius * math.sin(math.pi * (corner / 5 - 0.5)))
+        for corner, radius in enumerate((1.05, 0.45) * 5)
+    ],
 }
 
 
@@ -180,27 +168,27 @@ OUTLINES = {
 def scene_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
     """Yield every unambiguous question about the scene."""
     yield from _presence_questions(scene)
-    colors, sizes = ATTRIBUTES["color"], ATTRIBUTES["size"]
     for shape in scene:
-        unique_color = sum(other.color == shape.color for other in scene) == 1
-        unique_form = sum(other.form == shape.form for other in scene) == 1
-        unique_size = sum(other.size == shape.size for other in scene) == 1
-        if unique_form:
-            yield SceneQuestion("color", f"What color is the {shape.form}?", shape.color, colors)
-            yield SceneQuestion("size", f"What size is the {shape.form}?", shape.size, sizes)
-        elif sum((other.form, other.size) == (shape.form, shape.size) for other in scene) == 1:
-            yield SceneQuestion("color", f"What color is the {shape.size} {shape.form}?", shape.color, colors)
-        if unique_color:
-            yield SceneQuestion("form", f"What shape is the {shape.color} object?", shape.form, FORMS)
-            yield SceneQuestion("size", f"What size is the {shape.color} object?", shape.size, sizes)
-        if unique_size:
-            yield SceneQuestion("color", f"What color is the {shape.size} shape?", shape.color, colors)
-            yield SceneQuestion("form", f"What shape is the {shape.size} object?", shape.form, FORMS)
-        if place := shape.place:
-            names = {f"{shape.color} shape": unique_color, shape.form: unique_form, f"{shape.size} shape": unique_size}
-            for name, unique in names.items():
-                if unique:
-                    yield SceneQuestion("where", f"Where is the {name}?", place, PLACES)
+        form, color, size = shape.form, shape.color, shape.size
+        unique = {
+            attribute: sum(getattr(other, attribute) == getattr(shape, attribute) for other in scene) == 1
+            for attribute in ATTRIBUTES
+        }
+        if not unique["form"] and sum((other.form, other.size) == (form, size) for other in scene) == 1:
+            yield SceneQuestion("color", f"What color is the {size} {form}?", color, ATTRIBUTES["color"])
+        for known, kind, text in (
+            ("form", "color", f"What color is the {form}?"),
+            ("form", "size", f"What size is the {form}?"),
+            ("color", "form", f"What shape is the {color} object?"),
+            ("color", "size", f"What size is the {color} object?"),
+            ("size", "color", f"What color is the {size} shape?"),
+            ("size", "form", f"What shape is the {size} object?"),
+        ):
+            if unique[known]:
+                yield SceneQuestion(kind, text, getattr(shape, kind), ATTRIBUTES[kind])
+        for known, name in {"color": f"{color} shape", "form": form, "size": f"{size} shape"}.items():
+            if unique[known] and (place := shape.place):
+                yield SceneQuestion("where", f"Where is the {name}?", place, PLACES)
     yield from _order_questions(scene)
 
 
@@ -215,11 +203,10 @@ def _presence_questions(scene: list[Shape]) -> Iterator[SceneQuestion]:
             if attribute != "size":
                 yield yes_no("exists", f"Is there a {name}?", count > 0)
     present = {(shape.color, shape.form) for shape in scene}
-    for color in COLORS:
-        for form in FORMS:
-            # With "no" as the answer, colour or form must be present: otherwise finding neither would be enough.
-            if any(color == shape.color or form == shape.form for shape in scene):
-                yield yes_no("exists", f"Is there a {color} {form}?", (color, form) in present)
+    for color, form in product(COLORS, FORMS):
+        # With "no" as the answer, colour or form must be present: otherwise finding neither would be enough.
+        if any(color == shape.color or form == shape.form for shape in scene):
+            yield yes_no("exists", f"Is there a {color} {form}?", (color, form) in present)
     counts = {form: sum(shape.form == form for shape in scene) for form in FORMS}
     for more, fewer in permutations(FORMS, 2):
         if counts[more] or counts[fewer]:
