@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.distributed import flex
 from tests.unit.test_masks import assert_later_tokens_change_nothing_earlier
 from vlmvqa.sequence.masks import ATTENTION_PATTERNS
 
@@ -27,15 +28,22 @@ def assert_flex_is_dense(attention_pattern: str) -> None:
     with torch.no_grad():
         dense = vlm.decode(rows)[real]
         vlm.language.set_attention("flex")
-        flex = vlm.decode(rows)[real]
-    torch.testing.assert_close(flex, dense, rtol=1e-4, atol=1e-4)
+        found = vlm.decode(rows)[real]
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
-def test_flex_attention_is_dense_attention(attention_pattern: str) -> None:
-    """FlexAttention's reference, which runs the mask without a compiler."""
-    with torch.compiler.set_stance("force_eager"):
-        assert_flex_is_dense(attention_pattern)
+@pytest.mark.parametrize(
+    ("attention_pattern", "recomputed"), [*((pattern, False) for pattern in ATTENTION_PATTERNS), ("causal", True)]
+)
+def test_loss_and_gradients_are_those_of_dense_attention(attention_pattern: str, recomputed: bool) -> None:
+    """Softcap, window, packed rows and padding included."""
+    dense, vlm = flex.model("dense", attention_pattern), flex.model("flex", attention_pattern)
+    if recomputed:
+        vlm.checkpoint_activations()
+    batch = flex.rows(vlm)
+    with flex.flex_with_a_backward_pass():
+        found = flex.loss_and_gradients(vlm, batch)
+    flex.assert_equal(found, flex.loss_and_gradients(dense, batch))
 
 
 @pytest.mark.slow

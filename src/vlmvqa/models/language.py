@@ -143,7 +143,15 @@ class LanguageModel(nn.Module):
 
         Returns:
             float[B, T, D]
+
+        Raises:
+            InputError: a cache under FlexAttention, or its kernels don't fit the GPU.
         """
+        if cache is not None and self.attention == "flex":
+            raise InputError(
+                "model.language.attention=flex does not support a cache of keys and values; generate with "
+                "model.language.attention=dense"
+            )
         hidden: Tensor = self.decoder(
             inputs_embeds=embeddings,
             attention_mask=self._masks(tokens, keys or tokens, embeddings.dtype),
@@ -152,6 +160,7 @@ class LanguageModel(nn.Module):
             past_key_values=cache,
             use_cache=cache is not None,
             **self._spans(tokens if keys is None else None),
+            **self._kernel_options(embeddings),
         ).last_hidden_state
         return hidden
 
@@ -196,6 +205,15 @@ class LanguageModel(nn.Module):
         if tokens is None or self.decoder.config._attn_implementation != SOFTCAP or not _is_readable(tokens.document):
             return {}
         return {"spans": key_spans(tokens)}
+
+    def _kernel_options(self, embeddings: Tensor) -> dict[str, Any]:
+        """Return the argument that sets the tile sizes of FlexAttention's CUDA kernels."""
+        if self.attention != "flex" or not embeddings.is_cuda:
+            return {}
+        from vlmvqa.models.flex_tiles import kernel_options
+
+        head_dim = getattr(self.config, "head_dim", None) or self.width // self.config.num_attention_heads
+        return {"kernel_options": kernel_options(head_dim, embeddings)}
 
     def _mask(self, tokens: Tokens, keys: Tokens, window: int | None, dtype: torch.dtype) -> Any:
         if self.attention == "flex":

@@ -12,13 +12,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from vlmvqa.sequence.rows import IMAGE, PADDING, PROMPT
 
 NONE = -1
 SPAN = 64  # queries
+BLOCK = 128  # tokens of a block of FlexAttention
 # Attention pattern -> the bidirectional block of image, prompt and answer tokens (NONE: causal).
 # Tokens in one block (and in one branch, or the image) see each other in both directions.
 ATTENTION_PATTERNS = {
@@ -101,12 +103,25 @@ def key_spans(tokens: Tokens) -> list[tuple[slice, slice]]:
 def block_mask(tokens: Tokens, window: int | None = None) -> BlockMask:
     """Return FlexAttention's `BlockMask` over tokens `[B, T]` that attend to themselves.
 
+    The predicate is evaluated once for all pairs, and each 128 x 128 block is skipped, computed without a mask, or
+    computed with it. PyTorch's `create_block_mask` returns the same, but evaluates the predicate under vmap, whose
+    overhead on the host exceeds the computation.
+
     T must be a multiple of 128, the block size; training pads its rows to one. For other lengths, PyTorch 2.15's
     compiled CPU kernel computes wrong values (cf. pytorch#159247).
     """
+    narrow = tokens.map(lambda t: t.int())  # the kernel reads them for each pair
 
     def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(tokens.map(lambda t: t[row, query]), tokens.map(lambda t: t[row, key]), window)
+        return visible(narrow.map(lambda t: t[row, query]), narrow.map(lambda t: t[row, key]), window)
 
-    rows, length = tokens.document.shape
-    return create_block_mask(may_see, rows, None, length, length, device=str(tokens.document.device))
+    seen = visible(narrow.map(lambda t: t[:, :, None]), narrow.map(lambda t: t[:, None, :]), window)
+    pairs = rearrange(seen, "b (q i) (k j) -> b 1 q k i j", i=BLOCK, j=BLOCK).sum((-1, -2), dtype=torch.int32)
+    full = pairs == BLOCK * BLOCK
+    kinds = torch.stack([(pairs > 0) & ~full, full]).int()  # int32[2, B, 1, query blocks, key blocks]
+    counts = kinds.sum(-1, dtype=torch.int32)
+    indices = kinds.argsort(dim=-1, descending=True, stable=True).int()  # blocks of the kind first, in order
+    length = tokens.position.shape[1]
+    return BlockMask.from_kv_blocks(
+        counts[0], indices[0], counts[1], indices[1], BLOCK, mask_mod=may_see, seq_lengths=(length, length)
+    )
