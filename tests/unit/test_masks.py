@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from tests import tiny
 from vlmvqa.models.vlm import VLM
@@ -104,6 +106,30 @@ def test_the_block_mask_is_the_dense_mask(attention_pattern: str, window: int | 
     spelled_out = flex.mask_mod(row, torch.zeros(()), query, key)
     real = (rows["document"] >= 0)[:, :, None]
     assert torch.equal(spelled_out & real, dense_mask(tokens, tokens, window)[:, 0] & real)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("multiple", [64, 128])
+def test_the_block_mask_is_that_of_pytorch(window: int | None, multiple: int) -> None:
+    documents = tiny.documents([3, 9, 20, 3, 8, 5])
+    rows = pad_rows([build_row(row, 4, "blockwise_prefix") for row in (documents, documents[:3])], multiple)
+    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], "blockwise_prefix")
+
+    def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(tokens.map(lambda t: t[row, query]), tokens.map(lambda t: t[row, key]), window)
+
+    length = tokens.position.shape[1]
+    found, expected = block_mask(tokens, window), create_block_mask(may_see, 2, None, length, length, device="cpu")
+    assert found.shape == expected.shape and found.sparsity() == expected.sparsity() and 20 < found.sparsity() < 95
+    for name in (
+        "kv_num_blocks",
+        "kv_indices",
+        "full_kv_num_blocks",
+        "full_kv_indices",
+        "q_num_blocks",
+        "full_q_indices",
+    ):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
 def earlier_is_unchanged(vlm: VLM, rows: dict[str, torch.Tensor], at: int) -> None:

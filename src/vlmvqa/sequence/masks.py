@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -115,13 +116,14 @@ def block_mask(tokens: Tokens, window: int | None = None) -> BlockMask:
     def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(narrow.map(lambda t: t[row, query]), narrow.map(lambda t: t[row, key]), window)
 
+    length = tokens.position.shape[1]
     seen = visible(narrow.map(lambda t: t[:, :, None]), narrow.map(lambda t: t[:, None, :]), window)
+    seen = F.pad(seen, (0, -length % BLOCK, 0, -length % BLOCK))
     pairs = rearrange(seen, "b (q i) (k j) -> b 1 q k i j", i=BLOCK, j=BLOCK).sum((-1, -2), dtype=torch.int32)
     full = pairs == BLOCK * BLOCK
     kinds = torch.stack([(pairs > 0) & ~full, full]).int()  # int32[2, B, 1, query blocks, key blocks]
     counts = kinds.sum(-1, dtype=torch.int32)
     indices = kinds.argsort(dim=-1, descending=True, stable=True).int()  # blocks of the kind first, in order
-    length = tokens.position.shape[1]
     return BlockMask.from_kv_blocks(
         counts[0], indices[0], counts[1], indices[1], BLOCK, mask_mod=may_see, seq_lengths=(length, length)
     )
