@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import clock, ladder, loss, models, scaling, shapes, tables, train
+from bench import clock, ladder, loss, models, overhead, scaling, shapes, tables, train
 from vlmvqa.sequence.rows import Document, TokenizedQuestion
 
 # What a measurement must do without.
@@ -251,6 +251,18 @@ def test_the_vocabulary_shrinks_to_the_memory_that_is_free() -> None:
     assert loss.fitting(4_000, 10, "cpu") == 4_000
     if Path("/proc/meminfo").is_file():
         assert loss.fitting(2**40, 10, "cpu") < 2**40
+
+
+@pytest.mark.slow
+def test_overhead_counts_waits_operators_and_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "overhead.json"
+    assert overhead.main(["--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["waits of a micro-batch"] == 1
+    assert 3000 > found["operators of two block masks"] > 50 and found["operators of a decode step"] > 500
+    assert all(0 < found[name] <= 6.2 for name in found if "length_window=16" in name or "4 x 3" in name)
+    assert overhead.main(["--out", str(tmp_path / "again.json"), "--before", str(out)]) == 0
+    assert "| waits of a micro-batch | 1 | 1 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
