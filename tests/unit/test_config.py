@@ -76,6 +76,17 @@ def test_the_recipe_to_the_letter(tmp_path: Path) -> None:
     assert config.clip_percentile == 95
 
 
+def test_one_h200_trains_packed_rows_with_flex_attention_and_compiled_blocks() -> None:
+    config = train_config("experiment=vlm_vqa_h200", "data.root=somewhere")
+    assert isinstance(config.model, ModelSettings) and config.dist is None
+    assert config.model.language.attention == "flex"
+    assert (config.data.row_tokens, config.data.questions_per_row) == (4096, None)
+    assert config.trainer["torch_compile"] and not config.trainer["activation_checkpointing"]
+    assert config.trainer["optim"] == "adamw_torch_fused"
+    with pytest.raises(InputError, match="FlexAttention has no backward pass on the CPU"):
+        compatibility.check(dataclasses.replace(config, trainer={**config.trainer, "use_cpu": True}), DistSettings())
+
+
 # FACTS of the published recipes: model, data, what trains, and the trainer's settings.
 TUNED = {
     "paligemma_qlora_vqav2_10pct": (
