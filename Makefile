@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install --quiet --no-compile --constraint requirements.lock
 # loadfile: tests of one file share their fixtures. The longest files run first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
-.PHONY: demo test test-slow test-all coverage docs lint lock clean
+.PHONY: demo test test-slow test-all test-gpu coverage docs lint lock clean
 
 demo: $(CORE)
 	$(BIN)/python launch/train.py run.name=demo run.overwrite=true
@@ -25,6 +25,10 @@ test-slow: $(READY)
 # demo at full size.
 test-all: $(READY) lint
 	$(PYTEST)
+
+# Tests of kernels and precisions that need a GPU; without one they are skipped.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/unit/test_cuda.py tests/unit/test_throughput.py::test_on_a_gpu_the_clock_times_its_stream
 
 coverage: $(READY)
 	$(PYTEST) -m "not slow and not long" --cov --cov-report=term

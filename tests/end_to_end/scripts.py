@@ -29,6 +29,7 @@ from vlmvqa.evaluation.helm import run as helm_script
 from vlmvqa.evaluation.helm.plan import HelmConfig
 from vlmvqa.extras.dataset_tools.run import PrepareConfig, run_job
 from vlmvqa.extras.merging.run import MergeConfig, merge_models
+from vlmvqa.extras.parity.verify import VerifyConfig, verify
 from vlmvqa.extras.planning.run import PlanConfig, plan
 from vlmvqa.extras.report.show import ShowConfig, show
 from vlmvqa.extras.serving.run import ServeConfig, serve_model
@@ -45,6 +46,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "prepare": lambda: cli.run("prepare", PrepareConfig, run_job),
     "merge": lambda: cli.run("merge", MergeConfig, merge_models),
     "plan": lambda: cli.run("plan", PlanConfig, plan),
+    "verify": lambda: cli.run("verify", VerifyConfig, verify),
     "helm": lambda: cli.run("helm", HelmConfig, helm_script.main),
 }
 RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

@@ -27,10 +27,11 @@ HERE = ("train", "eval", "predict", "show", "prepare", "merge")
 # Commands that another test runs, by what is found in them.
 BY_OTHERS = {
     r"^make demo": "tests/end_to_end/test_demo.py",
-    r"^make (test|test-slow|test-all|coverage|lock)\b": "Makefile",  # the first is what runs this
+    r"^make (test|test-slow|test-all|test-gpu|coverage|lock)\b": "Makefile",  # the first is what runs this
     r"^make docs": "tests/unit/test_docs_site.py",
     r"^vlmvqa helm ": "tests/end_to_end/test_helm.py",
     r"launch/plan\.py": "tests/unit/test_planner.py",  # at real size
+    r"launch/verify\.py": "tests/end_to_end/test_verify.py",
     r"smoke=": "tests/end_to_end/test_experiments.py",
     r"bench\.overhead": "tests/unit/test_bench.py",
     r"launch/serve\.py|^curl |bench\.serving|^pip install": "tests/end_to_end/test_serve.py",

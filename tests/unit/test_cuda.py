@@ -1,14 +1,19 @@
-"""Tests that need a GPU: `python -m pytest tests/unit/test_cuda.py` on a machine that has one."""
+"""Tests that need a GPU: `make test-gpu` on a machine that has one."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests import tiny
+from tests.unit.test_predictor import examples, predictor
+from vlmvqa.extras.planning.verify import build_optimizer
+from vlmvqa.inference.predictor import load
+from vlmvqa.training.run import compile_blocks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: its kernels are compiled for one")
 # Questions per image of each packed row; row lengths are rounded to FlexAttention's blocks.
@@ -77,3 +82,46 @@ def test_the_fused_loss_equals_the_chunked_loss(dtype: torch.dtype, tolerance: f
     for name, gradient in found[0][1].items():
         error = (found[1][1][name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
         assert error < tolerance, f"{name}: {error:.2e}"
+
+
+def test_compiled_blocks_have_the_loss_and_gradients_of_uncompiled_ones() -> None:
+    found = []
+    for compiled in (False, True):
+        vlm = tiny.model(head_dim=16).to("cuda").train()
+        assert compile_blocks(vlm, {"torch_compile": compiled}) == ("inductor" if compiled else None)
+        batch = tiny.batch(vlm, [tiny.documents([3]), tiny.documents([2], seed=1)], tiny.images(2), multiple=128)
+        loss = vlm(**{name: column.to("cuda") for name, column in batch.items()})["loss"]
+        loss.backward()
+        found.append({"loss": loss.detach(), **{n: p.grad for n, p in vlm.named_parameters() if p.grad is not None}})
+    assert found[1].keys() == found[0].keys()
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_fused", "adamw_bnb_8bit", "adamw_torch_8bit"])
+def test_optimizers_take_the_steps_of_adamw(name: str) -> None:
+    """Fused exactly, 8-bit ones nearly."""
+    moved = []
+    for optim in ("adamw_torch", name):
+        vlm = tiny.model(hidden_size=64, intermediate_size=128).to("cuda").train()
+        start = [parameter.detach().clone() for parameter in vlm.parameters()]
+        optimizer = build_optimizer(vlm, optim)
+        batch = tiny.batch(vlm, [tiny.documents([3])], tiny.images(1))
+        for _ in range(3):
+            vlm(**{key: column.to("cuda") for key, column in batch.items()})["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = zip(vlm.parameters(), start, strict=True)
+        moved.append(torch.cat([(parameter.detach() - before).flatten() for parameter, before in after]))
+    expected, found = moved
+    assert (found - expected).norm() < (0.2 if "8bit" in name else 1e-3) * expected.norm()
+
+
+def test_a_float32_model_answers_in_bfloat16_nearly_as_in_float32(tmp_path: Path) -> None:
+    predictor().save(tmp_path)
+    half, full = load(tmp_path), load(tmp_path, dtype="float32")
+    assert (half.dtype, full.dtype) == ("bfloat16", "float32")
+    found, expected = half.answer_examples(examples()), full.answer_examples(examples())
+    same = [found[name].text == answer.text for name, answer in expected.items()]
+    close = [abs(found[name].log_probability - answer.log_probability) < 0.5 for name, answer in expected.items()]
+    assert sum(same) >= 0.6 * len(same) and sum(close) >= 0.7 * len(close)

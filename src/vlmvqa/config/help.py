@@ -101,6 +101,15 @@ All settings of launch/train.py, and:
 
 More: docs/scaling.md."""
 
+VERIFY = """\
+Compares the vision encoder with timm's and the language model with transformers', on the same weights.
+
+  model=dinov2_gemma2_2b               any model with weights; on a GPU if there is one, in float32
+  model.language.name=/folder          weights in a folder
+  model.vision.weights=/file.safetensors
+
+More: docs/training.md."""
+
 HELM = """\
 Most used, each as key=value:
   checkpoint=runs/vqa                  a run's folder, its model/ folder, or a hub id
@@ -179,6 +188,7 @@ PAGES = {
     "serve": SERVE,
     "merge": MERGE,
     "plan": PLAN,
+    "verify": VERIFY,
     "helm": HELM,
     "prepare": PREPARE,
     "prepare features": FEATURES,

@@ -87,8 +87,7 @@ def build_vision_encoder(settings: VisionSettings) -> VisionEncoder:
         raise InputError(
             f"model.vision.name={settings.name} is no timm model{suggest(architecture, timm.list_models())}"
         )
-    arguments = {"num_classes": 0, "global_pool": "", "img_size": settings.image_size, **settings.overrides}
-    arguments |= _weights_arguments(settings.weights)
+    arguments = timm_arguments(settings)
     try:
         if settings.weights == "random":
             encoder = timm.create_model(name, **arguments)
@@ -113,12 +112,18 @@ def build_vision_encoder(settings: VisionSettings) -> VisionEncoder:
     return VisionEncoder(encoder, settings.image_size)
 
 
-def _weights_arguments(weights: str) -> dict[str, Any]:
-    """Return timm's arguments for "hub", "random", or the path of a weights file."""
+def timm_arguments(settings: VisionSettings) -> dict[str, Any]:
+    """Return the arguments of `timm.create_model`.
+
+    Raises:
+        InputError: a weights file does not exist or is not in safetensors format.
+    """
+    arguments = {"num_classes": 0, "global_pool": "", "img_size": settings.image_size, **settings.overrides}
+    weights = settings.weights
     if weights == "random":
-        return {}
+        return arguments
     if weights == "hub":
-        return {"pretrained": True}
+        return {**arguments, "pretrained": True}
     path = Path(weights).expanduser()
     if not path.is_file():
         raise InputError(f"model.vision.weights={weights}: no such file; give a path, 'hub' or 'random'")
@@ -127,7 +132,7 @@ def _weights_arguments(weights: str) -> dict[str, Any]:
             f"model.vision.weights={weights} is no .safetensors, and pickled weights, which can run code, "
             "are never read here; save them with safetensors.torch.save_file"
         )
-    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    return {**arguments, "pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
 
 
 # ---- the language model
