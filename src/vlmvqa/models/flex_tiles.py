@@ -27,7 +27,8 @@ import torch
 
 from vlmvqa.errors import InputError
 
-MASK_BYTES = 4 * 8  # per token: the mask reads the four int64 columns of `masks.Tokens`
+# Per token: the mask reads the four columns of `masks.Tokens`. They are int32 now; the comparison was with int64.
+MASK_BYTES = 4 * 8
 STATISTICS_BYTES = 2 * 4  # per query: log-sum-exp and delta, float32
 # By bytes per element: for reductions and changes of layout. Triton 3.9 takes at most 3,072 bytes more than the
 # formulas below in bfloat16, and 14,208 in float32 (TF32).
