@@ -74,7 +74,7 @@ def flex(section: Section) -> None:
         earlier = kernels()
         section.row("chosen for an A10G", measure, section, inputs, _new(), for_a10g)
         section.row("an A10G's shared memory", shared_memory, section, earlier)
-        section.row("inductor's default", measure, section, inputs, _new(), {})
+        section.row("inductor's default", measure_or_refuse, section, inputs, {})
         for name, options in sweep(chosen).items():
             if options not in (chosen, for_a10g):
                 section.row(name, measure_or_refuse, section, inputs, options)
@@ -144,8 +144,7 @@ def _with_gradients(inputs: Inputs, output: Tensor, states: list[Tensor]) -> tup
 
 def measure(section: Section, inputs: Inputs, compiled: Any, options: Options) -> Row:
     """Measure forward, and forward with backward."""
-    with torch.no_grad():
-        forward = timed(section.device, lambda: call(inputs, compiled, options), section.sizes.repeats, warm=2)
+    forward = timed(section.device, lambda: call(inputs, compiled, options), section.sizes.repeats, warm=2)
     output = call(inputs, compiled, options)
     gradient = torch.randn_like(output)
 
@@ -161,9 +160,9 @@ def measure_or_refuse(section: Section, inputs: Inputs, options: Options) -> Row
     """Measure options that may not fit; the compiler's refusal is a result."""
     try:
         return measure(section, inputs, _new(), options)
-    except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
         return {"skipped": "does not compile", "reason": str(error)[:500], "options": dict(options)}
 
 

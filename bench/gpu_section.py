@@ -116,6 +116,7 @@ class Section:
             with (
                 interrupt(None if self.agree else self.ends - started + GRACE),
                 torch._dynamo.config.patch(DYNAMO),
+                torch.backends.cudnn.flags(enabled=True, allow_tf32=False),  # fp32 is the reference
             ):
                 function(self)
         except DeadlineError:

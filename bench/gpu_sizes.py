@@ -22,7 +22,7 @@ from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import Document
 
 LARGE = replace(SHAPES["vqav2"], image_size=336)  # 577 image tokens
-PATTERNS = ("causal", "blockwise_prefix")
+PATTERNS = ("blockwise_prefix", "causal")
 Batch = dict[str, Tensor]
 
 
@@ -160,5 +160,5 @@ def known_gpu(device: torch.device) -> Gpu | None:
         return None
     properties = torch.cuda.get_device_properties(device)
     words = properties.name.upper().replace("-", " ").split()
-    same = [gpu for gpu in GPUS.values() if all(word in words for word in gpu.name.upper().split(" (")[0].split()[-1:])]
+    same = [gpu for gpu in GPUS.values() if gpu.name.upper().split(" (")[0].split()[-1] in words]
     return min(same, key=lambda gpu: abs(gpu.memory - properties.total_memory / 2**30), default=None)

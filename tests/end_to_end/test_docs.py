@@ -31,6 +31,7 @@ BY_OTHERS = {
     r"^make docs": "tests/unit/test_docs_site.py",
     r"^vlmvqa helm ": "tests/end_to_end/test_helm.py",
     r"launch/plan\.py": "tests/unit/test_planner.py",  # at real size
+    r"bench\.gpu .*--size tiny": "tests/unit/test_bench_gpu.py",
     r"smoke=": "tests/end_to_end/test_experiments.py",
     r"launch/serve\.py|^curl |bench\.serving|^pip install": "tests/end_to_end/test_serve.py",
     r"--cfg job": "tests/unit/test_config.py",

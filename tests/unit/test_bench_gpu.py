@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -178,6 +179,13 @@ def test_intervals_that_overlap_are_counted_once() -> None:
 def test_the_share_of_a_rate() -> None:
     known = gpu_machine.utilisation(section(), 1e9, 0.01)
     assert known.keys() == {"of_matrix_rate"}  # a CPU has no data sheet here
+
+
+def test_the_page_names_every_section_and_its_seconds() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE)
+    assert listed == [(name, str(seconds)) for name, seconds, _ in gpu.SECTIONS]
+    assert all(f"`{name}`" in page for name, *_ in gpu.DISTRIBUTED)
 
 
 # --- every section -------------------------------------------------------------------------------------------------
