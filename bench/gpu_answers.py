@@ -38,6 +38,8 @@ def answers(section: Section) -> None:
             job = Job(documents[:count], models.random_pixels(model, count), batch, TOKENS)
             name = f"ours, {batch} images per call, {str(dtype).removeprefix('torch.')}"
             section.row(name, _time, section, job, partial(generate.ours, model))
+    if not section.cuda:
+        section.needs_cuda("bfloat16")
     section.row("tokens in fp32", _equal, section, model, documents)
 
 

@@ -92,11 +92,13 @@ def make_inputs(section: Section) -> Inputs:
     row = Tokens.of(columns["document"], columns["branch"], columns["role"], columns["position"], PATTERN)
     generator = torch.Generator(section.device).manual_seed(0)
 
-    def states(count: int) -> Tensor:
-        made = torch.randn(1, count, tokens, width, device=section.device, generator=generator)
+    def states(count: int, scale: float = 1.0) -> Tensor:
+        made = scale * torch.randn(1, count, tokens, width, device=section.device, generator=generator)
         return made.to(section.sizes.half).requires_grad_()
 
-    return Inputs(states(heads), states(groups), states(groups), row, block_mask(row), 4 * heads * width * pairs)
+    # Scores then have a standard deviation of 16, so that the softcap changes them.
+    query, key, value = states(heads, 16.0), states(groups), states(groups)
+    return Inputs(query, key, value, row, block_mask(row), 4 * heads * width * pairs)
 
 
 def _new() -> Any:
@@ -183,26 +185,19 @@ def _compare(section: Section, inputs: Inputs, compiled: Any, options: Options) 
 
 
 def sweep(chosen: Options) -> dict[str, Options]:
-    """Return options with each pair of tiles: resident x streamed tokens, stages, warps, forward and backward."""
+    """Return the chosen options with another forward or backward tile: resident x streamed tokens, stages."""
     from vlmvqa.models.flex_tiles import BACKWARD, FORWARD
 
     found: dict[str, Options] = {}
-    for forward, backward in zip(FORWARD[:4], BACKWARD, strict=True):
-        options = {
-            **chosen,
-            "fwd_BLOCK_M": forward.resident,
-            "fwd_BLOCK_N": forward.streamed,
-            "fwd_num_stages": forward.stages,
-            "fwd_num_warps": forward.warps,
-            "bwd_BLOCK_M1": backward.streamed,
-            "bwd_BLOCK_N1": backward.resident,
-            "bwd_BLOCK_M2": backward.resident,
-            "bwd_BLOCK_N2": backward.streamed,
-            "bwd_num_stages": backward.stages,
-            "bwd_num_warps": backward.warps,
-        }
-        tiles = (f"{tile.resident} x {tile.streamed} x {tile.stages}" for tile in (forward, backward))
-        found[", ".join(tiles)] = options
+    for tile in FORWARD:
+        sizes = {"fwd_BLOCK_M": tile.resident, "fwd_BLOCK_N": tile.streamed}
+        more = {"fwd_num_stages": tile.stages, "fwd_num_warps": tile.warps}
+        found[f"forward {tile.resident} x {tile.streamed}, {tile.stages} stages"] = {**chosen, **sizes, **more}
+    for tile in BACKWARD:
+        sizes = {"bwd_BLOCK_M1": tile.streamed, "bwd_BLOCK_N1": tile.resident}
+        sizes |= {"bwd_BLOCK_M2": tile.resident, "bwd_BLOCK_N2": tile.streamed}
+        more = {"bwd_num_stages": tile.stages, "bwd_num_warps": tile.warps}
+        found[f"backward {tile.resident} x {tile.streamed}, {tile.stages} stages"] = {**chosen, **sizes, **more}
     return found
 
 

@@ -40,6 +40,7 @@ def run_ladder(section: Section) -> None:
     """Measure the rows, and compare their losses."""
     if not section.cuda:
         section.notes.append("packed rows use dense attention on the CPU, and torch.compile does nothing")
+        section.needs_cuda("FlexAttention's kernels, compiled blocks, times between events")
     made = make_job(section)
     for step in steps(section, made):
         section.row(step.rung.name, measure, section, made, step)

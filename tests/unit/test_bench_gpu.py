@@ -7,20 +7,23 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
-from bench import gpu, gpu_correctness, gpu_machine, gpu_profile, gpu_sizes, models, shapes
+from bench import gpu, gpu_correctness, gpu_distributed, gpu_flex, gpu_machine, gpu_profile, gpu_sizes, models, shapes
 from bench.gpu_section import DeadlineError, Section, interrupt, timed
 from bench.gpu_sizes import TINY
 from tests.conftest import ROOT
 from tests.forks import ranks
-from vlmvqa.models import language
+from vlmvqa.models import flex_tiles, language
 from vlmvqa.sequence.masks import block_mask
 
 CPU = torch.device("cpu")
@@ -186,6 +189,82 @@ def test_the_page_names_every_section_and_its_seconds() -> None:
     listed = re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE)
     assert listed == [(name, str(seconds)) for name, seconds, _ in gpu.SECTIONS]
     assert all(f"`{name}`" in page for name, *_ in gpu.DISTRIBUTED)
+
+
+# --- what needs a GPU, with stand-ins for it -------------------------------------------------------------------------
+
+
+class OnGpu(Section):
+    """A section that takes the way of a GPU, on the CPU."""
+
+    cuda = True
+
+
+def on_gpu() -> OnGpu:
+    return OnGpu("some", CPU, TINY)
+
+
+def kernel(name: str, start: float, end: float) -> Any:
+    return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
+
+
+def test_the_share_in_which_the_gpu_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [kernel("matmul", 0, 40), kernel("softmax", 30, 50), kernel("matmul", 90, 100)]
+    monkeypatch.setattr(gpu_profile, "trace", lambda *_: (events, 1.0))
+    found = gpu_profile.profiled(on_gpu(), lambda: None)
+    assert found["gpu_busy"] == 0.6 and found["kernels"] == 3 and found["seconds"] == pytest.approx(1e-4)
+    assert list(found["most"]) == ["matmul", "softmax"] and found["most"]["matmul"] == pytest.approx(5e-5)
+
+
+def test_the_share_of_the_communication_that_is_overlapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [kernel("ncclDevKernel_AllGather", 0, 40), kernel("matmul", 30, 50), kernel("matmul", 90, 100)]
+    monkeypatch.setattr(gpu_profile, "trace", lambda *_: (events, 1.0))
+    assert gpu_distributed.overlap(on_gpu(), lambda: None)["overlapped"] == 0.25
+
+
+def test_synchronizations_are_counted_by_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step() -> None:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    found = gpu_profile.synchronizations(on_gpu(), step)
+    assert modes == ["warn", "default"] and found["synchronizations"] == 2
+    ((line, times),) = found["lines"].items()
+    assert line.startswith(f"{__file__}:") and times == 2
+
+
+def test_every_option_of_the_sweep_suits_the_kernels() -> None:
+    chosen = flex_tiles.choose(256, torch.bfloat16, 232_448, 9)
+    found = gpu_flex.sweep(chosen)
+    assert len(found) == len(flex_tiles.FORWARD) + len(flex_tiles.BACKWARD)
+    for options in found.values():
+        assert options.keys() == chosen.keys()
+        assert options["bwd_BLOCK_N1"] % options["bwd_BLOCK_M1"] == 0
+        assert options["bwd_BLOCK_M2"] % options["bwd_BLOCK_N2"] == 0
+    assert chosen in found.values()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "state"), [(101_376, "passed"), (101_377, "failed")])
+def test_shared_memory_of_an_a10g_is_compared(monkeypatch: pytest.MonkeyPatch, size: int, state: str) -> None:
+    """With FlexAttention's reference instead of its kernels, and one kernel for all of inductor's."""
+    kernels = iter([[], [SimpleNamespace(fn=SimpleNamespace(__name__="triton_flex_attention"))]])
+    monkeypatch.setattr(gpu_flex, "_new", lambda: torch.compile(flex_attention, backend="aot_eager"))
+    monkeypatch.setattr(gpu_flex, "kernels", lambda: next(kernels))
+    monkeypatch.setattr(gpu_flex, "bytes_for", lambda *_: size)
+    monkeypatch.setattr(gpu_flex, "sweep", lambda _: {})
+    monkeypatch.setattr(flex_tiles, "kernel_options", lambda *_: {})
+    one = on_gpu()
+    with gpu_sizes.flex_available(CPU):
+        one.run(gpu_flex.flex)
+    assert one.state == state, one.error
+    rows = {row["name"]: row for row in one.rows}
+    assert rows["an A10G's shared memory"]["triton_flex_attention_bytes"] == size
+    assert rows["chosen for an A10G"]["options"] and not rows["inductor's default"]["options"]
 
 
 # --- every section -------------------------------------------------------------------------------------------------
