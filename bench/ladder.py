@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bench import models, shapes
-from vlmvqa.data.packing import Packing
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import dense_mask
 from vlmvqa.sequence.rows import ANSWER, IGNORE, PADDING, Document, TokenizedQuestion
@@ -90,23 +89,21 @@ class Rung:
 
 def rungs(job: Job) -> list[Rung]:
     """Return all rows of the table, including those that are not measured."""
-    asked, alone = _by_question(job), shapes.apart(job.documents)
-    shared = _grouped(job, [[document] for document in job.documents], job.batch)
+    asked, alone = by_question(job), shapes.apart(job.documents)
+    shared = grouped(job, [[document] for document in job.documents], job.batch)
     # Half of a micro-batch, but at least two images: on a CPU the attention of longer rows soon fills the memory.
     half = max(job.tokens // 2, 2 * max(job.length([d]) for d in alone))
     packed = [[row] for row in _in_budget(job, job.documents, -(-job.tokens // BLOCK) * BLOCK)]
     fast, multiple, settings = (packed, BLOCK, (flex,)) if job.cuda else (shared, 1, ())
-    compiling = _ours(job, "+ compile", fast, multiple, (*settings, compiled))
+    compiling = ours(job, "+ compile", fast, multiple, (*settings, compiled))
     return [
-        _recipe(job, "recipe", asked, TEXT),
-        _recipe(job, "dynamic padding", asked, None),
-        _ours(job, "+ supervised only", asked, settings=(eager,)),
-        _ours(job, "+ our attention", asked),
-        _ours(job, "+ packing", _grouped(job, _in_budget(job, alone, half), 2)),
-        _ours(job, "+ sharing", shared),
-        _unless(
-            job.cuda, "FlexAttention has no backward on CPU", _ours(job, "+ FlexAttention", packed, BLOCK, (flex,))
-        ),
+        recipe(job, "recipe", asked, TEXT),
+        recipe(job, "dynamic padding", asked, None),
+        ours(job, "+ supervised only", asked, settings=(eager,)),
+        ours(job, "+ our attention", asked),
+        ours(job, "+ packing", grouped(job, _in_budget(job, alone, half), 2)),
+        ours(job, "+ sharing", shared),
+        _unless(job.cuda, "FlexAttention has no backward on CPU", ours(job, "+ FlexAttention", packed, BLOCK, (flex,))),
         _unless(job.compile, "--compile was not given", compiling),
         _cached(job, "+ cached features", fast, multiple, compiling.settings if job.compile else settings),
     ]
@@ -116,7 +113,7 @@ def _unless(measured: bool, reason: str, rung: Rung) -> Rung:
     return rung if measured else replace(rung, skipped=reason)
 
 
-def _recipe(job: Job, name: str, micro_batches: list[Rows], text: int | None) -> Rung:
+def recipe(job: Job, name: str, micro_batches: list[Rows], text: int | None) -> Rung:
     """Return the row that trains transformers' causal language model, with a row per question.
 
     Args:
@@ -158,9 +155,12 @@ def _recipe_loss(model: VLM, lm: PreTrainedModel, batch: Batch, supervised: int)
     return loss
 
 
-def _ours(
-    job: Job, name: str, micro_batches: list[Rows], multiple: int = 1, settings: tuple[Setting, ...] = ()
-) -> Rung:
+def ours(job: Job, name: str, micro_batches: list[Rows], multiple: int = 1, settings: tuple[Setting, ...] = ()) -> Rung:
+    """Return a row with our model and loss.
+
+    Args:
+        multiple: the length of rows is rounded up to a multiple of this.
+    """
     return Rung(
         name,
         micro_batches,
@@ -173,14 +173,14 @@ def _ours(
 def _cached(job: Job, name: str, micro_batches: list[Rows], multiple: int, settings: tuple[Setting, ...]) -> Rung:
     with torch.no_grad():
         features = torch.cat([job.model.vision(pixels) for pixels in job.pixels.split(8)])
-    rung = _ours(job, name, micro_batches, multiple, (*settings, frozen_encoder))
+    rung = ours(job, name, micro_batches, multiple, (*settings, frozen_encoder))
     return replace(rung, collate=lambda rows: models.make_batch(job.model, rows, job.pixels, multiple, features))
 
 
 # --- layouts -------------------------------------------------------------------------------------------------------
 
 
-def _by_question(job: Job) -> list[Rows]:
+def by_question(job: Job) -> list[Rows]:
     """Return a row per question, shuffled as in training, so that an image's questions are not consecutive."""
     alone = shapes.apart(job.documents)
     random.Random(0).shuffle(alone)
@@ -189,12 +189,14 @@ def _by_question(job: Job) -> list[Rows]:
 
 def _in_budget(job: Job, documents: Sequence[Document], budget: int) -> Rows:
     """Pack documents into rows as our training does; a document longer than the budget extends it."""
+    from vlmvqa.data.packing import Packing  # here, because `bench.gpu` uses this file without `vlmvqa.data`
+
     lengths = [job.length([document]) for document in documents]
     plan = Packing(lengths, max(budget, *lengths), seed=0).plan(epoch=0)
     return [[documents[number] for number in plan[row]] for row in range(len(plan))]
 
 
-def _grouped(job: Job, rows: Rows, most: int) -> list[Rows]:
+def grouped(job: Job, rows: Rows, most: int) -> list[Rows]:
     """Group rows of similar lengths into as few micro-batches as possible, of about equal size."""
     rows = sorted(rows, key=job.length, reverse=True)
     count = -(-len(rows) // most)

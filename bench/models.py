@@ -6,19 +6,21 @@ Legend: B rows, T tokens, I images, N image tokens, Dv the encoder's width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel
 
 from bench.shapes import Shape
-from vlmvqa.models.build import build
 from vlmvqa.models.flops import COUNTED, count
-from vlmvqa.models.language import LanguageSettings
-from vlmvqa.models.vision import VisionSettings
+from vlmvqa.models.interface import cast_parameters
+from vlmvqa.models.language import LanguageModel, LanguageSettings
+from vlmvqa.models.projector import Projector
+from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.models.vlm import VLM, ModelSettings
 from vlmvqa.sequence.rows import Batch, Document, build_row, pad_rows
 
@@ -56,7 +58,14 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
 
 
 def build_model(
-    name: str, shape: Shape, device: torch.device | str = "cpu", seed: int = 0, attention_pattern: str = "causal"
+    name: str,
+    shape: Shape,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    attention_pattern: str = "causal",
+    dtype: torch.dtype | None = None,
+    vision: Mapping[str, Any] | None = None,
+    language: Mapping[str, Any] | None = None,
 ) -> VLM:
     """Return a `VLM` with random weights in training mode; every part trains.
 
@@ -64,22 +73,35 @@ def build_model(
     the vision encoder, whose cost is also shared, 34 % (DINOv2-B with Gemma 2 2B: 3 %). `real` is DINOv2-B/14 and
     Gemma 2 2B in bfloat16. All have Gemma 2's two softcaps.
 
+    It equals `models/build.py`'s model, without the config and data modules that are imported there.
+
     Args:
         attention_pattern: the attention pattern; "causal" equals that of transformers' Gemma 2.
+        dtype: of the weights (default: `dtype_of(name)`).
+        vision: constructor arguments of timm's encoder, in addition to those of `name`.
+        language: fields of the decoder's config, likewise.
     """
     torch.manual_seed(seed)
-    settings = ModelSettings(
-        vision=VisionSettings(
-            image_size=shape.image_size,
-            weights="random",
-            overrides={"class_token": shape.class_token, **_VISION[name]},
-        ),
-        language=LanguageSettings(name="gemma2", weights="random", overrides=_LANGUAGE[name]),
-        attention_pattern=attention_pattern,
-        dtype=str(dtype_of(name)).removeprefix("torch."),
-    )
+    dtype = dtype or dtype_of(name)
+    arguments = {"class_token": shape.class_token, **_VISION[name], **(vision or {})}
+    config = Gemma2Config(**{**_LANGUAGE[name], **(language or {})})
     with torch.device(device):  # initialising 2.6 billion parameters on a CPU takes minutes
-        return build(settings).to(device).train()
+        encoder = timm.create_model(
+            VisionSettings.name, num_classes=0, global_pool="", img_size=shape.image_size, **arguments
+        )
+        nn.init.normal_(encoder.pos_embed)
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        projector = Projector(encoder.embed_dim, config.hidden_size)
+    vlm = VLM(VisionEncoder(encoder, shape.image_size), projector, LanguageModel(causal_lm), attention_pattern)
+    return cast_parameters(vlm, dtype).to(device).train()
+
+
+def model_settings(name: str, shape: Shape, attention_pattern: str = "causal") -> ModelSettings:
+    """Return the settings with which `models/build.py` builds the same model, with float32 weights."""
+    overrides = {"class_token": shape.class_token, **_VISION[name]}
+    vision = VisionSettings(image_size=shape.image_size, weights="random", overrides=overrides)
+    language = LanguageSettings(name="gemma2", weights="random", overrides=_LANGUAGE[name])
+    return ModelSettings(vision, language=language, attention_pattern=attention_pattern)
 
 
 def dtype_of(name: str) -> torch.dtype:

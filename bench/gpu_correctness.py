@@ -1,0 +1,118 @@
+"""Loss and gradients of the fast data types and kernels, compared with dense attention in fp32 on the same weights.
+
+The model has the real widths (heads of 256, 256,000 words) but two encoder blocks and two decoder layers, one of them
+local. Images have more tokens than its window, so that the window hides some of them. All weights are rounded to
+bfloat16 first, so that an error is that of the computation.
+
+FlexAttention passes if its errors are at most 1.2 times those of dense attention in bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import gpu_sizes, models
+from bench.gpu_section import Row, Section
+from vlmvqa.models.interface import cast_parameters
+from vlmvqa.models.vlm import VLM
+
+TIMES, LOSS_ERROR = 1.2, 2**-8  # one number may be exact by chance, so bfloat16's precision is allowed
+
+
+class Way(NamedTuple):
+    """How a row computes: data type of the weights, attention, and whether under autocast to bfloat16."""
+
+    dtype: torch.dtype
+    attention: str
+    autocast: bool = False
+
+
+WAYS = {
+    "bf16 dense": Way(torch.bfloat16, "dense"),
+    "bf16 flex": Way(torch.bfloat16, "flex"),
+    "autocast flex": Way(torch.float32, "flex", autocast=True),
+}
+
+
+def correctness(section: Section) -> None:
+    """Compare for both attention patterns and both layouts."""
+    if not section.cuda:
+        section.notes.append("FlexAttention runs without its kernels (aot_eager) on the CPU")
+    sizes = section.sizes
+    exact = models.build_model(
+        *(sizes.name, sizes.correct_shape, section.device),
+        dtype=torch.float32,
+        vision=sizes.correct_vision,
+        language=sizes.correct_language,
+    )
+    cast_parameters(cast_parameters(exact, torch.bfloat16), torch.float32)
+    with gpu_sizes.flex_available(section.device):
+        for pattern in gpu_sizes.PATTERNS:
+            for rows, tokens in sizes.correct_rows:
+                if section.late:
+                    section.row(f"{pattern}, {rows} x {tokens:,}", dict)  # adds a skipped row
+                else:
+                    _compare_layout(section, exact, pattern, rows, tokens)
+
+
+def _compare_layout(section: Section, exact: VLM, pattern: str, rows: int, tokens: int) -> None:
+    exact.attention_pattern = pattern
+    batch = _batch(section, exact, rows, tokens)
+    expected = results(exact, batch, Way(torch.float32, "dense"))
+    label = f"{pattern}, {rows} x {tokens:,}"
+    found = {name: section.row(f"{name}, {label}", errors, exact, batch, expected, way) for name, way in WAYS.items()}
+    dense = found.pop("bf16 dense")
+    for name, row in found.items():
+        for key in sorted(key for key in row.keys() & dense.keys() if key == "loss" or key.startswith("gradients")):
+            least = LOSS_ERROR if key == "loss" else 0.0
+            section.compare(f"{name}, {label}: error of {key}", row[key], max(TIMES * dense[key], least))
+
+
+def _batch(section: Section, model: VLM, rows: int, tokens: int) -> gpu_sizes.Batch:
+    sizes = section.sizes
+    documents = gpu_sizes.full_rows(
+        sizes.correct_shape, rows, tokens, model.vision.num_image_tokens, models.vocabulary(model)
+    )
+    images = 1 + max(document.image for row in documents for document in row)
+    return models.make_batch(model, documents, models.random_pixels(model, images), multiple=tokens)
+
+
+def results(model: VLM, batch: Mapping[str, Tensor], way: Way) -> dict[str, Tensor]:
+    """Return the loss, and the gradient of each parameter."""
+    if way.dtype != torch.float32:
+        model = cast_parameters(copy.deepcopy(model), way.dtype)
+    model.zero_grad(set_to_none=True)
+    model.language.set_attention(way.attention)
+    try:
+        with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=way.autocast):
+            loss = model(**batch)["loss"]
+        loss.backward()
+    finally:
+        model.language.set_attention("dense")
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {"loss": loss.detach(), **found}
+
+
+def errors(model: VLM, batch: Mapping[str, Tensor], expected: Mapping[str, Tensor], way: Way) -> Row:
+    """Return the relative error of the loss, and of the gradients of each part of the model together."""
+    found = results(model, batch, way)
+    if found.keys() != expected.keys():
+        raise ValueError(f"other parameters have gradients: {sorted(found.keys() ^ expected.keys())}")
+    parts: dict[str, list[str]] = {"loss": ["loss"]}
+    for name in expected:
+        if name != "loss":
+            part = "embedding" if "embed_tokens" in name else name.split(".")[0]
+            parts.setdefault(f"gradients_{part}", []).append(name)
+    return {part: _relative(found, expected, names) for part, names in parts.items()}
+
+
+def _relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: list[str]) -> float:
+    wrong = sum((found[name].float() - expected[name]).square().sum() for name in names)
+    size = sum(expected[name].square().sum() for name in names)
+    return float((torch.as_tensor(wrong) / torch.as_tensor(size)).sqrt())
