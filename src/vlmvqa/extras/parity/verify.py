@@ -21,7 +21,6 @@ from vlmvqa.config.schema import AnyModelSettings, RunSettings
 from vlmvqa.errors import InputError
 from vlmvqa.hub import SAFE_WEIGHTS, loading_bar, reading
 from vlmvqa.models.build import build_language_model, build_vision_encoder, timm_arguments
-from vlmvqa.models.interface import DTYPES
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
 from vlmvqa.models.vlm import ModelSettings
@@ -109,9 +108,11 @@ def compare_language(settings: LanguageSettings, device: torch.device, generator
         return (words * vocabulary).long().clamp(max=vocabulary - 1).to(device)
 
     def theirs() -> Tensor:
-        options = {"attn_implementation": "eager", "dtype": DTYPES["float32"], **SAFE_WEIGHTS}
         with reading(f"model.language.name={settings.name}", settings.name), loading_bar():
-            model = AutoModelForCausalLM.from_pretrained(settings.name, **options).eval().to(device)
+            model = AutoModelForCausalLM.from_pretrained(
+                settings.name, attn_implementation="eager", dtype=torch.float32, **SAFE_WEIGHTS
+            )
+        model = model.eval().to(device)
         logits: Tensor = model(input_ids=ids(model.config.vocab_size), use_cache=False).logits
         return logits
 
