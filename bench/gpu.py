@@ -5,7 +5,7 @@
 One process, no network, no files, no installed project: torch, timm, transformers and einops, no hydra. Random weights.
 Each section writes a JSON file when it ends. Every section has a share of --budget; one that starts after the sum of
 its own and all earlier shares is skipped, and rows that would start after it too. The exit status is 1 if numbers are
-wrong or if a section raised an exception; memory that does not suffice is a result.
+wrong or if a section raised an exception; out of memory is a result.
 
 With several GPUs, `torchrun --nproc-per-node N -m bench.gpu` measures what needs them instead.
 """

@@ -24,7 +24,7 @@ from vlmvqa.models.vlm import VLM
 TIMES, LOSS_ERROR = 1.2, 2**-8  # one number may be exact by chance, so bfloat16's precision is allowed
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     """How a row computes: data type of the weights, attention, and whether under autocast to bfloat16."""
 
     dtype: torch.dtype
@@ -32,10 +32,10 @@ class Way(NamedTuple):
     autocast: bool = False
 
 
-WAYS = {
-    "bf16 dense": Way(torch.bfloat16, "dense"),
-    "bf16 flex": Way(torch.bfloat16, "flex"),
-    "autocast flex": Way(torch.float32, "flex", autocast=True),
+VARIANTS = {
+    "bf16 dense": Variant(torch.bfloat16, "dense"),
+    "bf16 flex": Variant(torch.bfloat16, "flex"),
+    "autocast flex": Variant(torch.float32, "flex", autocast=True),
 }
 
 
@@ -63,9 +63,12 @@ def correctness(section: Section) -> None:
 def _compare_layout(section: Section, exact: VLM, pattern: str, rows: int, tokens: int) -> None:
     exact.attention_pattern = pattern
     batch = _batch(section, exact, rows, tokens)
-    expected = results(exact, batch, Way(torch.float32, "dense"))
+    expected = results(exact, batch, Variant(torch.float32, "dense"))
     label = f"{pattern}, {rows} x {tokens:,}"
-    found = {name: section.row(f"{name}, {label}", errors, exact, batch, expected, way) for name, way in WAYS.items()}
+    found = {
+        name: section.row(f"{name}, {label}", errors, exact, batch, expected, variant)
+        for name, variant in VARIANTS.items()
+    }
     dense = found.pop("bf16 dense")
     for name, row in found.items():
         for key in sorted(key for key in row.keys() & dense.keys() if key == "loss" or key.startswith("gradients")):
@@ -82,14 +85,14 @@ def _batch(section: Section, model: VLM, rows: int, tokens: int) -> gpu_sizes.Ba
     return models.make_batch(model, documents, models.random_pixels(model, images), multiple=tokens)
 
 
-def results(model: VLM, batch: Mapping[str, Tensor], way: Way) -> dict[str, Tensor]:
+def results(model: VLM, batch: Mapping[str, Tensor], variant: Variant) -> dict[str, Tensor]:
     """Return the loss, and the gradient of each parameter."""
-    if way.dtype != torch.float32:
-        model = cast_parameters(copy.deepcopy(model), way.dtype)
+    if variant.dtype != torch.float32:
+        model = cast_parameters(copy.deepcopy(model), variant.dtype)
     model.zero_grad(set_to_none=True)
-    model.language.set_attention(way.attention)
+    model.language.set_attention(variant.attention)
     try:
-        with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=way.autocast):
+        with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=variant.autocast):
             loss = model(**batch)["loss"]
         loss.backward()
     finally:
@@ -99,9 +102,9 @@ def results(model: VLM, batch: Mapping[str, Tensor], way: Way) -> dict[str, Tens
     return {"loss": loss.detach(), **found}
 
 
-def errors(model: VLM, batch: Mapping[str, Tensor], expected: Mapping[str, Tensor], way: Way) -> Row:
+def errors(model: VLM, batch: Mapping[str, Tensor], expected: Mapping[str, Tensor], variant: Variant) -> Row:
     """Return the relative error of the loss, and of the gradients of each part of the model together."""
-    found = results(model, batch, way)
+    found = results(model, batch, variant)
     if found.keys() != expected.keys():
         raise ValueError(f"other parameters have gradients: {sorted(found.keys() ^ expected.keys())}")
     parts: dict[str, list[str]] = {"loss": ["loss"]}

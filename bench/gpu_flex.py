@@ -206,7 +206,7 @@ def kernels() -> list[Any]:
     from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     found = [one for one in gc.get_objects() if type(one) is CachingAutotuner]
-    return [one for one in found if "flex_attention" in one.fn.__name__]
+    return [one for one in found if "flex_attention" in getattr(one.fn, "__name__", "")]
 
 
 def shared_memory(section: Section, earlier: list[Any]) -> Row:
@@ -225,7 +225,9 @@ def bytes_for(kernel: Any, capability: int) -> int:
     before = kernel.device_props
     kernel.device_props = before._replace(cc=capability)
     try:
-        results = [kernel._precompile_config(config) for config in kernel.configs]
+        # Once compiled, a kernel keeps the configs with their results, and later only with what launches them.
+        done = kernel.configs or [one.config for one in kernel.compile_results or kernel.launchers]
+        results = [kernel._precompile_config(config) for config in done]
     finally:
         kernel.device_props = before
     binaries = [result.kernel for result in results]

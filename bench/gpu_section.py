@@ -72,7 +72,7 @@ class Section:
     def row(self, name: str, measure: Callable[..., Row], *arguments: Any) -> Row:
         """Add the row that `measure(*arguments)` returns, unless the deadline has passed.
 
-        Memory that does not suffice is a result. Any other exception is recorded, and the next row is measured. Of
+        Out of memory is a result. Any other exception is recorded, and the next row is measured. Of
         several processes an exception ends all, because the others would wait for this one.
         """
         found: Row = {"name": name}

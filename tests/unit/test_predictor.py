@@ -233,7 +233,7 @@ def test_a_model_loaded_in_bfloat16_answers_nearly_as_in_float32(tmp_path: Path)
     expected, found = full.answer_examples(examples()), half.answer_examples(examples())
     close = [abs(found[name].log_probability - expected[name].log_probability) < 0.5 for name in expected]
     assert sum(close) > 0.7 * len(close)
-    with pytest.raises(InputError, match=r"the weights were rounded to bfloat16; load the model with dtype='saved'"):
+    with pytest.raises(InputError, match=r"saved in float32 and loaded in bfloat16; load the model with dtype='saved'"):
         half.save(tmp_path / "again")
 
 

@@ -46,6 +46,9 @@ def asked(
         (asked(bf16=True, gpu=True, bf16_works=False), "this card does not compute in bfloat16; use trainer.fp16=true"),
         (asked("zero3", dtype="bfloat16"), "needs trainer.bf16=true"),
         (asked(dtype="float16"), "weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)"),
+        (asked(torch_compile_backend="inducter"), "is unknown; use inductor; did you mean 'inductor'"),
+        (asked(torch_compile_mode="fast"), "must be one of default, lite, reduce-overhead"),
+        (asked(torch_compile_mode="default", torch_compile_backend="eager"), "with the backend inductor"),
         (asked(attention="flex"), "no backward pass on the CPU; use model.language.attention=dense"),
         (
             asked(attention_pattern="prefix_lm", questions_per_row=4),

@@ -67,6 +67,12 @@ def test_without_a_token_only_local_hosts_are_answered(vlm: Predictor) -> None:
             assert "only as localhost" in error_message(client.get("/health", headers={"host": host}), 421)
 
 
+def test_pages_of_other_sites_cannot_ask(vlm: Predictor) -> None:
+    with serving(vlm) as (client, _):
+        for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 422), ("none", 422)):
+            assert client.post("/answer", headers={"sec-fetch-site": site}).status_code == status
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.4", "::", "gpu-box"])
 def test_a_public_host_needs_a_token_or_open(host: str) -> None:
     with pytest.raises(InputError, match=r"there is no token; set token=\.\.\., or open=true"):

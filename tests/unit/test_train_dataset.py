@@ -159,5 +159,7 @@ def test_nothing_to_train_on_is_an_error(tokenizer: PreTrainedTokenizerFast) -> 
         dataset(tokenizer, [])
     with pytest.raises(InputError, match=r"data\.target=sampeld is unknown.*sampled"):
         RowSettings(target="sampeld")
+    with pytest.raises(InputError, match=r"data.length_window=-1 must be at least 0"):
+        RowSettings(length_window=-1)
     with pytest.raises(InputError, match="loss_weighting=tokens is unknown"):
         dataset(tokenizer, [example(ask(1, "what"))], loss_weighting="tokens")

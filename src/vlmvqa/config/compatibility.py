@@ -136,6 +136,7 @@ def run_conflicts(r: RunRequest) -> Conflicts:
             "trainer.use_cpu=true: DeepSpeed uses a GPU if there is one; hide it with CUDA_VISIBLE_DEVICES=, or "
             f"use dist=ddp instead of {strategy}",
         ),
+        *_compile_conflicts(r.trainer.get("torch_compile_backend"), r.trainer.get("torch_compile_mode")),
         # ---- precision
         (fp16 and not r.gpu, "trainer.fp16=true needs a GPU; use trainer.bf16=true or neither on the CPU"),
         (
@@ -163,6 +164,26 @@ def run_conflicts(r: RunRequest) -> Conflicts:
         (
             r.trainer.get("average_tokens_across_devices") is False,
             "trainer.average_tokens_across_devices=false would weigh ranks equally, not tokens; leave it out",
+        ),
+    ]
+
+
+def _compile_conflicts(backend: str | None, mode: str | None) -> Conflicts:
+    """Return the conflicts of `torch.compile`'s arguments; PyTorch's lists take a second to import."""
+    if not (backend or mode):
+        return []
+    from torch._dynamo import list_backends
+    from torch._inductor import list_mode_options
+
+    backends, modes = list_backends(None), list(list_mode_options())
+    return [
+        (
+            backend is not None and backend not in backends,
+            f"trainer.torch_compile_backend={backend} is unknown; use inductor{suggest(str(backend), backends)}",
+        ),
+        (
+            mode is not None and (mode not in modes or backend not in (None, "inductor")),
+            f"trainer.torch_compile_mode={mode} must be one of {', '.join(modes)}, with the backend inductor",
         ),
     ]
 

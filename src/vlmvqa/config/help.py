@@ -43,7 +43,7 @@ One of the three:
 
 Most used, each as key=value:
   on what        data=... data.root=/folder split=val      also a slice or a sample: split=val[random:1000]
-  how            decoding.num_beams=3 decoding.max_new_tokens=10 batch_size=64
+  how            decoding.num_beams=3 decoding.max_new_tokens=10 batch_size=64 dtype=float32
   also           blank_images=true variants=true           a control; the scores other toolkits print
   where          run.name=scored run.overwrite=true
 
@@ -55,7 +55,7 @@ Most used, each as key=value:
   image=photo.jpg                      a file or a folder; give it again for more
   question="what is this?"             give it again for more; each is asked about every image
   questions=questions.txt              a file, one question a line
-  decoding.num_beams=3 decoding.max_new_tokens=10
+  decoding.num_beams=3 decoding.max_new_tokens=10 dtype=float32
   run.name=asked                       predictions.jsonl goes to runs/asked
 
 More: README.md; docs/api.md (the same from Python)."""
@@ -75,6 +75,7 @@ Most used, each as key=value:
   compare=runs/other                   a second model, to compare both answers
   browse=runs/demo                     the scored run whose answers are browsed (default: the checkpoint's)
   examples=photos                      example images: a file, a folder, or a list of them
+  decoding.num_beams=3 dtype=float32   how the models answer
   port=7860 host=127.0.0.1             0.0.0.0: reachable from other machines, with token=... (or open=true)
   limits.megabytes=10 limits.queue=64 limits.max_batch=16 limits.timeout_s=60
 

@@ -69,6 +69,8 @@ class RowSettings:
     loss_weighting: str = "token"
 
     def __post_init__(self) -> None:
+        if self.length_window < 0:
+            raise InputError(f"data.length_window={self.length_window} must be at least 0; 0 does not sort rows")
         checked = ("data.target", self.target, TARGETS), ("loss_weighting", self.loss_weighting, tuple(WEIGHTINGS))
         for name, value, known in checked:
             if value not in known:

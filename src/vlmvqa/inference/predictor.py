@@ -242,7 +242,8 @@ def load(path_or_hub_id: str | Path, device: str | None = None, dtype: str = "au
         path_or_hub_id: a run's folder, its `model/` folder, one of its checkpoints, or a hub id.
         device: default: the GPU if there is one.
         dtype: data type of the weights: "float32", "bfloat16", "float16", "saved", or "auto" (bfloat16 for float32
-            weights on a GPU that computes in it, else as saved). Softmax, softcaps and log-probabilities are float32.
+            weights on a GPU that computes in it, else as saved). Softmax, softcaps and log-probabilities are computed
+            in float32.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Predictor.of(load_model(path_or_hub_id, device, dtype))

@@ -68,7 +68,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: fl
     # The heads of a group, and their queries, are one axis of one matrix product with the group's keys.
     grouped = rearrange(query, "b (g h) t d -> b g (h t) d", g=groups)
     scores = grouped @ key.mT
-    if not torch.is_grad_enabled():  # answers: cap and softmax in fp32. In training, the backward pass would keep both.
+    if not torch.is_grad_enabled():  # answers: cap and softmax in fp32, which in training would store larger tensors
         scores = scores.float()
     capped = rearrange(torch.tanh(scores), "b g (h t) k -> b g h t k", t=length)
     scores = torch.add(mask[:, :, None], capped, alpha=softcap)

@@ -14,8 +14,8 @@ torch/_inductor/kernel/flex):
                         output gradients
 
 Part 2 of the backward kernel needs no more than part 1. The arithmetic was compared with what Triton 3.9 allocates when
-it compiles torch 2.15's kernels, with our mask and a softcap, for sm_80, 86, 90 and 120 (which needs no GPU): they take
-that much, some large tiles less, and `SCRATCH_BYTES` covers what some take beyond it. Not run on a GPU yet.
+it compiles torch 2.15's kernels, with our mask and a softcap, for sm_80, 86, 90 and 120 (which needs no GPU): with
+`SCRATCH_BYTES` added, the formulas are upper bounds. Not run on a GPU yet.
 """
 
 from __future__ import annotations

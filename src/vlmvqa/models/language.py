@@ -204,6 +204,8 @@ class LanguageModel(nn.Module):
         """
         if tokens is None or self.decoder.config._attn_implementation != SOFTCAP or not _is_readable(tokens.document):
             return {}
+        if self.blocks[0]._compiled_call_impl is not None:  # compiled layers would be compiled again for each batch
+            return {}
         return {"spans": key_spans(tokens)}
 
     def _kernel_options(self, embeddings: Tensor) -> dict[str, Any]:
@@ -226,8 +228,8 @@ class LanguageModel(nn.Module):
 
 
 def _is_readable(column: Tensor) -> bool:
-    """Whether values can be read at once: a GPU needs a synchronization, and traced tensors have no values."""
-    return type(column) is Tensor and column.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values can be read at once: a GPU needs a synchronization, and fake tensors have no values."""
+    return type(column) is Tensor and column.device.type == "cpu"
 
 
 def _max_distance(tokens: Tokens) -> int:

@@ -73,7 +73,10 @@ class TrainedModel:
         if self.adapter is not None:
             raise InputError("this model has adapters; merge them first (launch/merge.py), or copy their folder")
         if weights is None and self.dtype != self.settings.dtype:
-            raise InputError(f"the weights were rounded to {self.dtype}; load the model with dtype='saved' to save it")
+            raise InputError(
+                f"the weights were saved in {self.settings.dtype} and loaded in {self.dtype}; load the model with "
+                "dtype='saved' to save it"
+            )
         own = self.processor.processing_class
         checkpoint.save(Path(folder), self.model, self.settings, own, self._extra(), weights)
 

@@ -91,7 +91,7 @@ class VLM(Model):
         images = self.image_embeddings(batch).to(text.dtype)
         index = batch["image_index"].flatten()
         is_image = index != NO_IMAGE
-        # Text positions read any image token, each another: their zero gradients must not all be added to one.
+        # Text positions gather different image tokens, so that their zero gradients are not all added to one row.
         source = torch.where(is_image, index, torch.arange(len(index), device=index.device) % len(images))
         placed = rearrange(images.index_select(0, source), "(b t) d -> b t d", b=len(text))
         return torch.where(rearrange(is_image, "(b t) -> b t 1", b=len(text)), placed, text)

@@ -49,7 +49,7 @@ def supervised_loss(
     def chunk_loss(states: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         return (F.cross_entropy(logits(states), targets, reduction="none") * weights).sum()
 
-    # Indices once: on a GPU, each use of a boolean index waits for their number.
+    # Indices are computed once: each boolean index would synchronize with the GPU.
     supervised = (labels.flatten() != IGNORE).nonzero()[:, 0]
     states = rearrange(hidden, "b t d -> (b t) d").index_select(0, supervised)
     targets = labels.flatten().index_select(0, supervised)

@@ -45,7 +45,7 @@ class Tokens(NamedTuple):
     def of(cls, document: Tensor, branch: Tensor, role: Tensor, position: Tensor, attention_pattern: str) -> Tokens:
         """Return the columns of a batch, with each role's bidirectional block under `attention_pattern`."""
         image, prompt, answer = ATTENTION_PATTERNS[attention_pattern]
-        # From numbers, not from a table: copying one to a GPU would wait for it.
+        # Built from scalars: copying a table to the GPU would synchronize.
         block = torch.where(role == IMAGE, image, torch.where(role == PROMPT, prompt, answer))
         return cls(document, branch, block, position)
 

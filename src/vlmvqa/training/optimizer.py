@@ -73,6 +73,11 @@ def parameter_groups(
     return groups
 
 
+def is_8bit(name: str) -> bool:
+    """Return whether an optimizer's moments have 8 bits."""
+    return "8bit" in name
+
+
 def embedding_weights(model: nn.Module) -> set[str]:
     """Return the names of the weights of embeddings."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}

@@ -36,7 +36,13 @@ def keep_fp32_moments(optimizer: Any) -> None:
     else:  # torchao
         kept = {id(p) for group in optimizer.param_groups if group["fp32_moments"] for p in group["params"]}
         new_buffer = optimizer._new_buffer
-        optimizer._new_buffer = lambda p, signed: torch.zeros_like(p) if id(p) in kept else new_buffer(p, signed)
+
+        def buffer(parameter: Tensor, signed: bool) -> Any:
+            if id(parameter) in kept:
+                return torch.zeros_like(parameter, dtype=torch.float32)
+            return new_buffer(parameter, signed)
+
+        optimizer._new_buffer = buffer
 
 
 def read(state: Mapping[str, Any]) -> dict[str, Tensor]:

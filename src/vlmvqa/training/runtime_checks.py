@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, counted
 from vlmvqa.training.checkpoint_state import num_elements
-from vlmvqa.training.optimizer import CLASSES
+from vlmvqa.training.optimizer import CLASSES, is_8bit
 
 if TYPE_CHECKING:
     from vlmvqa.training.trainer import VqaTrainer
@@ -110,19 +110,19 @@ def _check_optimizer(trainer: VqaTrainer) -> str:
     module = type(optimizer).__module__
     found = f"{type(optimizer).__name__} of {package if module.startswith(package) else module}"
     _require_equal("optimizer", f"{class_name} of {package}", found)
-    is_8bit = "8bit" in name
+    quantized = is_8bit(name)
     states = "fp32 moments"
-    if is_8bit:
+    if quantized:
         states = "8-bit moments in blocks of 256, fp32 for embeddings and below 4,096 elements"
     if name == "sgd":
         states = "no moments"
-    if is_8bit and package == "bitsandbytes":
+    if quantized and package == "bitsandbytes":
         _require_equal("bits of the optimizer's states", 8, optimizer.args.optim_bits)  # type: ignore[attr-defined]
     bounds = [f"norm clipped to {trainer.clipping.max_norm:g}"] if trainer.clipping.max_norm else []
     if trainer.clipping.percentile:
         bounds.append(f"to the {trainer.clipping.percentile}th percentile of the last 100")
     replaced = ""
-    if is_8bit and trainer.dist.strategy == "fsdp":
+    if quantized and trainer.dist.strategy == "fsdp":
         replaced = " (torchao's: bitsandbytes' adamw_bnb_8bit cannot step on shards)"
     return ", ".join([f"{name}{replaced}", states, *bounds])
 

@@ -57,7 +57,7 @@ class TrainerOptions:
         learning_rates: by part (vision, projector, language); None or missing: `args.learning_rate`.
         clip_percentile: see `optimizer.GradientClipping`.
         score: called with the full model at every evaluation; its metrics are logged with the prefix `eval_`.
-        settings: the model's settings, to build the unsharded copy that a sharded model is evaluated with.
+        settings: the model's settings, to build the copy that is evaluated (`_full_model`).
         adapt: settings of the model's adapters, if any.
         compiled: the backend that compiled the model's blocks, if any.
         describe: writes config.json and the tokenizer into a checkpoint's folder; None: they are left out.
@@ -198,7 +198,7 @@ class VqaTrainer(Trainer):
         return optimizer.parameter_groups(self.vlm, rates, args.learning_rate, args.weight_decay, decayed, embeddings)
 
     def _is_8bit(self) -> bool:
-        return "8bit" in str(getattr(self.args.optim, "value", self.args.optim))
+        return optimizer.is_8bit(str(getattr(self.args.optim, "value", self.args.optim)))
 
     # ---- a step
 
@@ -301,19 +301,25 @@ class VqaTrainer(Trainer):
         every token. The copy is held in memory in addition to the trained model.
         """
         settings, adapt = self.options.settings, self.options.adapt
-        trained_in = str(self.dtype).removeprefix("torch.")
+        trained_in = settings.dtype if settings else str(self.dtype).removeprefix("torch.")
         dtype = trained_in if adapt and adapt.bits else answering_dtype("auto", trained_in, self.args.device)
         is_complete = self.dist.strategy not in ("fsdp", "zero3") and (adapt is not None or not self.dist.is_zero)
         if is_complete and dtype == trained_in:
             yield self.vlm
             return
         assert settings is not None
-        copy = checkpoint.uninitialized_like(self.vlm, dataclasses.replace(settings, dtype=dtype))
-        if adapt is not None:
-            from vlmvqa.extras.adapters import peft_adapters
+        with torch.random.fork_rng(devices=[]):  # building must not advance the training's random state
+            copy = checkpoint.uninitialized_like(self.vlm, dataclasses.replace(settings, dtype=dtype))
+            if adapt is not None:
+                from vlmvqa.extras.adapters import peft_adapters
 
-            peft_adapters.attach(copy, adapt)
-        copy = cast_parameters(copy, DTYPES[dtype]).to(self.args.device)
+                peft_adapters.attach(copy, adapt)
+        if adapt is not None and dtype == trained_in:
+            trained = {name for name in self.saved_dtypes if "lora_" not in name}
+            peft_adapters.keep_float32(copy, {self.vlm.part_of(name) for name in trained})
+        else:
+            copy = cast_parameters(copy, DTYPES[dtype])
+        copy = copy.to(self.args.device)
         parameters = dict(copy.named_parameters())
         with torch.no_grad():
             for name, weight in self.full_state.weights():
@@ -380,6 +386,12 @@ class VqaTrainer(Trainer):
         before = checkpoint_state.progress(Path(resume))["global_batch"] if resume else self.global_batch
         if before == self.global_batch:
             return epoch, batches
+        window = self.training_set.settings.length_window
+        if window > 1:
+            raise InputError(
+                f"data.length_window={window}: an epoch's order depends on the rows of a step, {before} before and "
+                f"{self.global_batch} now; keep their number"
+            )
         rows = len(self.training_set.packing)  # without the rows that fill the last step of an epoch
         epoch, steps = divmod(self.state.global_step, math.ceil(rows / before))
         within = math.ceil(min(steps * before, rows) / self.global_batch)

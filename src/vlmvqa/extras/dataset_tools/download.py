@@ -61,7 +61,7 @@ def _fetch(url: str, path: Path) -> None:
     """Download a file, resuming at the end of its `.part` file."""
     part = path.with_name(f"{path.name}.part")
     start = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={start}-"} if start else {}
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
     try:
         with httpx.stream("GET", url, headers=headers, timeout=TIMEOUT, follow_redirects=True) as response:
             if response.status_code != httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:  # else the .part file is complete
@@ -79,7 +79,7 @@ def _fetch(url: str, path: Path) -> None:
             f"{url} returned {error.response.status_code} ({error.response.reason_phrase}); find its new URL on the "
             f"benchmark's website, put the file into {path.parent}, and resume with the same command"
         ) from error
-    except httpx.TransportError as error:
+    except (httpx.RequestError, httpx.InvalidURL) as error:
         raise InputError(f"{url} cannot be reached ({error}); resume with the same command later") from error
     part.rename(path)
 

@@ -174,8 +174,8 @@ def _resume(
     folder: Path, key: Key, images: Mapping[ImageId, Example], image_bytes: int, overwrite: bool
 ) -> tuple[dict[ImageId, str], set[ImageId]]:
     """Return the skipped and the encoded images of a folder; delete other features if `overwrite` is set."""
-    if (folder / INDEX).exists() and (folder / FEATURES).exists():
-        found = read_index(folder)
+    found = read_index(folder) if (folder / INDEX).exists() else {}  # refuses folders of another format
+    if found and (folder / FEATURES).exists():
         skipped = dict(found["skipped"])
         encoded = set(found["ids"][: file_size(folder / FEATURES) // image_bytes]) - set(skipped)
         reason = differences(found["key"], key)

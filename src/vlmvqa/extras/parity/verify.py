@@ -129,8 +129,8 @@ def compare_language(settings: LanguageSettings, device: torch.device, generator
 @torch.no_grad()
 def _compare(name: str, theirs: Callable[[], Tensor], ours: Callable[[], Tensor]) -> Comparison:
     outputs = []
-    for output in (theirs, ours):
+    for output in (ours, theirs):  # ours first: its errors name the setting
         outputs.append(output().float().cpu())
         gc.collect()
-    expected, found = outputs
+    found, expected = outputs
     return Comparison(name, float((found - expected).abs().max()), float(expected.abs().max()))

@@ -80,7 +80,7 @@ class MemoryTracker(TorchDispatchMode):
             args = (args[0], self._replace_masks(args[1]))
         if self.tokens and function is torch.ops.aten._local_scalar_dense.default:
             return self.crops  # the only number that a model reads from its data: the crops that aren't padding
-        if self.tokens and function is torch.ops.aten.nonzero.default:  # the supervised tokens
+        if self.tokens and function is torch.ops.aten.nonzero.default and args[0].ndim == 1:  # the supervised tokens
             args, function = ((self.tokens, args[0].ndim), 0), torch.ops.aten.full.default
             kwargs = {"dtype": torch.int64}
         out = function(*args, **(kwargs or {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from vlmvqa.training.optimizer import CLASSES
+from vlmvqa.training.optimizer import CLASSES, is_8bit
 
 BLOCK = 256  # elements per scale in 8-bit states, in bitsandbytes and torchao
 SMALLEST_8BIT = 4096  # smaller tensors keep fp32 states, in both
@@ -30,7 +30,7 @@ def state_bytes(optimizer: str, numels: Sequence[int], embeddings: Sequence[int]
         states = sum(2 * n + 8 * n // BLOCK + 2048 for n in eight_bit) + full * (sum(numels) - sum(eight_bit))
     else:
         states = full * sum(numels)
-    return states + full * sum(embeddings)
+    return states + (8 if is_8bit(optimizer) else full) * sum(embeddings)
 
 
 def step_bytes(optimizer: str, groups: Sequence[Sequence[int]], itemsize: int = 4) -> int:

@@ -24,7 +24,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.extras.planning.optimizer_memory import EIGHT_BIT, OPTIMIZERS, state_bytes, step_bytes
 from vlmvqa.extras.planning.quantized_memory import QuantizedLinear
 from vlmvqa.models.interface import PARTS, Model
-from vlmvqa.training.optimizer import embedding_weights
+from vlmvqa.training.optimizer import embedding_weights, is_8bit
 
 # DeepSpeed's defaults, in elements.
 REDUCE_BUCKET, MAX_LIVE, SUB_GROUP = int(5e8), int(1e9), int(1e9)
@@ -209,7 +209,7 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
     trained_numel = sum(weight.numel for weight in trained)
     largest = max((weight.numel for weight in trained), default=0)
     # Each parameter group is flattened and padded to 2N.
-    separate = "8bit" in training.optimizer  # embeddings are groups of their own
+    separate = is_8bit(training.optimizer)  # embeddings are groups of their own
     partitions, embeddings = (
         [ceil(sum(group) / (2 * gpus)) * 2 for group in _groups(chosen, 1)]
         for chosen in (

@@ -71,6 +71,8 @@ class AccessMiddleware:
             message = "this server requires a token; send it in the header Authorization: Bearer ..."
             # Browsers ask for it once: the password, with any user name.
             return RequestError(401, message, {"www-authenticate": 'Basic realm="vlmvqa: the token is the password"'})
+        if path == UPLOAD_PATH and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            return RequestError(403, "a page of another site may not ask; open this server's own page")
         if path == UPLOAD_PATH and self._num_uploads >= self.limits.queue + self.limits.max_batch:
             return busy(f"{self._num_uploads} requests are active")
         return None

@@ -1,7 +1,7 @@
 """Micro-batching: a queue of requests and the thread that runs the models on batches of them.
 
-An answer doesn't depend on the other rows of its batch (`tests/unit/test_predictor.py`), so it doesn't depend on other
-clients either.
+In float32 an answer doesn't depend on the other rows of its batch (`tests/unit/test_predictor.py`), so it doesn't
+depend on other clients either; in bfloat16 on a GPU it may, by rounding.
 """
 
 from __future__ import annotations

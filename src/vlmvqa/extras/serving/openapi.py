@@ -21,7 +21,7 @@ ERRORS = {
 
 
 class AnswerForm(BaseModel):
-    """The form of `POST /answer`; `Service.answer` checks the server's limits."""
+    """The form of `POST /answer`; `api.answer` checks the server's limits."""
 
     model_config = {"extra": "forbid"}
     image: UploadFile = Field(description="JPEG, PNG, WEBP, GIF or BMP")

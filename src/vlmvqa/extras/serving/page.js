@@ -3,9 +3,14 @@
 
 const find = (id) => document.getElementById(id);
 const [questions, filters, drop, browsed] = ["questions", "filters", "drop", "browsed"].map(find);
-const info = await (await request("info")).json();
+const info = await request("info").then((response) => response.json(), failed);
 let image = null; // the file that is sent with each request
 let browsedPage = 0;
+
+function failed(error) {
+  find("message").textContent = error.message;
+  throw error;
+}
 
 // Return an element with children, which are elements and texts.
 function element(tag, properties, ...children) {
@@ -153,7 +158,7 @@ const places = info.models.map((model, index) => {
   return place;
 });
 info.examples.forEach((src, number) => {
-  const onclick = async () => setImage(await (await request(`examples/${number}`)).blob());
+  const onclick = async () => setImage(await (await request(`examples/${number}`).catch(failed)).blob());
   const properties = { type: "button", ariaLabel: `example ${number + 1}`, onclick };
   find("examples").append(element("button", properties, element("img", { src, alt: "" })));
 });
