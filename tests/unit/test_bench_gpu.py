@@ -282,9 +282,12 @@ def test_settings_build_the_measured_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_section_runs_without_hydra(tmp_path: Path) -> None:
     """In one process, on an environment without the packages that the project needs elsewhere."""
-    call = f"sys.exit(bench.gpu.main(['--device', 'cpu', '--size', 'tiny', '--output', {str(tmp_path)!r}]))"
+    # With a budget that no slow machine exceeds.
+    arguments = ["--device", "cpu", "--size", "tiny", "--budget", "9999", "--output", str(tmp_path)]
+    call = f"sys.exit(bench.gpu.main({arguments!r}))"
     program = PROGRAM.format(blocked=BLOCKED, more=call)
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
@@ -315,7 +318,7 @@ def test_a_mask_without_its_window_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
-    arguments = ["-m", "bench.gpu", "--device", "cpu", "--size", "tiny", "--output", str(tmp_path)]
+    arguments = ["-m", "bench.gpu", "--device", "cpu", "--size", "tiny", "--budget", "9999", "--output", str(tmp_path)]
     processes = ranks(2, arguments)
     assert processes.wait() == 0, processes.printed()
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name, *_ in gpu.DISTRIBUTED}
