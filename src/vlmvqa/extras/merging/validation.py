@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +139,11 @@ def merged_config(weights: Weights, models: Sequence[Path], started_from: Mappin
     pretrained = "model_type" in config
     if not pretrained and "prompts" not in config:  # not our format
         return config
-    found = {folder: (_pretrained_settings if pretrained else _settings)(folder) for folder in (base, *models)}
-    names = dict.fromkeys(name for settings in found.values() for name in settings)
     expected: dict[str, tuple[Path, Any]] = {}
-    for folder, what in product(found, names):
-        if not (pretrained and folder == base and what.endswith("image processors")):  # training may have changed them
-            value = found[folder].get(what)
+    for folder in (base, *models):
+        for what, value in (_pretrained_settings if pretrained else _settings)(folder).items():
+            if pretrained and folder == base and what.endswith("image processors"):
+                continue  # training may have changed them
             first, before = expected.setdefault(what, (folder, value))
             if value != before:
                 raise InputError(
