@@ -39,10 +39,11 @@ from vlmvqa.models.checkpoint import WEIGHTS
 from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training import distributed, runtime_checks, zero
+from vlmvqa.training.answering_model import answering_model
 from vlmvqa.training.checkpoint_state import local_tensor
 from vlmvqa.training.log import read_log
 from vlmvqa.training.optimizer import optimizer_for
-from vlmvqa.training.run import COMPILE, compile_blocks
+from vlmvqa.training.run import COMPILE_KEYS, compile_blocks
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 
@@ -97,7 +98,7 @@ def run(case: Case, root: Path) -> dict[str, Any]:
     if not case.saves:
         return {"losses": losses, "table": runtime_checks.check(trainer)}
     weights = root / case.name / f"checkpoint-{case.steps}" / WEIGHTS
-    with trainer._full_model() as whole:
+    with answering_model(trainer) as whole:
         saved = load_file(weights)
         here = dict(whole.named_parameters())
         same = all(torch.equal(here[name].cpu(), weight.to(here[name].dtype)) for name, weight in saved.items())
@@ -181,7 +182,7 @@ def make_arguments(case: Case, dist: DistSettings, folder: Path) -> TrainingArgu
         logging_steps=1,
         ddp_find_unused_parameters=False,
         deepspeed=zero.deepspeed_config(dist) if dist.is_zero else None,
-        **{key: value for key, value in values.items() if key not in COMPILE},
+        **{key: value for key, value in values.items() if key not in COMPILE_KEYS},
     )
 
 

@@ -55,7 +55,7 @@ def test_an_epoch_trains_on_every_question_once(tokenizer: PreTrainedTokenizerFa
     assert set(expected.values()) == {1} and len(expected) == sum(1 + n % 5 for n in range(12))
     rows = dataset(tokenizer, many(), **options)
     for step in (1, 5, 16):
-        rows.pad_to_multiple(step)
+        rows.set_step_rows(step)
         assert len(rows) % step == 0
         for epoch in (0, 1):
             rows.set_epoch(epoch)
@@ -81,7 +81,7 @@ def test_a_packed_epoch_is_the_same_loss_and_gradients(tokenizer: PreTrainedToke
     found = []
     for options in ({"questions_per_row": 1}, {}, {"row_tokens": 150}):
         rows = TrainDataset(many(), make, RowSettings(loss_weighting=weighting, **options), BadRecords())
-        rows.pad_to_multiple(8)
+        rows.set_step_rows(8)
         vlm.zero_grad()
         loss = vlm(**make.collate([rows[n] for n in range(len(rows))]))["loss"]
         loss.backward()

@@ -332,7 +332,7 @@ def test_evaluation_answers_in_the_data_type_of_the_saved_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU: bfloat16. The trained model stays as it is."""
-    monkeypatch.setattr("vlmvqa.training.trainer.answering_dtype", lambda *_: "bfloat16")
+    monkeypatch.setattr("vlmvqa.training.answering_model.answering_dtype", lambda *_: "bfloat16")
     training, seen = trainer(tmp_path, model()), []
 
     def score(answering: Model) -> dict[str, float]:

@@ -109,7 +109,7 @@ class TrainDataset(Dataset[list[Document]]):
         self.packing = Packing(lengths, settings.row_tokens, settings.seed, per_document)
         if not len(self.packing):
             raise InputError("an epoch has no images at these data.weights; raise them")
-        self.multiple = 1
+        self.step_rows = 1
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers may outlive an epoch
         self._current_plan: tuple[int, Plan] | None = None
 
@@ -117,12 +117,12 @@ class TrainDataset(Dataset[list[Document]]):
         """Set the epoch; accelerate's DataLoader calls this before it reads one."""
         self.epoch.fill_(epoch)
 
-    def pad_to_multiple(self, rows: int) -> None:
+    def set_step_rows(self, rows: int) -> None:
         """Set the rows of a step: every epoch is padded to full steps with rows without supervised tokens."""
-        self.multiple, self._current_plan = rows, None
+        self.step_rows, self._current_plan = rows, None
 
     def __len__(self) -> int:
-        return -(-len(self.packing) // self.multiple) * self.multiple
+        return -(-len(self.packing) // self.step_rows) * self.step_rows
 
     def __getitem__(self, index: int) -> list[Document]:
         if index >= len(self.packing):
@@ -134,7 +134,7 @@ class TrainDataset(Dataset[list[Document]]):
     def _plan(self) -> Plan:
         epoch = int(self.epoch)
         if self._current_plan is None or self._current_plan[0] != epoch:
-            self._current_plan = epoch, self.packing.plan(epoch, self.multiple, self.settings.length_window)
+            self._current_plan = epoch, self.packing.plan(epoch, self.step_rows, self.settings.length_window)
         return self._current_plan[1]
 
     # --- documents ------------------------------------------------------------------------------------

@@ -62,7 +62,6 @@ def refuse_changes(folder: Path, config: TrainConfig, checkpoint: Path) -> None:
         if key.split(".")[0] in DECIDES
         and not re.sub(r"^data\.parts\.[^.]+\.", "data.", key).startswith(FREE)
         and old.get(key) != new.get(key)
-        and not (key == "data.length_window" and {old.get(key, 0), new[key]} <= {0, 1})  # the same rows in each step
         and not _extends(key, old, new, checkpoint)
     ]
     if changed:

@@ -32,7 +32,7 @@ from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refus
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 # Keys of the `trainer` group that `compile_blocks` takes: the Trainer would compile the model as one graph.
-COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
     Raises:
         InputError: transformers rejects a value.
     """
-    values = {key: value for key, value in config.trainer.items() if key not in COMPILE}
+    values = {key: value for key, value in config.trainer.items() if key not in COMPILE_KEYS}
     values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
     if values.get("report_to") in (None, "none"):
         values["report_to"] = "none"
@@ -256,7 +256,7 @@ def compile_blocks(model: Model, trainer: Mapping[str, Any]) -> str | None:
     Blocks of one kind share a graph, so that compiling takes as long as for one block, and hooks of the model's parts
     and of FSDP2, which wraps blocks afterwards, are outside of it.
     """
-    enabled, backend, mode = (trainer.get(key) for key in COMPILE)
+    enabled, backend, mode = (trainer.get(key) for key in COMPILE_KEYS)
     if not (enabled or backend or mode):
         return None
     backend = str(backend or "inductor")

@@ -15,11 +15,10 @@ checkpoints   the same files under every strategy and number of ranks (`checkpoi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,7 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.train_dataset import TrainDataset
 from vlmvqa.errors import InputError
 from vlmvqa.models import checkpoint
-from vlmvqa.models.interface import DTYPES, Model, Settings, answering_dtype, cast_parameters
+from vlmvqa.models.interface import Model, Settings
 from vlmvqa.training import checkpoint_state, checkpoints, optimizer, runtime_checks
 from vlmvqa.training.checkpoint_state import FullState
 from vlmvqa.training.interrupt import BATCH_SYSTEM_SIGNALS, StopHandler, blocked_signals
@@ -57,7 +56,7 @@ class TrainerOptions:
         learning_rates: by part (vision, projector, language); None or missing: `args.learning_rate`.
         clip_percentile: see `optimizer.GradientClipping`.
         score: called with the full model at every evaluation; its metrics are logged with the prefix `eval_`.
-        settings: the model's settings, to build the copy that is evaluated (`_full_model`).
+        settings: the model's settings, to build the copy that is evaluated (`answering_model.py`).
         adapt: settings of the model's adapters, if any.
         compiled: the backend that compiled the model's blocks, if any.
         describe: writes config.json and the tokenizer into a checkpoint's folder; None: they are left out.
@@ -117,7 +116,7 @@ class VqaTrainer(Trainer):
             callbacks=[LogFile(self.folder / "log.jsonl"), self.stop_handler, self.throughput],
         )
         replace_progress_callbacks(self)
-        training_set.pad_to_multiple(self.global_batch)
+        training_set.set_step_rows(self.global_batch)
         # With a limit of 1 the Trainer would delete the newest checkpoint at the end and keep only the best.
         self.save_limit, args.save_total_limit = args.save_total_limit, None
         # Makes the Trainer neither wrap nor move a model that arrives sharded.
@@ -279,6 +278,8 @@ class VqaTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Generate and score answers, instead of the Trainer's loop over logits."""
+        from vlmvqa.training.answering_model import answering_model
+
         if self.options.score is None:
             raise InputError("the trainer was built without questions to evaluate on")
         with (
@@ -286,46 +287,12 @@ class VqaTrainer(Trainer):
             self.throughput.paused(),
             blocked_signals(BATCH_SYSTEM_SIGNALS),
             torch.compiler.set_stance("force_eager"),  # answers have other shapes at every step
-            self._full_model() as model,
+            answering_model(self) as model,
         ):
             metrics = {f"eval_{name}": value for name, value in self.options.score(model).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    @contextlib.contextmanager
-    def _full_model(self) -> Iterator[Model]:
-        """Yield the model to generate with, in the data type in which the saved model will answer.
-
-        A model that is sharded, or trained in another data type, is copied; sharded, ranks would wait for each other at
-        every token. The copy is held in memory in addition to the trained model.
-        """
-        settings, adapt = self.options.settings, self.options.adapt
-        trained_in = settings.dtype if settings else str(self.dtype).removeprefix("torch.")
-        dtype = trained_in if adapt and adapt.bits else answering_dtype("auto", trained_in, self.args.device)
-        is_complete = self.dist.strategy not in ("fsdp", "zero3") and (adapt is not None or not self.dist.is_zero)
-        if is_complete and dtype == trained_in:
-            yield self.vlm
-            return
-        assert settings is not None
-        with torch.random.fork_rng(devices=[]):  # building must not advance the training's random state
-            copy = checkpoint.uninitialized_like(self.vlm, dataclasses.replace(settings, dtype=dtype))
-            if adapt is not None:
-                from vlmvqa.extras.adapters import peft_adapters
-
-                peft_adapters.attach(copy, adapt)
-        if adapt is not None and dtype == trained_in:
-            trained = {name for name in self.saved_dtypes if "lora_" not in name}
-            peft_adapters.keep_float32(copy, {self.vlm.part_of(name) for name in trained})
-        else:
-            copy = cast_parameters(copy, DTYPES[dtype])
-        copy = copy.to(self.args.device)
-        parameters = dict(copy.named_parameters())
-        with torch.no_grad():
-            for name, weight in self.full_state.weights():
-                parameters.pop(name).copy_(weight)
-        assert not parameters, f"the copy has weights that the model does not have: {', '.join(parameters)}"
-        yield copy.eval()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the throughput to a training step's record."""
