@@ -139,6 +139,8 @@ def merged_config(weights: Weights, models: Sequence[Path], started_from: Mappin
     pretrained = "model_type" in config
     if not pretrained and "prompts" not in config:  # not our format
         return config
+    if pretrained:
+        _check_same_network([folder for folder in (base, *models) if "adapter" not in read_config(folder)])
     expected: dict[str, tuple[Path, Any]] = {}
     for folder in (base, *models):
         for what, value in (_pretrained_settings if pretrained else _settings)(folder).items():
@@ -188,10 +190,21 @@ def _pretrained_settings(folder: Path) -> dict[str, Any]:
     """Return what must be the same in pretrained models and adapters, by its name in errors."""
     processor = load_processor(str(folder))
     found = {f"{key} of their image processors": str(getattr(processor.image_processor, key, None)) for key in PIXELS}
-    if "adapter" not in read_config(folder):
-        network = _without_ignored(AutoConfig.from_pretrained(folder, **OWN_CODE).to_dict())
-        found |= {f"{key} of their configs": value for key, value in network.items()}
     return {**found, "their tokenizers": processor.tokenizer.get_vocab()}
+
+
+def _check_same_network(folders: Sequence[Path]) -> None:
+    """Raise InputError if full pretrained models have different architectures."""
+    first, *others = folders
+    configs = {folder: _without_ignored(AutoConfig.from_pretrained(folder, **OWN_CODE).to_dict()) for folder in folders}
+    for folder in others:
+        names = sorted({**configs[first], **configs[folder]})
+        differ = [name for name in names if configs[first].get(name) != configs[folder].get(name)]
+        if differ:
+            raise InputError(
+                f"{folder} and {first} differ in {differ[0]} of their configs; merge models fine-tuned from the same "
+                "base in the same way"
+            )
 
 
 def _without_ignored(config: Mapping[str, Any]) -> dict[str, Any]:
