@@ -173,11 +173,7 @@ class Predictor(TrainedModel):
         batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
         answers: dict[int | str, Answer] = {}
         if answer_log:
-            # Rank 0 reads before any rank writes, so that all ranks have the same batches even if their disks differ.
-            kept = ranks.broadcast_from_rank0(answer_log.read)
-            keys = [answer_log.batch_key([rows[number] for number in batch]) for batch in batches]
-            answers = {question: Answer(*answer) for key in keys for question, *answer in kept.get(key, ())}
-            batches = [batch for batch, key in zip(batches, keys, strict=True) if key not in kept]
+            answers, batches = _logged_answers(answer_log, rows, batches)
         mine = batches[ranks.rank() :: ranks.world_size()] if ranks.is_distributed() else batches
         loader = DataLoader(
             EvalDataset(rows, processor, bad_records or BadRecords(advice="")),
@@ -186,18 +182,9 @@ class Predictor(TrainedModel):
             num_workers=workers,
             generator=torch.Generator(),  # own generator: evaluation must not advance the training's random state
         )
-        asked = count_questions(rows[number] for batch in mine for number in batch)
-        name = "answering, the first rank's share" if ranks.is_distributed() else "answering"
-        with bar(doing=name, unit="questions", total=asked, shown=progress) as done:
-            for batch, (readable, columns) in zip(mine, loader, strict=True):
-                group = [rows[number] for number in batch]
-                found = self._answer_batch(group, readable, columns)
-                # A batch with an unreadable image is not logged, so that the image is reported again on resume.
-                if answer_log and len(found) == count_questions(group):
-                    listed = [[name, *dataclasses.astuple(one)] for name, one in found.items()]
-                    answer_log.add(answer_log.batch_key(group), listed)
-                answers |= found
-                done.update(count_questions(group))
+        answers |= self._answer_batches(
+            [[rows[number] for number in batch] for batch in mine], loader, progress, answer_log
+        )
         every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
         return {question.id: every[question.id] for question in _questions(examples) if question.id in every}
 
@@ -210,6 +197,28 @@ class Predictor(TrainedModel):
             for first, end in split_questions(lengths, room, most):
                 rows.append((sum(lengths[first:end]), example.with_questions(first, end)))
         return [example for _, example in sorted(rows, key=lambda row: -row[0])]
+
+    def _answer_batches(
+        self,
+        batches: Sequence[Sequence[Example]],
+        loader: Iterable[tuple[list[bool], dict[str, Tensor]]],
+        progress: bool,
+        answer_log: AnswerLog | None,
+    ) -> dict[int | str, Answer]:
+        """Return the answers of this rank's batches by question id, and log each batch when it is answered."""
+        answers: dict[int | str, Answer] = {}
+        total = sum(map(count_questions, batches))
+        name = "answering, the first rank's share" if ranks.is_distributed() else "answering"
+        with bar(doing=name, unit="questions", total=total, shown=progress) as done:
+            for batch, (readable, columns) in zip(batches, loader, strict=True):
+                found = self._answer_batch(batch, readable, columns)
+                # A batch with an unreadable image is not logged, so that the image is reported again on resume.
+                if answer_log and len(found) == count_questions(batch):
+                    listed = [[question, *dataclasses.astuple(answer)] for question, answer in found.items()]
+                    answer_log.add(answer_log.batch_key(batch), listed)
+                answers |= found
+                done.update(count_questions(batch))
+        return answers
 
     def _answer_batch(
         self, rows: Sequence[Example], readable: Sequence[bool], columns: Mapping[str, Tensor]
@@ -247,6 +256,17 @@ def load(path_or_hub_id: str | Path, device: str | None = None, dtype: str = "au
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Predictor.of(load_model(path_or_hub_id, device, dtype))
+
+
+def _logged_answers(
+    answer_log: AnswerLog, rows: Sequence[Example], batches: list[list[int]]
+) -> tuple[dict[int | str, Answer], list[list[int]]]:
+    """Return the answers that a log holds by question id, and the batches (indices of rows) that it lacks."""
+    # Rank 0 reads before any rank writes, so that all ranks have the same batches even if their disks differ.
+    kept = ranks.broadcast_from_rank0(answer_log.read)
+    keys = [answer_log.batch_key([rows[number] for number in batch]) for batch in batches]
+    answers = {question: Answer(*answer) for key in keys for question, *answer in kept.get(key, ())}
+    return answers, [batch for batch, key in zip(batches, keys, strict=True) if key not in kept]
 
 
 def _collated(processor: Processor, encoded: Sequence[Document | None]) -> tuple[list[bool], dict[str, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,25 +140,19 @@ def write(
             num_workers=workers,
             pin_memory=next(vision.parameters()).is_cuda,
         )
-        count = bar(doing="encoding", unit="images", total=len(ids), initial=len(encoded))
-        vision.eval()
-        with count, torch.inference_mode(), (folder / FEATURES).open("r+b") as file:
-            for rows, pixel_values, errors in loaded:
-                batch = [ids[row] for row in rows]
-                unreadable = {image: why for image, why in zip(batch, errors, strict=True) if why}
+        with bar(doing="encoding", unit="images", total=len(ids), initial=len(encoded)) as count:
+            for rows, features, errors in _encoded(vision, loaded, ids, key["dtype"]):
+                unreadable = {ids[row]: why for row, why in zip(rows, errors, strict=True) if why}
                 for why in unreadable.values():
                     bad_records.add_error(InputError(why))
                 skipped |= unreadable
                 if unreadable:
                     _write_index(folder, index, skipped)  # before the file has rows for these images
-                features = _encode(vision, batch, pixel_values, key["dtype"])
-                for row, image, one in zip(rows, batch, features, strict=True):
-                    file.seek(row * image_bytes)
-                    file.write(one.view(torch.uint8).numpy().data)
-                    if image not in unreadable:
-                        skipped.pop(image, None)
-                file.flush()
-                count.update(len(batch))
+                _write_rows(folder / FEATURES, rows, features)
+                for row in rows:
+                    if ids[row] not in unreadable:
+                        skipped.pop(ids[row], None)
+                count.update(len(rows))
         _write_index(folder, index, skipped)
     except OSError as error:
         raise InputError(
@@ -193,6 +187,26 @@ def _resume(
         (folder / name).unlink(missing_ok=True)
     (folder / FEATURES).touch()
     return {}, set()
+
+
+def _encoded(
+    vision: VisionEncoder, loaded: Iterable[tuple[list[int], Tensor, list[str]]], ids: Sequence[ImageId], dtype: str
+) -> Iterator[tuple[list[int], Tensor, list[str]]]:
+    """Yield the rows, features and errors of each batch of `_Images`."""
+    vision.eval()
+    for rows, pixel_values, errors in loaded:
+        rows = list(map(int, rows))
+        with torch.inference_mode():
+            yield rows, _encode(vision, [ids[row] for row in rows], pixel_values, dtype), errors
+
+
+def _write_rows(path: Path, rows: Sequence[int], features: Tensor) -> None:
+    """Write the features of images, each at its row of the file."""
+    with path.open("r+b") as file:
+        for row, one in zip(rows, features, strict=True):
+            content = one.view(torch.uint8).numpy().data
+            file.seek(row * content.nbytes)
+            file.write(content)
 
 
 def _encode(vision: VisionEncoder, ids: Sequence[ImageId], pixel_values: Tensor, dtype: str) -> Tensor:

@@ -9,7 +9,7 @@ the selected rows are downloaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -77,24 +77,43 @@ def read_hub(
     hub, columns = str(settings.hub), build_settings(Columns, settings.columns, "data.columns")
     if settings.hub_images and not columns.image_id:
         raise InputError("data.hub_images needs data.columns.image_id to match images with questions; set it")
-    name, prompt = split.partition("[")[0], settings.prompt
+    name = split.partition("[")[0]
     if name.startswith("train"):
         columns = replace(columns, details=())
+    prompt = settings.prompt
     to_prompt: Callable[[str], str] = PromptTemplate(prompt) if columns.question else lambda _: prompt
     table, numbers = open_split(hub, settings.hub_config, split, settings.streaming, max_samples)
     single = (value for key, value in vars(columns).items() if key not in ("image", "joined_id", "details"))
     read_columns = _top_level(None if settings.hub_images else columns.image, *single, *columns.details)
     rows = bar(table.rows(numbers, read_columns), doing=f"reading {table.where}", unit="rows", delay=2.0)
+    images, by_image = _group_by_image(settings, rows, numbers, columns, to_prompt, table.where, bad_records)
+    joined = _read_images(settings, columns, name, by_image) if settings.hub_images else {}
+    examples = _with_images(by_image, images, joined, settings, bad_records)
+    arrange = vars(source).get("arrange", lambda examples, split: examples)
+    refuse_unknown_options(settings.options, arrange)
+    return list(arrange(refuse_empty(examples, table.where, split), split, **settings.options))
+
+
+def _group_by_image(
+    settings: DataSettings,
+    rows: Iterable[Mapping[str, Any]],
+    numbers: range,
+    columns: Columns,
+    to_prompt: Callable[[str], str],
+    table: str,
+    bad_records: BadRecords,
+) -> tuple[dict[ImageId, tuple[str, bytes | None]], dict[ImageId, list[Question]]]:
+    """Return the first row of each image, for errors, with its content; and the questions of each image."""
     seen: set[int | str] = set()
-    images: dict[ImageId, tuple[str, bytes | None]] = {}  # the first row of each image, for errors, and its content
+    images: dict[ImageId, tuple[str, bytes | None]] = {}
     by_image: dict[ImageId, list[Question]] = {}
     for row, number in zip(rows, numbers, strict=False):
-        where = f"{table.where}, row {number}"
+        where = f"{table}, row {number}"
         try:
             question = _question(row, number, columns, to_prompt)
             if question.id in seen:
                 raise InputError(f"its id {question.id} is used twice; keep one of them")
-            content = None if settings.hub_images else _image_bytes(_value(row, columns.image), hub)
+            content = None if settings.hub_images else _image_bytes(_value(row, columns.image), str(settings.hub))
             image_id = _image_id(row, columns, content)
         except InputError as error:
             bad_records.add_error(InputError(f"{where}: {error}"))
@@ -102,7 +121,17 @@ def read_hub(
         seen.add(question.id)
         images.setdefault(image_id, (where, content))
         by_image.setdefault(image_id, []).append(question)
-    joined = _read_images(settings, columns, name, by_image) if settings.hub_images else {}
+    return images, by_image
+
+
+def _with_images(
+    by_image: Mapping[ImageId, Sequence[Question]],
+    images: Mapping[ImageId, tuple[str, bytes | None]],
+    joined: Mapping[ImageId, bytes],
+    settings: DataSettings,
+    bad_records: BadRecords,
+) -> list[Example]:
+    """Return the images with their usable questions; `joined` are the images of another configuration."""
     answered = any(question.answers for questions in by_image.values() for question in questions)
     examples = []
     for image_id, questions in by_image.items():
@@ -119,9 +148,7 @@ def read_hub(
                 bad_records.add(f"{where}, question {question.id}", "it has no answers, but others do")
         if usable:
             examples.append(Example(content, image_id, tuple(usable)))
-    arrange = vars(source).get("arrange", lambda examples, split: examples)
-    refuse_unknown_options(settings.options, arrange)
-    return list(arrange(refuse_empty(examples, table.where, split), split, **settings.options))
+    return examples
 
 
 def _read_images(

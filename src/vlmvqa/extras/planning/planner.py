@@ -40,7 +40,7 @@ STRATEGIES: dict[str, DistSettings] = {
 
 
 class RunChoice(NamedTuple):
-    """Recommended settings of a plan."""
+    """Strategy and batch of a run."""
 
     strategy: str
     rows: int

@@ -1,4 +1,4 @@
-"""Render plans as text, Markdown and JSON: tables of all strategies and a recommendation with reasons."""
+"""Reports of a plan as text, Markdown and JSON: tables of all strategies, and a recommendation with its reasons."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def overrides(run: RunChoice) -> str:
 
 
 def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
-    """Return a line for each recommended setting, with its reason."""
+    """Return the recommended settings with their reasons, one per line."""
     plan = next(plan for plan in plans if plan.strategy == chosen)
     run = RunChoice(chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
     if plan.fits:

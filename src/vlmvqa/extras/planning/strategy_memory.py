@@ -209,13 +209,13 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
     trained_numel = sum(weight.numel for weight in trained)
     largest = max((weight.numel for weight in trained), default=0)
     # Each parameter group is flattened and padded to 2N.
-    separate = is_8bit(training.optimizer)  # embeddings are groups of their own
+    apart = is_8bit(training.optimizer)  # embeddings are groups of their own
     partitions, embeddings = (
-        [ceil(sum(group) / (2 * gpus)) * 2 for group in _groups(chosen, 1)]
-        for chosen in (
-            [weight for weight in trained if not (separate and weight.embedding)],
-            [weight for weight in trained if separate and weight.embedding],
-        )
+        [
+            ceil(sum(group) / (2 * gpus)) * 2
+            for group in _groups([weight for weight in trained if (apart and weight.embedding) == chosen], 1)
+        ]
+        for chosen in (False, True)
     )
     states = state_bytes(training.optimizer, partitions, embeddings)
     partitions += embeddings
@@ -263,14 +263,13 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
 
 def _states(optimizer: str, trained: Sequence[Weight], gpus: int = 1) -> int:
     """Return the bytes of optimizer states, which have the dtype of their weight."""
-    total = 0
-    for size in {weight.itemsize for weight in trained}:
-        numels: tuple[list[int], list[int]] = ([], [])
-        for weight in trained:
-            if weight.itemsize == size:
-                numels[weight.embedding].append(weight.shard_numel(gpus))
-        total += state_bytes(optimizer, *numels, itemsize=size)
-    return total
+
+    def numels(itemsize: int, embedding: bool) -> list[int]:
+        chosen = (weight for weight in trained if (weight.itemsize, weight.embedding) == (itemsize, embedding))
+        return [weight.shard_numel(gpus) for weight in chosen]
+
+    sizes = {weight.itemsize for weight in trained}
+    return sum(state_bytes(optimizer, numels(size, False), numels(size, True), size) for size in sizes)
 
 
 def _widest(trained: Sequence[Weight]) -> int:

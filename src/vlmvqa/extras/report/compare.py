@@ -35,6 +35,7 @@ def compare_runs(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
     name = metrics["metric"]
     scored = [question for question, record in before.items() if record[name] is not None]
     result: dict[str, Any] = {"first": str(first), "second": str(second), "metric": name, "n": len(scored)}
+    result["dtypes"] = [one.get("dtype") for one in (metrics, other_metrics)]  # None: answers of another program
     result["overall"] = _compare(scored, before, after, name, seed)
     for kind in ("answer_type", "question_type"):
         groups: dict[str, list[Any]] = {}
@@ -93,6 +94,9 @@ def table(comparison: Mapping[str, Any]) -> str:
     lines.append(
         f"{counted(len(changed), 'answer')} with another score: {better:,} better, {len(changed) - better:,} worse"
     )
+    first, second = comparison["dtypes"]
+    if first != second:
+        lines.append(f"the first run answered in {first}, the second in {second}: some answers may differ by rounding")
     half = MAX_SHOWN // 2
     for answer in changed if len(changed) <= MAX_SHOWN else [*changed[:half], *changed[-half:]]:
         lines.append(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from vlmvqa.extras.report.templates import template
 from vlmvqa.metrics.registry import metric
 from vlmvqa.models.checkpoint import OURS, read_config
 from vlmvqa.paths import is_hub_id
@@ -55,14 +55,7 @@ def write_card(folder: Path, name: str, metrics: Sequence[Mapping[str, Any]], co
     base = _base(saved)
     licence, terms = licences(config)
     terms.append(f"The data's terms: those of the publisher of {', '.join(one['data'] for one in metrics)}")
-    environment = Environment(
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        loader=PackageLoader("vlmvqa.extras.report", ""),
-    )
-    card = environment.get_template("model_card.md.j2").render(
+    card = template("model_card.md.j2").render(
         name=name,
         title=Path(name).expanduser().resolve().name,
         licence=licence,

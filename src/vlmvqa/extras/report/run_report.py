@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL.Image import Image
 
 from vlmvqa.data import images
@@ -24,6 +23,7 @@ from vlmvqa.extras.report.attribution import attribute, draw
 from vlmvqa.extras.report.calibration import calibrate
 from vlmvqa.extras.report.confusion import confusion_matrix
 from vlmvqa.extras.report.gallery import Record, choose_gallery, evenly
+from vlmvqa.extras.report.templates import template
 from vlmvqa.inference.baselines import CONTROLS
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.metrics.registry import metric
@@ -100,15 +100,8 @@ def write_run_report(
         {key.replace(prefix, "eval_", 1): value for key, value in record.items()}
         for record in read_log(run / "log.jsonl")
     ]
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=PackageLoader("vlmvqa.extras.report", ""),
-    )
     samples = [record for record in read_log(run / SAMPLES) if record["task"] == task]
-    page = environment.get_template("report.html.j2").render(
+    page = template("report.html.j2").render(
         title=title,
         config_yaml=config_yaml,
         measured={key: _plain(value) for key, value in metrics.items() if key not in SHOWN_ELSEWHERE},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from fastapi import FastAPI, Form, Query
+from fastapi import APIRouter, FastAPI, Form, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
@@ -39,7 +39,6 @@ def build(batcher: Batcher, run: browse.Run | None = None, examples: Sequence[by
         examples: image files to choose from.
     """
     app = FastAPI(title="vlmvqa", version=vlmvqa.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    decoders = ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="vlmvqa images")
     info = openapi.Info(
         models=list(batcher.models),
         formats=list(uploads.FORMATS),
@@ -48,7 +47,19 @@ def build(batcher: Batcher, run: browse.Run | None = None, examples: Sequence[by
         question_types=None if run is None else run.types,
     )
 
-    @app.post(
+    app.include_router(_answers(batcher))
+    app.include_router(_page(info, run, examples))
+    for kind in (RequestError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+        app.exception_handler(kind)(_error_response)
+    return app
+
+
+def _answers(batcher: Batcher) -> APIRouter:
+    """Return the routes that answer requests and report the server's state."""
+    router, models = APIRouter(), list(batcher.models)
+    decoders = ThreadPoolExecutor(DECODER_THREADS, thread_name_prefix="vlmvqa images")
+
+    @router.post(
         "/answer",
         summary="Answer questions about an image",
         response_model=openapi.Answers,
@@ -59,9 +70,9 @@ def build(batcher: Batcher, run: browse.Run | None = None, examples: Sequence[by
     ) -> Any:
         if len((await request.form()).getlist("image")) > 1:
             raise RequestError(422, f"there must be one `image`; {FORM_HINT}")
-        model, limits, loop = form.model or info.models[0], batcher.limits, asyncio.get_running_loop()
+        model, limits, loop = form.model or models[0], batcher.limits, asyncio.get_running_loop()
         if model not in batcher.models:
-            raise RequestError(422, f"model={model:.60} is not served; use {' or '.join(batcher.models)}")
+            raise RequestError(422, f"model={model:.60} is not served; use {' or '.join(models)}")
         if form.alternatives > limits.alternatives:
             raise RequestError(422, f"alternatives={form.alternatives} is out of range; use 0 to {limits.alternatives}")
         questions = uploads.clean_questions(form.question, limits, batcher.special_tokens[model])
@@ -74,15 +85,22 @@ def build(batcher: Batcher, run: browse.Run | None = None, examples: Sequence[by
             raise busy(f"there was no answer within {limits.timeout_s:g} seconds")
         return {"model": model, "answers": answers}
 
-    @app.get("/health", summary="Return the server's state", response_model=openapi.Health)
+    @router.get("/health", summary="Return the server's state", response_model=openapi.Health)
     async def health() -> Any:
         return {"status": "ready", "waiting": batcher.num_waiting}
 
-    @app.get("/info", summary="Return the models, limits, examples and the browsed run's question types")
+    return router
+
+
+def _page(info: openapi.Info, run: browse.Run | None, examples: Sequence[bytes]) -> APIRouter:
+    """Return the routes of the page, of what it reads, and of the schema."""
+    router = APIRouter()
+
+    @router.get("/info", summary="Return the models, limits, examples and the browsed run's question types")
     async def show_info() -> openapi.Info:
         return info
 
-    @app.get("/browse", summary="Return a page of the browsed run's answers")
+    @router.get("/browse", summary="Return a page of the browsed run's answers")
     def show_page(
         correctness: browse.Correctness = "all",
         type: Annotated[str, Query(description="a question type; empty: all")] = "",
@@ -93,25 +111,23 @@ def build(batcher: Batcher, run: browse.Run | None = None, examples: Sequence[by
             raise RequestError(404, "no run is open; start the server with browse=runs/name, a scored run's folder")
         return browse.page(run, correctness, type, confidence, page)
 
-    @app.get("/examples/{number}", summary="Return the image file of an example", response_class=Response)
+    @router.get("/examples/{number}", summary="Return the image file of an example", response_class=Response)
     async def example(number: int) -> Response:
         if not 0 <= number < len(examples):
             raise RequestError(404, f"there is no example {number}; there are {len(examples)}, counted from 0")
         return Response(examples[number], media_type="application/octet-stream")
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:  # FastAPI's own page loads scripts from other hosts
-        return PlainTextResponse(yaml.safe_dump(app.openapi(), sort_keys=False))
+    @router.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> Response:  # FastAPI's own page loads scripts from other hosts
+        return PlainTextResponse(yaml.safe_dump(request.app.openapi(), sort_keys=False))
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/page.css", include_in_schema=False)
-    @app.get("/page.js", include_in_schema=False)
+    @router.get("/", include_in_schema=False)
+    @router.get("/page.css", include_in_schema=False)
+    @router.get("/page.js", include_in_schema=False)
     async def page_file(request: Request) -> FileResponse:
         return FileResponse(FOLDER / (request.url.path[1:] or "page.html"))
 
-    for kind in (RequestError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
-        app.exception_handler(kind)(_error_response)
-    return app
+    return router
 
 
 async def _result(request: Request, answers: asyncio.Future[R], seconds: float) -> R | None:
