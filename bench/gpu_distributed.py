@@ -1,4 +1,4 @@
-"""What needs several GPUs: `torchrun --nproc-per-node N -m bench.gpu`.
+"""Measurements that need several GPUs: `torchrun --nproc-per-node N -m bench.gpu`.
 
 Bandwidths are those of the "bus", as in nccl-tests: the bytes that each rank sends, over the time. The recipe's step is
 one micro-batch of the published recipe per rank: 6 rows of a question, recomputed activations, dense attention. The

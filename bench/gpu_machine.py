@@ -62,7 +62,7 @@ def launch_latency(section: Section) -> Row:
 
 
 def utilisation(section: Section, operations: float, seconds: float) -> Row:
-    """Return the share of the measured matrix rate and of the data sheet's that a time stands for."""
+    """Return the reached FLOP/s as shares of the measured matrix rate and of the data sheet's rate."""
     rate = operations / seconds
     found: Row = {"of_matrix_rate": rate / flops.matrix_rate(section.device, section.sizes.half)}
     if (gpu := gpu_sizes.known_gpu(section.device)) is not None:

@@ -72,8 +72,8 @@ class Section:
     def row(self, name: str, measure: Callable[..., Row], *arguments: Any) -> Row:
         """Add the row that `measure(*arguments)` returns, unless the deadline has passed.
 
-        Out of memory is a result. Any other exception is recorded, and the next row is measured. Of
-        several processes an exception ends all, because the others would wait for this one.
+        Out of memory is a result. Any other exception is recorded, and the next row is measured. With several
+        processes an exception ends all of them, because the others would wait for this one.
         """
         found: Row = {"name": name}
         self.rows.append(found)

@@ -19,7 +19,6 @@ padding          percent of token positions that are padding, one image per row 
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import time
 from collections import Counter
@@ -179,13 +178,12 @@ def _milliseconds(tokens: masks.Tokens) -> float:
 
 
 def padding(found: dict[str, float]) -> None:
-    """Compute the share of padding; an older version orders rows without regard to their lengths."""
+    """Compute the share of padding, with rows in shuffled order (0), sorted within a step (1) or among 16 steps."""
     shape = shapes.SHAPES["vqav2"]
     documents = shapes.random_documents(shape, 20_000, VOCABULARY)
     packing = Packing([shapes.length(document, shape.num_image_tokens) for document in documents], None, seed=0)
-    grouped = "step_rows" in inspect.signature(packing.plan).parameters
-    for (rows, accumulated), window in product(BATCHES, (1, 16)):
-        plan = packing.plan(0, rows * accumulated, window) if grouped else packing.plan(0)
+    for (rows, accumulated), window in product(BATCHES, (0, 1, 16)):
+        plan = packing.plan(0, rows * accumulated, window)
         lengths = packing.lengths[plan.order[: len(plan) // rows * rows]].reshape(-1, rows)
         positions = rows * (-(-lengths.max(1) // 8) * 8).sum()
         name = f"padding at {rows} x {accumulated}, length_window={window}, %"

@@ -9,8 +9,9 @@ Legend: I images, H image height and width, N image tokens, Dv vision width, B r
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import timm
 import torch
@@ -24,6 +25,7 @@ from vlmvqa.models.build import build_language_model, build_vision_encoder, timm
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
 from vlmvqa.models.vlm import ModelSettings
+from vlmvqa.paths import replace_file
 from vlmvqa.sequence.masks import Tokens
 
 IMAGES, ROWS, TOKENS = 2, 2, 64
@@ -55,7 +57,7 @@ class Comparison:
 
 
 def verify(config: VerifyConfig) -> None:
-    """Print both comparisons.
+    """Print both comparisons, and write them to `verify.json` in the run's folder.
 
     Raises:
         InputError: an output differs, or the model has no weights to compare.
@@ -75,6 +77,7 @@ def verify(config: VerifyConfig) -> None:
         compare_vision(model.vision, device, generator),
         compare_language(replace(model.language, attention="dense"), device, generator),
     ]
+    replace_file(config.run.folder / "verify.json", json.dumps([asdict(one) for one in found], indent=2) + "\n")
     for one in found:
         verdict = "equal up to rounding" if one.equal else "DIFFERENT"
         print(f"{one.name:<52} {verdict}: largest difference {one.difference:.2g} of {one.largest:.3g}")
