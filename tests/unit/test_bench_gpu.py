@@ -18,9 +18,16 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench import gpu, gpu_correctness, gpu_distributed, gpu_flex, gpu_machine, gpu_profile, gpu_sizes, models, shapes
-from bench.gpu_section import DeadlineError, Section, interrupt, timed
-from bench.gpu_sizes import TINY
+from bench import models, shapes
+from bench.gpu import check
+from bench.gpu import correctness as gpu_correctness
+from bench.gpu import distributed as gpu_distributed
+from bench.gpu import flex as gpu_flex
+from bench.gpu import machine as gpu_machine
+from bench.gpu import profile as gpu_profile
+from bench.gpu import sizes as gpu_sizes
+from bench.gpu.section import DeadlineError, Section, interrupt, timed
+from bench.gpu.sizes import TINY
 from tests.conftest import ROOT
 from tests.forks import ranks
 from vlmvqa.models import flex_tiles, language
@@ -34,7 +41,7 @@ PARENTS = {"vlmvqa", "vlmvqa.errors", "vlmvqa.models", "vlmvqa.sequence", "vlmvq
 PROGRAM = """\
 import json, sys
 sys.modules.update(dict.fromkeys({blocked!r}))
-import bench.gpu
+import bench.gpu.check
 print(json.dumps([name for name in sys.modules if name.split(".")[0] == "vlmvqa"]))
 {more}
 """
@@ -45,11 +52,11 @@ def section(ends: float = float("inf")) -> Section:
 
 
 def main(tmp_path: Path, *arguments: str) -> int:
-    return gpu.main(["--device", "cpu", "--size", "tiny", "--output", str(tmp_path), *arguments])
+    return check.main(["--device", "cpu", "--size", "tiny", "--output", str(tmp_path), *arguments])
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **functions: Callable[[Section], None]) -> None:
-    monkeypatch.setattr(gpu, "SECTIONS", [(name, 10, function) for name, function in functions.items()])
+    monkeypatch.setattr(check, "SECTIONS", [(name, 10, function) for name, function in functions.items()])
 
 
 def right(section: Section) -> None:
@@ -187,8 +194,8 @@ def test_the_share_of_a_rate() -> None:
 def test_the_page_names_every_section_and_its_seconds() -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE)
-    assert listed == [(name, str(seconds)) for name, seconds, _ in gpu.SECTIONS]
-    assert all(f"`{name}`" in page for name, *_ in gpu.DISTRIBUTED)
+    assert listed == [(name, str(seconds)) for name, seconds, _ in check.SECTIONS]
+    assert all(f"`{name}`" in page for name, *_ in check.DISTRIBUTED)
 
 
 # --- what needs a GPU, with stand-ins for it -------------------------------------------------------------------------
@@ -287,13 +294,13 @@ def test_every_section_runs_without_hydra(tmp_path: Path) -> None:
     """In one process, on an environment without the packages that the project needs elsewhere."""
     # With a budget that no slow machine exceeds.
     arguments = ["--device", "cpu", "--size", "tiny", "--budget", "9999", "--output", str(tmp_path)]
-    call = f"sys.exit(bench.gpu.main({arguments!r}))"
+    call = f"sys.exit(bench.gpu.check.main({arguments!r}))"
     program = PROGRAM.format(blocked=BLOCKED, more=call)
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     imported = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith('["vlmvqa')))
     assert not [name for name in imported if not name.startswith(IMPORTED) and name not in PARENTS]
-    names = [name for name, *_ in gpu.SECTIONS]
+    names = [name for name, *_ in check.SECTIONS]
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in names}
     for name, one in found.items():
         assert one["state"] == "passed" and one["rows"] and not any("error" in row for row in one["rows"]), name
@@ -321,7 +328,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     arguments = ["-m", "bench.gpu", "--device", "cpu", "--size", "tiny", "--budget", "9999", "--output", str(tmp_path)]
     processes = ranks(2, arguments)
     assert processes.wait() == 0, processes.printed()
-    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name, *_ in gpu.DISTRIBUTED}
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name, *_ in check.DISTRIBUTED}
     assert len(found["bandwidth"]["rows"]) == 2 * len(TINY.copies)
     assert all(row["bytes_per_second"] > 0 for row in found["bandwidth"]["rows"])
     for name in ("recipe_step", "fast_step"):

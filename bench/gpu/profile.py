@@ -11,8 +11,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench import gpu_ladder, gpu_steps
-from bench.gpu_section import Row, Section, timed
+from bench.gpu import ladder as gpu_ladder
+from bench.gpu import steps as gpu_steps
+from bench.gpu.section import Row, Section, timed
 from vlmvqa.sequence import masks
 
 SYNCHRONIZES = "synchronizing CUDA operation"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from bench.gpu_sizes import Sizes
+from bench.gpu.sizes import Sizes
 
 Row = dict[str, Any]
 # Sections compile FlexAttention for more combinations of shape, mask and options than the default limit of 8. Above it

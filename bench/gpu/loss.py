@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import clock
-from bench.gpu_section import Row, Section, timed
+from bench.gpu.section import Row, Section, timed
 from bench.loss import Case, full_logits
 from vlmvqa.sequence.loss import supervised_loss
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,21 +21,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bench import (
-    gpu_answers,
-    gpu_correctness,
-    gpu_distributed,
-    gpu_flex,
-    gpu_ladder,
-    gpu_loss,
-    gpu_machine,
-    gpu_profile,
-    gpu_shard,
-    gpu_steps,
-    tables,
-)
-from bench.gpu_section import Section
-from bench.gpu_sizes import SIZES
+from bench import tables
+from bench.gpu import answers as gpu_answers
+from bench.gpu import correctness as gpu_correctness
+from bench.gpu import distributed as gpu_distributed
+from bench.gpu import flex as gpu_flex
+from bench.gpu import ladder as gpu_ladder
+from bench.gpu import loss as gpu_loss
+from bench.gpu import machine as gpu_machine
+from bench.gpu import profile as gpu_profile
+from bench.gpu import shard as gpu_shard
+from bench.gpu import steps as gpu_steps
+from bench.gpu.section import Section
+from bench.gpu.sizes import SIZES
 
 # Name, seconds, function.
 SECTIONS: list[tuple[str, int, Callable[[Section], None]]] = [
@@ -121,7 +118,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     if dist.is_initialized():
         dist.destroy_process_group()
     return int(any(section.failed for section in sections))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import clock, gpu_machine, gpu_sizes, ladder, models, shapes, train
-from bench.gpu_section import Row, Section, timed
+from bench import clock, ladder, models, shapes, train
+from bench.gpu import machine as gpu_machine
+from bench.gpu import sizes as gpu_sizes
+from bench.gpu.section import Row, Section, timed
 from bench.ladder import Job, Rows, Rung
 from vlmvqa.models.vlm import VLM
 

@@ -11,9 +11,10 @@ from functools import partial
 
 import torch
 
-from bench import clock, generate, gpu_sizes, models, shapes
+from bench import clock, generate, models, shapes
 from bench.generate import Answers, Job
-from bench.gpu_section import Row, Section, timed
+from bench.gpu import sizes as gpu_sizes
+from bench.gpu.section import Row, Section, timed
 from vlmvqa.models.interface import cast_parameters
 from vlmvqa.models.vlm import VLM
 

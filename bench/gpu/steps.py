@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from bench import clock, gpu_machine, gpu_shard, gpu_sizes, models, shapes
-from bench.gpu_section import Row, Section, release, timed
+from bench import clock, models, shapes
+from bench.gpu import machine as gpu_machine
+from bench.gpu import shard as gpu_shard
+from bench.gpu import sizes as gpu_sizes
+from bench.gpu.section import Row, Section, release, timed
 from vlmvqa.models.vlm import VLM
 
 if TYPE_CHECKING:

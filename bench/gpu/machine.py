@@ -7,8 +7,9 @@ import time
 
 import torch
 
-from bench import clock, gpu_sizes, tables
-from bench.gpu_section import Row, Section, timed
+from bench import clock, tables
+from bench.gpu import sizes as gpu_sizes
+from bench.gpu.section import Row, Section, timed
 from vlmvqa.models import flops
 
 LAUNCHES = 2000

@@ -20,8 +20,9 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from bench import gpu_machine, gpu_sizes
-from bench.gpu_section import Row, Section, timed
+from bench.gpu import machine as gpu_machine
+from bench.gpu import sizes as gpu_sizes
+from bench.gpu.section import Row, Section, timed
 from vlmvqa.models import flops
 from vlmvqa.models.attention import softcap_attention
 from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask

@@ -14,9 +14,12 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
-from bench import gpu_ladder, gpu_profile, gpu_steps, ladder, shapes
-from bench.gpu_section import Row, Section, timed
-from bench.gpu_shard import shard
+from bench import ladder, shapes
+from bench.gpu import ladder as gpu_ladder
+from bench.gpu import profile as gpu_profile
+from bench.gpu import steps as gpu_steps
+from bench.gpu.section import Row, Section, timed
+from bench.gpu.shard import shard
 
 
 def bandwidth(section: Section) -> None:

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench import gpu_sizes, models
-from bench.gpu_section import Row, Section
+from bench import models
+from bench.gpu import sizes as gpu_sizes
+from bench.gpu.section import Row, Section
 from vlmvqa.models.interface import cast_parameters
 from vlmvqa.models.vlm import VLM
 

@@ -1,0 +1,1 @@
+"""One check of the CUDA path: `python -m bench.gpu` (check.py)."""
