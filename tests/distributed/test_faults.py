@@ -15,6 +15,7 @@ from tests.distributed.test_launchers import data, done, follow, whole
 from tests.end_to_end.scripts import call, sentence
 from tests.end_to_end.scripts import done as ended
 from vlmvqa.training.checkpoints import complete_checkpoints
+from vlmvqa.training.hang_monitor import is_stalled
 from vlmvqa.training.log import read_log
 
 __all__ = ["data", "whole"]  # fixtures
@@ -62,6 +63,13 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path, data: str, whole: Path, whic
     os.kill(process.pids[which], signal.SIGSTOP)
     printed = done(process, code=1)
     assert f"error: rank {which} has not answered for 0.3 minutes" in printed
+
+
+def test_a_quiet_rank_is_waited_for_until_it_can_be_named() -> None:
+    """The others stall with it, and their timeouts end at about the same time."""
+    assert is_stalled({"0": 2.0, "1": 1.0}, stalled=19.0, timeout=18.0)
+    assert not is_stalled({"0": 2.0, "1": 1.0}, stalled=17.0, timeout=18.0)
+    assert not is_stalled({"0": 17.9, "1": 1.0}, stalled=19.0, timeout=18.0)
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,10 @@ class HangMonitor:
                         seen[rank] = (published, now)
             except RuntimeError:  # rank 0, which hosts the store, has exited; PyTorch reports this
                 return
-            silent = [rank for rank, (_, when) in seen.items() if now - when > timeout]
-            if silent:
+            quiet = {rank: now - when for rank, (_, when) in seen.items()}
+            if silent := [rank for rank, seconds in quiet.items() if seconds > timeout]:
                 self._exit(f"rank {', '.join(silent)} has not answered for {timeout / 60:g} minutes")
-            if now - moved > timeout:
+            if is_stalled(quiet, now - moved, timeout):
                 self._exit(self._describe_hang({rank: published for rank, (published, _) in seen.items()}))
 
     def _describe_hang(self, published: Mapping[str, Progress]) -> str:
@@ -94,3 +94,17 @@ class HangMonitor:
                 flush=True,
             )
         os._exit(1)
+
+
+def is_stalled(quiet: Mapping[str, float], stalled: float, timeout: float) -> bool:
+    """Return whether all ranks answer, but none progresses.
+
+    A rank that stops answering stops the others too, perhaps before its last answer is read. A rank that has been quiet
+    for half the timeout is therefore waited for, until it answers or is the one to name.
+
+    Args:
+        quiet: seconds since each rank last answered.
+        stalled: seconds since this rank last progressed.
+        timeout: seconds (`dist.timeout_minutes`).
+    """
+    return stalled > timeout and max(quiet.values()) < timeout / 2
