@@ -90,13 +90,14 @@ def embed(model: VLM, asked: Sequence[ImageQuestion], pixels: Tensor, encode_onc
     return torch.stack(rows), torch.tensor(mask, device=pixels.device)
 
 
-def ours(model: VLM, job: Job) -> Answers:
+def ours(model: VLM, job: Job, static_cache: bool = False) -> Answers:
     """Generate answers with the project's `generate`: `job.batch` images per call, each a row with all questions."""
     answers: Answers = []
+    decoding = GenerationSettings(job.tokens, static_cache=static_cache)
     for start in range(0, len(job.documents), job.batch):
         rows = [[document] for document in job.documents[start : start + job.batch]]
         batch = models.make_batch(model, rows, job.pixels)
-        answers += [written.tokens for written in generate(model, batch, job.ends, GenerationSettings(job.tokens))]
+        answers += [written.tokens for written in generate(model, batch, job.ends, decoding)]
     return answers
 
 

@@ -7,7 +7,7 @@ waits            operators of a micro-batch, forward and backward, for which the
                  indices whose number depends on data, copies of Python numbers to the device
 block mask       operators for FlexAttention's masks of global and local layers, and milliseconds of one (1 x 1,152
                  tokens; the fastest of several)
-decode step      operators that add a token to every open question
+decode step      operators that add a token to every open question, and kernels: operators that are no views
 forward, backward   operators of a training step under bf16 autocast, without the optimizer
 padding          percent of token positions that are padding, one image per row at VQAv2's lengths, by rows per
                  micro-batch and micro-batches of a step; data.length_window is 1 by default
@@ -70,16 +70,18 @@ BATCHES = ((4, 3), (6, 40), (12, 1), (48, 1))  # rows per micro-batch, micro-bat
 
 
 class Counted(TorchDispatchMode):
-    """Counts operators, and those for which a GPU's host waits."""
+    """Counts operators, those that are no views, and those for which a GPU's host waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operators: Counter[str] = Counter()
+        self.kernels = 0
         self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = function.overloadpacket
         self.operators[str(packet)] += 1
+        self.kernels += not (function.is_view or packet is ATEN._unsafe_view)
         selects = packet in INDEXING and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
         if packet in READS or selects:
             self.waits[str(packet)] += 1
@@ -161,6 +163,7 @@ def decoding(found: dict[str, float]) -> None:
         with Counted() as step:
             questions.step(torch.full((len(questions), 1), 5))
     found["operators of a decode step"] = step.operators.total()
+    found["kernels of a decode step"] = step.kernels
     row = [processor.encode(example, [None] * len(example.questions)) for example in examples(images=30)]
     tokens = model.tokens(processor.collate([row], 1152))
     assert tokens.position.shape == (1, 1152)

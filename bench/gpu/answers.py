@@ -1,7 +1,7 @@
 """Answers: transformers' `generate` in padded batches, and ours in shared rows, in bfloat16 and fp32.
 
 As in `bench.generate`: greedy, 4 tokens per answer, pattern causal, where both compute the same function. In fp32 both
-must answer two images token for token alike.
+must answer two images token for token alike, ours also with a static cache.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def answers(section: Section) -> None:
             job = Job(documents[:count], models.random_pixels(model, count), batch, TOKENS)
             name = f"ours, {batch} images per call, {str(dtype).removeprefix('torch.')}"
             section.row(name, _time, section, job, partial(generate.ours, model))
+            section.row(f"{name}, static cache", _time, section, job, partial(generate.ours, model, static_cache=True))
     if not section.cuda:
         section.needs_cuda("bfloat16")
     section.row("tokens in fp32", _equal, section, model, documents)
@@ -60,7 +61,9 @@ def _time(section: Section, job: Job, answer: Callable[[Job], Answers]) -> Row:
 def _equal(section: Section, model: VLM, documents: list[shapes.Document]) -> Row:
     cast_parameters(model, torch.float32)
     job = Job(documents[:COMPARED], models.random_pixels(model, COMPARED), PADDED, TOKENS)
-    ours, theirs = generate.ours(model, job), _theirs(model)(job)
+    ours, static, theirs = generate.ours(model, job), generate.ours(model, job, static_cache=True), _theirs(model)(job)
     different = sum(one != other for one, other in zip(ours, theirs, strict=True))
     section.compare("answers that differ from transformers' in fp32", different, 0)
-    return {"answers": len(ours), "different": different}
+    replayed = sum(one != other for one, other in zip(ours, static, strict=True))
+    section.compare("answers that a static cache changes in fp32", replayed, 0)
+    return {"answers": len(ours), "different": different, "different_with_static_cache": replayed}

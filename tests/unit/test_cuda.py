@@ -13,6 +13,8 @@ from tests import tiny
 from tests.unit.test_predictor import examples, predictor
 from vlmvqa.extras.planning.verify import build_optimizer
 from vlmvqa.inference.predictor import load
+from vlmvqa.models.generation import generate
+from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.training.run import compile_blocks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: its kernels are compiled for one")
@@ -115,6 +117,18 @@ def test_optimizers_take_the_steps_of_adamw(name: str) -> None:
         moved.append(torch.cat([(parameter.detach() - before).flatten() for parameter, before in after]))
     expected, found = moved
     assert (found - expected).norm() < (0.2 if "8bit" in name else 1e-3) * expected.norm()
+
+
+def test_a_cuda_graph_writes_the_same_answers() -> None:
+    vlm = tiny.model().to("cuda")
+    ends = range(1, tiny.VOCABULARY, 5)  # answers end at different steps
+    for seed, counts in enumerate([[2, 4, 1], [1, 1, 3], [3, 1, 1]]):  # later batches replay the first one's graph
+        documents = tiny.without_answers(tiny.documents(counts, seed))
+        batch = tiny.batch(vlm, [[document] for document in documents], tiny.images(3, seed))
+        batch = {name: column.to("cuda") for name, column in batch.items()}
+        expected = generate(vlm, batch, ends, GenerationSettings(7))
+        found = generate(vlm, batch, ends, GenerationSettings(7, static_cache=True))
+        assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
 
 
 def test_a_float32_model_answers_in_bfloat16_nearly_as_in_float32(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from bench.overhead import Counted
 from tests import tiny
 from vlmvqa.errors import InputError
+from vlmvqa.models import static_cache
 from vlmvqa.models.build import language_config
 from vlmvqa.models.generation import beam_candidates, generate
 from vlmvqa.models.interface import Generated, GenerationSettings
@@ -134,6 +136,54 @@ def test_decodings_that_make_no_sense() -> None:
         GenerationSettings(num_beams=2, temperature=1.0)
     with pytest.raises(InputError, match="at least 1"):
         GenerationSettings(max_new_tokens=0)
+    with pytest.raises(InputError, match="static cache"):
+        GenerationSettings(num_beams=2, static_cache=True)
+
+
+def test_a_static_cache_serves_later_batches() -> None:
+    """Their answers don't depend on what an earlier batch left in it; shapes and addresses stay the same."""
+    vlm = tiny.model()
+    decoding = GenerationSettings(6, static_cache=True)
+    batches = [
+        tiny.batch(vlm, [[d] for d in tiny.without_answers(tiny.documents(counts, seed))], tiny.images(3, seed))
+        for seed, counts in enumerate([[2, 4, 1], [1, 1, 3], [3, 1, 1]])
+    ]
+    addresses = set()
+    for rows in [*batches, batches[0]]:
+        expected = generate(vlm, rows, {tiny.EOS}, GenerationSettings(6))
+        assert [a.tokens for a in generate(vlm, rows, {tiny.EOS}, decoding)] == [a.tokens for a in expected]
+        (step,) = static_cache._steps[vlm.language].values()
+        addresses.add((step.cache.layers[0].keys.data_ptr(), step.ids.data_ptr()))
+    assert len(addresses) == 1
+
+
+def test_a_static_decode_step_needs_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph records neither values that the host reads nor copies from it."""
+    monkeypatch.setattr("vlmvqa.models.language._is_readable", lambda column: False)  # as on a GPU
+    vlm, rows = prepared()
+    questions = static_cache.StaticQuestions(vlm, rows, 4)
+    with torch.no_grad(), Counted() as counted:
+        questions.decode_step._run(vlm.language)
+    assert counted.operators.total() > 100 and not counted.waits
+
+
+def test_replaced_weights_get_a_decode_step_of_their_own() -> None:
+    """A CUDA graph reads the weights where they were when it was recorded."""
+    vlm, rows = prepared()
+    decoding = GenerationSettings(6, static_cache=True)
+    generate(vlm, rows, {tiny.EOS}, decoding)
+    weight = vlm.language.decoder.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.flip(0)
+    generate(vlm, rows, {tiny.EOS}, decoding)
+    assert len(static_cache._steps[vlm.language]) == 2
+
+
+def test_few_decode_steps_are_kept() -> None:
+    vlm, _ = prepared()
+    for length in range(1, 200, 33):
+        document = tiny.without_answers(tiny.documents([1]))
+        generate(vlm, tiny.batch(vlm, [document], tiny.images(1)), [], GenerationSettings(length, static_cache=True))
+    assert len(static_cache._steps[vlm.language]) == static_cache.STEPS
 
 
 def test_other_families_share_in_generation() -> None:
@@ -168,7 +218,12 @@ def asked_alone(
 
 @pytest.mark.parametrize(
     "decoding",
-    [GenerationSettings(7), GenerationSettings(7, num_beams=3), GenerationSettings(7, temperature=1.5)],
+    [
+        GenerationSettings(7),
+        GenerationSettings(7, num_beams=3),
+        GenerationSettings(7, temperature=1.5),
+        GenerationSettings(7, static_cache=True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("ends", ENDS)

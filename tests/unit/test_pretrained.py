@@ -107,6 +107,12 @@ def test_the_loss_is_transformers_own(loaded: Loaded) -> None:
         assert (mine - expected).norm() <= 1e-4 * expected.norm()
 
 
+def test_a_static_cache_is_refused(folders: dict[str, Path]) -> None:
+    model, _ = pretrained.load(folders["paligemma"])
+    with pytest.raises(InputError, match="not supported by paligemma"):
+        model.generate({}, [1], GenerationSettings(2, static_cache=True), [])
+
+
 def test_the_comparison_has_teeth(folders: dict[str, Path]) -> None:
     """PaliGemma's loss is another where its answers saw ahead, or its prefix did not."""
     model, processor = pretrained.load(folders["paligemma"])

@@ -104,7 +104,7 @@ class Predictor(TrainedModel):
             InputError: as `answer`.
         """
         example = self.asked(image, question)
-        decoding = replace(self.decoding, num_beams=most, temperature=0.0)
+        decoding = replace(self.decoding, num_beams=most, temperature=0.0, static_cache=False)
         found: dict[int | str, list[Answer]] = {}
         for row in self._rows([example], self.processor, ROW_TEXT_TOKENS):
             encoded = self.processor.encode(row, [None] * len(row.questions))

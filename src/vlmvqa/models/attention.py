@@ -59,7 +59,8 @@ def softcap_attention(
     for queries, keys in spans or [(slice(None), slice(None))]:
         part = query[:, :, queries], key[:, :, keys], value[:, :, keys], attention_mask[:, :, queries, keys]
         found.append(_attend(*part, softcap, dropout if module.training else 0.0))
-    return rearrange(torch.cat(found, dim=2), "b h t d -> b t h d").contiguous(), None
+    attended = found[0] if len(found) == 1 else torch.cat(found, dim=2)
+    return rearrange(attended, "b h t d -> b t h d").contiguous(), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, softcap: float, dropout: float) -> Tensor:

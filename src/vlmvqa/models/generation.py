@@ -70,7 +70,7 @@ def generate(
     if decoding.num_beams > 1:
         return [best[0] for best in beam_candidates(model, batch, eos, decoding)]
     with _evaluation(model):
-        questions = OpenQuestions(model, batch)
+        questions = _open_questions(model, batch, decoding)
         return _sample(questions, sorted(eos), decoding, range(len(questions)) if keys is None else keys)
 
 
@@ -81,6 +81,14 @@ def beam_candidates(
     """Return the finished beams of every question, best first, at most `decoding.num_beams`; args as `generate`."""
     with _evaluation(model):
         return _beam_search(OpenQuestions(model, batch), sorted(eos), decoding)
+
+
+def _open_questions(model: CachedModel, batch: Batch, decoding: GenerationSettings) -> OpenQuestions:
+    if not decoding.static_cache:
+        return OpenQuestions(model, batch)
+    from vlmvqa.models.static_cache import StaticQuestions
+
+    return StaticQuestions(model, batch, decoding.max_new_tokens)
 
 
 @contextmanager
@@ -138,13 +146,7 @@ class OpenQuestions:
     def step(self, ids: Tensor) -> None:
         """Append a token to each open question's beams, `int64[Q, W]`."""
         self.position = self.position + 1
-        tokens = Tokens.of(
-            document=self._place(self.document[:, None].expand_as(ids), PADDING),
-            branch=self._place(self.branch[:, None].expand_as(ids), 0),
-            role=ids.new_full((len(self.keys.document), self.slots), ANSWER),
-            position=self._place(self.position[:, None].expand_as(ids), 0),
-            attention_pattern=self.model.attention_pattern,
-        )
+        tokens = self._new_tokens(ids)
         self.keys = self.keys.append(tokens)
         embeddings = self.model.language.embed(self._place(ids, 0))
         hidden = self.model.language(embeddings, tokens, self.keys, self.cache)
@@ -162,8 +164,7 @@ class OpenQuestions:
         """
         if open.all():
             return
-        self.number, self.row, self.position = self.number[open], self.row[open], self.position[open]
-        self.document, self.branch = self.document[open], self.branch[open]
+        self._select(open)
         used, row = self.row.unique(return_inverse=True)
         if 4 * len(used) <= 3 * self._rows():
             beams = torch.arange(self.num_beams, device=used.device)
@@ -193,6 +194,20 @@ class OpenQuestions:
         for states in (states for layer in layers for states in (layer.keys, layer.values)):
             written = states[:, :, -source.shape[3] :].unflatten(0, (-1, self.num_beams))  # a view: [B, W, heads, K, D]
             written.copy_(written.gather(1, source.expand_as(written)))
+
+    def _select(self, open: Tensor) -> None:
+        for name in ("number", "row", "slot", "position", "document", "branch"):
+            setattr(self, name, getattr(self, name)[open])
+
+    def _new_tokens(self, ids: Tensor) -> Tokens:
+        """Return the properties of the tokens `ids [Q, W]` in their slots, `[B * W, S]`."""
+        return Tokens.of(
+            document=self._place(self.document[:, None].expand_as(ids), PADDING),
+            branch=self._place(self.branch[:, None].expand_as(ids), 0),
+            role=ids.new_full((self._rows() * self.num_beams, self.slots), ANSWER),
+            position=self._place(self.position[:, None].expand_as(ids), 0),
+            attention_pattern=self.model.attention_pattern,
+        )
 
     def _rows(self) -> int:
         return len(self.keys.document) // self.num_beams

@@ -59,6 +59,8 @@ class GenerationSettings:
         temperature: 0 for the most probable token, above 0 for sampling (one beam only).
         length_penalty: beam search divides a log-probability by length ** length_penalty (transformers' rule).
         seed: seed of the sampling. Every question has its own random stream, whatever else is in its batch.
+        static_cache: keep keys and values in tensors of a fixed size, so that a GPU replays each decode step as one
+            CUDA graph (one beam only; see `models/static_cache.py`).
     """
 
     max_new_tokens: int = 20
@@ -66,6 +68,7 @@ class GenerationSettings:
     temperature: float = 0.0
     length_penalty: float = 1.0
     seed: int = 0
+    static_cache: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.num_beams < 1 or self.temperature < 0:
@@ -73,6 +76,11 @@ class GenerationSettings:
         if self.num_beams > 1 and self.temperature > 0:
             raise InputError(
                 "decoding: beam search does not sample; set decoding.temperature=0 or decoding.num_beams=1"
+            )
+        if self.num_beams > 1 and self.static_cache:
+            raise InputError(
+                "decoding: beam search does not support a static cache; set decoding.static_cache=false or "
+                "decoding.num_beams=1"
             )
 
 

@@ -236,6 +236,9 @@ class PretrainedVLM(Model):
         """Answer every row, padded on the left, with transformers' `generate` (see `generation.generate`)."""
         if decoding.num_beams > 1:
             return [best[0] for best in self.beam_candidates(batch, eos, decoding)]
+        if decoding.static_cache:
+            kind = self.net.config.model_type
+            raise InputError(f"decoding.static_cache=true is not supported by {kind}; set it to false")
         ids = batch["input_ids"]
         sampling = SamplingProcessor(decoding, sorted(eos), range(len(ids)) if keys is None else keys, ids.device)
         answers, _ = self._generate(batch, eos, decoding, sampling)
