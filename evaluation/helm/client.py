@@ -158,6 +158,7 @@ def effective_settings(limits: Mapping[str, Any], **arguments: Any) -> dict[str,
     return {
         "checkpoint": arguments["checkpoint"],
         "checkpoint_fingerprint": model.weights,
+        "dtype": model.predictor.dtype,
         "prompt": _template(model, arguments["prompt"], arguments["source"]),
         "decoding": asdict(decoding),
     }

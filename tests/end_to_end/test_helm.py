@@ -227,6 +227,7 @@ def test_a_trained_model_is_scored_by_helm(scored: tuple[Path, Ended]) -> None:
     found = summary(home)
     assert found["n"] == 60 and list(found["scores"]) == ["real", "blank", "shuffled"]
     assert len(found["checkpoint_fingerprint"]) == 64 and found["prompt"] == "{question}\n"
+    assert found["dtype"] == "float32"
     assert found["helm_asked"]["max_tokens"] == 20 and found["versions"]["crfm-helm"] and found["punkt"] == "stand_in"
     for numbers in found["scores"].values():
         low, high = numbers["bleu_1"]["interval"]

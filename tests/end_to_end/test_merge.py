@@ -128,6 +128,8 @@ def test_adapters_become_one_model_scored_on_both_tasks(lora: Path) -> None:
     record = json.loads((lora / "both" / "merge.json").read_text())
     assert record["base"] == str(lora / "base" / "model") and len(record["over_four_bits"]) == 1
     scored = record["scores"]["docvqa"]["scores"]
+    dtypes = record["scores"]["docvqa"]["dtype"]
+    assert dtypes.keys() == scored.keys() and dtypes[str(lora / "lora")] == "bfloat16"
     assert len(scored) == 4 and all(value is not None for value in scored.values())  # base, two models, their merge
     config = json.loads((lora / "both" / "config.json").read_text())
     assert set(config["prompts"]) == {"shapes", "gqa", "docvqa"} and "adapter" not in config

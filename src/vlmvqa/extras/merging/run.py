@@ -205,6 +205,7 @@ def _scores(config: MergeConfig, merge: Merge, merged: Path, asked: Sequence[Mer
             "split": task.data.eval_split,
             "questions": count_questions(task.examples),
             "prompt": task.data.prompt,
+            "dtype": {},
             "scores": {},
         }
         for task in asked
@@ -216,6 +217,7 @@ def _scores(config: MergeConfig, merge: Merge, merged: Path, asked: Sequence[Mer
             texts = {question: answer.text for question, answer in answers.items()}
             result = score(task.examples, texts, task.data.metric, **task.metric_options)
             found[task.name]["scores"][name] = result.overall
+            found[task.name]["dtype"][name] = predictor.dtype
         del predictor
         gc.collect()
     print(scores_table(found))
