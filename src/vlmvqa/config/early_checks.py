@@ -54,6 +54,10 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
         command_line.refuse_eval(values)
     if command == "predict":
         command_line.read_questions(listed(values["image"]), listed(values["question"]), values["questions"])
+    if command == "study":
+        from vlmvqa.extras.study.command_line import compose_arms
+
+        compose_arms(values)
     if command == "train":
         for sentence in problems(values["trainer"]):
             raise InputError(sentence)

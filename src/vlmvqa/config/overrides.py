@@ -26,7 +26,7 @@ from vlmvqa.paths import CONF
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
 OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics")
 # Keys that may be given several times, by config; their values are taken literally, quotes included.
-REPEATABLE = {"predict": ("image", "question")}
+REPEATABLE = {"predict": ("image", "question"), "study": ("base",)}
 # Options with which Hydra prints something in place of running a job.
 PRINTS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version")
 
@@ -68,7 +68,7 @@ def compose(arguments: Sequence[str], config_name: str) -> Composition:
     return _compose(tuple(arguments), config_name)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=32)  # of a study also its arms
 def _compose(arguments: tuple[str, ...], config_name: str) -> Composition:
     refuse_flags(arguments, config_name)
     given = [_quoted_if_needed(argument) for argument in _collected(arguments, config_name)]

@@ -24,7 +24,7 @@ from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models.checkpoint import BASE, CONFIG, WEIGHTS
 from vlmvqa.models.interface import Model, set_trainable
 from vlmvqa.models.trained_model import TrainedModel, build_model, load_model
-from vlmvqa.training.checkpoint_state import full_weights, save_weights
+from vlmvqa.training.checkpoint_state import full_weights, num_elements, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
 from vlmvqa.training.log import SAMPLES, parts_table, truncate
 from vlmvqa.training.optimizer import optimizer_for
@@ -201,7 +201,7 @@ def fit(session: Session) -> str | None:
     )
     if session.tracking is not None:
         trainer.add_callback(session.tracking)
-    ranks.broadcast_from_rank0(lambda: _open_logs(session, checkpoint))
+    ranks.broadcast_from_rank0(lambda: _open_logs(session, checkpoint, trained.model))
     if trained.adapter is not None:
         from vlmvqa.extras.adapters.attach import settle_base
 
@@ -298,12 +298,13 @@ def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequenc
     return f"{epochs} epochs instead of {configured:g}, because the dataset is small (data.min_steps={least})"
 
 
-def _open_logs(session: Session, checkpoint: Path | None) -> None:
+def _open_logs(session: Session, checkpoint: Path | None, model: Model) -> None:
     """Open the loggers, record this start, and drop the samples of steps that are repeated."""
     folder, step = session.folder, step_of(checkpoint) if checkpoint else 0
     if session.tracking is not None:
         session.tracking.start(step)
-    record_start(folder, step)
+    trained = sum(num_elements(weight) for weight in model.parameters() if weight.requires_grad)
+    record_start(folder, step, {"total": sum(map(num_elements, model.parameters())), "trained": trained})
     if (folder / SAMPLES).exists():
         truncate(folder / SAMPLES, step)
 

@@ -8,9 +8,9 @@ import platform
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,9 +23,6 @@ from vlmvqa.paths import replace_file
 from vlmvqa.ranks import LAUNCH
 from vlmvqa.training.checkpoints import LATEST, newest_intact, point, remove_incomplete
 from vlmvqa.training.log import SAMPLES
-
-if TYPE_CHECKING:
-    pass
 
 SWEEP = "multirun.yaml"  # Hydra's record of a sweep, in the sweep's folder
 RUN = "run.json"  # time, command, device and code of every start
@@ -98,11 +95,12 @@ def open_run(folder: Path, config: TrainConfig, global_batch: int, world: int) -
     return checkpoint, messages
 
 
-def record_start(folder: Path, step: int) -> None:
+def record_start(folder: Path, step: int, parameters: Mapping[str, int]) -> None:
     """Add this start to `run.json`.
 
     Args:
         step: step of the checkpoint that the run resumes from; 0 without one.
+        parameters: `total` and `trained` numbers of weights.
     """
     path = folder / RUN
     before = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
@@ -113,6 +111,7 @@ def record_start(folder: Path, step: int) -> None:
         "from_step": step,
         "command": shlex.join(sys.argv),
         "git": {"commit": code.commit, "changed": code.changed, **({"reason": code.reason} if code.reason else {})},
+        "parameters": dict(parameters),
         "ranks": ranks.world_size(),
         "device": device,
         "versions": versions(),

@@ -12,6 +12,7 @@ time_other       writing the log
 peak_memory_gib  maximum over ranks: peak CUDA memory allocated since the last record; on a CPU as peak_rss_gib
 peak_rss_gib     maximum over ranks: peak resident host memory of the process so far
 mfu              model FLOPs utilisation in percent (`models/flops.py`)
+tera_flop        10^12 floating-point operations since the last record, over all ranks
 
 time_* are percentages of the training time of rank 0; evaluations and checkpoints are excluded. In the forward pass,
 hooks on the modules switch the phase; in the backward pass, hooks on the tensors between the modules switch it in
@@ -161,8 +162,10 @@ class ThroughputMeter(TrainerCallback):
         total = sum(seconds.values())
         counts = {**self.shapes, **dict(zip(COUNTED, self.counts.tolist(), strict=True))}
         self.reset()
-        used = self.flops.of(counts) / (total * self.peak_flops) if self.flops else 0.0
-        gathered = ranks.gather((Counter(counts), used, peak_memory(self.device), peak_resident()))
+        operations = self.flops.of(counts) if self.flops else 0
+        used = operations / (total * self.peak_flops) if self.flops else 0.0
+        counted = Counter({**counts, "operations": operations})
+        gathered = ranks.gather((counted, used, peak_memory(self.device), peak_resident()))
         sums = sum((rank_counts for rank_counts, *_ in gathered), Counter[str]())
         values = {
             "questions_per_second": sums["questions"] / total,
@@ -175,6 +178,7 @@ class ThroughputMeter(TrainerCallback):
         }
         if self.flops:
             values["mfu"] = 100 * sum(used for _, used, *_ in gathered) / len(gathered)
+            values["tera_flop"] = sums["operations"] / 1e12
         return {name: rounded(value) for name, value in values.items()}
 
 

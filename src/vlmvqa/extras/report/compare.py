@@ -28,8 +28,8 @@ def compare_runs(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
     Raises:
         InputError: a folder has no scored results, or the runs have different metrics or questions.
     """
-    (metrics, before), (other_metrics, after) = (_read_results(folder) for folder in (first, second))
-    problem = _difference(metrics, other_metrics, before, after)
+    (metrics, before), (other_metrics, after) = (read_results(folder) for folder in (first, second))
+    problem = why_incomparable(metrics, other_metrics, before, after)
     if problem:
         raise InputError(f"{first} and {second} cannot be compared: {problem}")
     name = metrics["metric"]
@@ -59,7 +59,7 @@ def compare_runs(first: Path, second: Path, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def _difference(
+def why_incomparable(
     metrics: Record, other_metrics: Record, before: Mapping[Any, Record], after: Mapping[Any, Record]
 ) -> str | None:
     """Return why the runs cannot be compared and what to do; None if they can be."""
@@ -105,7 +105,7 @@ def table(comparison: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _read_results(folder: Path) -> tuple[dict[str, Any], dict[Any, Record]]:
+def read_results(folder: Path) -> tuple[dict[str, Any], dict[Any, Record]]:
     """Return a run's metrics, and its records by question id."""
     paths = folder / "metrics.json", folder / "predictions.jsonl"
     for path in paths:

@@ -1,0 +1,85 @@
+"""Check a study's command line, and the settings of each of its arms, without PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmvqa.config import early_checks, overrides
+from vlmvqa.config.overrides import Job
+from vlmvqa.errors import InputError, suggest
+from vlmvqa.paths import CONF
+
+SIZES = ("full", "smoke")
+EQUAL = {"steps": "max_steps", "questions": "num_train_epochs"}  # and the key of `trainer` that sets it
+OURS = ("run.name", "run.dir", "run.overwrite", "resume", "seed")  # set by the study for each run
+
+
+def compose_arms(values: Mapping[str, Any]) -> dict[str, Job]:
+    """Compose the arms of a study, the baseline first.
+
+    Args:
+        values: the config of launch/study.py as plain values.
+
+    Raises:
+        InputError: the study's settings contradict each other, or arms cannot run; with the reason for each.
+    """
+    study, chosen, size, seeds = values.get("study"), values["arms"], values["size"], values["seeds"]
+    if study is None:
+        names = ", ".join(sorted(path.stem for path in (CONF / "study").glob("*.yaml")))
+        raise InputError(f"study must be given; use study=... with one of {names}")
+    if size not in SIZES:
+        raise InputError(f"size={size} is unknown; use one of {', '.join(SIZES)}")
+    if study["equal"] not in EQUAL:
+        raise InputError(f"study.equal={study['equal']} is unknown; use one of {', '.join(EQUAL)}")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds={list(seeds)} must be different numbers, at least one")
+    arms = study["arms"]
+    chosen = arms if chosen is None else [chosen] if isinstance(chosen, str) else chosen
+    wanted = dict.fromkeys([study["baseline"], *chosen])
+    for name in wanted:
+        if name not in arms:
+            raise InputError(f"there is no arm '{name}'{suggest(name, arms)} (the study has {', '.join(arms)})")
+    jobs: dict[str, Job] = {}
+    problems: dict[str, str] = {}
+    for name in wanted:
+        smoke = study["smoke"] if size == "smoke" else ()
+        try:
+            jobs[name] = _compose([*study["base"], *smoke, *values["base"], *arms[name]])
+        except InputError as error:
+            problems[name] = str(error)
+    refuse_arms(problems, len(wanted))
+    _refuse_unequal(study["equal"], {name: job.values["trainer"] for name, job in jobs.items()})
+    return jobs
+
+
+def refuse_arms(problems: Mapping[str, str], arms: int) -> None:
+    """Raise an InputError with the problems of all arms, if there are any."""
+    if len(problems) == arms and len(set(problems.values())) == 1:
+        raise InputError(next(iter(problems.values())))
+    if problems:
+        listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise InputError(f"{len(problems)} of {arms} arms cannot run: {listed}")
+
+
+def _compose(given: list[str]) -> Job:
+    """Compose and check an arm, as launch/train.py does."""
+    job = overrides.compose(given, "train").jobs[0]
+    for key in OURS:
+        if key in job.given:
+            raise InputError(f"{key} cannot be set, because the study sets it for each run; leave it out")
+    early_checks.refuse_mistakes(job.values, "train")
+    return job
+
+
+def _refuse_unequal(equal: str, trainers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise if the arms would not have in common what `study.equal` says."""
+    limits = [trainer["max_steps"] for trainer in trainers.values()]
+    if equal == "questions" and max(limits) > 0:
+        raise InputError("study.equal=questions sets the length by trainer.num_train_epochs; drop trainer.max_steps")
+    if equal == "steps" and min(limits) <= 0:
+        raise InputError("study.equal=steps sets the length by trainer.max_steps; give it in study.base or as base=...")
+    amounts = {name: trainer[EQUAL[equal]] for name, trainer in trainers.items()}
+    if len(set(amounts.values())) > 1:
+        listed = ", ".join(f"{name} {amount}" for name, amount in amounts.items())
+        raise InputError(f"study.equal={equal} needs the same trainer.{EQUAL[equal]} in all arms, which have {listed}")

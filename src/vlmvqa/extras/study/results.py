@@ -1,0 +1,155 @@
+"""Results of a study's runs: read from their folders, and compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from vlmvqa.errors import InputError
+from vlmvqa.extras.report.compare import read_results, why_incomparable
+from vlmvqa.extras.study.settings import StudyConfig, StudySettings
+from vlmvqa.extras.study.statistics import compare_arms, holm
+from vlmvqa.training.log import read_log
+
+CONTROLS = {"prior": "majority", "shuffled_images": "shuffled"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a run.
+
+    Attributes:
+        records: content of predictions.jsonl by question.
+        metrics: content of metrics.json.
+        steps: optimizer steps trained.
+        parameters: `total` and `trained` numbers of weights; empty for runs that don't record them.
+        measured: speed, peak memory and operations of the training, which are not the same in every repetition.
+    """
+
+    folder: Path
+    metrics: Mapping[str, Any]
+    records: Mapping[Any, Mapping[str, Any]]
+    steps: int
+    parameters: Mapping[str, int]
+    measured: Mapping[str, float]
+
+    def scores(self, name: str) -> dict[Any, float]:
+        """Return the score of each question.
+
+        Raises:
+            InputError: the metric has no score per question.
+        """
+        found = {question: record[name] for question, record in self.records.items() if record.get(name) is not None}
+        if not found or len(found) < len(self.records):
+            raise InputError(f"{self.folder}: {name} has no score for each question; choose another study.metric")
+        return found
+
+
+def read_run(folder: Path) -> RunResult:
+    """Return the result of a finished run.
+
+    Raises:
+        InputError: the run is not scored.
+    """
+    metrics, records = read_results(folder)
+    log = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
+    starts = json.loads((folder / "run.json").read_text())["starts"] if (folder / "run.json").is_file() else []
+    measured: dict[str, float] = {}
+    if log:
+        speeds = [record["questions_per_second"] for record in log]
+        measured["questions_per_second"] = sorted(speeds)[len(speeds) // 2]
+        measured["peak_memory_gib"] = max(record["peak_memory_gib"] for record in log)
+        measured["tera_flop"] = sum(record.get("tera_flop", 0.0) for record in log)
+    parameters = starts[-1].get("parameters", {}) if starts else {}
+    return RunResult(folder, metrics, records, log[-1]["step"] if log else 0, parameters, measured)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether a run has trained and scored its model."""
+    return (folder / "metrics.json").is_file() and (folder / "predictions.jsonl").is_file()
+
+
+def summarize(
+    config: StudyConfig,
+    study: StudySettings,
+    results: Mapping[str, Mapping[str, RunResult]],
+    failed: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the content of `study.json`.
+
+    Args:
+        results: arm -> seed (or folder, for runs from elsewhere) -> result; the baseline first.
+        failed: run -> error message.
+
+    Raises:
+        InputError: two runs cannot be compared.
+    """
+    every = [result for runs in results.values() for result in runs.values()]
+    for result in every[1:]:
+        problem = why_incomparable(every[0].metrics, result.metrics, every[0].records, result.records)
+        if problem:
+            raise InputError(f"{every[0].folder} and {result.folder} cannot be compared: {problem}")
+    name = study.metric or every[0].metrics["metric"]
+    images = {question: record["image_id"] for question, record in every[0].records.items()}
+    home = config.run.folder
+    arms = {arm: _arm(name, study.arms.get(arm, ()), runs, home) for arm, runs in results.items()}
+    for arm, runs in results.items():
+        pairs = _pairs(results[study.baseline], runs, arm in study.arms)
+        if arm != study.baseline and pairs:
+            before, after = ([result.scores(name) for result in column] for column in zip(*pairs, strict=True))
+            arms[arm]["difference"] = asdict(compare_arms(before, after, images, config.seed, arm))
+    adjusted = holm({arm: one["difference"]["p_permutation"] for arm, one in arms.items() if "difference" in one})
+    for arm, p in adjusted.items():
+        arms[arm]["difference"]["p_holm"] = p
+    return {
+        "title": study.title,
+        "motivation": study.motivation,
+        "baseline": study.baseline,
+        "equal": study.equal,
+        "size": config.size,
+        "metric": name,
+        "questions": len(images),
+        "images": len(set(images.values())),
+        "published": [dict(one) for one in study.published],
+        "arms": arms,
+        "failed": dict(failed),
+    }
+
+
+def _pairs(
+    baseline: Mapping[str, RunResult], runs: Mapping[str, RunResult], same_seeds: bool
+) -> list[tuple[RunResult, RunResult]]:
+    """Pair the runs of the baseline with an arm's: by seed, or in order if they come from elsewhere."""
+    if same_seeds:
+        return [(baseline[seed], runs[seed]) for seed in runs if seed in baseline]
+    return list(zip(baseline.values(), runs.values(), strict=False))
+
+
+def _arm(name: str, overrides: Sequence[str], runs: Mapping[str, RunResult], home: Path) -> dict[str, Any]:
+    """Return an arm's part of `study.json`."""
+    scores = {seed: fmean(result.scores(name).values()) for seed, result in runs.items()}
+    first = next(iter(runs.values()))
+    controls = {
+        shown: fmean([result.metrics["controls"][key]["overall"] for result in runs.values()])
+        for key, shown in CONTROLS.items()
+        if all(result.metrics.get("controls", {}).get(key) for result in runs.values())
+    }
+    return {
+        "overrides": list(overrides),
+        "scores": scores,
+        "mean": fmean(scores.values()),
+        "deviation": stdev(scores.values()) if len(scores) > 1 else None,
+        "steps": first.steps,
+        "parameters": dict(first.parameters),
+        "controls": controls,
+        "folders": {seed: _shown(result.folder, home) for seed, result in runs.items()},
+        "measured": {key: fmean([result.measured[key] for result in runs.values()]) for key in first.measured},
+    }
+
+
+def _shown(folder: Path, home: Path) -> str:
+    return str(folder.relative_to(home) if folder.is_relative_to(home) else folder)

@@ -1,0 +1,126 @@
+"""A study's tables: text for the terminal, Markdown, and LaTeX with booktabs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmvqa.errors import counted
+from vlmvqa.metrics.registry import metric
+
+Record = Mapping[str, Any]
+LATEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "$": r"\$", "±": r"$\pm$"}
+
+
+def comparison(found: Record) -> list[list[str]]:
+    """Return the scores of the arms and their differences to the baseline as cells, the header first."""
+    head = ["arm", "seeds", metric(found["metric"]).title, "difference", "95 % interval", "p (Holm)", "detectable"]
+    return [head, *(_row(name, arm) for name, arm in found["arms"].items())]
+
+
+def _row(name: str, arm: Record) -> list[str]:
+    score = f"{arm['mean']:.2f}" + ("" if arm["deviation"] is None else f" ± {arm['deviation']:.2f}")
+    cells = [name, str(len(arm["scores"])), score]
+    difference = arm.get("difference")
+    if difference is None:
+        return [*cells, "baseline", "", "", ""]
+    shown = "{:+.2f} to {:+.2f}".format(*(difference["interval"] or difference["image_interval"]))
+    shown += "" if difference["interval"] else " *"
+    p = f"{difference['p_holm']:.4f}" if difference["p_holm"] < 0.05 else f"{difference['p_holm']:.2f}"
+    return [*cells, f"{difference['difference']:+.2f}", shown, p, f"{difference['detectable']:.2f}"]
+
+
+def costs(found: Record) -> list[list[str]]:
+    """Return the controls and costs of the arms as cells, the header first."""
+    head = ["arm", "majority", "shuffled", "trained", "steps", "TFLOP", "questions/s", "peak GiB"]
+    rows = []
+    for name, arm in found["arms"].items():
+        measured, trained = arm["measured"], arm["parameters"].get("trained")
+        values = [
+            *(_number(arm["controls"].get(control), ".2f") for control in ("majority", "shuffled")),
+            _number(trained, ",d"),
+            _number(arm["steps"] or None, ",d"),
+            _number(measured.get("tera_flop"), ",.3g"),
+            _number(measured.get("questions_per_second"), ",.0f"),
+            _number(measured.get("peak_memory_gib"), ".2f"),
+        ]
+        rows.append([name, *values])
+    return [head, *rows]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def notes(found: Record) -> list[str]:
+    """Return what a reader must know about the numbers."""
+    differences = [arm["difference"] for arm in found["arms"].values() if "difference" in arm]
+    lines = [
+        f"{counted(found['questions'], 'question')} about {counted(found['images'], 'image')}; equal {found['equal']}; "
+        "± is the standard deviation over seeds.",
+        "Intervals cover seeds and images. p is of a test that exchanges two arms' scores image by image, jointly over "
+        "seeds and conditional on these seeds, with Holm's correction over the arms.",
+        "detectable: the smallest difference that is found with 80 % power.",
+    ]
+    if any(one["interval"] is None for one in differences):
+        lines.append("* Fewer than three seeds: the interval covers images only, conditional on these seeds.")
+    lines += [f"{name}: {verdict(arm['difference'])}." for name, arm in found["arms"].items() if "difference" in arm]
+    lines += [f"{run} failed or is missing: {error}" for run, error in found["failed"].items()]
+    return lines
+
+
+def verdict(difference: Record) -> str:
+    """Return in words whether an arm differs from the baseline: interval and corrected test must agree."""
+    low, high = difference["interval"] or difference["image_interval"]
+    if difference["p_holm"] >= 0.05 or low <= 0 <= high:
+        return "no difference detected"
+    return f"{'better' if difference['difference'] > 0 else 'worse'} than the baseline"
+
+
+def text(found: Record) -> str:
+    """Return the tables and notes for the terminal."""
+    return "\n\n".join([_aligned(comparison(found)), _aligned(costs(found)), "\n".join(notes(found))])
+
+
+def markdown(found: Record) -> str:
+    """Return a page with motivation, tables, notes, and published findings."""
+    parts = [f"# {found['title']}", found["motivation"], _piped(comparison(found)), _piped(costs(found))]
+    parts.append("\n".join(f"- {line}" for line in notes(found)))
+    if found["published"]:
+        listed = [f"- {one['finding']} ({one['source']})" for one in found["published"]]
+        parts.append("\n".join(["Published findings, on other data and models:", "", *listed]))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(found: Record) -> str:
+    """Return the comparison as a LaTeX table with booktabs."""
+    head, *rows = [[_escaped(cell) for cell in row] for row in comparison(found)]
+    lines = [
+        r"\begin{tabular}{l" + "r" * (len(head) - 1) + "}",
+        r"\toprule",
+        " & ".join(head) + r" \\",
+        r"\midrule",
+        *(" & ".join(row) + r" \\" for row in rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        *(f"% {line}" for line in notes(found)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    return "".join(LATEX.get(character, character) for character in cell)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for first, *rest in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _piped(rows: Sequence[Sequence[str]]) -> str:
+    head, *rest = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *rest])
