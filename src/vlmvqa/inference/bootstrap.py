@@ -6,7 +6,7 @@ questions independently is too narrow.
 Source: the bootstrap's percentile interval (Efron and Tibshirani 1993, chapter 13), over clusters (Davison and Hinkley
 1997, section 3.8); the paired tests as in Berg-Kirkpatrick et al. 2012 (bootstrap) and Noreen 1989 (permutation).
 
-Legend: Q questions, I images.
+Legend: Q questions, I images, R resamples, K columns.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def bootstrap(scores: Mapping[Any, float], images: Mapping[Any, Hashable], seed:
         images: image by question.
         seed: of the resamples.
     """
-    sums, counts = _by_image(scores, images)
+    sums, counts = by_image(scores, images)
     if len(sums) < 2:
         return None
     low, high = np.quantile(_resampled_means(sums, counts, seed), (0.025, 0.975))
@@ -82,13 +82,7 @@ def bootstrap_groups(
     cells = [rows[images[question]] for question in ordered], [columns[groups[question]] for question in ordered]
     np.add.at(sums, cells, [scores[question] for question in ordered])
     np.add.at(counts, cells, 1.0)
-    generator, means = np.random.default_rng(seed), []
-    for size in _batch_sizes(len(rows)):
-        chosen = generator.integers(0, len(rows), (size, len(rows))) + len(rows) * np.arange(size)[:, None]
-        times = np.bincount(chosen.ravel(), minlength=size * len(rows)).reshape(size, -1).astype(np.float64)
-        with np.errstate(invalid="ignore"):  # a resample may have no image of a rare group
-            means.append((times @ sums) / (times @ counts))
-    low, high = np.nanquantile(np.concatenate(means), (0.025, 0.975), axis=0)
+    low, high = np.nanquantile(resampled_columns(sums, counts, seed), (0.025, 0.975), axis=0)
     return {
         name: Interval(float(sums[:, n].sum() / counts[:, n].sum()), float(low[n]), float(high[n]))
         if np.count_nonzero(counts[:, n]) > 1
@@ -113,7 +107,7 @@ def compare(
     """
     if first.keys() != second.keys():
         raise ValueError("the two runs have different questions; compare runs on the same ones")
-    sums, counts = _by_image({question: second[question] - first[question] for question in first}, images)
+    sums, counts = by_image({question: second[question] - first[question] for question in first}, images)
     if len(sums) < 2:
         return None
     means = _resampled_means(sums, counts, seed)
@@ -122,19 +116,48 @@ def compare(
     # Counting the observed value as a resample keeps p-values above 0 (Davison and Hinkley 1997, section 4.2).
     other_side = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
     p_bootstrap = min(1.0, 2 * (other_side + 1) / (RESAMPLES + 1))
-    extreme = np.count_nonzero(np.abs(_permuted_means(sums, counts, seed)) >= abs(mean) - 1e-12)
-    p_permutation = float((extreme + 1) / (RESAMPLES + 1))
+    p_permutation = float(permutation_p_values(sums, counts, seed))
     return Comparison(Interval(mean, float(low), float(high)), float(p_bootstrap), p_permutation)
 
 
-def _by_image(scores: Mapping[Any, float], images: Mapping[Any, Hashable]) -> tuple[Floats, Floats]:
+def by_image(scores: Mapping[Any, float], images: Mapping[Any, Hashable]) -> tuple[Floats, Floats]:
     """Return the sum of scores and the number of questions of each image, independent of the questions' order."""
-    by_image: dict[Hashable, list[float]] = {}
+    grouped: dict[Hashable, list[float]] = {}
     for question, score in scores.items():
-        by_image.setdefault(images[question], []).append(score)
+        grouped.setdefault(images[question], []).append(score)
     # Sorted, so that resamples do not depend on the order of the questions.
-    ordered = [sorted(by_image[image]) for image in sorted(by_image, key=repr)]
+    ordered = [sorted(grouped[image]) for image in sorted(grouped, key=repr)]
     return np.array([sum(each) for each in ordered]), np.array([float(len(each)) for each in ordered])
+
+
+def resampled_columns(sums: Floats, counts: Floats, seed: int) -> Floats:
+    """Return the mean over questions of each column in each resample of the images, float[R, K].
+
+    Args:
+        sums: sum of scores by image and column (a group of questions, or a run), float[I, K].
+        counts: number of questions, float[I, K], or float[I, 1] if the columns have the same questions.
+        seed: of the resamples.
+    """
+    generator, means, images = np.random.default_rng(seed), [], len(sums)
+    for size in _batch_sizes(images):
+        chosen = generator.integers(0, images, (size, images)) + images * np.arange(size)[:, None]
+        times = np.bincount(chosen.ravel(), minlength=size * images).reshape(size, -1).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a resample may have no image of a rare group
+            means.append((times @ sums) / (times @ counts))
+    return np.concatenate(means)
+
+
+def permutation_p_values(sums: Floats, counts: Floats, seed: int) -> Floats:
+    """Return the two-sided p value of a mean difference, permuting the two runs of each image.
+
+    Args:
+        sums: sum of differences by image, float[I], or float[I, K] for K p values.
+        counts: number of questions by image, float[I].
+        seed: of the permutations.
+    """
+    observed = np.abs(sums.sum(0) / counts.sum())
+    extreme = np.count_nonzero(np.abs(_permuted_means(sums, counts, seed)) >= observed - 1e-12, axis=0)
+    return np.asarray((extreme + 1) / (RESAMPLES + 1))
 
 
 def _resampled_means(sums: Floats, counts: Floats, seed: int) -> Floats:
