@@ -6,6 +6,7 @@ import configparser
 import dataclasses
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -258,6 +259,22 @@ def test_deepspeeds_own_keys_go_under_options() -> None:
     ):
         with pytest.raises(InputError, match=said):
             DistSettings(*wrong)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("change", [{"reduce_dtype": "bfloat16"}, {"keep_gathered": True}])
+def test_keys_of_fsdp_are_refused_where_they_would_be_ignored(strategy: str, change: dict[str, Any]) -> None:
+    def refuse(dist: DistSettings) -> None:
+        compatibility.refuse(compatibility.RunRequest(dist, {}, ModelSettings()))
+
+    refuse(DistSettings("fsdp", **change))
+    (key,) = change
+    with pytest.raises(InputError, match=rf"dist\.{key}=\w+ is for fsdp, not for {strategy}"):
+        refuse(DistSettings(strategy, **change))
+    with pytest.raises(InputError, match=r"dist\.reduce_dtype=bf16 is unknown"):
+        DistSettings("fsdp", reduce_dtype="bf16")
+    with pytest.raises(InputError, match=r"dist\.keep_gathered=true needs the memory that dist\.offload=true saves"):
+        refuse(DistSettings("fsdp", offload=True, keep_gathered=True))
 
 
 def test_a_key_that_only_a_yaml_has_is_an_error_too() -> None:

@@ -140,7 +140,7 @@ def test_shards_are_those_of_fully_shard(ranks: int) -> None:
     weights = weights_of(model)
     assert any(weight.shape[0] % ranks for weight in weights)
     with fake_group(ranks):
-        shard(model, torch.device("cpu"), None, offload=False)
+        shard(model, torch.device("cpu"), None, DistSettings("fsdp"))
     shards = [parameter.to_local() for parameter in model.parameters()]
     assert [weight.shard_numel(ranks) for weight in weights] == [shard.numel() for shard in shards]
     kept = strategy_memory(weights, DistSettings("fsdp"), ranks, Training("fp32", "adamw_torch"))
@@ -248,7 +248,7 @@ def test_fsdps_worst_moment_is_that_of_pytorchs_own_tracker() -> None:
             model = build(four.settings).train()
             if checkpointing:
                 model.checkpoint_activations()
-            shard(model, torch.device("cpu"), torch.bfloat16, offload=False)
+            shard(model, torch.device("cpu"), torch.bfloat16, DistSettings("fsdp"))
             batch = vlm_batch(model, replace(ROWS, rows=images))
             tracker = FSDPMemTracker(model)
             tracker.track_inputs((batch,))
