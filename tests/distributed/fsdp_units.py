@@ -90,16 +90,36 @@ def compare(made: Callable[[], tuple[Model, Callable[[int], dict[str, Tensor]]]]
                     assert max(float(error.max()) for error in errors.values()) > 1e-6, case
                 counts = {str(key): count for key, count in communication.get_comm_counts().items()}
                 gathers = sum(count for key, count in counts.items() if "_allgather_base" in key)
-                # Root and embedding are gathered once, and so are kept blocks.
-                expected = 2 + blocks * (1 if kept else 2)
+                # Root and embedding are gathered once, and so are kept blocks. With another type for the reduction, the
+                # embedding belongs to the root.
+                expected = (2 if reduced == "float32" else 1) + blocks * (1 if kept else 2)
                 assert gathers == expected, (case, counts)
 
 
+def compare_half(made: Callable[[], tuple[Model, Callable[[int], dict[str, Tensor]]]]) -> None:
+    """Compare bfloat16's reduction and the embedding's unit with fp32's reduction in the root unit."""
+    found = []
+    for settings in (DistSettings("fsdp"), DistSettings("fsdp", reduce_dtype="bfloat16", keep_gathered=True)):
+        torch.manual_seed(0)
+        model, batch = made()
+        distributed.shard(model, torch.device("cpu"), torch.bfloat16, settings)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(loss_and_gradients(model, batch(dist.get_rank())))
+    plain, kept = found
+    assert torch.equal(plain.pop("loss"), kept.pop("loss"))
+    for key, gradient in plain.items():
+        # Where the ranks' gradients cancel, rounding is larger than their sum.
+        error = (gradient - kept[key]).norm()
+        assert gradient.dtype == kept[key].dtype == torch.float32 and error <= 0.03 * gradient.norm() + 1e-4, key
+
+
 def main() -> None:
+    """Compare models with a tied head, an untied head, and a head that shares the embedding's weight."""
     dist.init_process_group("gloo")
     compare(lambda: own(True), "tied")
     compare(lambda: own(False), "untied")
     compare(pretrained, "pretrained")
+    compare_half(lambda: own(True))
     dist.destroy_process_group()
 
 

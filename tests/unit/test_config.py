@@ -77,6 +77,18 @@ def test_the_recipe_to_the_letter(tmp_path: Path) -> None:
     assert config.clip_percentile == 95
 
 
+def test_the_fast_recipe_changes_rows_communication_and_optimizer_alone() -> None:
+    recipe, fast = (train_config(f"experiment=vlm_vqa_4xa10g{end}", "data.root=somewhere") for end in ("", "_fast"))
+    assert recipe.dist == DistSettings("fsdp") and fast.dist is not None
+    assert fast.dist == dataclasses.replace(recipe.dist, reduce_dtype="bfloat16", keep_gathered=True)
+    assert isinstance(fast.model, ModelSettings) and fast.model.language.attention == "flex"
+    assert (fast.data.row_tokens, fast.data.questions_per_row) == (3712, None)
+    changed = {key for key in fast.trainer if fast.trainer[key] != recipe.trainer.get(key)}
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    assert changed == {*batch, "optim", "torch_compile"} and {fast.trainer[key] for key in batch} == {1}
+    assert fast.clip_percentile == recipe.clip_percentile and fast.learning_rates == recipe.learning_rates
+
+
 def test_one_h200_trains_packed_rows_with_flex_attention_and_compiled_blocks() -> None:
     config = train_config("experiment=vlm_vqa_h200", "data.root=somewhere")
     assert isinstance(config.model, ModelSettings) and config.dist is None
