@@ -35,11 +35,18 @@ def any_rank(flag: bool) -> bool:
     return bool(found)
 
 
-def shard(model: VLM, device: torch.device, dtype: torch.dtype) -> None:
-    """Apply FSDP2 as `training/distributed.py` does: a unit per block, gradients reduced in fp32."""
+def shard(model: VLM, device: torch.device, dtype: torch.dtype, fast: bool = False) -> None:
+    """Apply FSDP2 as `training/distributed.py` does: a unit per block, gradients reduced in fp32.
+
+    Args:
+        fast: as `dist.reduce_dtype=bfloat16 dist.keep_gathered=true`, with a unit for the embedding.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype if fast else torch.float32)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=replace(precision, cast_forward_inputs=False))
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=not fast)
+    uncast = replace(precision, cast_forward_inputs=False)
+    if fast:
+        fully_shard(model.get_input_embeddings(), mesh=mesh, mp_policy=uncast, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, mp_policy=uncast)
     model.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]

@@ -159,6 +159,11 @@ def known_gpu(device: torch.device) -> Gpu | None:
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
-    words = properties.name.upper().replace("-", " ").split()
+    return gpu_named(properties.name, properties.total_memory)
+
+
+def gpu_named(name: str, memory_bytes: int = 0) -> Gpu | None:
+    """Return the data sheet of the GPU that CUDA calls `name`; of several, that with the nearest memory."""
+    words = name.upper().replace("-", " ").split()
     same = [gpu for gpu in GPUS.values() if gpu.name.upper().split(" (")[0].split()[-1] in words]
-    return min(same, key=lambda gpu: abs(gpu.memory - properties.total_memory / 2**30), default=None)
+    return min(same, key=lambda gpu: abs(gpu.memory - memory_bytes / 2**30), default=None)

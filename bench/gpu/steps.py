@@ -20,7 +20,7 @@ from bench.gpu.section import Row, Section, release, timed
 from vlmvqa.models.vlm import VLM
 
 if TYPE_CHECKING:
-    from vlmvqa.extras.planning.planner import Planner
+    from vlmvqa.extras.planning.planner import Planner, Training
 
 RECOMPUTED_FROM = 48  # rows
 
@@ -150,9 +150,13 @@ def make_planner(section: Section, row_tokens: int, supervised: int) -> Planner:
     return planner
 
 
-def planned_peak(planner: Planner, setup: Setup) -> int:
-    """Return the planned peak in bytes; a pass through the full model takes seconds, and setups share it."""
+def training(setup: Setup) -> Training:
+    """Return the planner's settings of a setup."""
     from vlmvqa.extras.planning.planner import Training
 
-    training = Training("bf16", "adamw_torch_fused" if setup.fused else "adamw_torch", setup.accumulation)
-    return planner.vary(training=training).memory(setup.strategy, setup.rows, setup.recomputed).peak
+    return Training("bf16", "adamw_torch_fused" if setup.fused else "adamw_torch", setup.accumulation)
+
+
+def planned_peak(planner: Planner, setup: Setup) -> int:
+    """Return the planned peak in bytes; a pass through the full model takes seconds, and setups share it."""
+    return planner.vary(training=training(setup)).memory(setup.strategy, setup.rows, setup.recomputed).peak

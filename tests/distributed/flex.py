@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
 from tests import tiny
+from vlmvqa.config.schema import DistSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training import distributed
 
@@ -82,7 +83,7 @@ def main() -> None:
     mean = {name: torch.stack([found[name] for found in apart]).mean(0) for name in apart[0]}
     vlm = model("flex")
     vlm.checkpoint_activations()
-    distributed.shard(vlm, torch.device("cpu"), None, offload=False)
+    distributed.shard(vlm, torch.device("cpu"), None, DistSettings("fsdp"))
     with flex_with_a_backward_pass():
         sharded = loss_and_gradients(vlm, batches[dist.get_rank()])
     assert_equal(sharded, mean | {"loss": apart[dist.get_rank()]["loss"]})

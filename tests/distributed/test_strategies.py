@@ -39,6 +39,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases = [Case(strategy, strategy, steps=STEPS) for strategy in STRATEGIES]
     cases += [Case(f"{NEXT[s]}-on-{s}", NEXT[s], steps=STEPS, resume=(s, 4)) for s in STRATEGIES]
     cases += [Case(f"{strategy}-packed", strategy, **PACKED) for strategy in STRATEGIES]
+    kept: dict[str, Any] = {"keep_gathered": True, "reduce_dtype": "bfloat16", "steps": STEPS}
+    cases += [Case("fsdp-kept", "fsdp", **kept), Case("ddp-on-kept", "ddp", steps=STEPS, resume=("fsdp-kept", 4))]
+    cases.append(Case("kept-on-ddp", "fsdp", resume=("ddp", 4), **kept))
     cases.append(Case("fsdp-packed-on-ddp", "fsdp", resume=("ddp-packed", 2), **PACKED))
     return work(tmp_path_factory.mktemp("two"), cases, 2)
 
@@ -163,6 +166,16 @@ def test_a_checkpoint_goes_on_elsewhere(two: dict[str, Any], one: dict[str, Any]
     elsewhere = two[f"{NEXT[strategy]}-on-{strategy}"]["losses"]
     assert elsewhere == pytest.approx(rest, abs=1e-4) and len(elsewhere) == 4
     assert one[f"on-{strategy}"]["losses"] == pytest.approx(rest, abs=1e-4)
+
+
+def test_kept_blocks_and_gradients_reduced_in_bfloat16_save_and_resume(two: dict[str, Any]) -> None:
+    """The losses are those of fp32 up to bfloat16's rounding; a checkpoint goes to and comes from DDP."""
+    kept, plain = two["fsdp-kept"], two["fsdp"]["losses"]
+    assert kept["losses"] == pytest.approx(plain, abs=1e-2) and kept["losses"] != plain
+    assert kept["whole_model_is_the_checkpoint"]
+    rest = {step: loss for step, loss in kept["losses"].items() if step > 4}
+    assert two["ddp-on-kept"]["losses"] == pytest.approx(rest, abs=1e-2)
+    assert two["kept-on-ddp"]["losses"] == pytest.approx(two["ddp-on-kept"]["losses"], abs=1e-2)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -61,6 +61,8 @@ class Case:
     name: str
     strategy: str = "ddp"
     offload: bool = False
+    reduce_dtype: str = "float32"
+    keep_gathered: bool = False
     trained: str = "full"  # or projector, lora, qlora
     optim: str = "adamw_torch"
     bf16: bool = False
@@ -124,7 +126,7 @@ def large_moments(optimizer: torch.optim.Optimizer) -> set[str]:
 
 
 def make_trainer(case: Case, folder: Path) -> VqaTrainer:
-    dist = DistSettings(case.strategy, case.offload)
+    dist = DistSettings(case.strategy, case.offload, reduce_dtype=case.reduce_dtype, keep_gathered=case.keep_gathered)
     vlm = model(case.attention_pattern)
     adapt = ADAPTED.get(case.trained)
     if adapt is not None:
@@ -137,7 +139,7 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     if dist.is_zero:
         zero.correct_deepspeed()
     if case.strategy == "fsdp":
-        distributed.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, case.offload)
+        distributed.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, dist)
     given = examples(32)
     tokenizer = train_tokenizer(given, 300)
     processor = Processor(

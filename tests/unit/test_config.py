@@ -6,6 +6,7 @@ import configparser
 import dataclasses
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -74,6 +75,18 @@ def test_the_recipe_to_the_letter(tmp_path: Path) -> None:
     assert (args.lr_scheduler_type, args.get_warmup_steps(1000), args.num_train_epochs) == ("cosine", 10, 1)
     assert config.trainer["optim"] == "adamw_bnb_8bit" and args.optim == "adamw_torch_8bit"  # under FSDP2
     assert config.clip_percentile == 95
+
+
+def test_the_fast_recipe_changes_rows_communication_and_optimizer_alone() -> None:
+    recipe, fast = (train_config(f"experiment=vlm_vqa_4xa10g{end}", "data.root=somewhere") for end in ("", "_fast"))
+    assert recipe.dist == DistSettings("fsdp") and fast.dist is not None
+    assert fast.dist == dataclasses.replace(recipe.dist, reduce_dtype="bfloat16", keep_gathered=True)
+    assert isinstance(fast.model, ModelSettings) and fast.model.language.attention == "flex"
+    assert (fast.data.row_tokens, fast.data.questions_per_row) == (3712, None)
+    changed = {key for key in fast.trainer if fast.trainer[key] != recipe.trainer.get(key)}
+    batch = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+    assert changed == {*batch, "optim", "torch_compile"} and {fast.trainer[key] for key in batch} == {1}
+    assert fast.clip_percentile == recipe.clip_percentile and fast.learning_rates == recipe.learning_rates
 
 
 def test_one_h200_trains_packed_rows_with_flex_attention_and_compiled_blocks() -> None:
@@ -258,6 +271,22 @@ def test_deepspeeds_own_keys_go_under_options() -> None:
     ):
         with pytest.raises(InputError, match=said):
             DistSettings(*wrong)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("change", [{"reduce_dtype": "bfloat16"}, {"keep_gathered": True}])
+def test_keys_of_fsdp_are_refused_where_they_would_be_ignored(strategy: str, change: dict[str, Any]) -> None:
+    def refuse(dist: DistSettings) -> None:
+        compatibility.refuse(compatibility.RunRequest(dist, {}, ModelSettings()))
+
+    refuse(DistSettings("fsdp", **change))
+    (key,) = change
+    with pytest.raises(InputError, match=rf"dist\.{key}=\w+ is for fsdp, not for {strategy}"):
+        refuse(DistSettings(strategy, **change))
+    with pytest.raises(InputError, match=r"dist\.reduce_dtype=bf16 is unknown"):
+        DistSettings("fsdp", reduce_dtype="bf16")
+    with pytest.raises(InputError, match=r"dist\.keep_gathered=true needs the memory that dist\.offload=true saves"):
+        refuse(DistSettings("fsdp", offload=True, keep_gathered=True))
 
 
 def test_a_key_that_only_a_yaml_has_is_an_error_too() -> None:

@@ -53,7 +53,6 @@ def test_every_key_of_a_run() -> None:
         ("pretrained", ["model=paligemma_3b"]),
         ("data", ["data=vqav2"]),
         ("decoding", []),
-        ("dist", ["dist=zero2"]),
         ("adapt", ["adapt=lora"]),
     ],
 )
@@ -61,6 +60,13 @@ def test_every_key_of_a_group(marker: str, overrides: list[str]) -> None:
     group = "model" if marker == "pretrained" else marker
     named = documented(marker)
     assert len(named) == len(set(named)) and set(named) == keys(config(*overrides)[group], group)
+
+
+def test_every_key_of_the_strategies() -> None:
+    """DeepSpeed's options are those of zero1 to zero3, and two keys those of FSDP."""
+    named = documented("dist")
+    found = {key for name in ("zero2", "fsdp") for key in keys(config(f"dist={name}")["dist"], "dist")}
+    assert len(named) == len(set(named)) and set(named) == found
 
 
 def test_every_group_and_choice() -> None:

@@ -140,7 +140,7 @@ def test_shards_are_those_of_fully_shard(ranks: int) -> None:
     weights = weights_of(model)
     assert any(weight.shape[0] % ranks for weight in weights)
     with fake_group(ranks):
-        shard(model, torch.device("cpu"), None, offload=False)
+        shard(model, torch.device("cpu"), None, DistSettings("fsdp"))
     shards = [parameter.to_local() for parameter in model.parameters()]
     assert [weight.shard_numel(ranks) for weight in weights] == [shard.numel() for shard in shards]
     kept = strategy_memory(weights, DistSettings("fsdp"), ranks, Training("fp32", "adamw_torch"))
@@ -239,16 +239,21 @@ def test_the_worst_moment_is_that_of_a_real_run(optimizer: str, accumulation: in
     assert planned.peak == pytest.approx(beside + planned.parameters, rel=0.05)
 
 
+KEPT = DistSettings("fsdp", reduce_dtype="bfloat16", keep_gathered=True)
+
+
 @pytest.mark.slow
-def test_fsdps_worst_moment_is_that_of_pytorchs_own_tracker() -> None:
+@pytest.mark.parametrize("setting", [DistSettings("fsdp"), DistSettings("fsdp", keep_gathered=True), KEPT])
+def test_fsdps_worst_moment_is_that_of_pytorchs_own_tracker(setting: DistSettings) -> None:
     """A real FSDP2 model, one of four ranks; the process group transfers nothing."""
     four = planner(settings=wide(vocab_size=4096), training=Training("bf16", "sgd", 2))
+    four.add(setting)
     for images, checkpointing in ((4, True), (12, False)):
         with fake_group(4):
             model = build(four.settings).train()
             if checkpointing:
                 model.checkpoint_activations()
-            shard(model, torch.device("cpu"), torch.bfloat16, offload=False)
+            shard(model, torch.device("cpu"), torch.bfloat16, setting)
             batch = vlm_batch(model, replace(ROWS, rows=images))
             tracker = FSDPMemTracker(model)
             tracker.track_inputs((batch,))

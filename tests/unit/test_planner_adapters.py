@@ -123,7 +123,7 @@ def test_frozen_weights_keep_their_type_and_have_no_gradients(bits: int | None) 
 def test_two_ranks_send_gradients_of_adapters_alone() -> None:
     weights = weights_of(build_on_meta(tiny_settings("paligemma", dtype="bfloat16"), NONE, AdapterSettings()))
     two = strategy_memory(weights, DistSettings("ddp"), 2, Training("bf16", "adamw_torch"))
-    assert two.sent_each_step == two.gradients == 4 * sum(w.numel for w in weights if w.trained)
+    assert two.reduced_each_step == two.gradients == 4 * sum(w.numel for w in weights if w.trained)
     zero = strategy_memory(weights, DistSettings("zero2"), 2, Training("bf16", "adamw_torch"))
     assert zero.parameters == 2 * sum(w.numel for w in weights) and zero.gradients < two.gradients
 

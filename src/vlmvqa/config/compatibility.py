@@ -124,6 +124,18 @@ def run_conflicts(r: RunRequest) -> Conflicts:
         ),
         # ---- strategies
         (
+            strategy != "fsdp" and r.dist.reduce_dtype != "float32",
+            f"dist.reduce_dtype={r.dist.reduce_dtype} is for fsdp, not for {strategy}; leave it out, or use dist=fsdp",
+        ),
+        (
+            strategy != "fsdp" and r.dist.keep_gathered,
+            f"dist.keep_gathered=true is for fsdp, not for {strategy}; leave it out, or use dist=fsdp",
+        ),
+        (
+            r.dist.offload and r.dist.keep_gathered,
+            "dist.keep_gathered=true needs the memory that dist.offload=true saves; set one of them to false",
+        ),
+        (
             is_zero and missing("deepspeed"),
             f"dist={strategy} needs DeepSpeed; install it with: pip install 'vlmvqa[deepspeed]', or use dist=fsdp",
         ),

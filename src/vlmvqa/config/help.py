@@ -97,7 +97,7 @@ All settings of launch/train.py, and:
   plan.gpu=a10g plan.gpus=4            t4, v100_16, a4000, a10g, l4, a100_40, a100_80, h100, h200
   plan.questions_per_image=5.36        of the dataset, if it is not known here
   plan.text_tokens=64 plan.answer_tokens=4
-  plan.utilisation=0.35                the share of the GPU's peak FLOP/s that training is assumed to reach
+  plan.efficiency=0.5 plan.overlap=0.5 plan.link=10    assumed shares of peak FLOP/s and of hidden sending, GB/s
   verify=true                          run three steps on this machine's GPU
 
 More: docs/scaling.md."""

@@ -22,6 +22,7 @@ else:  # built by their own packages, which are imported when a config names the
     AdapterSettings = AnyModelSettings = Any
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+REDUCE_DTYPES = ("float32", "bfloat16")
 MIXTURE = "mixture"  # the `data.source` of several tasks
 
 
@@ -124,12 +125,16 @@ class DistSettings:
         offload: keep parameters and optimizer states in host memory (fsdp, zero3).
         options: further keys of DeepSpeed's own configuration (zero1 to zero3).
         timeout_minutes: how long ranks wait for each other before the run stops and names the missing ranks.
+        reduce_dtype: data type in which gradients are summed over the ranks, one of `REDUCE_DTYPES` (fsdp).
+        keep_gathered: keep the gathered weights of blocks from the forward to the backward pass (fsdp).
     """
 
     strategy: str = "ddp"
     offload: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     timeout_minutes: float = 10.0
+    reduce_dtype: str = "float32"
+    keep_gathered: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -137,6 +142,11 @@ class DistSettings:
             raise InputError(f"dist.strategy={self.strategy} is unknown; use one of {', '.join(STRATEGIES)}{near}")
         if self.offload and self.strategy not in ("fsdp", "zero3"):
             raise InputError(f"dist.offload is for fsdp and zero3, not for {self.strategy}; use dist=zero3_offload")
+        if self.reduce_dtype not in REDUCE_DTYPES:
+            near = suggest(self.reduce_dtype, REDUCE_DTYPES)
+            raise InputError(
+                f"dist.reduce_dtype={self.reduce_dtype} is unknown; use one of {', '.join(REDUCE_DTYPES)}{near}"
+            )
         if self.options and not self.is_zero:
             raise InputError(f"dist.options are DeepSpeed's, and {self.strategy} is not; leave them out")
 

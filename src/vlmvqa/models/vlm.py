@@ -87,13 +87,13 @@ class VLM(Model):
 
     def embed(self, batch: Batch) -> Tensor:
         """Place the image embeddings among the text embeddings, `float[B, T, D]`: one gather and one `where`."""
-        text = self.language.embed(batch["input_ids"])
-        images = self.image_embeddings(batch).to(text.dtype)
+        images = self.image_embeddings(batch)
+        text = self.language.embed(batch["input_ids"])  # second: FSDP gathers its weight while the encoder computes
         index = batch["image_index"].flatten()
         is_image = index != NO_IMAGE
         # Text positions gather different image tokens, so that their zero gradients are not all added to one row.
         source = torch.where(is_image, index, torch.arange(len(index), device=index.device) % len(images))
-        placed = rearrange(images.index_select(0, source), "(b t) d -> b t d", b=len(text))
+        placed = rearrange(images.to(text.dtype).index_select(0, source), "(b t) d -> b t d", b=len(text))
         return torch.where(rearrange(is_image, "(b t) -> b t 1", b=len(text)), placed, text)
 
     def tokens(self, batch: Batch) -> Tokens:

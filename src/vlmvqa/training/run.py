@@ -171,7 +171,7 @@ def fit(session: Session) -> str | None:
         from vlmvqa.training import distributed
 
         compute_dtype = torch.bfloat16 if arguments.bf16 else None
-        distributed.shard(trained.model, arguments.device, compute_dtype, session.dist.offload)
+        distributed.shard(trained.model, arguments.device, compute_dtype, session.dist)
 
     def evaluate(model: Model) -> dict[str, float]:
         from vlmvqa.training.evaluation import score_now

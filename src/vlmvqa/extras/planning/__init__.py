@@ -6,6 +6,7 @@ strategy_memory.py   weights, gradients, optimizer states (optimizer_memory.py) 
 quantized_memory.py  weights in 4 bits
 published_sizes.py   sizes and rows of pretrained models
 gpus.py              memory and speed of common GPUs
+time.py              time of a step: computation, communication, overlap, optimizer
 planner.py           their sum: a plan per strategy, the largest batch, the fastest run
 report.py            tables and recommendation
 verify.py            planned against measured memory, on a GPU

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vlmvqa.extras.planning.published_sizes import Settings, known_config
 from vlmvqa.extras.pretrained.model import PretrainedSettings
-from vlmvqa.sequence.rows import FILL, IGNORE
+from vlmvqa.sequence.masks import BLOCK, Tokens, block_mask
+from vlmvqa.sequence.rows import FILL, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
 
 SPLIT_CROPS = 5  # crops of a split image: four quarters and the full image
 
@@ -27,6 +28,8 @@ class Rows:
         text_tokens: Tokens of a question with its answer and EOS.
         answer_tokens: Tokens of the answer and EOS.
         row_tokens: Length that rows are packed to (None: one image per row).
+        mean_text_tokens: Mean of `text_tokens`, which is then a maximum (None: all texts have it). Memory is planned
+            for the maximum, time for the mean and its padding.
     """
 
     rows: int
@@ -34,6 +37,7 @@ class Rows:
     text_tokens: int
     answer_tokens: int = 4
     row_tokens: int | None = None
+    mean_text_tokens: float | None = None
 
     @property
     def max_questions(self) -> int:
@@ -65,6 +69,18 @@ def num_image_tokens(settings: PretrainedSettings) -> int:
         latents: int = config.perceiver_config.resampler_n_latents
         return crops_per_image(settings) * latents
     return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def computed_blocks(rows: Rows, images: int, image_tokens: int, attention_pattern: str) -> float:
+    """Return the share of a row's blocks of `masks.BLOCK` tokens squared that FlexAttention computes."""
+    question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
+    documents = [Document(number, [question] * round(rows.questions)) for number in range(images)]
+    batch = pad_rows([build_row(documents, image_tokens, attention_pattern, 0)], BLOCK)
+    columns = batch["document"], batch["branch"], batch["role"], batch["position"]
+    blocks = block_mask(Tokens.of(*columns, attention_pattern))
+    assert blocks.full_kv_num_blocks is not None
+    seen = int((blocks.kv_num_blocks + blocks.full_kv_num_blocks).sum())
+    return min(1.0, seen / ceil((rows.row_tokens or batch["document"].shape[1]) / BLOCK) ** 2)
 
 
 def dummy_batch(settings: Settings, shape: RowShape, rows: int) -> dict[str, Tensor]:

@@ -84,7 +84,9 @@ class PassProfile:
         constant, per_row, per_token, gradients: Bytes alive after each operation, int64[moments].
         decoded, returned: Moments when the decoder and the model's forward pass have returned.
         scored, embedded: Moments when the backward pass has left the loss and the decoder.
-        row_flops, token_flops: FLOPs per row and per supervised token.
+        row_flops: FLOPs per row, including recomputation: of "encoder" (with projector), "decoder" (its matrices) and
+            "attention" (the decoder's, of all pairs of tokens).
+        token_flops: FLOPs per supervised token.
     """
 
     shape: RowShape
@@ -96,7 +98,7 @@ class PassProfile:
     returned: int
     scored: int
     embedded: int
-    row_flops: int
+    row_flops: dict[str, int]
     token_flops: int
 
     def at(self, rows: int) -> BatchMemory:
@@ -113,10 +115,6 @@ class PassProfile:
             encoder_peak=int(alive[self.embedded :].max()),
             peak_and_gradients=int((alive + self.gradients).max()),
         )
-
-    def flops(self, rows: int) -> int:
-        """Return the FLOPs of a forward and backward pass, including recomputation."""
-        return rows * (self.row_flops + self.shape.supervised * self.token_flops)
 
 
 def build_random(settings: Settings) -> Model:
@@ -181,7 +179,11 @@ def profile(
     (tracker.include if isinstance(model, PretrainedVLM) else tracker.exclude)(batch.values())
 
     def before_decoder(_: Any, inputs: Any, named: Any) -> None:
-        tracker.mark_gradient("embedded", inputs[0] if inputs else named["inputs_embeds"])
+        tracker.part = "decoder"
+        embeddings = inputs[0] if inputs else named["inputs_embeds"]
+        tracker.mark_gradient("embedded", embeddings)
+        if embeddings.requires_grad:
+            embeddings.register_hook(lambda _: setattr(tracker, "part", "encoder"))
 
     def after_decoder(_: Any, __: Any, output: Any) -> None:
         tracker.mark("decoded")
@@ -204,4 +206,8 @@ def profile(
     for hook in hooks:
         hook.remove()
     constant, per_row, per_token, gradients = np.array(tracker.timeline, dtype=np.int64).T
-    return PassProfile(shape, constant, per_row, per_token, gradients, **tracker.marks, **tracker.flops())
+    row_flops, token_flops = tracker.flops()
+    marks = tracker.marks
+    return PassProfile(
+        shape, constant, per_row, per_token, gradients, row_flops=row_flops, token_flops=token_flops, **marks
+    )

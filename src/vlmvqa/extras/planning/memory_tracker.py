@@ -30,6 +30,7 @@ class MemoryTracker(TorchDispatchMode):
     Attributes:
         timeline: After each operation: constant bytes, bytes per row, bytes per supervised token, gradient bytes.
         marks: Indices into the timeline, by name.
+        part: Name that FLOPs are counted under; attention of the decoder has its own.
     """
 
     def __init__(self, rows: int = 0, tokens: int = 0, crops: int = 1) -> None:
@@ -38,7 +39,8 @@ class MemoryTracker(TorchDispatchMode):
         self.timeline: list[tuple[int, int, int, int]] = []
         self.marks: dict[str, int] = {}
         self._alive = [0, 0, 0]  # constant, per row, per supervised token
-        self._flops = [0, 0, 0]
+        self._flops: dict[str, list[int]] = {}
+        self.part = "encoder"
         self._gradients = 0
         self._tracked: dict[weakref.ref[Any], None] = {}
         self._excluded: list[Any] = []
@@ -71,9 +73,9 @@ class MemoryTracker(TorchDispatchMode):
         self._gradients += parameter.grad.nbytes
         parameter.grad = None
 
-    def flops(self) -> dict[str, int]:
-        """Return the FLOPs per row and per supervised token."""
-        return {"row_flops": self._flops[1], "token_flops": self._flops[2]}
+    def flops(self) -> tuple[dict[str, int], int]:
+        """Return the FLOPs per row, by part, and per supervised token."""
+        return {name: row for name, (_, row, _) in self._flops.items()}, sum(c[2] for c in self._flops.values())
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.tokens and function is torch.ops.aten.index.Tensor:
@@ -85,7 +87,11 @@ class MemoryTracker(TorchDispatchMode):
             kwargs = {"dtype": torch.int64}
         out = function(*args, **(kwargs or {}))
         if function._overloadpacket in flop_registry:
-            self._add(self._flops, flop_registry[function._overloadpacket](*args, **(kwargs or {}), out_val=out))
+            packet = function._overloadpacket
+            attends = packet is torch.ops.aten.bmm or "attention" in str(packet)
+            part = "attention" if attends and self.part == "decoder" else self.part
+            counts = self._flops.setdefault(part, [0, 0, 0])
+            self._add(counts, flop_registry[packet](*args, **(kwargs or {}), out_val=out))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._track(tensor.untyped_storage())

@@ -10,6 +10,7 @@ from vlmvqa.training.optimizer import CLASSES, is_8bit
 BLOCK = 256  # elements per scale in 8-bit states, in bitsandbytes and torchao
 SMALLEST_8BIT = 4096  # smaller tensors keep fp32 states, in both
 OPTIMIZERS = tuple(CLASSES)  # the optimizers that training supports
+FOREACH = ("adamw_torch", "sgd")  # without `fused`, PyTorch runs one kernel per operation
 BITSANDBYTES = tuple(name for name, (package, *_) in CLASSES.items() if package == "bitsandbytes")
 EIGHT_BIT = tuple(name for name in BITSANDBYTES if "8bit" in name)  # its other optimizers have fp32 states
 
@@ -35,7 +36,7 @@ def state_bytes(optimizer: str, numels: Sequence[int], embeddings: Sequence[int]
 
 def step_bytes(optimizer: str, groups: Sequence[Sequence[int]], itemsize: int = 4) -> int:
     """Return the temporary bytes of an optimizer's step, given the numbers of elements in its parameter groups."""
-    if optimizer in ("adamw_torch", "sgd"):  # foreach: denominators (or decayed gradients) of a group at once
+    if optimizer in FOREACH:  # denominators (or decayed gradients) of a group at once
         return max((itemsize * sum(group) for group in groups), default=0)
     if optimizer == "adamw_torch_8bit":  # both moments of a tensor in fp32
         return 8 * max((n for group in groups for n in group), default=0)

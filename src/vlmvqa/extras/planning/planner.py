@@ -17,20 +17,21 @@ import torch
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
-from vlmvqa.extras.planning.batches import Rows, RowShape, num_image_tokens
+from vlmvqa.extras.planning.batches import Rows, RowShape, computed_blocks, num_image_tokens
 from vlmvqa.extras.planning.gpus import GIB, Gpu
 from vlmvqa.extras.planning.memory import PassProfile, Precision, build_on_meta, measure
 from vlmvqa.extras.planning.published_sizes import TEMPLATE_TOKENS, Settings, known_config
 from vlmvqa.extras.planning.strategy_memory import StrategyMemory, Training, Weight, strategy_memory, weights_of
+from vlmvqa.extras.planning.time import Assumptions, Rates, StepWork, questions_per_second
 from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.models.interface import Model
+from vlmvqa.models.vlm import ModelSettings
+from vlmvqa.sequence.masks import BLOCK
 
 CONTEXT = 0.8 * GIB  # assumed size of CUDA's context and NCCL and cuBLAS workspaces
 FRAGMENTATION = 0.05  # assumed share of allocated memory that is lost to fragmentation
 HEADROOM = 0.95  # share of a GPU's memory that a recommended run may need
-UTILISATION = 0.35  # assumed share of the GPU's rate that training reaches
-HOST_RATE = 20e9  # assumed bytes per second that an optimizer in host memory reads and writes
-HOST_STEP = 60  # bytes it reads and writes per parameter
+LONGEST = 1.5  # assumed ratio of the longest text in a micro-batch to the mean; VQAv2: 8 to 24 tokens, 13 on average
 
 STRATEGIES: dict[str, DistSettings] = {
     **{name: DistSettings(name) for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")},
@@ -96,7 +97,7 @@ class Planner:
     training: Training
     gpu: Gpu
     gpus: int
-    utilisation: float = UTILISATION
+    assumed: Assumptions = field(default_factory=Assumptions)
     strategies: dict[str, DistSettings] = field(default_factory=STRATEGIES.copy)
     adapt: AdapterSettings | None = None
     _profiles: dict[tuple[Precision, bool], PassProfile] = field(default_factory=dict, init=False, repr=False)
@@ -179,15 +180,22 @@ class Planner:
         if rows.row_tokens is not None:
             supervised = ceil(self.images_per_row * rows.questions) * rows.answer_tokens
             return RowShape(rows.row_tokens, self.images_per_row, supervised)
-        tokens = self.num_image_tokens + rows.max_questions * (rows.text_tokens - 1)  # EOS is no input
-        if isinstance(self.settings, PretrainedSettings):
-            tokens += TEMPLATE_TOKENS[known_config(self.settings).model_type]
+        tokens = self.fixed_tokens + rows.max_questions * (rows.text_tokens - 1)  # EOS is no input
         return RowShape(ceil(tokens / 8) * 8, 1, rows.max_questions * rows.answer_tokens)
+
+    @cached_property
+    def fixed_tokens(self) -> int:
+        """Tokens of a row in addition to its questions."""
+        images = self.images_per_row * self.num_image_tokens
+        if isinstance(self.settings, PretrainedSettings):
+            images += TEMPLATE_TOKENS[known_config(self.settings).model_type]
+        return images
 
     @cached_property
     def images_per_row(self) -> int:
         """Images of average documents that fit in a packed row; 1 without packing."""
-        document = self.num_image_tokens + self.rows.questions * self.rows.text_tokens
+        text = self.rows.mean_text_tokens or self.rows.text_tokens
+        document = self.num_image_tokens + self.rows.questions * text
         return max(1, int((self.rows.row_tokens or 0) // document))
 
     def profile(self, dist: DistSettings, checkpointing: bool) -> PassProfile:
@@ -259,18 +267,61 @@ class Planner:
 
         return bisect_left(range(1, 2**20), True, key=too_many)
 
-    def questions_per_second(self, run: RunChoice) -> float:
-        """Estimate the training speed; transfers within a pass overlap with computation."""
-        dist = self.strategies[run.strategy]
-        fixed = self.strategy_memory(dist)
-        rate = self.gpu.half if self.training.mixed else self.gpu.single
-        flops = self.profile(dist, run.checkpointing).flops(run.rows)
-        computing = flops / (rate * 1e12 * self.utilisation)
-        sending = fixed.sent_each_pass / (self.gpu.link * 1e9) if self.gpus > 1 else 0.0
-        copying = fixed.copied_each_pass / (self.gpu.host * 1e9)
-        last = fixed.sent_each_step / (self.gpu.link * 1e9) + fixed.stepped_on_host * HOST_STEP / HOST_RATE
+    @cached_property
+    def step_tokens(self) -> int:
+        """Tokens per row for the time: texts of mean length, padded to the longest of a micro-batch."""
+        rows = self.rows
+        if rows.row_tokens is not None or rows.mean_text_tokens is None:
+            return self.shape.tokens
+        multiple = BLOCK if self.model.attention == "flex" else 8
+        longest = self.fixed_tokens + rows.max_questions * LONGEST * rows.mean_text_tokens
+        return min(self.shape.tokens, ceil(longest / multiple) * multiple)
+
+    @cached_property
+    def padding(self) -> float:
+        """Share of a row's tokens that is padding."""
+        rows = self.rows
+        text = rows.questions * (rows.mean_text_tokens or rows.text_tokens)
+        return max(0.0, 1 - (self.fixed_tokens + self.images_per_row * text) / self.step_tokens)
+
+    @cached_property
+    def computed_pairs(self) -> float:
+        """Share of a row's pairs of tokens that attention computes: FlexAttention skips blocks that nothing sees."""
+        if not isinstance(self.settings, ModelSettings) or self.model.attention != "flex":
+            return 1.0
+        layout = replace(self.rows, row_tokens=self.step_tokens)
+        return computed_blocks(layout, self.images_per_row, self.num_image_tokens, self.settings.attention_pattern)
+
+    def pass_flops(self, run: RunChoice) -> dict[str, float]:
+        """Return the FLOPs of a micro-batch by term: as traced, at the tokens per row and pairs that are computed."""
+        dist, length = self.strategies[run.strategy], self.step_tokens / self.shape.tokens
+
+        def total(checkpointing: bool) -> dict[str, float]:
+            found = self.profile(dist, checkpointing)
+            scale = {"decoder": length, "attention": length**2 * self.computed_pairs}
+            flops = {name: run.rows * scale.get(name, 1.0) * row for name, row in found.row_flops.items()}
+            return flops | {"output head": run.rows * self.shape.supervised * found.token_flops}
+
+        flops = total(False)
+        recomputed = sum(total(True).values()) - sum(flops.values()) if run.checkpointing else 0.0
+        decoder = flops["decoder"]
+        flops["decoder"] = decoder * (1 - self.padding)
+        return flops | {"padding": decoder * self.padding, "recomputation": recomputed}
+
+    def work(self, run: RunChoice) -> StepWork:
+        """Return the work of an optimizer step."""
         questions = run.rows * run.accumulation * self.gpus * self.images_per_row * self.rows.questions
-        return questions / (run.accumulation * max(computing, sending + copying) + last)
+        memory = self.strategy_memory(self.strategies[run.strategy])
+        return StepWork(questions, run.accumulation, self.pass_flops(run), memory, self.training.optimizer)
+
+    @property
+    def rates(self) -> Rates:
+        """The constants of the time."""
+        return Rates.of(self.gpu, self.training.mixed, self.assumed)
+
+    def questions_per_second(self, run: RunChoice) -> float:
+        """Estimate the training speed (`time.py`)."""
+        return questions_per_second(self.work(run), self.rates)
 
     def plan(self, name: str, checkpointing: bool) -> Plan:
         """Return a strategy's plan for the configured batch."""
@@ -306,9 +357,8 @@ class Planner:
     def fastest(self, chosen: str) -> RunChoice | None:
         """Return the fastest run with the configured number of rows per step, or None if none fits.
 
-        It needs at most `HEADROOM` of the memory. Micro-batches smaller than configured are used only if no strategy
-        fits the configured size. Strategies less than 5 % faster don't replace the chosen one: the estimate is not that
-        accurate.
+        It needs at most `HEADROOM` of the memory. Strategies less than 5 % faster don't replace the chosen one: the
+        estimate is not that accurate.
         """
         rows = self.rows.rows * self.training.accumulation
         runs = []
@@ -321,4 +371,4 @@ class Planner:
         def speed(run: RunChoice) -> float:
             return self.questions_per_second(run) * (1.05 if run.strategy == chosen else 1.0)
 
-        return max([run for run in runs if run.rows >= self.rows.rows] or runs, key=speed, default=None)
+        return max(runs, key=speed, default=None)

@@ -9,7 +9,10 @@ from typing import Any
 from vlmvqa.errors import counted
 from vlmvqa.extras.planning.gpus import GIB
 from vlmvqa.extras.planning.planner import CONTEXT, FRAGMENTATION, Plan, Planner, RunChoice
+from vlmvqa.extras.planning.time import StepWork, comparison, sensitivity, step_terms
 
+Table = list[list[str]]
+Times = Sequence[tuple[str, Table]]
 SIZES = ("parameters", "gradients", "optimizer", "buffers", "activations", "logits", "temporary")
 HEADINGS = ("strategy", "needed", "fits", "host", "questions/s", "max rows", "with checkpointing", "peak in")
 LEGEND = f"""\
@@ -22,7 +25,9 @@ gathered from shards. activations: after the decoder's forward pass, under ddp w
 copies of the weights. logits: additional memory of the loss, with the output matrix's gradient.
 temporary: the rest of the peak. Not all columns are in memory at the peak.
 Computed from the real model without weights and the strategies' code, not measured: verify=true
-measures one process on a GPU. torch_compile and evaluation are not planned."""
+measures one process on a GPU. torch_compile and evaluation are not planned.
+Time: padding and recomputation are the decoder's and all blocks'; hidden is the communication that
+computation covers; exposed is sent while nothing computes."""
 
 
 def headline(planner: Planner, checkpointing: bool) -> str:
@@ -30,10 +35,10 @@ def headline(planner: Planner, checkpointing: bool) -> str:
     rows, shape, training, gpu = planner.rows, planner.shape, planner.training, planner.gpu
     count = sum(weight.numel for weight in planner.weights)
     trained = sum(weight.numel for weight in planner.weights if weight.trained)
-    rate = gpu.half if training.mixed else gpu.single
     images = f"{planner.images_per_row} x {planner.num_image_tokens}"
     questions = f"{rows.max_questions} x {rows.text_tokens}"
-    speed = f"{planner.utilisation:.0%} of {rate:g} TFLOP/s, {gpu.link:g} GB/s between GPUs"
+    rates = planner.rates
+    speed = f"{rates.efficiency:.0%} of {rates.rate:g} TFLOP/s, {rates.link:g} GB/s between GPUs"
     quantized = sum(weight.numel for weight in planner.weights if weight.quantized)
     return f"""\
 model      {count:,} parameters, {trained:,} of them trained{f", {quantized:,} in 4 bits" if quantized else ""}
@@ -41,31 +46,57 @@ training   {training.precision}, {training.optimizer}, activation checkpointing 
 batch      {counted(rows.rows, "row")} per GPU x {training.accumulation} accumulated
 rows       {shape.tokens} tokens: {images} of images, {questions} of questions; {shape.supervised} supervised
 GPUs       {planner.gpus} x {gpu.name}, {gpu.memory} GiB each for PyTorch
-assumed    {speed}, {counted(rows.questions, "question")} per image"""
+assumed    {speed}, overlap {rates.overlap:.0%}, {counted(rows.questions, "question")} per image"""
 
 
 def table(plans: Sequence[Plan], chosen: str) -> str:
     """Return two tables with a row per strategy, a summary and the parts; a star marks the chosen one."""
-    tables = []
-    for rows in _tables(plans, chosen):
-        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-        for name, *cells in rows:
-            tables.append("  ".join([name.ljust(first), *map(str.rjust, cells, others)]))
-        tables.append("")
-    return "\n".join(tables[:-1])
+    return "\n\n".join(map(aligned, _tables(plans, chosen)))
 
 
-def markdown(planner: Planner, plans: Sequence[Plan], chosen: str, checkpointing: bool) -> str:
+def aligned(rows: Table) -> str:
+    """Return a table as text, with the first column and texts to the left and numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = [any(" x " in cell or "," in cell for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, texts, strict=True)
+        lines.append("  ".join(c.ljust(w) if n == 0 or t else c.rjust(w) for n, (c, w, t) in enumerate(cells)).rstrip())
+    return "\n".join(lines)
+
+
+def piped(rows: Table) -> str:
+    """Return a table in Markdown."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
+
+
+def time_tables(planner: Planner, run: RunChoice, other: tuple[str, StepWork] | None) -> list[tuple[str, Table]]:
+    """Return titles and tables of a step's time: terms, constants, sensitivity, and a comparison with another run."""
+    work, rates = planner.work(run), planner.rates
+    terms = step_terms(work, rates)
+    seconds = sum(term.seconds for term in terms)
+    rows = [[term.name, term.formula, f"{term.seconds:.3f}", term.constants] for term in terms]
+    total = ["sum", f"{work.questions:.0f} questions", f"{seconds:.3f}", f"{work.questions / seconds:.1f} questions/s"]
+    found = [
+        ("A step, term by term:", [["term", "formula", "seconds", "constants"], *rows, total]),
+        ("Constants:", [["constant", "value", "source"], *map(list, rates.sources())]),
+        ("Questions per second with other constants:", sensitivity(work, rates)),
+    ]
+    if other is not None and other[1] != work:
+        found.append((f"Compared with experiment={other[0]}:", comparison(work, rates, *other)))
+    return found
+
+
+def markdown(planner: Planner, plans: Sequence[Plan], chosen: str, checkpointing: bool, times: Times = ()) -> str:
     """Return the plan as a Markdown page."""
-    tables = []
-    for rows in _tables(plans, chosen):
-        head, *body = (f"| {' | '.join(row)} |" for row in rows)
-        tables.append("\n".join([head, "|" + " --- |" * len(rows[0]), *body]))
-    sections = (headline(planner, checkpointing), *tables, recommend(planner, plans, chosen), LEGEND)
+    timed = (f"{title}\n\n{piped(rows)}" for title, rows in times)
+    tables = map(piped, _tables(plans, chosen))
+    sections = (headline(planner, checkpointing), *tables, recommend(planner, plans, chosen), *timed, LEGEND)
     return "# Plan\n\n" + "\n\n".join(sections) + "\n"
 
 
-def record(planner: Planner, plans: Sequence[Plan], chosen: str) -> dict[str, Any]:
+def record(planner: Planner, plans: Sequence[Plan], chosen: str, times: Times = ()) -> dict[str, Any]:
     """Return the plan for JSON; sizes in bytes."""
     return {
         "gpu": asdict(planner.gpu),
@@ -77,10 +108,13 @@ def record(planner: Planner, plans: Sequence[Plan], chosen: str) -> dict[str, An
         "adapt": asdict(planner.adapt) if planner.adapt else None,
         "plans": [asdict(plan) | {"fits": plan.fits} for plan in plans],
         "recommendation": recommend(planner, plans, chosen),
+        "time": {
+            title.rstrip(":"): [dict(zip(head, row, strict=True)) for row in rows] for title, (head, *rows) in times
+        },
     }
 
 
-def _tables(plans: Sequence[Plan], chosen: str) -> tuple[list[list[str]], list[list[str]]]:
+def _tables(plans: Sequence[Plan], chosen: str) -> tuple[Table, Table]:
     summary, parts = [list(HEADINGS)], [["strategy", *SIZES]]
     for plan in plans:
         name = plan.strategy + (" *" if plan.strategy == chosen else "")
@@ -138,7 +172,7 @@ def _checkpointing(planner: Planner, plan: Plan, run: RunChoice) -> list[str]:
             activations = f"{_gib(other.activations)} GiB instead of {_gib(plan.activations)}"
             return [f"{without} does not fit: activations are {activations}."]
         gain = planner.questions_per_second(run._replace(checkpointing=False)) / planner.questions_per_second(run) - 1
-        speed = f"{gain:.0%} faster" if gain > 0.005 else "no faster, as transfers take longer than computation"
+        speed = f"{gain:.0%} faster" if gain > 0.005 else "no faster"
         return [f"{without} leaves {_gib(other.capacity - other.needed)} free, and is estimated to be {speed}."]
     if not plan.checkpointing and not plan.fits and other.fits:
         return [f"With trainer.activation_checkpointing=true it fits ({_gib(other.needed)} GiB)."]

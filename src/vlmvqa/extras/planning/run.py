@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from vlmvqa.config.compose import build
+from vlmvqa.config.overrides import compose
 from vlmvqa.config.schema import DataSettings, TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import report, verify
 from vlmvqa.extras.planning.batches import Rows
 from vlmvqa.extras.planning.gpus import gpu
-from vlmvqa.extras.planning.planner import Planner, Training
+from vlmvqa.extras.planning.planner import Planner, RunChoice, Training
 from vlmvqa.extras.planning.published_sizes import Settings, known_settings
+from vlmvqa.extras.planning.time import EFFICIENCY, OVERLAP, Assumptions, StepWork
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
 
@@ -29,7 +32,10 @@ class PlanSettings:
     questions_per_image: float | None = None
     text_tokens: int | None = None
     answer_tokens: int = 4
-    utilisation: float = 0.35
+    efficiency: float = EFFICIENCY
+    overlap: float = OVERLAP
+    link: float | None = None
+    compare_with: str | None = "vlm_vqa_4xa10g"
 
 
 @dataclass(frozen=True)
@@ -53,19 +59,50 @@ def plan(config: PlanConfig) -> None:
     if config.dist is None:
         print("dist is not set: assuming ddp")
     print(f"\n{report.table(plans, chosen)}\n\n{report.recommend(planner, plans, chosen)}")
+    times = step_times(config, planner, chosen, checkpointing)
+    for title, rows in times:
+        print(f"\n{title}\n{report.aligned(rows)}")
     print(f"\n{report.LEGEND}")
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps(report.record(planner, plans, chosen), indent=1) + "\n")
-    (folder / "plan.md").write_text(report.markdown(planner, plans, chosen, checkpointing))
+    (folder / "plan.json").write_text(json.dumps(report.record(planner, plans, chosen, times), indent=1) + "\n")
+    (folder / "plan.md").write_text(report.markdown(planner, plans, chosen, checkpointing, times))
     print(f"\nplan: {folder / 'plan.md'}, {folder / 'plan.json'}")
+
+
+def step_times(config: PlanConfig, planner: Planner, chosen: str, checkpointing: bool) -> report.Times:
+    """Return the tables of a step's time, if the run fits, compared with `plan.compare_with`."""
+    if not planner.memory(chosen, planner.rows.rows, checkpointing).fits:
+        return []
+    run = RunChoice(chosen, planner.rows.rows, checkpointing, planner.training.accumulation)
+    return report.time_tables(planner, run, _compared(config, planner))
+
+
+def _compared(config: PlanConfig, planner: Planner) -> tuple[str, StepWork] | None:
+    """Return the step of another experiment on these GPUs, if it trains the same model."""
+    name = config.plan.compare_with
+    if name is None or not isinstance(planner.settings, ModelSettings):
+        return None
+    (job, *_) = compose([f"experiment={name}"], "plan").jobs
+    other = build(PlanConfig, job.values, job.given)
+    settings = known_settings(other.model)
+    assert isinstance(settings, ModelSettings)
+    language = replace(planner.settings.language, attention=settings.language.attention)
+    if other.dist is None or replace(planner.settings, language=language) != settings:
+        return None
+    theirs = build_planner(replace(other, plan=replace(config.plan, text_tokens=None)))
+    strategy = theirs.add(other.dist)
+    checkpointing = bool(other.trainer.get("activation_checkpointing"))
+    return name, theirs.work(RunChoice(strategy, theirs.rows.rows, checkpointing, theirs.training.accumulation))
 
 
 def build_planner(config: PlanConfig) -> Planner:
     """Return the planner of a training run."""
     settings, trainer, data = known_settings(config.model), config.trainer, config.data.single
     questions, tokens = _questions(config.plan, data, settings), _text_tokens(config.plan, data)
-    rows = Rows(trainer["per_device_train_batch_size"], questions, tokens, config.plan.answer_tokens, data.row_tokens)
+    mean = config.plan.text_tokens or TEXT_TOKENS.get(data.source)
+    batch = trainer["per_device_train_batch_size"]
+    rows = Rows(batch, questions, tokens, config.plan.answer_tokens, data.row_tokens, mean)
     precision = "bf16" if trainer.get("bf16") else "fp16" if trainer.get("fp16") else "fp32"
     training = Training(precision, trainer["optim"], trainer["gradient_accumulation_steps"])
     return Planner(
@@ -75,7 +112,7 @@ def build_planner(config: PlanConfig) -> Planner:
         training,
         gpu(config.plan.gpu),
         config.plan.gpus,
-        config.plan.utilisation,
+        Assumptions(config.plan.efficiency, config.plan.overlap, config.plan.link),
         adapt=config.adapt,
     )
 

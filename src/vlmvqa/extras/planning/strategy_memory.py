@@ -2,7 +2,7 @@
 
                parameters            gradients             optimizer states        buffers
 ddp            full                  full, in buckets      full                    -
-fsdp           sharded               sharded, fp32         sharded                 root unit, gathered blocks
+fsdp           sharded               sharded, fp32         sharded                 root, embedding, gathered blocks
 zero1          full, half size       full and a partition  partition, fp32 weights reduction buckets
 zero2          full, half size       partition             partition, fp32 weights reduction buckets
 zero3          sharded, half size    partition             partition, fp32 weights reduction bucket, gathered parameters
@@ -98,7 +98,11 @@ class StrategyMemory:
         reduction: Temporary memory of the last reduction of gradients, after activations are released.
         grows: Whether gradients are allocated during the backward pass instead of before it.
         host: Bytes in host memory, per GPU.
-        sent_each_pass, sent_each_step: Bytes sent to other GPUs, per micro-batch and per optimizer step.
+        gathered_each_pass, reduced_each_pass: Bytes sent to gather weights and to reduce gradients, per micro-batch,
+            while other layers compute.
+        exposed_each_pass: Bytes sent per micro-batch while nothing computes.
+        reduced_each_step: Bytes sent to reduce gradients, in the step's last backward pass.
+        sent_each_step: Bytes of weights sent after the optimizer's step.
         copied_each_pass: Bytes copied from and to host memory.
         stepped_on_host: Number of parameters that the optimizer updates in host memory.
     """
@@ -114,7 +118,10 @@ class StrategyMemory:
     reduction: int = 0
     grows: bool = False
     host: int = 0
-    sent_each_pass: float = 0.0
+    gathered_each_pass: float = 0.0
+    reduced_each_pass: float = 0.0
+    exposed_each_pass: float = 0.0
+    reduced_each_step: float = 0.0
     sent_each_step: float = 0.0
     copied_each_pass: float = 0.0
     stepped_on_host: int = 0
@@ -168,7 +175,7 @@ def _ddp(weights: Sequence[Weight], gpus: int, training: Training) -> StrategyMe
         buffers=0,  # with gradient_as_bucket_view, which the trainer sets, the buckets are the gradients
         step=step_bytes(training.optimizer, _groups(trained, 1), _widest(trained)),
         grows=training.accumulation == 1 and gpus == 1,
-        sent_each_step=2 * (gpus - 1) / gpus * gradients,
+        reduced_each_step=2 * (gpus - 1) / gpus * gradients,
     )
 
 
@@ -176,17 +183,25 @@ def _fsdp(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
     trained = [weight for weight in weights if weight.trained]
     itemsize = _widest(trained)
     computed, reduced = (2, 4) if training.mixed else (itemsize, itemsize)
+    reduced = 2 if dist.reduce_dtype == "bfloat16" else reduced
     # bitsandbytes cannot step on shards; training uses torchao instead.
     optimizer = "adamw_torch_8bit" if training.optimizer in EIGHT_BIT else training.optimizer
     gradients = sum(weight.shard_numel(gpus) * weight.itemsize for weight in trained)
+    # Outside the blocks: the embedding's unit, and the root unit.
     root, root_trained = (sum(w.numel for w in group if w.unit is None) for group in (weights, trained))
+    embeddings = (w.numel for w in weights if w.unit is None and w.embedding and w.part == "language")
+    embedding = sum(embeddings) if reduced == computed else 0  # otherwise in the root unit: `distributed.shard`
+    blocks, blocks_trained = (sum(w.numel for w in group if w.unit is not None) for group in (weights, trained))
 
     def block_buffers(part: str) -> int:
-        # The running block and the prefetched one; the gradients of a block and their input to the reduction.
-        return 2 * computed * _largest_unit(weights, part) + (computed + reduced) * _largest_unit(trained, part)
+        # The running block and the prefetched one, or all that are kept: when the encoder's backward pass runs, the
+        # decoder's are released. Also the gradients of a block and their input to the reduction.
+        gathered = 2 * _largest_unit(weights, part)
+        if dist.keep_gathered:
+            gathered = sum(w.numel for w in weights if w.unit is not None and part in (w.part, "language"))
+        return computed * gathered + (computed + reduced) * _largest_unit(trained, part)
 
-    blocks = sum(weight.numel for weight in weights) - root
-    sent = computed * (root + 2 * blocks) + reduced * sum(weight.numel for weight in trained)
+    share = (gpus - 1) / gpus
     memory = StrategyMemory(
         parameters=sum(weight.shard_numel(gpus) * weight.itemsize for weight in weights),
         gradients=gradients,
@@ -195,9 +210,12 @@ def _fsdp(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
         decoder=block_buffers("language"),
         encoder=block_buffers("vision"),
         step=step_bytes(optimizer, _groups(trained, gpus), itemsize),
-        # The root unit's gathered weights are freed before its gradients are reduced.
+        # The gathered weights of root and embedding are freed before their gradients are reduced.
         reduction=root_trained * (computed + reduced) - computed * root,
-        sent_each_pass=(gpus - 1) / gpus * sent,
+        gathered_each_pass=share * computed * (embedding + (1 if dist.keep_gathered else 2) * blocks),
+        reduced_each_pass=share * reduced * blocks_trained,
+        # Nothing has been computed when the root is gathered, and nothing is left when these gradients are reduced.
+        exposed_each_pass=share * (computed * (root - embedding) + reduced * root_trained),
     )
     return memory.offloaded(gradients // itemsize) if dist.offload else memory
 
@@ -243,10 +261,11 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
             memory,
             gradients=itemsize * trained_numel,
             step=memory.step - itemsize * (trained_numel - partition),
-            sent_each_step=sent_share * 2 * trained_numel,
+            reduced_each_step=sent_share * trained_numel,
+            sent_each_step=sent_share * trained_numel,
         )
     if dist.stage == 2:
-        return replace(memory, sent_each_pass=sent_share * trained_numel, sent_each_step=sent_share * trained_numel)
+        return replace(memory, reduced_each_pass=sent_share * trained_numel, sent_each_step=sent_share * trained_numel)
     numel = sum(weight.numel for weight in weights)
     gathered = itemsize * min(numel, int(zero.get("stage3_max_live_parameters", MAX_LIVE)))
     memory = replace(
@@ -256,7 +275,8 @@ def _zero(weights: Sequence[Weight], dist: DistSettings, gpus: int, training: Tr
         lasting=itemsize * bucket,
         decoder=copy + gathered,
         encoder=copy + gathered,
-        sent_each_pass=sent_share * (2 * numel + trained_numel),
+        gathered_each_pass=sent_share * 2 * numel,
+        reduced_each_pass=sent_share * trained_numel,
     )
     return memory.offloaded(partition, more_on_host=4 * partition) if dist.offload else memory
 
