@@ -31,6 +31,7 @@ BY_OTHERS = {
     r"^make docs": "tests/unit/test_docs_site.py",
     r"^vlmvqa helm ": "tests/end_to_end/test_helm.py",
     r"launch/plan\.py": "tests/unit/test_planner.py",  # at real size
+    r"launch/study\.py": "tests/end_to_end/test_study.py",
     r"launch/verify\.py": "tests/end_to_end/test_verify.py",
     r"bench\.gpu .*--size tiny": "tests/unit/test_bench_gpu.py",
     r"smoke=": "tests/end_to_end/test_experiments.py",

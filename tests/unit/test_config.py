@@ -35,7 +35,9 @@ GIVEN = {
     "model=pretrained": ["model.pretrained=somewhere"],
 }
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hydra_quiet")
-CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
+CHOICES = sorted(
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "study"
+)  # conf/study: tests/unit/test_study.py
 
 
 @pytest.mark.parametrize("name", PRIMARY)

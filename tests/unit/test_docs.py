@@ -24,7 +24,7 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 ALL = [(page, command) for command, page in {one: page for page in PAGES for one in commands(page)}.items()]
 # What a block may need beyond what the tests stand in for: something that is not in every machine.
 LACKING = (
-    *("GPU", "machines", "SLURM", "network", "token", "weights", "minutes", "Jupyter", "helm-run", "space"),
+    *("GPU", "machines", "SLURM", "network", "token", "weights", "minutes", "hours", "Jupyter", "helm-run", "space"),
     *("all of", "as published", "1,000 questions"),  # of a data set
 )
 

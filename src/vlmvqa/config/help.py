@@ -102,6 +102,17 @@ All settings of launch/train.py, and:
 
 More: docs/scaling.md."""
 
+STUDY = """\
+Most used, each as key=value:
+  study=mask                           the arms: a file of conf/study
+  seeds=[0,1,2] size=smoke             one run per arm and seed; smoke: minutes on two cores
+  base=data=vqav2 base=data.root=/data/vqav2    settings of launch/train.py for all arms, each with base=
+  arms=[causal,prefix_lm]              only these, and the baseline
+  runs={other:[runs/a,runs/b]}         finished runs from elsewhere as another arm
+  only_report=true                     train nothing, compare what is finished
+
+More: docs/studies.md."""
+
 VERIFY = """\
 Compares the vision encoder with timm's and the language model with transformers', on the same weights.
 
@@ -189,6 +200,7 @@ PAGES = {
     "serve": SERVE,
     "merge": MERGE,
     "plan": PLAN,
+    "study": STUDY,
     "verify": VERIFY,
     "helm": HELM,
     "prepare": PREPARE,

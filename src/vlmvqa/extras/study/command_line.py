@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from vlmvqa.config import early_checks, overrides
@@ -24,6 +25,8 @@ def compose_arms(values: Mapping[str, Any]) -> dict[str, Job]:
     Raises:
         InputError: the study's settings contradict each other, or arms cannot run; with the reason for each.
     """
+    if find_spec("scipy") is None:
+        raise InputError("scipy is not installed; install it with: pip install 'vlmvqa[study]'")
     study, chosen, size, seeds = values.get("study"), values["arms"], values["size"], values["seeds"]
     if study is None:
         names = ", ".join(sorted(path.stem for path in (CONF / "study").glob("*.yaml")))
@@ -63,8 +66,9 @@ def refuse_arms(problems: Mapping[str, str], arms: int) -> None:
 
 
 def _compose(given: list[str]) -> Job:
-    """Compose and check an arm, as launch/train.py does."""
-    job = overrides.compose(given, "train").jobs[0]
+    """Compose and check an arm, as launch/train.py does; of settings with the same key, the last one counts."""
+    latest = {setting.lstrip("+").partition("=")[0]: setting for setting in given}
+    job = overrides.compose(list(latest.values()), "train").jobs[0]
     for key in OURS:
         if key in job.given:
             raise InputError(f"{key} cannot be set, because the study sets it for each run; leave it out")

@@ -12,7 +12,7 @@ from typing import Any
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.compare import read_results, why_incomparable
 from vlmvqa.extras.study.settings import StudyConfig, StudySettings
-from vlmvqa.extras.study.statistics import compare_arms, holm
+from vlmvqa.extras.study.statistics import ArmDifference, compare_arms, holm, verdicts
 from vlmvqa.training.log import read_log
 
 CONTROLS = {"prior": "majority", "shuffled_images": "shuffled"}
@@ -97,14 +97,16 @@ def summarize(
     images = {question: record["image_id"] for question, record in every[0].records.items()}
     home = config.run.folder
     arms = {arm: _arm(name, study.arms.get(arm, ()), runs, home) for arm, runs in results.items()}
+    differences: dict[str, ArmDifference] = {}
     for arm, runs in results.items():
         pairs = _pairs(results[study.baseline], runs, arm in study.arms)
         if arm != study.baseline and pairs:
             before, after = ([result.scores(name) for result in column] for column in zip(*pairs, strict=True))
-            arms[arm]["difference"] = asdict(compare_arms(before, after, images, config.seed, arm))
-    adjusted = holm({arm: one["difference"]["p_permutation"] for arm, one in arms.items() if "difference" in one})
-    for arm, p in adjusted.items():
-        arms[arm]["difference"]["p_holm"] = p
+            differences[arm] = compare_arms(before, after, images, config.seed, arm)
+    adjusted = holm({arm: one.p_permutation for arm, one in differences.items()})
+    verdict = verdicts(differences)
+    for arm, one in differences.items():
+        arms[arm]["difference"] = {**asdict(one), "p_holm": adjusted[arm], "verdict": verdict[arm]}
     return {
         "title": study.title,
         "motivation": study.motivation,

@@ -1,0 +1,112 @@
+"""The files of conf/study, mistakes on the command line, and the tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.configs import config
+from vlmvqa.errors import InputError
+from vlmvqa.extras.study import tables
+from vlmvqa.extras.study.results import RunResult, summarize
+from vlmvqa.extras.study.settings import StudyConfig, build_runs
+from vlmvqa.paths import CONF
+
+STUDIES = sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
+
+
+def study(*given: str) -> StudyConfig:
+    return config(StudyConfig, "study", *given)
+
+
+@pytest.mark.parametrize("size", ["full", "smoke"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
+    found = study(f"study={name}", f"size={size}", "seeds=[3,5]", f"run.dir={tmp_path}")
+    runs = build_runs(found)
+    assert found.study is not None and len(runs) == 2 * len(found.study.arms)
+    assert runs[0].arm == found.study.baseline and {run.seed for run in runs} == {3, 5}
+    assert runs[0].folder == tmp_path / found.study.baseline / "seed-3" and runs[0].config.seed == 3
+    configs = {str(run.config.model) + str(run.config.data) + str(run.config.trainer) for run in runs}
+    others = {str(run.config.trainable) + str(run.config.learning_rates) + run.config.loss_weighting for run in runs}
+    assert len(configs) > 1 or len(others) > 1  # the arms differ
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ([], "study must be given; use study=... with one of encoder, "),
+        (["study=mask", "size=small"], "size=small is unknown"),
+        (["study=mask", "seeds=[1,1]"], "must be different numbers"),
+        (["study=mask", "arms=[casual]"], "there is no arm 'casual'; did you mean 'causal'"),
+        (["study=mask", "base=seed=3"], "the study sets it for each run"),
+        (["study=mask", "base=modl=tiny"], "there is no key 'modl'; did you mean 'model=tiny'"),
+        (["study=mask", "base=trainer.max_steps=9"], "drop trainer.max_steps"),
+        (["study=mask", "study.equal=steps"], "study.equal=steps sets the length by trainer.max_steps"),
+        (["study=mask", "study.equal=time"], "study.equal=time is unknown"),
+        (["study=mask", "study.arms.causal=['trainer.num_train_epochs=2']"], "needs the same trainer.num_train_epochs"),
+        (["study=mask", "study.arms.causal=['model.projector.kidn=mlp']"], "1 of 4 arms cannot run: causal: "),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_trained(given: list[str], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence.replace("(", "\\(")):
+        build_runs(study(*given))
+
+
+def results(folder: Path, scores: dict[str, list[list[float]]]) -> dict[str, dict[str, RunResult]]:
+    """Runs by arm and seed, of questions with these scores, two for each image."""
+    found: dict[str, dict[str, RunResult]] = {}
+    for arm, seeds in scores.items():
+        for seed, values in enumerate(seeds):
+            records = {
+                number: {"image_id": number // 2, "question": "?", "answers": ["a"], "vqa_accuracy": value}
+                for number, value in enumerate(values)
+            }
+            metrics = {
+                "metric": "vqa_accuracy",
+                "metric_version": "1",
+                "data": "shapes",
+                "split": "val",
+                "controls": {"prior": {"overall": 30.0}},
+            }
+            part = folder / arm / f"seed-{seed}"
+            run = RunResult(part, metrics, records, 100, {"trained": 5, "total": 9}, {"questions_per_second": 70.0})
+            found.setdefault(arm, {})[str(seed)] = run
+    return found
+
+
+def summary(folder: Path, scores: dict[str, list[list[float]]], failed: dict[str, str]) -> dict[str, Any]:
+    given = study("study=mask", f"run.dir={folder}")
+    assert given.study is not None
+    content = summarize(given, given.study, results(folder, scores), failed)
+    return dict(json.loads(json.dumps(content)))
+
+
+def test_the_tables(tmp_path: Path) -> None:
+    good, bad = [100.0, 0.0] * 40, [0.0, 0.0] * 40
+    scores = {"blockwise_prefix": [good] * 3, "causal": [bad] * 3, "image_prefix": [good] * 3}
+    found = summary(tmp_path, scores, {"prefix_lm/seed-0": "not finished"})
+    assert found["arms"]["causal"]["mean"] == 0 and found["arms"]["causal"]["difference"]["difference"] == -50
+    assert found["arms"]["causal"]["folders"]["2"] == "causal/seed-2"
+    text = tables.text(found)
+    assert max(map(len, text.splitlines())) <= 100
+    for part in ("-50.00", "causal: worse", "image_prefix: no difference detected", "prefix_lm/seed-0 failed or is"):
+        assert part in text
+    assert "±" in tables.markdown(found) and "fewer" not in text.lower()
+    lines = tables.latex(found).splitlines()
+    assert lines[2].count("&") == lines[4].count("&") == 6 and r"VQA accuracy (\%)" in lines[2]
+
+
+def test_two_seeds_have_no_interval_over_seeds(tmp_path: Path) -> None:
+    good, bad = [100.0, 0.0] * 40, [0.0, 0.0] * 40
+    text = tables.text(summary(tmp_path, {"blockwise_prefix": [good] * 2, "causal": [bad] * 2}, {}))
+    assert "* Fewer than three seeds" in text and "causal: worse, with these seeds" in text
+
+
+def test_runs_of_other_questions_are_refused(tmp_path: Path) -> None:
+    scores = {"blockwise_prefix": [[100.0] * 8], "causal": [[100.0] * 6]}
+    with pytest.raises(InputError, match="cannot be compared: they differ by 2 questions"):
+        summary(tmp_path, scores, {})
