@@ -99,7 +99,8 @@ class DecodeStep:
             self._run(language)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads (a loader that pins memory, a server's) may call CUDA meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.hidden = self._run(language)
 
 
