@@ -64,9 +64,10 @@ def test_nothing_is_trained_again(study: Path) -> None:
 
 def test_another_study_in_the_folder_is_refused(study: Path) -> None:
     more = arguments(study, study.parent / "shapes", "base=trainer.learning_rate=1e-2")
-    assert "base differ from the study's first start" in sentence(call("study", *more))
+    assert "settings differ from the study's first start" in sentence(call("study", *more))
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_does_not_stop_the_others(study: Path, tmp_path: Path) -> None:
     """Its error is in the table, and the same command tries it again."""
     folder = tmp_path / "study"
@@ -79,6 +80,30 @@ def test_an_arm_that_fails_does_not_stop_the_others(study: Path, tmp_path: Path)
     (folder / "causal" / "seed-0").unlink()
     done(call("study", *arguments(folder, study.parent / "shapes")))
     assert result(folder) == result(study)
+
+
+@pytest.mark.slow
+def test_later_commands_add_arms_and_report_all(study: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    given = [one.replace("seeds=[0,1]", "seeds=[2]") for one in arguments(folder, study.parent / "shapes")]
+    done(call("study", *given))
+    found = result(folder)
+    assert list(found["arms"]["causal"]["scores"]) == ["0", "1", "2"] and found["failed"] == {}
+    assert found["arms"]["causal"]["difference"]["interval"] is not None
+    done(call("study", "study=mask", f"run.dir={folder}", "only_report=true"))  # with the settings of the record
+    assert result(folder) == found and found["size"] == "smoke"
+    empty = call("study", "study=mask", f"run.dir={tmp_path / 'none'}", "only_report=true")
+    assert "holds no study" in sentence(empty)
+
+
+@pytest.mark.slow
+def test_overwriting_deletes_the_runs(study: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    given = [one.replace("seeds=[0,1]", "seeds=[0]") for one in arguments(folder, study.parent / "shapes")]
+    printed = done(call("study", *given, "base=trainer.learning_rate=1e-2", "run.overwrite=true")).out
+    assert "2 runs, 2 left" in printed and not (folder / "causal" / "seed-1").exists()
 
 
 def killed(arguments: list[str], when: Callable[[], bool]) -> None:

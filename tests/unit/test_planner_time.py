@@ -14,6 +14,7 @@ from tests.configs import config
 from tests.conftest import ROOT
 from tests.unit.test_planner import ALL, planner, wide
 from vlmvqa.config.schema import DistSettings
+from vlmvqa.errors import InputError
 from vlmvqa.extras.planning import report
 from vlmvqa.extras.planning.batches import Rows, computed_blocks
 from vlmvqa.extras.planning.gpus import GIB, GPUS
@@ -59,6 +60,12 @@ def test_a_step_by_hand() -> None:
     assert seconds(replace(WORK, optimizer="adamw_torch"))["optimizer"] == pytest.approx(0.06 + 13 * 4 / 600)
     full = seconds(WORK, replace(RATES, overlap=1.0, link=1000))
     assert full["hidden"] == pytest.approx(-0.02)  # at most what is sent
+
+
+@pytest.mark.parametrize("given", [{"efficiency": 50}, {"efficiency": 0}, {"overlap": 3}, {"link": 0}], ids=str)
+def test_impossible_assumptions_are_refused(given: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=f"plan.{next(iter(given))}="):
+        Assumptions(**given)
 
 
 def test_better_constants_are_never_slower() -> None:

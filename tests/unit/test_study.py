@@ -42,7 +42,11 @@ def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
         (["study=mask", "size=small"], "size=small is unknown"),
         (["study=mask", "seeds=[1,1]"], "must be different numbers"),
         (["study=mask", "arms=[casual]"], "there is no arm 'casual'; did you mean 'causal'"),
-        (["study=mask", "base=seed=3"], "the study sets it for each run"),
+        (["study=mask", "base=seed=3"], "each run of a study has its own"),
+        (["study=mask", "base=hub_id=a/b"], "each run of a study has its own"),
+        (["study=mask", "base=data=mixture"], "a study compares one"),
+        (["study=mask", "runs={causal:[runs/a]}"], "the study has an arm of this name"),
+        (["study=mask", "runs={other:[nowhere/at/all]}"], "runs.other"),
         (["study=mask", "base=modl=tiny"], "there is no key 'modl'; did you mean 'model=tiny'"),
         (["study=mask", "base=trainer.max_steps=9"], "drop trainer.max_steps"),
         (["study=mask", "study.equal=steps"], "study.equal=steps sets the length by trainer.max_steps"),
@@ -54,6 +58,23 @@ def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
 def test_mistakes_are_named_before_anything_is_trained(given: list[str], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence.replace("(", "\\(")):
         build_runs(study(*given))
+
+
+def test_an_experiment_replaces_the_studys_model_and_data(tmp_path: Path) -> None:
+    """The command of docs/studies.md."""
+    (tmp_path / "vqav2").mkdir()
+    more = ("base=experiment=vlm_vqa_4xa10g", f"base=data.root={tmp_path / 'vqav2'}", "base=trainer.bf16=false")
+    runs = build_runs(
+        study("study=mask", f"run.dir={tmp_path}", *more, "base=dist=ddp", "base=trainer.optim=adamw_torch")
+    )
+    found = runs[1].config
+    assert found.data.source == "vqav2" and found.trainer["gradient_accumulation_steps"] == 10
+    assert found.model.language.name == "google/gemma-2-2b" and found.model.attention_pattern == "causal"
+
+
+def test_a_saved_model_replaces_the_studys_model(tmp_path: Path) -> None:
+    given = study("study=loss", f"run.dir={tmp_path}", "base=init_from=org/name")
+    assert all("model" not in run.config.given and run.config.init_from == "org/name" for run in build_runs(given))
 
 
 def results(folder: Path, scores: dict[str, list[list[float]]]) -> dict[str, dict[str, RunResult]]:

@@ -38,6 +38,7 @@ class RunRequest:
         bf16_works: whether the device computes in bfloat16.
         adapt: the `adapt` group, if there are adapters.
         accelerate_precision: the mixed precision that accelerate's config file sets.
+        static_cache: `decoding.static_cache`.
     """
 
     dist: DistSettings
@@ -51,6 +52,7 @@ class RunRequest:
     bf16_works: bool = True
     adapt: Any = None
     accelerate_precision: str = "no"
+    static_cache: bool = False
 
 
 def missing(package: str) -> bool:
@@ -74,6 +76,7 @@ def check(config: TrainConfig, dist: DistSettings) -> None:
             torch.cuda.is_bf16_supported(including_emulation=False) if gpu else True,
             config.adapt,
             os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+            config.decoding.static_cache,
         )
     )
 

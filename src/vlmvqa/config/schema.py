@@ -125,7 +125,7 @@ class DistSettings:
         offload: keep parameters and optimizer states in host memory (fsdp, zero3).
         options: further keys of DeepSpeed's own configuration (zero1 to zero3).
         timeout_minutes: how long ranks wait for each other before the run stops and names the missing ranks.
-        reduce_dtype: data type in which gradients are summed over the ranks, one of `REDUCE_DTYPES` (fsdp).
+        reduce_dtype: data type in which mixed precision sums gradients over the ranks, one of `REDUCE_DTYPES` (fsdp).
         keep_gathered: keep the gathered weights of blocks from the forward to the backward pass (fsdp).
     """
 

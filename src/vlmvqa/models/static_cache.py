@@ -10,6 +10,7 @@ Legend: B rows, S slots, K columns of the cache.
 
 from __future__ import annotations
 
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,10 +33,15 @@ class StaticQuestions(OpenQuestions):
     def __init__(self, model: CachedModel, batch: Batch, max_new_tokens: int) -> None:
         super().__init__(model, batch)
         self.slots = _round_up(self.slots, SLOTS)
-        columns = _round_up(self.keys.document.shape[1] + self.slots * (max_new_tokens - 1), COLUMNS)
-        self.decode_step = decode_step(model.language, self.cache, self.slots, columns)
-        self.decode_step.load(self.cache, self.keys)
+        self.columns = _round_up(self.keys.document.shape[1] + self.slots * (max_new_tokens - 1), COLUMNS)
+
+    @cached_property
+    def decode_step(self) -> DecodeStep:
+        """The decode step, built at the first use: all answers may end with their first token."""
+        step = find_decode_step(self.model.language, self.cache, self.slots, self.columns)
+        step.load(self.cache, self.keys)
         del self.cache
+        return step
 
     def step(self, ids: Tensor) -> None:
         """Append a token to each open question, `int64[Q, 1]`."""
@@ -93,15 +99,16 @@ class DecodeStep:
 
     def _capture(self, language: LanguageModel) -> None:
         """Run the step once, as libraries allocate memory at their first call, and record it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._run(language)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads (a loader that pins memory, a server's) may call CUDA meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.hidden = self._run(language)
+        with torch.cuda.device(self.ids.device):  # the model's, which need not be the current one
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run(language)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads (a loader that pins memory, a server's) may call CUDA meanwhile.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.hidden = self._run(language)
 
 
 class FixedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not analysed
@@ -125,7 +132,7 @@ class FixedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not ana
         return self.keys, self.values
 
 
-def decode_step(language: LanguageModel, states: Cache, slots: int, columns: int) -> DecodeStep:
+def find_decode_step(language: LanguageModel, states: Cache, slots: int, columns: int) -> DecodeStep:
     """Return the decode step for a cache of prompts' states, kept from an earlier batch or new.
 
     A graph contains the addresses of the weights, so a model whose weights were replaced gets a new one.
@@ -136,7 +143,7 @@ def decode_step(language: LanguageModel, states: Cache, slots: int, columns: int
     shape = (*first.shape[:2], slots, columns, first.dtype, first.device, weights)
     step = kept.pop(shape, None)
     while step is None and len(kept) >= STEPS:
-        kept.pop(next(iter(kept)))  # the one that was used longest ago
+        kept.pop(next(iter(kept)))  # the least recently used
     kept[shape] = step or DecodeStep(language, states, slots, columns)
     return kept[shape]
 

@@ -64,6 +64,15 @@ class Session:
 def train(config: TrainConfig) -> bool:
     """Train, save and score; return whether a signal stopped the training before its end."""
     session = prepare(config)
+    try:
+        return _train(session)
+    except BaseException:
+        if session.tracking is not None:  # in a study, the next run opens its own loggers
+            session.tracking.finish()
+        raise
+
+
+def _train(session: Session) -> bool:
     stopped_by = fit(session)
     if stopped_by:
         if session.tracking is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from vlmvqa.errors import InputError
 from vlmvqa.extras.planning.gpus import Gpu
 from vlmvqa.extras.planning.optimizer_memory import FOREACH
 from vlmvqa.extras.planning.strategy_memory import StrategyMemory
@@ -35,6 +36,14 @@ class Assumptions:
     efficiency: float = EFFICIENCY
     overlap: float = OVERLAP
     link: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.efficiency <= 1:
+            raise InputError(f"plan.efficiency={self.efficiency:g} must be above 0 and at most 1")
+        if not 0 <= self.overlap <= 1:
+            raise InputError(f"plan.overlap={self.overlap:g} must be from 0 to 1")
+        if self.link is not None and self.link <= 0:
+            raise InputError(f"plan.link={self.link:g} must be above 0 GB/s")
 
 
 @dataclass(frozen=True)

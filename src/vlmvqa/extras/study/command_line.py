@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from vlmvqa.config import early_checks, overrides
 from vlmvqa.config.overrides import Job
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.paths import CONF
+from vlmvqa.paths import CONF, refuse_missing
 
 SIZES = ("full", "smoke")
 EQUAL = {"steps": "max_steps", "questions": "num_train_epochs"}  # and the key of `trainer` that sets it
-OURS = ("run.name", "run.dir", "run.overwrite", "resume", "seed")  # set by the study for each run
+OURS = ("run.name", "run.dir", "run.overwrite", "resume", "seed", "hub_id")  # set for each run, or not at all
 
 
 def compose_arms(values: Mapping[str, Any]) -> dict[str, Job]:
@@ -48,12 +49,24 @@ def compose_arms(values: Mapping[str, Any]) -> dict[str, Job]:
     for name in wanted:
         smoke = study["smoke"] if size == "smoke" else ()
         try:
-            jobs[name] = _compose([*study["base"], *smoke, *values["base"], *arms[name]])
+            jobs[name] = _compose([*_own(study["base"], values["base"]), *smoke, *values["base"], *arms[name]])
         except InputError as error:
             problems[name] = str(error)
     refuse_arms(problems, len(wanted))
+    for name, folders in values["runs"].items():
+        if name in arms:
+            raise InputError(f"runs.{name}: the study has an arm of this name; choose another name")
+        for folder in folders:
+            refuse_missing(f"runs.{name}", str(Path(folder, "metrics.json")))
     _refuse_unequal(study["equal"], {name: job.values["trainer"] for name, job in jobs.items()})
     return jobs
+
+
+def _own(base: Sequence[str], given: Sequence[str]) -> list[str]:
+    """Return the study's own settings without the choices that a given experiment or saved model makes."""
+    kinds = {setting.lstrip("+").partition("=")[0] for setting in given}
+    replaced = {"model", "data"} if "experiment" in kinds else {"model"} if "init_from" in kinds else set()
+    return [setting for setting in base if setting.partition("=")[0] not in replaced]
 
 
 def refuse_arms(problems: Mapping[str, str], arms: int) -> None:
@@ -71,13 +84,15 @@ def _compose(given: list[str]) -> Job:
     job = overrides.compose(list(latest.values()), "train").jobs[0]
     for key in OURS:
         if key in job.given:
-            raise InputError(f"{key} cannot be set, because the study sets it for each run; leave it out")
+            raise InputError(f"{key} cannot be set, because each run of a study has its own; leave it out")
+    if job.values["data"]["source"] == "mixture":
+        raise InputError("data=mixture has several scores; a study compares one, so choose one of its datasets")
     early_checks.refuse_mistakes(job.values, "train")
     return job
 
 
 def _refuse_unequal(equal: str, trainers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise if the arms would not have in common what `study.equal` says."""
+    """Raise if the arms would not have in common what `study.equal` requires."""
     limits = [trainer["max_steps"] for trainer in trainers.values()]
     if equal == "questions" and max(limits) > 0:
         raise InputError("study.equal=questions sets the length by trainer.num_train_epochs; drop trainer.max_steps")

@@ -56,16 +56,20 @@ def read_run(folder: Path) -> RunResult:
         InputError: the run is not scored.
     """
     metrics, records = read_results(folder)
-    log = [record for record in read_log(folder / "log.jsonl") if "loss" in record]
+    every = read_log(folder / "log.jsonl")
+    log = [record for record in every if "loss" in record]
+    steps = max((record["step"] for record in every), default=0)
     starts = json.loads((folder / "run.json").read_text())["starts"] if (folder / "run.json").is_file() else []
     measured: dict[str, float] = {}
     if log:
         speeds = [record["questions_per_second"] for record in log]
         measured["questions_per_second"] = sorted(speeds)[len(speeds) // 2]
-        measured["peak_memory_gib"] = max(record["peak_memory_gib"] for record in log)
-        measured["tera_flop"] = sum(record.get("tera_flop", 0.0) for record in log)
+        # The steps after the last record are counted like those before it.
+        measured["tera_flop"] = sum(record.get("tera_flop", 0.0) for record in log) * steps / log[-1]["step"]
+        if any(record["peak_memory_gib"] != record["peak_rss_gib"] for record in log):  # a GPU's, not the process's
+            measured["peak_memory_gib"] = max(record["peak_memory_gib"] for record in log)
     parameters = starts[-1].get("parameters", {}) if starts else {}
-    return RunResult(folder, metrics, records, log[-1]["step"] if log else 0, parameters, measured)
+    return RunResult(folder, metrics, records, steps, parameters, measured)
 
 
 def is_finished(folder: Path) -> bool:
@@ -98,15 +102,17 @@ def summarize(
     home = config.run.folder
     arms = {arm: _arm(name, study.arms.get(arm, ()), runs, home) for arm, runs in results.items()}
     differences: dict[str, ArmDifference] = {}
+    pairs: dict[str, int] = {}
     for arm, runs in results.items():
-        pairs = _pairs(results[study.baseline], runs, arm in study.arms)
-        if arm != study.baseline and pairs:
-            before, after = ([result.scores(name) for result in column] for column in zip(*pairs, strict=True))
+        paired = _pairs(results[study.baseline], runs, arm in study.arms)
+        if arm != study.baseline and paired:
+            pairs[arm] = len(paired)
+            before, after = ([result.scores(name) for result in column] for column in zip(*paired, strict=True))
             differences[arm] = compare_arms(before, after, images, config.seed, arm)
     adjusted = holm({arm: one.p_permutation for arm, one in differences.items()})
     verdict = verdicts(differences)
     for arm, one in differences.items():
-        arms[arm]["difference"] = {**asdict(one), "p_holm": adjusted[arm], "verdict": verdict[arm]}
+        arms[arm]["difference"] = {**asdict(one), "p_holm": adjusted[arm], "verdict": verdict[arm], "pairs": pairs[arm]}
     return {
         "title": study.title,
         "motivation": study.motivation,

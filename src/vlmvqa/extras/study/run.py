@@ -5,11 +5,16 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
+import signal
+import sys
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,49 +27,68 @@ from vlmvqa.extras.study.settings import StudyConfig, StudyRun, StudySettings, b
 from vlmvqa.paths import replace_file
 from vlmvqa.training.run import train
 
-FROZEN = "study.yaml"  # in the study's folder: its config at the first start
+RECORD = "study.yaml"  # in the study's folder: the settings of its runs
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run_study(config: StudyConfig) -> bool:
     """Train the runs that are not finished, compare all, and write the tables; return whether a signal stopped it."""
     runs = build_runs(config)
-    assert config.study is not None, "checked by build_runs"
-    study = replace(config.study, arms={run.arm: config.study.arms[run.arm] for run in runs})
+    study = config.study
+    assert study is not None, "checked by build_runs"
+    record = ranks.broadcast_from_rank0(lambda: open_record(config, runs))
     if not config.only_report:
-        ranks.broadcast_from_rank0(lambda: _freeze(config, study))
-        print_plan(study, runs)
+        print_plan(study.title, runs)
         if train_all(runs):
             ranks.print_on_rank0("the study continues with the same command")
             return True
     if ranks.is_first():
-        write_report(config, study, runs)
+        write_report(config, replace(study, arms=record["arms"]), record)
     return False
 
 
-def _freeze(config: StudyConfig, study: StudySettings) -> None:
-    """Write the settings of every run at the first start; later starts may add arms and seeds, but change nothing."""
-    path = config.run.folder / FROZEN
-    shared = {**asdict(replace(study, arms={})), "base": [*study.base, *config.base], "size": config.size}
-    given = json.loads(json.dumps({"shared": shared, "arms": dict(study.arms)}))
-    if path.is_file() and not config.run.overwrite:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changed = [key for key, value in given["shared"].items() if before["shared"][key] != value]
-        changed += [f"arms.{name}" for name, arm in given["arms"].items() if before["arms"].get(name, arm) != arm]
+def open_record(config: StudyConfig, runs: Sequence[StudyRun]) -> dict[str, Any]:
+    """Return the settings of the study's runs, of this and of earlier commands, and write them.
+
+    A later command may add arms and seeds, but change nothing.
+
+    Raises:
+        InputError: it changes settings; or there is nothing to report.
+    """
+    path, study = config.run.folder / RECORD, config.study
+    assert study is not None, "checked by build_runs"
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if config.only_report:
+        if before is None:
+            raise InputError(f"{config.run.folder} holds no study; train it first, without only_report=true")
+        return dict(before)
+    arms = {run.arm: list(study.arms[run.arm]) for run in runs}
+    smoke = study.smoke if config.size == "smoke" else ()
+    settings = [*study.base, *smoke, *config.base]
+    record: dict[str, Any] = {"size": config.size, "settings": settings, "arms": arms, "seeds": list(config.seeds)}
+    if before is not None and config.run.overwrite:
+        for name in before["arms"]:
+            shutil.rmtree(config.run.folder / name, ignore_errors=True)
+    elif before is not None:
+        changed = [key for key in ("size", "settings") if before[key] != record[key]]
+        changed += [f"arms.{name}" for name, arm in arms.items() if before["arms"].get(name, arm) != arm]
         if changed:
             raise InputError(
                 f"{path}: {', '.join(changed)} differ from the study's first start; choose another run.name, or start "
                 "over with run.overwrite=true"
             )
-        given["arms"] = {**before["arms"], **given["arms"]}
+        record["arms"] = {**before["arms"], **arms}
+        record["seeds"] = list(dict.fromkeys([*before["seeds"], *config.seeds]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=120))
+    replace_file(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120))
+    return record
 
 
-def print_plan(study: StudySettings, runs: Sequence[StudyRun]) -> None:
+def print_plan(title: str, runs: Sequence[StudyRun]) -> None:
     """Print the number of runs, and of those that are left."""
     left = sum(not is_finished(run.folder) for run in runs)
-    arms, seeds = counted(len(study.arms), "arm"), counted(len({run.seed for run in runs}), "seed")
-    ranks.print_on_rank0(f"{study.title}: {arms} x {seeds} = {counted(len(runs), 'run')}, {left} left")
+    arms, seeds = counted(len({run.arm for run in runs}), "arm"), counted(len({run.seed for run in runs}), "seed")
+    ranks.print_on_rank0(f"{title}: {arms} x {seeds} = {counted(len(runs), 'run')}, {left} left")
 
 
 def train_all(runs: Sequence[StudyRun]) -> bool:
@@ -73,31 +97,39 @@ def train_all(runs: Sequence[StudyRun]) -> bool:
     A run that fails is recorded, and the others continue.
     """
     left = [run for run in runs if not is_finished(run.folder)]
+    left.sort(key=lambda run: failure(run.folder).exists())  # failed ones are tried again at the end
     began = time.monotonic()
     for done, run in enumerate(left):
         rest = f", about {_duration((time.monotonic() - began) / done * (len(left) - done))} left" if done else ""
         ranks.print_on_rank0(f"\nrun {len(runs) - len(left) + done + 1} of {len(runs)}: {run.name}{rest}")
         error, before = None, set(os.environ)
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
             if train(run.config):
                 return True
         except Exception as found:
-            if ranks.world_size() > 1:  # the others wait for this rank
-                raise
             error = str(found) if isinstance(found, InputError) else traceback.format_exc().strip()
+            if ranks.world_size() > 1:  # the others wait for this rank
+                _record_failure(run, error)
+                raise
         finally:
+            for number, handler in handlers.items():  # a run that failed leaves its own
+                signal.signal(number, handler)
             for name in set(os.environ) - before:  # of a process group that has ended
                 del os.environ[name]
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
+            if "torch._dynamo" in sys.modules:  # each run compiles its own blocks
+                torch._dynamo.reset()
             gc.collect()
-        if ranks.is_first():
-            _record_failure(run, error)
+        _record_failure(run, error)
     return False
 
 
 def _record_failure(run: StudyRun, error: str | None) -> None:
-    path = _failure(run)
+    if not ranks.is_first():
+        return
+    path = failure(run.folder)
     path.unlink(missing_ok=True)
     if error is not None:
         print(f"{run.name} failed: {error}")
@@ -105,9 +137,9 @@ def _record_failure(run: StudyRun, error: str | None) -> None:
         path.write_text(error, encoding="utf-8")
 
 
-def _failure(run: StudyRun) -> Path:
-    """Return the file next to a run's folder that says why it failed."""
-    return run.folder.with_name(f"{run.folder.name}-failed.txt")
+def failure(folder: Path) -> Path:
+    """Return the file next to a run's folder that holds the error message of a failed run."""
+    return folder.with_name(f"{folder.name}-failed.txt")
 
 
 def _duration(seconds: float) -> str:
@@ -115,25 +147,29 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
-def write_report(config: StudyConfig, study: StudySettings, runs: Sequence[StudyRun]) -> None:
+def write_report(config: StudyConfig, study: StudySettings, record: Mapping[str, Any]) -> None:
     """Compare the finished runs; write `study.json`, `study.md` and `study.tex`, and print the table.
+
+    Args:
+        record: the settings of all runs (`open_record`).
 
     Raises:
         InputError: the baseline has no finished run.
     """
-    results: dict[str, dict[str, RunResult]] = {name: {} for name in study.arms}
+    results: dict[str, dict[str, RunResult]] = {study.baseline: {}, **{name: {} for name in record["arms"]}}
     failed = {}
-    for run in runs:
-        if is_finished(run.folder):
-            results[run.arm][str(run.seed)] = read_run(run.folder)
+    for name, seed in product(record["arms"], record["seeds"]):
+        run = config.run.folder / name / f"seed-{seed}"
+        if is_finished(run):
+            results[name][str(seed)] = read_run(run)
         else:
-            path = _failure(run)
-            error = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ["not finished"]
-            failed[run.name] = error[-1]
+            lines = failure(run).read_text(encoding="utf-8").splitlines() if failure(run).is_file() else []
+            failed[f"{name}/seed-{seed}"] = lines[-1] if lines else "not finished"
     for name, folders in config.runs.items():
         results[name] = {folder: read_run(Path(folder).expanduser()) for folder in folders}
     if not results[study.baseline]:
         raise InputError(f"no run of the baseline {study.baseline} is finished in {config.run.folder}; train it first")
+    config = replace(config, size=record["size"])
     found = summarize(config, study, {name: one for name, one in results.items() if one}, failed)
     folder = config.run.folder
     replace_file(folder / "study.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")

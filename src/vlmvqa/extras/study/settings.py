@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vlmvqa import ranks
 from vlmvqa.config import compatibility
 from vlmvqa.config.compose import build
 from vlmvqa.config.schema import DistSettings, RunSettings, TrainConfig
@@ -82,12 +85,13 @@ def build_runs(config: StudyConfig) -> list[StudyRun]:
     Raises:
         InputError: arms cannot run; with the reason for each.
     """
+    launcher = ranks.launcher_choice(os.environ, sys.argv[1:])
     built: dict[str, TrainConfig] = {}
     problems: dict[str, str] = {}
     jobs = compose_arms({**vars(config), "study": asdict(config.study) if config.study else None})
     for name, job in jobs.items():
         try:
-            built[name] = build(TrainConfig, job.values, job.given)
+            built[name] = build(TrainConfig, job.values, job.given, launcher)
             compatibility.check(built[name], built[name].dist or DistSettings())
         except InputError as error:
             problems[name] = str(error)

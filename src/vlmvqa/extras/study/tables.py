@@ -55,7 +55,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def notes(found: Record) -> list[str]:
-    """Return what a reader must know about the numbers."""
+    """Return the notes below the tables."""
     differences = {name: arm["difference"] for name, arm in found["arms"].items() if "difference" in arm}
     lines = [
         f"{counted(found['questions'], 'question')} about {counted(found['images'], 'image')}; equal {found['equal']}; "
@@ -70,6 +70,8 @@ def notes(found: Record) -> list[str]:
     for arm, one in differences.items():
         seeds = "" if one["interval"] or one["verdict"].startswith("no ") else ", with these seeds"
         lines.append(f"{arm}: {one['verdict']}{seeds}")
+        if one["pairs"] < len(found["arms"][arm]["scores"]):
+            lines.append(f"{arm}: the difference is over {counted(one['pairs'], 'seed')} that the baseline has too")
     lines += [f"{run} failed or is missing: {error}" for run, error in found["failed"].items()]
     return lines
 
