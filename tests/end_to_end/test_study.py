@@ -16,6 +16,7 @@ import pytest
 from tests import forks
 from tests.end_to_end.scripts import LONGER, call, done, losses, sentence
 
+pytestmark = pytest.mark.slow  # its study trains four models
 SMALL = [*LONGER, "trainer.num_train_epochs=5", "logger=none", "log_samples=0", "model.vision.overrides.embed_dim=32"]
 
 
@@ -67,7 +68,6 @@ def test_another_study_in_the_folder_is_refused(study: Path) -> None:
     assert "settings differ from the study's first start" in sentence(call("study", *more))
 
 
-@pytest.mark.slow
 def test_an_arm_that_fails_does_not_stop_the_others(study: Path, tmp_path: Path) -> None:
     """Its error is in the table, and the same command tries it again."""
     folder = tmp_path / "study"
@@ -82,7 +82,6 @@ def test_an_arm_that_fails_does_not_stop_the_others(study: Path, tmp_path: Path)
     assert result(folder) == result(study)
 
 
-@pytest.mark.slow
 def test_later_commands_add_arms_and_report_all(study: Path, tmp_path: Path) -> None:
     folder = tmp_path / "study"
     shutil.copytree(study, folder)
@@ -97,7 +96,6 @@ def test_later_commands_add_arms_and_report_all(study: Path, tmp_path: Path) -> 
     assert "holds no study" in sentence(empty)
 
 
-@pytest.mark.slow
 def test_overwriting_deletes_the_runs(study: Path, tmp_path: Path) -> None:
     folder = tmp_path / "study"
     shutil.copytree(study, folder)
@@ -115,7 +113,6 @@ def killed(arguments: list[str], when: Callable[[], bool]) -> None:
     process.communicate(timeout=60)
 
 
-@pytest.mark.slow
 def test_a_killed_study_ends_like_one_that_was_not(study: Path, tmp_path: Path) -> None:
     """In the middle of a run and between two runs."""
     folder = tmp_path / "study"

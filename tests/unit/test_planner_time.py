@@ -97,6 +97,7 @@ def test_fsdps_keys_send_less_and_take_memory() -> None:
     assert fast.decoder > plain.decoder and fast.reduction < plain.reduction
 
 
+@pytest.mark.slow
 def test_the_fastest_run_has_the_fewest_micro_batches() -> None:
     """Without a rule: each micro-batch sends weights and gradients, and adds gradients up."""
     counted = planner(training=Training("bf16", "adamw_torch_fused", 6))
@@ -115,6 +116,7 @@ def test_flex_attention_computes_the_blocks_that_tokens_see() -> None:
     assert computed_blocks(rows, 4, 128, "causal") == 4 * 3 / 64
 
 
+@pytest.mark.slow
 def test_time_counts_mean_texts_with_their_padding_and_memory_the_longest() -> None:
     texts = Rows(2, 1.0, 64, 3, mean_text_tokens=13)
     plain, mean = planner(rows=replace(texts, mean_text_tokens=None)), planner(rows=texts)

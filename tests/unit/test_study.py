@@ -22,8 +22,7 @@ def study(*given: str) -> StudyConfig:
     return config(StudyConfig, "study", *given)
 
 
-@pytest.mark.parametrize("size", ["full", "smoke"])
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(("name", "size"), [*((name, "full") for name in STUDIES), ("mask", "smoke")])
 def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
     found = study(f"study={name}", f"size={size}", "seeds=[3,5]", f"run.dir={tmp_path}")
     runs = build_runs(found)
