@@ -151,3 +151,19 @@ def bar(
     """
     hidden = None if shown and is_first() else True  # None: hide it if stderr is not a terminal
     return tqdm(items, desc=doing, unit=f" {unit}", total=total, disable=hidden, **{"leave": False, **more})
+
+
+@contextmanager
+def one_job() -> Iterator[None]:
+    """Leave the process as it was: remove the variables that a job adds to the environment, and its process group.
+
+    After an error the group is kept, because `cli.py` tells the other ranks of it.
+    """
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - before:
+            del os.environ[name]
+    if dist.is_initialized():
+        dist.destroy_process_group()

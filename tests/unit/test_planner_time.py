@@ -31,6 +31,7 @@ from vlmvqa.extras.planning.time import (
     sensitivity,
     step_terms,
 )
+from vlmvqa.extras.report.text_tables import aligned, piped
 
 FAST = DistSettings("fsdp", reduce_dtype="bfloat16", keep_gathered=True)
 RATES = Rates.of(GPUS["a10g"], True, Assumptions())
@@ -135,7 +136,7 @@ def test_the_tables_fit_a_terminal() -> None:
     run = RunChoice("fsdp", 2, True, 1)
     tables = report.time_tables(counted, run, ("vlm_vqa_4xa10g", WORK))
     assert len(tables) == 4
-    assert max(len(line) for _, rows in tables for line in report.aligned(rows).splitlines()) <= 100
+    assert max(len(line) for _, rows in tables for line in aligned(rows, report.TEXTS).splitlines()) <= 100
     assert len(report.time_tables(counted, run, ("itself", counted.work(run)))) == 3
     written = json.dumps(report.record(counted, [counted.memory("fsdp", 2, True)], "fsdp", tables))
     assert "A step, term by term" in json.loads(written)["time"]
@@ -172,8 +173,8 @@ def steps_page() -> str:
     rows.append(["hours per epoch of VQAv2", *(f"{443_757 / speed / 3600:.1f}" for speed in speeds)])
     rows.append(["GiB needed, of 22.0", *(f"{size:.1f}" for size in needed)])
     fast, run = plans["fast"]
-    details = (f"{title}\n\n{report.piped(table)}" for title, table in report.time_tables(fast, run, None))
-    return "\n\n".join([report.piped(rows), "The fast experiment:", *details]) + "\n"
+    details = (f"{title}\n\n{piped(table)}" for title, table in report.time_tables(fast, run, None))
+    return "\n\n".join([piped(rows), "The fast experiment:", *details]) + "\n"
 
 
 @pytest.mark.long

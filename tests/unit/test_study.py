@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 
 from tests.configs import config
 from vlmvqa.errors import InputError
@@ -41,8 +43,8 @@ def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
         (["study=mask", "size=small"], "size=small is unknown"),
         (["study=mask", "seeds=[1,1]"], "must be different numbers"),
         (["study=mask", "arms=[casual]"], "there is no arm 'casual'; did you mean 'causal'"),
-        (["study=mask", "base=seed=3"], "each run of a study has its own"),
-        (["study=mask", "base=hub_id=a/b"], "each run of a study has its own"),
+        (["study=mask", "base=seed=3"], "it is not the same in all runs"),
+        (["study=mask", "base=hub_id=a/b"], "it is not the same in all runs"),
         (["study=mask", "base=data=mixture"], "a study compares one"),
         (["study=mask", "runs={causal:[runs/a]}"], "the study has an arm of this name"),
         (["study=mask", "runs={other:[nowhere/at/all]}"], "runs.other"),
@@ -101,7 +103,7 @@ def results(folder: Path, scores: dict[str, list[list[float]]]) -> dict[str, dic
 def summary(folder: Path, scores: dict[str, list[list[float]]], failed: dict[str, str]) -> dict[str, Any]:
     given = study("study=mask", f"run.dir={folder}")
     assert given.study is not None
-    content = summarize(given, given.study, results(folder, scores), failed)
+    content = summarize(given.study, results(folder, scores), failed, folder)
     return dict(json.loads(json.dumps(content)))
 
 
@@ -118,6 +120,16 @@ def test_the_tables(tmp_path: Path) -> None:
     assert "±" in tables.markdown(found) and "fewer" not in text.lower()
     lines = tables.latex(found).splitlines()
     assert lines[2].count("&") == lines[4].count("&") == 6 and r"VQA accuracy (\%)" in lines[2]
+
+
+def test_means_and_deviations_over_seeds_are_scipys(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(50, 20, (4, 60))
+    found = summary(tmp_path, {"blockwise_prefix": values.tolist(), "causal": (values + 1)[:3].tolist()}, {})
+    expected = scipy.stats.describe(values.mean(1))
+    baseline = found["arms"]["blockwise_prefix"]
+    assert (baseline["mean"], baseline["deviation"]) == pytest.approx((expected.mean, expected.variance**0.5))
+    causal = found["arms"]["causal"]["difference"]
+    assert causal["difference"] == pytest.approx(1) and causal["pairs"] == 3  # of the seeds that both have
 
 
 def test_two_seeds_have_no_interval_over_seeds(tmp_path: Path) -> None:

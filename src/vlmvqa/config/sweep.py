@@ -69,17 +69,15 @@ class Sweep:
         ranks.print_on_rank0(f"\njob {HydraConfig.get().job.num}: {' '.join(overrides)}")
         if self.output is not None:
             job = replace(job, values=_in_own_folder(job.values, self.output, overrides))
-        error, stopped, before = None, None, set(os.environ)
+        error, stopped = None, None
         try:
-            stopped = start(job)
+            with ranks.one_job():
+                stopped = start(job)
         except SystemExit as stop:
             error = str(stop.code)
             if ranks.world_size() > 1 or not error.startswith("error: "):
                 raise
             print(error, file=sys.stderr)
-        finally:
-            for name in set(os.environ) - before:  # of a process group that has ended
-                del os.environ[name]
         if stopped and HydraConfig.get().runtime.choices["hydra/launcher"] == "basic":  # else this process runs one job
             sys.exit(0)
         values = flatten(job.values)

@@ -1,4 +1,4 @@
-"""Reports of a plan as text, Markdown and JSON: tables of all strategies, and a recommendation with its reasons."""
+"""Format a plan as text, Markdown and JSON: tables of all strategies, a recommendation, and the time of a step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from vlmvqa.errors import counted
 from vlmvqa.extras.planning.gpus import GIB
 from vlmvqa.extras.planning.planner import CONTEXT, FRAGMENTATION, Plan, Planner, RunChoice
 from vlmvqa.extras.planning.time import StepWork, comparison, sensitivity, step_terms
+from vlmvqa.extras.report.text_tables import Table, aligned, piped
 
-Table = list[list[str]]
 Times = Sequence[tuple[str, Table]]
 SIZES = ("parameters", "gradients", "optimizer", "buffers", "activations", "logits", "temporary")
+TEXTS = ("formula", "constants", "source")  # headings of columns that hold no numbers
 HEADINGS = ("strategy", "needed", "fits", "host", "questions/s", "max rows", "with checkpointing", "peak in")
 LEGEND = f"""\
 GiB per GPU. needed: peak memory plus {FRAGMENTATION:.0%} (fragmentation) and {CONTEXT / GIB:.1f} GiB (CUDA).
@@ -52,23 +53,6 @@ assumed    {speed}, overlap {rates.overlap:.0%}, {counted(rows.questions, "quest
 def table(plans: Sequence[Plan], chosen: str) -> str:
     """Return two tables with a row per strategy, a summary and the parts; a star marks the chosen one."""
     return "\n\n".join(map(aligned, _tables(plans, chosen)))
-
-
-def aligned(rows: Table) -> str:
-    """Return a table as text, with the first column and texts to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = [any(" x " in cell or "," in cell for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, texts, strict=True)
-        lines.append("  ".join(c.ljust(w) if n == 0 or t else c.rjust(w) for n, (c, w, t) in enumerate(cells)).rstrip())
-    return "\n".join(lines)
-
-
-def piped(rows: Table) -> str:
-    """Return a table in Markdown."""
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 
 def time_tables(planner: Planner, run: RunChoice, other: tuple[str, StepWork] | None) -> list[tuple[str, Table]]:
@@ -136,7 +120,7 @@ def overrides(run: RunChoice) -> str:
 
 
 def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
-    """Return the recommended settings with their reasons, one per line."""
+    """Return the recommendation: lines with the settings to use and the reasons."""
     plan = next(plan for plan in plans if plan.strategy == chosen)
     run = RunChoice(chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
     if plan.fits:

@@ -15,6 +15,7 @@ from vlmvqa.extras.planning.gpus import gpu
 from vlmvqa.extras.planning.planner import Planner, RunChoice, Training
 from vlmvqa.extras.planning.published_sizes import Settings, known_settings
 from vlmvqa.extras.planning.time import EFFICIENCY, OVERLAP, Assumptions, StepWork
+from vlmvqa.extras.report.text_tables import aligned
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.masks import SHAREABLE
 
@@ -61,7 +62,7 @@ def plan(config: PlanConfig) -> None:
     print(f"\n{report.table(plans, chosen)}\n\n{report.recommend(planner, plans, chosen)}")
     times = step_times(config, planner, chosen, checkpointing)
     for title, rows in times:
-        print(f"\n{title}\n{report.aligned(rows)}")
+        print(f"\n{title}\n{aligned(rows, report.TEXTS)}")
     print(f"\n{report.LEGEND}")
     folder = config.run.folder
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from vlmvqa.paths import CONF, refuse_missing
 
 SIZES = ("full", "smoke")
 EQUAL = {"steps": "max_steps", "questions": "num_train_epochs"}  # and the key of `trainer` that sets it
-OURS = ("run.name", "run.dir", "run.overwrite", "resume", "seed", "hub_id")  # set for each run, or not at all
+PER_RUN = ("run.name", "run.dir", "run.overwrite", "resume", "seed", "hub_id")  # settings that runs cannot share
 
 
 def compose_arms(values: Mapping[str, Any]) -> dict[str, Job]:
@@ -82,9 +82,9 @@ def _compose(given: list[str]) -> Job:
     """Compose and check an arm, as launch/train.py does; of settings with the same key, the last one counts."""
     latest = {setting.lstrip("+").partition("=")[0]: setting for setting in given}
     job = overrides.compose(list(latest.values()), "train").jobs[0]
-    for key in OURS:
+    for key in PER_RUN:
         if key in job.given:
-            raise InputError(f"{key} cannot be set, because each run of a study has its own; leave it out")
+            raise InputError(f"{key} cannot be set in base or an arm: it is not the same in all runs; leave it out")
     if job.values["data"]["source"] == "mixture":
         raise InputError("data=mixture has several scores; a study compares one, so choose one of its datasets")
     early_checks.refuse_mistakes(job.values, "train")

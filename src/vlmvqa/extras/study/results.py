@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.compare import read_results, why_incomparable
-from vlmvqa.extras.study.settings import StudyConfig, StudySettings
-from vlmvqa.extras.study.statistics import ArmDifference, compare_arms, holm, verdicts
+from vlmvqa.extras.study.settings import StudySettings
+from vlmvqa.extras.study.statistics import compare_arms, holm, verdicts
 from vlmvqa.training.log import read_log
 
 CONTROLS = {"prior": "majority", "shuffled_images": "shuffled"}
@@ -78,16 +79,19 @@ def is_finished(folder: Path) -> bool:
 
 
 def summarize(
-    config: StudyConfig,
     study: StudySettings,
     results: Mapping[str, Mapping[str, RunResult]],
     failed: Mapping[str, str],
+    home: Path,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Return the content of `study.json`.
 
     Args:
-        results: arm -> seed (or folder, for runs from elsewhere) -> result; the baseline first.
+        results: arm -> seed -> result; runs of two arms with the same seed are a pair.
         failed: run -> error message.
+        home: the study's folder.
+        seed: of the intervals and the permutation test.
 
     Raises:
         InputError: two runs cannot be compared.
@@ -99,16 +103,13 @@ def summarize(
             raise InputError(f"{every[0].folder} and {result.folder} cannot be compared: {problem}")
     name = study.metric or every[0].metrics["metric"]
     images = {question: record["image_id"] for question, record in every[0].records.items()}
-    home = config.run.folder
     arms = {arm: _arm(name, study.arms.get(arm, ()), runs, home) for arm, runs in results.items()}
-    differences: dict[str, ArmDifference] = {}
-    pairs: dict[str, int] = {}
+    baseline, differences, pairs = results[study.baseline], {}, {}
     for arm, runs in results.items():
-        paired = _pairs(results[study.baseline], runs, arm in study.arms)
+        paired = [one for one in runs if one in baseline]
         if arm != study.baseline and paired:
-            pairs[arm] = len(paired)
-            before, after = ([result.scores(name) for result in column] for column in zip(*paired, strict=True))
-            differences[arm] = compare_arms(before, after, images, config.seed, arm)
+            before, after = ([one[pair].scores(name) for pair in paired] for one in (baseline, runs))
+            differences[arm], pairs[arm] = compare_arms(before, after, images, seed), len(paired)
     adjusted = holm({arm: one.p_permutation for arm, one in differences.items()})
     verdict = verdicts(differences)
     for arm, one in differences.items():
@@ -118,7 +119,6 @@ def summarize(
         "motivation": study.motivation,
         "baseline": study.baseline,
         "equal": study.equal,
-        "size": config.size,
         "metric": name,
         "questions": len(images),
         "images": len(set(images.values())),
@@ -126,15 +126,6 @@ def summarize(
         "arms": arms,
         "failed": dict(failed),
     }
-
-
-def _pairs(
-    baseline: Mapping[str, RunResult], runs: Mapping[str, RunResult], same_seeds: bool
-) -> list[tuple[RunResult, RunResult]]:
-    """Pair the runs of the baseline with an arm's: by seed, or in order if they come from elsewhere."""
-    if same_seeds:
-        return [(baseline[seed], runs[seed]) for seed in runs if seed in baseline]
-    return list(zip(baseline.values(), runs.values(), strict=False))
 
 
 def _arm(name: str, overrides: Sequence[str], runs: Mapping[str, RunResult], home: Path) -> dict[str, Any]:
@@ -154,10 +145,6 @@ def _arm(name: str, overrides: Sequence[str], runs: Mapping[str, RunResult], hom
         "steps": first.steps,
         "parameters": dict(first.parameters),
         "controls": controls,
-        "folders": {seed: _shown(result.folder, home) for seed, result in runs.items()},
+        "folders": {seed: os.path.relpath(result.folder, home) for seed, result in runs.items()},
         "measured": {key: fmean([result.measured[key] for result in runs.values()]) for key in first.measured},
     }
-
-
-def _shown(folder: Path, home: Path) -> str:
-    return str(folder.relative_to(home) if folder.is_relative_to(home) else folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
 import signal
 import sys
@@ -23,12 +22,12 @@ from vlmvqa import ranks
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.study import tables
 from vlmvqa.extras.study.results import RunResult, is_finished, read_run, summarize
-from vlmvqa.extras.study.settings import StudyConfig, StudyRun, StudySettings, build_runs
+from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_runs
 from vlmvqa.paths import replace_file
+from vlmvqa.training.interrupt import SIGNALS
 from vlmvqa.training.run import train
 
 RECORD = "study.yaml"  # in the study's folder: the settings of its runs
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run_study(config: StudyConfig) -> bool:
@@ -43,7 +42,7 @@ def run_study(config: StudyConfig) -> bool:
             ranks.print_on_rank0("the study continues with the same command")
             return True
     if ranks.is_first():
-        write_report(config, replace(study, arms=record["arms"]), record)
+        write_report(config, record)
     return False
 
 
@@ -102,26 +101,21 @@ def train_all(runs: Sequence[StudyRun]) -> bool:
     for done, run in enumerate(left):
         rest = f", about {_duration((time.monotonic() - began) / done * (len(left) - done))} left" if done else ""
         ranks.print_on_rank0(f"\nrun {len(runs) - len(left) + done + 1} of {len(runs)}: {run.name}{rest}")
-        error, before = None, set(os.environ)
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        try:
-            if train(run.config):
-                return True
-        except Exception as found:
-            error = str(found) if isinstance(found, InputError) else traceback.format_exc().strip()
-            if ranks.world_size() > 1:  # the others wait for this rank
-                _record_failure(run, error)
-                raise
-        finally:
-            for number, handler in handlers.items():  # a run that failed leaves its own
-                signal.signal(number, handler)
-            for name in set(os.environ) - before:  # of a process group that has ended
-                del os.environ[name]
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
-            if "torch._dynamo" in sys.modules:  # each run compiles its own blocks
-                torch._dynamo.reset()
-            gc.collect()
+        error, handlers = None, {number: signal.getsignal(number) for number in SIGNALS}
+        with ranks.one_job():
+            try:
+                if train(run.config):
+                    return True
+            except Exception as found:
+                error = str(found) if isinstance(found, InputError) else traceback.format_exc().strip()
+                if ranks.world_size() > 1:  # the others wait for this rank
+                    _record_failure(run, error)
+                    raise
+        for number, handler in handlers.items():  # a run that failed leaves its own
+            signal.signal(number, handler)
+        if "torch._dynamo" in sys.modules:  # each run compiles its own blocks
+            torch._dynamo.reset()
+        gc.collect()
         _record_failure(run, error)
     return False
 
@@ -147,31 +141,35 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
-def write_report(config: StudyConfig, study: StudySettings, record: Mapping[str, Any]) -> None:
+def write_report(config: StudyConfig, record: Mapping[str, Any]) -> None:
     """Compare the finished runs; write `study.json`, `study.md` and `study.tex`, and print the table.
 
     Args:
         record: the settings of all runs (`open_record`).
 
     Raises:
-        InputError: the baseline has no finished run.
+        InputError: the baseline has no finished run, or fewer than there are runs of an arm from elsewhere.
     """
-    results: dict[str, dict[str, RunResult]] = {study.baseline: {}, **{name: {} for name in record["arms"]}}
+    assert config.study is not None, "checked by build_runs"
+    folder, study = config.run.folder, replace(config.study, arms=record["arms"])
+    results: dict[str, dict[str, RunResult]] = {study.baseline: {}}
     failed = {}
     for name, seed in product(record["arms"], record["seeds"]):
-        run = config.run.folder / name / f"seed-{seed}"
+        run = folder / name / f"seed-{seed}"
         if is_finished(run):
-            results[name][str(seed)] = read_run(run)
+            results.setdefault(name, {})[str(seed)] = read_run(run)
         else:
             lines = failure(run).read_text(encoding="utf-8").splitlines() if failure(run).is_file() else []
             failed[f"{name}/seed-{seed}"] = lines[-1] if lines else "not finished"
+    seeds = list(results[study.baseline])
+    if not seeds:
+        raise InputError(f"no run of the baseline {study.baseline} is finished in {folder}; train it first")
     for name, folders in config.runs.items():
-        results[name] = {folder: read_run(Path(folder).expanduser()) for folder in folders}
-    if not results[study.baseline]:
-        raise InputError(f"no run of the baseline {study.baseline} is finished in {config.run.folder}; train it first")
-    config = replace(config, size=record["size"])
-    found = summarize(config, study, {name: one for name, one in results.items() if one}, failed)
-    folder = config.run.folder
+        if len(folders) > len(seeds):
+            raise InputError(f"runs.{name} has {len(folders)} runs, the baseline {len(seeds)}; train more of its seeds")
+        runs = (read_run(Path(one).expanduser()) for one in folders)
+        results[name] = dict(zip(seeds, runs, strict=False))
+    found = {**summarize(study, results, failed, folder, config.seed), "size": record["size"]}
     replace_file(folder / "study.json", json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     replace_file(folder / "study.md", tables.markdown(found))
     replace_file(folder / "study.tex", tables.latex(found))

@@ -21,13 +21,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
 
-from vlmvqa.errors import InputError, counted
+from vlmvqa.errors import InputError
 from vlmvqa.inference import bootstrap
 from vlmvqa.inference.bootstrap import Floats
 
@@ -39,21 +39,10 @@ Numbers = float | Floats
 
 
 @dataclass(frozen=True, slots=True)
-class ArmSummary:
-    """An arm's mean score over seeds and the seeds' standard deviation, None for one seed."""
-
-    mean: float
-    deviation: float | None
-    seeds: int
-
-
-@dataclass(frozen=True, slots=True)
 class ArmDifference:
     """Difference of an arm to the baseline on the same questions: the arm's mean minus the baseline's.
 
     Attributes:
-        baseline: the baseline over its seeds.
-        arm: the arm over its seeds.
         difference: mean over seeds.
         interval: 95 % interval over seeds and images; None with fewer than three seeds.
         degrees: degrees of freedom of `interval`.
@@ -65,8 +54,6 @@ class ArmDifference:
             fewer than three seeds of `image_interval`, conditional on these seeds.
     """
 
-    baseline: ArmSummary
-    arm: ArmSummary
     difference: float
     interval: tuple[float, float] | None
     degrees: float | None
@@ -138,42 +125,27 @@ class Variances:
         return np.divide(self.seeds, total, out=np.zeros_like(total), where=total > 0)
 
 
-def summarize(runs: Sequence[Scores]) -> ArmSummary:
-    """Return the mean and standard deviation over seeds.
-
-    Args:
-        runs: scores by question of each seed.
-    """
-    means = [fmean(scores.values()) for scores in runs]
-    return ArmSummary(fmean(means), stdev(means) if len(means) > 1 else None, len(means))
-
-
 def compare_arms(
-    baseline: Sequence[Scores],
-    arm: Sequence[Scores],
-    images: Mapping[Any, Hashable],
-    seed: int = 0,
-    name: str = "the arm",
+    baseline: Sequence[Scores], arm: Sequence[Scores], images: Mapping[Any, Hashable], seed: int = 0
 ) -> ArmDifference:
     """Compare an arm with the baseline.
 
     Args:
         baseline: scores by question of each seed.
-        arm: the same for the arm; its seeds are paired with the baseline's in order.
+        arm: the same for the arm, for the same questions; its seeds are paired with the baseline's in order.
         images: image by question.
         seed: of the resamples and permutations.
-        name: of the arm, for error messages.
 
     Raises:
-        InputError: unequal numbers of seeds, different questions, or fewer than two images.
+        InputError: fewer than two images.
     """
-    _check(baseline, arm, images, name)
     # Exchanging the arms of an image jointly over seeds exchanges their mean scores over seeds.
     first, second = (
         {question: fmean(scores[question] for scores in runs) for question in runs[0]} for runs in (baseline, arm)
     )
     of_images = bootstrap.compare(first, second, images, seed)
-    assert of_images is not None  # there are two images
+    if of_images is None:
+        raise InputError("a study needs scores on two images or more; score the runs on more of the split")
     difference = of_images.difference.mean
     by_seed = [
         bootstrap.by_image({question: after[question] - before[question] for question in before}, images)
@@ -191,8 +163,6 @@ def compare_arms(
         p_value = float(variances.p_value(difference))
         detectable = detectable_difference(variances)
     return ArmDifference(
-        baseline=summarize(baseline),
-        arm=summarize(arm),
         difference=difference,
         interval=interval,
         degrees=degrees,
@@ -247,22 +217,3 @@ def detectable_difference(variances: Variances) -> float:
         return 0.0
     # 100 standard errors: with three seeds it is about 5.
     return scale * float(optimize.brentq(lambda times: power(times * scale, variances) - POWER, 0, 100, xtol=1e-4))
-
-
-def _check(baseline: Sequence[Scores], arm: Sequence[Scores], images: Mapping[Any, Hashable], name: str) -> None:
-    """Raise InputError if the runs cannot be compared."""
-    if not baseline or len(baseline) != len(arm):
-        seeds = f"{counted(len(arm), 'seed')} and the baseline {len(baseline)}"
-        raise InputError(f"{name} has {seeds}; train both with the same seeds, at least one")
-    for kind, runs in (("the baseline", baseline), (name, arm)):
-        for number, scores in enumerate(runs):
-            different = sorted(scores.keys() ^ baseline[0].keys(), key=repr)
-            if different:
-                count = f"{counted(len(different), 'question')} ({different[0]}...)"
-                where = f"seed {number} of {kind} and seed 0 of the baseline"
-                raise InputError(f"{where} differ by {count}; score all runs on the same split and slice")
-    without = [question for question in baseline[0] if question not in images]
-    if without:
-        raise InputError(f"question {without[0]} of the baseline has no image; pass the images of all questions")
-    if len({images[question] for question in baseline[0]}) < 2:
-        raise InputError(f"{name} is scored on fewer than two images; score it on more of the split")

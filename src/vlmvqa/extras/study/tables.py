@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from vlmvqa.errors import counted
+from vlmvqa.extras.report.text_tables import aligned, piped
 from vlmvqa.metrics.registry import metric
 
 Record = Mapping[str, Any]
@@ -79,12 +80,12 @@ def notes(found: Record) -> list[str]:
 def text(found: Record) -> str:
     """Return the tables and notes for the terminal."""
     below = "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in notes(found))
-    return "\n\n".join([_aligned(comparison(found)), _aligned(costs(found)), below])
+    return "\n\n".join([aligned(comparison(found)), aligned(costs(found)), below])
 
 
 def markdown(found: Record) -> str:
     """Return a page with motivation, tables, notes, and published findings."""
-    parts = [f"# {found['title']}", found["motivation"], _piped(comparison(found)), _piped(costs(found))]
+    parts = [f"# {found['title']}", found["motivation"], piped(comparison(found)), piped(costs(found))]
     parts.append("\n".join(f"- {line}" for line in notes(found)))
     if found["published"]:
         listed = [f"- {one['finding']} ({one['source']})" for one in found["published"]]
@@ -110,17 +111,3 @@ def latex(found: Record) -> str:
 
 def _escaped(cell: str) -> str:
     return "".join(LATEX.get(character, character) for character in cell)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for first, *rest in rows:
-        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
-        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
-    return "\n".join(lines)
-
-
-def _piped(rows: Sequence[Sequence[str]]) -> str:
-    head, *rest = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *rest])
