@@ -9,6 +9,8 @@ block mask       operators for FlexAttention's masks of global and local layers,
                  tokens; the fastest of several)
 decode step      operators that add a token to every open question, and kernels: operators that are no views
 forward, backward   operators of a training step under bf16 autocast, without the optimizer
+residual stream  error of the language model's gradients under bf16 autocast, relative to fp32, with the residual stream
+                 in fp32 (as autocast keeps it) and in bf16; width 256, the mean of three random models
 padding          percent of token positions that are padding, one image per row at VQAv2's lengths, by rows per
                  micro-batch and micro-batches of a step; data.length_window is 1 by default
 
@@ -23,6 +25,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,12 +91,12 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def build_model() -> VLM:
-    torch.manual_seed(0)
+def build_model(seed: int = 0, **gemma: int) -> VLM:
+    torch.manual_seed(seed)
     return build(
         ModelSettings(
             vision=VisionSettings(image_size=IMAGE_SIZE, weights="random", overrides=VISION),
-            language=LanguageSettings(name="gemma2", weights="random", overrides=GEMMA),
+            language=LanguageSettings(name="gemma2", weights="random", overrides={**GEMMA, **gemma}),
         )
     )
 
@@ -110,11 +113,27 @@ def examples(questions: int = 3, images: int = 4) -> list[Example]:
     ]
 
 
-def make_trainer(model: VLM, folder: str) -> VqaTrainer:
-    given = examples()
+def make_processor(model: VLM, given: Sequence[Example]) -> Processor:
     images = ImageSettings(IMAGE_SIZE, (0.5,) * 3, (0.5,) * 3)
     tokenizer = train_tokenizer(given, VOCABULARY)
-    processor = Processor(tokenizer, images, model.vision.num_image_tokens, model.attention_pattern)
+    return Processor(tokenizer, images, model.vision.num_image_tokens, model.attention_pattern)
+
+
+def make_batch(
+    model: VLM, rows: Sequence[Sequence[Example]], multiple: int = 8, answers: bool = False
+) -> dict[str, Tensor]:
+    """Return a batch of rows of examples, padded to a multiple."""
+    processor = make_processor(model, [example for row in rows for example in row])
+    encoded = [
+        [processor.encode(example, [one.target if answers else None for one in example.questions]) for example in row]
+        for row in rows
+    ]
+    return processor.collate(encoded, multiple)
+
+
+def make_trainer(model: VLM, folder: str) -> VqaTrainer:
+    given = examples()
+    processor = make_processor(model, given)
     arguments = TrainingArguments(
         output_dir=folder,
         use_cpu=True,
@@ -152,20 +171,14 @@ def training(found: dict[str, float]) -> None:
 def decoding(found: dict[str, float]) -> None:
     """Count the operators of a decode step, and those of the block masks."""
     model = build_model().eval()
-    given = examples()
-    images = ImageSettings(IMAGE_SIZE, (0.5,) * 3, (0.5,) * 3)
-    tokenizer = train_tokenizer(given, VOCABULARY)
-    processor = Processor(tokenizer, images, model.vision.num_image_tokens, model.attention_pattern)
-    asked = processor.collate([[processor.encode(example, [None] * len(example.questions))] for example in given])
     with torch.no_grad():
-        questions = OpenQuestions(model, asked)
+        questions = OpenQuestions(model, make_batch(model, [[example] for example in examples()]))
         questions.step(torch.full((len(questions), 1), 5))
         with Counted() as step:
             questions.step(torch.full((len(questions), 1), 5))
     found["operators of a decode step"] = step.operators.total()
     found["kernels of a decode step"] = step.kernels
-    row = [processor.encode(example, [None] * len(example.questions)) for example in examples(images=30)]
-    tokens = model.tokens(processor.collate([row], 1152))
+    tokens = model.tokens(make_batch(model, [examples(images=30)], multiple=1152))
     assert tokens.position.shape == (1, 1152)
     with Counted() as both:
         for window in (None, 512):
@@ -178,6 +191,32 @@ def _milliseconds(tokens: masks.Tokens) -> float:
     begin = time.perf_counter()
     masks.block_mask(tokens, 512)
     return 1000 * (time.perf_counter() - begin)
+
+
+def precision(found: dict[str, float]) -> None:
+    """Compute the error of gradients with the residual stream in fp32 and in bf16."""
+    errors = torch.tensor([_gradient_errors(seed) for seed in range(3)]).mean(0)
+    found["gradient error, residual stream in fp32, %"], found["gradient error, residual stream in bf16, %"] = (
+        100 * errors
+    ).tolist()
+
+
+def _gradient_errors(seed: int) -> list[float]:
+    gradients = []
+    for autocast, residual in ((False, torch.float32), (True, torch.float32), (True, torch.bfloat16)):
+        model = build_model(seed, hidden_size=256, intermediate_size=512, num_attention_heads=8, head_dim=32).train()
+        batch = make_batch(model, [[example] for example in examples()], answers=True)
+        model.language.register_forward_pre_hook(partial(_cast_embeddings, residual))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            model(**batch)["loss"].backward()
+        weights = model.part("language").parameters
+        gradients.append(torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]))
+    exact, *others = gradients
+    return [float((other - exact).norm() / exact.norm()) for other in others]
+
+
+def _cast_embeddings(dtype: torch.dtype, module: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (given[0].to(dtype), *given[1:])
 
 
 def padding(found: dict[str, float]) -> None:
@@ -204,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     readable, language._is_readable = language._is_readable, lambda column: False
     found: dict[str, float] = {}
     try:
-        for measure in (training, decoding, padding):
+        for measure in (training, decoding, precision, padding):
             measure(found)
     finally:
         language._is_readable = readable

@@ -97,17 +97,28 @@ def refuse(r: RunRequest) -> None:
 
 def run_conflicts(r: RunRequest) -> Conflicts:
     """Return the conflicts of optimizer, strategy, precision, data and loss."""
-    strategy, is_zero, fp16, bf16 = r.dist.strategy, r.dist.is_zero, r.trainer.get("fp16"), r.trainer.get("bf16")
-    precision = "bf16" if bf16 else "fp16" if fp16 else "no"
     optim = optimizer_for(r.trainer.get("optim", "adamw_torch"), r.dist)
+    backend, mode = r.trainer.get("torch_compile_backend"), r.trainer.get("torch_compile_mode")
+    return [
+        *_optimizer_conflicts(r, optim),
+        *_strategy_conflicts(r, optim),
+        *_compile_conflicts(backend, mode),
+        *_precision_conflicts(r),
+        (
+            r.cached and r.trained_vision != "none",
+            f"trainable.vision={r.trained_vision}: an encoder whose output is cached cannot train; set "
+            "trainable.vision=none, or leave data.feature_cache out",
+        ),
+        (
+            r.trainer.get("average_tokens_across_devices") is False,
+            "trainer.average_tokens_across_devices=false would weigh ranks equally, not tokens; leave it out",
+        ),
+    ]
+
+
+def _optimizer_conflicts(r: RunRequest, optim: str) -> Conflicts:
     package, _, extra = CLASSES.get(optim, ("", "", None))
     return [
-        (
-            r.accelerate_precision not in ("no", precision),
-            f"accelerate's config file sets {r.accelerate_precision}, the run sets {precision}; add "
-            f"trainer.{r.accelerate_precision}=true",
-        ),
-        # ---- optimizers
         (
             optim not in CLASSES,
             f"trainer.optim={optim} has no states that every strategy can save; use one of {', '.join(OPTIMIZERS)}"
@@ -122,10 +133,15 @@ def run_conflicts(r: RunRequest) -> Conflicts:
             f"trainer.optim={optim}: paged states need CUDA, so it needs a GPU; use adamw_bnb_8bit or adamw_torch",
         ),
         (
-            optim.startswith("paged") and strategy == "fsdp",
+            optim.startswith("paged") and r.dist.strategy == "fsdp",
             f"trainer.optim={optim} cannot step on FSDP2's shards; use adamw_torch_8bit, or dist=fsdp_offload",
         ),
-        # ---- strategies
+    ]
+
+
+def _strategy_conflicts(r: RunRequest, optim: str) -> Conflicts:
+    strategy, is_zero = r.dist.strategy, r.dist.is_zero
+    return [
         (
             strategy != "fsdp" and r.dist.reduce_dtype != "float32",
             f"dist.reduce_dtype={r.dist.reduce_dtype} is for fsdp, not for {strategy}; leave it out, or use dist=fsdp",
@@ -151,11 +167,21 @@ def run_conflicts(r: RunRequest) -> Conflicts:
             "trainer.use_cpu=true: DeepSpeed uses a GPU if there is one; hide it with CUDA_VISIBLE_DEVICES=, or "
             f"use dist=ddp instead of {strategy}",
         ),
-        *_compile_conflicts(r.trainer.get("torch_compile_backend"), r.trainer.get("torch_compile_mode")),
-        # ---- precision
+    ]
+
+
+def _precision_conflicts(r: RunRequest) -> Conflicts:
+    fp16, bf16 = r.trainer.get("fp16"), r.trainer.get("bf16")
+    precision = "bf16" if bf16 else "fp16" if fp16 else "no"
+    return [
+        (
+            r.accelerate_precision not in ("no", precision),
+            f"accelerate's config file sets {r.accelerate_precision}, the run sets {precision}; add "
+            f"trainer.{r.accelerate_precision}=true",
+        ),
         (fp16 and not r.gpu, "trainer.fp16=true needs a GPU; use trainer.bf16=true or neither on the CPU"),
         (
-            fp16 and strategy == "fsdp",
+            fp16 and r.dist.strategy == "fsdp",
             "trainer.fp16=true does not work under dist=fsdp; use trainer.bf16=true, or dist=zero2 without it",
         ),
         (
@@ -163,22 +189,12 @@ def run_conflicts(r: RunRequest) -> Conflicts:
             "trainer.bf16=true: this card does not compute in bfloat16; use trainer.fp16=true under dist=ddp or zero2",
         ),
         (
-            r.model.dtype != "float32" and is_zero and not bf16,
-            f"model.dtype={r.model.dtype} under {strategy} needs trainer.bf16=true",
+            r.model.dtype != "float32" and r.dist.is_zero and not bf16,
+            f"model.dtype={r.model.dtype} under {r.dist.strategy} needs trainer.bf16=true",
         ),
         (
             r.model.dtype == "float16" and r.adapt is None,
             "model.dtype=float16: weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)",
-        ),
-        # ---- data and loss
-        (
-            r.cached and r.trained_vision != "none",
-            f"trainable.vision={r.trained_vision}: an encoder whose output is cached cannot train; set "
-            "trainable.vision=none, or leave data.feature_cache out",
-        ),
-        (
-            r.trainer.get("average_tokens_across_devices") is False,
-            "trainer.average_tokens_across_devices=false would weigh ranks equally, not tokens; leave it out",
         ),
     ]
 

@@ -134,12 +134,8 @@ def write(
         index = {"key": key, "shape": shape, "ids": ids, "samples": sample_checksums(list(images.values()))}
         _write_index(folder, index, skipped)
         todo = [(row, images[image]) for row, image in enumerate(ids) if image not in encoded]
-        loaded = DataLoader(
-            _Images(todo, load_image, vision.image_size),
-            batch_size,
-            num_workers=workers,
-            pin_memory=next(vision.parameters()).is_cuda,
-        )
+        pixels, pin = _Images(todo, load_image, vision.image_size), next(vision.parameters()).is_cuda
+        loaded = DataLoader(pixels, batch_size, num_workers=workers, pin_memory=pin)
         with bar(doing="encoding", unit="images", total=len(ids), initial=len(encoded)) as count:
             for rows, features, errors in _encoded(vision, loaded, ids, key["dtype"]):
                 unreadable = {ids[row]: why for row, why in zip(rows, errors, strict=True) if why}

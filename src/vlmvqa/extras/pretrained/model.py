@@ -23,7 +23,6 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
-    LogitsProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -32,8 +31,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.extras.pretrained.sampling import SamplingProcessor
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, loading_bar, unread
-from vlmvqa.models.generation import choose_tokens, random_streams
 from vlmvqa.models.interface import DTYPES, PARTS, Generated, GenerationSettings, Model, Part
 from vlmvqa.models.language import final_logits, recompute_activations, refuse_unknown_head
 from vlmvqa.sequence.loss import divide_loss, supervised_loss
@@ -263,7 +262,7 @@ class PretrainedVLM(Model):
         batch: Batch,
         eos: Collection[int],
         decoding: GenerationSettings,
-        sampling: LogitsProcessor | None = None,
+        sampling: SamplingProcessor | None = None,
     ) -> tuple[list[tuple[list[int], int]], list[float]]:
         """Call transformers' `generate`: tokens are chosen by `sampling`, or by beam search.
 
@@ -314,26 +313,6 @@ class PretrainedVLM(Model):
     def save_extras(self, folder: Path) -> None:
         """Write the published generation config."""
         self.net.generation_config.save_pretrained(folder)
-
-
-class SamplingProcessor(LogitsProcessor):  # type: ignore[misc] # transformers is not analysed
-    """Chooses each row's next token as `generation.choose_tokens` does, and sums the log-probabilities."""
-
-    def __init__(
-        self, decoding: GenerationSettings, eos: list[int], keys: Sequence[int | str], device: torch.device
-    ) -> None:
-        self.decoding, self.streams = decoding, random_streams(decoding, keys)
-        self.ends = torch.tensor(eos, device=device)
-        self.total = torch.zeros(len(keys), device=device)
-        self.open = torch.ones(len(keys), dtype=torch.bool, device=device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Set the scores of all tokens but the chosen one to minus infinity."""
-        uniform = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64, device=scores.device)
-        chosen, log_prob = choose_tokens(scores.float().log_softmax(-1), uniform, self.decoding.temperature)
-        self.total += log_prob * self.open
-        self.open &= ~torch.isin(chosen, self.ends)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
 def attention_pattern_of(config: PreTrainedConfig) -> str:

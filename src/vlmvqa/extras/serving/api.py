@@ -93,7 +93,7 @@ def _answers(batcher: Batcher) -> APIRouter:
 
 
 def _page(info: openapi.Info, run: browse.Run | None, examples: Sequence[bytes]) -> APIRouter:
-    """Return the routes of the page, of what it reads, and of the schema."""
+    """Return the routes that serve the page, the data that it shows, and the OpenAPI schema."""
     router = APIRouter()
 
     @router.get("/info", summary="Return the models, limits, examples and the browsed run's question types")
