@@ -32,6 +32,7 @@ class RunRequest:
     Attributes:
         trainer: the `trainer` group.
         questions_per_row, row_tokens: `data.questions_per_row` and `data.row_tokens`.
+        copy_images: `copy_images`.
         cached: whether the encoder's output is cached (`data.feature_cache`).
         trained_vision: `trainable.vision`.
         gpu: whether the run trains on a GPU.
@@ -46,6 +47,7 @@ class RunRequest:
     model: AnyModelSettings
     questions_per_row: int | None = None
     row_tokens: int | None = None
+    copy_images: bool = False
     cached: bool = False
     trained_vision: str = "all"
     gpu: bool = False
@@ -70,6 +72,7 @@ def check(config: TrainConfig, dist: DistSettings) -> None:
             config.model,
             config.data.questions_per_row,
             config.data.row_tokens,
+            config.copy_images,
             config.data.feature_cache is not None,
             str(config.trainable["vision"]),
             gpu,
@@ -239,7 +242,7 @@ def model_conflicts(r: RunRequest) -> Conflicts:
             "model.language.loss=fused needs cut-cross-entropy; install it with: pip install 'vlmvqa[fused]'",
         ),
         (
-            pattern not in SHAREABLE and r.questions_per_row not in (None, 1),
+            pattern not in SHAREABLE and not r.copy_images and r.questions_per_row not in (None, 1),
             f"model.attention_pattern={pattern} lets the image see its question, so "
             f"data.questions_per_row={r.questions_per_row} questions cannot share one; set "
             "data.questions_per_row=1, or model.attention_pattern=blockwise_prefix",

@@ -188,6 +188,7 @@ class TrainConfig:
     attributions: int = 0
     trainable: Mapping[str, str | int] = field(default_factory=dict)
     learning_rates: Mapping[str, float | None] = field(default_factory=dict)
+    copy_images: bool = False
     loss_weighting: str = "token"
     clip_percentile: int | None = None
     given: frozenset[str] = frozenset()

@@ -57,6 +57,8 @@ class RowSettings:
         seed: seed of the row order and of sampled answers.
         row_tokens: rows are packed with documents up to this many tokens (`packing.py`); None: one document per row.
         questions_per_row: limit on the questions of one document; None: all questions of the image that fit.
+        copy_images: each question of a document gets its own copy of the image. Rows hold the same questions in the
+            same order as without, and are longer: `row_tokens` counts each image once.
         length_window: see `Packing.plan`.
         loss_weighting: loss weight of each supervised token (`WEIGHTINGS`).
     """
@@ -65,6 +67,7 @@ class RowSettings:
     seed: int = 0
     row_tokens: int | None = None
     questions_per_row: int | None = None
+    copy_images: bool = False
     length_window: int = 1
     loss_weighting: str = "token"
 
@@ -126,10 +129,9 @@ class TrainDataset(Dataset[list[Document]]):
 
     def __getitem__(self, index: int) -> list[Document]:
         if index >= len(self.packing):
-            return [self._unsupervised(index % len(self.documents))]
+            return self._unsupervised(index % len(self.documents))
         numbers = self._plan()[index]
-        encoded = [self._encode(number) for number in numbers]
-        return [document for document in encoded if document is not None] or [self._unsupervised(numbers[0])]
+        return [document for number in numbers for document in self._encode(number)] or self._unsupervised(numbers[0])
 
     def _plan(self) -> Plan:
         epoch = int(self.epoch)
@@ -207,8 +209,8 @@ class TrainDataset(Dataset[list[Document]]):
         generator = random.Random(f"{self.settings.seed}-{int(self.epoch)}-{question.id}")
         return generator.choice(self._possible_answers(question))
 
-    def _encode(self, number: int, supervised: bool = True) -> Document | None:
-        """Return a document, or None if its image cannot be read and is skipped."""
+    def _encode(self, number: int, supervised: bool = True) -> list[Document]:
+        """Return a document, or its questions as documents; nothing if its image cannot be read and is skipped."""
         index, first, end = self.documents[number]
         example = self.examples[index]
         try:
@@ -216,21 +218,23 @@ class TrainDataset(Dataset[list[Document]]):
             image = self.processor.load_image(example) if features is None else features[example.image_id]
         except InputError as error:
             self.bad_records.add_error(error)
-            return None
+            return []
         weigh = WEIGHTINGS[self.settings.loss_weighting]
         questions = []
         for question in example.questions[first:end]:
             tokens = self.processor.tokenize(question, self._answer(question) if supervised else None)
             weight = weigh(len(tokens.answer), len(example.questions)) if supervised else 0.0
             questions.append(replace(tokens, weight=weight))
-        return Document(image, questions)
+        if self.settings.copy_images:
+            return [Document(image, [question]) for question in questions]
+        return [Document(image, questions)]
 
-    def _unsupervised(self, number: int) -> Document:
+    def _unsupervised(self, number: int) -> list[Document]:
         """Return the first document from `number` on whose image can be read, without supervised tokens."""
         for offset in range(len(self.documents)):
-            document = self._encode((number + offset) % len(self.documents), supervised=False)
-            if document is not None:
-                return document
+            found = self._encode((number + offset) % len(self.documents), supervised=False)
+            if found:
+                return found
         raise InputError("no training example could be read; see the listing of skipped records")
 
 

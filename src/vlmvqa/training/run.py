@@ -284,9 +284,14 @@ def training_set(
         from vlmvqa.extras.feature_cache.training import open_features
 
         features = open_features(data, trained, examples)
-    questions_per_row = data.questions_per_row if trained.model.shares_images else 1
     settings = RowSettings(
-        data.target, config.seed, data.row_tokens, questions_per_row, data.length_window, config.loss_weighting
+        data.target,
+        config.seed,
+        data.row_tokens,
+        data.questions_per_row if trained.model.shares_images or config.copy_images else 1,
+        config.copy_images,
+        data.length_window,
+        config.loss_weighting,
     )
     repeats = [task.weight for task in tasks for _ in task.train]
     with ranks.local_main_first():  # texts are tokenized at first use

@@ -20,6 +20,7 @@ def conflicts(r: RunRequest) -> Conflicts:
             r.row_tokens is not None,
             f"data.row_tokens={r.row_tokens}: rows of {name} are not packed; set data.row_tokens=null",
         ),
+        (r.copy_images, f"copy_images=true: rows of {name} already hold one question each; leave it out"),
         (r.static_cache, f"decoding.static_cache=true is not supported for {name}; set it to false"),
         (r.cached, f"data.feature_cache: cached features are not supported for {name}; leave data.feature_cache out"),
     ]
