@@ -190,6 +190,7 @@ def test_a_random_base_is_kept_beside_its_adapters(shapes: str, tmp_path: Path) 
         (("adapt.rank=0",), "rank must be at least 1"),
         (("adapt.method=loha",), "adapt.method=loha is unknown"),
         (("data.row_tokens=224",), "data.row_tokens=224: rows of"),
+        (("copy_images=true",), "already hold one question each; leave it out"),
         (("data.questions_per_row=4",), "takes one question per row, and data.questions_per_row=4"),
     ],
 )

@@ -76,6 +76,7 @@ def test_what_cannot_work_is_refused(given: RunRequest, said: str) -> None:
         asked("zero2", fp16=True, gpu=True),
         asked(attention="flex", gpu=True),
         asked(attention_pattern="prefix_lm", questions_per_row=1),
+        asked(attention_pattern="prefix_lm", questions_per_row=4, copy_images=True),
         asked(attention_pattern="causal", questions_per_row=4),
         asked(cached=True, trained_vision="none"),
     ],

@@ -14,7 +14,7 @@ from tests.configs import config
 from vlmvqa.errors import InputError
 from vlmvqa.extras.study import tables
 from vlmvqa.extras.study.results import RunResult, summarize
-from vlmvqa.extras.study.settings import StudyConfig, build_runs
+from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_arms, study_runs
 from vlmvqa.paths import CONF
 
 STUDIES = sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
@@ -22,6 +22,10 @@ STUDIES = sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
 
 def study(*given: str) -> StudyConfig:
     return config(StudyConfig, "study", *given)
+
+
+def build_runs(found: StudyConfig) -> list[StudyRun]:
+    return study_runs(found, build_arms(found))
 
 
 @pytest.mark.parametrize(("name", "size"), [*((name, "full") for name in STUDIES), ("mask", "smoke")])
@@ -53,7 +57,7 @@ def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
         (["study=mask", "study.equal=steps"], "study.equal=steps sets the length by trainer.max_steps"),
         (["study=mask", "study.equal=time"], "study.equal=time is unknown"),
         (["study=mask", "study.arms.causal=['trainer.num_train_epochs=2']"], "needs the same trainer.num_train_epochs"),
-        (["study=mask", "study.arms.causal=['model.projector.kidn=mlp']"], "1 of 4 arms cannot run: causal: "),
+        (["study=mask", "study.arms.causal=['model.projector.kidn=mlp']"], "1 of 7 arms cannot run: causal: "),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(given: list[str], sentence: str) -> None:
@@ -95,7 +99,8 @@ def results(folder: Path, scores: dict[str, list[list[float]]]) -> dict[str, dic
                 "controls": {"prior": {"overall": 30.0}},
             }
             part = folder / arm / f"seed-{seed}"
-            run = RunResult(part, metrics, records, 100, {"trained": 5, "total": 9}, {"questions_per_second": 70.0})
+            numbers, measured = {"trained": 5, "total": 9}, {"questions_per_second": 70.0}
+            run = RunResult(part, metrics, records, 100, "cosine, rate 0.001", numbers, measured)
             found.setdefault(arm, {})[str(seed)] = run
     return found
 
@@ -115,7 +120,13 @@ def test_the_tables(tmp_path: Path) -> None:
     assert found["arms"]["causal"]["folders"]["2"] == "causal/seed-2"
     text = tables.text(found)
     assert max(map(len, text.splitlines())) <= 100
-    for part in ("-50.00", "causal: worse", "image_prefix: no difference detected", "prefix_lm/seed-0 failed or is"):
+    for part in (
+        "-50.00",
+        "causal: worse",
+        "image_prefix: no difference detected",
+        "prefix_lm/seed-0 failed or is",
+        "all arms: cosine",
+    ):
         assert part in text
     assert "±" in tables.markdown(found) and "fewer" not in text.lower()
     lines = tables.latex(found).splitlines()

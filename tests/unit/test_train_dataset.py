@@ -47,7 +47,11 @@ def supervised(rows: list[list[Document]]) -> Counter[tuple[float, tuple[int, ..
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"row_tokens": 64}, {"row_tokens": 200}, {"questions_per_row": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"row_tokens": 64}, {"row_tokens": 200}, {"questions_per_row": 2}, {"row_tokens": 200, "copy_images": True}],
+    ids=str,
+)
 def test_an_epoch_trains_on_every_question_once(tokenizer: PreTrainedTokenizerFast, options: dict[str, int]) -> None:
     """For every way of packing and every step size; the last step is padded with unsupervised rows."""
     alone = dataset(tokenizer, many(), questions_per_row=1)
@@ -64,6 +68,19 @@ def test_an_epoch_trains_on_every_question_once(tokenizer: PreTrainedTokenizerFa
             assert all(encoded)  # under FSDP every rank needs an image in every row
 
 
+def test_copies_of_images_are_in_the_same_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each question has its own image, and the rows of every epoch are those without copies."""
+    shared, copied = (dataset(tokenizer, many(), row_tokens=120, copy_images=copy) for copy in (False, True))
+    for rows in (shared, copied):
+        rows.set_step_rows(3)
+        rows.set_epoch(1)
+    assert all(len(document.questions) == 1 for n in range(len(copied)) for document in copied[n])
+    assert max(len(document.questions) for n in range(len(shared)) for document in shared[n]) > 1
+    assert [supervised([shared[n]]) for n in range(len(shared))] == [
+        supervised([copied[n]]) for n in range(len(copied))
+    ]
+
+
 def test_rows_are_filled_up_to_their_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     make = processor(tokenizer)
     rows = dataset(tokenizer, many(), row_tokens=200)
@@ -75,11 +92,11 @@ def test_rows_are_filled_up_to_their_tokens(tokenizer: PreTrainedTokenizerFast) 
 
 @pytest.mark.parametrize("weighting", ["token", "question_sqrt"])
 def test_a_packed_epoch_is_the_same_loss_and_gradients(tokenizer: PreTrainedTokenizerFast, weighting: str) -> None:
-    """With one question per row, one image per row and packed rows, and unsupervised rows at the end."""
+    """With one question per row, one image per row, packed rows, copies of images; unsupervised rows at the end."""
     vlm = tiny.model(vocab_size=400)
     make = replace(processor(tokenizer), num_image_tokens=vlm.vision.num_image_tokens)
     found = []
-    for options in ({"questions_per_row": 1}, {}, {"row_tokens": 150}):
+    for options in ({"questions_per_row": 1}, {}, {"row_tokens": 150}, {"row_tokens": 150, "copy_images": True}):
         rows = TrainDataset(many(), make, RowSettings(loss_weighting=weighting, **options), BadRecords())
         rows.set_step_rows(8)
         vlm.zero_grad()

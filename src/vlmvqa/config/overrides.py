@@ -26,7 +26,7 @@ from vlmvqa.paths import CONF
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
 OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs")
 # Keys that may be given several times, by config; their values are taken literally, quotes included.
-REPEATABLE = {"predict": ("image", "question"), "study": ("base",)}
+REPEATABLE = {"predict": ("image", "question"), "study": ("base",), "plan": ("base",)}
 # Options with which Hydra prints something in place of running a job.
 PRINTS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version")
 

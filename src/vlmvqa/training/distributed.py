@@ -34,7 +34,7 @@ from vlmvqa.ranks import ACCELERATES
 def start(settings: DistSettings, cpu: bool) -> None:
     """Join the process group described by the launcher's environment.
 
-    Without a launcher, create a group of one process if the strategy needs a group.
+    Without a launcher, create a group of one process if the strategy needs a group. Does nothing in a group.
 
     Args:
         cpu: train on the CPU although there is a GPU.
@@ -42,6 +42,8 @@ def start(settings: DistSettings, cpu: bool) -> None:
     Raises:
         InputError: more processes than GPUs were started on this machine, or not all ranks appeared.
     """
+    if dist.is_initialized():
+        return
     if "RANK" not in os.environ:
         if settings.strategy == "ddp":
             return

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from vlmvqa import ranks
 from vlmvqa.config import compatibility
@@ -26,7 +26,7 @@ from vlmvqa.models.interface import Model, set_trainable
 from vlmvqa.models.trained_model import TrainedModel, build_model, load_model
 from vlmvqa.training.checkpoint_state import full_weights, num_elements, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
-from vlmvqa.training.log import SAMPLES, parts_table, truncate
+from vlmvqa.training.log import SAMPLES, ProgressBar, parts_table, truncate
 from vlmvqa.training.optimizer import optimizer_for
 from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
@@ -46,6 +46,7 @@ class Session:
         tasks: the training and evaluation data.
         bad_records: policy and list of unusable records.
         tracking: the loggers and sample answers (`extras/loggers`); None if the config enables neither.
+        callbacks: further callbacks of the Trainer; a `ProgressBar` replaces the run's own.
     """
 
     config: TrainConfig
@@ -54,6 +55,7 @@ class Session:
     tasks: list[Task]
     bad_records: BadRecords
     tracking: Any
+    callbacks: Sequence[TrainerCallback] = ()
 
     @property
     def folder(self) -> Path:
@@ -61,9 +63,13 @@ class Session:
         return self.config.run.folder
 
 
-def train(config: TrainConfig) -> bool:
-    """Train, save and score; return whether a signal stopped the training before its end."""
-    session = prepare(config)
+def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> bool:
+    """Train, save and score; return whether a signal stopped the training before its end.
+
+    Args:
+        callbacks: see `Session`.
+    """
+    session = replace(prepare(config), callbacks=callbacks)
     try:
         return _train(session)
     except BaseException:
@@ -210,6 +216,10 @@ def fit(session: Session) -> str | None:
     )
     if session.tracking is not None:
         trainer.add_callback(session.tracking)
+    for callback in session.callbacks:
+        if isinstance(callback, ProgressBar):
+            trainer.pop_callback(ProgressBar)
+        trainer.add_callback(callback)
     ranks.broadcast_from_rank0(lambda: _open_logs(session, checkpoint, trained.model))
     if trained.adapter is not None:
         from vlmvqa.extras.adapters.attach import settle_base
@@ -279,37 +289,49 @@ def training_set(
 ) -> TrainDataset:
     """Return the rows that the run trains on."""
     data, examples = config.data, [example for task in tasks for example in task.train]
+    settings = row_settings(config, trained.model.shares_images)
     features = None
     if data.feature_cache is not None:
         from vlmvqa.extras.feature_cache.training import open_features
 
         features = open_features(data, trained, examples)
-    settings = RowSettings(
-        data.target,
-        config.seed,
-        data.row_tokens,
-        data.questions_per_row if trained.model.shares_images or config.copy_images else 1,
-        config.copy_images,
-        data.length_window,
-        config.loss_weighting,
-    )
     repeats = [task.weight for task in tasks for _ in task.train]
     with ranks.local_main_first():  # texts are tokenized at first use
         return TrainDataset(examples, trained.processor, settings, bad_records, features=features, repeats=repeats)
 
 
-def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequence[Task]) -> str | None:
-    """Train a small dataset for more epochs, at least `data.min_steps` steps; return the line that reports it.
+def row_settings(config: TrainConfig, shares_images: bool) -> RowSettings:
+    """Return the settings of the rows that a run trains on."""
+    data = config.data
+    return RowSettings(
+        data.target,
+        config.seed,
+        data.row_tokens,
+        data.questions_per_row if shares_images or config.copy_images else 1,
+        config.copy_images,
+        data.length_window,
+        config.loss_weighting,
+    )
 
-    A `trainer.num_train_epochs` or `trainer.max_steps` set on the command line is kept.
+
+def num_epochs(configured: float, given: frozenset[str], epoch_steps: int, tasks: Sequence[Task]) -> float:
+    """Return the epochs of a run: more than configured for a small dataset, to train `data.min_steps` steps.
+
+    A `trainer.num_train_epochs` set on the command line is kept.
     """
-    arguments, least = trainer.args, max(task.data.min_steps for task in tasks)
-    epochs = math.ceil(least / (len(trainer.training_set) // trainer.global_batch))
-    fixed = arguments.max_steps > 0 or "trainer.num_train_epochs" in given
-    if fixed or epochs <= arguments.num_train_epochs:
+    if "trainer.num_train_epochs" in given:
+        return configured
+    return max(configured, math.ceil(max(task.data.min_steps for task in tasks) / epoch_steps))
+
+
+def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequence[Task]) -> str | None:
+    """Set the epochs of a run without `trainer.max_steps` (`num_epochs`); return a line that reports a change."""
+    arguments, configured = trainer.args, trainer.args.num_train_epochs
+    epochs = num_epochs(configured, given, len(trainer.training_set) // trainer.global_batch, tasks)
+    if arguments.max_steps > 0 or epochs == configured:
         return None
-    configured, arguments.num_train_epochs = arguments.num_train_epochs, float(epochs)
-    return f"{epochs} epochs instead of {configured:g}, because the dataset is small (data.min_steps={least})"
+    arguments.num_train_epochs, least = epochs, max(task.data.min_steps for task in tasks)
+    return f"{epochs:g} epochs instead of {configured:g}, because the dataset is small (data.min_steps={least})"
 
 
 def _open_logs(session: Session, checkpoint: Path | None, model: Model) -> None:

@@ -39,6 +39,8 @@ STRATEGIES: dict[str, DistSettings] = {
     "zero3_offload": DistSettings("zero3", offload=True),
 }
 
+PROFILES: dict[str, PassProfile] = {}  # of this process; the arms of a study often have the same
+
 
 class RunChoice(NamedTuple):
     """Strategy and batch of a run."""
@@ -100,7 +102,6 @@ class Planner:
     assumed: Assumptions = field(default_factory=Assumptions)
     strategies: dict[str, DistSettings] = field(default_factory=STRATEGIES.copy)
     adapt: AdapterSettings | None = None
-    _profiles: dict[tuple[Precision, bool], PassProfile] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         rows = self.rows
@@ -206,11 +207,14 @@ class Planner:
             self.training.mixed and not dist.strategy.startswith("zero"),
             torch.float16 if self.training.precision == "fp16" else torch.bfloat16,
         )
-        key = precision, checkpointing
-        if key not in self._profiles:
+        settings = self.settings
+        if isinstance(settings, ModelSettings):
+            settings = replace(settings, attention_pattern="causal")  # patterns don't differ in memory
+        key = repr((settings, self.trainable, self.adapt, self.shape, precision, checkpointing))
+        if key not in PROFILES:
             model = build_on_meta(self.settings, self.trainable, self.adapt)
-            self._profiles[key] = measure(model, self.settings, self.shape, precision, checkpointing)
-        return self._profiles[key]
+            PROFILES[key] = measure(model, self.settings, self.shape, precision, checkpointing)
+        return PROFILES[key]
 
     def strategy_memory(self, dist: DistSettings) -> StrategyMemory:
         """Return the memory of a strategy that doesn't depend on the batch."""
@@ -344,10 +348,9 @@ class Planner:
         return [name for name in self.strategies if not name.startswith(unsupported)]
 
     def vary(self, gpus: int | None = None, training: Training | None = None) -> Planner:
-        """Return a planner with other GPUs or trainer settings that shares model, rows and profiles."""
+        """Return a planner with other GPUs or trainer settings that shares model and rows."""
         other = replace(self, gpus=gpus or self.gpus, training=training or self.training)
         other.model, other.weights, other.shape = self.model, self.weights, self.shape
-        other._profiles = self._profiles
         return other
 
     def compare(self, checkpointing: bool) -> list[Plan]:

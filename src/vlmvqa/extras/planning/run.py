@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
+from typing import Any
 
 from vlmvqa.config.compose import build
 from vlmvqa.config.overrides import compose
@@ -45,10 +48,17 @@ class PlanConfig(TrainConfig):
 
     plan: PlanSettings = field(default_factory=PlanSettings)
     verify: bool = False
+    study: Any = None
+    base: Sequence[str] = ()
 
 
 def plan(config: PlanConfig) -> None:
     """Print the plan and write `plan.json` and `plan.md`; with `verify`, compare with a few real steps instead."""
+    if config.study is not None:
+        from vlmvqa.extras.study.plan import plan_study
+
+        plan_study(config)
+        return
     planner = build_planner(config)
     checkpointing = bool(config.trainer.get("activation_checkpointing"))
     if config.verify:
@@ -100,13 +110,13 @@ def _compared(config: PlanConfig, planner: Planner) -> tuple[str, StepWork] | No
 def build_planner(config: PlanConfig) -> Planner:
     """Return the planner of a training run."""
     settings, trainer, data = known_settings(config.model), config.trainer, config.data.single
-    questions, tokens = _questions(config.plan, data, settings), _text_tokens(config.plan, data)
+    questions, tokens = _questions(config.plan, data, settings, config.copy_images), _text_tokens(config.plan, data)
     mean = config.plan.text_tokens or TEXT_TOKENS.get(data.source)
     batch = trainer["per_device_train_batch_size"]
     rows = Rows(batch, questions, tokens, config.plan.answer_tokens, data.row_tokens, mean)
     precision = "bf16" if trainer.get("bf16") else "fp16" if trainer.get("fp16") else "fp32"
     training = Training(precision, trainer["optim"], trainer["gradient_accumulation_steps"])
-    return Planner(
+    planner = Planner(
         settings,
         config.trainable,
         rows,
@@ -116,9 +126,17 @@ def build_planner(config: PlanConfig) -> Planner:
         Assumptions(config.plan.efficiency, config.plan.overlap, config.plan.link),
         adapt=config.adapt,
     )
+    return replace(planner, rows=_with_copies(planner)) if config.copy_images else planner
 
 
-def _questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> float:
+def _with_copies(planner: Planner) -> Rows:
+    """Return the rows with a copy of the image for each question: one question per image, in longer rows."""
+    copies = planner.images_per_row * planner.rows.max_questions
+    tokens = ceil(copies * (planner.num_image_tokens + planner.rows.text_tokens) / 8) * 8
+    return replace(planner.rows, questions=1.0, row_tokens=tokens)
+
+
+def _questions(plan: PlanSettings, data: DataSettings, settings: Settings, copied: bool) -> float:
     """Return the mean number of questions that share an image's row."""
     if not isinstance(settings, ModelSettings):
         return 1.0
@@ -127,8 +145,8 @@ def _questions(plan: PlanSettings, data: DataSettings, settings: Settings) -> fl
         raise InputError(
             f"the number of questions per image of {data.source} is unknown; give plan.questions_per_image"
         )
-    most = _most_questions(data, settings.attention_pattern)
-    return float(count if most is None else min(count, most))  # an image with more questions fills several rows
+    most = data.questions_per_row if copied else _most_questions(data, settings.attention_pattern)
+    return float(count if most is None else min(count, most))  # more questions fill several rows
 
 
 def _text_tokens(plan: PlanSettings, data: DataSettings) -> int:

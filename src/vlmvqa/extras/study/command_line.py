@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,25 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import CONF, refuse_missing
 
 SIZES = ("full", "smoke")
-EQUAL = {"steps": "max_steps", "questions": "num_train_epochs"}  # and the key of `trainer` that sets it
+# What arms can have in common, and the key of `trainer` that sets it. The FLOPs are those of the baseline's training.
+EQUAL = {"steps": "max_steps", "questions": "num_train_epochs", "flops": None}
 PER_RUN = ("run.name", "run.dir", "run.overwrite", "resume", "seed", "hub_id")  # settings that runs cannot share
 
 
-def compose_arms(values: Mapping[str, Any]) -> dict[str, Job]:
+def compose_arms(values: Mapping[str, Any], script: str = "train") -> dict[str, Job]:
     """Compose the arms of a study, the baseline first.
 
     Args:
-        values: the config of launch/study.py as plain values.
+        values: the config of launch/study.py as plain values; its keys other than `study` and `base` may be missing.
+        script: compose the arms for this one: "train" or "plan".
 
     Raises:
         InputError: the study's settings contradict each other, or arms cannot run; with the reason for each.
     """
     if find_spec("scipy") is None:
         raise InputError("scipy is not installed; install it with: pip install 'vlmvqa[study]'")
-    study, chosen, size, seeds = values.get("study"), values["arms"], values["size"], values["seeds"]
+    values = {"arms": None, "size": "full", "seeds": [0], "runs": {}, **values}
+    study, chosen, size, seeds = values["study"], values["arms"], values["size"], values["seeds"]
     if study is None:
         names = ", ".join(sorted(path.stem for path in (CONF / "study").glob("*.yaml")))
         raise InputError(f"study must be given; use study=... with one of {names}")
@@ -38,9 +41,7 @@ def compose_arms(values: Mapping[str, Any]) -> dict[str, Job]:
         raise InputError(f"study.equal={study['equal']} is unknown; use one of {', '.join(EQUAL)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"seeds={list(seeds)} must be different numbers, at least one")
-    arms = study["arms"]
-    chosen = arms if chosen is None else [chosen] if isinstance(chosen, str) else chosen
-    wanted = dict.fromkeys([study["baseline"], *chosen])
+    arms, wanted = study["arms"], chosen_arms(study["baseline"], study["arms"], chosen)
     for name in wanted:
         if name not in arms:
             raise InputError(f"there is no arm '{name}'{suggest(name, arms)} (the study has {', '.join(arms)})")
@@ -49,7 +50,7 @@ def compose_arms(values: Mapping[str, Any]) -> dict[str, Job]:
     for name in wanted:
         smoke = study["smoke"] if size == "smoke" else ()
         try:
-            jobs[name] = _compose([*_own(study["base"], values["base"]), *smoke, *values["base"], *arms[name]])
+            jobs[name] = _compose([*_own(study["base"], values["base"]), *smoke, *values["base"], *arms[name]], script)
         except InputError as error:
             problems[name] = str(error)
     refuse_arms(problems, len(wanted))
@@ -60,6 +61,12 @@ def compose_arms(values: Mapping[str, Any]) -> dict[str, Job]:
             refuse_missing(f"runs.{name}", str(Path(folder, "metrics.json")))
     _refuse_unequal(study["equal"], {name: job.values["trainer"] for name, job in jobs.items()})
     return jobs
+
+
+def chosen_arms(baseline: str, arms: Iterable[str], chosen: Sequence[str] | str | None) -> list[str]:
+    """Return the names of the baseline and of the chosen arms (None: all)."""
+    chosen = list(arms) if chosen is None else [chosen] if isinstance(chosen, str) else chosen
+    return list(dict.fromkeys([baseline, *chosen]))
 
 
 def _own(base: Sequence[str], given: Sequence[str]) -> list[str]:
@@ -78,16 +85,16 @@ def refuse_arms(problems: Mapping[str, str], arms: int) -> None:
         raise InputError(f"{len(problems)} of {arms} arms cannot run: {listed}")
 
 
-def _compose(given: list[str]) -> Job:
-    """Compose and check an arm, as launch/train.py does; of settings with the same key, the last one counts."""
+def _compose(given: list[str], script: str) -> Job:
+    """Compose and check an arm, as the script does; of settings with the same key, the last one counts."""
     latest = {setting.lstrip("+").partition("=")[0]: setting for setting in given}
-    job = overrides.compose(list(latest.values()), "train").jobs[0]
+    job = overrides.compose(list(latest.values()), script).jobs[0]
     for key in PER_RUN:
         if key in job.given:
             raise InputError(f"{key} cannot be set in base or an arm: it is not the same in all runs; leave it out")
     if job.values["data"]["source"] == "mixture":
         raise InputError("data=mixture has several scores; a study compares one, so choose one of its datasets")
-    early_checks.refuse_mistakes(job.values, "train")
+    early_checks.refuse_mistakes(job.values, script)
     return job
 
 
@@ -98,7 +105,8 @@ def _refuse_unequal(equal: str, trainers: Mapping[str, Mapping[str, Any]]) -> No
         raise InputError("study.equal=questions sets the length by trainer.num_train_epochs; drop trainer.max_steps")
     if equal == "steps" and min(limits) <= 0:
         raise InputError("study.equal=steps sets the length by trainer.max_steps; give it in study.base or as base=...")
-    amounts = {name: trainer[EQUAL[equal]] for name, trainer in trainers.items()}
+    key = EQUAL[equal]
+    amounts = {name: trainer[key] for name, trainer in trainers.items()} if key else {}
     if len(set(amounts.values())) > 1:
         listed = ", ".join(f"{name} {amount}" for name, amount in amounts.items())
-        raise InputError(f"study.equal={equal} needs the same trainer.{EQUAL[equal]} in all arms, which have {listed}")
+        raise InputError(f"study.equal={equal} needs the same trainer.{key} in all arms, which have {listed}")

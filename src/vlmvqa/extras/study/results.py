@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import yaml
+
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.compare import read_results, why_incomparable
 from vlmvqa.extras.study.settings import StudySettings
@@ -27,6 +29,7 @@ class RunResult:
         records: content of predictions.jsonl by question.
         metrics: content of metrics.json.
         steps: optimizer steps trained.
+        schedule: scheduler, warmup and learning rate; empty for runs without a config.
         parameters: `total` and `trained` numbers of weights; empty for runs that don't record them.
         measured: speed, peak memory and operations of the training, which are not the same in every repetition.
     """
@@ -35,6 +38,7 @@ class RunResult:
     metrics: Mapping[str, Any]
     records: Mapping[Any, Mapping[str, Any]]
     steps: int
+    schedule: str
     parameters: Mapping[str, int]
     measured: Mapping[str, float]
 
@@ -70,7 +74,16 @@ def read_run(folder: Path) -> RunResult:
         if any(record["peak_memory_gib"] != record["peak_rss_gib"] for record in log):  # a GPU's, not the process's
             measured["peak_memory_gib"] = max(record["peak_memory_gib"] for record in log)
     parameters = starts[-1].get("parameters", {}) if starts else {}
-    return RunResult(folder, metrics, records, steps, parameters, measured)
+    return RunResult(folder, metrics, records, steps, _schedule(folder / "config.yaml"), parameters, measured)
+
+
+def _schedule(path: Path) -> str:
+    """Describe the learning rate schedule of a run's config."""
+    if not path.is_file():
+        return ""
+    trainer = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]
+    kind, warmup = trainer.get("lr_scheduler_type", "linear"), trainer.get("warmup_steps", 0)
+    return f"{kind}, warmup {warmup:g}{' of the steps' if 0 < warmup < 1 else ''}, rate {trainer['learning_rate']:g}"
 
 
 def is_finished(folder: Path) -> bool:
@@ -143,6 +156,7 @@ def _arm(name: str, overrides: Sequence[str], runs: Mapping[str, RunResult], hom
         "mean": fmean(scores.values()),
         "deviation": stdev(scores.values()) if len(scores) > 1 else None,
         "steps": first.steps,
+        "schedule": first.schedule,
         "parameters": dict(first.parameters),
         "controls": controls,
         "folders": {seed: os.path.relpath(result.folder, home) for seed, result in runs.items()},

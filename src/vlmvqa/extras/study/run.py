@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,13 +17,21 @@ from typing import Any
 
 import torch
 import yaml
+from transformers import TrainerCallback
 
 from vlmvqa import ranks
+from vlmvqa.config.schema import DistSettings, TrainConfig
 from vlmvqa.errors import InputError, counted
-from vlmvqa.extras.study import tables
+from vlmvqa.extras.planning.time import EFFICIENCY
+from vlmvqa.extras.study import cost, tables
+from vlmvqa.extras.study.command_line import chosen_arms
+from vlmvqa.extras.study.cost import ArmCost, arm_costs, seconds, with_equal_flops
+from vlmvqa.extras.study.locks import claimed, locked
+from vlmvqa.extras.study.progress import Progress, duration
 from vlmvqa.extras.study.results import RunResult, is_finished, read_run, summarize
-from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_runs
+from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_arms, study_runs
 from vlmvqa.paths import replace_file
+from vlmvqa.training import distributed
 from vlmvqa.training.interrupt import SIGNALS
 from vlmvqa.training.run import train
 
@@ -32,42 +40,56 @@ RECORD = "study.yaml"  # in the study's folder: the settings of its runs
 
 def run_study(config: StudyConfig) -> bool:
     """Train the runs that are not finished, compare all, and write the tables; return whether a signal stopped it."""
-    runs = build_runs(config)
-    study = config.study
-    assert study is not None, "checked by build_runs"
-    record = ranks.broadcast_from_rank0(lambda: open_record(config, runs))
+    arms, study = build_arms(config), config.study
+    assert study is not None, "checked by build_arms"
     if not config.only_report:
-        print_plan(study.title, runs)
-        if train_all(runs):
+        costs = {} if all(is_finished(run.folder) for run in study_runs(config, arms)) else shared_costs(arms)
+        if study.equal == "flops" and costs:
+            arms = with_equal_flops(arms, costs)
+        runs = study_runs(config, arms)
+        with locked(config.run.folder):
+            ranks.broadcast_from_rank0(lambda: open_record(config))
+        print_plan(study.title, runs, costs)
+        if train_all(runs, costs):
             ranks.print_on_rank0("the study continues with the same command")
             return True
     if ranks.is_first():
-        write_report(config, record)
+        with locked(config.run.folder):
+            write_report(config)
     return False
 
 
-def open_record(config: StudyConfig, runs: Sequence[StudyRun]) -> dict[str, Any]:
-    """Return the settings of the study's runs, of this and of earlier commands, and write them.
+def shared_costs(arms: Mapping[str, TrainConfig]) -> dict[str, ArmCost]:
+    """Return the cost of each arm on every rank."""
+    with ranks.one_job():
+        join_group(next(iter(arms.values())))
+        return ranks.broadcast_from_rank0(lambda: arm_costs(arms))
+
+
+def join_group(config: TrainConfig) -> None:
+    """Join the process group of a launcher before the run does."""
+    if "RANK" in os.environ:
+        distributed.start(config.dist or DistSettings(), bool(config.trainer.get("use_cpu")))
+
+
+def open_record(config: StudyConfig) -> None:
+    """Write the settings of the study's runs, of this and of earlier commands.
 
     A later command may add arms and seeds, but change nothing.
 
     Raises:
-        InputError: it changes settings; or there is nothing to report.
+        InputError: it changes settings, or would delete runs that another process trains.
     """
-    path, study = config.run.folder / RECORD, config.study
-    assert study is not None, "checked by build_runs"
+    folder, study = config.run.folder, config.study
+    assert study is not None, "checked by build_arms"
+    path = folder / RECORD
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if config.only_report:
-        if before is None:
-            raise InputError(f"{config.run.folder} holds no study; train it first, without only_report=true")
-        return dict(before)
-    arms = {run.arm: list(study.arms[run.arm]) for run in runs}
+    arms = {name: list(study.arms[name]) for name in chosen_arms(study.baseline, study.arms, config.arms)}
     smoke = study.smoke if config.size == "smoke" else ()
     settings = [*study.base, *smoke, *config.base]
     record: dict[str, Any] = {"size": config.size, "settings": settings, "arms": arms, "seeds": list(config.seeds)}
     if before is not None and config.run.overwrite:
-        for name in before["arms"]:
-            shutil.rmtree(config.run.folder / name, ignore_errors=True)
+        _delete_runs(folder, before)
     elif before is not None:
         changed = [key for key in ("size", "settings") if before[key] != record[key]]
         changed += [f"arms.{name}" for name, arm in arms.items() if before["arms"].get(name, arm) != arm]
@@ -78,45 +100,76 @@ def open_record(config: StudyConfig, runs: Sequence[StudyRun]) -> dict[str, Any]
             )
         record["arms"] = {**before["arms"], **arms}
         record["seeds"] = list(dict.fromkeys([*before["seeds"], *config.seeds]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120))
-    return record
 
 
-def print_plan(title: str, runs: Sequence[StudyRun]) -> None:
-    """Print the number of runs, and of those that are left."""
-    left = sum(not is_finished(run.folder) for run in runs)
+def _delete_runs(folder: Path, record: Mapping[str, Any]) -> None:
+    """Delete a study's runs."""
+    for name, seed in product(record["arms"], record["seeds"]):
+        with claimed(folder / name / f"seed-{seed}") as mine:
+            if not mine:
+                raise InputError(f"{folder / name}: another process trains seed {seed}; stop it first")
+    for name in record["arms"]:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def print_plan(title: str, runs: Sequence[StudyRun], costs: Mapping[str, ArmCost]) -> None:
+    """Print the number of runs, of those that are left, what each arm costs, and the time of all.
+
+    Args:
+        costs: cost by arm; empty if no run is left.
+    """
+    left = [run for run in runs if not is_finished(run.folder)]
     arms, seeds = counted(len({run.arm for run in runs}), "arm"), counted(len({run.seed for run in runs}), "seed")
-    ranks.print_on_rank0(f"{title}: {arms} x {seeds} = {counted(len(runs), 'run')}, {left} left")
+    lines = [f"{title}: {arms} x {seeds} = {counted(len(runs), 'run')}, {len(left)} left"]
+    if costs:
+        lines += ["", cost.table(costs), ""]
+    if left and all(one.tera_flop for one in costs.values()):
+        total = seconds(left[0].config, sum(costs[run.arm].tera_flop or 0.0 for run in left))
+        lines.append(
+            f"about {duration(total)} in total, if training reaches {EFFICIENCY:.0%} of this device's fastest matrix "
+            "product; without evaluations"
+        )
+    ranks.print_on_rank0("\n".join(lines))
 
 
-def train_all(runs: Sequence[StudyRun]) -> bool:
+def train_all(runs: Sequence[StudyRun], costs: Mapping[str, ArmCost]) -> bool:
     """Train the runs that are not finished, one after the other; return whether a signal stopped one.
 
-    A run that fails is recorded, and the others continue.
+    A run that fails is recorded, and the others continue. A run that another process trains is left to it.
     """
     left = [run for run in runs if not is_finished(run.folder)]
     left.sort(key=lambda run: failure(run.folder).exists())  # failed ones are tried again at the end
-    began = time.monotonic()
-    for done, run in enumerate(left):
-        rest = f", about {_duration((time.monotonic() - began) / done * (len(left) - done))} left" if done else ""
-        ranks.print_on_rank0(f"\nrun {len(runs) - len(left) + done + 1} of {len(runs)}: {run.name}{rest}")
-        error, handlers = None, {number: signal.getsignal(number) for number in SIGNALS}
+    progress = Progress(runs, left, costs)
+    for run in left:
         with ranks.one_job():
-            try:
-                if train(run.config):
-                    return True
-            except Exception as found:
-                error = str(found) if isinstance(found, InputError) else traceback.format_exc().strip()
-                if ranks.world_size() > 1:  # the others wait for this rank
-                    _record_failure(run, error)
-                    raise
-        for number, handler in handlers.items():  # a run that failed leaves its own
-            signal.signal(number, handler)
-        if "torch._dynamo" in sys.modules:  # each run compiles its own blocks
-            torch._dynamo.reset()
-        gc.collect()
-        _record_failure(run, error)
+            join_group(run.config)
+            with claimed(run.folder) as mine:
+                if mine and not is_finished(run.folder):
+                    ranks.print_on_rank0(f"\n{progress.heading(run)}")
+                    if train_one(run, progress.callbacks(run)):
+                        return True
+        progress.add(run)
+    return False
+
+
+def train_one(run: StudyRun, callbacks: Sequence[TrainerCallback]) -> bool:
+    """Train a run, or record its error; return whether a signal stopped it."""
+    error, handlers = None, {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        if train(run.config, callbacks):
+            return True
+    except Exception as found:
+        error = str(found) if isinstance(found, InputError) else traceback.format_exc().strip()
+        if ranks.world_size() > 1:  # the others wait for this rank
+            _record_failure(run, error)
+            raise
+    for number, handler in handlers.items():  # a run that failed leaves its own
+        signal.signal(number, handler)
+    if "torch._dynamo" in sys.modules:  # each run compiles its own blocks
+        torch._dynamo.reset()
+    gc.collect()
+    _record_failure(run, error)
     return False
 
 
@@ -136,22 +189,19 @@ def failure(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-failed.txt")
 
 
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
-
-
-def write_report(config: StudyConfig, record: Mapping[str, Any]) -> None:
+def write_report(config: StudyConfig) -> None:
     """Compare the finished runs; write `study.json`, `study.md` and `study.tex`, and print the table.
 
-    Args:
-        record: the settings of all runs (`open_record`).
-
     Raises:
-        InputError: the baseline has no finished run, or fewer than there are runs of an arm from elsewhere.
+        InputError: there is no study, or the baseline has no finished run, or fewer than there are runs of an arm from
+            elsewhere.
     """
-    assert config.study is not None, "checked by build_runs"
-    folder, study = config.run.folder, replace(config.study, arms=record["arms"])
+    folder = config.run.folder
+    if not (folder / RECORD).is_file():
+        raise InputError(f"{folder} holds no study; train it first, without only_report=true")
+    record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
+    assert config.study is not None, "checked by build_arms"
+    study = replace(config.study, arms=record["arms"])
     results: dict[str, dict[str, RunResult]] = {study.baseline: {}}
     failed = {}
     for name, seed in product(record["arms"], record["seeds"]):

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class StudySettings:
         smoke: further settings for all arms at `size=smoke`.
         arms: the settings of each arm.
         baseline: the arm that the others are compared with.
-        equal: what the arms have in common: "steps" or "questions" (epochs).
+        equal: what the arms have in common: "steps", "questions" (epochs) or "flops".
         metric: the score that is compared; None: the task's own.
     """
 
@@ -79,8 +80,8 @@ class StudyRun:
         return f"{self.arm}/seed-{self.seed}"
 
 
-def build_runs(config: StudyConfig) -> list[StudyRun]:
-    """Build the arms' configs, and return their runs: all arms with the first seed, then with the next.
+def build_arms(config: StudyConfig) -> dict[str, TrainConfig]:
+    """Return the config of each arm, the baseline first.
 
     Raises:
         InputError: arms cannot run; with the reason for each.
@@ -96,9 +97,13 @@ def build_runs(config: StudyConfig) -> list[StudyRun]:
         except InputError as error:
             problems[name] = str(error)
     refuse_arms(problems, len(jobs))
+    return built
+
+
+def study_runs(config: StudyConfig, arms: Mapping[str, TrainConfig]) -> list[StudyRun]:
+    """Return the runs of a study: all arms with the first seed, then with the next."""
     runs = []
-    for seed in config.seeds:
-        for name, train in built.items():
-            where = RunSettings(f"{config.run.name}/{name}/seed-{seed}", f"{config.run.dir}/{name}/seed-{seed}")
-            runs.append(StudyRun(name, seed, replace(train, run=where, seed=seed, resume="auto")))
+    for seed, (name, train) in product(config.seeds, arms.items()):
+        where = RunSettings(f"{config.run.name}/{name}/seed-{seed}", f"{config.run.dir}/{name}/seed-{seed}")
+        runs.append(StudyRun(name, seed, replace(train, run=where, seed=seed, resume="auto")))
     return runs

@@ -66,6 +66,11 @@ def notes(found: Record) -> list[str]:
         "detectable: the smallest difference that is found with 80 % power. A difference is reported where that test "
         "and one over seeds and images find it at 5 %.",
     ]
+    schedules = {name: arm["schedule"] for name, arm in found["arms"].items() if arm["schedule"]}
+    if len(set(schedules.values())) == 1:
+        lines.append(f"schedule of all arms: {next(iter(schedules.values()))}")
+    else:
+        lines += [f"schedule of {name}: {schedule}" for name, schedule in schedules.items()]
     if any(one["interval"] is None for one in differences.values()):
         lines.append("* Fewer than three seeds: the interval covers images only, conditional on these seeds.")
     for arm, one in differences.items():
