@@ -55,3 +55,13 @@ def test_a_null_arm_and_shuffled_images(tmp_path: Path) -> None:
     worse, equal = (found["arms"][name]["difference"] for name in ("causal", "null"))
     assert equal["verdict"] == "no difference detected" and equal["pairs"] == 3
     assert worse["verdict"] == "worse" and worse["p_holm"] < 0.01 and worse["p_value"] < 0.01
+
+
+@pytest.mark.long
+def test_a_launcher_starts_a_job_for_each_seed(tmp_path: Path) -> None:
+    """Submitit's local executor: two processes work on one study, and the table has the runs of both."""
+    given = ("study=mask", "size=smoke", "arms=[causal]", "seeds=[0],[1]", f"run.dir={tmp_path / 'study'}")
+    base = [f"base={setting}" for setting in (*QUIET, f"data.root={tmp_path / 'shapes'}")]
+    done(call("study", "-m", "hydra/launcher=submitit_local", *given, *base))
+    found = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert found["failed"] == {} and list(found["arms"]["causal"]["scores"]) == ["0", "1"]
