@@ -26,9 +26,12 @@ def run_study(name: str, folder: Path, *given: str, base: tuple[str, ...] = ()) 
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=pytest.mark.slow if one == "loss" else pytest.mark.long) for one in STUDIES]
 )
-def test_every_study_runs_at_its_smoke_size(name: str, tmp_path: Path) -> None:
-    """Each arm is trained and scored; test_study.py has more on `mask`."""
+def test_every_study_is_planned_and_runs_at_its_smoke_size(name: str, tmp_path: Path) -> None:
+    """Each arm is planned, trained and scored; test_study.py has more on `mask`."""
+    done(call("plan", f"study={name}", "plan.gpus=1", f"run.dir={tmp_path / 'plan'}"))
+    planned = json.loads((tmp_path / "plan" / "plan.json").read_text())["arms"]
     found = run_study(name, tmp_path / "study", "size=smoke", "seeds=[0]", base=(f"data.root={tmp_path / 'shapes'}",))
+    assert found["arms"].keys() == planned.keys() and all(plan["fits"] for plan in planned.values())
     assert found["failed"] == {} and len(found["arms"]) == len(list((tmp_path / "study").glob("*/seed-0/metrics.json")))
     assert all(arm["steps"] >= 6 and arm["parameters"]["trained"] for arm in found["arms"].values())
 
