@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from vlmvqa import ranks
 from vlmvqa.config import compatibility
+from vlmvqa.config.early_checks import EARLY_STOPPING
 from vlmvqa.config.schema import MIXTURE, DistSettings, TrainConfig
 from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
@@ -33,6 +34,7 @@ from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 # Keys of the `trainer` group that `compile_blocks` takes: the Trainer would compile the model as one graph.
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+OTHER_KEYS = (*COMPILE_KEYS, *EARLY_STOPPING)  # of the `trainer` group, none of TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,23 @@ class Session:
         return self.config.run.folder
 
 
-def train(config: TrainConfig) -> bool:
-    """Train, save and score; return whether a signal stopped the training before its end."""
+def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> bool:
+    """Train, save and score; return whether a signal stopped the training before its end.
+
+    Args:
+        callbacks: added to the trainer after its own.
+    """
     session = prepare(config)
     try:
-        return _train(session)
+        return _train(session, callbacks)
     except BaseException:
         if session.tracking is not None:  # in a study, the next run opens its own loggers
             session.tracking.finish()
         raise
 
 
-def _train(session: Session) -> bool:
-    stopped_by = fit(session)
+def _train(session: Session, callbacks: Sequence[TrainerCallback]) -> bool:
+    stopped_by = fit(session, callbacks)
     if stopped_by:
         if session.tracking is not None:
             session.tracking.finish()
@@ -111,6 +117,8 @@ def prepare(config: TrainConfig) -> Session:
         tasks = read_tasks(config.data, bad_records)
     arguments = training_arguments(config, dist)
     if not any(task.answered for task in tasks):
+        if config.trainer.get("early_stopping_patience") is not None:
+            raise InputError("trainer.early_stopping_patience needs a score, and no evaluated question has an answer")
         arguments.metric_for_best_model = None
     tracking = None
     if config.log_samples or config.trainer["report_to"] not in (None, "none"):
@@ -126,7 +134,7 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
     Raises:
         InputError: transformers rejects a value.
     """
-    values = {key: value for key, value in config.trainer.items() if key not in COMPILE_KEYS}
+    values = {key: value for key, value in config.trainer.items() if key not in OTHER_KEYS}
     values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
     if values.get("report_to") in (None, "none"):
         values["report_to"] = "none"
@@ -169,9 +177,14 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
 # ---- training
 
 
-def fit(session: Session) -> str | None:
+def fit(session: Session, callbacks: Sequence[TrainerCallback] = ()) -> str | None:
     """Train and write `model/`; return the signal that stopped the training before its end, if one did."""
     config, arguments, folder = session.config, session.arguments, session.folder
+    early_stopping, patience = None, config.trainer.get("early_stopping_patience")
+    if patience is not None:
+        from vlmvqa.training.early_stopping import EarlyStopping
+
+        early_stopping = EarlyStopping(patience, config.trainer.get("early_stopping_threshold") or 0.0)
     trained, unsaved_base = build(session)
     compiled = compile_blocks(trained.model, config.trainer)
     # Before the weights are sharded, because cached features are checked against the encoder's weights.
@@ -201,6 +214,7 @@ def fit(session: Session) -> str | None:
             adapt=trained.adapter.settings if trained.adapter else None,
             compiled=compiled,
             describe=trained.describe,
+            early_stopping=early_stopping,
         ),
     )
     table = parts_table(trained.model, trainer.parameter_groups())
@@ -210,6 +224,8 @@ def fit(session: Session) -> str | None:
     )
     if session.tracking is not None:
         trainer.add_callback(session.tracking)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     ranks.broadcast_from_rank0(lambda: _open_logs(session, checkpoint, trained.model))
     if trained.adapter is not None:
         from vlmvqa.extras.adapters.attach import settle_base
