@@ -73,11 +73,6 @@ def read_run(folder: Path) -> RunResult:
     return RunResult(folder, metrics, records, steps, parameters, measured)
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether a run has trained and scored its model."""
-    return (folder / "metrics.json").is_file() and (folder / "predictions.jsonl").is_file()
-
-
 def summarize(
     study: StudySettings,
     results: Mapping[str, Mapping[str, RunResult]],

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-import signal
-import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, counted
+from vlmvqa.extras.run_series.training import duration, is_finished, run_job
 from vlmvqa.extras.study import tables
-from vlmvqa.extras.study.results import RunResult, is_finished, read_run, summarize
+from vlmvqa.extras.study.results import RunResult, read_run, summarize
 from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_runs
 from vlmvqa.paths import replace_file
-from vlmvqa.training.interrupt import SIGNALS
 from vlmvqa.training.run import train
 
 RECORD = "study.yaml"  # in the study's folder: the settings of its runs
@@ -99,24 +95,10 @@ def train_all(runs: Sequence[StudyRun]) -> bool:
     left.sort(key=lambda run: failure(run.folder).exists())  # failed ones are tried again at the end
     began = time.monotonic()
     for done, run in enumerate(left):
-        rest = f", about {_duration((time.monotonic() - began) / done * (len(left) - done))} left" if done else ""
+        rest = f", about {duration((time.monotonic() - began) / done * (len(left) - done))} left" if done else ""
         ranks.print_on_rank0(f"\nrun {len(runs) - len(left) + done + 1} of {len(runs)}: {run.name}{rest}")
-        error, handlers = None, {number: signal.getsignal(number) for number in SIGNALS}
-        with ranks.one_job():
-            try:
-                if train(run.config):
-                    return True
-            except Exception as found:
-                error = str(found) if isinstance(found, InputError) else traceback.format_exc().strip()
-                if ranks.world_size() > 1:  # the others wait for this rank
-                    _record_failure(run, error)
-                    raise
-        for number, handler in handlers.items():  # a run that failed leaves its own
-            signal.signal(number, handler)
-        if "torch._dynamo" in sys.modules:  # each run compiles its own blocks
-            torch._dynamo.reset()
-        gc.collect()
-        _record_failure(run, error)
+        if run_job(partial(train, run.config), partial(_record_failure, run)):
+            return True
     return False
 
 
@@ -134,11 +116,6 @@ def _record_failure(run: StudyRun, error: str | None) -> None:
 def failure(folder: Path) -> Path:
     """Return the file next to a run's folder that holds the error message of a failed run."""
     return folder.with_name(f"{folder.name}-failed.txt")
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 def write_report(config: StudyConfig, record: Mapping[str, Any]) -> None:
