@@ -58,6 +58,10 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
         from vlmvqa.extras.study.command_line import compose_arms
 
         compose_arms(values)
+    if command == "sweep":
+        from vlmvqa.extras.sweep.command_line import compose_sweep
+
+        compose_sweep(values)
     if command == "train":
         for sentence in problems(values["trainer"]):
             raise InputError(sentence)
