@@ -136,6 +136,25 @@ def test_the_best_checkpoint_is_known_and_may_be_the_model(tmp_path: Path, data:
     assert "| model | majority baseline | shuffled images |" in card and f'vlmvqa.load("{folder}")' in card
 
 
+@pytest.mark.slow
+def test_training_ends_where_the_score_stops_improving(tmp_path: Path, data: str) -> None:
+    """After the third evaluation: two are no better than the first. A resumed run ends there too."""
+    folder = tmp_path / "run"
+    stopping = ("trainer.early_stopping_patience=2", "trainer.eval_steps=3", "trainer.save_total_limit=null")
+    given = (f"run.dir={folder}", data, *LONGER, *stopping, "trainer.learning_rate=1e-9", "trainer.max_steps=30")
+    printed = run("train", *given)
+    assert "stopped early at step 9: no score above" in printed
+    whole = losses(folder)
+    assert max(whole) == 9 and (folder / "model").is_dir()
+    assert "stopped early at step 9" in run("train", *given, "resume=auto") and losses(folder) == whole
+    shutil.rmtree(folder / "checkpoint-9")
+    printed = run("train", *given, "resume=auto")
+    assert f"resuming from {folder / 'checkpoint-6'}" in printed and "stopped early at step 9" in printed
+    assert losses(folder) == whole
+    printed = run("train", *given, "resume=auto", "trainer.early_stopping_patience=3")
+    assert "stopped early at step 12" in printed and max(losses(folder)) == 12
+
+
 def test_eval_gives_what_training_gave(tmp_path: Path, trained: tuple[Path, str], data: str) -> None:
     folder, _ = trained
     launch("eval", f"checkpoint={folder}", "data=shapes", data, *SHAPES, "split=val", f"run.dir={tmp_path}/e")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from PIL import Image
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from vlmvqa.config.early_checks import NUMBERS, OURS, _kinds, argument_types, problems, refuse_mistakes
 from vlmvqa.config.overrides import compose
@@ -111,7 +111,7 @@ def test_prepare_names_its_jobs() -> None:
 
 def test_types_are_those_that_transformers_declares() -> None:
     """Read from the source, and as Python understands it."""
-    hints = get_type_hints(TrainingArguments)
+    hints = get_type_hints(EarlyStoppingCallback.__init__) | get_type_hints(TrainingArguments)
     for name, annotation in argument_types().items():
         kinds = {kind.__name__ for kind in get_args(hints[name]) or [hints[name]] if hasattr(kind, "__name__")}
         assert (_kinds(annotation) <= NUMBERS) == (kinds - {"NoneType"} <= NUMBERS), name
@@ -121,6 +121,20 @@ def test_types_are_those_that_transformers_declares() -> None:
 def test_an_argument_that_another_setting_replaces_is_refused(key: str) -> None:
     (sentence,) = problems({key: True})
     assert sentence.startswith(f"trainer.{key} cannot be set: ")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "sentence"),
+    [
+        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "counts evaluations, of which there are none"),
+        ({"early_stopping_patience": 0, "eval_strategy": "steps"}, "early_stopping_patience=0 must be at least 1"),
+        ({"early_stopping_patience": "many", "eval_strategy": "steps"}, "should be of type int"),
+        ({"early_stopping_threshold": 0.5}, "needs trainer.early_stopping_patience"),
+    ],
+)
+def test_early_stopping_without_evaluations_is_refused(trainer: dict[str, Any], sentence: str) -> None:
+    assert sentence in next(problems(trainer))
+    assert not list(problems({"early_stopping_patience": 2, "early_stopping_threshold": 0.1, "eval_strategy": "epoch"}))
 
 
 def test_a_key_that_only_a_recipe_has_is_refused() -> None:

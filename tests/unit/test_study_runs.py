@@ -13,10 +13,11 @@ from tests.configs import config
 from tests.unit.test_study import build_runs, study
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning.run import PlanConfig, plan
+from vlmvqa.extras.run_series.training import duration
 from vlmvqa.extras.study import cost
 from vlmvqa.extras.study.cost import ArmCost, arm_costs, with_equal_flops
 from vlmvqa.extras.study.locks import claimed
-from vlmvqa.extras.study.progress import Progress, StudyBar, duration
+from vlmvqa.extras.study.progress import Progress, StudyBar
 from vlmvqa.extras.study.settings import build_arms
 
 SHAPES = ("data.options.train_images=40", "data.options.val_images=12", "data.options.questions_per_image=4")

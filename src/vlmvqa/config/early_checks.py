@@ -58,6 +58,10 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
         from vlmvqa.extras.study.command_line import compose_arms
 
         compose_arms(values)
+    if command == "sweep":
+        from vlmvqa.extras.sweep.command_line import compose_sweep
+
+        compose_sweep(values)
     if command == "train":
         for sentence in problems(values["trainer"]):
             raise InputError(sentence)
@@ -154,7 +158,13 @@ OURS = {  # TrainingArguments that are set elsewhere, or would make the run diff
     "seed": "set seed=...",
     "train_sampling_strategy": "the order is computed from the seed (data/packing.py)",
 }
-COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")  # from 1
+# Keys of transformers' EarlyStoppingCallback, which are set next to the TrainingArguments.
+EARLY_STOPPING = {"early_stopping_patience": "int | None", "early_stopping_threshold": "float | None"}
+# Numbers from 1.
+COUNTS = (
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    "early_stopping_patience",
+)
 NUMBERS = {"bool", "float", "int"}
 
 
@@ -171,17 +181,26 @@ def problems(trainer: Mapping[str, Any]) -> Iterator[str]:
             yield f"trainer.{key}={value} should be of type {' or '.join(sorted(kinds))}"
         elif key in COUNTS and value is not None and value < 1:
             yield f"trainer.{key}={value} must be at least 1"
+    if trainer.get("early_stopping_patience") is None:
+        if trainer.get("early_stopping_threshold") is not None:
+            yield "trainer.early_stopping_threshold needs trainer.early_stopping_patience; set both or none"
+    elif trainer.get("eval_strategy") in (None, False, "no"):
+        yield (
+            "trainer.early_stopping_patience counts evaluations, of which there are none; add "
+            "trainer.eval_strategy=steps and trainer.eval_steps=..."
+        )
 
 
 @cache
 def argument_types() -> dict[str, str]:
-    """Return the fields of TrainingArguments with their types, read from the source."""
+    """Return the fields of TrainingArguments, read from the source, and of early stopping, with their types."""
     package = importlib.util.find_spec("transformers")
     assert package and package.submodule_search_locations
     source = Path(package.submodule_search_locations[0], "training_args.py").read_text(encoding="utf-8")
     (of,) = (one for one in ast.parse(source).body if isinstance(one, ast.ClassDef) and one.name == "TrainingArguments")
     fields = [one for one in of.body if isinstance(one, ast.AnnAssign)]
-    return {one.target.id: ast.unparse(one.annotation) for one in fields if isinstance(one.target, ast.Name)}
+    found = {one.target.id: ast.unparse(one.annotation) for one in fields if isinstance(one.target, ast.Name)}
+    return found | EARLY_STOPPING
 
 
 def _kinds(annotation: str) -> set[str]:

@@ -113,6 +113,17 @@ Most used, each as key=value:
 
 More: docs/studies.md."""
 
+SWEEP = """\
+Most used, each as key=value:
+  sweep=learning_rate trials=20        the search space: a file of conf/sweep; number of trials in total
+  size=smoke                           minutes on two cores
+  base=data=vqav2 base=data.root=/data/vqav2    settings of launch/train.py for all trials, each with base=
+  sweep.space.trainer.learning_rate.high=1e-3   another range
+  sweep.pruning=null                   train all trials to their end
+  only_report=true                     train nothing, report the trials that have ended
+
+More: docs/studies.md."""
+
 VERIFY = """\
 Compares the vision encoder with timm's and the language model with transformers', on the same weights.
 
@@ -201,6 +212,7 @@ PAGES = {
     "merge": MERGE,
     "plan": PLAN,
     "study": STUDY,
+    "sweep": SWEEP,
     "verify": VERIFY,
     "helm": HELM,
     "prepare": PREPARE,

@@ -24,9 +24,9 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import CONF
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
-OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs")
+OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs", "space")
 # Keys that may be given several times, by config; their values are taken literally, quotes included.
-REPEATABLE = {"predict": ("image", "question"), "study": ("base",), "plan": ("base",)}
+REPEATABLE = {"predict": ("image", "question"), **dict.fromkeys(("study", "sweep", "plan"), ("base",))}
 # Options with which Hydra prints something in place of running a job.
 PRINTS = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--version")
 
@@ -68,7 +68,7 @@ def compose(arguments: Sequence[str], config_name: str) -> Composition:
     return _compose(tuple(arguments), config_name)
 
 
-@lru_cache(maxsize=32)  # of a study also its arms
+@lru_cache(maxsize=32)  # of a study also its arms, of a sweep the ends of its space
 def _compose(arguments: tuple[str, ...], config_name: str) -> Composition:
     refuse_flags(arguments, config_name)
     given = [_quoted_if_needed(argument) for argument in _collected(arguments, config_name)]

@@ -41,6 +41,7 @@ FREE = (
     "trainer.eval",
     "trainer.save",
     "trainer.dataloader",
+    "trainer.early_stopping",
     "trainer.report_to",
     "trainer.disable_tqdm",
 )

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from vlmvqa import ranks
 from vlmvqa.config import compatibility
+from vlmvqa.config.early_checks import EARLY_STOPPING
 from vlmvqa.config.schema import MIXTURE, DistSettings, TrainConfig
 from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
@@ -33,6 +34,7 @@ from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 # Keys of the `trainer` group that `compile_blocks` takes: the Trainer would compile the model as one graph.
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+OTHER_KEYS = (*COMPILE_KEYS, *EARLY_STOPPING)  # of the `trainer` group, none of TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Session:
         tasks: the training and evaluation data.
         bad_records: policy and list of unusable records.
         tracking: the loggers and sample answers (`extras/loggers`); None if the config enables neither.
-        callbacks: further callbacks of the Trainer; a `ProgressBar` replaces the run's own.
     """
 
     config: TrainConfig
@@ -55,7 +56,6 @@ class Session:
     tasks: list[Task]
     bad_records: BadRecords
     tracking: Any
-    callbacks: Sequence[TrainerCallback] = ()
 
     @property
     def folder(self) -> Path:
@@ -67,19 +67,19 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> boo
     """Train, save and score; return whether a signal stopped the training before its end.
 
     Args:
-        callbacks: see `Session`.
+        callbacks: added to the trainer after its own; a `ProgressBar` replaces the trainer's.
     """
-    session = replace(prepare(config), callbacks=callbacks)
+    session = prepare(config)
     try:
-        return _train(session)
+        return _train(session, callbacks)
     except BaseException:
         if session.tracking is not None:  # in a study, the next run opens its own loggers
             session.tracking.finish()
         raise
 
 
-def _train(session: Session) -> bool:
-    stopped_by = fit(session)
+def _train(session: Session, callbacks: Sequence[TrainerCallback]) -> bool:
+    stopped_by = fit(session, callbacks)
     if stopped_by:
         if session.tracking is not None:
             session.tracking.finish()
@@ -117,6 +117,8 @@ def prepare(config: TrainConfig) -> Session:
         tasks = read_tasks(config.data, bad_records)
     arguments = training_arguments(config, dist)
     if not any(task.answered for task in tasks):
+        if config.trainer.get("early_stopping_patience") is not None:
+            raise InputError("trainer.early_stopping_patience needs a score, and no evaluated question has an answer")
         arguments.metric_for_best_model = None
     tracking = None
     if config.log_samples or config.trainer["report_to"] not in (None, "none"):
@@ -132,7 +134,7 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
     Raises:
         InputError: transformers rejects a value.
     """
-    values = {key: value for key, value in config.trainer.items() if key not in COMPILE_KEYS}
+    values = {key: value for key, value in config.trainer.items() if key not in OTHER_KEYS}
     values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
     if values.get("report_to") in (None, "none"):
         values["report_to"] = "none"
@@ -175,9 +177,14 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
 # ---- training
 
 
-def fit(session: Session) -> str | None:
+def fit(session: Session, callbacks: Sequence[TrainerCallback] = ()) -> str | None:
     """Train and write `model/`; return the signal that stopped the training before its end, if one did."""
     config, arguments, folder = session.config, session.arguments, session.folder
+    early_stopping, patience = None, config.trainer.get("early_stopping_patience")
+    if patience is not None:
+        from vlmvqa.training.early_stopping import EarlyStopping
+
+        early_stopping = EarlyStopping(patience, config.trainer.get("early_stopping_threshold") or 0.0)
     trained, unsaved_base = build(session)
     compiled = compile_blocks(trained.model, config.trainer)
     # Before the weights are sharded, because cached features are checked against the encoder's weights.
@@ -207,6 +214,7 @@ def fit(session: Session) -> str | None:
             adapt=trained.adapter.settings if trained.adapter else None,
             compiled=compiled,
             describe=trained.describe,
+            early_stopping=early_stopping,
         ),
     )
     table = parts_table(trained.model, trainer.parameter_groups())
@@ -216,7 +224,7 @@ def fit(session: Session) -> str | None:
     )
     if session.tracking is not None:
         trainer.add_callback(session.tracking)
-    for callback in session.callbacks:
+    for callback in callbacks:
         if isinstance(callback, ProgressBar):
             trainer.pop_callback(ProgressBar)
         trainer.add_callback(callback)

@@ -45,6 +45,7 @@ from vlmvqa.training.throughput import ThroughputMeter
 
 if TYPE_CHECKING:
     from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
+    from vlmvqa.training.early_stopping import EarlyStopping
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TrainerOptions:
         adapt: settings of the model's adapters, if any.
         compiled: the backend that compiled the model's blocks, if any.
         describe: writes config.json and the tokenizer into a checkpoint's folder; None: they are left out.
+        early_stopping: ends the training before its last step, if it is given.
     """
 
     dist: DistSettings = field(default_factory=DistSettings)
@@ -70,6 +72,7 @@ class TrainerOptions:
     adapt: AdapterSettings | None = None
     compiled: str | None = None
     describe: Callable[[Path], None] | None = None
+    early_stopping: EarlyStopping | None = None
 
 
 class VqaTrainer(Trainer):
@@ -115,6 +118,8 @@ class VqaTrainer(Trainer):
             eval_dataset=training_set if self.options.score else None,
             callbacks=[LogFile(self.folder / "log.jsonl"), self.stop_handler, self.throughput],
         )
+        if self.options.early_stopping is not None:
+            self.add_callback(self.options.early_stopping)
         replace_progress_callbacks(self)
         training_set.set_step_rows(self.global_batch)
         # With a limit of 1 the Trainer would delete the newest checkpoint at the end and keep only the best.
@@ -348,7 +353,8 @@ class VqaTrainer(Trainer):
         epoch, batches = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial
         )
-        if self.state.global_step >= max_steps:
+        stopping = self.options.early_stopping
+        if self.state.global_step >= max_steps or (stopping is not None and stopping.restore(self.state)):
             return num_train_epochs, 0  # the run was finished
         before = checkpoint_state.progress(Path(resume))["global_batch"] if resume else self.global_batch
         if before == self.global_batch:

@@ -37,8 +37,8 @@ def varies(curve: Points) -> bool:
 
 def draw_curve(name: str, curve: Points) -> Markup:
     """Plot one curve over the steps."""
-    with _figure(name, (2.7, 1.6)) as (figure, svg):
-        axes = _axes(figure)
+    with svg_figure(name, (2.7, 1.6)) as (figure, svg):
+        axes = plot_axes(figure)
         axes.locator_params(nbins=4)
         _plot(axes, curve, LINE)
     return svg[0]
@@ -46,8 +46,8 @@ def draw_curve(name: str, curve: Points) -> Markup:
 
 def draw_loss(loss: Points, scores: Points) -> Markup:
     """Plot the training loss and, on a second axis, the evaluation scores."""
-    with _figure("loss and score", (4.6, 2.8), right=0.4) as (figure, svg):
-        axes = _axes(figure)
+    with svg_figure("loss and score", (4.6, 2.8), right=0.4) as (figure, svg):
+        axes = plot_axes(figure)
         if loss:
             _plot(axes, loss, LINE)
             axes.set_ylim(bottom=0)
@@ -64,8 +64,8 @@ def draw_loss(loss: Points, scores: Points) -> Markup:
 
 def draw_reliability(calibration: Calibration) -> Markup:
     """Plot accuracy against confidence, one bar per bin, with the diagonal of perfect calibration."""
-    with _figure("reliability", (4.4, 3.2)) as (figure, svg):
-        axes = _axes(figure, grid=False)
+    with svg_figure("reliability", (4.4, 3.2)) as (figure, svg):
+        axes = plot_axes(figure, grid=False)
         width = 1 / len(calibration.bins)
         for one in calibration.bins:
             middle = (one.low + one.high) / 2
@@ -85,7 +85,7 @@ def _plot(axes: Any, curve: Points, color: str) -> None:
     axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.5, marker="o" if len(curve) < 20 else "", ms=3)
 
 
-def _axes(figure: Any, grid: bool = True) -> Any:
+def plot_axes(figure: Any, grid: bool = True) -> Any:
     axes = figure.add_subplot()
     axes.set_xlabel("step")
     axes.margins(x=0.02)
@@ -105,7 +105,7 @@ def _style(axes: Any) -> None:
 
 
 @contextmanager
-def _figure(name: str, inches: tuple[float, float], right: float = 0.1) -> Iterator[tuple[Any, list[Markup]]]:
+def svg_figure(name: str, inches: tuple[float, float], right: float = 0.1) -> Iterator[tuple[Any, list[Markup]]]:
     """Yield a figure, and a list that receives its SVG on exit.
 
     Args:

@@ -7,15 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vlmvqa.config import early_checks, overrides
 from vlmvqa.config.overrides import Job
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.paths import CONF, refuse_missing
+from vlmvqa.extras.run_series.settings import chosen_file, common_settings, compose_run
+from vlmvqa.paths import refuse_missing
 
-SIZES = ("full", "smoke")
 # What arms can have in common, and the key of `trainer` that sets it. The FLOPs are those of the baseline's training.
 EQUAL = {"steps": "max_steps", "questions": "num_train_epochs", "flops": None}
-PER_RUN = ("run.name", "run.dir", "run.overwrite", "resume", "seed", "hub_id")  # settings that runs cannot share
 
 
 def compose_arms(values: Mapping[str, Any], script: str = "train") -> dict[str, Job]:
@@ -31,12 +29,7 @@ def compose_arms(values: Mapping[str, Any], script: str = "train") -> dict[str, 
     if find_spec("scipy") is None:
         raise InputError("scipy is not installed; install it with: pip install 'vlmvqa[study]'")
     values = {"arms": None, "size": "full", "seeds": [0], "runs": {}, **values}
-    study, chosen, size, seeds = values["study"], values["arms"], values["size"], values["seeds"]
-    if study is None:
-        names = ", ".join(sorted(path.stem for path in (CONF / "study").glob("*.yaml")))
-        raise InputError(f"study must be given; use study=... with one of {names}")
-    if size not in SIZES:
-        raise InputError(f"size={size} is unknown; use one of {', '.join(SIZES)}")
+    study, chosen, seeds = chosen_file(values, "study"), values["arms"], values["seeds"]
     if study["equal"] not in EQUAL:
         raise InputError(f"study.equal={study['equal']} is unknown; use one of {', '.join(EQUAL)}")
     if not seeds or len(set(seeds)) < len(seeds):
@@ -48,9 +41,9 @@ def compose_arms(values: Mapping[str, Any], script: str = "train") -> dict[str, 
     jobs: dict[str, Job] = {}
     problems: dict[str, str] = {}
     for name in wanted:
-        smoke = study["smoke"] if size == "smoke" else ()
         try:
-            jobs[name] = _compose([*_own(study["base"], values["base"]), *smoke, *values["base"], *arms[name]], script)
+            common = common_settings(study, values["base"], values["size"])
+            jobs[name] = compose_run([*common, *arms[name]], "study", script)
         except InputError as error:
             problems[name] = str(error)
     refuse_arms(problems, len(wanted))
@@ -69,13 +62,6 @@ def chosen_arms(baseline: str, arms: Iterable[str], chosen: Sequence[str] | str 
     return list(dict.fromkeys([baseline, *chosen]))
 
 
-def _own(base: Sequence[str], given: Sequence[str]) -> list[str]:
-    """Return the study's own settings without the choices that a given experiment or saved model makes."""
-    kinds = {setting.lstrip("+").partition("=")[0] for setting in given}
-    replaced = {"model", "data"} if "experiment" in kinds else {"model"} if "init_from" in kinds else set()
-    return [setting for setting in base if setting.partition("=")[0] not in replaced]
-
-
 def refuse_arms(problems: Mapping[str, str], arms: int) -> None:
     """Raise an InputError with the problems of all arms, if there are any."""
     if len(problems) == arms and len(set(problems.values())) == 1:
@@ -83,19 +69,6 @@ def refuse_arms(problems: Mapping[str, str], arms: int) -> None:
     if problems:
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise InputError(f"{len(problems)} of {arms} arms cannot run: {listed}")
-
-
-def _compose(given: list[str], script: str) -> Job:
-    """Compose and check an arm, as the script does; of settings with the same key, the last one counts."""
-    latest = {setting.lstrip("+").partition("=")[0]: setting for setting in given}
-    job = overrides.compose(list(latest.values()), script).jobs[0]
-    for key in PER_RUN:
-        if key in job.given:
-            raise InputError(f"{key} cannot be set in base or an arm: it is not the same in all runs; leave it out")
-    if job.values["data"]["source"] == "mixture":
-        raise InputError("data=mixture has several scores; a study compares one, so choose one of its datasets")
-    early_checks.refuse_mistakes(job.values, script)
-    return job
 
 
 def _refuse_unequal(equal: str, trainers: Mapping[str, Mapping[str, Any]]) -> None:

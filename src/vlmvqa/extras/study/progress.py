@@ -10,17 +10,12 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from vlmvqa.extras.run_series.training import duration
 from vlmvqa.extras.study.cost import ArmCost
 from vlmvqa.extras.study.settings import StudyRun
 from vlmvqa.training.log import ProgressBar
 
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
-
-
-def duration(seconds: float) -> str:
-    """Format a time in hours and minutes."""
-    minutes = max(1, round(seconds / 60))
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
 
 
 class Progress:

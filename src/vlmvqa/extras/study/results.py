@@ -86,11 +86,6 @@ def _schedule(path: Path) -> str:
     return f"{kind}, warmup {warmup:g}{' of the steps' if 0 < warmup < 1 else ''}, rate {trainer['learning_rate']:g}"
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether a run has trained and scored its model."""
-    return (folder / "metrics.json").is_file() and (folder / "predictions.jsonl").is_file()
-
-
 def summarize(
     study: StudySettings,
     results: Mapping[str, Mapping[str, RunResult]],

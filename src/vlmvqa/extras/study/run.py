@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
-import signal
-import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from transformers import TrainerCallback
 
 from vlmvqa import ranks
-from vlmvqa.config.schema import DistSettings, TrainConfig
+from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.planning.time import EFFICIENCY
+from vlmvqa.extras.run_series.training import ask_rank0, duration, is_finished, run_job
 from vlmvqa.extras.study import cost, tables
 from vlmvqa.extras.study.command_line import chosen_arms
 from vlmvqa.extras.study.cost import ArmCost, arm_costs, seconds, with_equal_flops
 from vlmvqa.extras.study.locks import claimed, locked
-from vlmvqa.extras.study.progress import Progress, duration
-from vlmvqa.extras.study.results import RunResult, is_finished, read_run, summarize
+from vlmvqa.extras.study.progress import Progress
+from vlmvqa.extras.study.results import RunResult, read_run, summarize
 from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_arms, study_runs
 from vlmvqa.paths import replace_file
 from vlmvqa.training import distributed
-from vlmvqa.training.interrupt import SIGNALS
 from vlmvqa.training.run import train
 
 RECORD = "study.yaml"  # in the study's folder: the settings of its runs
@@ -43,12 +38,15 @@ def run_study(config: StudyConfig) -> bool:
     arms, study = build_arms(config), config.study
     assert study is not None, "checked by build_arms"
     if not config.only_report:
-        costs = {} if all(is_finished(run.folder) for run in study_runs(config, arms)) else shared_costs(arms)
+        costs = (
+            {}
+            if all(is_finished(run.folder) for run in study_runs(config, arms))
+            else ask_rank0(lambda: arm_costs(arms))
+        )
         if study.equal == "flops" and costs:
             arms = with_equal_flops(arms, costs)
         runs = study_runs(config, arms)
-        with locked(config.run.folder):
-            ranks.broadcast_from_rank0(lambda: open_record(config))
+        ask_rank0(lambda: open_record(config))
         print_plan(study.title, runs, costs)
         if train_all(runs, costs):
             ranks.print_on_rank0("the study continues with the same command")
@@ -57,19 +55,6 @@ def run_study(config: StudyConfig) -> bool:
         with locked(config.run.folder):
             write_report(config)
     return False
-
-
-def shared_costs(arms: Mapping[str, TrainConfig]) -> dict[str, ArmCost]:
-    """Return the cost of each arm on every rank."""
-    with ranks.one_job():
-        join_group(next(iter(arms.values())))
-        return ranks.broadcast_from_rank0(lambda: arm_costs(arms))
-
-
-def join_group(config: TrainConfig) -> None:
-    """Join the process group of a launcher before the run does."""
-    if "RANK" in os.environ:
-        distributed.start(config.dist or DistSettings(), bool(config.trainer.get("use_cpu")))
 
 
 def open_record(config: StudyConfig) -> None:
@@ -82,13 +67,19 @@ def open_record(config: StudyConfig) -> None:
     """
     folder, study = config.run.folder, config.study
     assert study is not None, "checked by build_arms"
-    path = folder / RECORD
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     arms = {name: list(study.arms[name]) for name in chosen_arms(study.baseline, study.arms, config.arms)}
     smoke = study.smoke if config.size == "smoke" else ()
     settings = [*study.base, *smoke, *config.base]
     record: dict[str, Any] = {"size": config.size, "settings": settings, "arms": arms, "seeds": list(config.seeds)}
-    if before is not None and config.run.overwrite:
+    with locked(folder):
+        _write_record(folder, record, config.run.overwrite)
+
+
+def _write_record(folder: Path, record: dict[str, Any], overwrite: bool) -> None:
+    """Write the settings of this command and of earlier ones; raises like `open_record`."""
+    path, arms = folder / RECORD, record["arms"]
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if before is not None and overwrite:
         _delete_runs(folder, before)
     elif before is not None:
         changed = [key for key in ("size", "settings") if before[key] != record[key]]
@@ -99,7 +90,7 @@ def open_record(config: StudyConfig) -> None:
                 "over with run.overwrite=true"
             )
         record["arms"] = {**before["arms"], **arms}
-        record["seeds"] = list(dict.fromkeys([*before["seeds"], *config.seeds]))
+        record["seeds"] = list(dict.fromkeys([*before["seeds"], *record["seeds"]]))
     replace_file(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120))
 
 
@@ -142,35 +133,21 @@ def train_all(runs: Sequence[StudyRun], costs: Mapping[str, ArmCost]) -> bool:
     left.sort(key=lambda run: failure(run.folder).exists())  # failed ones are tried again at the end
     progress = Progress(runs, left, costs)
     for run in left:
-        with ranks.one_job():
-            join_group(run.config)
-            with claimed(run.folder) as mine:
-                if mine and not is_finished(run.folder):
-                    ranks.print_on_rank0(f"\n{progress.heading(run)}")
-                    if train_one(run, progress.callbacks(run)):
-                        return True
+        if run_job(partial(train_claimed, run, progress), partial(_record_failure, run)):
+            return True
         progress.add(run)
     return False
 
 
-def train_one(run: StudyRun, callbacks: Sequence[TrainerCallback]) -> bool:
-    """Train a run, or record its error; return whether a signal stopped it."""
-    error, handlers = None, {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        if train(run.config, callbacks):
-            return True
-    except Exception as found:
-        error = str(found) if isinstance(found, InputError) else traceback.format_exc().strip()
-        if ranks.world_size() > 1:  # the others wait for this rank
-            _record_failure(run, error)
-            raise
-    for number, handler in handlers.items():  # a run that failed leaves its own
-        signal.signal(number, handler)
-    if "torch._dynamo" in sys.modules:  # each run compiles its own blocks
-        torch._dynamo.reset()
-    gc.collect()
-    _record_failure(run, error)
-    return False
+def train_claimed(run: StudyRun, progress: Progress) -> bool:
+    """Train a run unless another process does or did; return whether a signal stopped it."""
+    if "RANK" in os.environ:  # the ranks agree on whose run it is
+        distributed.start(run.config.dist or DistSettings(), bool(run.config.trainer.get("use_cpu")))
+    with claimed(run.folder) as mine:
+        if not mine or is_finished(run.folder):
+            return False
+        ranks.print_on_rank0(f"\n{progress.heading(run)}")
+        return train(run.config, progress.callbacks(run))
 
 
 def _record_failure(run: StudyRun, error: str | None) -> None:
