@@ -38,11 +38,8 @@ def run_study(config: StudyConfig) -> bool:
     arms, study = build_arms(config), config.study
     assert study is not None, "checked by build_arms"
     if not config.only_report:
-        costs = (
-            {}
-            if all(is_finished(run.folder) for run in study_runs(config, arms))
-            else ask_rank0(lambda: arm_costs(arms))
-        )
+        finished = all(is_finished(run.folder) for run in study_runs(config, arms))
+        costs = {} if finished else ask_rank0(lambda: arm_costs(arms))
         if study.equal == "flops" and costs:
             arms = with_equal_flops(arms, costs)
         runs = study_runs(config, arms)
