@@ -21,6 +21,7 @@ import yaml
 from vlmvqa import ranks
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.study import tables
+from vlmvqa.extras.study.report_page import write_page
 from vlmvqa.extras.study.results import RunResult, is_finished, read_run, summarize
 from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_runs
 from vlmvqa.paths import replace_file
@@ -142,7 +143,7 @@ def _duration(seconds: float) -> str:
 
 
 def write_report(config: StudyConfig, record: Mapping[str, Any]) -> None:
-    """Compare the finished runs; write `study.json`, `study.md` and `study.tex`, and print the table.
+    """Compare the finished runs; write `study.json`, `study.md`, `study.tex` and `report.html`, and print the table.
 
     Args:
         record: the settings of all runs (`open_record`).
@@ -174,3 +175,5 @@ def write_report(config: StudyConfig, record: Mapping[str, Any]) -> None:
     replace_file(folder / "study.md", tables.markdown(found))
     replace_file(folder / "study.tex", tables.latex(found))
     print(f"\n{tables.text(found)}\n\nstudy: {folder / 'study.md'}, {folder / 'study.json'}, {folder / 'study.tex'}")
+    write_page(found, results, folder)
+    print(f"report: {folder / 'report.html'}")
