@@ -33,6 +33,7 @@ from tests.end_to_end.scripts import SMALL, call, command, done, predictions, se
 from tests.pretrained import picture
 from tests.serving import image_file, numbered_image, vlm_predictor
 from vlmvqa.errors import InputError
+from vlmvqa.extras.report.scored_data import scored_examples
 from vlmvqa.extras.serving import run as serve_run
 from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
@@ -434,5 +435,5 @@ def test_a_run_whose_dataset_is_missing_is_browsed_without_images(tmp_path: Path
     config = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(config.replace(str(run.parent / "data"), str(tmp_path / "nowhere")))
     with pytest.raises(InputError, match="nowhere does not exist"):
-        serve_run._examples(moved)
+        scored_examples(moved)
     assert not (tmp_path / "nowhere").exists()

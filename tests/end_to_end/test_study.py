@@ -15,6 +15,7 @@ import pytest
 
 from tests import forks
 from tests.end_to_end.scripts import LONGER, call, done, losses, sentence
+from tests.unit.test_report import Page
 
 pytestmark = pytest.mark.slow  # its study trains four models
 SMALL = [*LONGER, "trainer.num_train_epochs=5", "logger=none", "log_samples=0", "model.vision.overrides.embed_dim=32"]
@@ -54,6 +55,15 @@ def test_the_table_of_a_study(study: Path) -> None:
     page, latex = (study / "study.md").read_text(), (study / "study.tex").read_text()
     assert "| causal | 2 |" in page and "conditional on these seeds" in page and r"\toprule" in latex
     assert (study / "causal" / "seed-1" / "model").is_dir()
+    shown = Page((study / "report.html").read_text(encoding="utf-8"))
+    assert "VQA accuracy (%) by questions seen" in shown.text and "causal model.attention_pattern=causal" in shown.text
+    answers = [
+        [json.loads(line)["answer"] for line in (study / arm / "seed-0" / "predictions.jsonl").read_text().splitlines()]
+        for arm in found["arms"]
+    ]
+    different = sum(before != after for before, after in zip(*answers, strict=True))
+    assert f"answer {different} differently" in shown.text
+    assert shown.tags.count("article") == shown.tags.count("img") == min(different, 12)
 
 
 def test_nothing_is_trained_again(study: Path) -> None:

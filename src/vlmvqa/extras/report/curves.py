@@ -1,4 +1,4 @@
-"""Plots of the report as inline SVG, in the page's CSS colours so that they follow its dark mode."""
+"""Plots of the reports as inline SVG, in the page's CSS colours so that they follow its dark mode."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
@@ -14,10 +15,23 @@ from markupsafe import Markup
 from vlmvqa.extras.report.calibration import Calibration
 
 Points = Sequence[tuple[float, float]]
+MAX_NAME = 26  # characters of a row's name
 MAX_POINTS = 250  # per curve; more are indistinguishable at its width
 # Placeholder colours, replaced in the SVG: matplotlib takes no CSS variables.
 COLORS = {"#010203": "var(--accent)", "#040506": "currentColor", "#070809": "var(--second)", "#0a0b0c": "var(--other)"}
-LINE, INK, SECOND, OTHER = COLORS
+ARM_COLORS = 8  # of the arms of a study; further arms have dashed lines
+COLORS |= {f"#0d0e{number:02x}": f"var(--arm-{number})" for number in range(ARM_COLORS)}
+LINE, INK, SECOND, OTHER, *ARMS = COLORS
+
+
+@dataclass(frozen=True)
+class Band:
+    """Curve of an arm with a band over its seeds: the mean, the lowest and the highest value at each x."""
+
+    x: Sequence[float]
+    mean: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
 
 
 def points(log: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -81,6 +95,61 @@ def draw_reliability(calibration: Calibration) -> Markup:
     return svg[0]
 
 
+def draw_bands(name: str, bands: Mapping[int, Band], label: str, logarithmic: bool = False) -> Markup:
+    """Plot curves with bands.
+
+    Args:
+        bands: by number of the arm, 0 for the baseline.
+        label: of the x axis, which starts at 0.
+        logarithmic: scale of the y axis.
+    """
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    with svg_figure(name, (4.0, 2.5)) as (figure, svg):
+        axes = plot_axes(figure)
+        for number, band in bands.items():
+            color, style = ARMS[number % ARM_COLORS], "-" if number < ARM_COLORS else "--"
+            # The baseline is plotted first and wider, so that an equal curve does not hide it.
+            width, marker = 1.3 if number else 2.6, "o" if len(band.x) < 20 else ""
+            axes.fill_between(band.x, band.low, band.high, color=color, alpha=0.16, linewidth=0)
+            axes.plot(band.x, band.mean, color=color, linewidth=width, linestyle=style, marker=marker, ms=3)
+        axes.set_xlabel(label)
+        axes.set_xlim(0, 1.03 * max(band.x[-1] for band in bands.values()))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.tick_params(axis="y", which="minor", length=0)
+    return svg[0]
+
+
+def draw_intervals(rows: Sequence[tuple[str, int, float, tuple[float, float], bool]], label: str) -> Markup:
+    """Plot differences with intervals, one row below the other, and a line at 0.
+
+    Args:
+        rows: name, number of the arm, difference, interval, and whether the marker is filled.
+        label: of the x axis.
+    """
+    names = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 3]}..." for name, *_ in rows]
+    size = 4.0, 0.6 + 0.26 * len(rows)
+    with svg_figure("intervals", size, left=0.2 + 0.07 * max(map(len, names))) as (figure, svg):
+        axes = plot_axes(figure, grid=False)
+        axes.grid(axis="x", color=INK, alpha=0.14, linewidth=0.6)
+        axes.axvline(0, color=ARMS[0], linewidth=1.2)
+        for place, (_, number, difference, (low, high), filled) in enumerate(rows):
+            color = ARMS[number % ARM_COLORS]
+            axes.plot([low, high], [place, place], color=color, linewidth=1.8)
+            face = color if filled else "none"
+            axes.plot([difference], [place], "o", ms=5, color=color, markerfacecolor=face)
+        axes.set_yticks(range(len(rows)), names, parse_math=False)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.margins(x=0.06)
+        axes.set_xlabel(label)
+    return svg[0]
+
+
 def _plot(axes: Any, curve: Points, color: str) -> None:
     axes.plot(*zip(*curve, strict=True), color=color, linewidth=1.5, marker="o" if len(curve) < 20 else "", ms=3)
 
@@ -106,13 +175,15 @@ def _style(axes: Any) -> None:
 
 
 @contextmanager
-def svg_figure(name: str, inches: tuple[float, float], right: float = 0.1) -> Iterator[tuple[Any, list[Markup]]]:
+def svg_figure(
+    name: str, inches: tuple[float, float], right: float = 0.1, left: float = 0.6
+) -> Iterator[tuple[Any, list[Markup]]]:
     """Yield a figure, and a list that receives its SVG on exit.
 
     Args:
         name: salt of the SVG's ids.
         inches: width and height.
-        right: right margin in inches. Fixed margins take a third of the time of a layout engine, which draws
+        right, left: margins in inches. Fixed margins take a third of the time of a layout engine, which draws
             everything twice.
     """
     from matplotlib import rc_context
@@ -123,7 +194,7 @@ def svg_figure(name: str, inches: tuple[float, float], right: float = 0.1) -> It
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 8.5}):
         figure = Figure(figsize=inches)
         width, height = inches
-        figure.subplots_adjust(left=0.6 / width, right=1 - right / width, bottom=0.42 / height, top=1 - 0.12 / height)
+        figure.subplots_adjust(left=left / width, right=1 - right / width, bottom=0.42 / height, top=1 - 0.12 / height)
         yield figure, result
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 from collections.abc import Iterable, Sequence
@@ -10,15 +9,14 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
 from PIL import Image
 
 from vlmvqa.config.compatibility import missing
 from vlmvqa.config.inference_schema import override_decoding
 from vlmvqa.config.schema import RunSettings
-from vlmvqa.data.example import Example, ImageSource
-from vlmvqa.data.tasks import data_settings, read_examples
-from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.data.example import ImageSource
+from vlmvqa.errors import InputError
+from vlmvqa.extras.report.scored_data import scored_examples
 from vlmvqa.extras.serving import browse, uploads
 from vlmvqa.extras.serving.address import Address, listen
 from vlmvqa.extras.serving.limits import Limits, RequestError
@@ -104,29 +102,11 @@ def _browsed(config: ServeConfig) -> browse.Run | None:
         folder = Path(config.browse).expanduser()
     run = browse.read(folder)
     try:
-        examples = _examples(folder)
+        examples = scored_examples(folder)
     except InputError as error:
         print(f"{folder} is browsed without images: {error}")
         return run
     return replace(run, images={example.image_id: example.image for example in examples})
-
-
-def _examples(folder: Path) -> list[Example]:
-    """Read the examples that a scored run was evaluated on.
-
-    Raises:
-        InputError: its config or its data does not exist.
-    """
-    run = folder if (folder / "config.yaml").is_file() else folder.parent  # each task of a mixture has its own folder
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{folder} has no config.yaml")
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    data = data_settings(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"])
-    if run != folder:
-        data = data.tasks[folder.name]
-    if data.hub is None and data.shards is None and not Path(data.root or "").expanduser().is_dir():
-        raise InputError(f"{data.root} does not exist")  # synthetic data is not generated for this
-    return read_examples(data, metrics["split"], metrics["max_samples"], BadRecords("skip"))
 
 
 def _read(given: str | Iterable[str]) -> list[bytes]:

@@ -24,6 +24,7 @@ from vlmvqa.extras.study.command_line import chosen_arms
 from vlmvqa.extras.study.cost import ArmCost, arm_costs, seconds, with_equal_flops
 from vlmvqa.extras.study.locks import claimed, locked
 from vlmvqa.extras.study.progress import Progress
+from vlmvqa.extras.study.report_page import write_page
 from vlmvqa.extras.study.results import RunResult, read_run, summarize
 from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_arms, study_runs
 from vlmvqa.paths import replace_file
@@ -164,7 +165,7 @@ def failure(folder: Path) -> Path:
 
 
 def write_report(config: StudyConfig) -> None:
-    """Compare the finished runs; write `study.json`, `study.md` and `study.tex`, and print the table.
+    """Compare the finished runs; write `study.json`, `study.md`, `study.tex` and `report.html`, and print the table.
 
     Raises:
         InputError: there is no study, or the baseline has no finished run, or fewer than there are runs of an arm from
@@ -198,3 +199,5 @@ def write_report(config: StudyConfig) -> None:
     replace_file(folder / "study.md", tables.markdown(found))
     replace_file(folder / "study.tex", tables.latex(found))
     print(f"\n{tables.text(found)}\n\nstudy: {folder / 'study.md'}, {folder / 'study.json'}, {folder / 'study.tex'}")
+    write_page(found, results, folder)
+    print(f"report: {folder / 'report.html'}")
