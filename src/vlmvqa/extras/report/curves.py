@@ -86,6 +86,7 @@ def _plot(axes: Any, curve: Points, color: str) -> None:
 
 
 def plot_axes(figure: Any, grid: bool = True) -> Any:
+    """Add a plot in the page's style, over the steps."""
     axes = figure.add_subplot()
     axes.set_xlabel("step")
     axes.margins(x=0.02)

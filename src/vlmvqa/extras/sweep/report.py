@@ -91,7 +91,10 @@ def rows(found: Mapping[str, Any]) -> list[list[str]]:
 
 def text(found: Mapping[str, Any]) -> str:
     """Return the table for the terminal, and the command that repeats the best trial."""
-    lines = [f"{found['title']}: {metric(found['metric']).title}", f"{'trial':>5}  state     {'score':>7}  {'steps':>7}"]
+    lines = [
+        f"{found['title']}: {metric(found['metric']).title}",
+        f"{'trial':>5}  state     {'score':>7}  {'steps':>7}",
+    ]
     for number, state, score, steps, settings in rows(found):
         line = f"{number:>5}  {state:<8}  {score:>7}  {steps:>7}  {settings}"
         lines += textwrap.wrap(line, WIDTH, subsequent_indent=" " * 35, drop_whitespace=True, break_on_hyphens=False)
@@ -149,5 +152,3 @@ def draw_importance(importance: Mapping[str, float]) -> Markup:
             axes.text(0, place - 0.25, key, va="bottom", fontsize=8, color=INK)
         axes.set(yticks=[], xlim=(0, 1), ylim=(len(importance) - 0.4, -0.7), xlabel="share of importance")
     return svg[0]
-
-

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vlmvqa.config import compatibility
 from vlmvqa.config.compose import build
 from vlmvqa.config.overrides import Job
 from vlmvqa.config.schema import DistSettings, RunSettings, TrainConfig
-from vlmvqa.errors import InputError
 from vlmvqa.extras.run_series.settings import common_settings, compose_run, latest
 from vlmvqa.extras.sweep.command_line import compose_sweep
 from vlmvqa.extras.sweep.space import Parameter, Value, override, read_space
@@ -93,9 +92,7 @@ def check_space(config: SweepConfig, launcher: Launcher) -> str:
     return metric
 
 
-def trial_config(
-    config: SweepConfig, number: int, parameters: Mapping[str, Value], launcher: Launcher
-) -> TrainConfig:
+def trial_config(config: SweepConfig, number: int, parameters: Mapping[str, Value], launcher: Launcher) -> TrainConfig:
     """Return the config of a trial's run."""
     train = _build(compose_run(config.overrides(parameters), "sweep"), launcher)
     where = RunSettings(f"{config.run.name}/trial-{number}", f"{config.run.dir}/trial-{number}")
