@@ -35,6 +35,8 @@ from vlmvqa.extras.report.show import ShowConfig, show
 from vlmvqa.extras.serving.run import ServeConfig, serve_model
 from vlmvqa.extras.study.run import run_study
 from vlmvqa.extras.study.settings import StudyConfig
+from vlmvqa.extras.sweep.run import run_sweep
+from vlmvqa.extras.sweep.settings import SweepConfig
 from vlmvqa.inference.run import evaluate_run
 from vlmvqa.training.log import read_log
 from vlmvqa.training.run import train
@@ -48,6 +50,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "prepare": lambda: cli.run("prepare", PrepareConfig, run_job),
     "merge": lambda: cli.run("merge", MergeConfig, merge_models),
     "study": lambda: cli.run("study", StudyConfig, run_study),
+    "sweep": lambda: cli.run("sweep", SweepConfig, run_sweep),
     "plan": lambda: cli.run("plan", PlanConfig, plan),
     "verify": lambda: cli.run("verify", VerifyConfig, verify),
     "helm": lambda: cli.run("helm", HelmConfig, helm_script.main),

@@ -36,8 +36,8 @@ GIVEN = {
 }
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hydra_quiet")
 CHOICES = sorted(
-    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "study"
-)  # conf/study: tests/unit/test_study.py
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name not in ("study", "sweep")
+)  # these: tests/unit/test_study.py, test_sweep_search.py
 
 
 @pytest.mark.parametrize("name", PRIMARY)

@@ -32,8 +32,8 @@ def compose_sweep(values: Mapping[str, Any]) -> list[Job]:
         if key in given:
             raise InputError(f"base={key}=...: the sweep searches {key}; leave it out, or change sweep.space.{key}")
     common = common_settings(sweep, values["base"], values["size"])
-    first = {key: override(key, parameter.values[0]) for key, parameter in space.items()}
-    others = [(key, override(key, value)) for key, parameter in space.items() for value in parameter.values[1:]]
+    first = {key: override(key, parameter.checked[0]) for key, parameter in space.items()}
+    others = [(key, override(key, value)) for key, parameter in space.items() for value in parameter.checked[1:]]
     jobs = []
     for changed in [{}, *({key: setting} for key, setting in others)]:
         try:

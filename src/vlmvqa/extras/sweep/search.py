@@ -25,6 +25,7 @@ from vlmvqa.extras.sweep.settings import SweepConfig
 from vlmvqa.extras.sweep.space import Parameter, Value
 
 JOURNAL, NAME, RECORD = "journal.log", "sweep", "settings"
+ATTEMPTS = 20
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -92,21 +93,25 @@ class Search:
         if not any(trial.state == TrialState.WAITING for trial in trials):
             if len(trials) >= self.config.trials:
                 return None
-            self.study.enqueue_trial(self._propose(len(trials)))
+            for attempt in range(ATTEMPTS):  # TPE's proposal; if it was a trial before, random ones
+                proposed = self._propose(len(trials), attempt)
+                if proposed not in [trial.params for trial in trials]:
+                    break
+            self.study.enqueue_trial(proposed)
         self.trial = self.study.ask(self.space)
         return self.trial.number, dict(self.trial.params)
 
-    def _propose(self, number: int) -> dict[str, Value]:
+    def _propose(self, number: int, attempt: int) -> dict[str, Value]:
         """Return the parameters that TPE proposes for a trial; numbers have four significant digits."""
-        seed = random.Random(f"{self.config.seed}-{number}").randrange(2**32)
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.config.search.startup_trials)
+        startup = self.config.search.startup_trials
+        seed = random.Random(f"{self.config.seed}-{number}-{attempt}").randrange(2**32)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=number + 1 if attempt else startup)
         copy = optuna.create_study(direction="maximize", sampler=sampler)
         copy.add_trials(self.study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
         proposed = copy.ask(self.space).params
         for key, parameter in self.config.space.items():
-            if parameter.is_range and isinstance(proposed[key], float):
-                low, high = parameter.values
-                proposed[key] = sorted([low, float(f"{proposed[key]:.4g}"), high])[1]
+            if not parameter.choices and isinstance(proposed[key], float):
+                proposed[key] = min(max(float(f"{proposed[key]:.4g}"), parameter.low), parameter.high)
         return proposed
 
     def finish(self, error: str | None, pruned: bool) -> str:
@@ -144,12 +149,12 @@ def _prepare(journal: Path, overwrite: bool) -> None:
 
 def distribution(parameter: Parameter) -> BaseDistribution:
     """Return Optuna's distribution of a parameter."""
-    if not parameter.is_range:
-        return CategoricalDistribution(parameter.values)
-    low, high = parameter.values
+    low, high = parameter.low, parameter.high
+    if parameter.choices:
+        return CategoricalDistribution(parameter.choices)
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, parameter.log)
-    return FloatDistribution(float(str(low)), float(str(high)), parameter.log)
+    return FloatDistribution(low, high, parameter.log)
 
 
 class Pruning(TrainerCallback):

@@ -15,14 +15,17 @@ KEYS = ("low", "high", "log", "choices")
 
 @dataclass(frozen=True)
 class Parameter:
-    """The values of a setting: choices, or a range of numbers (whole ones if both ends are), of logarithms with `log`.
+    """The values of a setting: choices, or a range of numbers, which are whole if both ends are; log: of logarithms."""
 
-    The choices, or both ends of the range, are checked before the first trial.
-    """
-
-    values: Sequence[Value]
-    is_range: bool = False
+    choices: Sequence[Value] = ()
+    low: float = 0.0
+    high: float = 0.0
     log: bool = False
+
+    @property
+    def checked(self) -> Sequence[Value]:
+        """The values that are checked before the first trial: all choices, or both ends."""
+        return self.choices or (self.low, self.high)
 
 
 def read_space(space: Mapping[str, Any]) -> dict[str, Parameter]:
@@ -48,7 +51,8 @@ def _collect(node: Mapping[str, Any], prefix: str, found: dict[str, dict[str, An
         if any(isinstance(inner, Mapping) for inner in value.values()):
             _collect(value, f"{name}.", found)
         else:
-            found[name] = {**found.get(name, {}), **value}
+            before = found.get(name, {})  # choices replace a range
+            found[name] = {**(before if ("choices" in value) == ("choices" in before) else {}), **value}
 
 
 def _parameter(where: str, given: Mapping[str, Any]) -> Parameter:
@@ -62,14 +66,16 @@ def _parameter(where: str, given: Mapping[str, Any]) -> Parameter:
         if not isinstance(choices, list) or not choices or any(isinstance(one, list | Mapping) for one in choices):
             raise InputError(f"{where}.choices={choices} should be a list of texts, numbers, true, false or null")
         return Parameter(tuple(choices))
-    low, high, log = given.get("low"), given.get("high"), bool(given.get("log"))
+    low: Any = given.get("low")
+    high: Any = given.get("high")
+    log = bool(given.get("log"))
     for name, value in (("low", low), ("high", high)):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{where}.{name}={value} should be a number")
     if low >= high or (log and low <= 0):
         above = " and above 0, because of log=true" if log else ""
         raise InputError(f"{where}: low={low} must be below high={high}{above}")
-    return Parameter((low, high), is_range=True, log=log)
+    return Parameter(low=low, high=high, log=log)
 
 
 def override(key: str, value: Value) -> str:
