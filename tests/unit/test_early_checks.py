@@ -126,7 +126,7 @@ def test_an_argument_that_another_setting_replaces_is_refused(key: str) -> None:
 @pytest.mark.parametrize(
     ("trainer", "sentence"),
     [
-        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "counts evaluations, of which there are none"),
+        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "counts evaluations, and there are none"),
         ({"early_stopping_patience": 0, "eval_strategy": "steps"}, "early_stopping_patience=0 must be at least 1"),
         ({"early_stopping_patience": "many", "eval_strategy": "steps"}, "should be of type int"),
         ({"early_stopping_threshold": 0.5}, "needs trainer.early_stopping_patience"),

@@ -160,11 +160,8 @@ OURS = {  # TrainingArguments that are set elsewhere, or would make the run diff
 }
 # Keys of transformers' EarlyStoppingCallback, which are set next to the TrainingArguments.
 EARLY_STOPPING = {"early_stopping_patience": "int | None", "early_stopping_threshold": "float | None"}
-# Numbers from 1.
-COUNTS = (
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    "early_stopping_patience",
-)
+BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+COUNTS = (*BATCHES, "early_stopping_patience")  # numbers from 1
 NUMBERS = {"bool", "float", "int"}
 
 
@@ -185,10 +182,7 @@ def problems(trainer: Mapping[str, Any]) -> Iterator[str]:
         if trainer.get("early_stopping_threshold") is not None:
             yield "trainer.early_stopping_threshold needs trainer.early_stopping_patience; set both or none"
     elif trainer.get("eval_strategy") in (None, False, "no"):
-        yield (
-            "trainer.early_stopping_patience counts evaluations, of which there are none; add "
-            "trainer.eval_strategy=steps and trainer.eval_steps=..."
-        )
+        yield "trainer.early_stopping_patience counts evaluations, and there are none; add trainer.eval_strategy=steps"
 
 
 @cache

@@ -225,9 +225,8 @@ class TrainDataset(Dataset[list[Document]]):
             tokens = self.processor.tokenize(question, self._answer(question) if supervised else None)
             weight = weigh(len(tokens.answer), len(example.questions)) if supervised else 0.0
             questions.append(replace(tokens, weight=weight))
-        if self.settings.copy_images:
-            return [Document(image, [question]) for question in questions]
-        return [Document(image, questions)]
+        groups = [[question] for question in questions] if self.settings.copy_images else [questions]
+        return [Document(image, group) for group in groups]
 
     def _unsupervised(self, number: int) -> list[Document]:
         """Return the first document from `number` on whose image can be read, without supervised tokens."""

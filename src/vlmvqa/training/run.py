@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from vlmvqa import ranks
 from vlmvqa.config import compatibility
-from vlmvqa.config.early_checks import EARLY_STOPPING
 from vlmvqa.config.schema import MIXTURE, DistSettings, TrainConfig
 from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
@@ -32,9 +30,8 @@ from vlmvqa.training.optimizer import optimizer_for
 from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
-# Keys of the `trainer` group that `compile_blocks` takes: the Trainer would compile the model as one graph.
+# Keys of the `trainer` group for `block_compilation.py`: the Trainer would compile the model as one graph.
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-OTHER_KEYS = (*COMPILE_KEYS, *EARLY_STOPPING)  # of the `trainer` group, none of TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,8 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
     Raises:
         InputError: transformers rejects a value.
     """
-    values = {key: value for key, value in config.trainer.items() if key not in OTHER_KEYS}
+    others = (*COMPILE_KEYS, "early_stopping_patience", "early_stopping_threshold")
+    values = {key: value for key, value in config.trainer.items() if key not in others}
     values["optim"] = optimizer_for(values.get("optim", "adamw_torch"), dist)
     if values.get("report_to") in (None, "none"):
         values["report_to"] = "none"
@@ -186,7 +184,11 @@ def fit(session: Session, callbacks: Sequence[TrainerCallback] = ()) -> str | No
 
         early_stopping = EarlyStopping(patience, config.trainer.get("early_stopping_threshold") or 0.0)
     trained, unsaved_base = build(session)
-    compiled = compile_blocks(trained.model, config.trainer)
+    compiled = None
+    if any(config.trainer.get(key) for key in COMPILE_KEYS):
+        from vlmvqa.training.block_compilation import compile_blocks
+
+        compiled = compile_blocks(trained.model, *(config.trainer.get(key) for key in COMPILE_KEYS[1:]))
     # Before the weights are sharded, because cached features are checked against the encoder's weights.
     dataset = training_set(config, trained, session.tasks, session.bad_records)
     if session.dist.strategy == "fsdp":
@@ -236,8 +238,11 @@ def fit(session: Session, callbacks: Sequence[TrainerCallback] = ()) -> str | No
     if ranks.is_first():
         session.bad_records.list_in(folder / "skipped.jsonl")
     session.bad_records.listing = folder / "skipped.jsonl"
-    repeated = repeat_small_data(trainer, config.given, session.tasks)
-    ranks.print_on_rank0("\n".join([*messages, *([repeated] if repeated else []), table]))
+    if any(task.data.min_steps for task in session.tasks):
+        from vlmvqa.training.small_data import repeat_small_data
+
+        messages = [*messages, *repeat_small_data(trainer, config.given, session.tasks)]
+    ranks.print_on_rank0("\n".join([*messages, table]))
     ranks.print_on_rank0("\n".join(map(str, session.tasks)) + f"; results in {folder}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stop_handler.stopped_by:
@@ -277,21 +282,6 @@ def build(session: Session) -> tuple[TrainedModel, Any]:
     return trained, None
 
 
-def compile_blocks(model: Model, trainer: Mapping[str, Any]) -> str | None:
-    """Compile each transformer block, if the `trainer` group says so; return the backend.
-
-    Blocks of one kind share a graph, so that compiling takes as long as for one block, and hooks of the model's parts
-    and of FSDP2, which wraps blocks afterwards, are outside of it.
-    """
-    enabled, backend, mode = (trainer.get(key) for key in COMPILE_KEYS)
-    if not (enabled or backend or mode):
-        return None
-    backend = str(backend or "inductor")
-    for block in model.blocks:
-        block.compile(backend=backend, mode=mode)
-    return backend
-
-
 def training_set(
     config: TrainConfig, trained: TrainedModel, tasks: Sequence[Task], bad_records: BadRecords
 ) -> TrainDataset:
@@ -311,35 +301,10 @@ def training_set(
 def row_settings(config: TrainConfig, shares_images: bool) -> RowSettings:
     """Return the settings of the rows that a run trains on."""
     data = config.data
+    most = data.questions_per_row if shares_images or config.copy_images else 1
     return RowSettings(
-        data.target,
-        config.seed,
-        data.row_tokens,
-        data.questions_per_row if shares_images or config.copy_images else 1,
-        config.copy_images,
-        data.length_window,
-        config.loss_weighting,
+        data.target, config.seed, data.row_tokens, most, config.copy_images, data.length_window, config.loss_weighting
     )
-
-
-def num_epochs(configured: float, given: frozenset[str], epoch_steps: int, tasks: Sequence[Task]) -> float:
-    """Return the epochs of a run: more than configured for a small dataset, to train `data.min_steps` steps.
-
-    A `trainer.num_train_epochs` set on the command line is kept.
-    """
-    if "trainer.num_train_epochs" in given:
-        return configured
-    return max(configured, math.ceil(max(task.data.min_steps for task in tasks) / epoch_steps))
-
-
-def repeat_small_data(trainer: VqaTrainer, given: frozenset[str], tasks: Sequence[Task]) -> str | None:
-    """Set the epochs of a run without `trainer.max_steps` (`num_epochs`); return a line that reports a change."""
-    arguments, configured = trainer.args, trainer.args.num_train_epochs
-    epochs = num_epochs(configured, given, len(trainer.training_set) // trainer.global_batch, tasks)
-    if arguments.max_steps > 0 or epochs == configured:
-        return None
-    arguments.num_train_epochs, least = epochs, max(task.data.min_steps for task in tasks)
-    return f"{epochs:g} epochs instead of {configured:g}, because the dataset is small (data.min_steps={least})"
 
 
 def _open_logs(session: Session, checkpoint: Path | None, model: Model) -> None:

@@ -27,7 +27,8 @@ from vlmvqa.extras.report.text_tables import aligned
 from vlmvqa.models import checkpoint
 from vlmvqa.models.flops import COUNTED, count, matrix_rate
 from vlmvqa.training.initial_model import with_saved_model
-from vlmvqa.training.run import num_epochs, row_settings
+from vlmvqa.training.run import row_settings
+from vlmvqa.training.small_data import num_epochs
 
 SAMPLE = 64  # rows of which the operations are counted
 
