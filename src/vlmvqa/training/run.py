@@ -17,7 +17,6 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from vlmvqa import ranks
 from vlmvqa.config import compatibility
-from vlmvqa.config.early_checks import EARLY_STOPPING
 from vlmvqa.config.schema import MIXTURE, DistSettings, TrainConfig
 from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
@@ -34,7 +33,8 @@ from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 # Keys of the `trainer` group that `compile_blocks` takes: the Trainer would compile the model as one graph.
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-OTHER_KEYS = (*COMPILE_KEYS, *EARLY_STOPPING)  # of the `trainer` group, none of TrainingArguments
+# Keys of the `trainer` group that are not TrainingArguments; `early_checks.EARLY_STOPPING` checks the last two.
+OTHER_KEYS = (*COMPILE_KEYS, "early_stopping_patience", "early_stopping_threshold")
 
 
 @dataclass(frozen=True)
