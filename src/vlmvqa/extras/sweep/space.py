@@ -15,7 +15,7 @@ KEYS = ("low", "high", "log", "choices")
 
 @dataclass(frozen=True)
 class Parameter:
-    """The values of a setting: choices, or a range of numbers, which are whole if both ends are; log: of logarithms."""
+    """The values of a setting: choices, or a range of numbers (integers if both ends are; log: of logarithms)."""
 
     choices: Sequence[Value] = ()
     low: float = 0.0
