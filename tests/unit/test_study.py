@@ -55,6 +55,7 @@ def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
         (["study=mask", "base=modl=tiny"], "there is no key 'modl'; did you mean 'model=tiny'"),
         (["study=mask", "base=trainer.max_steps=9"], "drop trainer.max_steps"),
         (["study=mask", "study.equal=steps"], "study.equal=steps sets the length by trainer.max_steps"),
+        (["study=mask", "base=trainer.early_stopping_patience=3"], "leave it out of a study"),
         (["study=mask", "study.equal=time"], "study.equal=time is unknown"),
         (["study=mask", "study.arms.causal=['trainer.num_train_epochs=2']"], "needs the same trainer.num_train_epochs"),
         (["study=mask", "study.arms.causal=['model.projector.kidn=mlp']"], "1 of 7 arms cannot run: causal: "),

@@ -28,15 +28,15 @@ def sweep(folder: Path, *given: str) -> SweepConfig:
 
 def test_a_sweep_must_be_chosen() -> None:
     with pytest.raises(InputError, match=r"sweep must be given; use sweep=\.\.\. with one of learning_rate"):
-        check_space(config(SweepConfig, "sweep"), None)
+        check_space(config(SweepConfig, "sweep"))
 
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_composes(name: str, tmp_path: Path) -> None:
     found = config(SweepConfig, "sweep", f"sweep={name}", "size=smoke", "seed=3", f"run.dir={tmp_path}")
-    assert check_space(found, None) == "vqa_accuracy"
+    assert check_space(found) == "vqa_accuracy"
     first = {key: parameter.checked[0] for key, parameter in found.space.items()}
-    run = trial_config(found, 7, first, None)
+    run = trial_config(found, 7, first)
     assert (run.run.folder, run.seed, run.resume) == (tmp_path / "trial-7", 3, "auto")
     assert run.trainer["learning_rate"] == 1e-4 and not run.report
 
@@ -63,7 +63,7 @@ def test_every_sweep_composes(name: str, tmp_path: Path) -> None:
 )
 def test_mistakes_are_named_before_anything_is_trained(given: list[str], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as found:
-        check_space(sweep(tmp_path, *given), None)
+        check_space(sweep(tmp_path, *given))
     assert sentence in str(found.value)
 
 

@@ -42,8 +42,11 @@ def build(
         InputError: an unknown key, a missing value, or values that contradict each other.
     """
     values, keys = {**values, "given": frozenset(given)}, frozenset(given)
-    if "dist" in (field.name for field in fields(kind)):  # type: ignore[arg-type]
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if "dist" in names:
         values["dist"] = with_launcher(values.get("dist"), launcher)
+    if "launcher" in names:  # it starts trainings with their own configs
+        values["launcher"] = launcher
     for name, (module, function) in BUILDERS.items():
         if values.get(name) is not None:
             values[name] = getattr(importlib.import_module(module), function)(values[name], keys)

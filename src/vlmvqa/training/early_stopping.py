@@ -38,7 +38,7 @@ class EarlyStopping(EarlyStoppingCallback):
         ended = self.early_stopping_patience_counter >= self.early_stopping_patience
         if ended:
             ranks.print_on_rank0(
-                f"stopped early at step {state.global_step}: no score above {state.best_metric:g} "
-                f"in {self.early_stopping_patience_counter} evaluations"
+                f"stopped early at step {state.global_step}: no improvement by more than "
+                f"{self.early_stopping_threshold:g} in {self.early_stopping_patience_counter} evaluations"
             )
         return ended

@@ -61,11 +61,7 @@ class Session:
 
 
 def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> bool:
-    """Train, save and score; return whether a signal stopped the training before its end.
-
-    Args:
-        callbacks: added to the trainer after its own; a `ProgressBar` replaces the trainer's.
-    """
+    """Train, save and score; return whether a signal stopped it. A `ProgressBar` in `callbacks` replaces the run's."""
     session = prepare(config)
     try:
         return _train(session, callbacks)
@@ -227,8 +223,8 @@ def fit(session: Session, callbacks: Sequence[TrainerCallback] = ()) -> str | No
     if session.tracking is not None:
         trainer.add_callback(session.tracking)
     for callback in callbacks:
-        if isinstance(callback, ProgressBar):
-            trainer.pop_callback(ProgressBar)
+        if isinstance(callback, ProgressBar) and trainer.pop_callback(ProgressBar) is None:
+            continue  # trainer.disable_tqdm
         trainer.add_callback(callback)
     ranks.broadcast_from_rank0(lambda: _open_logs(session, checkpoint, trained.model))
     if trained.adapter is not None:

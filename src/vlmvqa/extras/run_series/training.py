@@ -58,7 +58,7 @@ def ask_rank0(make: Callable[[], T]) -> T:
     """Call `make` on rank 0 and return its result on every rank, between trainings with their own process groups."""
     with ranks.one_job():
         if "RANK" in os.environ:
-            distributed.start(DistSettings(), cpu=True)
+            distributed.start(DistSettings(timeout_minutes=24 * 60), cpu=True)
         return ranks.broadcast_from_rank0(make)
 
 

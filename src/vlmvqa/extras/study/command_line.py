@@ -12,7 +12,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.extras.run_series.settings import chosen_file, common_settings, compose_run
 from vlmvqa.paths import refuse_missing
 
-# What arms can have in common, and the key of `trainer` that sets it. The FLOPs are those of the baseline's training.
+# Values of `study.equal`, and the key of `trainer` that must then be equal; FLOPs are those of the baseline's training.
 EQUAL = {"steps": "max_steps", "questions": "num_train_epochs", "flops": None}
 
 
@@ -73,6 +73,8 @@ def refuse_arms(problems: Mapping[str, str], arms: int) -> None:
 
 def _refuse_unequal(equal: str, trainers: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise if the arms would not have in common what `study.equal` requires."""
+    if any(trainer.get("early_stopping_patience") for trainer in trainers.values()):
+        raise InputError("trainer.early_stopping_patience ends runs at different steps; leave it out of a study")
     limits = [trainer["max_steps"] for trainer in trainers.values()]
     if equal == "questions" and max(limits) > 0:
         raise InputError("study.equal=questions sets the length by trainer.num_train_epochs; drop trainer.max_steps")

@@ -24,13 +24,14 @@ from vlmvqa.extras.planning.published_sizes import known_settings
 from vlmvqa.extras.planning.run import PlanConfig, PlanSettings, build_planner
 from vlmvqa.extras.planning.time import EFFICIENCY
 from vlmvqa.extras.report.text_tables import aligned
+from vlmvqa.extras.study.command_line import refuse_arms
 from vlmvqa.models import checkpoint
 from vlmvqa.models.flops import COUNTED, count, matrix_rate
 from vlmvqa.training.initial_model import with_saved_model
 from vlmvqa.training.run import row_settings
 from vlmvqa.training.small_data import num_epochs
 
-SAMPLE = 64  # rows of which the operations are counted
+SAMPLE = 64  # rows that are sampled to count operations
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,23 @@ class ArmCost:
 
 
 def arm_costs(configs: Mapping[str, TrainConfig]) -> dict[str, ArmCost]:
-    """Return the cost of a run of each arm; data is read once for the arms that train on the same."""
+    """Return the cost of a run of each arm; data is read once for the arms that train on the same.
+
+    Raises:
+        InputError: arms cannot run on their data; with the reason for each.
+    """
     tasks: dict[str, list[Task]] = {}
-    costs = {}
+    costs: dict[str, ArmCost] = {}
+    problems: dict[str, str] = {}
     for name, config in configs.items():
         data = repr(config.data)
-        if data not in tasks:
-            tasks[data] = read_tasks(config.data, BadRecords("skip"))  # bad records are reported by the runs
-        if config.init_from is not None:
-            config = with_saved_model(config)
-        costs[name] = _cost(config, tasks[data])
+        try:
+            if data not in tasks:
+                tasks[data] = read_tasks(config.data, BadRecords("skip"))  # bad records are reported by the runs
+            costs[name] = _cost(config if config.init_from is None else with_saved_model(config), tasks[data])
+        except InputError as error:
+            problems[name] = str(error)
+    refuse_arms(problems, len(configs))
     return costs
 
 

@@ -23,7 +23,9 @@ def plan_study(config: PlanConfig) -> None:
     Raises:
         InputError: arms cannot be planned; with the reason for each.
     """
-    other = sorted(key for key in config.given if key.split(".")[0] not in ("study", "base", "plan", "run"))
+    other = sorted(key for key in config.given if key.split(".")[0] not in ("study", "base", "plan", "run", "verify"))
+    if config.verify:
+        raise InputError("verify=true measures one training; leave study= out")
     if other:
         raise InputError(f"with study=, {other[0]} must be given for all arms, as base={other[0]}=...")
     plans: dict[str, Plan] = {}

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from vlmvqa.extras.run_series.training import duration
+from vlmvqa.extras.run_series.training import duration, is_finished
 from vlmvqa.extras.study.cost import ArmCost
 from vlmvqa.extras.study.settings import StudyRun
 from vlmvqa.training.log import ProgressBar
@@ -19,27 +19,32 @@ BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}"
 
 
 class Progress:
-    """What is done of a study's runs, in operations, or in steps where these cannot be counted."""
+    """Progress over a study's runs, those of other processes included: in operations, or in steps if not countable."""
 
-    def __init__(self, runs: Sequence[StudyRun], left: Sequence[StudyRun], costs: Mapping[str, ArmCost]) -> None:
+    def __init__(self, runs: Sequence[StudyRun], costs: Mapping[str, ArmCost]) -> None:
         countable = all(cost.tera_flop for cost in costs.values())
         self.work = {arm: (cost.tera_flop or 0.0) if countable else float(cost.steps) for arm, cost in costs.items()}
-        self.runs, self.number, self.done = len(runs), len(runs) - len(left), 0.0
-        self.total = sum(self.work[run.arm] for run in left)
-        self.began = time.monotonic()
+        self.runs, self.began = runs, time.monotonic()
+        self.total = self.left()
+
+    def left(self) -> float:
+        """Return the work of the runs that are not finished."""
+        return sum(self.work[run.arm] for run in self.runs if not is_finished(run.folder))
+
+    def name(self, run: StudyRun) -> str:
+        """Return the name of a run with the number of runs."""
+        number = 1 + sum(is_finished(one.folder) for one in self.runs)
+        return f"run {number} of {len(self.runs)}: {run.name}"
 
     def heading(self, run: StudyRun) -> str:
-        """Return the number and name of a run, and the time left."""
-        left = (time.monotonic() - self.began) * (self.total - self.done) / self.done if self.done else None
-        return f"run {self.number + 1} of {self.runs}: {run.name}" + (f", about {duration(left)} left" if left else "")
+        """Return the name of a run, and the time left."""
+        left = self.left()
+        seconds = (time.monotonic() - self.began) * left / (self.total - left) if left < self.total else None
+        return self.name(run) + ("" if seconds is None else f", about {duration(seconds)} left")
 
     def callbacks(self, run: StudyRun) -> list[TrainerCallback]:
         """Return the bar of a run in a terminal."""
         return [StudyBar(self, run)] if sys.stderr.isatty() else []
-
-    def add(self, run: StudyRun) -> None:
-        """Count a run as done."""
-        self.number, self.done = self.number + 1, self.done + self.work[run.arm]
 
 
 class StudyBar(ProgressBar):
@@ -57,8 +62,8 @@ class StudyBar(ProgressBar):
         progress = self.progress
         self.training_bar = tqdm(
             total=progress.total,
-            initial=progress.done + self._work(state, state.global_step),
-            desc=f"run {progress.number + 1} of {progress.runs}, {self.run.name}",
+            initial=progress.total - progress.left() + self._work(state, state.global_step),
+            desc=progress.name(self.run),
             dynamic_ncols=True,
             bar_format=BAR_FORMAT,
             leave=False,

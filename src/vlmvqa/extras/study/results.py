@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 import yaml
@@ -69,8 +69,11 @@ def read_run(folder: Path) -> RunResult:
     if log:
         speeds = [record["questions_per_second"] for record in log]
         measured["questions_per_second"] = sorted(speeds)[len(speeds) // 2]
-        # The steps after the last record are counted like those before it.
-        measured["tera_flop"] = sum(record.get("tera_flop", 0.0) for record in log) * steps / log[-1]["step"]
+        if all("tera_flop" in record for record in log):
+            # Per step, because the first record after a resume lacks the steps before its checkpoint.
+            before = (0, *(record["step"] for record in log))
+            rates = [one["tera_flop"] / (one["step"] - last) for one, last in zip(log, before, strict=False)]
+            measured["tera_flop"] = median(rates) * steps
         if any(record["peak_memory_gib"] != record["peak_rss_gib"] for record in log):  # a GPU's, not the process's
             measured["peak_memory_gib"] = max(record["peak_memory_gib"] for record in log)
     parameters = starts[-1].get("parameters", {}) if starts else {}
@@ -79,9 +82,9 @@ def read_run(folder: Path) -> RunResult:
 
 def _schedule(path: Path) -> str:
     """Describe the learning rate schedule of a run's config."""
-    if not path.is_file():
+    trainer = yaml.safe_load(path.read_text(encoding="utf-8")).get("trainer") if path.is_file() else None
+    if trainer is None:  # an evaluation
         return ""
-    trainer = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]
     kind, warmup = trainer.get("lr_scheduler_type", "linear"), trainer.get("warmup_steps", 0)
     return f"{kind}, warmup {warmup:g}{' of the steps' if 0 < warmup < 1 else ''}, rate {trainer['learning_rate']:g}"
 
@@ -145,6 +148,7 @@ def _arm(name: str, overrides: Sequence[str], runs: Mapping[str, RunResult], hom
         for key, shown in CONTROLS.items()
         if all(result.metrics.get("controls", {}).get(key) for result in runs.values())
     }
+    measured = [key for key in first.measured if all(key in result.measured for result in runs.values())]
     return {
         "overrides": list(overrides),
         "scores": scores,
@@ -155,5 +159,5 @@ def _arm(name: str, overrides: Sequence[str], runs: Mapping[str, RunResult], hom
         "parameters": dict(first.parameters),
         "controls": controls,
         "folders": {seed: os.path.relpath(result.folder, home) for seed, result in runs.items()},
-        "measured": {key: fmean([result.measured[key] for result in runs.values()]) for key in first.measured},
+        "measured": {key: fmean([result.measured[key] for result in runs.values()]) for key in measured},
     }

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from vlmvqa import ranks
-from vlmvqa.config.schema import DistSettings
+from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.planning.time import EFFICIENCY
+from vlmvqa.extras.run_series.locks import locked, try_lock
 from vlmvqa.extras.run_series.training import ask_rank0, duration, is_finished, run_job
 from vlmvqa.extras.study import cost, tables
 from vlmvqa.extras.study.command_line import chosen_arms
 from vlmvqa.extras.study.cost import ArmCost, arm_costs, seconds, with_equal_flops
-from vlmvqa.extras.study.locks import claimed, locked
 from vlmvqa.extras.study.progress import Progress
 from vlmvqa.extras.study.report_page import write_page
 from vlmvqa.extras.study.results import RunResult, read_run, summarize
 from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_arms, study_runs
 from vlmvqa.paths import replace_file
-from vlmvqa.training import distributed
 from vlmvqa.training.run import train
 
 RECORD = "study.yaml"  # in the study's folder: the settings of its runs
@@ -36,23 +34,27 @@ RECORD = "study.yaml"  # in the study's folder: the settings of its runs
 
 def run_study(config: StudyConfig) -> bool:
     """Train the runs that are not finished, compare all, and write the tables; return whether a signal stopped it."""
-    arms, study = build_arms(config), config.study
-    assert study is not None, "checked by build_arms"
     if not config.only_report:
-        finished = all(is_finished(run.folder) for run in study_runs(config, arms))
-        costs = {} if finished else ask_rank0(lambda: arm_costs(arms))
-        if study.equal == "flops" and costs:
+        arms = build_arms(config)
+        costs = ask_rank0(lambda: _costs(config, arms))
+        if costs and config.settings.equal == "flops":
             arms = with_equal_flops(arms, costs)
         runs = study_runs(config, arms)
         ask_rank0(lambda: open_record(config))
-        print_plan(study.title, runs, costs)
-        if train_all(runs, costs):
+        if ranks.is_first():
+            print_plan(config.settings.title, runs, costs)
+        if train_all(runs, Progress(runs, costs)):
             ranks.print_on_rank0("the study continues with the same command")
             return True
     if ranks.is_first():
-        with locked(config.run.folder):
-            write_report(config)
+        write_report(config)
     return False
+
+
+def _costs(config: StudyConfig, arms: Mapping[str, TrainConfig]) -> dict[str, ArmCost]:
+    """Return the cost of each arm; nothing if no run is left."""
+    finished = all(is_finished(run.folder) for run in study_runs(config, arms))
+    return {} if finished and not config.run.overwrite else arm_costs(arms)
 
 
 def open_record(config: StudyConfig) -> None:
@@ -63,14 +65,18 @@ def open_record(config: StudyConfig) -> None:
     Raises:
         InputError: it changes settings, or would delete runs that another process trains.
     """
-    folder, study = config.run.folder, config.study
-    assert study is not None, "checked by build_arms"
-    arms = {name: list(study.arms[name]) for name in chosen_arms(study.baseline, study.arms, config.arms)}
+    study = config.settings
     smoke = study.smoke if config.size == "smoke" else ()
-    settings = [*study.base, *smoke, *config.base]
-    record: dict[str, Any] = {"size": config.size, "settings": settings, "arms": arms, "seeds": list(config.seeds)}
-    with locked(folder):
-        _write_record(folder, record, config.run.overwrite)
+    record: dict[str, Any] = {
+        "size": config.size,
+        "equal": study.equal,
+        "baseline": study.baseline,
+        "settings": [*study.base, *smoke, *config.base],
+        "arms": {name: list(study.arms[name]) for name in chosen_arms(study.baseline, study.arms, config.arms)},
+        "seeds": list(config.seeds),
+    }
+    with locked(config.run.folder):
+        _write_record(config.run.folder, record, config.run.overwrite)
 
 
 def _write_record(folder: Path, record: dict[str, Any], overwrite: bool) -> None:
@@ -80,7 +86,9 @@ def _write_record(folder: Path, record: dict[str, Any], overwrite: bool) -> None
     if before is not None and overwrite:
         _delete_runs(folder, before)
     elif before is not None:
-        changed = [key for key in ("size", "settings") if before[key] != record[key]]
+        changed = [
+            key for key in ("size", "equal", "baseline", "settings") if before.get(key, record[key]) != record[key]
+        ]
         changed += [f"arms.{name}" for name, arm in arms.items() if before["arms"].get(name, arm) != arm]
         if changed:
             raise InputError(
@@ -95,9 +103,8 @@ def _write_record(folder: Path, record: dict[str, Any], overwrite: bool) -> None
 def _delete_runs(folder: Path, record: Mapping[str, Any]) -> None:
     """Delete a study's runs."""
     for name, seed in product(record["arms"], record["seeds"]):
-        with claimed(folder / name / f"seed-{seed}") as mine:
-            if not mine:
-                raise InputError(f"{folder / name}: another process trains seed {seed}; stop it first")
+        if is_claimed(folder / name / f"seed-{seed}"):
+            raise InputError(f"{folder / name}: another process trains seed {seed}; stop it first")
     for name in record["arms"]:
         shutil.rmtree(folder / name, ignore_errors=True)
 
@@ -113,39 +120,73 @@ def print_plan(title: str, runs: Sequence[StudyRun], costs: Mapping[str, ArmCost
     lines = [f"{title}: {arms} x {seeds} = {counted(len(runs), 'run')}, {len(left)} left"]
     if costs:
         lines += ["", cost.table(costs), ""]
-    if left and all(one.tera_flop for one in costs.values()):
+    if costs and all(one.tera_flop for one in costs.values()):
         total = seconds(left[0].config, sum(costs[run.arm].tera_flop or 0.0 for run in left))
         lines.append(
             f"about {duration(total)} in total, if training reaches {EFFICIENCY:.0%} of this device's fastest matrix "
             "product; without evaluations"
         )
-    ranks.print_on_rank0("\n".join(lines))
+    print("\n".join(lines), flush=True)
 
 
-def train_all(runs: Sequence[StudyRun], costs: Mapping[str, ArmCost]) -> bool:
-    """Train the runs that are not finished, one after the other; return whether a signal stopped one.
+def train_all(runs: Sequence[StudyRun], progress: Progress) -> bool:
+    """Train the runs that are neither finished nor trained by another process; return whether a signal stopped one.
 
-    A run that fails is recorded, and the others continue. A run that another process trains is left to it.
+    A run that fails is recorded, and the others continue.
     """
-    left = [run for run in runs if not is_finished(run.folder)]
-    left.sort(key=lambda run: failure(run.folder).exists())  # failed ones are tried again at the end
-    progress = Progress(runs, left, costs)
-    for run in left:
-        if run_job(partial(train_claimed, run, progress), partial(_record_failure, run)):
+    claims = Claims(runs)
+    while (number := ask_rank0(claims.take)) is not None:
+        run = runs[number]
+        ranks.print_on_rank0(f"\n{progress.heading(run)}")
+        if run_job(partial(train, run.config, progress.callbacks(run)), partial(_record_failure, run)):
             return True
-        progress.add(run)
+        claims.release()
     return False
 
 
-def train_claimed(run: StudyRun, progress: Progress) -> bool:
-    """Train a run unless another process does or did; return whether a signal stopped it."""
-    if "RANK" in os.environ:  # the ranks agree on whose run it is
-        distributed.start(run.config.dist or DistSettings(), bool(run.config.trainer.get("use_cpu")))
-    with claimed(run.folder) as mine:
-        if not mine or is_finished(run.folder):
-            return False
-        ranks.print_on_rank0(f"\n{progress.heading(run)}")
-        return train(run.config, progress.callbacks(run))
+class Claims:
+    """Claims of this process, by its rank 0, on the runs that it trains."""
+
+    def __init__(self, runs: Sequence[StudyRun]) -> None:
+        self.runs, self.tried = runs, set[int]()
+        self.lock: IO[str] | None = None
+        self.failed_before = {number for number, run in enumerate(runs) if failure(run.folder).exists()}
+
+    def take(self) -> int | None:
+        """Claim the next run and return its number; None if no run is left that another process doesn't train.
+
+        Those that failed before this command are tried again, after the others.
+        """
+        for number in sorted(range(len(self.runs)), key=lambda number: number in self.failed_before):
+            folder = self.runs[number].folder
+            failed = failure(folder).exists() and number not in self.failed_before
+            if failed or number in self.tried or is_finished(folder):
+                continue
+            self.lock = claim(folder)
+            if self.lock is not None and not is_finished(folder):
+                self.tried.add(number)
+                return number
+            self.release()
+        return None
+
+    def release(self) -> None:
+        """Release the claim on the last run."""
+        if self.lock is not None:
+            self.lock.close()
+            self.lock = None
+
+
+def claim(folder: Path) -> IO[str] | None:
+    """Return the lock of a run; None if another process trains it."""
+    return try_lock(folder.with_name(f".{folder.name}.lock"))
+
+
+def is_claimed(folder: Path) -> bool:
+    """Return whether another process trains a run."""
+    lock = claim(folder)
+    if lock is not None:
+        lock.close()
+    return lock is None
 
 
 def _record_failure(run: StudyRun, error: str | None) -> None:
@@ -168,15 +209,18 @@ def write_report(config: StudyConfig) -> None:
     """Compare the finished runs; write `study.json`, `study.md`, `study.tex` and `report.html`, and print the table.
 
     Raises:
-        InputError: there is no study, or the baseline has no finished run, or fewer than there are runs of an arm from
-            elsewhere.
+        InputError: there is no study, or the baseline has no finished run, or has fewer than an arm given with `runs`.
     """
     folder = config.run.folder
     if not (folder / RECORD).is_file():
         raise InputError(f"{folder} holds no study; train it first, without only_report=true")
+    with locked(folder):
+        _write_report(config, folder)
+
+
+def _write_report(config: StudyConfig, folder: Path) -> None:
     record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8"))
-    assert config.study is not None, "checked by build_arms"
-    study = replace(config.study, arms=record["arms"])
+    study = replace(config.settings, arms=record["arms"])
     results: dict[str, dict[str, RunResult]] = {study.baseline: {}}
     failed = {}
     for name, seed in product(record["arms"], record["seeds"]):
@@ -187,6 +231,9 @@ def write_report(config: StudyConfig) -> None:
             lines = failure(run).read_text(encoding="utf-8").splitlines() if failure(run).is_file() else []
             failed[f"{name}/seed-{seed}"] = lines[-1] if lines else "not finished"
     seeds = list(results[study.baseline])
+    if not seeds and not config.only_report and any(is_claimed(folder / run) for run in failed):
+        print("other processes train the study's runs; the last one writes the table")
+        return
     if not seeds:
         raise InputError(f"no run of the baseline {study.baseline} is finished in {folder}; train it first")
     for name, folders in config.runs.items():

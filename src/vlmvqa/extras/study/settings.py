@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vlmvqa import ranks
 from vlmvqa.config import compatibility
 from vlmvqa.config.compose import build
 from vlmvqa.config.schema import DistSettings, RunSettings, TrainConfig
@@ -58,7 +55,15 @@ class StudyConfig:
     runs: Mapping[str, Sequence[str]] = field(default_factory=dict)
     only_report: bool = False
     seed: int = 0
+    launcher: tuple[str, str] | None = None
     given: frozenset[str] = frozenset()
+
+    @property
+    def settings(self) -> StudySettings:
+        """The `study` group, which the command line must choose."""
+        if self.study is None:
+            raise InputError("study must be given; use study=<a file of conf/study>")
+        return self.study
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,12 @@ def build_arms(config: StudyConfig) -> dict[str, TrainConfig]:
     Raises:
         InputError: arms cannot run; with the reason for each.
     """
-    launcher = ranks.launcher_choice(os.environ, sys.argv[1:])
     built: dict[str, TrainConfig] = {}
     problems: dict[str, str] = {}
     jobs = compose_arms({**vars(config), "study": asdict(config.study) if config.study else None})
     for name, job in jobs.items():
         try:
-            built[name] = build(TrainConfig, job.values, job.given, launcher)
+            built[name] = build(TrainConfig, job.values, job.given, config.launcher)
             compatibility.check(built[name], built[name].dist or DistSettings())
         except InputError as error:
             problems[name] = str(error)

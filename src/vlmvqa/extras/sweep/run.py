@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,15 +12,14 @@ from vlmvqa import ranks
 from vlmvqa.extras.run_series.training import ask_rank0, duration, run_job
 from vlmvqa.extras.sweep.report import write_report
 from vlmvqa.extras.sweep.search import Pruning, Search
-from vlmvqa.extras.sweep.settings import Launcher, SweepConfig, check_space, trial_config
+from vlmvqa.extras.sweep.settings import SweepConfig, check_space, trial_config
 from vlmvqa.extras.sweep.space import Value, override
 from vlmvqa.training.run import train
 
 
 def run_sweep(config: SweepConfig) -> bool:
     """Train the trials that are missing and write the report; return whether a signal stopped the sweep."""
-    launcher = ranks.launcher_choice(os.environ, sys.argv[1:])
-    metric = check_space(config, launcher)
+    metric = check_space(config)
     opened: list[Search] = []  # on rank 0
     ask_rank0(lambda: opened.append(Search(config)))
     began, trained = time.monotonic(), 0
@@ -32,7 +29,7 @@ def run_sweep(config: SweepConfig) -> bool:
         rest = f", about {duration(left)} left" if trained else ""
         shown = " ".join(override(key, value) for key, value in parameters.items())
         ranks.print_on_rank0(f"\ntrial {number} ({number + 1} of {config.trials}{rest}): {shown}")
-        if _train_trial(config, number, parameters, launcher, opened[0] if opened else None):
+        if _train_trial(config, number, parameters, opened[0] if opened else None):
             ranks.print_on_rank0("the sweep continues with the same command")
             return True
         trained += 1
@@ -41,14 +38,12 @@ def run_sweep(config: SweepConfig) -> bool:
     return False
 
 
-def _train_trial(
-    config: SweepConfig, number: int, parameters: Mapping[str, Value], launcher: Launcher, search: Search | None
-) -> bool:
+def _train_trial(config: SweepConfig, number: int, parameters: Mapping[str, Value], search: Search | None) -> bool:
     """Train a trial and record its result; return whether a signal stopped it."""
     callbacks: list[Pruning] = []
 
     def start() -> bool:
-        run = trial_config(config, number, parameters, launcher)
+        run = trial_config(config, number, parameters)
         callbacks.append(Pruning(search.trial if search else None, run.data.metric))
         with suppress(optuna.TrialPruned):
             return train(run, callbacks)

@@ -6,6 +6,7 @@ A proposal depends on the seed, its number and the finished trials only, so it i
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlmvqa import ranks
 from vlmvqa.errors import InputError
+from vlmvqa.extras.run_series.locks import try_lock
 from vlmvqa.extras.sweep.settings import SweepConfig
 from vlmvqa.extras.sweep.space import Parameter, Value
 
@@ -43,6 +45,9 @@ class Search:
         if config.only_report and not journal.is_file():
             raise InputError(f"{config.run.folder} holds no sweep; run it first, without only_report=true")
         if not config.only_report:
+            self.lock = try_lock(journal.with_name(".lock"))  # until this process ends
+            if self.lock is None:
+                raise InputError(f"{config.run.folder}: another command runs this sweep; stop it first")
             _prepare(journal, config.run.overwrite)
         self.storage = JournalStorage(JournalFileBackend(str(journal)))
         exists = any(study.study_name == NAME for study in self.storage.get_all_studies())
@@ -143,8 +148,7 @@ def _prepare(journal: Path, overwrite: bool) -> None:
     journal.parent.mkdir(parents=True, exist_ok=True)
     journal.with_name(f"{JOURNAL}.lock").unlink(missing_ok=True)
     if journal.is_file():
-        written = journal.read_bytes()
-        journal.write_bytes(written[: written.rfind(b"\n") + 1])
+        os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:

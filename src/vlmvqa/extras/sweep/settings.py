@@ -14,8 +14,6 @@ from vlmvqa.extras.run_series.settings import common_settings, compose_run, late
 from vlmvqa.extras.sweep.command_line import compose_sweep
 from vlmvqa.extras.sweep.space import Parameter, Value, override, read_space
 
-Launcher = tuple[str, str] | None  # what `ranks.launcher_choice` returns
-
 
 @dataclass(frozen=True)
 class PruningSettings:
@@ -62,6 +60,7 @@ class SweepConfig:
     base: Sequence[str] = ()
     seed: int = 0
     only_report: bool = False
+    launcher: tuple[str, str] | None = None
     given: frozenset[str] = frozenset()
 
     @property
@@ -85,21 +84,21 @@ class SweepConfig:
         return latest([*self.settings, *(override(key, value) for key, value in parameters.items())])
 
 
-def check_space(config: SweepConfig, launcher: Launcher) -> str:
+def check_space(config: SweepConfig) -> str:
     """Return the metric of all trials; raise an InputError if runs of the search space cannot be trained."""
     values = {**vars(config), "sweep": asdict(config.sweep) if config.sweep else None}
-    (metric,) = {_build(job, launcher).data.metric for job in compose_sweep(values)}
+    (metric,) = {_build(job, config.launcher).data.metric for job in compose_sweep(values)}
     return metric
 
 
-def trial_config(config: SweepConfig, number: int, parameters: Mapping[str, Value], launcher: Launcher) -> TrainConfig:
+def trial_config(config: SweepConfig, number: int, parameters: Mapping[str, Value]) -> TrainConfig:
     """Return the config of a trial's run."""
-    train = _build(compose_run(config.overrides(parameters), "sweep"), launcher)
+    train = _build(compose_run(config.overrides(parameters), "sweep"), config.launcher)
     where = RunSettings(f"{config.run.name}/trial-{number}", f"{config.run.dir}/trial-{number}")
     return replace(train, run=where, seed=config.seed, resume="auto")
 
 
-def _build(job: Job, launcher: Launcher) -> TrainConfig:
+def _build(job: Job, launcher: tuple[str, str] | None) -> TrainConfig:
     """Build the config of a run, and check its combinations."""
     train = build(TrainConfig, job.values, job.given, launcher)
     compatibility.check(train, train.dist or DistSettings())
