@@ -380,4 +380,6 @@ def test_a_new_line_in_a_prompt_may_be_written_as_in_yaml(written: str) -> None:
 
 
 def test_the_trainers_keys_are_read_without_importing_it() -> None:
-    assert list(argument_types()) == [field.name for field in dataclasses.fields(TrainingArguments)]
+    """Those of early stopping are set next to them."""
+    stopping = ["early_stopping_patience", "early_stopping_threshold"]
+    assert list(argument_types()) == [field.name for field in dataclasses.fields(TrainingArguments)] + stopping
