@@ -40,10 +40,11 @@ from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training import distributed, runtime_checks, zero
 from vlmvqa.training.answering_model import answering_model
+from vlmvqa.training.block_compilation import compile_blocks
 from vlmvqa.training.checkpoint_state import local_tensor
 from vlmvqa.training.log import read_log
 from vlmvqa.training.optimizer import optimizer_for
-from vlmvqa.training.run import COMPILE_KEYS, compile_blocks
+from vlmvqa.training.run import COMPILE_KEYS
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 
@@ -135,7 +136,8 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         set_trainable(vlm.part("vision"), "none", "vision")
         set_trainable(vlm.part("language"), "none", "language")
     arguments = make_arguments(case, dist, folder)
-    compiled = compile_blocks(vlm, case.trainer or {})
+    enabled, backend, mode = ((case.trainer or {}).get(key) for key in COMPILE_KEYS)
+    compiled = compile_blocks(vlm, backend, mode) if enabled or backend or mode else None
     if dist.is_zero:
         zero.correct_deepspeed()
     if case.strategy == "fsdp":

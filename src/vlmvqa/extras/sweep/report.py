@@ -112,7 +112,7 @@ def text(found: Mapping[str, Any]) -> str:
 def page(found: Mapping[str, Any]) -> str:
     """Return the HTML report."""
     scored = [trial for trial in found["trials"] if trial["score"] is not None]
-    return template("sweep.html.j2").render(
+    return template("report.html.j2", "vlmvqa.extras.sweep").render(
         found=found,
         rows=[(trial["report"], row) for trial, row in zip(found["trials"], rows(found), strict=True)],
         metric=metric(found["metric"]).title,
