@@ -11,7 +11,9 @@ import pytest
 import scipy.stats
 
 from tests.configs import config
+from tests.conftest import ROOT
 from vlmvqa.errors import InputError
+from vlmvqa.extras.report.text_tables import piped
 from vlmvqa.extras.study import tables
 from vlmvqa.extras.study.results import RunResult, summarize
 from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_arms, study_runs
@@ -154,3 +156,12 @@ def test_runs_of_other_questions_are_refused(tmp_path: Path) -> None:
     scores = {"blockwise_prefix": [[100.0] * 8], "causal": [[100.0] * 6]}
     with pytest.raises(InputError, match="cannot be compared: they differ by 2 questions"):
         summary(tmp_path, scores, {})
+
+
+def test_the_documented_table_is_the_recorded_one() -> None:
+    """And its controls, which the text rounds."""
+    found = json.loads((ROOT / "bench" / "recorded" / "study_mask.json").read_text())
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert piped(tables.comparison(found)) in page
+    shuffled = [arm["controls"]["shuffled"] for arm in found["arms"].values()]
+    assert min(shuffled) >= 40 and max(shuffled) < 42.5 and f"{found['questions']:,} questions to score" in page
