@@ -54,8 +54,8 @@ def test_a_null_arm_and_shuffled_images(tmp_path: Path) -> None:
     for image, other in zip(images, [*aside[1:], aside[0]], strict=True):
         other.rename(image)
     runs = ",".join(str(tmp_path / "null" / "blockwise_prefix" / f"seed-{seed}") for seed in (3, 4, 5))
-    found = run_study("mask", tmp_path / "study", *given, f"runs={{null:[{runs}]}}", base=base)
-    worse, equal = (found["arms"][name]["difference"] for name in ("causal", "null"))
+    found = run_study("mask", tmp_path / "study", *given, f"runs={{other_seeds:[{runs}]}}", base=base)
+    worse, equal = (found["arms"][name]["difference"] for name in ("causal", "other_seeds"))
     assert equal["verdict"] == "no difference detected" and equal["pairs"] == 3
     assert worse["verdict"] == "worse" and worse["p_holm"] < 0.01 and worse["p_value"] < 0.01
 
