@@ -9,9 +9,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
@@ -51,10 +53,11 @@ def run(start: Callable[[Job], bool | None], config_name: str, composition: Comp
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def job(config: DictConfig) -> None:
         one = Job(resolve(config), keys_of(HydraConfig.get().overrides.task))
-        if sweep is None:
-            start(one)
-        else:
-            sweep.run(one, start)
+        with outside_hydra():
+            if sweep is None:
+                start(one)
+            else:
+                sweep.run(one, start)
 
     done = True
     try:
@@ -64,6 +67,16 @@ def run(start: Callable[[Job], bool | None], config_name: str, composition: Comp
             done = sweep.finish()
     if not done:
         sys.exit(1)
+
+
+@contextmanager
+def outside_hydra() -> Iterator[None]:
+    """Let a job compose further configs, as a study does for its arms: Hydra refuses that while it runs a job."""
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def swept_values(override: str) -> list[str]:
