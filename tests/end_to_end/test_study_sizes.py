@@ -43,7 +43,7 @@ def test_a_null_arm_and_shuffled_images(tmp_path: Path) -> None:
     The shapes of the demo, fewer of them; the model is past the answers that need no image.
     """
     root, shuffled = tmp_path / "shapes", tmp_path / "shuffled"
-    sizes = ("data.options.train_images=1500", "data.options.val_images=150", "trainer.num_train_epochs=3")
+    sizes = ("data.options.train_images=1500", "data.options.val_images=150", "trainer.num_train_epochs=7")
     base = (f"data.root={root}", *sizes, "copy_images=false", "trainer.eval_strategy=no")
     given = (f"study.arms.causal=['data.root={shuffled}','model.attention_pattern=blockwise_prefix']", "arms=[causal]")
     null = run_study("mask", tmp_path / "null", "arms=[]", "seeds=[3,4,5]", base=base)

@@ -143,7 +143,7 @@ def test_training_ends_where_the_score_stops_improving(tmp_path: Path, data: str
     stopping = ("trainer.early_stopping_patience=2", "trainer.eval_steps=3", "trainer.save_total_limit=null")
     given = (f"run.dir={folder}", data, *LONGER, *stopping, "trainer.learning_rate=1e-9", "trainer.max_steps=30")
     printed = run("train", *given)
-    assert "stopped early at step 9: no score above" in printed
+    assert "stopped early at step 9: no improvement by more than 0 in 2 evaluations" in printed
     whole = losses(folder)
     assert max(whole) == 9 and (folder / "model").is_dir()
     assert "stopped early at step 9" in run("train", *given, "resume=auto") and losses(folder) == whole
