@@ -37,6 +37,7 @@ def test_every_study_is_planned_and_runs_at_its_smoke_size(name: str, tmp_path: 
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)  # nine trainings of a minute
 def test_a_null_arm_and_shuffled_images(tmp_path: Path) -> None:
     """Other seeds of the same config make no difference; images of other questions make the model worse.
 
