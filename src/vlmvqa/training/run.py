@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,29 +64,25 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> boo
     """Train, save and score; return whether a signal stopped it. A `ProgressBar` in `callbacks` replaces the run's."""
     session = prepare(config)
     try:
-        return _train(session, callbacks)
+        stopped_by = fit(session, callbacks)
+        if not stopped_by:
+            from vlmvqa.training.evaluation import publish, score_tasks
+
+            metrics = score_tasks(session)
+            if ranks.is_first():
+                publish(session, metrics)
+            return False
     except BaseException:
         if session.tracking is not None:  # in a study, the next run opens its own loggers
             session.tracking.finish()
         raise
-
-
-def _train(session: Session, callbacks: Sequence[TrainerCallback]) -> bool:
-    stopped_by = fit(session, callbacks)
-    if stopped_by:
-        if session.tracking is not None:
-            session.tracking.finish()
-        by = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by
-        ranks.print_on_rank0(f"stopped by {by}, saved in {session.folder / 'latest'}; resume with resume=auto")
-        if stopped_by == "SIGINT" and not ranks.is_distributed():  # a launcher would report a failed rank
-            sys.exit(128 + signal.SIGINT)  # as a shell expects: `train && eval` stops here
-        return True
-    from vlmvqa.training.evaluation import publish, score_tasks
-
-    metrics = score_tasks(session)
-    if ranks.is_first():
-        publish(session, metrics)
-    return False
+    if session.tracking is not None:
+        session.tracking.finish()
+    by, how = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by, "the same command" if config.resume else "resume=auto"
+    ranks.print_on_rank0(f"stopped by {by}, saved in {session.folder / 'latest'}; resume with {how}")
+    if stopped_by == "SIGINT" and not ranks.is_distributed():  # a launcher would report a failed rank
+        sys.exit(128 + signal.SIGINT)  # as a shell expects: `train && eval` stops here
+    return True
 
 
 def prepare(config: TrainConfig) -> Session:
@@ -174,17 +170,14 @@ def training_arguments(config: TrainConfig, dist: DistSettings) -> TrainingArgum
 def fit(session: Session, callbacks: Sequence[TrainerCallback] = ()) -> str | None:
     """Train and write `model/`; return the signal that stopped the training before its end, if one did."""
     config, arguments, folder = session.config, session.arguments, session.folder
-    early_stopping, patience = None, config.trainer.get("early_stopping_patience")
-    if patience is not None:
-        from vlmvqa.training.early_stopping import EarlyStopping
-
-        early_stopping = EarlyStopping(patience, config.trainer.get("early_stopping_threshold") or 0.0)
     trained, unsaved_base = build(session)
-    compiled = None
-    if any(config.trainer.get(key) for key in COMPILE_KEYS):
-        from vlmvqa.training.block_compilation import compile_blocks
 
-        compiled = compile_blocks(trained.model, *(config.trainer.get(key) for key in COMPILE_KEYS[1:]))
+    def evaluate(model: Model) -> dict[str, float]:
+        from vlmvqa.training.evaluation import score_now
+
+        return score_now(session, replace(trained, model=model), trainer.state.global_step)
+
+    options = trainer_options(session, trained, evaluate)
     # Before the weights are sharded, because cached features are checked against the encoder's weights.
     dataset = training_set(config, trained, session.tasks, session.bad_records)
     if session.dist.strategy == "fsdp":
@@ -193,28 +186,7 @@ def fit(session: Session, callbacks: Sequence[TrainerCallback] = ()) -> str | No
         compute_dtype = torch.bfloat16 if arguments.bf16 else None
         distributed.shard(trained.model, arguments.device, compute_dtype, session.dist)
 
-    def evaluate(model: Model) -> dict[str, float]:
-        from vlmvqa.training.evaluation import score_now
-
-        return score_now(session, replace(trained, model=model), trainer.state.global_step)
-
-    trainer = VqaTrainer(
-        trained.model,
-        arguments,
-        dataset,
-        trained.processor,
-        TrainerOptions(
-            dist=session.dist,
-            learning_rates=config.learning_rates,
-            clip_percentile=config.clip_percentile,
-            score=evaluate,
-            settings=trained.settings,
-            adapt=trained.adapter.settings if trained.adapter else None,
-            compiled=compiled,
-            describe=trained.describe,
-            early_stopping=early_stopping,
-        ),
-    )
+    trainer = VqaTrainer(trained.model, arguments, dataset, trained.processor, options)
     table = parts_table(trained.model, trainer.parameter_groups())
     # Nothing is written or replaced before this line: all settings have been checked.
     checkpoint, messages = ranks.broadcast_from_rank0(
@@ -245,6 +217,33 @@ def fit(session: Session, callbacks: Sequence[TrainerCallback] = ()) -> str | No
         return trainer.stop_handler.stopped_by
     save_model(folder / "model", trained, trainer)
     return None
+
+
+def trainer_options(
+    session: Session, trained: TrainedModel, score: Callable[[Model], dict[str, float]]
+) -> TrainerOptions:
+    """Return the trainer's options; compile the model's blocks if the config enables it."""
+    config, compiled, early_stopping = session.config, None, None
+    if any(config.trainer.get(key) for key in COMPILE_KEYS):
+        from vlmvqa.training.block_compilation import compile_blocks
+
+        compiled = compile_blocks(trained.model, *(config.trainer.get(key) for key in COMPILE_KEYS[1:]))
+    patience = config.trainer.get("early_stopping_patience")
+    if patience is not None:
+        from vlmvqa.training.early_stopping import EarlyStopping
+
+        early_stopping = EarlyStopping(patience, config.trainer.get("early_stopping_threshold") or 0.0)
+    return TrainerOptions(
+        dist=session.dist,
+        learning_rates=config.learning_rates,
+        clip_percentile=config.clip_percentile,
+        score=score,
+        settings=trained.settings,
+        adapt=trained.adapter.settings if trained.adapter else None,
+        compiled=compiled,
+        describe=trained.describe,
+        early_stopping=early_stopping,
+    )
 
 
 def build(session: Session) -> tuple[TrainedModel, Any]:

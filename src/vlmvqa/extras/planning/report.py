@@ -1,4 +1,4 @@
-"""Format a plan as text, Markdown and JSON: tables of all strategies, a recommendation, and the time of a step."""
+"""Text, Markdown and JSON of a plan: tables of all strategies, recommended settings, and the time of a step."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def overrides(run: RunChoice) -> str:
 
 
 def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
-    """Return the recommendation: lines with the settings to use and the reasons."""
+    """Return the recommended settings and the reasons, as lines."""
     plan = next(plan for plan in plans if plan.strategy == chosen)
     run = RunChoice(chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
     if plan.fits:

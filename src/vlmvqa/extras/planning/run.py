@@ -59,12 +59,13 @@ def plan(config: PlanConfig) -> None:
 
         plan_study(config)
         return
+    if config.base:
+        raise InputError("base=... is for study=...; give settings of one training without base=")
     planner = build_planner(config)
-    checkpointing = bool(config.trainer.get("activation_checkpointing"))
+    chosen, checkpointing = chosen_run(config, planner)
     if config.verify:
         print(verify.verify(planner, checkpointing))
         return
-    chosen = planner.add(config.dist) if config.dist else "ddp"
     plans = planner.compare(checkpointing)
     print(report.headline(planner, checkpointing))
     if config.dist is None:
@@ -102,9 +103,14 @@ def _compared(config: PlanConfig, planner: Planner) -> tuple[str, StepWork] | No
     if other.dist is None or replace(planner.settings, language=language) != settings:
         return None
     theirs = build_planner(replace(other, plan=replace(config.plan, text_tokens=None)))
-    strategy = theirs.add(other.dist)
-    checkpointing = bool(other.trainer.get("activation_checkpointing"))
+    strategy, checkpointing = chosen_run(other, theirs)
     return name, theirs.work(RunChoice(strategy, theirs.rows.rows, checkpointing, theirs.training.accumulation))
+
+
+def chosen_run(config: TrainConfig, planner: Planner) -> tuple[str, bool]:
+    """Return the strategy of a run, ddp if none is set, and whether it recomputes activations."""
+    strategy = planner.add(config.dist) if config.dist else "ddp"
+    return strategy, bool(config.trainer.get("activation_checkpointing"))
 
 
 def build_planner(config: PlanConfig) -> Planner:

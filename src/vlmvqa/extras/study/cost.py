@@ -1,7 +1,6 @@
 """Cost of a study's arms before they run: optimizer steps, floating-point operations, and planned GPU memory.
 
-Steps and operations are counted with the training's own rows, a sample of them. The same data and tokenized texts are
-read once for all arms that train on them.
+Operations are counted on a sample of the training's own rows.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.planning.gpus import GIB
 from vlmvqa.extras.planning.memory import build_on_meta
 from vlmvqa.extras.planning.published_sizes import known_settings
-from vlmvqa.extras.planning.run import PlanConfig, PlanSettings, build_planner
+from vlmvqa.extras.planning.run import PlanConfig, PlanSettings, build_planner, chosen_run
 from vlmvqa.extras.planning.time import EFFICIENCY
 from vlmvqa.extras.report.text_tables import aligned
 from vlmvqa.extras.study.command_line import refuse_arms
@@ -157,8 +156,7 @@ def _memory(config: TrainConfig, examples: Sequence[Example]) -> float | None:
     values = {one.name: getattr(config, one.name) for one in fields(TrainConfig)}
     try:
         planner = build_planner(PlanConfig(**values, plan=settings))
-        strategy = planner.add(config.dist) if config.dist else "ddp"
-        checkpointing = bool(config.trainer.get("activation_checkpointing"))
+        strategy, checkpointing = chosen_run(config, planner)
         return planner.memory(strategy, planner.rows.rows, checkpointing).needed / GIB
     except InputError:
         return None

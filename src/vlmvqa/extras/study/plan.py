@@ -11,7 +11,7 @@ from vlmvqa.config.compose import build
 from vlmvqa.errors import InputError
 from vlmvqa.extras.planning.gpus import GIB
 from vlmvqa.extras.planning.planner import Plan
-from vlmvqa.extras.planning.run import PlanConfig, build_planner
+from vlmvqa.extras.planning.run import PlanConfig, build_planner, chosen_run
 from vlmvqa.extras.report.text_tables import aligned
 from vlmvqa.extras.study.command_line import compose_arms, refuse_arms
 from vlmvqa.paths import replace_file
@@ -47,8 +47,7 @@ def plan_study(config: PlanConfig) -> None:
 
 def _plan(config: PlanConfig) -> Plan:
     planner = build_planner(config)
-    strategy = planner.add(config.dist) if config.dist else "ddp"
-    return planner.plan(strategy, bool(config.trainer.get("activation_checkpointing")))
+    return planner.plan(*chosen_run(config, planner))
 
 
 def table(plans: Mapping[str, Plan]) -> str:

@@ -26,7 +26,6 @@ from vlmvqa.extras.report.templates import template
 from vlmvqa.extras.study import tables
 from vlmvqa.extras.study.results import RunResult
 from vlmvqa.metrics.registry import metric
-from vlmvqa.training.log import read_log
 
 Record = Mapping[str, Any]
 Results = Mapping[str, Mapping[str, RunResult]]
@@ -115,7 +114,7 @@ def _plots(name: str, results: Results) -> list[dict[str, Any]]:
 
 def _curves(name: str, run: RunResult, questions: int) -> dict[str, Points]:
     """Return curves of a run over its steps: loss, score, questions seen, and operations so far."""
-    log = read_log(run.folder / "log.jsonl")
+    log = run.log
     score = curves.points(log, f"eval_{name}")
     if not score or score[-1][0] < run.steps:
         score.append((run.steps, fmean(run.scores(name).values())))

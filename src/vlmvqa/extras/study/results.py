@@ -31,6 +31,7 @@ class RunResult:
         steps: optimizer steps trained.
         schedule: scheduler, warmup and learning rate; empty for runs without a config.
         parameters: `total` and `trained` numbers of weights; empty for runs that don't record them.
+        log: records of log.jsonl.
         measured: speed, peak memory and operations of the training, which are not the same in every repetition.
     """
 
@@ -41,6 +42,7 @@ class RunResult:
     schedule: str
     parameters: Mapping[str, int]
     measured: Mapping[str, float]
+    log: Sequence[Mapping[str, Any]] = ()
 
     def scores(self, name: str) -> dict[Any, float]:
         """Return the score of each question.
@@ -77,7 +79,8 @@ def read_run(folder: Path) -> RunResult:
         if any(record["peak_memory_gib"] != record["peak_rss_gib"] for record in log):  # a GPU's, not the process's
             measured["peak_memory_gib"] = max(record["peak_memory_gib"] for record in log)
     parameters = starts[-1].get("parameters", {}) if starts else {}
-    return RunResult(folder, metrics, records, steps, _schedule(folder / "config.yaml"), parameters, measured)
+    schedule = _schedule(folder / "config.yaml")
+    return RunResult(folder, metrics, records, steps, schedule, parameters, measured, every)
 
 
 def _schedule(path: Path) -> str:
@@ -85,8 +88,9 @@ def _schedule(path: Path) -> str:
     trainer = yaml.safe_load(path.read_text(encoding="utf-8")).get("trainer") if path.is_file() else None
     if trainer is None:  # an evaluation
         return ""
-    kind, warmup = trainer.get("lr_scheduler_type", "linear"), trainer.get("warmup_steps", 0)
-    return f"{kind}, warmup {warmup:g}{' of the steps' if 0 < warmup < 1 else ''}, rate {trainer['learning_rate']:g}"
+    kind, warmup = trainer.get("lr_scheduler_type", "linear"), trainer.get("warmup_steps") or 0
+    rate = trainer.get("learning_rate", 5e-5)  # transformers' default
+    return f"{kind}, warmup {warmup:g}{' of the steps' if 0 < warmup < 1 else ''}, rate {rate:g}"
 
 
 def summarize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,6 +18,7 @@ from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError, counted
 from vlmvqa.extras.planning.time import EFFICIENCY
 from vlmvqa.extras.run_series.locks import locked, try_lock
+from vlmvqa.extras.run_series.settings import common_settings, latest
 from vlmvqa.extras.run_series.training import ask_rank0, duration, is_finished, run_job
 from vlmvqa.extras.study import cost, tables
 from vlmvqa.extras.study.command_line import chosen_arms
@@ -66,12 +67,11 @@ def open_record(config: StudyConfig) -> None:
         InputError: it changes settings, or would delete runs that another process trains.
     """
     study = config.settings
-    smoke = study.smoke if config.size == "smoke" else ()
     record: dict[str, Any] = {
         "size": config.size,
         "equal": study.equal,
         "baseline": study.baseline,
-        "settings": [*study.base, *smoke, *config.base],
+        "settings": latest(common_settings(asdict(study), config.base, config.size)),
         "arms": {name: list(study.arms[name]) for name in chosen_arms(study.baseline, study.arms, config.arms)},
         "seeds": list(config.seeds),
     }

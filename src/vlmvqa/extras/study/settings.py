@@ -60,9 +60,8 @@ class StudyConfig:
 
     @property
     def settings(self) -> StudySettings:
-        """The `study` group, which the command line must choose."""
-        if self.study is None:
-            raise InputError("study must be given; use study=<a file of conf/study>")
+        """The `study` group, which `compose_arms` requires."""
+        assert self.study is not None
         return self.study
 
 

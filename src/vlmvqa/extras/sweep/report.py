@@ -7,6 +7,7 @@ import os
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import optuna
@@ -130,13 +131,12 @@ def draw_history(trials: Sequence[Mapping[str, Any]]) -> Markup:
             shown = [(trial["number"], trial["score"]) for trial in trials if trial["state"] == state]
             if shown:
                 axes.plot(*zip(*shown, strict=True), "o", color=color, ms=4, zorder=3)
-        best = [
-            (trial["number"], max(one["score"] for one in trials[: n + 1] if one["state"] == "complete"))
-            for n, trial in enumerate(trials)
-            if any(one["state"] == "complete" for one in trials[: n + 1])
-        ]
-        if best:
-            axes.step(*zip(*best, strict=True), where="post", color=SECOND, linewidth=1.5, zorder=2)
+        complete = [(trial["number"], trial["score"]) for trial in trials if trial["state"] == "complete"]
+        if complete:
+            numbers, scores = zip(*complete, strict=True)
+            best = [*accumulate(scores, max)]
+            # The best score so far holds until the last trial.
+            axes.step([*numbers, trials[-1]["number"]], [*best, best[-1]], where="post", color=SECOND, linewidth=1.5)
         axes.set_xlabel("trial")
         axes.xaxis.get_major_locator().set_params(integer=True)
     return svg[0]
