@@ -15,8 +15,9 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessor, LlavaP
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.tokenization import train_tokenizer
+from vlmvqa.extras.pretrained.build import build_pretrained, pretrained_config
 from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
-from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}

@@ -18,7 +18,7 @@ from tests.unit.test_planner_adapters import tiny_settings
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.extras.planning.batches import RowShape, dummy_batch
 from vlmvqa.extras.planning.published_sizes import known_config
-from vlmvqa.extras.pretrained.model import build_pretrained
+from vlmvqa.extras.pretrained.build import build_pretrained
 from vlmvqa.models.build import build
 from vlmvqa.models.interface import Model
 from vlmvqa.training import distributed

@@ -21,8 +21,9 @@ from vlmvqa.data.datasets import vqav2
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.hub.dataset import read_hub
 from vlmvqa.extras.hub.upload import refuse_upload
+from vlmvqa.extras.pretrained.build import pretrained_config
 from vlmvqa.extras.pretrained.hf_processor import load_processor
-from vlmvqa.extras.pretrained.model import PretrainedSettings, pretrained_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.hub import load_tokenizer
 from vlmvqa.metrics import clip_similarity
 from vlmvqa.models.build import build_vision_encoder, language_config

@@ -15,8 +15,9 @@ import vlmvqa
 from tests import pretrained
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
+from vlmvqa.extras.pretrained.build import build_pretrained, pretrained_config
 from vlmvqa.extras.pretrained.hf_processor import load_processor
-from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained, pretrained_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import checkpoint

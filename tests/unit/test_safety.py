@@ -22,8 +22,9 @@ from tests.unit.test_predictor import predictor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
+from vlmvqa.extras.pretrained.build import build_pretrained, pretrained_config
 from vlmvqa.extras.pretrained.hf_processor import load_processor
-from vlmvqa.extras.pretrained.model import PretrainedSettings, build_pretrained, pretrained_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.hub import load_tokenizer
 from vlmvqa.models.build import build_language_model, build_vision_encoder, language_config
 from vlmvqa.models.language import LanguageSettings

@@ -16,7 +16,8 @@ from tests.unit.test_predictor import predictor
 from tests.unit.test_trainer import write_checkpoint
 from vlmvqa import hub
 from vlmvqa.errors import InputError
-from vlmvqa.extras.pretrained.model import PretrainedSettings, pretrained_config
+from vlmvqa.extras.pretrained.build import pretrained_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.models import checkpoint
 
 

@@ -17,7 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.pretrained import family
-from vlmvqa.extras.pretrained.model import PretrainedVLM, build_pretrained, pretrained_config
+from vlmvqa.extras.pretrained.build import build_pretrained, pretrained_config
+from vlmvqa.extras.pretrained.model import PretrainedVLM
 from vlmvqa.models import build, checkpoint
 from vlmvqa.models.interface import Model
 

@@ -30,7 +30,8 @@ from vlmvqa.extras.planning.batches import RowShape, crops_per_image, dummy_batc
 from vlmvqa.extras.planning.cuda_emulation import replace_flex_attention, use_float32_norms
 from vlmvqa.extras.planning.memory_tracker import MemoryTracker
 from vlmvqa.extras.planning.published_sizes import Settings, known_config
-from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, build_pretrained
+from vlmvqa.extras.pretrained.build import build_pretrained
+from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
 from vlmvqa.models.build import build
 from vlmvqa.models.interface import Model
 from vlmvqa.sequence.loss import CHUNK

@@ -13,7 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlmvqa.errors import InputError
-from vlmvqa.extras.pretrained.model import PretrainedSettings, pretrained_config
+from vlmvqa.extras.pretrained.build import pretrained_config
+from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.hub import OWN_CODE
 from vlmvqa.models.vlm import ModelSettings
 

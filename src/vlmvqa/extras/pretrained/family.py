@@ -16,14 +16,9 @@ from vlmvqa.config.compose import build_settings
 from vlmvqa.data.example import Example
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import InputError
+from vlmvqa.extras.pretrained.build import build_pretrained, pretrained_config
 from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
-from vlmvqa.extras.pretrained.model import (
-    PretrainedSettings,
-    PretrainedVLM,
-    attention_pattern_of,
-    build_pretrained,
-    pretrained_config,
-)
+from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, attention_pattern_of
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.models import checkpoint
 from vlmvqa.models.checkpoint import CONFIG, OURS
