@@ -145,6 +145,10 @@ def test_a_trial_below_the_median_is_pruned(tmp_path: Path) -> None:
     assert again.next_trial() is not None and again.trial.number == 2
     assert not evaluated(again, {4: 15.0}).pruned
     callback = evaluated(again, {8: 16.0})
+    for step, ends in ((4, False), (8, True), (12, False)):  # resumed: only at the pruned evaluation, before the end
+        resumed, control = Pruning(again.trial, "vqa_accuracy"), TrainerControl()
+        resumed.on_train_begin(TrainingArguments(use_cpu=True), TrainerState(global_step=step, max_steps=12), control)
+        assert resumed.pruned == control.should_training_stop == ends
     with pytest.raises(optuna.TrialPruned):
         callback.on_train_end(TrainingArguments(use_cpu=True), TrainerState(), TrainerControl())
 

@@ -172,6 +172,12 @@ class Pruning(TrainerCallback):
     def __init__(self, trial: optuna.Trial | None, metric: str) -> None:
         self.trial, self.key, self.pruned = trial, f"eval_{metric}", False
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """After a kill: end a trial whose last evaluation has already pruned it, after one more step."""
+        step = state.global_step
+        if 0 < step < state.max_steps and ranks.broadcast_from_rank0(lambda: self._was_pruned(step)):
+            self.pruned = control.should_training_stop = True
+
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -186,9 +192,18 @@ class Pruning(TrainerCallback):
         if score is not None and ranks.broadcast_from_rank0(lambda: self._is_pruned(step, score)) and not ends:
             self.pruned = control.should_training_stop = True
 
+    def _reported(self) -> Mapping[int, float]:
+        """Return the reported scores by step; on rank 0."""
+        assert self.trial is not None
+        return self.trial.study.trials[self.trial.number].intermediate_values
+
+    def _was_pruned(self, step: int) -> bool:
+        assert self.trial is not None
+        return step == max(self._reported(), default=0) and self.trial.should_prune()
+
     def _is_pruned(self, step: int, score: float) -> bool:
-        assert self.trial is not None, "called on rank 0"
-        before = self.trial.study.trials[self.trial.number].intermediate_values
+        assert self.trial is not None
+        before = self._reported()
         if step < max(before, default=0):  # repeated after a kill: the trial was not pruned here
             return False
         if step not in before:
