@@ -31,6 +31,25 @@ sys.path.insert(0, "launch")
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
+# Runs the script in its arguments; what describes the saved model is written two seconds late.
+LATE_FILES = """\
+import runpy, sys, time
+from vlmvqa.models.trained_model import TrainedModel
+describe = TrainedModel.describe
+TrainedModel.describe = lambda self, folder: (time.sleep(2), describe(self, folder))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "launch")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_no_rank_loads_the_model_before_it_is_complete(tmp_path: Path, data: str) -> None:
+    late = tmp_path / "late.py"
+    late.write_text(LATE_FILES)
+    given = train(tmp_path / "run", data, "dist=fsdp", "trainer.max_steps=1", "trainer.save_strategy=no")
+    done(forks.ranks(2, [str(late), *given]))
+
 
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_with_that_error(tmp_path: Path, data: str, whole: Path) -> None:

@@ -326,8 +326,7 @@ def save_model(folder: Path, trained: TrainedModel, trainer: VqaTrainer) -> None
         weights = full_weights(trainer)
         if ranks.is_first():
             peft_adapters.save(folder, trained.model, trained.adapter.base, weights)
-    if ranks.is_first():
-        trained.describe(folder)
+    ranks.broadcast_from_rank0(lambda: trained.describe(folder))  # no rank reads the folder before it is complete
 
 
 def _refuse_upload(target: str) -> None:
