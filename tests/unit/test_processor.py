@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from vlmvqa.data.eval_dataset import EvalDataset
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
-from vlmvqa.data.processor import EvalDataset, Processor
+from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import BadRecords, InputError
 

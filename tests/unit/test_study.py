@@ -164,4 +164,8 @@ def test_the_documented_table_is_the_recorded_one() -> None:
     page = (ROOT / "docs" / "results.md").read_text()
     assert piped(tables.comparison(found)) in page
     shuffled = [arm["controls"]["shuffled"] for arm in found["arms"].values()]
-    assert round(min(shuffled)) == 40 and round(max(shuffled)) == 41 and f"{found['questions']:,} questions to score" in page
+    assert (
+        round(min(shuffled)) == 40
+        and round(max(shuffled)) == 41
+        and f"{found['questions']:,} questions to score" in page
+    )

@@ -10,7 +10,7 @@ The path of one question, from file to batch:
     DocumentSpan      -> Document: image float[3, H, H] (images.py) and TokenizedQuestions            processor.py
     rows of Documents -> batch: pixel_values float[I, 3, H, H], [B, T] columns (sequence/rows.py)     processor.py
 
-Evaluation has no plan: `EvalDataset` (processor.py) turns each Example into one Document. Images are decoded in the
+Evaluation has no plan: `EvalDataset` (eval_dataset.py) turns each Example into one Document. Images are decoded in the
 DataLoader's workers, which read a Document at a time.
 
 Legend: B rows, T tokens per row, I images, H image height and width.

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.data.tokenization import TokenTable
-from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.errors import InputError
 from vlmvqa.sequence.masks import SHAREABLE
 from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
 
@@ -125,21 +124,3 @@ class Processor:
         if ids is None:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-
-
-class EvalDataset(Dataset[Document | None]):
-    """Examples encoded without answers; None for an image that cannot be read (with `on_bad_record=skip`)."""
-
-    def __init__(self, examples: Sequence[Example], processor: Processor, bad_records: BadRecords) -> None:
-        self.examples, self.processor, self.bad_records = examples, processor, bad_records
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Document | None:
-        example = self.examples[index]
-        try:
-            return self.processor.encode(example, [None] * len(example.questions))
-        except InputError as error:
-            self.bad_records.add_error(error)
-            return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vlmvqa import ranks
+from vlmvqa.data.eval_dataset import EvalDataset
 from vlmvqa.data.example import Example, ImageSource, Question, count_questions
 from vlmvqa.data.packing import split_questions
-from vlmvqa.data.processor import EvalDataset, Processor
+from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models.interface import Generated, GenerationSettings
@@ -106,7 +108,7 @@ class Predictor(TrainedModel):
         example = self.asked(image, question)
         decoding = replace(self.decoding, num_beams=most, temperature=0.0, static_cache=False)
         found: dict[int | str, list[Answer]] = {}
-        for row in self._rows([example], self.processor, ROW_TEXT_TOKENS):
+        for row in self.rows([example], self.processor, ROW_TEXT_TOKENS):
             encoded = self.processor.encode(row, [None] * len(row.questions))
             batch = self.batch([encoded])
             beams = self.model.beam_candidates(batch, self.processor.end_token_ids, decoding)
@@ -134,7 +136,7 @@ class Predictor(TrainedModel):
 
     def batch(self, encoded: Sequence[Document]) -> dict[str, Tensor]:
         """Collate encoded examples, one row each, on the model's device."""
-        return self._on_device(self.processor.collate([[one] for one in encoded]))
+        return self.on_device(self.processor.collate([[one] for one in encoded]))
 
     def answer_examples(
         self,
@@ -146,6 +148,7 @@ class Predictor(TrainedModel):
         bad_records: BadRecords | None = None,
         progress: bool = False,
         answer_log: AnswerLog | None = None,
+        distributed: bool = True,
     ) -> dict[int | str, Answer]:
         """Answer every question of every example, by question id, in the examples' order.
 
@@ -160,21 +163,26 @@ class Predictor(TrainedModel):
             workers: processes that decode images.
             bad_records: policy for unreadable images (default: raise); the questions of a skipped one get no answer.
             answer_log: log of the answers; those that it holds are not generated again.
+            distributed: distribute the batches over the ranks, which all have the same examples; False: this rank
+                answers its own examples alone.
 
         Raises:
             InputError: two questions have one id, or an image cannot be read.
         """
-        _refuse_equal_ids(examples)
-        with ranks.local_main_first():  # texts are tokenized at first use
-            table = TokenTable.build((question.prompt for question in _questions(examples)), self.processor.tokenizer)
+        refuse_equal_ids(examples)
+        several = distributed and ranks.is_distributed()
+        with ranks.local_main_first() if several else nullcontext():  # texts are tokenized at first use
+            table = TokenTable.build(
+                (question.prompt for question in all_questions(examples)), self.processor.tokenizer
+            )
         processor = replace(self.processor, table=table)
-        rows = self._rows(examples, processor, row_text_tokens)
+        rows = self.rows(examples, processor, row_text_tokens)
         numbers = range(len(rows))
         batches = [list(numbers[start : start + batch_size]) for start in numbers[::batch_size]]
         answers: dict[int | str, Answer] = {}
         if answer_log:
             answers, batches = _logged_answers(answer_log, rows, batches)
-        mine = batches[ranks.rank() :: ranks.world_size()] if ranks.is_distributed() else batches
+        mine = batches[ranks.rank() :: ranks.world_size()] if several else batches
         loader = DataLoader(
             EvalDataset(rows, processor, bad_records or BadRecords(advice="")),
             batch_sampler=mine,
@@ -185,10 +193,11 @@ class Predictor(TrainedModel):
         answers |= self._answer_batches(
             [[rows[number] for number in batch] for batch in mine], loader, progress, answer_log
         )
-        every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
-        return {question.id: every[question.id] for question in _questions(examples) if question.id in every}
+        if several:
+            answers = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
+        return {question.id: answers[question.id] for question in all_questions(examples) if question.id in answers}
 
-    def _rows(self, examples: Sequence[Example], processor: Processor, room: int) -> list[Example]:
+    def rows(self, examples: Sequence[Example], processor: Processor, room: int) -> list[Example]:
         """Split the examples into rows of at most `room` text tokens (or one question), sorted from long to short."""
         most = None if self.model.shares_images else 1
         rows: list[tuple[int, Example]] = []
@@ -226,8 +235,8 @@ class Predictor(TrainedModel):
         """Return the answers of a batch by question id; a skipped image has none."""
         if not columns:
             return {}
-        ids = [question.id for question in _questions(row for row, one in zip(rows, readable, strict=True) if one)]
-        written = self.model.generate(self._on_device(columns), self.processor.end_token_ids, self.decoding, ids)
+        ids = [question.id for question in all_questions(row for row, one in zip(rows, readable, strict=True) if one)]
+        written = self.model.generate(self.on_device(columns), self.processor.end_token_ids, self.decoding, ids)
         return dict(zip(ids, self._written(written, self.decoding), strict=True))
 
     def _written(self, written: Sequence[Generated], decoding: GenerationSettings) -> list[Answer]:
@@ -239,7 +248,8 @@ class Predictor(TrainedModel):
             for text, one in zip(texts, written, strict=True)
         ]
 
-    def _on_device(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def on_device(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a batch on the model's device."""
         device = next(self.model.parameters()).device
         return {name: column.to(device) for name, column in columns.items()}
 
@@ -282,11 +292,13 @@ def _text_tokens(question: Question, processor: Processor) -> int:
         return 0  # reported later, by the policy for bad records
 
 
-def _questions(examples: Iterable[Example]) -> Iterator[Question]:
+def all_questions(examples: Iterable[Example]) -> Iterator[Question]:
+    """Return the questions of all examples, in order."""
     return (question for example in examples for question in example.questions)
 
 
-def _refuse_equal_ids(examples: Sequence[Example]) -> None:
+def refuse_equal_ids(examples: Sequence[Example]) -> None:
+    """Raise InputError if two questions have one id."""
     seen: set[int | str] = set()
     for example in examples:
         for question in example.questions:
