@@ -53,6 +53,10 @@ def unread(what: str, error: Exception) -> InputError:
         return InputError(
             f"{what} is not a transformers model: it has no config.json with a model_type; choose another"
         )
+    if "model type `vlmvqa`" in message:
+        return InputError(
+            f"{what} is a model of this project, not of transformers; to train it further, name it as init_from"
+        )
     if "does not recognize this architecture" in message:
         return InputError(
             f"{what} has a model_type that this version of transformers does not know; update transformers"

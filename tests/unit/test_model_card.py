@@ -126,6 +126,55 @@ def test_the_card_holds_scores_config_and_licences(tmp_path: Path) -> None:
     assert "the terms of encoder.safetensors" in text
 
 
+def ours(attention_pattern: str = "prefix_lm", language: str = "gemma2", projector: str = "linear") -> dict[str, Any]:
+    model = {"attention_pattern": attention_pattern, "projector": {"kind": projector}}
+    return {"model_type": "vlmvqa", "model": model, "language_config": {"model_type": language}}
+
+
+@pytest.mark.parametrize(
+    ("saved", "registered", "exported"),
+    [
+        (ours(), True, True),
+        (ours("causal"), True, False),
+        (ours(language="llama"), True, False),
+        (ours(projector="mlp"), True, False),
+        ({"architectures": ["PaliGemmaForConditionalGeneration"], "vlmvqa": {}}, False, False),
+    ],
+)
+def test_the_card_shows_each_way_to_load(
+    tmp_path: Path, saved: dict[str, Any], registered: bool, exported: bool
+) -> None:
+    config = card_config("vit_dinov2", "random", "gemma2", "random")
+    (tmp_path / "demo" / "model").mkdir(parents=True)
+    text = card(tmp_path / "demo" / "model", config, saved, str(tmp_path / "demo"))
+    assert f'vlmvqa.load("{tmp_path}/demo")' in text  # which finds the folder itself
+    assert f'AutoModelForImageTextToText.from_pretrained("{tmp_path}/demo/model")' in text
+    assert ("import vlmvqa.hf\n" in text) == registered
+    command = f"python launch/export.py checkpoint={tmp_path}/demo format=paligemma output=exported"
+    assert (command in text) == exported
+    assert "from_pretrained" not in card(tmp_path, config, adapter("google/gemma-3"))  # peft's lines are its base's
+
+
+def test_the_card_holds_intervals_and_where_the_model_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = card_config("vit_dinov2", "random", "gemma2", "random")
+    monkeypatch.setitem(METRICS, "metrics", {"vqa_accuracy": {"overall": 61.5, "interval": [60.25, 62.75]}})
+    monkeypatch.setitem(METRICS["controls"], "prior", {"overall": 24.0, "interval": [23.0, 25.0]})
+    model = tmp_path / "masks" / "causal" / "seed-1" / "model"
+    model.mkdir(parents=True)
+    text = card(model, config, ours())
+    assert "| 12 | 61.50 (60.25 to 62.75) | 24.00 (23.00 to 25.00) | - |" in text
+    assert "\n- Trained by the run seed-1.\n" in text
+    (tmp_path / "masks" / "study.yaml").touch()
+    start = {"time": "2026-01-02T03:04:05+00:00", "git": {"commit": "0123456789abcdef", "changed": False}}
+    (model.parent / "run.json").write_text(json.dumps({"starts": [{}, start]}))
+    text = card(model, config, ours())
+    assert (
+        "\n- Trained by seed-1 of causal in the study masks, 2026-01-02, at commit 0123456789ab of the code.\n" in text
+    )
+
+
 def test_a_model_is_uploaded_whole(tmp_path: Path, hub: type[Hub]) -> None:
     (tmp_path / "tokenizer").mkdir()
     contents = {

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer"
 BASE = "base"  # a run's folder of the base model, if the base isn't stored elsewhere
 FORMAT = 1
-OURS = "vlmvqa"  # the entry that vlmvqa adds to a config.json of transformers
+OURS = "vlmvqa"  # the entry that vlmvqa adds to a config.json of transformers, and the model_type of a `VLM`
 # Modules are imported on first use: a model of one family never loads the other.
 FAMILIES = {"vlm": "vlmvqa.models.build", "pretrained": "vlmvqa.extras.pretrained.family"}
 
@@ -157,6 +157,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def of_transformers(config: Mapping[str, Any]) -> bool:
+    """Return whether a `config.json` is of an architecture of transformers, not of `VLM` or an adapter."""
+    return config.get("model_type", OURS) != OURS
+
+
 def read_settings(folder: Path) -> tuple[dict[str, Any], Settings]:
     """Return vlmvqa's entries of a saved model's `config.json`, and the settings that build the model.
 
@@ -164,7 +169,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Settings]:
         InputError: the file is neither vlmvqa's nor transformers'.
     """
     config = read_config(folder)
-    if "model_type" in config:
+    if of_transformers(config):
         return family("pretrained").saved_settings(folder, config)
     if config.get("format") != FORMAT:
         raise InputError(

@@ -118,7 +118,7 @@ class OpenQuestions:
         self.cache = DynamicCache()
         self.keys = model.tokens(batch)
         hidden = model.decode(batch, self.cache)
-        self.row, column = _last_prompt_tokens(batch).nonzero(as_tuple=True)
+        self.row, column = last_prompt_tokens(batch).nonzero(as_tuple=True)
         self.number = torch.arange(len(self.row), device=hidden.device)
         self.hidden = hidden[self.row, column][:, None]
         self.document = batch["document"][self.row, column]
@@ -224,7 +224,7 @@ class OpenQuestions:
         return rearrange(placed, "b s w -> (b w) s")
 
 
-def _last_prompt_tokens(batch: Batch) -> Tensor:
+def last_prompt_tokens(batch: Batch) -> Tensor:
     """Return which tokens are the last of a prompt, `bool[B, T]`: no token of the same branch follows them."""
     is_prompt = (batch["role"] == PROMPT) & (batch["document"] != PADDING)
     follows = torch.zeros_like(is_prompt)

@@ -93,6 +93,7 @@ class TrainedModel:
             "started_from": self.started_from,
             "max_text_tokens": self.processor.max_text_tokens,
             "decoding": dataclasses.asdict(self.decoding),
+            "end_token_ids": sorted(self.processor.end_token_ids),
         }
 
 

@@ -199,5 +199,6 @@ class VLM(Model):
         return count_flops(self.vision, self.projector, self.language)
 
     def saved_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the content of `config.json`: the given entries with the decoder's config."""
-        return {**config, "language_config": self.language.config.to_dict()}
+        """Return the content of `config.json`: the given entries, the decoder's config, and names for `vlmvqa.hf`."""
+        own = {"model_type": "vlmvqa", "architectures": ["VlmvqaForConditionalGeneration"]}
+        return {**config, **own, "language_config": self.language.config.to_dict()}

@@ -38,12 +38,10 @@ class TensorNames:
     @classmethod
     def read(cls, folder: Path) -> TensorNames:
         """Read the names of a saved model from its config."""
-        path = folder / checkpoint.CONFIG
-        if (
-            path.exists()
-            and checkpoint.read_config(folder).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        ):
-            _, settings = family.saved_settings(folder, checkpoint.read_config(folder))
+        config = checkpoint.read_config(folder) if (folder / checkpoint.CONFIG).exists() else {}
+        known = config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        if known and checkpoint.of_transformers(config):
+            _, settings = family.saved_settings(folder, config)
             settings = replace(settings, attention=None)
             with torch.device("meta"), no_init_weights():
                 return cls(folder, build_pretrained(settings, pretrained_config(settings), uninitialized=True))

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS, hub_or_cache, loading_bar, unread
+from vlmvqa.models.checkpoint import OURS
 from vlmvqa.models.interface import DTYPES
 
 
@@ -34,7 +35,7 @@ def pretrained_config(settings: PretrainedSettings) -> PreTrainedConfig:
                 config = AutoConfig.from_pretrained(settings.pretrained, **OWN_CODE)
         except (OSError, ValueError) as error:
             raise unread(f"model.pretrained={settings.pretrained}", error) from error
-    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    if config.model_type == OURS or config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise InputError(
             f"{settings.pretrained} is not a vision-language model of transformers but of model_type "
             f"{config.model_type}; name one that takes an image and text, such as PaliGemma or Idefics2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def write_card(folder: Path, name: str, metrics: Sequence[Mapping[str, Any]], co
     terms.append(f"The data's terms: those of the publisher of {', '.join(one['data'] for one in metrics)}")
     card = template("model_card.md.j2").render(
         name=name,
+        folder_name=_folder_name(folder, name),
         title=Path(name).expanduser().resolve().name,
         licence=licence,
         terms=terms,
@@ -64,6 +66,9 @@ def write_card(folder: Path, name: str, metrics: Sequence[Mapping[str, Any]], co
         base_on_hub=is_hub_id(base),
         adapter=saved["adapter"]["settings"] if "adapter" in saved else None,
         architecture=saved["architectures"][0] if OURS in saved else None,
+        registered=saved.get("model_type") == OURS,
+        exportable=_is_exportable(saved),
+        origin=_origin(folder.resolve().parent),
         tasks=metrics,
         config=yaml.safe_dump(_without_paths(config), sort_keys=False, allow_unicode=True).strip(),
         methods=METHODS,
@@ -79,6 +84,35 @@ def _base(saved: Mapping[str, Any]) -> str:
     if "adapter" in saved:
         return str(saved["adapter"]["base"])
     return str((saved.get(OURS, saved).get("started_from") or {"model": ""})["model"])
+
+
+def _folder_name(folder: Path, name: str) -> str:
+    """Return the name that transformers loads the model by: it doesn't find the folder `model` of a run."""
+    return f"{name}/{folder.name}" if Path(name).expanduser().resolve() == folder.resolve().parent else name
+
+
+def _is_exportable(saved: Mapping[str, Any]) -> bool:
+    """Return whether `launch/export.py` can write the model in PaliGemma's format."""
+    if saved.get("model_type") != OURS:
+        return False
+    model, language = saved["model"], saved["language_config"]["model_type"]
+    return (
+        model["attention_pattern"] == "prefix_lm"
+        and model["projector"]["kind"] == "linear"
+        and language in ("gemma", "gemma2")
+    )
+
+
+def _origin(run: Path) -> str:
+    """Return the run that trained the model, with its study, the commit of the code and the day."""
+    study = run.parent.parent
+    is_of_study = (study / "study.yaml").is_file()
+    name = f"{run.name} of {run.parent.name} in the study {study.name}" if is_of_study else f"the run {run.name}"
+    if not (run / "run.json").is_file():
+        return name
+    last = json.loads((run / "run.json").read_text(encoding="utf-8"))["starts"][-1]
+    commit = last["git"]["commit"]
+    return f"{name}, {last['time'][:10]}{f', at commit {commit[:12]} of the code' if commit else ''}"
 
 
 def _without_paths(value: Any) -> Any:

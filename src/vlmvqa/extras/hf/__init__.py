@@ -1,0 +1,1 @@
+"""The model as classes of transformers: config, processor and model; `vlmvqa.hf` registers them."""
