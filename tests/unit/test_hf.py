@@ -25,6 +25,8 @@ from transformers import (
     GenerationConfig,
     StoppingCriteria,
     TextStreamer,
+    Trainer,
+    TrainingArguments,
     pipeline,
     set_seed,
 )
@@ -495,6 +497,41 @@ def test_softcaps_cannot_be_dropped(folders: Any) -> None:
     with pytest.raises(InputError, match="the attention of this model cannot be exchanged"):
         model.set_attn_implementation("eager")
     assert model.vlm.describe_attention() == "blockwise_prefix, dense (softcap)"
+
+
+@pytest.mark.slow
+def test_transformers_trainer_trains_the_model(folders: Any, tmp_path: Path) -> None:
+    """In shared rows, with the processor as collate function; its checkpoint is a model of ours."""
+    model, processor = load(folders())
+
+    def collate(rows: Sequence[tuple[Any, list[str]]]) -> dict[str, Tensor]:
+        texts = [texts for _, texts in rows]
+        answers = [["red" if len(text) % 2 else "blue" for text in row] for row in texts]
+        return dict(processor(images=[image for image, _ in rows], text=texts, suffix=answers))
+
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            str(tmp_path),
+            max_steps=30,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=2,
+            learning_rate=3e-3,
+            logging_steps=5,
+            save_steps=30,
+            remove_unused_columns=False,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=TOGETHER,
+        data_collator=collate,
+        processing_class=processor,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.5 * losses[0]
+    told = [answer in ("red", "blue") for answer in expected(tmp_path / "checkpoint-30")]
+    assert sum(told) > 12
 
 
 # --- next to the other models ------------------------------------------------------------------------------

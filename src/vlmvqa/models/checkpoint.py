@@ -157,11 +157,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def of_transformers(config: Mapping[str, Any]) -> bool:
-    """Return whether a `config.json` is of an architecture of transformers, not of `VLM` or an adapter."""
-    return config.get("model_type", OURS) != OURS
-
-
 def read_settings(folder: Path) -> tuple[dict[str, Any], Settings]:
     """Return vlmvqa's entries of a saved model's `config.json`, and the settings that build the model.
 
@@ -169,7 +164,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Settings]:
         InputError: the file is neither vlmvqa's nor transformers'.
     """
     config = read_config(folder)
-    if of_transformers(config):
+    if config.get("model_type", OURS) != OURS:
         return family("pretrained").saved_settings(folder, config)
     if config.get("format") != FORMAT:
         raise InputError(

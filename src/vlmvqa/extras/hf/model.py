@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type:
         if options.get("output_attentions") or options.get("output_hidden_states"):
             raise InputError("this model returns neither attentions nor hidden states; leave output_... out")
         if pixel_values is not None:
-            batch = _batch(input_ids, attention_mask, position_ids, branch, role, pixel_values)
+            columns = (input_ids, attention_mask, position_ids, branch, role, pixel_values)
+            batch = _batch(dict(zip(COLUMNS, columns, strict=True)))
             cache = past_key_values if past_key_values is not None or not use_cache else DynamicCache()
             hidden = self.vlm.decode(batch, cache)
         else:
@@ -154,8 +156,8 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type:
         columns["input_ids"] = columns["input_ids"] if inputs is None else inputs
         if options.get("past_key_values") is not None:
             raise InputError("generate computes the prompt's cache itself; leave past_key_values out")
-        batch = _batch(**columns)
-        return super().generate(generation_config=generation_config, **self._questions(batch), **options)
+        questions = self._questions(_batch(columns))
+        return super().generate(generation_config=generation_config, **questions, **options)
 
     def _questions(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """Compute the rows, and return a sequence per question with its cache, which lacks its last token."""
@@ -236,34 +238,24 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type:
         """Keep the weights of the parts, which have initialized themselves."""
 
 
-def _batch(
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    branch: Tensor | None,
-    role: Tensor | None,
-    pixel_values: Tensor | None,
-) -> dict[str, Tensor]:
-    """Return rows of one image each as the core's batch.
+def _batch(columns: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return rows of one image each, `COLUMNS`, as the core's batch.
 
     Raises:
         InputError: a column is missing.
     """
-    given = (input_ids, attention_mask, position_ids, branch, role, pixel_values)
-    missing = [name for name, column in zip(COLUMNS, given, strict=True) if column is None]
-    if missing:
+    rows = {name: column for name, column in columns.items() if column is not None}
+    if missing := [name for name in COLUMNS if name not in rows]:
         raise InputError(f"the input has no {', '.join(missing)}; {USE_PROCESSOR}")
-    assert input_ids is not None and attention_mask is not None and position_ids is not None
-    assert branch is not None and role is not None and pixel_values is not None
-    is_token = attention_mask.bool()
-    is_image = is_token & (role == IMAGE)
-    index = (is_image.flatten().cumsum(0) - 1).view_as(role)  # row after row, as `pixel_values` are
+    is_token = rows["attention_mask"].bool()
+    is_image = is_token & (rows["role"] == IMAGE)
+    index = (is_image.flatten().cumsum(0) - 1).view_as(is_image)  # row after row, as `pixel_values` are
     return {
-        "input_ids": input_ids,
+        "input_ids": rows["input_ids"],
         "image_index": torch.where(is_image, index, NO_IMAGE),
         "document": torch.where(is_token, 0, PADDING),
-        "branch": branch,
-        "role": role,
-        "position": position_ids,
-        "pixel_values": pixel_values,
+        "branch": rows["branch"],
+        "role": rows["role"],
+        "position": rows["position_ids"],
+        "pixel_values": rows["pixel_values"],
     }

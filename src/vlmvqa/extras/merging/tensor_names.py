@@ -39,8 +39,8 @@ class TensorNames:
     def read(cls, folder: Path) -> TensorNames:
         """Read the names of a saved model from its config."""
         config = checkpoint.read_config(folder) if (folder / checkpoint.CONFIG).exists() else {}
-        known = config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        if known and checkpoint.of_transformers(config):
+        architecture = config.get("model_type")
+        if architecture != checkpoint.OURS and architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             _, settings = family.saved_settings(folder, config)
             settings = replace(settings, attention=None)
             with torch.device("meta"), no_init_weights():

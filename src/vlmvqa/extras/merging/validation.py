@@ -18,7 +18,7 @@ from vlmvqa.extras.merging.files import DTYPES, FLOATS, Weights
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.hub import OWN_CODE
 from vlmvqa.models import checkpoint, interface
-from vlmvqa.models.checkpoint import OURS, of_transformers, read_config
+from vlmvqa.models.checkpoint import OURS, read_config
 
 # Keys of a transformers config that don't change what the model computes.
 IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache", OURS)
@@ -136,7 +136,7 @@ def merged_config(weights: Weights, models: Sequence[Path], started_from: Mappin
     base = weights.folder
     config = read_config(base)
     own_configs = {folder: own_config(folder) for folder in (base, *models)}
-    pretrained = of_transformers(config)
+    pretrained = config.get("model_type", OURS) != OURS
     if not pretrained and "prompts" not in config:  # not our format
         return config
     if pretrained:
