@@ -230,7 +230,7 @@ def test_options_of_generate(folders: Any, capsys: pytest.CaptureFixture[str]) -
     sums = log_probability.masked_fill(log_probability.isinf(), 0).sum(1).tolist()
     assert sums == pytest.approx([answer.log_probability for answer in ours], abs=1e-3)
 
-    class Three(StoppingCriteria):  # type: ignore[misc]
+    class Three(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
             return torch.full((len(input_ids),), input_ids.shape[1] >= given["input_ids"].shape[1] + 3)
 
@@ -461,10 +461,12 @@ PICTURE = ALONE[0][0]
         ({"images": PICTURE, "text": "what", "suffix": ["red", "blue"]}, "suffix should hold an answer for each"),
         ({"images": PICTURE, "text": "what", "max_length": 3}, "the processor does not support max_length"),
         ({"images": PICTURE, "text": "what", "return_tensors": "np"}, "does not support return_tensors=np"),
-        ({"images": "nothing.jpg", "text": "what"}, "image 0 is neither a PIL image nor a path or URL of an image"),
-        ({"images": 3, "text": "what"}, "image 0 is neither a PIL image nor a path or URL of an image"),
+        ({"images": "nothing.jpg", "text": "what"}, "image 0 is no PIL image, path or URL of an image"),
+        ({"images": "https://127.0.0.1:9/a.jpg", "text": "what"}, r"image 0 is no PIL image.*refused"),
+        ({"images": "x" * 5000, "text": "what"}, r"image 0 is no PIL image.*\); correct it"),
+        ({"images": 3, "text": "what"}, "image 0 is no PIL image, path or URL of an image"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_wrong_input_is_one_sentence(folders: Any, given: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):

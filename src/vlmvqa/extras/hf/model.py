@@ -38,7 +38,7 @@ COLUMNS = ("input_ids", "attention_mask", "position_ids", "branch", "role", "pix
 USE_PROCESSOR = "pass all that the processor returns: model.generate(**processor(images=..., text=...))"
 
 
-class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A `VLM` with transformers' methods; its parameters have the same names.
 
     The attention is the core's, which keeps Gemma 2's softcaps and counts sliding windows on positions.

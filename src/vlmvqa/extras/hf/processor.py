@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -47,7 +48,7 @@ CHAT_TEMPLATE = """\
 IMPLIED = ("padding", "padding_side", "add_special_tokens", "return_attention_mask")
 
 
-class VlmvqaProcessor(ProcessorMixin):  # type: ignore[misc]
+class VlmvqaProcessor(ProcessorMixin):
     """Questions about images as the model's input.
 
     Args:
@@ -174,14 +175,15 @@ class VlmvqaProcessor(ProcessorMixin):  # type: ignore[misc]
     def _pixels(self, number: int, image: Any) -> Tensor:
         """Return an image, resized and normalised: `float[3, H, H]`."""
         name, settings = f"image {number}", self.rows.images
-        if isinstance(image, Image.Image):
-            return to_tensor(decode(image, name, settings), settings)
-        if isinstance(image, str | os.PathLike) and Path(image).is_file():
-            return to_tensor(decode(Path(image), str(image), settings), settings)
-        try:
-            return to_tensor(decode(load_image(image), name, settings), settings)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{name} is neither a PIL image nor a path or URL of an image; correct it") from error
+        if isinstance(image, str | os.PathLike) and os.path.isfile(image):
+            image, name = Path(image), str(image)
+        elif not isinstance(image, Image.Image):
+            try:
+                image = load_image(image)
+            except (TypeError, ValueError, OSError, HTTPError) as error:
+                reason = str(error).partition(" Got ")[0]  # transformers appends the complete string
+                raise InputError(f"{name} is no PIL image, path or URL of an image ({reason}); correct it") from error
+        return to_tensor(decode(image, name, settings), settings)
 
 
 def _images(images: Any) -> list[Any]:
