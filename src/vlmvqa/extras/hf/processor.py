@@ -27,6 +27,7 @@ from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hf.config import VlmvqaConfig
+from vlmvqa.hub import OWN_CODE
 from vlmvqa.models.build import build_vision_encoder
 from vlmvqa.models.checkpoint import CONFIG, TOKENIZER
 from vlmvqa.sequence.rows import NO_IMAGE, PADDING, Document, build_row, pad_rows
@@ -130,9 +131,11 @@ class VlmvqaProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> VlmvqaProcessor:
-        """Load the processor of a saved model: its `config.json` and its folder `tokenizer`."""
-        config = VlmvqaConfig.from_pretrained(pretrained_model_name_or_path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=TOKENIZER, **options)
+        """Load the processor of a saved model: its `config.json` and its folder `tokenizer`; never run its own code."""
+        options.pop("trust_remote_code", None)
+        name = pretrained_model_name_or_path
+        config = VlmvqaConfig.from_pretrained(name, **options, **OWN_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=TOKENIZER, **options, **OWN_CODE)
         return cls(tokenizer, config)
 
     def save_pretrained(
