@@ -172,7 +172,8 @@ def test_requests_with_equal_settings_share_a_batch(vlm: Predictor, monkeypatch:
 
     monkeypatch.setattr(CompletionRequest, "predict", classmethod(watched))
     held = HeldPredictor(monkeypatch)
-    settings = [{"max_tokens": 2 + number % 2, "temperature": number % 3 // 2} for number in range(12)]
+    # Two of three are greedy: their seeds don't matter.
+    settings = [{"max_tokens": 2 + n % 2, "temperature": n % 3 // 2, "seed": n % 3} for n in range(12)]
     with serving(vlm) as (client, batcher), ThreadPoolExecutor(12) as clients:
         first = batcher.submit(PendingRequest("model", picture(9), ["first"]))
         assert held.started.wait(30)
@@ -225,6 +226,17 @@ def summed_log_probability(model: Predictor, **decoding: Any) -> float:
     question = Question(request.ids[0], QUESTION, model.prompt.replace("{question}", QUESTION))
     answers = replace(model, decoding=request.decoding).answer_examples([Example(picture(0), 0, (question,))])
     return answers[request.ids[0]].log_probability
+
+
+def test_an_answer_without_tokens(model: Predictor) -> None:
+    """Every token ends an answer."""
+    processor = replace(model.processor)
+    processor.__dict__["end_token_ids"] = set(range(len(processor.tokenizer)))
+    with serving(replace(model, processor=processor)) as (client, _):
+        found = complete(client, n=2, logprobs=True, top_logprobs=1, max_tokens=1)
+        assert texts(found) == ["", ""] and found["usage"]["completion_tokens"] == 0
+        assert all(one["finish_reason"] == "stop" and one["logprobs"] == {"content": []} for one in found["choices"])
+        assert [one["choices"][0]["delta"] for one in events(client)] == [{"role": "assistant", "content": ""}, {}]
 
 
 @pytest.mark.parametrize("fields", [{}, {"n": 3, "temperature": 1.5, "logprobs": True, "top_logprobs": 1}], ids=str)

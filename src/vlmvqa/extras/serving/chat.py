@@ -94,14 +94,15 @@ def _decoding(body: schema.ChatRequest, own: GenerationSettings, limits: Limits)
     if (body.n or 1) > limits.questions:
         raise RequestError(400, f"n={body.n} is too large; use at most {limits.questions}", param="n")
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    given: dict[str, Any] = {"max_new_tokens": getattr(body, field), "seed": body.seed}
-    if (given["max_new_tokens"] or 0) > limits.new_tokens:
-        message = f"{field}={given['max_new_tokens']} is too large; use at most {limits.new_tokens}"
-        raise RequestError(400, message, param=field)
-    if body.temperature is not None:
-        given["temperature"] = body.temperature if body.temperature >= MIN_TEMPERATURE else 0.0
-        given["num_beams"] = 1 if given["temperature"] else own.num_beams
-    return replace(own, **{name: value for name, value in given.items() if value is not None})
+    tokens = getattr(body, field) or own.max_new_tokens
+    most = max(limits.new_tokens, own.max_new_tokens)
+    if tokens > most:
+        raise RequestError(400, f"{field}={tokens} is too large; use at most {most}", param=field)
+    temperature = own.temperature if body.temperature is None else body.temperature
+    if temperature < MIN_TEMPERATURE:
+        return replace(own, max_new_tokens=tokens, temperature=0.0)  # whatever the seed is, so that batches are larger
+    seed = own.seed if body.seed is None else body.seed
+    return replace(own, max_new_tokens=tokens, temperature=temperature, num_beams=1, seed=seed)
 
 
 def _completion(answers: Sequence[Completion], about: Mapping[str, Any]) -> schema.ChatCompletion:
@@ -129,22 +130,21 @@ def _chunks(
     """Yield the events of a stream: for each answer its role, its tokens and its end; then the usage if requested."""
     about = {**about, "object": "chat.completion.chunk"}
 
-    def chunk(index: int, delta: schema.Delta, **choice: Any) -> schema.ChatCompletionChunk:
-        # Optional fields are null; those of `delta` are sent only where they are set.
-        choice = {"index": index, "delta": delta, "finish_reason": None, "logprobs": None} | choice
-        return schema.ChatCompletionChunk(**about, choices=[schema.ChunkChoice(**choice)], usage=None)
+    def chunk(index: int, delta: schema.Delta, reason: Any = None, logprobs: Any = None) -> schema.ChatCompletionChunk:
+        choice = schema.ChunkChoice(index=index, delta=delta, finish_reason=reason, logprobs=logprobs)
+        return schema.ChatCompletionChunk(**about, choices=[choice], usage=None)
 
     for index, answer in enumerate(answers):
         yield chunk(index, schema.Delta(role="assistant", content=""))
         for number, piece in enumerate(answer.pieces):
             logprobs = answer.logprobs and schema.ChoiceLogprobs(content=[answer.logprobs[number]])
             yield chunk(index, schema.Delta(content=piece), logprobs=logprobs)
-        yield chunk(index, schema.Delta(), finish_reason=answer.finish_reason)
+        yield chunk(index, schema.Delta(), answer.finish_reason)
     if usage:
         yield schema.ChatCompletionChunk(**about, choices=[], usage=_usage(answers))
 
 
 async def _events(chunks: Iterator[schema.ChatCompletionChunk]) -> AsyncIterator[str]:
-    for chunk in chunks:
+    for chunk in chunks:  # unset fields are left out: those of `Delta`
         yield f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
     yield "data: [DONE]\n\n"

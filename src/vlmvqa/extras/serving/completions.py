@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, Self
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.extras.serving.batcher import PendingRequest
 from vlmvqa.extras.serving.chat_schema import TokenLogprob, TopLogprob
+from vlmvqa.inference.likelihood import Likelihood, score_documents
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.interface import Generated, GenerationSettings
-from vlmvqa.sequence.rows import IGNORE, Document
-
-CHUNK = 256  # tokens whose log-probabilities are computed at once: 256 MiB of fp32 logits at 256,000 tokens
+from vlmvqa.sequence.rows import Document
 
 
 @dataclass(frozen=True)
@@ -99,46 +97,40 @@ class CompletionRequest(PendingRequest):
     def finish(self, predictor: Predictor, answers: Any) -> list[Completion]:
         """Return the answers with their texts and log-probabilities."""
         rows: list[Row] = answers
-        logprobs = None if self.top_logprobs is None else iter(token_logprobs(predictor, rows, self.top_logprobs))
+        tokenizer = predictor.processor.tokenizer
+        scores = iter(() if self.top_logprobs is None else score_documents(predictor, _scored(rows), self.top_logprobs))
         completions = []
         for tokens in (answer.tokens for row in rows for answer in row.answers):
-            scored = None if logprobs is None else list(islice(logprobs, len(tokens)))
-            pieces, stopped = _until(self.stop, text_pieces(predictor.processor.tokenizer, tokens))
+            pieces, stopped = _until(self.stop, text_pieces(tokenizer, tokens))
             cut = len(tokens) >= self.decoding.max_new_tokens and not stopped  # EOS counts
             reason: Literal["length", "stop"] = "length" if cut else "stop"
-            completions.append(Completion(pieces, reason, rows[0].prompt_tokens, scored and scored[: len(pieces)]))
+            score = next(scores, None)
+            logprobs = None if score is None else token_logprobs(tokenizer, score)[: len(pieces)]
+            completions.append(Completion(pieces, reason, rows[0].prompt_tokens, logprobs))
         return completions
 
 
-@torch.no_grad()
-def token_logprobs(predictor: Predictor, rows: Sequence[Row], most: int) -> Iterator[TokenLogprob]:
-    """Yield the log-probability of every token of the answers, and the `most` most probable tokens at its place.
-
-    They are computed again, in one pass over image, prompt and answers.
-    """
+def _scored(rows: Sequence[Row]) -> list[Document]:
+    """Return the documents with their answers."""
     documents = []
     for row in rows:
         pairs = zip(row.document.questions, row.answers, strict=True)
         questions = [replace(question, answer=answer.tokens) for question, answer in pairs]
         documents.append(replace(row.document, questions=questions))
-    columns = predictor.batch(documents)
-    is_answer = columns["labels"] != IGNORE
-    if not is_answer.any():
-        return
-    hidden, labels = predictor.model.decode(columns)[is_answer], columns["labels"][is_answer]
-    for states, chosen in zip(hidden.split(CHUNK), labels[:, None].split(CHUNK), strict=True):
-        log_probs = predictor.model.logits(states).log_softmax(-1)
-        best = log_probs.topk(most, dim=-1)
-        ids = torch.cat([chosen, best.indices], dim=-1).tolist()
-        values = torch.cat([log_probs.gather(-1, chosen), best.values], dim=-1).tolist()
-        for tokens, scores in zip(ids, values, strict=True):
-            texts = predictor.processor.tokenizer.batch_decode([[token] for token in tokens])
-            first, *others = map(_top_logprob, texts, scores)
-            yield TokenLogprob(**first.model_dump(), top_logprobs=others)
+    return documents
 
 
-def _top_logprob(text: str, logprob: float) -> TopLogprob:
-    return TopLogprob(token=text, logprob=logprob, bytes=None if "\ufffd" in text else list(text.encode()))
+def token_logprobs(tokenizer: PreTrainedTokenizerBase, score: Likelihood) -> list[TokenLogprob]:
+    """Return the log-probability of every token of an answer, and the most probable tokens at its place."""
+
+    def named(token: int, value: float) -> TopLogprob:
+        text = str(tokenizer.decode([token]))
+        return TopLogprob(token=text, logprob=value, bytes=None if "\ufffd" in text else list(text.encode()))
+
+    return [
+        TokenLogprob(**named(token, value).model_dump(), top_logprobs=[named(*other) for other in best])
+        for token, value, best in zip(score.tokens, score.log_probabilities, score.best, strict=True)
+    ]
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[str]:
