@@ -184,6 +184,29 @@ def test_the_api_key(server: Server) -> None:
                         asked.complete(0)
 
 
+@pytest.mark.parametrize("kind", ["chat", "simple"])
+def test_lmms_evals_client(server: Server, kind: str) -> None:
+    """Both of its OpenAI-compatible models, with the arguments that its tasks give them."""
+    found = pytest.importorskip(f"lmms_eval.models.{kind}.openai", reason="lmms-eval is not installed")
+    instance = pytest.importorskip("lmms_eval.api.instance").Instance
+    model = found.OpenAICompatible(model="served", base_url=f"{server.url}/v1", api_key="any", max_retries=1)
+    model.task_dict = {"task": {"val": list(range(40))}}
+    options = {"max_new_tokens": 3, "temperature": 0, "top_p": 1.0, "do_sample": False, "until": ["\n\n"]}
+
+    def messages(number: int) -> list[dict[str, Any]]:
+        content = [{"type": "image", "url": picture(number)}, {"type": "text", "text": f"what is {number}"}]
+        return [{"role": "user", "content": content}]
+
+    requests = []
+    for number in range(40):
+        given = (f"what is {number}", options, lambda number: [picture(number)], number, "task", "val")
+        given = ("", messages, options, number, "task", "val") if kind == "chat" else given
+        about = {"task": "task", "doc_id": number, "repeats": 1}
+        requests.append(instance(request_type="generate_until", arguments=given, idx=0, metadata=about))
+    texts = [one.text for one in model.generate_until(requests)]
+    assert texts == [server.answer(number, f"what is {number}") for number in range(40)]
+
+
 def test_the_examples_of_the_docs(server: Server, tmp_path: Path) -> None:
     photo, question = tmp_path / "photo.jpg", "What color is the circle?"
     picture(1).save(photo)

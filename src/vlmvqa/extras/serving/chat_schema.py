@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-# Fields that exclude each other, or need each other: the value that another field must not have.
+# A field that is refused if another field is set (True) or is not (False).
 CONFLICTS = {
-    "max_tokens": ("max_completion_tokens", "is set too; use one of them"),
-    "top_logprobs": ("logprobs", "is not true; set it"),
-    "stream_options": ("stream", "is not true; set it"),
+    "max_tokens": ("max_completion_tokens", True, "is set too; use one of them"),
+    "top_logprobs": ("logprobs", False, "is not true; set it"),
+    "stream_options": ("stream", False, "is not true; set it"),
 }
 
 # ---- request
@@ -152,8 +152,8 @@ class ChatRequest(Strict):
     @field_validator("max_tokens", "top_logprobs", "stream_options")
     @classmethod
     def _conflicts(cls, value: Any, info: ValidationInfo) -> Any:
-        other, reason = CONFLICTS[str(info.field_name)]
-        if value is not None and other in info.data and (other == "max_completion_tokens") == bool(info.data[other]):
+        other, is_set, reason = CONFLICTS[str(info.field_name)]
+        if value is not None and bool(info.data.get(other)) == is_set:
             raise PydanticCustomError("conflict", "{other} {reason}", {"other": other, "reason": reason})
         return value
 
