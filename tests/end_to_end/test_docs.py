@@ -41,7 +41,7 @@ BY_OTHERS = {
     r"--cfg job": "tests/unit/test_config.py",
 }
 # In a copy of the project: test_docs_extending.py; its examples one after the other: tests/unit/test_api.py.
-ELSEWHERE = ("extending", "api", "serving")  # the last: test_serve.py
+ELSEWHERE = ("extending", "api", "serving")  # the last: test_serve.py, test_serve_openai.py
 DRAWN = {"vqav2": synthetic_vqav2, "docvqa": synthetic_docvqa, "gqa": synthetic_gqa, "coco": synthetic_coco_captions}
 FEW = {"train_images": 8, "val_images": 6}
 LANGUAGE = {

@@ -168,7 +168,9 @@ def test_the_benchmark_sends_both_servers_the_same_requests(
 
 def test_the_examples_of_the_docs(server: Server, tmp_path: Path) -> None:
     picture(1).save(tmp_path / "photo.jpg")
-    page = (ROOT / "docs" / "serving.md").read_text().replace("http://127.0.0.1:7860", server.url)
+    """Those of OpenAI's API: test_serve_openai.py."""
+    page = (ROOT / "docs" / "serving.md").read_text().partition("## OpenAI's API")[0]
+    page = page.replace("http://127.0.0.1:7860", server.url)
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     printed = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True

@@ -121,7 +121,10 @@ def test_the_documentation_is_the_schema(client: TestClient) -> None:
     assert body["required"] == ["image", "question"]
     assert body["properties"]["attribution"]["anyOf"][0]["enum"] == ["attention", "gradient"]
     assert "probability" in schema["components"]["schemas"]["QuestionAnswer"]["properties"]
-    assert schema["paths"].keys() == {"/answer", "/health", "/info", "/browse", "/examples/{number}"}
+    assert schema["paths"].keys() == {
+        *("/answer", "/health", "/info", "/browse", "/examples/{number}"),
+        *("/v1/chat/completions", "/v1/models", "/v1/models/{model}"),
+    }
     assert {"200", "413", "415", "503"} <= schema["paths"]["/answer"]["post"]["responses"].keys()
 
 

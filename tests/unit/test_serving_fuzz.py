@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import mimetypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +41,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         _opened.append(f"{event} {arguments}")
 
 
+mimetypes.init()  # reads files at first use
 sys.addaudithook(_watch)
 
 
@@ -67,8 +71,11 @@ def check(answer: Any) -> None:
     if answer.status_code == 200:
         assert answer.json()["answers"]
     else:
-        message = answer.json()["error"]
-        assert isinstance(message, str) and message and "Traceback" not in message and len(message) < 400
+        check_error(answer.json()["error"])
+
+
+def check_error(message: Any) -> None:
+    assert isinstance(message, str) and message and "Traceback" not in message and len(message) < 400
 
 
 def form(parts: list[tuple[bytes, bytes]], boundary: bytes = b"x") -> bytes:
@@ -153,3 +160,48 @@ def test_requests(client: TestClient, method: str, path: str, body: bytes, heade
     with nothing_opened():
         answer = client.request(method, url, content=body, headers=encoded)
     assert answer.status_code < 500
+
+
+URL = f"data:image/png;base64,{base64.b64encode(IMAGES[1]).decode()}"
+CHAT_FIELDS = ["model", "messages", "max_tokens", "temperature", "n", "seed", "stop", "logprobs", "top_logprobs"]
+CHAT_FIELDS += ["stream", "stream_options", "user", "top_p", "logit_bias", "tools", "path"]
+TEXTS = some.one_of(
+    some.sampled_from([URL, "data:image/png;base64,", "user", "text", "image_url", "\ud800", *PATHS]),
+    some.text(max_size=90),
+)
+NUMBERS = some.one_of(some.integers(-1, 9), some.integers(), some.floats(), some.booleans(), some.none())
+VALUES = some.recursive(
+    some.one_of(TEXTS, NUMBERS),
+    lambda inner: some.one_of(
+        some.lists(inner, max_size=4),
+        some.dictionaries(some.one_of(some.sampled_from(["role", "content", "type", "text", "url"]), TEXTS), inner),
+    ),
+    max_leaves=12,
+)
+PART = some.fixed_dictionaries(
+    {"type": some.sampled_from(["text", "image_url", "x"])},
+    optional={"text": TEXTS, "image_url": some.one_of(some.fixed_dictionaries({"url": TEXTS}), VALUES), "x": VALUES},
+)
+TURN = some.fixed_dictionaries(
+    {"role": some.sampled_from(["user", "system", 1])}, optional={"content": some.lists(PART)}
+)
+ASKED = [
+    {"role": "user", "content": [{"type": "text", "text": "what"}, {"type": "image_url", "image_url": {"url": URL}}]}
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    fields=some.dictionaries(some.sampled_from(CHAT_FIELDS), VALUES, max_size=3),
+    messages=some.one_of(some.just(ASKED), some.lists(TURN, max_size=2), VALUES),
+    damage=some.one_of(some.none(), some.tuples(some.integers(0, 200), some.binary(max_size=9))),
+)
+def test_chat_bodies(client: TestClient, fields: dict[str, Any], messages: Any, damage: Any) -> None:
+    body = json.dumps({"model": "model", "messages": messages, "max_tokens": 2, **fields}).encode()
+    if damage:
+        body = body[: damage[0]] + damage[1] + body[damage[0] + len(damage[1]) :]
+    with nothing_opened():
+        answer = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code < 500, answer.text
+    if answer.status_code != 200:
+        check_error(answer.json()["error"]["message"])

@@ -92,15 +92,16 @@ def log_likelihoods(
         readable = [(example, document) for example, document in zip(batch, encoded, strict=True) if document]
         if readable:
             ids = [question.id for question in all_questions(example for example, _ in readable)]
-            scored = _score(predictor, [document for _, document in readable], num_best)
+            scored = score_documents(predictor, [document for _, document in readable], num_best)
             found.update(zip(ids, scored, strict=True))
     if several:
         found = {question: one for share in ranks.gather(found) for question, one in share.items()}
     return {question.id: found[question.id] for question in all_questions(examples) if question.id in found}
 
 
-def _score(predictor: Predictor, documents: Sequence[Document], num_best: int) -> list[Likelihood]:
-    """Score the answers of documents, each in a row of its own, in order."""
+@torch.no_grad()
+def score_documents(predictor: Predictor, documents: Sequence[Document], num_best: int) -> list[Likelihood]:
+    """Score the answers of tokenized documents, each in a row of its own, in order."""
     batch = predictor.batch(documents)
     supervised = (batch["labels"].flatten() != IGNORE).nonzero()[:, 0]
     hidden = rearrange(predictor.model.decode(batch), "b t d -> (b t) d").index_select(0, supervised)
@@ -110,8 +111,8 @@ def _score(predictor: Predictor, documents: Sequence[Document], num_best: int) -
         log_probs = predictor.model.logits(states).log_softmax(-1)
         values, tokens = log_probs.topk(num_best)
         columns.append((log_probs.gather(-1, labels[:, None])[:, 0], values, tokens))
-    own, values, tokens = (torch.cat(column).tolist() for column in zip(*columns, strict=True))
-    best = [tuple(zip(*one, strict=True)) for one in zip(tokens, values, strict=True)]
+    own, best_values, best_tokens = (torch.cat(column).tolist() for column in zip(*columns, strict=True))
+    best = [tuple(zip(*one, strict=True)) for one in zip(best_tokens, best_values, strict=True)]
     scored, start = [], 0
     for question in (question for document in documents for question in document.questions):
         end = start + len(question.answer)

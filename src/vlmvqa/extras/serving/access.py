@@ -11,13 +11,14 @@ from contextlib import suppress
 
 from fastapi import HTTPException  # starlette's may become status 400 while FastAPI reads a form
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vlmvqa.extras.serving import errors
 from vlmvqa.extras.serving.limits import MILLION, Limits, RequestError, busy
 
 PUBLIC_PATH = "/health"
-UPLOAD_PATH = "/answer"
+# Of uploads, with the bytes that a byte of the image takes: in JSON, images are base64.
+UPLOAD_PATHS = {"/answer": 1.0, "/v1/chat/completions": 4 / 3}
 HEADERS = {
     # Nothing is loaded from or sent to another host, and no inline script or style runs.
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; "
@@ -55,11 +56,12 @@ class AccessMiddleware:
             await send(message)
 
         error = self._error(scope["path"], Headers(scope=scope))
-        app = self.app if error is None else JSONResponse({"error": error.message}, error.status, error.headers)
-        is_upload = scope["path"] == UPLOAD_PATH
+        app = self.app if error is None else errors.response(scope["path"], error)
+        is_upload = scope["path"] in UPLOAD_PATHS
+        limited = _limited(receive, self.limits, UPLOAD_PATHS.get(scope["path"], 1.0))
         self._num_uploads += is_upload
         try:
-            await app(scope, _limited(receive, self.limits), send_with_headers)
+            await app(scope, limited, send_with_headers)
         finally:
             self._num_uploads -= is_upload
 
@@ -70,10 +72,11 @@ class AccessMiddleware:
         if path != PUBLIC_PATH and not self._is_authenticated(headers.get("authorization", "")):
             message = "this server requires a token; send it in the header Authorization: Bearer ..."
             # Browsers ask for it once: the password, with any user name.
-            return RequestError(401, message, {"www-authenticate": 'Basic realm="vlmvqa: the token is the password"'})
-        if path == UPLOAD_PATH and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+            basic = {"www-authenticate": 'Basic realm="vlmvqa: the token is the password"'}
+            return RequestError(401, message, basic, code="invalid_api_key")
+        if path in UPLOAD_PATHS and headers.get("sec-fetch-site") in ("cross-site", "same-site"):
             return RequestError(403, "a page of another site may not ask; open this server's own page")
-        if path == UPLOAD_PATH and self._num_uploads >= self.limits.queue + self.limits.max_batch:
+        if path in UPLOAD_PATHS and self._num_uploads >= self.limits.queue + self.limits.max_batch:
             return busy(f"{self._num_uploads} requests are active")
         return None
 
@@ -90,9 +93,9 @@ class AccessMiddleware:
         return self.token is None or hmac.compare_digest(token, self.token)
 
 
-def _limited(receive: Receive, limits: Limits) -> Receive:
+def _limited(receive: Receive, limits: Limits, encoding: float) -> Receive:
     """Limit size and time of a body as it arrives, whatever its headers declare."""
-    max_bytes = limits.megabytes * MILLION + 4 * limits.questions * limits.characters + 20_000
+    max_bytes = encoding * limits.megabytes * MILLION + 4 * limits.questions * limits.characters + 20_000
     num_bytes, complete = 0, False
     deadline = asyncio.get_running_loop().time() + limits.timeout_s
 

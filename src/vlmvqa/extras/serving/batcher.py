@@ -13,11 +13,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
+from typing import Any, Self
 
 from PIL import Image
 
@@ -41,7 +42,7 @@ class PendingRequest:
         image: RGB, upright.
         alternatives: number of alternative answers per question.
         attribution: method of the attribution map; None: no map.
-        deadline: monotonic time after which alternatives and attribution maps are not computed.
+        deadline: monotonic time after which slow requests are not finished.
         results: an answer for each question, in order.
     """
 
@@ -51,13 +52,58 @@ class PendingRequest:
     alternatives: int = 0
     attribution: str | None = None
     deadline: float = math.inf
-    results: Future[list[QuestionAnswer]] = field(default_factory=Future)
+    results: Future[Any] = field(default_factory=Future)
 
     @cached_property
     def ids(self) -> list[str]:
         """An id of image and text for each question; sampling is seeded by it, so equal requests get equal answers."""
         image = blake2b(self.image.tobytes(), digest_size=16).hexdigest()
         return [f"{self.image.size} {image} {question}" for question in self.questions]
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Requests with equal keys may share a batch."""
+        return self.model
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether `finish` runs the model, for this request alone."""
+        return bool(self.alternatives or self.attribution)
+
+    @classmethod
+    def predict(cls, predictor: Predictor, batch: Sequence[Self], max_rows: int) -> Sequence[Any]:
+        """Run the model on requests with equal keys; return for each what `finish` needs.
+
+        Duplicate questions are computed once.
+        """
+        examples: list[Example] = []
+        seen: set[str] = set()
+        for request in batch:
+            new = {key: text for key, text in zip(request.ids, request.questions, strict=True) if key not in seen}
+            seen |= new.keys()
+            prompts = ((key, text, predictor.prompt.replace("{question}", text)) for key, text in new.items())
+            if questions := tuple(Question(*one) for one in prompts):
+                examples.append(Example(request.image, "sent", questions))
+        answers = predictor.answer_examples(examples, batch_size=max_rows)
+        return [[answers[key] for key in request.ids] for request in batch]
+
+    def finish(self, predictor: Predictor, answers: Any) -> list[Any]:
+        """Return the results: add the requested alternatives and attribution maps to the answers."""
+        results = []
+        beams: Sequence[Sequence[Answer]] = [()] * len(answers)
+        if self.alternatives:
+            beams = predictor.beam_candidates(self.image, list(self.questions), self.alternatives + 1)
+        for question, answer, found in zip(self.questions, answers, beams, strict=True):
+            result = QuestionAnswer(
+                question=question, text=answer.text, probability=answer.probability, truncated=answer.cut
+            )
+            others = [Alternative(text=other.text, probability=other.probability) for other in found]
+            result.alternatives = [other for other in others if other.text != answer.text][: self.alternatives]
+            if self.attribution:
+                attribution = attribute(predictor, self.image, question, answer.text, self.attribution)
+                result.attribution = _png(self.image, attribution)
+            results.append(result)
+        return results
 
 
 class Batcher:
@@ -87,7 +133,7 @@ class Batcher:
         """Number of requests in the queue."""
         return len(self._queue)
 
-    def submit(self, request: PendingRequest) -> Future[list[QuestionAnswer]]:
+    def submit(self, request: PendingRequest) -> Future[Any]:
         """Queue a request; cancelling its future before it runs drops it.
 
         Raises:
@@ -121,7 +167,7 @@ class Batcher:
             self._answer(batch)
 
     def _next_batch(self) -> list[PendingRequest]:
-        """Wait for requests; return the oldest and those of the same model that fit with it. Empty: closed."""
+        """Wait for requests; return the oldest and those with an equal key that fit with it. Empty: closed."""
         batch: list[PendingRequest] = []
         num_rows = 0
         with self._queue_changed:
@@ -132,7 +178,8 @@ class Batcher:
                 for _ in range(len(self._queue)):  # once around: requests that don't fit are queued again, in order
                     request = self._queue.popleft()
                     rows = 1 if self.models[request.model].model.shares_images else len(request.questions)
-                    fits = not batch or (request.model == batch[0].model and num_rows + rows <= self.limits.max_batch)
+                    same = not batch or request.batch_key == batch[0].batch_key
+                    fits = not batch or (same and num_rows + rows <= self.limits.max_batch)
                     if not fits:
                         self._queue.append(request)
                     elif request.results.set_running_or_notify_cancel():  # False: the client has left or timed out
@@ -142,8 +189,9 @@ class Batcher:
 
     def _answer(self, batch: Sequence[PendingRequest]) -> None:
         """Answer a batch; if the model fails on it, answer its requests one by one, so that only the bad one fails."""
+        predictor = self.models[batch[0].model]
         try:
-            answers = self._predict(batch)
+            predicted = batch[0].predict(predictor, batch, self.limits.max_batch)
         except Exception as error:
             if len(batch) == 1:
                 batch[0].results.set_exception(_client_error(error))
@@ -151,45 +199,14 @@ class Batcher:
                 for request in batch:
                     self._answer([request])
             return
-        # Requests without alternatives and attribution first: those two take a while.
-        for request in sorted(batch, key=lambda request: bool(request.alternatives or request.attribution)):
+        # Slow requests last.
+        for request, answers in sorted(zip(batch, predicted, strict=True), key=lambda pair: pair[0].is_slow):
             try:
-                request.results.set_result(self._results(request, [answers[key] for key in request.ids]))
+                if request.is_slow and time.monotonic() > request.deadline:
+                    raise busy("there was no answer in time")  # the client already has this error
+                request.results.set_result(request.finish(predictor, answers))
             except Exception as error:
                 request.results.set_exception(_client_error(error))
-
-    def _predict(self, batch: Sequence[PendingRequest]) -> dict[int | str, Answer]:
-        """Return answers by question id; duplicate questions are computed once."""
-        predictor, prompt = self.models[batch[0].model], self.models[batch[0].model].prompt
-        examples: list[Example] = []
-        seen: set[str] = set()
-        for request in batch:
-            new = {key: text for key, text in zip(request.ids, request.questions, strict=True) if key not in seen}
-            seen |= new.keys()
-            questions = tuple(Question(key, text, prompt.replace("{question}", text)) for key, text in new.items())
-            if questions:
-                examples.append(Example(request.image, "sent", questions))
-        return predictor.answer_examples(examples, batch_size=self.limits.max_batch)
-
-    def _results(self, request: PendingRequest, answers: Sequence[Answer]) -> list[QuestionAnswer]:
-        """Add the requested alternatives and attribution maps to the answers."""
-        if (request.alternatives or request.attribution) and time.monotonic() > request.deadline:
-            raise busy("there was no answer in time")  # the client already has this error
-        predictor, results = self.models[request.model], []
-        beams: Sequence[Sequence[Answer]] = [()] * len(answers)
-        if request.alternatives:
-            beams = predictor.beam_candidates(request.image, list(request.questions), request.alternatives + 1)
-        for question, answer, found in zip(request.questions, answers, beams, strict=True):
-            result = QuestionAnswer(
-                question=question, text=answer.text, probability=answer.probability, truncated=answer.cut
-            )
-            others = [Alternative(text=other.text, probability=other.probability) for other in found]
-            result.alternatives = [other for other in others if other.text != answer.text][: request.alternatives]
-            if request.attribution:
-                attribution = attribute(predictor, request.image, question, answer.text, request.attribution)
-                result.attribution = _png(request.image, attribution)
-            results.append(result)
-        return results
 
 
 def _png(image: Image.Image, attribution: Attribution) -> str:

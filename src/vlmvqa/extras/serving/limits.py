@@ -21,6 +21,7 @@ class Limits:
     questions: int = 16
     characters: int = 500
     alternatives: int = 8
+    new_tokens: int = 1024
     max_batch: int = 16
     queue: int = 64
     waiting_megapixels: float = 200
@@ -44,11 +45,21 @@ class RequestError(Exception):
         status: HTTP status.
         message: one sentence: what is wrong, and what to do.
         headers: HTTP headers of the response.
+        param, code: the field that is wrong, and a name of the error, in OpenAI's format.
     """
 
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
+        self.param, self.code = param, code
 
 
 def busy(reason: str) -> RequestError:

@@ -6,7 +6,9 @@ program, and decoders of rare formats are less tested.
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 import unicodedata
 import warnings
 from collections.abc import Collection, Sequence
@@ -22,6 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # A progressive JPEG is decoded once per scan, and a scan may have a few bytes: 10 MB of them take hours.
 MAX_JPEG_SCANS = 200
 NAME = "the image"
+DATA_URL = re.compile(r"data:image/[\w.+-]{1,40};base64", re.IGNORECASE)
 
 # `Limits.megapixels` is below Pillow's limit for this warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -63,6 +66,23 @@ def decode(content: bytes, limits: Limits, settings: ImageSettings | None = None
     except (*DECODE_ERRORS, MemoryError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise RequestError(400, f"the image is damaged ({reason}); save it again") from None
+
+
+def from_data_url(url: str) -> bytes:
+    """Return the image file of a data URL.
+
+    Raises:
+        RequestError: it is not a data URL of an image in base64. Other URLs are not opened.
+    """
+    kind, comma, content = url.partition(",")
+    if not DATA_URL.fullmatch(kind) or not comma:
+        message = "the image's URL is not data:image/...;base64,...; the server opens no other URL, so send the image"
+        raise RequestError(400, message, param="messages[0].content")
+    try:
+        return base64.b64decode(content, validate=True)
+    except ValueError as error:
+        message = f"the image's data URL is not valid base64 ({error}); encode it again"
+        raise RequestError(400, message, param="messages[0].content") from None
 
 
 def clean_questions(texts: Sequence[str], limits: Limits, special_tokens: Collection[str] = ()) -> list[str]:
