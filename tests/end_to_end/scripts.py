@@ -28,6 +28,7 @@ from vlmvqa.config.schema import TrainConfig
 from vlmvqa.evaluation.helm import run as helm_script
 from vlmvqa.evaluation.helm.plan import HelmConfig
 from vlmvqa.extras.dataset_tools.run import PrepareConfig, run_job
+from vlmvqa.extras.export.run import ExportConfig, export
 from vlmvqa.extras.merging.run import MergeConfig, merge_models
 from vlmvqa.extras.parity.verify import VerifyConfig, verify
 from vlmvqa.extras.planning.run import PlanConfig, plan
@@ -52,6 +53,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "study": lambda: cli.run("study", StudyConfig, run_study),
     "sweep": lambda: cli.run("sweep", SweepConfig, run_sweep),
     "plan": lambda: cli.run("plan", PlanConfig, plan),
+    "export": lambda: cli.run("export", ExportConfig, export),
     "verify": lambda: cli.run("verify", VerifyConfig, verify),
     "helm": lambda: cli.run("helm", HelmConfig, helm_script.main),
 }

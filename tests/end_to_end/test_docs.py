@@ -33,6 +33,7 @@ BY_OTHERS = {
     r"launch/plan\.py": "tests/unit/test_planner.py",  # at real size
     r"launch/study\.py": "tests/end_to_end/test_study.py",
     r"launch/sweep\.py": "tests/end_to_end/test_sweep_search.py",
+    r"launch/export\.py": "tests/end_to_end/test_export.py",
     r"launch/verify\.py": "tests/end_to_end/test_verify.py",
     r"bench\.gpu .*--size tiny": "tests/unit/test_bench_gpu.py",
     r"smoke=": "tests/end_to_end/test_experiments.py",

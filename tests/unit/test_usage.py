@@ -50,7 +50,13 @@ def test_help_is_two_screens_at_most_and_needs_no_pytorch(name: str, light: dict
     lines = said.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 120
     assert sum(bool(re.match(r"(python|accelerate|deepspeed|vlmvqa) ", line)) for line in lines) >= 2  # examples
-    others = {"merge": "ties", "verify": "dinov2_gemma2_2b", "study": "learning_rate", "sweep": "learning_rate"}
+    others = {
+        "merge": "ties",
+        "verify": "dinov2_gemma2_2b",
+        "study": "learning_rate",
+        "sweep": "learning_rate",
+        "export": "",
+    }
     choices = others.get(name, "decoding    greedy")
     for part in ("Groups, as group=choice:", "--cfg job", choices):
         assert part in said

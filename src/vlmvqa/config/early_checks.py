@@ -23,6 +23,7 @@ MODELS = {
     "eval": ("checkpoint",),
     "predict": ("checkpoint",),
     "serve": ("checkpoint", "compare"),
+    "export": ("checkpoint",),
     "merge": ("base", "adapter", "models"),
     "helm": ("checkpoint",),
 }

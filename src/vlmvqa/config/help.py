@@ -124,6 +124,16 @@ Most used, each as key=value:
 
 More: docs/studies.md."""
 
+EXPORT = """\
+Writes a folder that transformers loads without vlmvqa, loads it again and compares both models on random images.
+
+  checkpoint=runs/demo                 a run's folder, its model/ folder, or a hub id
+  format=paligemma                     for attention_pattern=prefix_lm, a linear projector and Gemma or Gemma 2
+  output=exported/demo                 a new folder
+  run.overwrite=true                   replace the folder
+
+Any other model loads with transformers after `import vlmvqa.hf`. More: docs/ecosystem.md."""
+
 VERIFY = """\
 Compares the vision encoder with timm's and the language model with transformers', on the same weights.
 
@@ -213,6 +223,7 @@ PAGES = {
     "plan": PLAN,
     "study": STUDY,
     "sweep": SWEEP,
+    "export": EXPORT,
     "verify": VERIFY,
     "helm": HELM,
     "prepare": PREPARE,
