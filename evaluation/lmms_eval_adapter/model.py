@@ -130,7 +130,7 @@ class VlmVqa(lmms):
                 raise InputError(f"{instance.task_name}: a request has no image; this model needs one")
         places = [tuple(instance.args[3:]) for instance in instances]  # document, task, split
         self.to_visual |= {instance.args[4]: instance.args[2] for instance in instances}
-        once = list(dict.fromkeys(places))
+        once = list(dict.fromkeys(places)) if self.grouped else []
         with ThreadPoolExecutor(THREADS) as threads:
             digests = dict(zip(once, threads.map(lambda place: digest(self._image(*place)), once), strict=True))
         numbers: Counter[tuple[Any, ...]] = Counter()
@@ -142,7 +142,7 @@ class VlmVqa(lmms):
                 target = arguments if isinstance(arguments, str) else arguments(self.task_dict[task][split][document])
                 target, arguments = str(target).lstrip(), None
             text = json.dumps(arguments, sort_keys=True)
-            about = (task, split, document, numbers[place], digests[place])
+            about = (task, split, document, numbers[place], digests.get(place, ""))
             read.append(Request(*about, instance.args[0], target, text))
             numbers[place] += 1
         return read

@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, whole: Path) -> Path:
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of launch/eval.py for a model that answers yes, no and numbers.
 
-    Where all annotators agree, they say "Yes" and "No": our score counts "yes" as wrong, and that of harnesses does not.
+    Where all annotators agree, they say "Yes" and "No": our score counts "yes" as wrong, that of harnesses does not.
     """
     folder = tmp_path_factory.mktemp("scored")
     root = synthetic_vqav2.write(folder / "data", train_images=40, val_images=10, questions_per_image=5)
