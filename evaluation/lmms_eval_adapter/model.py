@@ -26,7 +26,7 @@ from vlmvqa.inference.likelihood import log_likelihoods
 THREADS = 8  # that decode images to find those that are equal
 
 
-class LogLikelihood(tuple[float, bool], GenerationResult):  # type: ignore[misc]
+class LogLikelihood(tuple[float, bool], GenerationResult):
     """The pair that lmms-eval documents as the result of a loglikelihood request.
 
     Its evaluator converts a plain pair to text and then fails; it passes the `text` of a `GenerationResult` unchanged.
@@ -37,7 +37,7 @@ class LogLikelihood(tuple[float, bool], GenerationResult):  # type: ignore[misc]
         return super().__new__(cls, (log_probability, is_greedy))
 
     def __init__(self, log_probability: float, is_greedy: bool) -> None:
-        GenerationResult.__init__(self, text=(log_probability, is_greedy))  # type: ignore[arg-type]
+        GenerationResult.__init__(self, text=(log_probability, is_greedy))
 
 
 class VlmVqa(lmms):

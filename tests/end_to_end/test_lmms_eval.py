@@ -22,6 +22,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import MODEL_REGISTRY_V2
 
 import vlmvqa
+from bench import harness as harness_bench
 from tests.end_to_end.scripts import call, done, metrics, predictions
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
@@ -190,3 +191,11 @@ def test_conversations_and_an_unknown_batch_size_are_refused(model: VlmVqa, scor
         model.generate_until_multi_round([])
     with pytest.raises(InputError, match="--batch_size auto should be a whole number"):
         VlmVqa(str(scored / "run"), batch_size="auto")
+
+
+def test_the_benchmark_answers_equally_in_all_ways(tmp_path: Path) -> None:
+    rows = harness_bench.main(
+        ["--model", "tiny", "--images", "2", "--repeats", "1", "--device", "cpu", "--out", str(tmp_path / "found.json")]
+    )
+    asked = json.loads((tmp_path / "found.json").read_text())["questions"]
+    assert [row["equal_answers"] for row in rows] == [asked] * 3
