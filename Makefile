@@ -4,11 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 READY := $(VENV)/.ready
+HARNESSES := .venv-harnesses
+# A git URL or folder, and the commit that evaluation/vlmevalkit_adapter is written against.
+VLMEVALKIT ?= https://github.com/open-compass/VLMEvalKit
+VLMEVALKIT_COMMIT := e8e78f05f3080fe28154f2130321f17951c3be94
 PIP := $(BIN)/pip install --quiet --no-compile --constraint requirements.lock
 # loadfile: tests of one file share their fixtures. The longest files run first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
-.PHONY: demo test test-slow test-all test-gpu coverage docs lint lock clean
+.PHONY: demo test test-slow test-all test-gpu test-harnesses vlmevalkit coverage docs lint lock clean
 
 demo: $(CORE)
 	$(BIN)/python launch/train.py run.name=demo run.overwrite=true
@@ -29,6 +33,11 @@ test-all: $(READY) lint
 # Tests of kernels and precisions that need a GPU; without one they are skipped.
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/unit/test_cuda.py tests/unit/test_throughput.py::test_on_a_gpu_the_clock_times_its_stream
+
+# Tests with lmms-eval and VLMEvalKit; without VLMEvalKit its tests are skipped. HARNESS_TESTS: which of them.
+HARNESS_TESTS ?= harness
+test-harnesses: $(HARNESSES)/.ready vlmevalkit
+	$(HARNESSES)/bin/python -m pytest -m "$(HARNESS_TESTS)" tests/end_to_end/test_lmms_eval.py tests/end_to_end/test_vlmevalkit.py
 
 coverage: $(READY)
 	$(PYTEST) -m "not slow and not long" --cov --cov-report=term
@@ -56,9 +65,32 @@ $(READY): $(CORE)
 	$(PIP) --editable '.[all]'
 	@touch $(READY)
 
+# A layer over .venv, because the harnesses' pins conflict with ours: its packages precede those of .venv, which stays as
+# it is. The requirements files say which of their packages are installed, and why not all.
+LAYER_PIP := $(BIN)/pip --python $(HARNESSES)/bin/python install --quiet --no-compile
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+$(HARNESSES)/.ready: $(READY) evaluation/lmms_eval_adapter/requirements.txt evaluation/vlmevalkit_adapter/requirements.txt
+	$(BIN)/python -m venv --clear --without-pip $(HARNESSES)
+	$(BIN)/python -c '$(SITE)' > "$$($(HARNESSES)/bin/python -c '$(SITE)')/venv.pth"
+	$(LAYER_PIP) --no-deps --editable . lmms-eval==0.7.3
+	grep -v lmms-eval evaluation/lmms_eval_adapter/requirements.txt > $(HARNESSES)/more.txt
+	$(LAYER_PIP) --requirement $(HARNESSES)/more.txt
+	@touch $@
+
+# It is a git repository only: its checkout is put on the path.
+vlmevalkit: $(HARNESSES)/.ready
+	@test -e $(HARNESSES)/VLMEvalKit/.ready || { \
+	  rm -rf $(HARNESSES)/VLMEvalKit && git init --quiet $(HARNESSES)/VLMEvalKit && \
+	  git -C $(HARNESSES)/VLMEvalKit fetch --quiet --depth 1 $(VLMEVALKIT) $(VLMEVALKIT_COMMIT) && \
+	  git -C $(HARNESSES)/VLMEvalKit checkout --quiet FETCH_HEAD && \
+	  $(LAYER_PIP) --requirement evaluation/vlmevalkit_adapter/requirements.txt && \
+	  echo $(abspath $(HARNESSES)/VLMEvalKit) > "$$($(HARNESSES)/bin/python -c '$(SITE)')/vlmevalkit.pth" && \
+	  touch $(HARNESSES)/VLMEvalKit/.ready; \
+	} || echo "VLMEvalKit cannot be installed from $(VLMEVALKIT): its tests are skipped; set VLMEVALKIT to a clone" >&2
+
 # Pin the installed versions; run it after changing the bounds in setup.cfg.
 lock: $(READY)
 	$(BIN)/pip freeze --exclude-editable | grep -v '^-e' > requirements.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(HARNESSES) .pytest_cache .mypy_cache .ruff_cache .coverage

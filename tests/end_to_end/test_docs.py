@@ -30,6 +30,9 @@ BY_OTHERS = {
     r"^make (test|test-slow|test-all|test-gpu|coverage|lock)\b": "Makefile",  # the first is what runs this
     r"^make docs": "tests/unit/test_docs_site.py",
     r"^vlmvqa helm ": "tests/end_to_end/test_helm.py",
+    r"lmms-eval |lmms_eval |compare_scores .*samples": "tests/end_to_end/test_lmms_eval.py",
+    r"vlmevalkit_adapter\.run|compare_scores .*results": "tests/end_to_end/test_vlmevalkit.py",
+    r"^make test-harnesses": ".ci/run",
     r"launch/plan\.py": "tests/unit/test_planner.py",  # at real size
     r"launch/study\.py": "tests/end_to_end/test_study.py",
     r"launch/sweep\.py": "tests/end_to_end/test_sweep_search.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -151,3 +152,18 @@ def test_check_counts_and_names_what_is_missing(root: Path, tmp_path: Path) -> N
     assert broken.name in problems and gone.name in problems
     real = call("check", "data=vqav2", f"data.root={root}", f"check.dir={tmp_path}")
     assert real.status == 1 and "443,757" in real.out  # the published size
+
+
+def test_a_harness_reads_the_evaluation_split_or_another(root: Path, tmp_path: Path) -> None:
+    """Bad images are left out of both formats; the questions keep their order."""
+    root, folder = shutil.copytree(root, tmp_path / "data"), tmp_path / "harness"
+    (sorted((root / "val2014").iterdir())[0]).unlink()
+    given = ("harness", "data=vqav2", f"data.root={root}", f"harness.dir={folder}", "data.on_bad_record=skip")
+    ended = done(call(*given))
+    number = re.search(r"vlmvqa_vqav2_val: (\d+) questions", ended.out)
+    assert number and "is missing" in ended.out and (folder / "vlmvqa_vqav2_val.yaml").exists()
+    for split, name, count in ((), "val", int(number[1])), (("split=train[:4]",), "train_4", 4):
+        done(call(*given, "harness.format=vlmevalkit", *split))
+        table = (folder / f"vlmvqa_vqav2_{name}.tsv").read_text().splitlines()
+        assert len(table) == 1 + count and table[0].split("\t")[:3] == ["index", "question_id", "question"]
+    assert "no equivalent in lmms_eval" in sentence(call(*given, "data.metric=cider"))

@@ -25,6 +25,7 @@ ALL = [(page, command) for command, page in {one: page for page in PAGES for one
 # What a block may need beyond what the tests stand in for: something that is not in every machine.
 LACKING = (
     *("GPU", "machines", "SLURM", "network", "token", "weights", "minutes", "hours", "Jupyter", "helm-run", "space"),
+    ".venv-harnesses",  # made by make test-harnesses
     *("all of", "as published", "1,000 questions"),  # of a data set
 )
 
@@ -77,7 +78,7 @@ def test_every_command_is_understood(page: Path, command: str) -> None:
     config = "train" if words[place].endswith(".slurm") else script(command)
     given = [word for word in words[place + 1 :] if word not in ("--cfg", "job")]
     if config == "prepare":
-        assert given[0] in ("download", "check", "pack", "features")
+        assert given[0] in ("download", "check", "pack", "features", "harness")
     added = {"model=tiny_conv", "experiment=normed", "experiment=f1", "data=textvqa", "data.metric=word_f1"}
     if page.stem == "extending" and added & set(given):
         return  # its own choices are not in conf/: tests/end_to_end/test_docs_extending.py runs them

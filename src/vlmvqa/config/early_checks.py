@@ -16,7 +16,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import refuse_missing, refuse_missing_model, refuse_no_root
 
 # The first word of prepare.py, which names the job.
-PREPARE = ("download", "check", "pack", "features")
+PREPARE = ("download", "check", "pack", "features", "harness")
 # Settings of each script that name saved models, and other files and folders.
 MODELS = {
     "train": ("init_from",),

@@ -158,7 +158,7 @@ PREPARE = """\
 Most used, each as key=value:
   data=... data.root=/folder split=train
   features.dir=/fast/features features.dtype=bfloat16
-  pack.dir=/fast/vqav2 check.images=true check.dir=runs/check"""
+  pack.dir=/fast/vqav2 check.images=true check.dir=runs/check harness.dir=harness/vqav2"""
 
 FEATURES = """\
 features: run every image of a split through the vision encoder once and cache the output.
@@ -213,6 +213,21 @@ equal byte for byte, so training is the same. Each image is one read of one file
 packed separately and read under the same name.
 """
 
+HARNESS = """\
+harness: write the files by which an evaluation harness reads a split, with the images.
+
+    python launch/prepare.py harness data=shapes
+    python launch/prepare.py harness data=vqav2 data.root=/data/vqav2 harness.format=vlmevalkit harness.dir=/fast/kit
+
+The task or table is scored as the harness scores the benchmark. Only questions with answers can be written, and only
+for the metrics vqa_accuracy, anls, gqa_accuracy and exact_match.
+
+  harness.format=lmms_eval             or vlmevalkit
+  split=val data.max_eval_samples=500  the questions (default: data.eval_split)
+
+More: docs/harnesses.md.
+"""
+
 PAGES = {
     "train": TRAIN,
     "eval": EVAL,
@@ -231,6 +246,7 @@ PAGES = {
     "prepare check": CHECK,
     "prepare download": DOWNLOAD,
     "prepare pack": PACK,
+    "prepare harness": HARNESS,
 }
 
 

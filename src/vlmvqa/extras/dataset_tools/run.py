@@ -1,4 +1,4 @@
-"""The jobs of launch/prepare.py: download, check and pack a dataset, cache a vision encoder's features."""
+"""The jobs of launch/prepare.py: download, check and pack a dataset, cache features, write files for harnesses."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 
 from vlmvqa import ranks
 from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
-from vlmvqa.data.example import Example
+from vlmvqa.data.example import Example, count_questions
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError, counted
+from vlmvqa.extras.dataset_tools import harness
 from vlmvqa.extras.dataset_tools.check import check, table
 from vlmvqa.extras.dataset_tools.download import download
 from vlmvqa.extras.feature_cache.store import check_dtype, feature_key
@@ -58,6 +59,14 @@ class CheckSettings:
 
 
 @dataclass(frozen=True)
+class HarnessSettings:
+    """The `harness` group: the harness whose files are written, and their folder."""
+
+    format: str
+    dir: str
+
+
+@dataclass(frozen=True)
 class PrepareConfig:
     """Config of launch/prepare.py: a job and its settings; conf/prepare.yaml documents its keys."""
 
@@ -69,6 +78,7 @@ class PrepareConfig:
     features: FeatureSettings
     pack: PackSettings
     check: CheckSettings
+    harness: HarnessSettings
     split: str = "train"
     seed: int = 0
     batch_size: int = 64
@@ -168,6 +178,19 @@ def pack(config: PrepareConfig) -> None:
         print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")
 
 
+def write_harness_files(config: PrepareConfig) -> None:
+    """Write the files by which an evaluation harness reads the evaluation split, or another."""
+    data = config.data.single
+    split = config.split if "split" in config.given else data.eval_split
+    bad_records = BadRecords(data.on_bad_record)
+    examples = read_examples(data, split, data.max_eval_samples, bad_records)
+    folder = Path(config.harness.dir).expanduser()
+    name = harness.write(config.harness.format, folder, data, split, examples, bad_records)
+    print(f"{name}: {counted(count_questions(examples), 'question')} in {folder}; docs/harnesses.md runs it")
+    if bad_records.seen:
+        print(f"{counted(len(bad_records.seen), 'bad record')} left out, the first: {bad_records.seen[0]}")
+
+
 def download_archives(config: PrepareConfig) -> None:
     """Download and unpack the benchmark's official archives."""
     data = config.data.single
@@ -192,4 +215,5 @@ JOBS: dict[str, tuple[Callable[[PrepareConfig], None], str]] = {
     "check": (check_data, "a dataset is checked"),
     "pack": (pack, "a split is packed"),
     "features": (cache_features, "features are computed"),
+    "harness": (write_harness_files, "a harness's files are written"),
 }

@@ -101,7 +101,7 @@ def write(
                 rows = []
                 for example in examples[start : start + images_per_shard]:
                     count.update()
-                    if (content := _image_bytes(example, bad_records)) is not None:
+                    if (content := image_bytes(example, bad_records)) is not None:
                         rows.append({"image": content, "record": _record(example)})
                 written += len(rows)
                 path = Path(unfinished, f"{_file_name(split)}-{number:05}-of-{len(starts):05}.parquet")
@@ -179,7 +179,7 @@ def _file_name(split: str) -> str:
     return re.sub(r"[^\w.-]+", "_", split.replace("%", "pc").replace("[:", "[0:")).strip("_")
 
 
-def _image_bytes(example: Example, bad_records: BadRecords) -> bytes | None:
+def image_bytes(example: Example, bad_records: BadRecords) -> bytes | None:
     """Return the bytes of an image file; None if it cannot be read and is skipped."""
     image = example.image
     assert not isinstance(image, Image), "an image in memory is not a file"
