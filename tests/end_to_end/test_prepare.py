@@ -92,7 +92,8 @@ def test_a_bad_image_from_the_command_line(root: Path, tmp_path: Path) -> None:
     [
         (
             ["featurs"],
-            "unknown job 'featurs'; its first word is one of download, check, pack, features; did you mean 'features'?",
+            "unknown job 'featurs'; its first word is one of download, check, pack, features, harness; "
+            "did you mean 'features'?",
         ),
         ([], "no job given; its first word is one of download, check, pack, features"),
         (["data=shapes", "features"], "no job given"),

@@ -84,7 +84,7 @@ def test_cfg_job_prints_the_whole_config(name: str) -> None:
     ended = call(name, "--cfg", "job")
     assert ended.status == 0
     said = ended.out
-    assert "\nrun:\n" in said and said.count("\n") >= 9
+    assert "\nrun:\n" in said and said.count("\n") >= 5  # export has the fewest keys
 
 
 def test_cfg_job_needs_no_pytorch(light: dict[str, str]) -> None:

@@ -128,7 +128,7 @@ EXPORT = """\
 Writes a folder that transformers loads without vlmvqa, loads it again and compares both models on random images.
 
   checkpoint=runs/demo                 a run's folder, its model/ folder, or a hub id
-  format=paligemma                     for attention_pattern=prefix_lm, a linear projector and Gemma or Gemma 2
+  format=paligemma                     for prefix_lm attention, a linear projector and Gemma or Gemma 2
   output=exported/demo                 a new folder
   run.overwrite=true                   replace the folder
 
