@@ -14,8 +14,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.pretrained import picture
-from tests.serving import HeldPredictor, ask, error_message, numbered_image, paligemma, serving, vlm_predictor
-from tests.unit.test_serving import post, wait_until
+from tests.serving import HeldPredictor, ask, error_message, numbered_image, serving
+from tests.unit.test_serving import model, post, vlm, wait_until
 from vlmvqa.data.example import Example, Question
 from vlmvqa.extras.serving.api import build
 from vlmvqa.extras.serving.batcher import Batcher, PendingRequest
@@ -24,19 +24,11 @@ from vlmvqa.extras.serving.limits import Limits
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.interface import GenerationSettings
 
+__all__ = ["model", "vlm"]  # fixtures
+
 CHAT = "/v1/chat/completions"
 QUESTION = "what color is the dog"
 JSON = [(b"content-type", b"application/json"), (b"host", b"localhost")]
-
-
-@pytest.fixture(scope="module", params=["vlm", "paligemma"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
-    return vlm_predictor() if request.param == "vlm" else paligemma(tmp_path_factory.mktemp("paligemma"))
-
-
-@pytest.fixture(scope="module")
-def vlm() -> Predictor:
-    return vlm_predictor()
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,6 @@ def log_likelihoods(
     row_text_tokens: int = ROW_TEXT_TOKENS,
     workers: int = 0,
     bad_records: BadRecords | None = None,
-    distributed: bool = True,
 ) -> dict[int | str, Likelihood]:
     """Return the log-likelihood of every question's target, by question id, in the examples' order.
 
@@ -65,7 +64,7 @@ def log_likelihoods(
 
     Args:
         num_best: number of most probable tokens to return for each position, at least 1.
-        batch_size, row_text_tokens, workers, bad_records, distributed: as in `Predictor.answer_examples`.
+        batch_size, row_text_tokens, workers, bad_records: as in `Predictor.answer_examples`.
 
     Raises:
         InputError: two questions have one id, a question has no target or an empty one, or an image cannot be read.
@@ -74,10 +73,9 @@ def log_likelihoods(
     for question in all_questions(examples):
         if question.target is None:
             raise InputError(f"question {question.id} has no answer to score; set its target")
-    several = distributed and ranks.is_distributed()
     rows = predictor.rows(examples, predictor.processor, row_text_tokens)
     batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    mine = batches[ranks.rank() :: ranks.world_size()] if several else batches
+    mine = batches[ranks.rank() :: ranks.world_size()] if ranks.is_distributed() else batches
     loader = DataLoader(
         EvalDataset(
             [row for batch in mine for row in batch], predictor.processor, bad_records or BadRecords(advice=""), True
@@ -94,9 +92,8 @@ def log_likelihoods(
             ids = [question.id for question in all_questions(example for example, _ in readable)]
             scored = score_documents(predictor, [document for _, document in readable], num_best)
             found.update(zip(ids, scored, strict=True))
-    if several:
-        found = {question: one for share in ranks.gather(found) for question, one in share.items()}
-    return {question.id: found[question.id] for question in all_questions(examples) if question.id in found}
+    every = {question: one for share in ranks.gather(found) for question, one in share.items()}
+    return {question.id: every[question.id] for question in all_questions(examples) if question.id in every}
 
 
 @torch.no_grad()

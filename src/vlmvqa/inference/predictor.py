@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -148,7 +147,6 @@ class Predictor(TrainedModel):
         bad_records: BadRecords | None = None,
         progress: bool = False,
         answer_log: AnswerLog | None = None,
-        distributed: bool = True,
     ) -> dict[int | str, Answer]:
         """Answer every question of every example, by question id, in the examples' order.
 
@@ -163,15 +161,12 @@ class Predictor(TrainedModel):
             workers: processes that decode images.
             bad_records: policy for unreadable images (default: raise); the questions of a skipped one get no answer.
             answer_log: log of the answers; those that it holds are not generated again.
-            distributed: distribute the batches over the ranks, which all have the same examples; False: this rank
-                answers its own examples alone.
 
         Raises:
             InputError: two questions have one id, or an image cannot be read.
         """
         refuse_equal_ids(examples)
-        several = distributed and ranks.is_distributed()
-        with ranks.local_main_first() if several else nullcontext():  # texts are tokenized at first use
+        with ranks.local_main_first():  # texts are tokenized at first use
             table = TokenTable.build(
                 (question.prompt for question in all_questions(examples)), self.processor.tokenizer
             )
@@ -182,7 +177,7 @@ class Predictor(TrainedModel):
         answers: dict[int | str, Answer] = {}
         if answer_log:
             answers, batches = _logged_answers(answer_log, rows, batches)
-        mine = batches[ranks.rank() :: ranks.world_size()] if several else batches
+        mine = batches[ranks.rank() :: ranks.world_size()] if ranks.is_distributed() else batches
         loader = DataLoader(
             EvalDataset(rows, processor, bad_records or BadRecords(advice="")),
             batch_sampler=mine,
@@ -193,9 +188,8 @@ class Predictor(TrainedModel):
         answers |= self._answer_batches(
             [[rows[number] for number in batch] for batch in mine], loader, progress, answer_log
         )
-        if several:
-            answers = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
-        return {question.id: answers[question.id] for question in all_questions(examples) if question.id in answers}
+        every = {question: answer for share in ranks.gather(answers) for question, answer in share.items()}
+        return {question.id: every[question.id] for question in all_questions(examples) if question.id in every}
 
     def rows(self, examples: Sequence[Example], processor: Processor, room: int) -> list[Example]:
         """Split the examples into rows of at most `room` text tokens (or one question), sorted from long to short."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any, cast
 
@@ -37,17 +38,26 @@ from vlmvqa.models.trained_model import TrainedModel
 from vlmvqa.models.vlm import VLM, ModelSettings
 
 REGISTERED = "load it with `import vlmvqa.hf` instead (docs/ecosystem.md)"
-BLOCK = "vision.encoder.blocks."
-# Names of timm's blocks in transformers; `qkv` is split into three.
+# Names of timm's parameters in transformers, applied one after the other; `qkv` is then split into three.
 DINOV2 = {
-    "norm1.": "norm1.",
-    "norm2.": "norm2.",
-    "mlp.": "mlp.",
-    "attn.proj.": "attention.o_proj.",
-    "ls1.gamma": "layer_scale1.lambda1",
-    "ls2.gamma": "layer_scale2.lambda1",
+    r"^cls_token": "embeddings.cls_token",
+    r"^pos_embed": "embeddings.position_embeddings",
+    r"^patch_embed\.proj": "embeddings.patch_embeddings.projection",
+    r"^blocks": "encoder.layer",
+    r"^norm": "layernorm",
+    r"attn\.proj": "attention.o_proj",
+    r"attn\.qkv": "attention.qkv_proj",
+    r"ls(\d)\.gamma": r"layer_scale\1.lambda1",
 }
-SIGLIP = {"norm1.": "layer_norm1.", "norm2.": "layer_norm2.", "mlp.": "mlp.", "attn.proj.": "self_attn.out_proj."}
+SIGLIP = {
+    r"^pos_embed": "embeddings.position_embedding.weight",
+    r"^patch_embed\.proj": "embeddings.patch_embedding",
+    r"^blocks": "encoder.layers",
+    r"^norm": "post_layernorm",
+    r"\.norm(\d)": r".layer_norm\1",
+    r"attn\.proj": "self_attn.out_proj",
+    r"attn\.qkv": "self_attn.qkv_proj",
+}
 
 
 def refuse(trained: TrainedModel) -> None:
@@ -149,48 +159,31 @@ def _vision_config(encoder: Any, image_size: int) -> PreTrainedConfig:
 
 def weights(model: VLM) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights by their names in PaliGemma."""
-    for name, weight in model.state_dict().items():
-        part, _, rest = name.partition(".")
-        if part == "language":
-            yield f"model.language_model.{rest.removeprefix('decoder.')}", weight
-        elif part == "projector":
-            yield f"model.multi_modal_projector.linear.{rest.removeprefix('layers.0.')}", weight
-        else:
-            for inner, one in _vision_weights(name, weight, bool(model.vision.encoder.has_class_token)):
-                yield f"model.vision_tower.{inner}", one
-    if model.vision.encoder.has_class_token and not isinstance(model.vision.encoder.blocks[0].ls1, LayerScale):
-        for number in range(len(model.vision.blocks)):  # Dinov2Model always has layer scales
-            for scale in ("layer_scale1", "layer_scale2"):
-                ones = torch.ones(model.vision.width, dtype=weight.dtype)
-                yield f"model.vision_tower.encoder.layer.{number}.{scale}.lambda1", ones
+    encoder: Any = model.vision.encoder
+    for name, weight in encoder.state_dict().items():
+        yield from _encoder_weight(name, weight, encoder.has_class_token)
+    if encoder.has_class_token and not isinstance(encoder.blocks[0].ls1, LayerScale):
+        for number in range(len(encoder.blocks)):  # Dinov2Model always has layer scales
+            for scale in (1, 2):
+                yield (
+                    f"model.vision_tower.encoder.layer.{number}.layer_scale{scale}.lambda1",
+                    torch.ones_like(encoder.norm.weight),
+                )
+    for name, weight in model.projector.layers[0].state_dict().items():
+        yield f"model.multi_modal_projector.linear.{name}", weight
+    for name, weight in model.language.decoder.state_dict().items():
+        yield f"model.language_model.{name}", weight
 
 
-def _vision_weights(name: str, weight: Tensor, is_dinov2: bool) -> Iterable[tuple[str, Tensor]]:
-    """Return a weight of timm's encoder by its names in `Dinov2Model` or `SiglipVisionModel`."""
-    if not name.startswith(BLOCK):
-        last = name.rpartition(".")[2]
-        patches = "patch_embeddings.projection" if is_dinov2 else "patch_embedding"
-        return [
-            {
-                "cls_token": ("embeddings.cls_token", weight),
-                "pos_embed": (
-                    ("embeddings.position_embeddings", weight)
-                    if is_dinov2
-                    else ("embeddings.position_embedding.weight", weight[0])
-                ),
-                "patch_embed": (f"embeddings.{patches}.{last}", weight),
-                "norm": (f"{'layernorm' if is_dinov2 else 'post_layernorm'}.{last}", weight),
-            }[name.split(".")[2]]
-        ]
-    number, _, rest = name.removeprefix(BLOCK).partition(".")
-    block = f"encoder.layer.{number}." if is_dinov2 else f"encoder.layers.{number}."
-    if rest.startswith("attn.qkv."):
-        attention, last = "attention" if is_dinov2 else "self_attn", rest.rpartition(".")[2]
-        return [
-            (f"{block}{attention}.{one}_proj.{last}", third) for one, third in zip("qkv", weight.chunk(3), strict=True)
-        ]
-    old, new = next(pair for pair in (DINOV2 if is_dinov2 else SIGLIP).items() if rest.startswith(pair[0]))
-    return [(block + new + rest.removeprefix(old), weight)]
+def _encoder_weight(name: str, weight: Tensor, is_dinov2: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield a weight of timm's encoder by its names in `Dinov2Model` or `SiglipVisionModel`."""
+    if name == "pos_embed" and not is_dinov2:
+        weight = weight[0]
+    for old, new in (DINOV2 if is_dinov2 else SIGLIP).items():
+        name = re.sub(old, new, name)
+    thirds = weight.chunk(3) if "qkv_proj" in name else [weight]
+    for letter, part in zip("qkv", thirds, strict=False):
+        yield f"model.vision_tower.{name.replace('qkv_proj', f'{letter}_proj')}", part
 
 
 def processor(trained: TrainedModel) -> PaliGemmaProcessor:

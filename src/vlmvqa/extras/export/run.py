@@ -65,7 +65,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model reads and computes for an image and a question.
+    """A model's input and output for an image and a question.
 
     Attributes:
         ids: token ids of the prompt, image tokens left out.

@@ -1,4 +1,4 @@
-"""Text, Markdown and JSON of a plan: tables of all strategies, recommended settings, and the time of a step."""
+"""Format a plan as text, Markdown and JSON: tables of all strategies, recommended settings, time of a step."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def overrides(run: RunChoice) -> str:
 
 
 def recommend(planner: Planner, plans: Sequence[Plan], chosen: str) -> str:
-    """Return the recommended settings and the reasons, as lines."""
+    """Return lines with the recommended settings and their reasons."""
     plan = next(plan for plan in plans if plan.strategy == chosen)
     run = RunChoice(chosen, plan.rows, plan.checkpointing, planner.training.accumulation)
     if plan.fits:

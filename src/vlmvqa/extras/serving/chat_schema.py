@@ -270,7 +270,7 @@ class ModelList(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong with a request."""
+    """Details of an error."""
 
     message: str = Field(description="one sentence: what is wrong, and what to do")
     type: str
