@@ -13,9 +13,11 @@ import yaml
 from safetensors.torch import load_file
 
 import vlmvqa
-from tests import forks
+from tests import forks, pretrained
 from tests.end_to_end.scripts import call, content, done, losses, metrics, predictions, sentence
 from tests.unit.test_clip import folder as clip  # noqa: F401
+from vlmvqa.config.inference_schema import Expected
+from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2
 
 pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")
@@ -172,3 +174,26 @@ def test_a_published_adapter_brings_the_base_that_only_its_run_has(tmp_path: Pat
     picture = next((tmp_path / "shapes" / "val2014").iterdir())
     answers = [vlmvqa.load(folder, "cpu").answer(picture, "How many?") for folder in (run, tmp_path / "b")]
     assert answers[0] == answers[1]
+
+
+def test_a_published_score_is_compared(tmp_path: Path) -> None:
+    """With a tiny model of the class: scored where the split has answers, else to be uploaded."""
+    pretrained.save("paligemma", tmp_path / "model")
+    synthetic_vqav2.write(tmp_path / "data", train_images=2, val_images=2, questions_per_image=2)
+    recipe = (
+        "experiment=reproduce_paligemma_vqav2",
+        f"checkpoint={tmp_path / 'model'}",
+        f"data.root={tmp_path / 'data'}",
+    )
+    small = ("decoding.max_new_tokens=4", "report=false", "attributions=0")
+    printed = done(call("eval", *recipe, *small, "split=val", f"run.dir={tmp_path / 'val'}")).out
+    overall = metrics(tmp_path / "val")["metrics"]["vqa_accuracy"]["overall"]
+    published = "expected 83.19 ± 0.3 (Beyer et al. 2024, VQAv2 at 224 pixels, on the test server)"
+    assert f"{published}, found {overall:.2f}: NOT reproduced" in printed
+    near = ("expected.score=" + str(overall + 0.2), "split=val", f"run.dir={tmp_path / 'near'}")
+    assert done(call("eval", *recipe, *small, *near)).out.rstrip().endswith(": reproduced")
+
+
+def test_a_published_score_of_a_split_without_answers() -> None:
+    said = Expected(83.19, 0.3, "its paper").compare(None)
+    assert said.startswith("expected 83.19 ± 0.3 (its paper)") and "submission.json must be uploaded" in said

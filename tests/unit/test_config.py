@@ -36,8 +36,10 @@ GIVEN = {
 }
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hydra_quiet")
 CHOICES = sorted(
-    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name not in ("study", "sweep")
-)  # these: tests/unit/test_study.py, test_sweep_search.py
+    f"{path.parent.name}={path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ("study", "sweep") and not path.stem.startswith("reproduce_")
+)  # studies and sweeps: tests/unit/test_study.py, test_sweep_search.py; reproductions are evaluations
 
 
 @pytest.mark.parametrize("name", PRIMARY)
@@ -58,6 +60,12 @@ def test_every_choice_of_every_group_builds(choice: str, tmp_path: Path) -> None
     training_arguments(config, DistSettings())
     assert set(config.trainable) == {"vision", "projector", "language"}
     assert yaml.safe_load(to_yaml(config)) == to_dict(config)
+
+
+def test_a_reproduction_is_an_evaluation() -> None:
+    found = values("eval", "experiment=reproduce_paligemma_vqav2", "data.root=somewhere")
+    assert (found["checkpoint"], found["split"]) == ("google/paligemma-3b-ft-vqav2-224", "test-dev")
+    assert found["expected"]["score"] == 83.19 and found["data"]["source"] == "vqav2"
 
 
 def test_the_recipe_to_the_letter(tmp_path: Path) -> None:

@@ -10,6 +10,23 @@ from vlmvqa.models.interface import GenerationSettings
 
 
 @dataclass(frozen=True)
+class Expected:
+    """A published score, how far a reproduction may differ from it, and where it was published."""
+
+    score: float
+    tolerance: float
+    source: str
+
+    def compare(self, score: float | None) -> str:
+        """Return a line that compares a score with the published one; None: it was not computed."""
+        published = f"expected {self.score:g} ± {self.tolerance:g} ({self.source})"
+        if score is None:
+            return f"{published}; this split has no answers to score, so submission.json must be uploaded"
+        reached = "reproduced" if abs(score - self.score) <= self.tolerance else "NOT reproduced"
+        return f"{published}, found {score:.2f}: {reached}"
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Config of launch/eval.py: what is scored, and how; conf/eval.yaml documents its keys."""
 
@@ -20,6 +37,7 @@ class EvalConfig:
     predictions: str | None = None
     compare: Sequence[str] | None = None
     split: str | None = None
+    expected: Expected | None = None
     blank_images: bool = False
     report: bool = True
     attributions: int = 0

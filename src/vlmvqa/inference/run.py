@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,13 +34,16 @@ def evaluate_run(config: EvalConfig) -> None:
     distributed.start(DistSettings(), cpu=False)
     ranks.broadcast_from_rank0(lambda: _refuse_results(config))
     if config.predictions is not None:
-        _score_predictions(config, config.predictions)
+        metrics = _score_predictions(config, config.predictions)
     else:
-        _score_checkpoint(config)
+        metrics = _score_checkpoint(config)
+    if config.expected is not None:
+        overall = metrics["metrics"].get(metrics["metric"], {}).get("overall")
+        ranks.print_on_rank0(config.expected.compare(overall))
 
 
-def _score_checkpoint(config: EvalConfig) -> None:
-    """Load a model, answer the split, score."""
+def _score_checkpoint(config: EvalConfig) -> dict[str, Any]:
+    """Load a model, answer the split, score; return the content of `metrics.json`."""
     refuse_overrides(config.given, "the checkpoint's own, as it was trained", *TRAINED_WITH)
     data = _data(config)
     device = f"cuda:{ranks.local_rank()}" if torch.cuda.is_available() else "cpu"
@@ -59,7 +63,7 @@ def _score_checkpoint(config: EvalConfig) -> None:
     )
     config = replace(config, decoding=predictor.decoding, data=data)  # recorded as it runs
     examples, bad_records = _read(config, data)
-    score_and_report(
+    return score_and_report(
         predictor,
         str(config.checkpoint),
         _task(config, data, examples),
@@ -70,8 +74,8 @@ def _score_checkpoint(config: EvalConfig) -> None:
     )
 
 
-def _score_predictions(config: EvalConfig, path: str) -> None:
-    """Score answers that another program wrote; no model is loaded."""
+def _score_predictions(config: EvalConfig, path: str) -> dict[str, Any]:
+    """Score answers that another program wrote, without a model; return the content of `metrics.json`."""
     from vlmvqa.inference.answer_file import read_answers
 
     data = _data(config)
@@ -81,7 +85,7 @@ def _score_predictions(config: EvalConfig, path: str) -> None:
     answers = read_answers(Path(path).expanduser(), task.spec.questions, submission_name)
     found, predictions = evaluate(task.spec, answers, none)
     facts = {"predictions": path, "split": task.split}
-    write_results(task, _output(config), facts, found, predictions, bad_records, none)
+    return write_results(task, _output(config), facts, found, predictions, bad_records, none)
 
 
 def _compare(config: EvalConfig) -> None:
