@@ -87,5 +87,5 @@ def apart(given: Sequence[Document]) -> list[list[Document]]:
 def batch(vlm: VLM, rows: Sequence[Sequence[Document]], pixels: Tensor, multiple: int = 8) -> dict[str, Tensor]:
     """Rows whose documents hold indices into `pixels`, consecutive within a row."""
     assert all([document.image - row[0].image for document in row] == list(range(len(row))) for row in rows)
-    built = [build_row(row, vlm.vision.num_image_tokens, vlm.attention_pattern, row[0].image) for row in rows]
+    built = [build_row(row, vlm.num_image_tokens, vlm.attention_pattern, row[0].image) for row in rows]
     return {"pixel_values": pixels, **pad_rows(built, multiple)}

@@ -8,9 +8,9 @@ from pathlib import Path
 from vlmvqa import fingerprint
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError
-from vlmvqa.models import checkpoint
+from vlmvqa.models import checkpoint, loading
 from vlmvqa.models.interface import DTYPES, cast_parameters
-from vlmvqa.models.trained_model import TrainedModel, load_model
+from vlmvqa.models.trained_model import TrainedModel
 
 
 def with_saved_model(config: TrainConfig) -> TrainConfig:
@@ -28,8 +28,8 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
             )
         if key.startswith("model.") and key != "model.dtype":
             raise InputError(f"{key} cannot be set here: the model of init_from is as it was saved; leave it out")
-    folder = checkpoint.find(config.init_from).resolve()
-    _, settings = checkpoint.read_settings(folder)
+    folder = loading.find(config.init_from).resolve()
+    _, settings = loading.read_settings(folder)
     settings = checkpoint.family(settings.family).continued_settings(settings, folder)
     if config.adapt is not None or "model.dtype" in config.given:  # frozen weights may be kept in fewer bytes
         if config.model.dtype not in DTYPES:
@@ -43,8 +43,8 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
 def continue_from(config: TrainConfig) -> TrainedModel:
     """Load the model of `init_from`, with the data and decoding settings of this run."""
     assert config.init_from is not None
-    data, folder = config.data, checkpoint.find(config.init_from)
-    found = load_model(folder)
+    data, folder = config.data, loading.find(config.init_from)
+    found = loading.load_model(folder)
     processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
     processor = processor.with_images(data.resize, data.reduced_decoding)
     return replace(
