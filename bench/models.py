@@ -176,7 +176,7 @@ def needed_flops(model: VLM, batch: Batch) -> int:
     """
     flops = model.flops()
     assert flops is not None  # Gemma 2 has no experts
-    counts = count(batch, model.attention_pattern, model.language.config.sliding_window).tolist()
+    counts = count(batch, model.language.config.sliding_window).tolist()
     encoded = "pixel_values" in batch
     images = len(batch["pixel_values" if encoded else "image_features"])
     return flops.of({**dict(zip(COUNTED, counts, strict=True)), "images": images, "encoded": images * encoded})

@@ -17,8 +17,7 @@ from vlmvqa.models.build import language_config
 from vlmvqa.models.generation import beam_candidates, generate
 from vlmvqa.models.interface import Generated, GenerationSettings
 from vlmvqa.models.vlm import VLM
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS
-from vlmvqa.sequence.rows import Document, TokenizedQuestion
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, Document, TokenizedQuestion
 
 
 def both(seed: int, family: str = "gemma2") -> tuple[VLM, PreTrainedModel]:

@@ -44,8 +44,7 @@ from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.hf import VlmvqaConfig, VlmvqaForConditionalGeneration, VlmvqaProcessor
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.interface import GenerationSettings
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE
-from vlmvqa.sequence.rows import PADDING
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, PADDING, SHAREABLE
 
 # Every question once, 16 of different lengths, with an image of its own and together with those that share it.
 EXAMPLES = examples()
@@ -482,8 +481,8 @@ def test_under_prefix_lm_each_question_has_its_own_image(folders: Any) -> None:
 def test_a_model_without_rows_is_one_sentence(folders: Any) -> None:
     model, processor = load(folders())
     given = inputs(processor, ALONE[:1])
-    with pytest.raises(InputError, match="the input has no branch, role; pass all that the processor returns"):
-        model.generate(**{name: given[name] for name in given if name not in ("branch", "role")})
+    with pytest.raises(InputError, match="the input has no branch, role, block; pass all that the processor returns"):
+        model.generate(**{name: given[name] for name in given if name not in ("branch", "role", "block")})
     with pytest.raises(InputError, match="the input has no pixel_values"):
         model(input_ids=given["input_ids"])
     with pytest.raises(InputError, match="leave past_key_values out"):

@@ -34,7 +34,7 @@ from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import Tokens
-from vlmvqa.sequence.rows import Document, TokenizedQuestion
+from vlmvqa.sequence.rows import NONE, Document, TokenizedQuestion
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -60,7 +60,7 @@ def ours(model: PreTrainedModel, ids: Tensor) -> Tensor:
     language = LanguageModel(model)
     position = torch.arange(ids.shape[1]).expand_as(ids)
     zeros = torch.zeros_like(ids)
-    tokens = Tokens.of(zeros, zeros, zeros, position, "causal")
+    tokens = Tokens(zeros, zeros, torch.full_like(zeros, NONE), position)
     return language.logits(language(language.embed(ids), tokens))
 
 

@@ -24,7 +24,7 @@ from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import GenerationSettings, set_trainable
 from vlmvqa.sequence.rows import IGNORE, IMAGE
 
-OURS = ("labels", "weights", "role", "position", "branch", "document")
+OURS = ("labels", "weights", "role", "block", "position", "branch", "document")
 FAMILIES = pretrained.FAMILIES
 Loaded = tuple[PretrainedVLM, PretrainedProcessor]
 

@@ -12,8 +12,7 @@ from vlmvqa.models.generation import generate
 from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence import masks
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE
-from vlmvqa.sequence.rows import Document
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, SHAREABLE, Document
 
 LAYOUTS = {
     "one question": [[1]],

@@ -19,8 +19,7 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError
-from vlmvqa.sequence.masks import SHAREABLE
-from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
+from vlmvqa.sequence.rows import SHAREABLE, Document, TokenizedQuestion, build_row, pad_rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Processor:
         tokenizer: the language model's tokenizer.
         images: size, normalisation and resizing of the vision encoder's input.
         num_image_tokens: N, tokens of one image.
-        attention_pattern: the model's attention pattern (`masks.ATTENTION_PATTERNS`).
+        attention_pattern: the model's attention pattern (`rows.ATTENTION_PATTERNS`).
         max_text_tokens: limit on prompt plus answer tokens of one question (None: no limit). A longer question is
             truncated; the image, the end of the template and the answer never are.
         table: texts that are tokenized already; others are tokenized on demand.
