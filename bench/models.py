@@ -154,11 +154,11 @@ def make_batch(
     Every document has its own image: an image of two documents is in the batch twice and is encoded twice.
 
     Args:
-        pixels: float[I, 3, H, W], indexed by `Document.image`.
+        pixels: float[I, 3, H, W], indexed by `Document.images`.
         multiple: T is rounded up to a multiple of this.
         features: float[I, N, Dv], the encoder's output, if it is cached.
     """
-    images = torch.tensor([document.image for row in rows for document in row], device=pixels.device)
+    images = torch.tensor([one for row in rows for document in row for one in document.images], device=pixels.device)
     firsts = accumulate(map(len, rows), initial=0)  # index of each row's first image
     built = [
         build_row(row, model.vision.num_image_tokens, model.attention_pattern, first)

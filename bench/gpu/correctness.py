@@ -88,7 +88,7 @@ def _batch(section: Section, model: VLM, rows: int, tokens: int) -> gpu_sizes.Ba
     documents = gpu_sizes.full_rows(
         sizes.correct_shape, rows, tokens, model.vision.num_image_tokens, models.vocabulary(model)
     )
-    images = 1 + max(document.image for row in documents for document in row)
+    images = 1 + max(image for row in documents for document in row for image in document.images)
     return models.make_batch(model, documents, models.random_pixels(model, images), multiple=tokens)
 
 

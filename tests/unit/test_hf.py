@@ -439,7 +439,7 @@ def test_images_are_read_as_ours(folders: Any, tmp_path: Path) -> None:
     own = vlmvqa.load(folders(), "cpu").processor
     picture = Image.new("RGBA", (40, 30), (200, 30, 90, 100))
     picture.save(tmp_path / "a.png")
-    told = own.load_image(Example(tmp_path / "a.png", 0, ()))
+    told = own.load_images(Example(tmp_path / "a.png", 0, ())).images[0]
     for image in (picture, str(tmp_path / "a.png"), tmp_path / "a.png", [picture], [[picture]]):
         assert torch.equal(processor(images=image, text="what")["pixel_values"][0], told)
     content = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -19,7 +19,7 @@ WORDS = {1: "what", 2: "color", 3: "red", 4: "how", 5: "many", 6: "two", 7: "of"
 def sees(attention_pattern: str, shared: bool = True, window: int | None = None) -> dict[str, str]:
     """For every word of a small row, the words it sees, in order; `i` is an image token."""
     questions = [TokenizedQuestion([1, 2], [3, 9]), TokenizedQuestion([4, 5], [6, 7, 9])]
-    rows = pad_rows([build_row([Document(0, questions if shared else questions[:1])], 2, attention_pattern)])
+    rows = pad_rows([build_row([Document([0], questions if shared else questions[:1])], 2, attention_pattern)])
     tokens = Tokens.of(rows)
     mask = visible(tokens.map(lambda t: t[0, :, None]), tokens.map(lambda t: t[0, None, :]), window)
     names = [WORDS.get(token, "i") for token in rows["input_ids"][0].tolist()]

@@ -221,7 +221,7 @@ def test_the_whole_is_paligemma_under_prefix_lm(family: str) -> None:
 
     question = TokenizedQuestion([2, 40, 41, 42, 43], [50, 51, 52, tiny.EOS])
     pixels = tiny.images(1)
-    batch = tiny.batch(vlm, [[Document(0, [question])]], pixels, multiple=1)
+    batch = tiny.batch(vlm, [[Document([0], [question])]], pixels, multiple=1)
     images, prompt, answer = encoder.num_image_tokens, len(question.prompt), len(question.answer)
     ids = torch.tensor([[image_token] * images + list(question.prompt) + list(question.answer)])
     kinds = torch.tensor([[0] * (images + prompt) + [1] * answer])

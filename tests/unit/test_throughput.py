@@ -69,8 +69,8 @@ def test_counts_of_a_batch_by_hand(tmp_path: Path) -> None:
     """Two rows: 17 image tokens with questions of 3 + 2 and 4 + 1 tokens, and 17 with one of 2 + 1."""
     vlm = model()
     rows = [
-        [Document(0, [TokenizedQuestion([5, 6, 7], [8, 9, 1]), TokenizedQuestion([5, 6, 7, 8], [9, 1])])],
-        [Document(1, [TokenizedQuestion([5, 6], [7, 1])])],
+        [Document([0], [TokenizedQuestion([5, 6, 7], [8, 9, 1]), TokenizedQuestion([5, 6, 7, 8], [9, 1])])],
+        [Document([1], [TokenizedQuestion([5, 6], [7, 1])])],
     ]
     batch = tiny.batch(vlm, rows, tiny.images(2), multiple=8)
     found = dict(zip(COUNTED, count(batch).tolist(), strict=True))
@@ -94,8 +94,8 @@ def test_counts_of_a_batch_by_hand(tmp_path: Path) -> None:
 def test_pairs_are_those_that_the_mask_lets_through(attention_pattern: str, window: int | None) -> None:
     vlm = tiny.model(attention_pattern)
     each = [1, 1] if attention_pattern == "prefix_lm" else [3, 2]
-    documents = tiny.documents(each)
-    batch = tiny.batch(vlm, [documents, [documents[1]]], tiny.images(2))
+    documents = tiny.documents(each, tiles=[(2, 1), (1,)])
+    batch = tiny.batch(vlm, [documents, [documents[1]]], tiny.images(4))
     tokens = Tokens.of(batch)
     for name, width in (("pairs", None), ("local_pairs", window)):
         seen = visible(tokens.map(lambda t: t[:, :, None]), tokens.map(lambda t: t[:, None, :]), width)
@@ -153,8 +153,8 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, frozen: str, c
     vlm = wide(tie_word_embeddings=True)
     for part, choice in FROZEN[frozen].items():
         set_trainable(vlm.part(part), choice, part)
-    document = [Document(0, [tiny.question(6, 3), tiny.question(5, 2)])]
-    other = [Document(1, document[0].questions)]
+    document = [Document([0], [tiny.question(6, 3), tiny.question(5, 2)])]
+    other = [Document([1], document[0].questions)]
     batch = tiny.batch(vlm, [document, other], tiny.images(2), multiple=1)
     assert (batch["document"] >= 0).all()
     if cached:

@@ -7,8 +7,8 @@
      block      0  0  0  0   1  1  1  -1 -1   1  1  -1 -1   0  0  0  0   1  1  -1   -1  -1
      position   0  1  2  3   4  5  6   7  8   4  5   6  7   0  1  2  3   4  5   6    .   .
 
-A document is an image with its questions; a row holds one or more. The positions of every branch
-continue those of the image, so that a shared row computes the same as separate rows.
+A document is an image, or several images or tiles in order, with its questions; a row holds one or more. The positions
+of every branch continue those of the images, so that a shared row computes the same as separate rows.
 
 Labels are stored at the position that predicts them: the last prompt token has the first answer token
 as its label, the last answer token has EOS. EOS is never an input, because nothing is predicted from it.
@@ -74,14 +74,19 @@ class TokenizedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """An image and the tokenized questions that share it.
+    """Images and the tokenized questions that share them.
 
-    `image` is whatever the collate function stacks: `float[3, H, H]` pixels, cached features `float[N, Dv]`, a decoded
-    PIL image for a pretrained model, or an index into tensors that already exist.
+    Attributes:
+        images: images, or tiles of images, of N tokens each. An element is whatever the collate function stacks:
+            `float[3, H, H]` pixels, cached features `float[N, Dv]`, a decoded PIL image for a pretrained model, or an
+            index into tensors that already exist.
+        tiles: the number of consecutive elements of `images` that form a block, such as the tiles of an image; empty:
+            each element is a block.
     """
 
-    image: Any
+    images: Sequence[Any]
     questions: Sequence[TokenizedQuestion]
+    tiles: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -110,36 +115,40 @@ def build_row(
         documents: images with their questions.
         num_image_tokens: N.
         attention_pattern: a key of `ATTENTION_PATTERNS`; under "prefix_lm" a document is a single branch.
-        first_image: index in the batch of the first document's image; the other images follow it.
+        first_image: index in the batch of the first document's first image; the other images follow it.
 
     Raises:
         ValueError: two questions share an image under "prefix_lm", where image tokens see the question; an image has
             no question; or a question has no prompt token.
     """
     row, blocks = Row(), ATTENTION_PATTERNS[attention_pattern]
-    one_branch = "prefix" in blocks
+    one_branch, features = "prefix" in blocks, first_image * num_image_tokens
     for number, document in enumerate(documents):
         if one_branch and len(document.questions) > 1:
             raise ValueError(
                 f"{len(document.questions)} questions share an image under {attention_pattern}, where the image sees "
                 "its question; give each its own row (data.questions_per_row=1) or use another attention pattern"
             )
-        image = first_image + number
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")
-        row.extend(
-            num_image_tokens,
-            image_index=range(image * num_image_tokens, (image + 1) * num_image_tokens),
-            document=number,
-            role=IMAGE,
-            block=0 if "image" in blocks or one_branch else NONE,
-            position=range(num_image_tokens),
-        )
+        start, tiles = 0, document.tiles or [1] * len(document.images)
+        for block, count in enumerate(tiles):
+            end = start + count * num_image_tokens
+            row.extend(
+                end - start,
+                image_index=range(features + start, features + end),
+                document=number,
+                role=IMAGE,
+                block=0 if one_branch else block if "image" in blocks else NONE,
+                position=range(start, end),
+            )
+            start = end
+        features += start
         for branch, question in enumerate(document.questions, start=1):
             if not question.prompt:
                 raise ValueError("a question without a prompt token has no position to answer from")
             prompt, answer = len(question.prompt), max(len(question.answer) - 1, 0)
-            block = 0 if one_branch else 1 if "question" in blocks else NONE
+            block = 0 if one_branch else len(tiles) if "question" in blocks else NONE
             row.extend(
                 prompt + answer,
                 input_ids=[*question.prompt, *question.answer[:-1]],
@@ -147,7 +156,7 @@ def build_row(
                 branch=0 if one_branch else branch,
                 role=[PROMPT] * prompt + [ANSWER] * answer,
                 block=[block] * prompt + [NONE] * answer,
-                position=range(num_image_tokens, num_image_tokens + prompt + answer),
+                position=range(start, start + prompt + answer),
                 labels=[IGNORE] * (prompt - 1) + list(question.answer or [IGNORE]),
                 weights=[0.0] * (prompt - 1) + [question.weight] * len(question.answer or [IGNORE]),
             )

@@ -100,8 +100,8 @@ class VlmvqaProcessor(ProcessorMixin):
         answers = [[None] * len(row) for row in questions] if suffix is None else _texts(suffix)
         self._check(pictures, questions, answers)
         documents = [
-            Document(self._pixels(number, picture), [self._tokenize(*pair) for pair in zip(row, targets, strict=True)])
-            for number, (picture, row, targets) in enumerate(zip(pictures, questions, answers, strict=True))
+            Document([self._pixels(number, picture)], [self._tokenize(*pair) for pair in zip(*texts, strict=True)])
+            for number, (picture, *texts) in enumerate(zip(pictures, questions, answers, strict=True))
         ]
         columns = pad_rows(
             [build_row([one], self.rows.num_image_tokens, self.rows.attention_pattern) for one in documents], left=True
@@ -115,7 +115,7 @@ class VlmvqaProcessor(ProcessorMixin):
             "branch": columns["branch"],
             "role": columns["role"],
             "block": columns["block"],
-            "pixel_values": torch.stack([document.image for document in documents]),
+            "pixel_values": torch.stack([image for document in documents for image in document.images]),
         }
         return BatchFeature(found if suffix is None else {**found, "labels": columns["labels"]})
 
