@@ -55,7 +55,7 @@ class Job:
 
     @property
     def asked(self) -> list[ImageQuestion]:
-        return [(document.image, question) for document in self.documents for question in document.questions]
+        return [(document.images[0], question) for document in self.documents for question in document.questions]
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def least_seconds(model: VLM, job: Job, answers: Answers, machine: tables.Row) -
     """Return the least possible time of these answers."""
     written = iter(answers)
     answered = [
-        Document(d.image, [TokenizedQuestion(q.prompt, next(written)) for q in d.questions]) for d in job.documents
+        Document(d.images, [TokenizedQuestion(q.prompt, next(written)) for q in d.questions]) for d in job.documents
     ]
     batch = models.make_batch(model, [[document] for document in answered], job.pixels)
     model.requires_grad_(False)

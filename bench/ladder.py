@@ -124,7 +124,7 @@ def recipe(job: Job, name: str, micro_batches: list[Rows], text: int | None) -> 
 
     def collate(rows: Rows) -> Batch:
         # EOS is an input here, so a token follows it; only its label would be used, and the recipe sets labels itself.
-        longer = [[Document(d.image, [_with_eos(q) for q in d.questions]) for d in row] for row in rows]
+        longer = [[Document(d.images, [_with_eos(q) for q in d.questions]) for d in row] for row in rows]
         return models.make_batch(job.model, longer, job.pixels, multiple)
 
     return Rung(name, micro_batches, collate, lambda batch: _recipe_loss(job.model, lm, batch, job.supervised))

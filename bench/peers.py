@@ -176,9 +176,9 @@ def our_batch(asked: Sequence[ImageQuestion], pixels: Tensor, model: VLM, share:
     """Return the same questions as a batch of a `VLM`: one row per image, or per question."""
     if share:
         images = dict.fromkeys(image for image, _ in asked)
-        documents = [Document(image, [question for other, question in asked if other == image]) for image in images]
+        documents = [Document([image], [question for other, question in asked if other == image]) for image in images]
     else:
-        documents = [Document(image, [question]) for image, question in asked]
+        documents = [Document([image], [question]) for image, question in asked]
     return models.make_batch(model, [[document] for document in documents], pixels, multiple=8)
 
 
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     shape = shapes.SHAPES[args.shape]
     like = models.build_model(args.model, shape, args.device, args.seed)
     documents = shapes.random_documents(shape, args.images, models.vocabulary(like), args.seed)
-    asked = [(document.image, question) for document in documents for question in document.questions]
+    asked = [(document.images[0], question) for document in documents for question in document.questions]
     asked = asked[: len(asked) // args.batch * args.batch]  # complete steps only
     if len(asked) < 2 * args.batch:
         parser.error("the first step warms up, and there is no second; ask for more --images or a smaller --batch")

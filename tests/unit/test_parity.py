@@ -34,7 +34,7 @@ from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import Tokens
-from vlmvqa.sequence.rows import Document, TokenizedQuestion
+from vlmvqa.sequence.rows import NONE, Document, TokenizedQuestion
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -60,7 +60,7 @@ def ours(model: PreTrainedModel, ids: Tensor) -> Tensor:
     language = LanguageModel(model)
     position = torch.arange(ids.shape[1]).expand_as(ids)
     zeros = torch.zeros_like(ids)
-    tokens = Tokens.of(zeros, zeros, zeros, position, "causal")
+    tokens = Tokens(zeros, zeros, torch.full_like(zeros, NONE), position)
     return language.logits(language(language.embed(ids), tokens))
 
 
@@ -221,7 +221,7 @@ def test_the_whole_is_paligemma_under_prefix_lm(family: str) -> None:
 
     question = TokenizedQuestion([2, 40, 41, 42, 43], [50, 51, 52, tiny.EOS])
     pixels = tiny.images(1)
-    batch = tiny.batch(vlm, [[Document(0, [question])]], pixels, multiple=1)
+    batch = tiny.batch(vlm, [[Document([0], [question])]], pixels, multiple=1)
     images, prompt, answer = encoder.features.tokens, len(question.prompt), len(question.answer)
     ids = torch.tensor([[image_token] * images + list(question.prompt) + list(question.answer)])
     kinds = torch.tensor([[0] * (images + prompt) + [1] * answer])

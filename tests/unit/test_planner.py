@@ -62,8 +62,8 @@ def vlm_batch(model: VLM, rows: Rows) -> dict[str, Tensor]:
     """Return a batch of images with their questions, laid out like training data."""
     question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
     tokens, pattern, size = model.num_image_tokens, model.attention_pattern, model.vision.image_size
-    documents = [Document(image, [question] * rows.max_questions) for image in range(rows.rows)]
-    built = [build_row([document], tokens, pattern, document.image) for document in documents]
+    documents = [Document([image], [question] * rows.max_questions) for image in range(rows.rows)]
+    built = [build_row([document], tokens, pattern, document.images[0]) for document in documents]
     return {"pixel_values": torch.zeros(rows.rows, 3 * len(model.vision.towers), size, size), **pad_rows(built, 8)}
 
 

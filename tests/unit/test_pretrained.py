@@ -25,7 +25,7 @@ from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.sequence.rows import IGNORE, IMAGE
 from vlmvqa.training.optimizer import set_trainable
 
-OURS = ("labels", "weights", "role", "position", "branch", "document")
+OURS = ("labels", "weights", "role", "block", "position", "branch", "document")
 FAMILIES = pretrained.FAMILIES
 Loaded = tuple[PretrainedVLM, PretrainedProcessor]
 

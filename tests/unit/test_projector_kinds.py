@@ -254,7 +254,7 @@ def test_a_saved_model_answers_as_before(kind: str, tmp_path: Path) -> None:
     assert again.model.num_image_tokens == MODELS[kind][2]
     encoded = [before.processor.encode(one, [None]) for one in examples()]
     found = [again.processor.encode(one, [None]) for one in examples()]
-    assert all(torch.equal(a.image, b.image) for a, b in zip(encoded, found, strict=True))
+    assert all(torch.equal(a.images[0], b.images[0]) for a, b in zip(encoded, found, strict=True))
     batch = before.processor.collate([[one] for one in encoded])
     with torch.no_grad():
         assert torch.equal(before.model.decode(batch), again.model.decode(batch))

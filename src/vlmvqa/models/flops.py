@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from vlmvqa.models.language import LanguageModel
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, NONE
-from vlmvqa.sequence.rows import IGNORE, IMAGE, PADDING, PROMPT, Batch
+from vlmvqa.sequence.rows import IGNORE, NONE, PADDING, PROMPT, Batch
 
 COUNTED = ("questions", "supervised_tokens", "tokens", "pairs", "local_pairs")
 
 
-def count(batch: Batch, attention_pattern: str, window: int | None = None) -> Tensor:
+def count(batch: Batch, window: int | None = None) -> Tensor:
     """Count the contents of a batch: `int64[5]` in the order of `COUNTED`, without a synchronization of the device.
 
     `pairs` are those of a token and one that it sees, itself included; the count is exact and computed from each token
@@ -40,21 +39,19 @@ def count(batch: Batch, attention_pattern: str, window: int | None = None) -> Te
     position - s.
 
     Args:
-        attention_pattern: a key of `masks.ATTENTION_PATTERNS`.
         window: number of positions that local layers see back (None: `local_pairs` equals `pairs`).
     """
-    role, position, real = batch["role"], batch["position"], batch["document"] != PADDING
+    block, position, real = batch["block"], batch["position"], batch["document"] != PADDING
     supervised = batch["labels"] != IGNORE
+    # The tokens of a block follow each other: it begins where the block changes, or positions restart.
+    begins = torch.ones_like(real)
+    begins[:, 1:] = (block[:, 1:] != block[:, :-1]) | (position[:, 1:] != position[:, :-1] + 1)
+    begin = torch.where(begins, torch.arange(block.shape[1], device=block.device), 0).cummax(1).values
     back = position + 1
-    ahead = torch.zeros_like(position)
-    blocks = ATTENTION_PATTERNS[attention_pattern]
-    for kind, block in enumerate(blocks):
-        if block != NONE:
-            # A question's own block begins where the image has ended: at the number of tokens of any image.
-            begin = 0 if block == blocks[IMAGE] else position.where(role == IMAGE, -1).amax() + 1
-            ahead = torch.where(role == kind, position - begin, ahead)
+    ahead = torch.where(block == NONE, 0, position - position.gather(1, begin))
     local = back if window is None else back.clamp(max=window)
-    found = (supervised & (role == PROMPT), supervised, real, (back + ahead) * real, (local + ahead) * real)
+    questions = supervised & (batch["role"] == PROMPT)
+    found = (questions, supervised, real, (back + ahead) * real, (local + ahead) * real)
     return torch.stack([column.sum() for column in found])
 
 

@@ -96,7 +96,7 @@ class VisionLanguageModel(Protocol):
     """The interface of a model family.
 
     Attributes:
-        attention_pattern: which tokens see which, a key of `sequence.masks.ATTENTION_PATTERNS`.
+        attention_pattern: which tokens see which, a key of `sequence.rows.ATTENTION_PATTERNS`.
         text_folder: subfolder of a saved model that holds its tokenizer or processor.
     """
 

@@ -2,7 +2,7 @@
 
     pixel_values [I, 3, H, H] --vision--> [I, N, Dv] --projector--> [I, M, D] --+ (place)
     input_ids    [B, T]       --embedding-------------------------> [B, T, D] --+--> decoder --> [B, T, D]
-    document, branch, role, position [B, T] ---one predicate---> mask [B, 1, T, T] --^              |
+    document, branch, block, position [B, T] --one predicate---> mask [B, 1, T, T] --^              |
     labels       [B, T]       ---------------supervised positions only: logits [S, V], loss <-------+
 
 `models/build.py` builds it from settings and loads its weights.
@@ -29,8 +29,8 @@ from vlmvqa.models.language import LanguageModel, LanguageSettings
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.sequence.loss import divide_loss, supervised_loss
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE, Tokens
-from vlmvqa.sequence.rows import IGNORE, NO_IMAGE, Batch
+from vlmvqa.sequence.masks import Tokens
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, IGNORE, NO_IMAGE, SHAREABLE, Batch
 
 if TYPE_CHECKING:
     from vlmvqa.models.flops import Flops
@@ -66,7 +66,7 @@ class ModelSettings:
 
 
 class VLM(Model):
-    """Vision encoder, projector and language model; `attention_pattern` is a key of `masks.ATTENTION_PATTERNS`."""
+    """Vision encoder, projector and language model; `attention_pattern` is a key of `rows.ATTENTION_PATTERNS`."""
 
     text_folder = "tokenizer"
 
@@ -108,7 +108,7 @@ class VLM(Model):
 
     def tokens(self, batch: Batch) -> Tokens:
         """Return the token properties that determine which tokens attend to which."""
-        return Tokens.of(batch["document"], batch["branch"], batch["role"], batch["position"], self.attention_pattern)
+        return Tokens.of(batch)
 
     def decode(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Return the last hidden state of every token, `float[B, T, D]`; fill `cache` with keys and values."""

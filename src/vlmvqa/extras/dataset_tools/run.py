@@ -110,7 +110,7 @@ def cache_features(config: PrepareConfig) -> None:
             key,
             vision,
             examples,
-            processor.load_image,
+            processor.load_images,
             bad_records,
             batch_size=config.batch_size,
             workers=cores if config.workers is None else config.workers,

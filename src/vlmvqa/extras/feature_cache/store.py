@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vlmvqa import fingerprint
-from vlmvqa.data.example import Example
+from vlmvqa.data.example import Example, refuse_several_images
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.interface import DTYPES
@@ -71,6 +71,7 @@ class FeatureStore:
         Raises:
             InputError: the features are missing or incomplete, or those of another encoder, transform or dataset.
         """
+        refuse_several_images(examples, "data.feature_cache")
         store = cls(folder)
         found = store.index["key"]
         recompute = f"{COMMAND} features.dir={folder} features.overwrite=true"

@@ -75,10 +75,9 @@ def num_image_tokens(settings: PretrainedSettings) -> int:
 def computed_blocks(rows: Rows, images: int, image_tokens: int, attention_pattern: str) -> float:
     """Return the share of a row's blocks of `masks.BLOCK` tokens squared that FlexAttention computes."""
     question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
-    documents = [Document(number, [question] * round(rows.questions)) for number in range(images)]
+    documents = [Document([number], [question] * round(rows.questions)) for number in range(images)]
     batch = pad_rows([build_row(documents, image_tokens, attention_pattern, 0)], BLOCK)
-    columns = batch["document"], batch["branch"], batch["role"], batch["position"]
-    blocks = block_mask(Tokens.of(*columns, attention_pattern))
+    blocks = block_mask(Tokens.of(batch))
     assert blocks.full_kv_num_blocks is not None
     seen = int((blocks.kv_num_blocks + blocks.full_kv_num_blocks).sum())
     return min(1.0, seen / ceil((rows.row_tokens or batch["document"].shape[1]) / BLOCK) ** 2)
