@@ -25,6 +25,7 @@ Config = TypeVar("Config")
 BUILDERS = {
     "data": ("vlmvqa.data.tasks", "data_settings"),
     "model": ("vlmvqa.models.checkpoint", "model_settings"),
+    "init_from": ("vlmvqa.training.initial_model", "named_sources"),
     "adapt": ("vlmvqa.extras.adapters.peft_adapters", "adapter_settings"),
 }
 

@@ -31,6 +31,7 @@ class TrainedModel:
         prompt: the template of a question, which contains `{question}`.
         prompts: the template of each source that the model was trained on.
         started_from: the saved model that training started from: its name, and the fingerprint of its weights file.
+        parts_from: the saved models that its parts came from in training, if there were several; as `started_from`.
         adapter: the adapter's settings and its base model; None without adapters.
         folder: the folder of the saved model; None if it was not loaded.
     """
@@ -42,6 +43,7 @@ class TrainedModel:
     decoding: GenerationSettings = field(default_factory=GenerationSettings)
     prompts: Mapping[str, str] = field(default_factory=dict)
     started_from: Mapping[str, str] | None = None
+    parts_from: Mapping[str, Mapping[str, str]] | None = None
     adapter: Adapter | None = None
     folder: Path | None = None
 
@@ -90,6 +92,7 @@ class TrainedModel:
             "prompt": self.prompt,
             "prompts": dict(self.prompts),
             "started_from": self.started_from,
+            **({"parts_from": self.parts_from} if self.parts_from else {}),
             "max_text_tokens": self.processor.max_text_tokens,
             "decoding": dataclasses.asdict(self.decoding),
             "end_token_ids": sorted(self.processor.end_token_ids),

@@ -260,16 +260,11 @@ def build(session: Session) -> tuple[TrainedModel, Any]:
 
         trained = replace(load_model(saved_base), settings=config.model)
     elif config.init_from is not None:
-        from vlmvqa.training.initial_model import continue_from
+        from vlmvqa.training.initial_model import initial_model
 
-        trained = continue_from(config)
+        trained = initial_model(config, examples)
     else:
         trained = build_model(config.model, config.data, config.decoding, examples)
-    if trained.adapter is not None:
-        raise InputError(
-            f"init_from={config.init_from} is an adapter; merge it into its base first, with launch/merge.py "
-            f"adapter={config.init_from} output=..."
-        )
     if config.adapt is not None:
         from vlmvqa.extras.adapters.attach import attach_adapters
 
