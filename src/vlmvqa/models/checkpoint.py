@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -224,36 +223,11 @@ def find(path_or_hub_id: str | Path) -> Path:
         if (found / CONFIG).is_file():
             return found
     if folder.exists():
-        return _newest_checkpoint(folder)
+        from vlmvqa.models.unfinished_run import newest_checkpoint
+
+        return newest_checkpoint(folder)
     if is_hub_id(str(path_or_hub_id)):
         from vlmvqa.hub import download
 
         return download(str(path_or_hub_id))
     raise InputError(f"{missing_model(folder.absolute())}; {EXPECTED}")
-
-
-def _newest_checkpoint(folder: Path) -> Path:
-    """Return the newest undamaged checkpoint of a run without `model/`, and print its name."""
-    from vlmvqa import ranks
-    from vlmvqa.training.checkpoints import newest_intact
-
-    checkpoint, complaints = newest_intact(folder)
-    if checkpoint is None or not (checkpoint / CONFIG).is_file():
-        reason = f"no checkpoint is complete ({complaints[0]})" if complaints else _why_not(checkpoint or folder)
-        raise InputError(f"{checkpoint or folder} is not a saved model: {reason}; {EXPECTED}")
-    if ranks.is_first():
-        print(*complaints, f"{folder} has no model/ yet: loading {checkpoint}", sep="\n", file=sys.stderr)
-    return checkpoint
-
-
-def _why_not(path: Path) -> str:
-    """Return a clause that describes an existing path without `config.json`."""
-    if path.is_file():
-        return "it is a file"
-    if not any(path.iterdir()):
-        return "it is an empty folder"
-    if (path / "files.json").is_file():
-        return f"it is a checkpoint without {CONFIG}, of an older version; resume its run with resume=auto"
-    if (path / "run.json").is_file():
-        return "it is a run without model/ and without a checkpoint; resume it with resume=auto"
-    return f"it holds no {CONFIG}"
