@@ -17,7 +17,8 @@ from vlmvqa.config.overrides import compose
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError
 from vlmvqa.models.interface import PARTS
-from vlmvqa.models.trained_model import TrainedModel, load_model
+from vlmvqa.models.loading import load_model
+from vlmvqa.models.trained_model import TrainedModel
 from vlmvqa.training.initial_model import initial_model, with_saved_model
 
 

@@ -133,7 +133,7 @@ def merge(saved: dict[str, Path], output: Path, **given: Any) -> dict[str, Tenso
     return weights(output)
 
 
-@pytest.fixture(params=[1 << 24, 100], ids=["whole tensors", "chunks"])
+@pytest.fixture(params=[1 << 24, 1000], ids=["whole tensors", "chunks"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The result doesn't depend on the chunk size."""
     monkeypatch.setattr(files, "CHUNK_SIZE", request.param)

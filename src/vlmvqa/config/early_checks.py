@@ -37,7 +37,7 @@ LEAST = {
     **dict.fromkeys(("batch_size", "max_instances"), 1),
 }
 NULLABLE = {"merge": ("samples",), "prepare": ("workers",)}
-# Values of `dtype` of the scripts that answer questions (`models.interface.answering_dtype`).
+# Values of `dtype` of the scripts that answer questions (`models.loading.answering_dtype`).
 ANSWERING_DTYPES = ("auto", "saved", "float32", "bfloat16", "float16")
 
 

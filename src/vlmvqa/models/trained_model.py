@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vlmvqa.config.compose import build_settings
 from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
 from vlmvqa.data.processor import Processor
@@ -110,21 +109,3 @@ def build_model(
     """
     model, processor, started_from = checkpoint.family(settings.family).compose(settings, data, train_examples)
     return TrainedModel(model, processor, data.prompt, settings, decoding, data.prompts, started_from)
-
-
-def load_model(path_or_hub_id: str | Path, device: str = "cpu", dtype: str = "saved") -> TrainedModel:
-    """Load a model from a run's folder, its `model/` folder, one of its checkpoints, or a hub id.
-
-    Args:
-        dtype: data type of the weights, as in `interface.answering_dtype`.
-    """
-    folder = checkpoint.find(path_or_hub_id)
-    model, settings, text, config = checkpoint.load(folder, device, dtype)
-    decoding = build_settings(GenerationSettings, config.get("decoding", {}), "config.json: decoding")
-    more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from"), "folder": folder}
-    processor: Processor = checkpoint.family(settings.family).make_processor(text, model, config)
-    if "adapter" in config:
-        from vlmvqa.extras.adapters.peft_adapters import Adapter
-
-        more["adapter"] = build_settings(Adapter, config["adapter"], "config.json: adapter")
-    return TrainedModel(model, processor, config.get("prompt", BARE), settings, decoding, **more)

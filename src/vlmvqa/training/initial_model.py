@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from safetensors import safe_open
 
@@ -12,10 +13,10 @@ from vlmvqa import fingerprint
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError, suggest
-from vlmvqa.models import checkpoint
+from vlmvqa.models import checkpoint, loading
 from vlmvqa.models.interface import DTYPES, PARTS, Model, cast_parameters
-from vlmvqa.models.trained_model import TrainedModel, build_model, load_model
-from vlmvqa.models.vlm import ModelSettings
+from vlmvqa.models.trained_model import TrainedModel, build_model
+from vlmvqa.models.vlm import VLM, ModelSettings
 
 MODEL = "model"
 
@@ -46,25 +47,25 @@ def with_saved_model(config: TrainConfig) -> TrainConfig:
         InputError: there is no such model, or the command chooses another or sets a key of it other than model.dtype.
     """
     assert config.init_from is not None
-    folders = {name: checkpoint.find(source).resolve() for name, source in config.init_from.items()}
+    folders = {name: loading.find(source).resolve() for name, source in config.init_from.items()}
     settings = config.model
     if MODEL in folders:
         for key in sorted(config.given):
-            if key == "model":
+            if key.split("/")[0] == "model":
                 raise InputError(
-                    "model= cannot be set together with init_from=, whose model is as it was saved; leave it out, or "
+                    f"{key}= cannot be set together with init_from=, whose model is as it was saved; leave it out, or "
                     "choose the trainer's settings of a model with trainer=<its name>"
                 )
             if key.startswith("model.") and key != "model.dtype":
                 raise InputError(f"{key} cannot be set here: the model of init_from is as it was saved; leave it out")
-        _, settings = checkpoint.read_settings(folders[MODEL])
+        _, settings = loading.read_settings(folders[MODEL])
         settings = checkpoint.family(settings.family).continued_settings(settings, folders[MODEL])
         if config.adapt is not None or "model.dtype" in config.given:  # frozen weights may be kept in fewer bytes
             if config.model.dtype not in DTYPES:
                 raise InputError(f"model.dtype={config.model.dtype} is unknown; use one of {', '.join(DTYPES)}")
             settings = replace(settings, dtype=config.model.dtype)
     parts = [folder for name, folder in folders.items() if name != MODEL]
-    models = [settings, *(checkpoint.read_settings(folder)[1] for folder in parts)] if parts else []
+    models = [settings, *(loading.read_settings(folder)[1] for folder in parts)] if parts else []
     if not all(isinstance(one, ModelSettings) for one in models):
         raise InputError("init_from: a pretrained model has no parts to replace or to take; give init_from.model alone")
     if "language" in folders:  # with its tokenizer
@@ -93,20 +94,25 @@ def initial_model(config: TrainConfig, examples: Sequence[Example]) -> TrainedMo
         return trained
     started_from = {MODEL: trained.started_from} if trained.started_from else {}
     for part, source in sources.items():
-        folder = checkpoint.find(source)
+        folder = loading.find(source)
         _load_part(trained.model, part, source, folder)
         started_from[part] = {"model": source, "weights": fingerprint.weights_in(folder)}
         if part == "language":
             tokenizer = checkpoint.family(config.model.family).load_processing_class(folder)
             trained = replace(trained, processor=replace(trained.processor, tokenizer=tokenizer))
+    model, settings = cast(VLM, trained.model), cast(ModelSettings, trained.settings)  # no other family has parts
+    if MODEL not in config.init_from and "projector" not in sources and settings.projector.scale_to_text:
+        from vlmvqa.extras.vision.initial_scale import scale_to_text
+
+        scale_to_text(model, trained.processor, examples)  # of the loaded parts
     # No saved model holds these weights, so adapters cannot name one as their base.
     return replace(trained, started_from=None, parts_from=started_from)
 
 
 def _continue_from(config: TrainConfig, source: str) -> TrainedModel:
     """Load a saved model, with the data and decoding settings of this run."""
-    data, folder = config.data, checkpoint.find(source)
-    found = load_model(folder)
+    data, folder = config.data, loading.find(source)
+    found = loading.load_model(folder)
     _refuse_adapter(MODEL, source, found.adapter is not None)
     processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
     processor = processor.with_images(data.resize, data.reduced_decoding)
@@ -128,7 +134,7 @@ def _load_part(model: Model, part: str, source: str, folder: Path) -> None:
     Raises:
         InputError: its tensors are not those of the model's own part; names the first one.
     """
-    _refuse_adapter(part, source, "adapter" in checkpoint.read_config(folder))
+    _refuse_adapter(part, source, "adapter" in loading.read_config(folder))
     parameters = {name: weight for name, weight in model.named_parameters() if model.part_of(name) == part}
     with safe_open(folder / checkpoint.WEIGHTS, "pt") as file:
         names = [name for name in list(file.keys()) if model.part_of(name) == part]

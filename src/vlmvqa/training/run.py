@@ -21,12 +21,12 @@ from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models.checkpoint import BASE, CONFIG, WEIGHTS
-from vlmvqa.models.interface import Model, set_trainable_parts
-from vlmvqa.models.trained_model import TrainedModel, build_model, load_model
+from vlmvqa.models.interface import Model
+from vlmvqa.models.trained_model import TrainedModel, build_model
 from vlmvqa.training.checkpoint_state import full_weights, num_elements, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
 from vlmvqa.training.log import SAMPLES, ProgressBar, parts_table, truncate
-from vlmvqa.training.optimizer import optimizer_for
+from vlmvqa.training.optimizer import optimizer_for, set_trainable
 from vlmvqa.training.run_folder import STAGES, is_resumed, open_run, record_start, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
@@ -269,6 +269,8 @@ def build(session: Session) -> tuple[TrainedModel, Any]:
     examples = [example for task in session.tasks for example in task.train]
     resumed = is_resumed(session.folder, config) and complete_checkpoints(session.folder)
     if resumed and (saved_base / CONFIG).is_file():  # the base of the adapters, saved at the start of this run
+        from vlmvqa.models.loading import load_model
+
         trained = replace(load_model(saved_base), settings=config.model)
     elif config.init_from is not None:
         from vlmvqa.training.initial_model import initial_model
@@ -280,7 +282,8 @@ def build(session: Session) -> tuple[TrainedModel, Any]:
         from vlmvqa.extras.adapters.attach import attach_adapters
 
         return trained, attach_adapters(config, trained, session.arguments.device)
-    set_trainable_parts(trained.model, config.trainable)
+    for part, choice in config.trainable.items():
+        set_trainable(trained.model.part(part), choice, part)
     return trained, None
 
 

@@ -81,8 +81,13 @@ def _refuse_keys(settings: Sequence[str], is_first: bool) -> None:
     for key in map(_key, settings):
         if key.split(".")[0] in OF_THE_RUN:
             raise InputError(f"{key} cannot be set in a stage: it is the same for the run; set it without stages.")
-        if key.split(".")[0] == "model" and key != "model.dtype" and not is_first:
+        if sets_model(key) and not is_first:
             raise InputError(f"{key} cannot be set here: the model is that of the stage before; leave it out")
+
+
+def sets_model(key: str) -> bool:
+    """Return whether a key sets something about the model that a saved model has already."""
+    return key.replace("/", ".").split(".")[0] == "model" and key != "model.dtype"
 
 
 def _key(setting: str) -> str:

@@ -9,6 +9,7 @@ from vlmvqa.config.compose import build
 from vlmvqa.config.overrides import Job
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError
+from vlmvqa.extras.stages.command_line import sets_model
 
 
 def build_stages(jobs: Mapping[str, Job], given: Iterable[str] = ()) -> dict[str, TrainConfig]:
@@ -42,7 +43,6 @@ def stage_runs(config: TrainConfig) -> dict[str, TrainConfig]:
             if is_last
             else replace(config.run, name=f"{config.run.name}/{name}", dir=f"{config.run.dir}/stages/{number}-{name}")
         )
-        model_keys = {key for key in stage.given if key.split(".")[0] == "model" and key != "model.dtype"}
         runs[name] = replace(
             stage,
             stages={},
@@ -53,7 +53,7 @@ def stage_runs(config: TrainConfig) -> dict[str, TrainConfig]:
             seed=config.seed,
             hub_id=config.hub_id if is_last else None,
             dist=config.dist,
-            given=stage.given - model_keys if number > 1 else stage.given,
+            given=frozenset(key for key in stage.given if number == 1 or not sets_model(key)),
         )
         init_from = {"model": str(place.folder)}
     return runs
