@@ -18,11 +18,10 @@ import contextlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vlmvqa.errors import InputError
 
@@ -33,16 +32,6 @@ Config = TypeVar("Config")
 Main = Callable[[Config], "bool | None"]
 # Scripts whose config has another name.
 CONFIG_NAMES = {"run": "helm"}
-# PyTorch's messages on a rank whose peers have ended.
-PEER_GONE = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Timed out waiting",
-    "ncclRemoteError",
-    "NCCL communicator was aborted",
-)
-PATIENCE = 60.0  # seconds that the other ranks of a machine wait for the first one's error message
 
 
 # ---- before PyTorch is imported
@@ -123,7 +112,9 @@ def run(config_name: str, kind: type[Config], main: Main[Config]) -> None:
     try:
         composition = overrides.compose(arguments, config_name)
     except InputError as error:
-        _stop(f"error: {error}")
+        from vlmvqa import failures
+
+        failures.stop(f"error: {error}")
     sys.argv[1:] = composition.arguments
     start = partial(_guarded, main, kind, config_name, launcher)
     if any(argument.startswith("-") for argument in arguments):  # Hydra's options: --cfg job, -m
@@ -142,22 +133,16 @@ def _guarded(
     """Run `main`; an error that the user can correct ends the process with one sentence."""
     import torch.distributed
 
-    from vlmvqa import ranks
     from vlmvqa.config import compose, early_checks
 
     try:
         early_checks.refuse_mistakes(job.values, config_name)
         return main(compose.build(kind, job.values, job.given, launcher))
-    except InputError as error:
-        # From a DataLoader's worker the message is a traceback that ends with "...InputError: sentence".
-        _stop("error: " + str(error).strip().splitlines()[-1].rpartition("InputError: ")[2])
-    except KeyboardInterrupt:
-        _stop("stopped by Ctrl-C")
-    except Exception as error:
-        sentence = _known(error)
-        if sentence is None and ranks.claim_failure(type(error).__name__) is None:
-            raise
-        _stop(f"error: {sentence}")
+    except (Exception, KeyboardInterrupt) as error:
+        from vlmvqa import failures
+
+        failures.end(error)
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -173,40 +158,3 @@ def leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def _known(error: Exception) -> str | None:
-    """Return a sentence for an error of the environment, however the library that met it wraps it."""
-    import torch
-
-    from vlmvqa import ranks
-
-    text = str(error)
-    if "No space left on device" in text:
-        return f"the disk is full ({error}); free space, and resume a training run with resume=auto"
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full; launch/plan.py with the same arguments says what fits"
-    if ranks.is_distributed() and any(mark in text for mark in PEER_GONE):
-        return f"another rank was killed or cannot be reached ({text.splitlines()[0]}); resume with resume=auto"
-    return None
-
-
-def _stop(sentence: str) -> NoReturn:
-    """End with a sentence on a line of its own; open progress bars are closed before it.
-
-    Of several ranks the first to fail prints it. Before they have met, all ranks of a machine fail alike, and the first
-    prints it.
-    """
-    import torch.distributed
-    from tqdm import tqdm
-
-    from vlmvqa import ranks
-
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
-    if ranks.local_rank() > 0 and not torch.distributed.is_initialized():
-        with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(PATIENCE)  # the launcher ends all at the first exit, and the first may still be importing
-    if ranks.claim_failure(sentence) is not None:
-        sys.exit(1)
-    sys.exit(sentence if ranks.is_first() else f"rank {ranks.rank()}: {sentence}")

@@ -8,15 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from tqdm import tqdm
 
 T = TypeVar("T")
-# The first rank to fail stores its error here, so that the other ranks don't report the errors that follow from it.
-FAILURE = "vlmvqa/failure"
 # Identifies this launch; unchanged when torchrun restarts its workers.
 LAUNCH = "VLMVQA_LAUNCH"
 # Variables in which accelerate's launcher passes the strategy of its config file.
@@ -92,23 +89,6 @@ def local_main_first() -> Iterator[None]:
     yield
     if local_rank() == 0:
         barrier()
-
-
-def claim_failure(sentence: str) -> str | None:
-    """Report that this rank failed.
-
-    Returns:
-        None if this is the first failure, or that is unknown; otherwise the sentence of the first.
-    """
-    if not is_distributed():
-        return None
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=5))
-        first = store.compare_set(FAILURE, "", f"rank {rank()}: {sentence}").decode()
-    except RuntimeError:  # the store is gone with rank 0: an error reported twice is better than none
-        return None
-    return None if first == f"rank {rank()}: {sentence}" else first
 
 
 def launcher_choice(environment: Mapping[str, str], arguments: list[str]) -> tuple[str, str] | None:

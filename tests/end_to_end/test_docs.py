@@ -130,7 +130,8 @@ class Home:
     def fewer(self, name: str, given: dict[str, str]) -> list[str]:
         """What makes it quick, and lets it be run twice."""
         drawn = {key.removesuffix("synthetic") for key, value in given.items() if key.endswith("synthetic")}
-        shapes_are_read = given.get("data", "shapes") == "shapes" and name in ("train", "eval", "show", "prepare")
+        shapes = "experiment" not in given and given.get("data", "shapes") == "shapes"
+        shapes_are_read = shapes and name in ("train", "eval", "show", "prepare")
         drawn |= {"data."} if shapes_are_read and "compare" not in given else set()
         own = drawn == {"data."} and given.get("data", "shapes") == "shapes"  # data/shapes is there, with other sizes
         few = [*SHAPES] if own else [f"{data}options={{train_images:8,val_images:6}}" for data in sorted(drawn)]

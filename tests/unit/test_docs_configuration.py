@@ -75,7 +75,7 @@ def test_every_group_and_choice() -> None:
     for row in table:
         group, _, choices = (re.findall(r"`([^`]+)`", cell) for cell in row.strip("|").split("|"))
         named[group[0]] = choices
-    assert named == {path.name: stems(path) for path in CONF.iterdir() if path.is_dir()}
+    assert named == {path.relative_to(CONF).as_posix(): stems(path) for path in CONF.rglob("*") if path.is_dir()}
 
 
 def stems(folder: Path) -> list[str]:

@@ -26,6 +26,7 @@ BUILDERS = {
     "data": ("vlmvqa.data.tasks", "data_settings"),
     "model": ("vlmvqa.models.checkpoint", "model_settings"),
     "init_from": ("vlmvqa.training.initial_model", "named_sources"),
+    "stages": ("vlmvqa.extras.stages.settings", "build_stages"),
     "adapt": ("vlmvqa.extras.adapters.peft_adapters", "adapter_settings"),
 }
 
@@ -49,7 +50,7 @@ def build(
     if "launcher" in names:  # it starts trainings with their own configs
         values["launcher"] = launcher
     for name, (module, function) in BUILDERS.items():
-        if values.get(name) is not None:
+        if values.get(name):
             values[name] = getattr(importlib.import_module(module), function)(values[name], keys)
     return build_settings(kind, values, "")
 

@@ -63,6 +63,10 @@ def refuse_mistakes(values: Mapping[str, Any], command: str) -> None:
         from vlmvqa.extras.sweep.command_line import compose_sweep
 
         compose_sweep(values)
+    if values.get("stages"):
+        from vlmvqa.extras.stages.command_line import refuse_stage_mistakes
+
+        refuse_stage_mistakes(values["stages"], command)
     if command == "train":
         for sentence in problems(values["trainer"]):
             raise InputError(sentence)

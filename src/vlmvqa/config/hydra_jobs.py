@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from omegaconf import DictConfig
 
-from vlmvqa.config.overrides import Composition, Job, is_sweep, keys_of, resolve
+from vlmvqa.config.overrides import Composition, Job, compose, is_sweep, keys_of, resolve
 from vlmvqa.paths import CALLED_AS, CONF
 
 
@@ -54,6 +54,8 @@ def run(start: Callable[[Job], bool | None], config_name: str, composition: Comp
     def job(config: DictConfig) -> None:
         one = Job(resolve(config), keys_of(HydraConfig.get().overrides.task))
         with outside_hydra():
+            if one.values.get("stages"):
+                one = compose(HydraConfig.get().overrides.task, config_name).jobs[0]
             if sweep is None:
                 start(one)
             else:

@@ -25,7 +25,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import CONF
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
-OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs", "space", "init_from")
+OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs", "space", "init_from", "stages")
 # Keys that may be given several times, by config; their values are taken literally, quotes included.
 REPEATABLE = {"predict": ("image", "question"), **dict.fromkeys(("study", "sweep", "plan"), ("base",))}
 # Options with which Hydra prints something in place of running a job.
@@ -66,7 +66,12 @@ def compose(arguments: Sequence[str], config_name: str) -> Composition:
     Raises:
         InputError: an override names a key or a group's choice that does not exist; the nearest is suggested.
     """
-    return _compose(tuple(arguments), config_name)
+    composition = _compose(tuple(arguments), config_name)
+    if not composition.jobs[0].values.get("stages"):
+        return composition
+    from vlmvqa.extras.stages.command_line import with_stages
+
+    return with_stages(composition, arguments, lambda given: _compose(tuple(given), config_name).jobs[0])
 
 
 @lru_cache(maxsize=32)  # of a study also its arms, of a sweep the ends of its space
@@ -199,6 +204,10 @@ def _check_override(config_name: str, content: Any, override: str, arguments: Se
     if (CONF / key.partition("@")[0]).is_dir() or parts[0].startswith("hydra"):
         return override
     node = content
+    if parts[0] == "stages" and len(parts) > 2:
+        from vlmvqa.extras.stages.command_line import stage_override
+
+        return stage_override(parts[1], content["stages"], arguments)
     for depth, part in enumerate(parts):
         if isinstance(node, dict) and part in node:
             node = node[part]

@@ -168,6 +168,7 @@ class TrainConfig:
     Attributes:
         trainer: transformers' TrainingArguments, by their own names.
         init_from: saved models that training starts from, by `model` or part.
+        stages: the stages of the training; the other settings are those of the last one.
         given: the keys that the command line sets.
     """
 
@@ -192,4 +193,5 @@ class TrainConfig:
     copy_images: bool = False
     loss_weighting: str = "token"
     clip_percentile: int | None = None
+    stages: Mapping[str, TrainConfig] = field(default_factory=dict)
     given: frozenset[str] = frozenset()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from vlmvqa import ranks
+from vlmvqa.failures import claim_failure
 from vlmvqa.training.interrupt import StopHandler
 
 
@@ -85,7 +86,7 @@ class HangMonitor:
         return f"the other ranks have waited {duration} for {steps}"
 
     def _exit(self, sentence: str) -> None:
-        first = ranks.claim_failure(sentence)
+        first = claim_failure(sentence)
         if first is None or "minutes" not in first:
             print(
                 f"\nerror: {sentence}; find out why it hangs, and resume with resume=auto "

@@ -49,8 +49,12 @@ FREE = (
 EPOCHS, STEPS = "trainer.num_train_epochs", "trainer.max_steps"
 
 
-def refuse_changes(folder: Path, config: TrainConfig, checkpoint: Path) -> None:
-    """Raise if the settings of a resumed run have changed, unless they only extend it."""
+def refuse_changes(folder: Path, config: TrainConfig, checkpoint: Path | None) -> None:
+    """Raise if the settings of a resumed run have changed, unless they only extend it.
+
+    Args:
+        checkpoint: that the run resumes from; None for a finished stage, which cannot be extended.
+    """
     before = folder / "config.yaml"
     if not before.exists():
         raise InputError(
@@ -63,7 +67,7 @@ def refuse_changes(folder: Path, config: TrainConfig, checkpoint: Path) -> None:
         if key.split(".")[0] in DECIDES
         and not re.sub(r"^data\.parts\.[^.]+\.", "data.", key).startswith(FREE)
         and old.get(key) != new.get(key)
-        and not _extends(key, old, new, checkpoint)
+        and not (checkpoint and _extends(key, old, new, checkpoint))
     ]
     if changed:
         listed = "; ".join(f"{key} was {old.get(key)} and is now {new.get(key)}" for key in changed)

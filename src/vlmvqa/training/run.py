@@ -27,7 +27,7 @@ from vlmvqa.training.checkpoint_state import full_weights, num_elements, save_we
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
 from vlmvqa.training.log import SAMPLES, ProgressBar, parts_table, truncate
 from vlmvqa.training.optimizer import optimizer_for, set_trainable
-from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_run
+from vlmvqa.training.run_folder import STAGES, is_resumed, open_run, record_start, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 # Keys of the `trainer` group for `block_compilation.py`: the Trainer would compile the model as one graph.
@@ -62,10 +62,19 @@ class Session:
 
 def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> bool:
     """Train, save and score; return whether a signal stopped it. A `ProgressBar` in `callbacks` replaces the run's."""
+    if not config.stages and not (config.run.folder / STAGES).exists():
+        return train_once(config, callbacks)
+    from vlmvqa.extras.stages.run import train_stages
+
+    return train_stages(config, callbacks)
+
+
+def train_once(config: TrainConfig, callbacks: Sequence[TrainerCallback] = (), is_scored: bool = True) -> bool:
+    """Train a run without stages, or one of its stages (`is_scored`: the last one)."""
     session = prepare(config)
     try:
         stopped_by = fit(session, callbacks)
-        if not stopped_by:
+        if not stopped_by and is_scored:
             from vlmvqa.training.evaluation import publish, score_tasks
 
             metrics = score_tasks(session)
@@ -78,6 +87,8 @@ def train(config: TrainConfig, callbacks: Sequence[TrainerCallback] = ()) -> boo
         raise
     if session.tracking is not None:
         session.tracking.finish()
+    if not stopped_by:
+        return False
     by, how = "Ctrl-C" if stopped_by == "SIGINT" else stopped_by, "the same command" if config.resume else "resume=auto"
     ranks.print_on_rank0(f"stopped by {by}, saved in {session.folder / 'latest'}; resume with {how}")
     if stopped_by == "SIGINT" and not ranks.is_distributed():  # a launcher would report a failed rank
@@ -99,7 +110,9 @@ def prepare(config: TrainConfig) -> Session:
         distributed.start(dist, bool(config.trainer.get("use_cpu")))
     ranks.broadcast_from_rank0(lambda: refuse_run(config.run.folder, config))
     if config.hub_id:
-        ranks.broadcast_from_rank0(lambda: _refuse_upload(str(config.hub_id)))
+        from vlmvqa.extras.hub.upload import refuse_upload
+
+        ranks.broadcast_from_rank0(lambda: refuse_upload(str(config.hub_id)))
     set_seed(config.seed)
     bad_records = BadRecords(config.data.on_bad_record)
     with ranks.local_main_first():  # synthetic data is generated at first use
@@ -324,9 +337,3 @@ def save_model(folder: Path, trained: TrainedModel, trainer: VqaTrainer) -> None
         if ranks.is_first():
             peft_adapters.save(folder, trained.model, trained.adapter.base, weights)
     ranks.broadcast_from_rank0(lambda: trained.describe(folder))  # no rank reads the folder before it is complete
-
-
-def _refuse_upload(target: str) -> None:
-    from vlmvqa.extras.hub.upload import refuse_upload
-
-    refuse_upload(target)

@@ -26,6 +26,7 @@ from vlmvqa.training.log import SAMPLES
 
 SWEEP = "multirun.yaml"  # Hydra's record of a sweep, in the sweep's folder
 RUN = "run.json"  # time, command, device and code of every start
+STAGES = "stages.json"  # of a run with stages: the folder of each
 STARTED = ".launch"  # id of the torchrun launch that started this run
 
 

@@ -61,6 +61,13 @@ def plan(config: PlanConfig) -> None:
         return
     if config.base:
         raise InputError("base=... is for study=...; give settings of one training without base=")
+    if config.stages:
+        from vlmvqa.extras.stages.plan import stage_plans
+
+        for name, stage in stage_plans(config).items():
+            print(f"\nstage {name}")
+            plan(stage)
+        return
     planner = build_planner(config)
     chosen, checkpointing = chosen_run(config, planner)
     if config.verify:

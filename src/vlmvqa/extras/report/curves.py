@@ -58,8 +58,8 @@ def draw_curve(name: str, curve: Points) -> Markup:
     return svg[0]
 
 
-def draw_loss(loss: Points, scores: Points) -> Markup:
-    """Plot the training loss and, on a second axis, the evaluation scores."""
+def draw_loss(loss: Points, scores: Points, stages: Mapping[str, int] | None = None) -> Markup:
+    """Plot the training loss and, on a second axis, the evaluation scores; a line marks where a stage begins."""
     with svg_figure("loss and score", (4.6, 2.8), right=0.4) as (figure, svg):
         axes = plot_axes(figure)
         if loss:
@@ -73,6 +73,17 @@ def draw_loss(loss: Points, scores: Points) -> Markup:
             other.set_ylim(0, max(1.0, 1.08 * max(score for _, score in scores)))
             if loss:
                 axes.tick_params(axis="y", colors=LINE)
+        for name, step in (stages or {}).items() if len(stages or {}) > 1 else ():
+            axes.axvline(step, color=INK, linewidth=1, linestyle=(0, (3, 3)))
+            axes.annotate(
+                name,
+                (step, 1),
+                xycoords=("data", "axes fraction"),
+                fontsize=7,
+                color=INK,
+                xytext=(2, -8),
+                textcoords="offset points",
+            )
     return svg[0]
 
 

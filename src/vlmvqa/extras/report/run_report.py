@@ -24,6 +24,7 @@ from vlmvqa.extras.report.calibration import calibrate
 from vlmvqa.extras.report.confusion import confusion_matrix
 from vlmvqa.extras.report.gallery import Record, choose_gallery, evenly
 from vlmvqa.extras.report.templates import template
+from vlmvqa.extras.stages.log import join, stage_logs
 from vlmvqa.inference.baselines import CONTROLS
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.metrics.registry import metric
@@ -97,10 +98,8 @@ def write_run_report(
         maps: `attributions`.
     """
     prefix = f"eval_{task}_" if task else "eval_"
-    log = [
-        {key.replace(prefix, "eval_", 1): value for key, value in record.items()}
-        for record in read_log(run / "log.jsonl")
-    ]
+    records, stages = join(stage_logs(run))
+    log = [{key.replace(prefix, "eval_", 1): value for key, value in record.items()} for record in records]
     samples = [record for record in read_log(run / SAMPLES) if record["task"] == task]
     page = template("report.html.j2").render(
         title=title,
@@ -111,7 +110,7 @@ def write_run_report(
         unfolded_rows=UNFOLDED_ROWS,
         max_rows=MAX_ROWS,
         **_scores(metrics),
-        **_training(metrics["metric"], log),
+        **_training(metrics["metric"], log, stages),
         **_answers(metrics["metric"], predictions, examples, samples, maps),
         **_reliability(metrics["metric"], predictions),
     )
@@ -152,12 +151,12 @@ def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _training(name: str, log: Sequence[Record]) -> dict[str, Any]:
-    """Return the template's values for the training curves."""
+def _training(name: str, log: Sequence[Record], stages: Mapping[str, int]) -> dict[str, Any]:
+    """Return the template's values for the training curves; `stages`: the steps before each stage."""
     loss, scores = curves.points(log, "loss"), curves.points(log, f"eval_{name}")
     others = {title: curves.points(log, key) for key, title in CURVES.items()}
     return {
-        "loss_curve": curves.draw_loss(loss, scores) if loss or scores else None,
+        "loss_curve": curves.draw_loss(loss, scores, stages) if loss or scores else None,
         "plotted": {"loss": bool(loss), "scores": bool(scores)},
         "curves": {
             title: curves.draw_curve(title, points) for title, points in others.items() if curves.varies(points)

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,8 +36,8 @@ def run_job(start: Callable[[], bool], record: Callable[[str | None], None]) -> 
         record: called after a training that was not stopped, with its error message or None. A training that fails
             does not stop the command, except under several ranks, where the others wait for the failed one.
     """
-    error, handlers = None, {number: signal.getsignal(number) for number in SIGNALS}
-    with ranks.one_job():
+    error = None
+    with isolated_job():
         try:
             if start():
                 return True
@@ -45,13 +46,24 @@ def run_job(start: Callable[[], bool], record: Callable[[str | None], None]) -> 
             if ranks.world_size() > 1:
                 record(error)
                 raise
+    record(error)
+    return False
+
+
+@contextmanager
+def isolated_job() -> Iterator[None]:
+    """Leave the process as it was before a training in the block."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    with ranks.one_job():
+        yield
+        comm = sys.modules.get("deepspeed.comm")
+        if comm is not None and comm.is_initialized():  # it also keeps the groups in its own variables
+            comm.destroy_process_group()
     for number, handler in handlers.items():  # a run that failed leaves its own
         signal.signal(number, handler)
     if "torch._dynamo" in sys.modules:  # each run compiles its own blocks
         torch._dynamo.reset()
     gc.collect()
-    record(error)
-    return False
 
 
 def ask_rank0(make: Callable[[], T]) -> T:

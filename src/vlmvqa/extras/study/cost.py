@@ -41,11 +41,23 @@ class ArmCost:
         steps: optimizer steps.
         tera_flop: 10^12 operations of the training; None if they cannot be counted (`models/flops.py`).
         memory_gib: per GPU, as launch/plan.py plans it; None if that knows too little about the model.
+        before: the cost of the stages before the last one, included in the others.
     """
 
     steps: int
     tera_flop: float | None
     memory_gib: float | None
+    before: ArmCost | None = None
+
+    def __add__(self, other: ArmCost) -> ArmCost:
+        """Return the cost of this stage, or of several, and of the next one."""
+        flop, memory = (self.tera_flop, other.tera_flop), (self.memory_gib, other.memory_gib)
+        return ArmCost(
+            self.steps + other.steps,
+            None if None in flop else sum(filter(None, flop)),
+            None if None in memory else max(filter(None, memory)),
+            before=self,
+        )
 
 
 def arm_costs(configs: Mapping[str, TrainConfig]) -> dict[str, ArmCost]:
@@ -58,11 +70,13 @@ def arm_costs(configs: Mapping[str, TrainConfig]) -> dict[str, ArmCost]:
     costs: dict[str, ArmCost] = {}
     problems: dict[str, str] = {}
     for name, config in configs.items():
-        data = repr(config.data)
         try:
-            if data not in tasks:
-                tasks[data] = read_tasks(config.data, BadRecords("skip"))  # bad records are reported by the runs
-            costs[name] = _cost(config if config.init_from is None else with_saved_model(config), tasks[data])
+            for stage in [*list(config.stages.values())[:-1], config]:
+                data = repr(stage.data)
+                if data not in tasks:
+                    tasks[data] = read_tasks(stage.data, BadRecords("skip"))  # bad records are reported by the runs
+                cost = _cost(stage if stage.init_from is None else with_saved_model(stage), tasks[data])
+                costs[name] = costs[name] + cost if name in costs else cost
         except InputError as error:
             problems[name] = str(error)
     refuse_arms(problems, len(configs))
@@ -72,10 +86,10 @@ def arm_costs(configs: Mapping[str, TrainConfig]) -> dict[str, ArmCost]:
 def with_equal_flops(configs: Mapping[str, TrainConfig], costs: dict[str, ArmCost]) -> dict[str, TrainConfig]:
     """Return the configs with `trainer.max_steps` set so that every arm spends the operations of the first one.
 
-    Updates `costs`.
+    Of an arm with stages, the last one gets the operations that the others leave. Updates `costs`.
 
     Raises:
-        InputError: the operations of an arm cannot be counted.
+        InputError: the operations of an arm cannot be counted, or its first stages leave none.
     """
     uncounted = [name for name, cost in costs.items() if not cost.tera_flop]
     if uncounted:
@@ -85,9 +99,13 @@ def with_equal_flops(configs: Mapping[str, TrainConfig], costs: dict[str, ArmCos
     total = next(iter(costs.values())).tera_flop or 0.0
     changed = {}
     for name, config in configs.items():
-        per_step = (costs[name].tera_flop or 0.0) / costs[name].steps
-        steps = max(1, round(total / per_step))
-        costs[name] = replace(costs[name], steps=steps, tera_flop=steps * per_step)
+        spent, before = costs[name], costs[name].before or ArmCost(0, 0.0, None)
+        per_step = ((spent.tera_flop or 0.0) - (before.tera_flop or 0.0)) / (spent.steps - before.steps)
+        left = total - (before.tera_flop or 0.0)
+        if left <= 0:
+            raise InputError(f"study.equal=flops: the first stages of {name} cost more than the baseline; shorten them")
+        steps = max(1, round(left / per_step))
+        costs[name] = replace(spent, steps=before.steps + steps, tera_flop=(before.tera_flop or 0.0) + steps * per_step)
         changed[name] = replace(config, trainer={**config.trainer, "max_steps": steps})
     return changed
 

@@ -13,6 +13,7 @@ from vlmvqa.extras.planning.gpus import GIB
 from vlmvqa.extras.planning.planner import Plan
 from vlmvqa.extras.planning.run import PlanConfig, build_planner, chosen_run
 from vlmvqa.extras.report.text_tables import aligned
+from vlmvqa.extras.stages.plan import stage_plans
 from vlmvqa.extras.study.command_line import compose_arms, refuse_arms
 from vlmvqa.paths import replace_file
 
@@ -33,7 +34,10 @@ def plan_study(config: PlanConfig) -> None:
     jobs = compose_arms({"study": config.study, "base": config.base}, "plan")
     for name, job in jobs.items():
         try:
-            plans[name] = _plan(replace(build(PlanConfig, job.values, job.given), plan=config.plan))
+            arm = build(PlanConfig, job.values, job.given)
+            stages = stage_plans(arm).values() if arm.stages else [arm]
+            planned = [_plan(replace(stage, plan=config.plan)) for stage in stages]
+            plans[name] = max(planned, key=lambda plan: plan.needed)
         except InputError as error:
             problems[name] = str(error)
     refuse_arms(problems, len(jobs))

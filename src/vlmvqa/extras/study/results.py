@@ -14,9 +14,9 @@ import yaml
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report.compare import read_results, why_incomparable
+from vlmvqa.extras.stages.log import join, stage_logs
 from vlmvqa.extras.study.settings import StudySettings
 from vlmvqa.extras.study.statistics import compare_arms, holm, verdicts
-from vlmvqa.training.log import read_log
 
 CONTROLS = {"prior": "majority", "shuffled_images": "shuffled"}
 
@@ -63,7 +63,8 @@ def read_run(folder: Path) -> RunResult:
         InputError: the run is not scored.
     """
     metrics, records = read_results(folder)
-    every = read_log(folder / "log.jsonl")
+    logs = stage_logs(folder)
+    every, _ = join(logs)
     log = [record for record in every if "loss" in record]
     steps = max((record["step"] for record in every), default=0)
     starts = json.loads((folder / "run.json").read_text())["starts"] if (folder / "run.json").is_file() else []
@@ -72,15 +73,21 @@ def read_run(folder: Path) -> RunResult:
         speeds = [record["questions_per_second"] for record in log]
         measured["questions_per_second"] = sorted(speeds)[len(speeds) // 2]
         if all("tera_flop" in record for record in log):
-            # Per step, because the first record after a resume lacks the steps before its checkpoint.
-            before = (0, *(record["step"] for record in log))
-            rates = [one["tera_flop"] / (one["step"] - last) for one, last in zip(log, before, strict=False)]
-            measured["tera_flop"] = median(rates) * steps
+            measured["tera_flop"] = sum(map(_operations, logs.values()))
         if any(record["peak_memory_gib"] != record["peak_rss_gib"] for record in log):  # a GPU's, not the process's
             measured["peak_memory_gib"] = max(record["peak_memory_gib"] for record in log)
     parameters = starts[-1].get("parameters", {}) if starts else {}
     schedule = _schedule(folder / "config.yaml")
     return RunResult(folder, metrics, records, steps, schedule, parameters, measured, every)
+
+
+def _operations(log: Sequence[Mapping[str, Any]]) -> float:
+    """Return the operations of a training, in 10^12."""
+    log = [record for record in log if "loss" in record]
+    # Per step, because the first record after a resume lacks the steps before its checkpoint.
+    before = (0, *(record["step"] for record in log))
+    rates = [one["tera_flop"] / (one["step"] - last) for one, last in zip(log, before, strict=False)]
+    return float(median(rates) * log[-1]["step"])
 
 
 def _schedule(path: Path) -> str:
