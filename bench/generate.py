@@ -55,7 +55,7 @@ class Job:
 
     @property
     def asked(self) -> list[ImageQuestion]:
-        return [(document.image, question) for document in self.documents for question in document.questions]
+        return [(document.images[0], question) for document in self.documents for question in document.questions]
 
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def least_seconds(model: VLM, job: Job, answers: Answers, machine: tables.Row) -
     """Return the least possible time of these answers."""
     written = iter(answers)
     answered = [
-        Document(d.image, [TokenizedQuestion(q.prompt, next(written)) for q in d.questions]) for d in job.documents
+        Document(d.images, [TokenizedQuestion(q.prompt, next(written)) for q in d.questions]) for d in job.documents
     ]
     batch = models.make_batch(model, [[document] for document in answered], job.pixels)
     model.requires_grad_(False)
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     lengths = [min(len(answer) + 1, args.tokens) for answer in answers]  # the end token is also a step
     steps = sum(lengths) / len(lengths)
     print(
-        f"{len(job.asked)} questions about {args.images} images of {model.vision.num_image_tokens} tokens; {steps:.1f} "
+        f"{len(job.asked)} questions about {args.images} images of {model.num_image_tokens} tokens; {steps:.1f} "
         f"answer ({'random weights never end one' if not args.ends else f'{len(job.ends)} end tokens'})"
     )
     shown = [

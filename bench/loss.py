@@ -72,7 +72,7 @@ WAYS: dict[str, Callable[[Case], Tensor]] = {
 def make_case(args: argparse.Namespace, width: int, vocabulary: int) -> Case:
     shape = shapes.SHAPES[args.shape]
     documents = shapes.apart(shapes.random_documents(shape, ROWS, vocabulary, args.seed))[:ROWS]
-    rows = [build_row([d], shape.num_image_tokens, args.attention_pattern, d.image) for d in documents]
+    rows = [build_row([d], shape.num_image_tokens, args.attention_pattern, d.images[0]) for d in documents]
     columns = pad_rows(rows, shape.num_image_tokens + TEXT)
     generator = torch.Generator().manual_seed(args.seed)
     dtype = models.dtype_of(args.model)

@@ -91,8 +91,9 @@ def build_model(
         )
         nn.init.normal_(encoder.pos_embed)
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        projector = Projector(encoder.embed_dim, config.hidden_size)
-    vlm = VLM(VisionEncoder(encoder, shape.image_size), projector, LanguageModel(causal_lm), attention_pattern)
+        tower = VisionEncoder(encoder, shape.image_size)
+        projector = Projector(tower.features, config.hidden_size)
+    vlm = VLM(tower, projector, LanguageModel(causal_lm), attention_pattern)
     return cast_parameters(vlm, dtype).to(device).train()
 
 
@@ -154,14 +155,14 @@ def make_batch(
     Every document has its own image: an image of two documents is in the batch twice and is encoded twice.
 
     Args:
-        pixels: float[I, 3, H, W], indexed by `Document.image`.
+        pixels: float[I, 3, H, W], indexed by `Document.images`.
         multiple: T is rounded up to a multiple of this.
         features: float[I, N, Dv], the encoder's output, if it is cached.
     """
-    images = torch.tensor([document.image for row in rows for document in row], device=pixels.device)
+    images = torch.tensor([one for row in rows for document in row for one in document.images], device=pixels.device)
     firsts = accumulate(map(len, rows), initial=0)  # index of each row's first image
     built = [
-        build_row(row, model.vision.num_image_tokens, model.attention_pattern, first)
+        build_row(row, model.num_image_tokens, model.attention_pattern, first)
         for row, first in zip(rows, firsts, strict=False)
     ]
     columns = pad_rows(built, multiple)
@@ -176,7 +177,7 @@ def needed_flops(model: VLM, batch: Batch) -> int:
     """
     flops = model.flops()
     assert flops is not None  # Gemma 2 has no experts
-    counts = count(batch, model.attention_pattern, model.language.config.sliding_window).tolist()
+    counts = count(batch, model.language.config.sliding_window).tolist()
     encoded = "pixel_values" in batch
     images = len(batch["pixel_values" if encoded else "image_features"])
     return flops.of({**dict(zip(COUNTED, counts, strict=True)), "images": images, "encoded": images * encoded})

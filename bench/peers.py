@@ -122,7 +122,7 @@ def build_ours(peer: Peer, attention_pattern: str) -> VLM:
             VisionSettings("vit_base_patch16_siglip_224", tower.image_size, weights="random", overrides=overrides)
         )
         causal_lm = AutoModelForCausalLM.from_config(copy.deepcopy(text))
-        projector = Projector(tower.hidden_size, text.hidden_size)
+        projector = Projector(vision.features, text.hidden_size)
     vision.encoder.load_state_dict(siglip_weights(peer.model.vision_tower))
     causal_lm.get_decoder().load_state_dict(peer.model.language_model.state_dict())
     projector.layers[0].load_state_dict(peer.model.multi_modal_projector.linear.state_dict())
@@ -176,9 +176,9 @@ def our_batch(asked: Sequence[ImageQuestion], pixels: Tensor, model: VLM, share:
     """Return the same questions as a batch of a `VLM`: one row per image, or per question."""
     if share:
         images = dict.fromkeys(image for image, _ in asked)
-        documents = [Document(image, [question for other, question in asked if other == image]) for image in images]
+        documents = [Document([image], [question for other, question in asked if other == image]) for image in images]
     else:
-        documents = [Document(image, [question]) for image, question in asked]
+        documents = [Document([image], [question]) for image, question in asked]
     return models.make_batch(model, [[document] for document in documents], pixels, multiple=8)
 
 
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     shape = shapes.SHAPES[args.shape]
     like = models.build_model(args.model, shape, args.device, args.seed)
     documents = shapes.random_documents(shape, args.images, models.vocabulary(like), args.seed)
-    asked = [(document.image, question) for document in documents for question in document.questions]
+    asked = [(document.images[0], question) for document in documents for question in document.questions]
     asked = asked[: len(asked) // args.batch * args.batch]  # complete steps only
     if len(asked) < 2 * args.batch:
         parser.error("the first step warms up, and there is no second; ask for more --images or a smaller --batch")

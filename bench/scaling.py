@@ -51,7 +51,7 @@ def documents(setting: Setting, vocabulary: int) -> list[Document]:
         prompt = [shapes.BOS, *(words * setting.prompt)[: setting.prompt - 1]]
         return TokenizedQuestion(prompt, [*words[: ANSWER - 1], shapes.EOS])
 
-    return [Document(image, [question(n) for n in range(setting.questions)]) for image in range(setting.images)]
+    return [Document([image], [question(n) for n in range(setting.questions)]) for image in range(setting.images)]
 
 
 # One model at a time, so that the previous one's memory is freed.

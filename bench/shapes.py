@@ -93,17 +93,17 @@ def random_documents(shape: Shape, images: int, vocabulary: int, seed: int = 0) 
         prompt, answer = next(prompts), next(answers)
         return TokenizedQuestion(same if shape.same_prompt else [BOS, *words(prompt - 1)], [*words(answer - 1), EOS])
 
-    return [Document(image, [question() for _ in range(count)]) for image, count in enumerate(counts)]
+    return [Document([image], [question() for _ in range(count)]) for image, count in enumerate(counts)]
 
 
 def without_answers(documents: Iterable[Document]) -> list[Document]:
     """Return the documents without their answers."""
-    return [Document(d.image, [TokenizedQuestion(q.prompt) for q in d.questions]) for d in documents]
+    return [Document(d.images, [TokenizedQuestion(q.prompt) for q in d.questions]) for d in documents]
 
 
 def apart(documents: Iterable[Document]) -> list[Document]:
     """Return one document per question, in order; the image is repeated for each."""
-    return [Document(d.image, [q]) for d in documents for q in d.questions]
+    return [Document(d.images, [q]) for d in documents for q in d.questions]
 
 
 def questions_in(documents: Iterable[Document]) -> int:

@@ -18,7 +18,7 @@ import transformers
 from bench import clock
 from bench.models import MODELS
 from bench.shapes import SHAPES
-from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.sequence.rows import SHAREABLE
 
 Row = dict[str, Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,25 +68,35 @@ def question(prompt: int, answer: int, seed: int = 0) -> TokenizedQuestion:
     return TokenizedQuestion(ids[:prompt], [*ids[prompt:], EOS] if answer else [])
 
 
-def documents(questions_per_image: Sequence[int], seed: int = 0) -> list[Document]:
-    """Images with so many questions of different lengths."""
-    return [
-        Document(image, [question(3 + (n + image) % 4, 1 + n % 3, seed + 31 * image + n) for n in range(count)])
-        for image, count in enumerate(questions_per_image)
-    ]
+def documents(
+    questions_per_image: Sequence[int], seed: int = 0, tiles: Sequence[Sequence[int]] | None = None
+) -> list[Document]:
+    """Images with so many questions of different lengths; with `tiles`, documents of so many tiles per image."""
+    found, first = [], 0
+    for number, count in enumerate(questions_per_image):
+        blocks = (1,) if tiles is None else tiles[number]
+        images = list(range(first, first + sum(blocks)))
+        questions = [question(3 + (n + number) % 4, 1 + n % 3, seed + 31 * number + n) for n in range(count)]
+        found.append(Document(images, questions, blocks))
+        first += len(images)
+    return found
 
 
 def without_answers(given: Sequence[Document]) -> list[Document]:
-    return [Document(d.image, [TokenizedQuestion(q.prompt) for q in d.questions]) for d in given]
+    return [replace(d, questions=[TokenizedQuestion(q.prompt) for q in d.questions]) for d in given]
 
 
 def apart(given: Sequence[Document]) -> list[list[Document]]:
     """A row for each question alone."""
-    return [[Document(d.image, [q])] for d in given for q in d.questions]
+    return [[replace(d, questions=[q])] for d in given for q in d.questions]
 
 
 def batch(vlm: VLM, rows: Sequence[Sequence[Document]], pixels: Tensor, multiple: int = 8) -> dict[str, Tensor]:
     """Rows whose documents hold indices into `pixels`, consecutive within a row."""
-    assert all([document.image - row[0].image for document in row] == list(range(len(row))) for row in rows)
-    built = [build_row(row, vlm.vision.num_image_tokens, vlm.attention_pattern, row[0].image) for row in rows]
+    images = [[image for document in row for image in document.images] for row in rows]
+    assert all([image - row[0] for image in row] == list(range(len(row))) for row in images)
+    built = [
+        build_row(row, vlm.num_image_tokens, vlm.attention_pattern, first)
+        for row, (first, *_) in zip(rows, images, strict=True)
+    ]
     return {"pixel_values": pixels, **pad_rows(built, multiple)}

@@ -88,9 +88,9 @@ def make_inputs(section: Section) -> Inputs:
     image = shape.num_image_tokens if section.sizes.name == "real" else 17
     (documents,) = gpu_sizes.full_rows(shape, 1, tokens, image, 1000)
     columns = pad_rows([build_row(documents, image, PATTERN)], tokens)
-    pairs = int(flops.count(columns, PATTERN)[flops.COUNTED.index("pairs")])
+    pairs = int(flops.count(columns)[flops.COUNTED.index("pairs")])
     columns = {name: column.to(section.device) for name, column in columns.items()}
-    row = Tokens.of(columns["document"], columns["branch"], columns["role"], columns["position"], PATTERN)
+    row = Tokens.of(columns)
     generator = torch.Generator(section.device).manual_seed(0)
 
     def states(count: int, scale: float = 1.0) -> Tensor:

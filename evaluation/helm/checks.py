@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vlmvqa.data import images
-from vlmvqa.data.example import Example
+from vlmvqa.data.example import Example, refuse_several_images
 from vlmvqa.errors import InputError
 from vlmvqa.paths import replace_file
 from vlmvqa.ranks import bar
@@ -55,6 +55,7 @@ def use_punkt(punkt: str, home: Path) -> None:
 
 def refuse_bad_images(examples: Sequence[Example]) -> None:
     """Raise at an image that is missing or damaged; HELM would, after half an hour of answers."""
+    refuse_several_images(examples, "HELM's scenario")
 
     def check(example: Example) -> None:
         images.decode(example.image, example.name)

@@ -31,12 +31,12 @@ def weights(module: nn.Module, *more: str) -> str:
 
 
 def image_files(given: Iterable[Example], most: int = 64) -> str:
-    """Return the hash of at most `most` image files, evenly spread."""
+    """Return the hash of the image files of at most `most` examples, evenly spread."""
     images = list({example.image_id: example for example in given}.values())
     digest = hashlib.sha256()
     for example in images[:: -(-len(images) // most) or 1]:
-        content = file_of(example.image)
-        digest.update(hashlib.sha256(content or b"").digest())
+        for image, _ in example.named_images:
+            digest.update(hashlib.sha256(file_of(image) or b"").digest())
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tests.distributed.harness import work
 from tests.distributed.worker import Case, model
 from vlmvqa.config.schema import STRATEGIES
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS
 
 DOCS, BEGIN, END = ROOT / "docs" / "scaling.md", "<!-- matrix -->\n", "<!-- end of matrix -->"
 ROWS = [*((strategy, False) for strategy in STRATEGIES), ("fsdp", True), ("zero3", True)]

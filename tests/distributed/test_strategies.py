@@ -26,6 +26,7 @@ TURNED: dict[str, dict[str, Any]] = {
     "percentile": {"clip_percentile": 50, "optim": "sgd", "trainer": {"learning_rate": 0.3, "max_grad_norm": 0.0}},
     "image_prefix": {"attention_pattern": "image_prefix"},
     "partial": {"trained": "projector"},
+    "fused": {"vision": "fused"},
     "half": {"bf16": True, "optim": "adamw_bnb_8bit"},
 }
 

@@ -81,7 +81,7 @@ def trained(
     torch.manual_seed(0)
     vlm = build(settings).eval()
     images = ImageSettings(tiny.IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", resize)
-    processor = Processor(train_tokenizer(examples(), VOCABULARY), images, vlm.vision.num_image_tokens, pattern, 40)
+    processor = Processor(train_tokenizer(examples(), VOCABULARY), images, vlm.num_image_tokens, pattern, 40)
     return Predictor(vlm, processor, prompt, settings, GenerationSettings(max_new_tokens=6))
 
 
@@ -138,7 +138,7 @@ def test_the_exported_model_computes_the_same(encoder: str, family: str, tmp_pat
             chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
             inputs = processor(images=image, text=processor.apply_chat_template(chat), return_tensors="pt")
         encoded = ours.processor.encode(ours.asked(path, question), [None])
-        assert torch.equal(inputs["pixel_values"][0], encoded.image)
+        assert torch.equal(inputs["pixel_values"][0], encoded.images[0])
         prompt = list(encoded.questions[0].prompt)
         image_tokens = [model.config.image_token_id] * ours.processor.num_image_tokens
         assert inputs["input_ids"][0].tolist() == [*image_tokens, *prompt]

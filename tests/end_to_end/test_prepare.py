@@ -64,7 +64,7 @@ def test_features_are_accepted_by_the_training_run(root: Path, tmp_path: Path) -
     store = FeatureStore.open(tmp_path, vision, predictor.processor.images, examples)
     assert len(store) == len(examples) < 30
     with torch.no_grad():
-        batch = torch.stack([predictor.processor.load_image(example) for example in examples[:8]])
+        batch = torch.stack([predictor.processor.load_images(example).images[0] for example in examples[:8]])
         assert torch.equal(torch.stack([store[example.image_id] for example in examples[:8]]), vision(batch))
     written = (tmp_path / "features.bin").stat().st_mtime_ns
     again = done(call("features", *arguments))

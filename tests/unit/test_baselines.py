@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
-from vlmvqa.inference.baselines import prior_answers, shuffle_images
+from vlmvqa.inference.baselines import blank_images, prior_answers, shuffle_images
 
 
 def example(image: int, *questions: tuple[str | None, str | None]) -> Example:
@@ -63,6 +64,14 @@ def test_every_image_gives_way_to_another_and_the_questions_stay() -> None:
     )
     assert all(other.image == Path(f"{other.image_id}.jpg") for other in shuffled)
     assert sorted(other.image_id for other in shuffled) == list(range(20))
+
+
+def test_images_that_are_asked_about_together_move_together() -> None:
+    examples = [replace(example(n, ("same", "no")), more_images=(Path(f"more-{n}.jpg"),)) for n in range(5)]
+    shuffled = shuffle_images(examples, seed=0)
+    assert shuffled is not None and all(one.more_images == (Path(f"more-{one.image_id}.jpg"),) for one in shuffled)
+    assert [len(one.named_images) for one in blank_images(examples)] == [2] * 5
+    assert not any(isinstance(one, Path) for two in blank_images(examples) for one, _ in two.named_images)
 
 
 def test_shuffle_follows_the_seed() -> None:

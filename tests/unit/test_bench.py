@@ -102,17 +102,18 @@ def test_every_row_has_the_recipes_loss_and_gradients(shape: str, attention_patt
 
 def test_every_row_asks_every_question_once() -> None:
     made = job("gqa")
-    asked = sorted((d.image, tuple(q.prompt)) for d in made.documents for q in d.questions)
+    asked = sorted((d.images[0], tuple(q.prompt)) for d in made.documents for q in d.questions)
     for rung in ladder.rungs(made):
         rows = [row for rows in rung.micro_batches for row in rows]
-        assert sorted((d.image, tuple(q.prompt)) for row in rows for d in row for q in d.questions) == asked, rung.name
+        found = sorted((d.images[0], tuple(q.prompt)) for row in rows for d in row for q in d.questions)
+        assert found == asked, rung.name
 
 
 def test_the_layouts_are_what_the_table_says() -> None:
     made = job()
     rungs = {rung.name: rung for rung in ladder.rungs(made)}
     recipe, dynamic = (rungs[name] for name in ("recipe", "dynamic padding"))
-    num_image_tokens = made.model.vision.num_image_tokens
+    num_image_tokens = made.model.num_image_tokens
     for rung in (recipe, dynamic):
         assert {len(rows) for rows in rung.micro_batches[:-1]} == {6}
         assert all(len(d.questions) == len(row) == 1 for rows in rung.micro_batches for row in rows for d in row)
@@ -156,7 +157,7 @@ def test_needed_operations_of_a_batch_worked_out_by_hand() -> None:
     """An image of 17 tokens with two questions of 3 prompt and 2 answer tokens, of which the last is only a label."""
     model = models.build_model("tiny", shapes.SHAPES["vqav2"])
     question = TokenizedQuestion([shapes.BOS, 5, 6], [7, shapes.EOS])
-    rows, pixels = [[Document(0, [question, question])]], models.random_pixels(model, 1)
+    rows, pixels = [[Document([0], [question, question])]], models.random_pixels(model, 1)
     pairs = sum(range(1, 18)) + 2 * (18 + 19 + 20 + 21)  # each token sees the image and its own question, up to itself
     attention, ffn = 32 * 32 + 2 * 32 * 16 + 32 * 32, 3 * 32 * 64
     decoder = 6 * (17 + 2 * 4) * 2 * (attention + ffn) + 2 * 12 * 32 * pairs

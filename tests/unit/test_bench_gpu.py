@@ -164,7 +164,7 @@ def test_a_time_per_call() -> None:
 def test_packed_rows_hold_every_image_within_their_length() -> None:
     documents = shapes.random_documents(shapes.SHAPES["vqav2"], 48, 1000)
     rows = gpu_sizes.packed_rows(documents, 257, 4096)
-    assert sorted(document.image for row in rows for document in row) == list(range(48))
+    assert sorted(image for row in rows for document in row for image in document.images) == list(range(48))
     lengths = [sum(shapes.length(document, 257) for document in row) for row in rows]
     assert len(rows) == 4 and max(lengths) <= 4096 and min(lengths) > 3500
     with pytest.raises(ValueError, match="more than 100 tokens"):

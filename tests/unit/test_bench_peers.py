@@ -65,7 +65,7 @@ def test_peers_train_the_same_function_on_the_same_questions(run: Any) -> None:
 
 def test_peers_batch_is_what_paligemmas_processor_makes() -> None:
     documents = shapes.random_documents(shapes.SHAPES["vqav2"], 2, 128)
-    asked = [(document.image, question) for document in documents for question in document.questions]
+    asked = [(document.images[0], question) for document in documents for question in document.questions]
     pixels = torch.arange(2.0).view(2, 1, 1, 1)
     batch = peers.peer_batch(asked, pixels, image_token=128, num_image_tokens=3)
     for row, (image, question) in enumerate(asked):

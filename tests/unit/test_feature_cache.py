@@ -11,6 +11,7 @@ import pickle
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from vlmvqa.extras.feature_cache.store import FeatureStore, check_dtype, feature
 from vlmvqa.extras.feature_cache.writer import disk_space, write
 from vlmvqa.models.build import build_vision_encoder
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
+from vlmvqa.sequence.rows import Document
 
 SETTINGS = ImageSettings(tiny.IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
 IMAGES = 10
@@ -56,6 +58,10 @@ def load_image(example: Example) -> Tensor:
     return to_tensor(decode(example.image, example.name), SETTINGS)
 
 
+def documents(load: Callable[[Example], Tensor]) -> Callable[[Example], Document]:
+    return lambda example: Document([load(example)], ())
+
+
 def made(
     folder: Path,
     encoder: VisionEncoder,
@@ -67,7 +73,7 @@ def made(
 ) -> FeatureStore:
     """Write features in batches of two images."""
     key = feature_key(encoder, SETTINGS, dtype)
-    return write(folder, key, encoder, examples, load, BadRecords(policy), **{"batch_size": 2, **options})
+    return write(folder, key, encoder, examples, documents(load), BadRecords(policy), **{"batch_size": 2, **options})
 
 
 def computed(encoder: VisionEncoder, examples: Files, batch_size: int = 2) -> Tensor:
@@ -216,7 +222,7 @@ def test_stale_features_are_refused(
             FeatureStore.open(tmp_path / "f", changed, transform, files)
         assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match=rf"has other features: .*{said}.*features.overwrite=true"):
-        write(tmp_path / "f", key, changed, files, load_image, BadRecords())
+        write(tmp_path / "f", key, changed, files, documents(load_image), BadRecords())
 
 
 def test_the_same_encoder_built_again_finds_its_features(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
@@ -310,9 +316,8 @@ def test_a_bad_image_stops_or_is_skipped(tmp_path: Path, encoder: VisionEncoder,
         made(folder, encoder, files, workers=1)
     for _ in range(2):  # the second time all features are kept, and the image is still listed
         skipping = BadRecords("skip")
-        store = write(
-            folder, feature_key(encoder, SETTINGS, "float32"), encoder, files, load_image, skipping, batch_size=2
-        )
+        key = feature_key(encoder, SETTINGS, "float32")
+        store = write(folder, key, encoder, files, documents(load_image), skipping, batch_size=2)
         assert len(skipping.seen) == 1 and "4.jpg cannot be read" in skipping.seen[0]
         assert len(store) == IMAGES - 1
         assert "4.jpg cannot be read" in store.skipped["page-4"]
@@ -404,3 +409,12 @@ def test_other_images_with_the_same_ids_are_refused(tmp_path: Path, encoder: Vis
         made(tmp_path / "f", encoder, others)
     gone = [dataclasses.replace(example, image=tmp_path / "gone.png") for example in files]
     FeatureStore.open(tmp_path / "f", encoder, SETTINGS, gone)  # image files are not needed any more
+
+
+def test_questions_about_several_images_have_no_cache(tmp_path: Path, encoder: VisionEncoder, files: Files) -> None:
+    pair = [replace(files[0], more_images=(files[1].image,))]
+    with pytest.raises(InputError, match=r"feature_cache supports one image per question, but .* is one of several"):
+        made(tmp_path / "f", encoder, pair)
+    made(tmp_path / "f", encoder, files)
+    with pytest.raises(InputError, match="supports one image per question"):
+        FeatureStore.open(tmp_path / "f", encoder, SETTINGS, pair)

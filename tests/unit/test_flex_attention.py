@@ -8,7 +8,7 @@ import torch
 from tests import tiny
 from tests.distributed import flex
 from tests.unit.test_masks import assert_later_tokens_change_nothing_earlier
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS
 
 
 @pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)

@@ -19,8 +19,7 @@ from vlmvqa.models.build import language_config
 from vlmvqa.models.generation import beam_candidates, generate
 from vlmvqa.models.interface import Generated, GenerationSettings
 from vlmvqa.models.vlm import VLM
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS
-from vlmvqa.sequence.rows import Document, TokenizedQuestion
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, Document, TokenizedQuestion
 
 
 def both(seed: int, family: str = "gemma2") -> tuple[VLM, PreTrainedModel]:
@@ -108,7 +107,7 @@ def test_the_log_probability_is_the_models() -> None:
             answer = next(answers)
             ending = [stop] if len(answer.tokens) < 30 else []  # none where the limit came first
             asked = TokenizedQuestion(question.prompt, [*answer.tokens, *ending])
-            row = tiny.batch(vlm, [[Document(0, [asked])]], tiny.images(2)[document.image][None])
+            row = tiny.batch(vlm, [[Document([0], [asked])]], tiny.images(2)[document.images])
             loss = vlm(**row, num_items_in_batch=1)["loss"]
             assert answer.log_probability == pytest.approx(-loss.item(), abs=2e-3)
 
@@ -212,9 +211,9 @@ def asked_alone(
     vlm: VLM, flat: Sequence[Document], ends: Collection[int], decoding: GenerationSettings, keys: Sequence[int | str]
 ) -> list[Generated]:
     pixels = tiny.images(len(flat))
-    questions = [(pixels[d.image][None], q) for d in flat for q in d.questions]
+    questions = [(pixels[d.images], q) for d in flat for q in d.questions]
     return [
-        generate(vlm, tiny.batch(vlm, [[Document(0, [q])]], image), ends, decoding, [key])[0]
+        generate(vlm, tiny.batch(vlm, [[Document([0], [q])]], image), ends, decoding, [key])[0]
         for (image, q), key in zip(questions, keys, strict=True)
     ]
 
@@ -298,7 +297,7 @@ def test_beam_candidates_cost_what_the_model_says(attention_pattern: str) -> Non
     for beam in beams:
         answer = [*beam.tokens, tiny.EOS][:5]
         (question,) = document.questions
-        read = tiny.batch(vlm, [[Document(0, [TokenizedQuestion(question.prompt, answer)])]], tiny.images(1))
+        read = tiny.batch(vlm, [[Document([0], [TokenizedQuestion(question.prompt, answer)])]], tiny.images(1))
         with torch.no_grad():
             loss = float(vlm(**read)["loss"])
         assert beam.log_probability == pytest.approx(-loss * len(answer), abs=1e-3)
@@ -320,7 +319,7 @@ def test_what_is_sampled_does_not_depend_on_the_company() -> None:
     keys = [["a", "b"], ["c", 4, 5], ["f"]]
 
     def sample(order: Sequence[int]) -> dict[str | int, list[int]]:
-        rows = [[Document(place, flat[n].questions)] for place, n in enumerate(order)]
+        rows = [[Document([place], flat[n].questions)] for place, n in enumerate(order)]
         named = [key for n in order for key in keys[n]]
         batch = tiny.batch(vlm, rows, pixels[list(order)])
         return dict(zip(named, (a.tokens for a in generate(vlm, batch, {tiny.EOS}, decoding, named)), strict=True))
@@ -332,7 +331,7 @@ def test_equal_questions_are_sampled_apart_and_as_the_model_says() -> None:
     """The same question 600 times in a row: each draws its own token, as often as it is probable."""
     vlm = tiny.model(initializer_range=0.05)
     (document,) = tiny.without_answers(tiny.documents([1]))
-    rows = tiny.batch(vlm, [[Document(0, [*document.questions] * 600)]], tiny.images(1))
+    rows = tiny.batch(vlm, [[Document([0], [*document.questions] * 600)]], tiny.images(1))
     drawn = Counter(a.tokens[0] for a in generate(vlm, rows, set(), GenerationSettings(1, temperature=0.5)))
     one = tiny.batch(vlm, [[document]], tiny.images(1), multiple=1)
     with torch.no_grad():

@@ -44,8 +44,7 @@ from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.hf import VlmvqaConfig, VlmvqaForConditionalGeneration, VlmvqaProcessor
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.interface import GenerationSettings
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE
-from vlmvqa.sequence.rows import PADDING
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, PADDING, SHAREABLE
 
 # Every question once, 16 of different lengths, with an image of its own and together with those that share it.
 EXAMPLES = examples()
@@ -75,7 +74,7 @@ def model_of(attention_pattern: str, family: str, **decoding: Any) -> Predictor:
     processor = Processor(
         train_tokenizer(EXAMPLES, 300),
         ImageSettings(28, (0.5,) * 3, (0.5,) * 3),
-        vlm.vision.num_image_tokens,
+        vlm.num_image_tokens,
         attention_pattern,
     )
     settings = tiny.settings(attention_pattern, family, vocab_size=300)
@@ -440,7 +439,7 @@ def test_images_are_read_as_ours(folders: Any, tmp_path: Path) -> None:
     own = vlmvqa.load(folders(), "cpu").processor
     picture = Image.new("RGBA", (40, 30), (200, 30, 90, 100))
     picture.save(tmp_path / "a.png")
-    told = own.load_image(Example(tmp_path / "a.png", 0, ()))
+    told = own.load_images(Example(tmp_path / "a.png", 0, ())).images[0]
     for image in (picture, str(tmp_path / "a.png"), tmp_path / "a.png", [picture], [[picture]]):
         assert torch.equal(processor(images=image, text="what")["pixel_values"][0], told)
     content = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -482,8 +481,8 @@ def test_under_prefix_lm_each_question_has_its_own_image(folders: Any) -> None:
 def test_a_model_without_rows_is_one_sentence(folders: Any) -> None:
     model, processor = load(folders())
     given = inputs(processor, ALONE[:1])
-    with pytest.raises(InputError, match="the input has no branch, role; pass all that the processor returns"):
-        model.generate(**{name: given[name] for name in given if name not in ("branch", "role")})
+    with pytest.raises(InputError, match="the input has no branch, role, block; pass all that the processor returns"):
+        model.generate(**{name: given[name] for name in given if name not in ("branch", "role", "block")})
     with pytest.raises(InputError, match="the input has no pixel_values"):
         model(input_ids=given["input_ids"])
     with pytest.raises(InputError, match="leave past_key_values out"):

@@ -68,6 +68,24 @@ def test_images_may_lie_anywhere(root: Path, tmp_path_factory: pytest.TempPathFa
     assert [example.image for example in jsonl.read(root, "train")] == [elsewhere, root / "images" / "b.jpg"]
 
 
+def test_questions_about_several_images(root: Path) -> None:
+    """Equal lists form one example; the order of the images matters."""
+    pair = ["images/a.png", "images/b.jpg"]
+    lines = [pair, pair[::-1], pair[:1], pair]
+    write(root / "train.jsonl", [{"images": images, "question": "Same?", "answers": ["no"]} for images in lines])
+    examples = jsonl.read(root, "train")
+    assert [[name for _, name in example.named_images] for example in examples] == [
+        [str(root / one) for one in images] for images in lines[:3]
+    ]
+    assert ids(examples) == [1, 4, 2, 3]
+    bad: list[Any] = [[], ["images/a.png", 3], ["images/a.png", "images/c.png"]]
+    write(root / "train.jsonl", [{"images": one, "question": "Same?", "answers": ["no"]} for one in [pair, *bad]])
+    found = BadRecords("skip", root / "skipped.jsonl")
+    assert ids(jsonl.read(root, "train", bad_records=found)) == [1]
+    skipped = (root / "skipped.jsonl").read_text()
+    assert skipped.count("should be a list of paths") == 2 and "c.png is missing" in skipped
+
+
 def test_one_file_is_sliced_and_never_trained_and_evaluated_on_by_mistake(root: Path) -> None:
     path = root / "train.jsonl"
     assert ids(jsonl.read(path, "all[:2]")) == [1, "mine"] and ids(jsonl.read(path, "all[2:]")) == [77]

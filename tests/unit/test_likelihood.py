@@ -17,7 +17,7 @@ from vlmvqa.extras.pretrained.model import PretrainedSettings
 from vlmvqa.inference.likelihood import Likelihood, log_likelihoods
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models.interface import GenerationSettings
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS
 
 ANSWERS = ("red", "left of it", "is the big dog", "color")
 

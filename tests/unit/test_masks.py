@@ -10,8 +10,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from tests import tiny
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence import masks
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE, Tokens, block_mask, dense_mask, visible
-from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
+from vlmvqa.sequence.masks import Tokens, block_mask, dense_mask, visible
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, SHAREABLE, Document, TokenizedQuestion, build_row, pad_rows
 
 WORDS = {1: "what", 2: "color", 3: "red", 4: "how", 5: "many", 6: "two", 7: "of", 8: "them"}
 
@@ -19,8 +19,8 @@ WORDS = {1: "what", 2: "color", 3: "red", 4: "how", 5: "many", 6: "two", 7: "of"
 def sees(attention_pattern: str, shared: bool = True, window: int | None = None) -> dict[str, str]:
     """For every word of a small row, the words it sees, in order; `i` is an image token."""
     questions = [TokenizedQuestion([1, 2], [3, 9]), TokenizedQuestion([4, 5], [6, 7, 9])]
-    rows = pad_rows([build_row([Document(0, questions if shared else questions[:1])], 2, attention_pattern)])
-    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], attention_pattern)
+    rows = pad_rows([build_row([Document([0], questions if shared else questions[:1])], 2, attention_pattern)])
+    tokens = Tokens.of(rows)
     mask = visible(tokens.map(lambda t: t[0, :, None]), tokens.map(lambda t: t[0, None, :]), window)
     names = [WORDS.get(token, "i") for token in rows["input_ids"][0].tolist()]
     return {name: " ".join(n for n, seen in zip(names, mask[q], strict=True) if seen) for q, name in enumerate(names)}
@@ -40,9 +40,8 @@ def test_causal() -> None:
 
 
 def test_image_prefix_lets_image_tokens_see_each_other() -> None:
-    rows = pad_rows([build_row(tiny.documents([1]), 3, "image_prefix")])
     for attention_pattern, expected in (("causal", [1, 2, 3]), ("image_prefix", [3, 3, 3])):
-        tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], attention_pattern)
+        tokens = Tokens.of(pad_rows([build_row(tiny.documents([1]), 3, attention_pattern)]))
         mask = dense_mask(tokens, tokens)[0, 0]
         assert mask[:3].sum(1).tolist() == expected
 
@@ -61,6 +60,20 @@ def test_prefix_lm_lets_the_image_see_the_question_but_not_the_answer() -> None:
     assert seen["red"] == "i i what color red"
 
 
+# The bidirectional blocks of image, prompt and answer (-1: causal), the same for all segments of a role.
+BY_ROLE = {"causal": (-1, -1), "image_prefix": (0, -1), "blockwise_prefix": (0, 1), "prefix_lm": (0, 0)}
+
+
+@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+def test_blocks_of_segments_give_the_mask_of_blocks_of_roles(attention_pattern: str) -> None:
+    given = tiny.documents([1, 1] if attention_pattern == "prefix_lm" else [3, 2])
+    rows = pad_rows([build_row(given, 4, attention_pattern), build_row(given[:1], 4, attention_pattern)])
+    tokens, blocks = Tokens.of(rows), torch.tensor([*BY_ROLE[attention_pattern], -1])
+    by_role = tokens._replace(block=blocks[rows["role"]])
+    for window in (None, 5):
+        assert torch.equal(dense_mask(tokens, tokens, window), dense_mask(by_role, by_role, window))
+
+
 def test_the_window_counts_restarted_positions() -> None:
     """The second question sees as far back as it would alone, though more tokens lie between."""
     seen = sees("causal", window=3)
@@ -73,7 +86,7 @@ def test_spans_reach_exactly_as_far_as_any_row_sees(attention_pattern: str, monk
     monkeypatch.setattr(masks, "SPAN", 3)
     given = tiny.documents([1, 1] if attention_pattern == "prefix_lm" else [3, 2])
     rows = pad_rows([build_row(given, 4, attention_pattern), build_row(given[:1], 4, attention_pattern)], multiple=64)
-    found = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], attention_pattern)
+    found = Tokens.of(rows)
     seen = visible(found.map(lambda t: t[:, :, None]), found.map(lambda t: t[:, None, :]))
     spans = masks.key_spans(found)
     places = torch.arange(seen.shape[1])
@@ -88,7 +101,7 @@ def test_spans_reach_exactly_as_far_as_any_row_sees(attention_pattern: str, monk
 
 def test_padding_is_seen_by_nobody_and_gives_no_nan() -> None:
     rows = pad_rows([build_row(tiny.documents([1]), 3, "causal")], multiple=16)
-    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], "causal")
+    tokens = Tokens.of(rows)
     real = rows["document"][0] >= 0
     mask = dense_mask(tokens, tokens)[0, 0]
     assert not mask[real][:, ~real].any()
@@ -100,7 +113,7 @@ def test_padding_is_seen_by_nobody_and_gives_no_nan() -> None:
 def test_the_block_mask_is_the_dense_mask(attention_pattern: str, window: int | None) -> None:
     given = tiny.documents([1, 1] if attention_pattern == "prefix_lm" else [3, 2])
     rows = pad_rows([build_row(given, 4, attention_pattern), build_row(given[:1], 4, attention_pattern)], multiple=64)
-    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], attention_pattern)
+    tokens = Tokens.of(rows)
     flex = block_mask(tokens, window)
     row, query, key = torch.meshgrid(*(torch.arange(n) for n in (2, 64, 64)), indexing="ij")
     spelled_out = flex.mask_mod(row, torch.zeros(()), query, key)
@@ -113,7 +126,7 @@ def test_the_block_mask_is_the_dense_mask(attention_pattern: str, window: int | 
 def test_the_block_mask_is_that_of_pytorch(window: int | None, multiple: int) -> None:
     documents = tiny.documents([3, 9, 20, 3, 8, 5])
     rows = pad_rows([build_row(row, 4, "blockwise_prefix") for row in (documents, documents[:3])], multiple)
-    tokens = Tokens.of(rows["document"], rows["branch"], rows["role"], rows["position"], "blockwise_prefix")
+    tokens = Tokens.of(rows)
 
     def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible(tokens.map(lambda t: t[row, query]), tokens.map(lambda t: t[row, key]), window)

@@ -473,7 +473,7 @@ def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
         compatibility.check(config, DistSettings())
     config = initialised_from(merged_in_halves, f"model.dtype={dtype}")
     compatibility.check(config, DistSettings())
-    found = initial_model.continue_from(config)
+    found = initial_model.initial_model(config, [])
     assert found.settings.dtype == config.model.dtype == dtype
     for name, value in load(merged_in_halves).model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], value.to(DTYPES[dtype]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -13,22 +14,27 @@ from vlmvqa.models.generation import generate
 from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence import masks
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE
-from vlmvqa.sequence.rows import Document
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, SHAREABLE, Document
 
 LAYOUTS = {
     "one question": [[1]],
     "seven questions": [[7]],
     "several images a row": [[3, 1, 2]],
     "rows of different length, padded": [[1], [7], [2, 4]],
+    "tiles, and several images a question": [[3, 2], [2]],
 }
+TILES = {"tiles, and several images a question": [(3,), (2, 1), (1, 1)]}  # of the images of each document
 
 
-def lay_out(rows: Sequence[Sequence[int]]) -> list[list[Document]]:
-    counts = [count for row in rows for count in row]
-    flat = tiny.documents(counts)
+def lay_out(layout: str) -> list[list[Document]]:
+    rows = LAYOUTS[layout]
+    flat = tiny.documents([count for row in rows for count in row], tiles=TILES.get(layout))
     taken = iter(flat)
     return [[next(taken) for _ in row] for row in rows]
+
+
+def pixels_of(documents: Sequence[Document]) -> torch.Tensor:
+    return tiny.images(sum(len(document.images) for document in documents))
 
 
 def loss_and_gradients(vlm: VLM, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -41,7 +47,7 @@ def loss_and_gradients(vlm: VLM, batch: dict[str, torch.Tensor]) -> tuple[float,
 def shared_is_apart(vlm: VLM, rows: Sequence[Sequence[Document]]) -> None:
     """The same loss and gradients, to the rounding of fp32, from shared rows and from a row a question."""
     flat = [document for row in rows for document in row]
-    pixels = tiny.images(len(flat))
+    pixels = pixels_of(flat)
     loss, gradients = loss_and_gradients(vlm, tiny.batch(vlm, rows, pixels))
     alone, expected = loss_and_gradients(vlm, tiny.batch(vlm, tiny.apart(flat), pixels))
     assert loss == pytest.approx(alone, rel=1e-6)
@@ -53,7 +59,7 @@ def shared_is_apart(vlm: VLM, rows: Sequence[Sequence[Document]]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("attention_pattern", SHAREABLE)
 def test_loss_and_every_gradient(attention_pattern: str, layout: str) -> None:
-    shared_is_apart(tiny.model(attention_pattern), lay_out(LAYOUTS[layout]))
+    shared_is_apart(tiny.model(attention_pattern), lay_out(layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -63,9 +69,10 @@ def test_scores_that_nobody_may_see_are_left_out_of_nothing_else(
 ) -> None:
     """Loss and gradients with the queries in spans are those of one span that sees all keys."""
     vlm = tiny.model(attention_pattern)
-    rows = lay_out(LAYOUTS[layout])
-    rows = tiny.apart([document for row in rows for document in row]) if attention_pattern == "prefix_lm" else rows
-    batch = tiny.batch(vlm, rows, tiny.images(sum(map(len, rows))))
+    rows = lay_out(layout)
+    flat = [document for row in rows for document in row]
+    rows = tiny.apart(flat) if attention_pattern == "prefix_lm" else rows
+    batch = tiny.batch(vlm, rows, pixels_of(flat))
     monkeypatch.setattr(masks, "SPAN", 4)
     hidden = [keys.stop - keys.start < batch["labels"].shape[1] for _, keys in masks.key_spans(vlm.tokens(batch))]
     assert len(hidden) > 2 and any(hidden)
@@ -86,13 +93,13 @@ def test_scores_that_nobody_may_see_are_left_out_of_nothing_else(
 )
 def test_every_generated_token(attention_pattern: str, layout: str, beams: int) -> None:
     vlm, decoding = tiny.model(attention_pattern), GenerationSettings(12 if beams == 1 else 8, num_beams=beams)
-    rows = [tiny.without_answers(row) for row in lay_out(LAYOUTS[layout])]
+    rows = [tiny.without_answers(row) for row in lay_out(layout)]
     flat = [document for row in rows for document in row]
-    pixels = tiny.images(len(flat))
+    pixels = pixels_of(flat)
     shared = generate(vlm, tiny.batch(vlm, rows, pixels), {tiny.EOS}, decoding)
     one_by_one = [
         generate(
-            vlm, tiny.batch(vlm, [[Document(0, q.questions)]], pixels[q.image : q.image + 1]), {tiny.EOS}, decoding
+            vlm, tiny.batch(vlm, [[replace(q, images=range(len(q.images)))]], pixels[q.images]), {tiny.EOS}, decoding
         )
         for row in tiny.apart(flat)
         for q in row
@@ -109,10 +116,10 @@ def test_the_loss_of_prefix_lm_would_differ() -> None:
     rows = tiny.apart(tiny.documents([2]))
     pixels = tiny.images(1)
     with torch.no_grad():
-        first, second = (vlm.decode(tiny.batch(vlm, [row], pixels))[0, : vlm.vision.num_image_tokens] for row in rows)
+        first, second = (vlm.decode(tiny.batch(vlm, [row], pixels))[0, : vlm.num_image_tokens] for row in rows)
     assert (first - second).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "mistral"])
 def test_other_families_share_too(family: str) -> None:
-    shared_is_apart(tiny.model("blockwise_prefix", family), lay_out([[3, 2]]))
+    shared_is_apart(tiny.model("blockwise_prefix", family), lay_out("several images a row"))

@@ -83,7 +83,9 @@ def test_an_experiment_replaces_the_studys_model_and_data(tmp_path: Path) -> Non
 
 def test_a_saved_model_replaces_the_studys_model(tmp_path: Path) -> None:
     given = study("study=loss", f"run.dir={tmp_path}", "base=init_from=org/name")
-    assert all("model" not in run.config.given and run.config.init_from == "org/name" for run in build_runs(given))
+    assert all(
+        "model" not in run.config.given and run.config.init_from == {"model": "org/name"} for run in build_runs(given)
+    )
 
 
 def results(folder: Path, scores: dict[str, list[list[float]]]) -> dict[str, dict[str, RunResult]]:

@@ -18,10 +18,9 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
 from vlmvqa.models.flops import COUNTED, count, matrix_rate
-from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, Tokens, visible
-from vlmvqa.sequence.rows import Document, TokenizedQuestion
+from vlmvqa.sequence.masks import Tokens, visible
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, Document, TokenizedQuestion
 from vlmvqa.training.log import (
     LinePrinter,
     ProgressBar,
@@ -31,6 +30,7 @@ from vlmvqa.training.log import (
     rounded,
     short,
 )
+from vlmvqa.training.optimizer import set_trainable
 from vlmvqa.training.throughput import PHASES, PhaseClock, ThroughputMeter
 
 KEYS = {"questions_per_second", "supervised_tokens_per_second", "padding", "peak_memory_gib", "mfu"}
@@ -69,11 +69,11 @@ def test_counts_of_a_batch_by_hand(tmp_path: Path) -> None:
     """Two rows: 17 image tokens with questions of 3 + 2 and 4 + 1 tokens, and 17 with one of 2 + 1."""
     vlm = model()
     rows = [
-        [Document(0, [TokenizedQuestion([5, 6, 7], [8, 9, 1]), TokenizedQuestion([5, 6, 7, 8], [9, 1])])],
-        [Document(1, [TokenizedQuestion([5, 6], [7, 1])])],
+        [Document([0], [TokenizedQuestion([5, 6, 7], [8, 9, 1]), TokenizedQuestion([5, 6, 7, 8], [9, 1])])],
+        [Document([1], [TokenizedQuestion([5, 6], [7, 1])])],
     ]
     batch = tiny.batch(vlm, rows, tiny.images(2), multiple=8)
-    found = dict(zip(COUNTED, count(batch, vlm.attention_pattern).tolist(), strict=True))
+    found = dict(zip(COUNTED, count(batch).tolist(), strict=True))
     assert batch["labels"].shape == (2, 32)
     assert found["questions"] == 3 and found["supervised_tokens"] == 3 + 2 + 2
     assert found["tokens"] == (17 + 5 + 5) + (17 + 3)
@@ -94,12 +94,12 @@ def test_counts_of_a_batch_by_hand(tmp_path: Path) -> None:
 def test_pairs_are_those_that_the_mask_lets_through(attention_pattern: str, window: int | None) -> None:
     vlm = tiny.model(attention_pattern)
     each = [1, 1] if attention_pattern == "prefix_lm" else [3, 2]
-    documents = tiny.documents(each)
-    batch = tiny.batch(vlm, [documents, [documents[1]]], tiny.images(2))
-    tokens = Tokens.of(*(batch[name] for name in ("document", "branch", "role", "position")), attention_pattern)
+    documents = tiny.documents(each, tiles=[(2, 1), (1,)])
+    batch = tiny.batch(vlm, [documents, [documents[1]]], tiny.images(4))
+    tokens = Tokens.of(batch)
     for name, width in (("pairs", None), ("local_pairs", window)):
         seen = visible(tokens.map(lambda t: t[:, :, None]), tokens.map(lambda t: t[:, None, :]), width)
-        found = dict(zip(COUNTED, count(batch, attention_pattern, window).tolist(), strict=True))
+        found = dict(zip(COUNTED, count(batch, window).tolist(), strict=True))
         assert found[name] == int(seen.sum())
 
 
@@ -121,7 +121,7 @@ def as_pytorch_counts(vlm: VLM, batch: dict[str, Tensor]) -> int:
 
 
 def ours(vlm: VLM, batch: dict[str, Tensor], meter: ThroughputMeter, dense: bool) -> int:
-    counts = dict(zip(COUNTED, count(batch, vlm.attention_pattern).tolist(), strict=True))
+    counts = dict(zip(COUNTED, count(batch).tolist(), strict=True))
     if dense:  # eager attention multiplies all pairs of tokens, then masks
         rows, length = batch["document"].shape
         counts["pairs"] = counts["local_pairs"] = rows * length**2
@@ -153,8 +153,8 @@ def test_operations_are_those_that_pytorch_counts(tmp_path: Path, frozen: str, c
     vlm = wide(tie_word_embeddings=True)
     for part, choice in FROZEN[frozen].items():
         set_trainable(vlm.part(part), choice, part)
-    document = [Document(0, [tiny.question(6, 3), tiny.question(5, 2)])]
-    other = [Document(1, document[0].questions)]
+    document = [Document([0], [tiny.question(6, 3), tiny.question(5, 2)])]
+    other = [Document([1], document[0].questions)]
     batch = tiny.batch(vlm, [document, other], tiny.images(2), multiple=1)
     assert (batch["document"] >= 0).all()
     if cached:

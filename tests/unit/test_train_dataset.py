@@ -18,7 +18,7 @@ from tests.unit.test_processor import tokenizer as tokenizer  # a fixture
 from vlmvqa.data.example import Example
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.sequence.rows import Document
+from vlmvqa.sequence.rows import Document, build_row
 
 COLORS = ("red", "blue", "dark red", "very dark red", "black")
 
@@ -39,7 +39,7 @@ def dataset(tokenizer: PreTrainedTokenizerFast, examples: list[Example], **optio
 def supervised(rows: list[list[Document]]) -> Counter[tuple[float, tuple[int, ...], tuple[int, ...]]]:
     """Count the supervised questions by image, prompt and answer."""
     return Counter(
-        (encoded.image.sum().item(), tuple(question.prompt), tuple(question.answer))
+        (encoded.images[0].sum().item(), tuple(question.prompt), tuple(question.answer))
         for row in rows
         for encoded in row
         for question in encoded.questions
@@ -94,7 +94,7 @@ def test_rows_are_filled_up_to_their_tokens(tokenizer: PreTrainedTokenizerFast) 
 def test_a_packed_epoch_is_the_same_loss_and_gradients(tokenizer: PreTrainedTokenizerFast, weighting: str) -> None:
     """With one question per row, one image per row, packed rows, copies of images; unsupervised rows at the end."""
     vlm = tiny.model(vocab_size=400)
-    make = replace(processor(tokenizer), num_image_tokens=vlm.vision.num_image_tokens)
+    make = replace(processor(tokenizer), num_image_tokens=vlm.num_image_tokens)
     found = []
     for options in ({"questions_per_row": 1}, {}, {"row_tokens": 150}, {"row_tokens": 150, "copy_images": True}):
         rows = TrainDataset(many(), make, RowSettings(loss_weighting=weighting, **options), BadRecords())
@@ -107,6 +107,16 @@ def test_a_packed_epoch_is_the_same_loss_and_gradients(tokenizer: PreTrainedToke
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         for name, gradient in found[0][1].items():
             assert (gradients[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2), name
+
+
+def test_several_images_count_in_the_length_of_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Every planned length is that of the built row."""
+    examples = [replace(one, more_images=(one.image,) * (number % 3)) for number, one in enumerate(many())]
+    built, make = dataset(tokenizer, examples, row_tokens=120), processor(tokenizer)
+    plan = built.packing.plan(0)
+    planned = [int(built.packing.lengths[plan[row]].sum()) for row in range(len(plan))]
+    rows = [build_row(built[row], make.num_image_tokens, make.attention_pattern) for row in range(len(plan))]
+    assert list(map(len, rows)) == planned and max(planned) <= 120
 
 
 def test_a_question_that_no_row_can_hold_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:

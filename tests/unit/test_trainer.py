@@ -20,12 +20,12 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.models.interface import Model, set_trainable
+from vlmvqa.models.interface import Model
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training import checkpoints, quantized_moments
 from vlmvqa.training.block_compilation import compile_blocks
 from vlmvqa.training.log import parts_table, read_log
-from vlmvqa.training.optimizer import GradientClipping
+from vlmvqa.training.optimizer import GradientClipping, set_trainable
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 COLORS = ("red", "green", "blue", "black")
@@ -48,7 +48,7 @@ def trainer(folder: Path, vlm: VLM, rates: Mapping[str, float | None] | None = N
     given = examples()
     tokenizer = train_tokenizer(given, 300)
     processor = Processor(
-        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.num_image_tokens, vlm.attention_pattern
+        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.num_image_tokens, vlm.attention_pattern
     )
     settings = {"per_device_train_batch_size": 2, "max_steps": 4, "report_to": "none", "save_strategy": "no"}
     args = TrainingArguments(

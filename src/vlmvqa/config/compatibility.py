@@ -18,7 +18,7 @@ import torch
 from vlmvqa.config.schema import AnyModelSettings, DistSettings, TrainConfig
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.vlm import ModelSettings
-from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.sequence.rows import SHAREABLE
 from vlmvqa.training.optimizer import CLASSES, OPTIMIZERS, optimizer_for
 
 # Whether the run combines them, and the error message.

@@ -25,7 +25,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import CONF
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
-OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs", "space")
+OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs", "space", "init_from")
 # Keys that may be given several times, by config; their values are taken literally, quotes included.
 REPEATABLE = {"predict": ("image", "question"), **dict.fromkeys(("study", "sweep", "plan"), ("base",))}
 # Options with which Hydra prints something in place of running a job.
@@ -203,7 +203,7 @@ def _check_override(config_name: str, content: Any, override: str, arguments: Se
         if isinstance(node, dict) and part in node:
             node = node[part]
             continue
-        opened = depth > 0 and parts[depth - 1] in OPEN and isinstance(node, dict)
+        opened = depth > 0 and parts[depth - 1] in OPEN and isinstance(node, dict | None)
         if opened or (parts[0] == "trainer" and part in argument_types()):
             return "++" + override.lstrip("+")
         from vlmvqa.config.suggestions import default_keys, suggest_key

@@ -190,6 +190,8 @@ def _to_arrays(examples: Sequence[Example], root: Path) -> Arrays | None:
     def numbers(values: Iterable[str | None]) -> NDArray[np.int32]:
         return np.array([texts.setdefault(text, len(texts)) for text in values], np.int32)
 
+    if any(example.more_images for example in examples):
+        return None
     try:
         arrays = {
             **{name: numbers(getattr(question, name) for question in questions) for name in TEXTS},

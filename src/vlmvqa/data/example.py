@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from PIL.Image import Image
 
+from vlmvqa.errors import InputError
+
 
 class StoredImage(Protocol):
     """An encoded image file that is read on demand: a path, or a position in a shard (`extras/shards`)."""
@@ -52,20 +54,37 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An image and its questions; `image_id` is the benchmark's id, used for shuffling and in errors."""
+    """An image and its questions; `image_id` is the benchmark's id, used for shuffling and in errors.
+
+    Questions about several images have the others in `more_images`.
+    """
 
     image: ImageSource
     image_id: int | str
     questions: tuple[Question, ...]
+    more_images: tuple[ImageSource, ...] = ()
 
     def with_questions(self, first: int, end: int) -> Example:
         """Return the image with questions `first` to `end` (exclusive) only."""
         return replace(self, questions=self.questions[first:end])
 
     @property
+    def named_images(self) -> list[tuple[ImageSource, str]]:
+        """Return every image with its name in error messages."""
+        images = (self.image, *self.more_images)
+        return [(one, str(one) if isinstance(one, Path) else f"image {self.image_id}") for one in images]
+
+    @property
     def name(self) -> str:
-        """Return the name of the image in error messages."""
-        return str(self.image) if isinstance(self.image, Path) else f"image {self.image_id}"
+        """Return the name of the first image in error messages."""
+        return self.named_images[0][1]
+
+
+def refuse_several_images(examples: Iterable[Example], feature: str) -> None:
+    """Raise an InputError if questions are about several images, where `feature` supports one."""
+    for example in examples:
+        if example.more_images:
+            raise InputError(f"{feature} supports one image per question, but {example.name} is one of several")
 
 
 def count_questions(examples: Iterable[Example]) -> int:

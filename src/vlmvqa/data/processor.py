@@ -19,8 +19,7 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError
-from vlmvqa.sequence.masks import SHAREABLE
-from vlmvqa.sequence.rows import Document, TokenizedQuestion, build_row, pad_rows
+from vlmvqa.sequence.rows import SHAREABLE, Document, TokenizedQuestion, build_row, pad_rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Processor:
         tokenizer: the language model's tokenizer.
         images: size, normalisation and resizing of the vision encoder's input.
         num_image_tokens: N, tokens of one image.
-        attention_pattern: the model's attention pattern (`masks.ATTENTION_PATTERNS`).
+        attention_pattern: the model's attention pattern (`rows.ATTENTION_PATTERNS`).
         max_text_tokens: limit on prompt plus answer tokens of one question (None: no limit). A longer question is
             truncated; the image, the end of the template and the answer never are.
         table: texts that are tokenized already; others are tokenized on demand.
@@ -70,17 +69,21 @@ class Processor:
         return TokenizedQuestion(prompt, target)
 
     def encode(self, example: Example, answers: Sequence[str | None]) -> Document:
-        """Load the image and tokenize the questions, each with its training answer or None.
+        """Load the images and tokenize the questions, each with its training answer or None.
 
         Raises:
-            InputError: the image cannot be read, or an answer cannot be trained on.
+            InputError: an image cannot be read, or an answer cannot be trained on.
         """
         pairs = zip(example.questions, answers, strict=True)
-        return Document(self.load_image(example), [self.tokenize(question, answer) for question, answer in pairs])
+        return replace(self.load_images(example), questions=[self.tokenize(*pair) for pair in pairs])
 
-    def load_image(self, example: Example) -> Tensor:
-        """Return the image, resized and normalised: `float[3, H, H]`."""
-        return to_tensor(decode(example.image, example.name, self.images), self.images)
+    def load_images(self, example: Example) -> Document:
+        """Return the images, resized and normalised, each `float[3, H, H]`, as a document without questions."""
+        return Document([to_tensor(decode(*one, self.images), self.images) for one in example.named_images], ())
+
+    def count_image_tokens(self, example: Example) -> int:
+        """Return how many tokens the images of an example take in a row."""
+        return self.num_image_tokens * len(example.named_images)
 
     def count_tokens(self, question: Question, answer: str) -> int:
         """Return how many tokens a question and its answer take in a row; EOS is a label, never an input."""
@@ -92,8 +95,9 @@ class Processor:
 
         `pixel_values float[I, 3, H, H]` or `image_features float[I, N, Dv]`, and the columns of `sequence/rows.py`.
         """
-        images = torch.stack([document.image for row in rows for document in row])
-        first_images = accumulate(map(len, rows), initial=0)  # index in the batch of each row's first image
+        images = torch.stack([image for row in rows for document in row for image in document.images])
+        counts = (sum(len(document.images) for document in row) for row in rows)
+        first_images = accumulate(counts, initial=0)  # index in the batch of each row's first image
         built = [
             build_row(row, self.num_image_tokens, self.attention_pattern, first)
             for row, first in zip(rows, first_images, strict=False)

@@ -184,7 +184,7 @@ class PromptTemplate:
 
 def group_by_image(
     questions: Iterable[tuple[Id, Question]],
-    path_of: Callable[[Id], Path],
+    paths_of: Callable[[Id], Sequence[Path]],
     where: Path,
     split: str,
     bad_records: BadRecords,
@@ -194,7 +194,7 @@ def group_by_image(
 
     Args:
         questions: pairs of image id and question.
-        path_of: returns the image file of an image id.
+        paths_of: returns the image file of an image id, or the files of images that are asked about together.
         where, split: the file of the questions and its split, for errors.
         bad_records: where questions whose image is missing are reported.
         place_of: returns the place in the file of a question id, for errors.
@@ -205,18 +205,21 @@ def group_by_image(
     by_image: dict[Id, list[Question]] = {}
     for image_id, question in questions:
         by_image.setdefault(image_id, []).append(question)
-    paths = {image_id: path_of(image_id) for image_id in by_image}
+    paths = {image_id: paths_of(image_id) for image_id in by_image}
     # One directory listing instead of 82,783 calls of `exists`, which take minutes on a network disk.
-    present = {folder: _names(folder) for folder in {path.parent for path in paths.values()}}
-    missing = {image_id for image_id, path in paths.items() if path.name not in present[path.parent]}
+    present = {folder: _names(folder) for folder in {path.parent for together in paths.values() for path in together}}
+    missing = {
+        image_id: path for image_id in paths for path in paths[image_id] if path.name not in present[path.parent]
+    }
     examples = []
     for image_id, grouped in by_image.items():
         if image_id not in missing:
-            examples.append(Example(paths[image_id], image_id, tuple(grouped)))
+            first, *others = paths[image_id]
+            examples.append(Example(first, image_id, tuple(grouped), tuple(others)))
         else:
             bad_records.add(
                 f"{where}, {place_of(grouped[0].id)}",
-                f"its image {paths[image_id]} is missing ({len(missing)} of the {len(by_image)} images are)",
+                f"its image {missing[image_id]} is missing ({len(missing)} of the {len(by_image)} images are)",
                 "download it",
             )
     return refuse_empty(examples, where, split)

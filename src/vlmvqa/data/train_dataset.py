@@ -143,15 +143,16 @@ class TrainDataset(Dataset[list[Document]]):
 
     def _split_into_documents(self) -> list[int]:
         """Drop questions that cannot be trained on, split the others into documents and return their token counts."""
-        num_image_tokens, settings = self.processor.num_image_tokens, self.settings
-        room = None if settings.row_tokens is None else settings.row_tokens - num_image_tokens
+        settings = self.settings
         all_lengths = iter(self._question_lengths())
         document_lengths = []
         for number, example in enumerate(self.examples):
             lengths, usable = [], []
+            image_tokens = self.processor.count_image_tokens(example)
+            room = None if settings.row_tokens is None else settings.row_tokens - image_tokens
             for question, length in zip(example.questions, all_lengths, strict=False):
                 try:
-                    lengths.append(self._check_length(question, length, room))
+                    lengths.append(self._check_length(question, length, image_tokens))
                     usable.append(question)
                 except InputError as error:
                     self.bad_records.add_error(error)
@@ -159,7 +160,7 @@ class TrainDataset(Dataset[list[Document]]):
                 self.examples[number] = replace(example, questions=tuple(usable))
             for first, end in split_questions(lengths, room, settings.questions_per_row):
                 self.documents.append(DocumentSpan(number, first, end))
-                document_lengths.append(num_image_tokens + sum(lengths[first:end]))
+                document_lengths.append(image_tokens + sum(lengths[first:end]))
         if not document_lengths:
             raise InputError("no training question can be used; see the listing of skipped records")
         return document_lengths
@@ -184,16 +185,16 @@ class TrainDataset(Dataset[list[Document]]):
         lengths: list[int] = np.where(unusual, 0, total).tolist()
         return lengths
 
-    def _check_length(self, question: Question, length: int, room: int | None) -> int:
+    def _check_length(self, question: Question, length: int, image_tokens: int) -> int:
         """Return the tokens of a question with its longest answer; raise an InputError if no row has room for them."""
         length = length or max(
             self.processor.count_tokens(question, answer) for answer in self._possible_answers(question)
         )
-        if room is not None and length > room:
-            total = self.processor.num_image_tokens + length
+        total, limit = image_tokens + length, self.settings.row_tokens
+        if limit is not None and total > limit:
             raise InputError(
                 f"question {question.id}: with its image it has {total} tokens, more than "
-                f"data.row_tokens={self.settings.row_tokens}; raise it"
+                f"data.row_tokens={limit}; raise it"
             )
         return length
 
@@ -214,8 +215,11 @@ class TrainDataset(Dataset[list[Document]]):
         index, first, end = self.documents[number]
         example = self.examples[index]
         try:
-            features = self.features
-            image = self.processor.load_image(example) if features is None else features[example.image_id]
+            images = (
+                self.processor.load_images(example)
+                if self.features is None
+                else Document([self.features[example.image_id]], ())
+            )
         except InputError as error:
             self.bad_records.add_error(error)
             return []
@@ -226,7 +230,7 @@ class TrainDataset(Dataset[list[Document]]):
             weight = weigh(len(tokens.answer), len(example.questions)) if supervised else 0.0
             questions.append(replace(tokens, weight=weight))
         groups = [[question] for question in questions] if self.settings.copy_images else [questions]
-        return [Document(image, group) for group in groups]
+        return [replace(images, questions=group) for group in groups]
 
     def _unsupervised(self, number: int) -> list[Document]:
         """Return the first document from `number` on whose image can be read, without supervised tokens."""

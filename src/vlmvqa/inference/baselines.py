@@ -74,22 +74,22 @@ def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example] | No
     Returns:
         The examples, or None if there are fewer than two images.
     """
-    images = {example.image_id: example.image for example in examples}
+    images = {example.image_id: example for example in examples}
     if len(images) < 2:
         return None
     order = list(images)
     random.Random(seed).shuffle(order)
     shifted = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [
-        replace(example, image=images[shifted[example.image_id]], image_id=shifted[example.image_id])
-        for example in examples
-    ]
+    return [replace(images[shifted[example.image_id]], questions=example.questions) for example in examples]
 
 
 def blank_images(examples: Sequence[Example]) -> list[Example]:
     """Replace each example's image by a uniform grey one."""
     grey = grey_image()
-    return [replace(example, image=grey, image_id=f"grey for {example.image_id}") for example in examples]
+    return [
+        replace(one, image=grey, image_id=f"grey for {one.image_id}", more_images=(grey,) * len(one.more_images))
+        for one in examples
+    ]
 
 
 def grey_image() -> Image.Image:

@@ -188,6 +188,8 @@ def score(examples: Iterable[Example], answers: Answers, name: str = "vqa_accura
     examples = list(examples)
     questions = [question for example in examples for question in example.questions if question.id in answers]
     if metric(name).needs_images:
+        if any(example.more_images for example in examples):
+            raise InputError(f"the metric {name} compares with one image, but a question has several; leave it out")
         images = {question.id: example.image for example in examples for question in example.questions}
         options["images"] = {question.id: images[question.id] for question in questions}
     return metric(name).score(questions, {question.id: answers[question.id] for question in questions}, **options)

@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from vlmvqa.models.language import LanguageModel
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, NONE
-from vlmvqa.sequence.rows import IGNORE, IMAGE, PADDING, PROMPT, Batch
+from vlmvqa.sequence.rows import IGNORE, NONE, PADDING, PROMPT, Batch
 
 COUNTED = ("questions", "supervised_tokens", "tokens", "pairs", "local_pairs")
 
 
-def count(batch: Batch, attention_pattern: str, window: int | None = None) -> Tensor:
+def count(batch: Batch, window: int | None = None) -> Tensor:
     """Count the contents of a batch: `int64[5]` in the order of `COUNTED`, without a synchronization of the device.
 
     `pairs` are those of a token and one that it sees, itself included; the count is exact and computed from each token
@@ -39,21 +39,19 @@ def count(batch: Batch, attention_pattern: str, window: int | None = None) -> Te
     position - s.
 
     Args:
-        attention_pattern: a key of `masks.ATTENTION_PATTERNS`.
         window: number of positions that local layers see back (None: `local_pairs` equals `pairs`).
     """
-    role, position, real = batch["role"], batch["position"], batch["document"] != PADDING
+    block, position, real = batch["block"], batch["position"], batch["document"] != PADDING
     supervised = batch["labels"] != IGNORE
+    # The tokens of a block follow each other: it begins where the block changes, or positions restart.
+    begins = torch.ones_like(real)
+    begins[:, 1:] = (block[:, 1:] != block[:, :-1]) | (position[:, 1:] != position[:, :-1] + 1)
+    begin = torch.where(begins, torch.arange(block.shape[1], device=block.device), 0).cummax(1).values
     back = position + 1
-    ahead = torch.zeros_like(position)
-    blocks = ATTENTION_PATTERNS[attention_pattern]
-    for kind, block in enumerate(blocks):
-        if block != NONE:
-            # A question's own block begins where the image has ended: at the number of tokens of any image.
-            begin = 0 if block == blocks[IMAGE] else position.where(role == IMAGE, -1).amax() + 1
-            ahead = torch.where(role == kind, position - begin, ahead)
+    ahead = torch.where(block == NONE, 0, position - position.gather(1, begin))
     local = back if window is None else back.clamp(max=window)
-    found = (supervised & (role == PROMPT), supervised, real, (back + ahead) * real, (local + ahead) * real)
+    questions = supervised & (batch["role"] == PROMPT)
+    found = (questions, supervised, real, (back + ahead) * real, (local + ahead) * real)
     return torch.stack([column.sum() for column in found])
 
 
@@ -92,15 +90,20 @@ def count_flops(vision: VisionEncoder, projector: Projector, language: LanguageM
     """Count operations from the modules' shapes and from which parameters train.
 
     Returns:
-        None for a mixture of experts, whose tokens pass only some of the matrices.
+        None for a mixture of experts, whose tokens pass only some of the matrices, and for a vision encoder that is no
+        plain transformer.
     """
     if any(parameter.ndim > 2 for parameter in language.decoder.parameters()):
         return None
+    if not all(isinstance(tower.encoder, VisionTransformer | Eva) for tower in vision.towers):
+        return None
     # In the order of the forward pass: a gradient flows back only if something before it trains.
-    encoded, flows = _encoder(vision)
-    image = 0
-    for layer in projector.layers:
-        image += vision.num_image_tokens * _matrices(layer, flows)
+    encoded, image, flows = 0, 0, False
+    for tower in vision.towers:
+        operations, trains = _encoder(tower)
+        encoded, flows = encoded + operations, flows | trains
+    for layer, tokens in projector.matrices():
+        image += tokens * _matrices(layer, flows)
         flows |= _trains(layer)
     return Flops(encoded, image, *_language(language, flows))
 
@@ -114,8 +117,8 @@ def _encoder(vision: VisionEncoder) -> tuple[int, bool]:
     flows = _trains_before(encoder, vision)
     for block in vision.blocks:
         flows |= _trains(block)
-        total += tokens * _matrices(block, flows) + tokens**2 * _attention(vision.width, flows)
-    return total, flows | _trains(vision.final_norm)
+        total += tokens * _matrices(block, flows) + tokens**2 * _attention(encoder.embed_dim, flows)
+    return total, flows | any(map(_trains, vision.final_norms))
 
 
 def _language(language: LanguageModel, flows: bool) -> tuple[int, int, int, int]:
@@ -129,7 +132,7 @@ def _language(language: LanguageModel, flows: bool) -> tuple[int, int, int, int]
         flows |= _trains(layer)
         token += _matrices(layer, flows)
         pairs[kind] += _attention(width, flows)
-    flows |= _trains(language.final_norm)
+    flows |= any(map(_trains, language.final_norms))
     words = embedding.num_embeddings if language.head is None else language.head.out_features
     trains = (language.head or embedding).weight.requires_grad
     supervised = 2 * words * language.width * (1 + trains + flows)
@@ -167,7 +170,7 @@ def _trains(part: nn.Module) -> bool:
 
 def _trains_before(network: nn.Module, part: VisionEncoder | LanguageModel) -> bool:
     """Return whether a parameter before the blocks of an encoder or decoder trains."""
-    after = {id(parameter) for module in (*part.blocks, part.final_norm) for parameter in module.parameters()}
+    after = {id(parameter) for module in (*part.blocks, *part.final_norms) for parameter in module.parameters()}
     return any(parameter.requires_grad for parameter in network.parameters() if id(parameter) not in after)
 
 

@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from vlmvqa.models.interface import Generated, GenerationSettings
 from vlmvqa.models.language import LanguageModel
 from vlmvqa.sequence.masks import Tokens
-from vlmvqa.sequence.rows import ANSWER, PADDING, PROMPT, Batch
+from vlmvqa.sequence.rows import NONE, PADDING, PROMPT, Batch
 
 CHUNK = 256  # states passed to the output head at once: 256 MiB of fp32 logits at V = 256,000
 NO_QUESTION = -1  # the question of a padding column
@@ -37,7 +37,6 @@ NO_QUESTION = -1  # the question of a padding column
 class CachedModel(Protocol):
     """The part of `VLM` that generation uses."""
 
-    attention_pattern: str
     language: LanguageModel
     training: bool
 
@@ -201,12 +200,11 @@ class OpenQuestions:
 
     def _new_tokens(self, ids: Tensor) -> Tokens:
         """Return the properties of the tokens `ids [Q, W]` in their slots, `[B * W, S]`."""
-        return Tokens.of(
+        return Tokens(
             document=self._place(self.document[:, None].expand_as(ids), PADDING),
             branch=self._place(self.branch[:, None].expand_as(ids), 0),
-            role=ids.new_full((self._rows() * self.num_beams, self.slots), ANSWER),
+            block=ids.new_full((self._rows() * self.num_beams, self.slots), NONE),
             position=self._place(self.position[:, None].expand_as(ids), 0),
-            attention_pattern=self.model.attention_pattern,
         )
 
     def _rows(self) -> int:

@@ -1,13 +1,14 @@
 """The model: a vision encoder, a projector, and a language model that reads image features as prefix tokens.
 
-    pixel_values [I, 3, H, H] --vision--> [I, N, Dv] --projector--> [I, N, D] --+ (place)
+    pixel_values [I, 3, H, H] --vision--> [I, N, Dv] --projector--> [I, M, D] --+ (place)
     input_ids    [B, T]       --embedding-------------------------> [B, T, D] --+--> decoder --> [B, T, D]
-    document, branch, role, position [B, T] ---one predicate---> mask [B, 1, T, T] --^              |
+    document, branch, block, position [B, T] --one predicate---> mask [B, 1, T, T] --^              |
     labels       [B, T]       ---------------supervised positions only: logits [S, V], loss <-------+
 
 `models/build.py` builds it from settings and loads its weights.
 
-Legend: B rows, T tokens, I images, N image tokens, D width, Dv vision width, S supervised tokens, V vocabulary.
+Legend: B rows, T tokens, I images, N features and M tokens of an image (equal unless the projector merges patches),
+D width, Dv vision width, S supervised tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from vlmvqa.models.language import LanguageModel, LanguageSettings
 from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import VisionEncoder, VisionSettings
 from vlmvqa.sequence.loss import divide_loss, supervised_loss
-from vlmvqa.sequence.masks import ATTENTION_PATTERNS, SHAREABLE, Tokens
-from vlmvqa.sequence.rows import IGNORE, NO_IMAGE, Batch
+from vlmvqa.sequence.masks import Tokens
+from vlmvqa.sequence.rows import ATTENTION_PATTERNS, IGNORE, NO_IMAGE, SHAREABLE, Batch
 
 if TYPE_CHECKING:
     from vlmvqa.models.flops import Flops
@@ -37,10 +38,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProjectorSettings:
-    """Settings of the projector: its `kind` ("linear" or "mlp"), and `dropout` on the projected features."""
+    """Settings of the projector.
+
+    Attributes:
+        kind: one of `projector.LAYERS`, or a further kind.
+        dropout: dropout on the projected features.
+        scale_to_text: whether the initial output is scaled to the standard deviation of the text embeddings.
+        options: arguments of a further kind's class.
+    """
 
     kind: str = "linear"
     dropout: float = 0.0
+    scale_to_text: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class ModelSettings:
 
 
 class VLM(Model):
-    """Vision encoder, projector and language model; `attention_pattern` is a key of `masks.ATTENTION_PATTERNS`."""
+    """Vision encoder, projector and language model; `attention_pattern` is a key of `rows.ATTENTION_PATTERNS`."""
 
     text_folder = "tokenizer"
 
@@ -77,7 +87,7 @@ class VLM(Model):
     # ---- embed, place, mask, decode, loss
 
     def image_embeddings(self, batch: Batch) -> Tensor:
-        """Project `pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` to `float[I * N, D]`."""
+        """Project `pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` to `float[I * M, D]`."""
         dtype = next(self.projector.parameters()).dtype
         features = (
             batch["image_features"] if "image_features" in batch else self.vision(batch["pixel_values"].to(dtype))
@@ -98,7 +108,7 @@ class VLM(Model):
 
     def tokens(self, batch: Batch) -> Tokens:
         """Return the token properties that determine which tokens attend to which."""
-        return Tokens.of(batch["document"], batch["branch"], batch["role"], batch["position"], self.attention_pattern)
+        return Tokens.of(batch)
 
     def decode(self, batch: Batch, cache: Cache | None = None) -> Tensor:
         """Return the last hidden state of every token, `float[B, T, D]`; fill `cache` with keys and values."""
@@ -159,6 +169,11 @@ class VLM(Model):
         return self.language.attention
 
     @property
+    def num_image_tokens(self) -> int:
+        """Number of tokens of an image in a row, M."""
+        return self.projector.output.tokens
+
+    @property
     def shares_images(self) -> bool:
         """Whether one row may hold several questions about an image."""
         return self.attention_pattern in SHAREABLE
@@ -173,7 +188,7 @@ class VLM(Model):
         if name == "projector":
             return Part(self.projector, list(self.projector.parameters()))
         module = self.vision if name == "vision" else self.language
-        return Part(module, list(module.parameters()), module.blocks, [module.final_norm])
+        return Part(module, list(module.parameters()), module.blocks, module.final_norms)
 
     def checkpoint_activations(self) -> None:
         """Recompute activations of encoder blocks and decoder layers in the backward pass: less memory, more time."""
@@ -191,6 +206,10 @@ class VLM(Model):
     def patch_grid(self, batch: Batch) -> tuple[int, int]:
         """Return the rows and columns of patches of an image."""
         return self.vision.patch_grid
+
+    def token_grid(self, batch: Batch) -> tuple[int, int] | None:
+        """Return the rows and columns of image tokens; None if they form no grid."""
+        return self.projector.output.grid
 
     def flops(self) -> Flops | None:
         """Return the floating-point operations per image and token (see `flops.count_flops`)."""

@@ -17,20 +17,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from vlmvqa.sequence.rows import IMAGE, PADDING, PROMPT
+from vlmvqa.sequence.rows import NONE, PADDING, Batch
 
-NONE = -1
 SPAN = 64  # queries
 BLOCK = 128  # tokens of a block of FlexAttention
-# Attention pattern -> the bidirectional block of image, prompt and answer tokens (NONE: causal).
-# Tokens in one block (and in one branch, or the image) see each other in both directions.
-ATTENTION_PATTERNS = {
-    "causal": (NONE, NONE, NONE),
-    "image_prefix": (0, NONE, NONE),
-    "blockwise_prefix": (0, 1, NONE),
-    "prefix_lm": (0, 0, NONE),  # PaliGemma's: the image sees the question, so no two questions may share it
-}
-SHAREABLE = ("causal", "image_prefix", "blockwise_prefix")
 
 
 class Tokens(NamedTuple):
@@ -42,12 +32,9 @@ class Tokens(NamedTuple):
     position: Tensor
 
     @classmethod
-    def of(cls, document: Tensor, branch: Tensor, role: Tensor, position: Tensor, attention_pattern: str) -> Tokens:
-        """Return the columns of a batch, with each role's bidirectional block under `attention_pattern`."""
-        image, prompt, answer = ATTENTION_PATTERNS[attention_pattern]
-        # Built from scalars: copying a table to the GPU would synchronize.
-        block = torch.where(role == IMAGE, image, torch.where(role == PROMPT, prompt, answer))
-        return cls(document, branch, block, position)
+    def of(cls, batch: Batch) -> Tokens:
+        """Return the columns of a batch."""
+        return cls(*(batch[name] for name in cls._fields))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         """Apply a function to every column."""

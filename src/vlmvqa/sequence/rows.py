@@ -4,10 +4,11 @@
      document   0  0  0  0   0  0  0   0  0   0  0   0  0   1  1  1  1   1  1   1   -1  -1
      branch     0  0  0  0   1  1  1   1  1   2  2   2  2   0  0  0  0   1  1   1    .   .
      role       I  I  I  I   P  P  P   A  A   P  P   A  A   I  I  I  I   P  P   A    .   .
+     block      0  0  0  0   1  1  1  -1 -1   1  1  -1 -1   0  0  0  0   1  1  -1   -1  -1
      position   0  1  2  3   4  5  6   7  8   4  5   6  7   0  1  2  3   4  5   6    .   .
 
-A document is an image with its questions; a row holds one or more. The positions of every branch
-continue those of the image, so that a shared row computes the same as separate rows.
+A document is an image, or several images or tiles in order, with its questions; a row holds one or more. The positions
+of every branch continue those of the images, so that a shared row computes the same as separate rows.
 
 Labels are stored at the position that predicts them: the last prompt token has the first answer token
 as its label, the last answer token has EOS. EOS is never an input, because nothing is predicted from it.
@@ -28,8 +29,19 @@ Batch = Mapping[str, Tensor]  # columns `[B, T]` by name, and the images
 
 IMAGE, PROMPT, ANSWER = 0, 1, 2  # roles
 PADDING = -1  # the document of a padding token
+NONE = -1  # the block of a token that attends causally
 IGNORE = -100  # the label of an unsupervised position (torch's convention)
 NO_IMAGE = -1  # the image_index of a text token
+
+# Attention pattern -> its bidirectional blocks, whose tokens see each other both ways: each image, each question, or
+# images and question together ("prefix"). `build_row` numbers them; all other tokens are causal.
+ATTENTION_PATTERNS: dict[str, tuple[str, ...]] = {
+    "causal": (),
+    "image_prefix": ("image",),
+    "blockwise_prefix": ("image", "question"),
+    "prefix_lm": ("prefix",),  # PaliGemma's: the image sees the question, so no two questions may share it
+}
+SHAREABLE = ("causal", "image_prefix", "blockwise_prefix")
 
 # Padding value of each column.
 FILL = {
@@ -38,6 +50,7 @@ FILL = {
     "document": PADDING,
     "branch": 0,
     "role": PROMPT,
+    "block": NONE,
     "position": 0,
     "labels": IGNORE,
     "weights": 0.0,  # weight of a label in the loss: float32, all other columns are int64
@@ -61,14 +74,19 @@ class TokenizedQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """An image and the tokenized questions that share it.
+    """Images and the tokenized questions that share them.
 
-    `image` is whatever the collate function stacks: `float[3, H, H]` pixels, cached features `float[N, Dv]`, a decoded
-    PIL image for a pretrained model, or an index into tensors that already exist.
+    Attributes:
+        images: images, or tiles of images, of N tokens each. An element is whatever the collate function stacks:
+            `float[3, H, H]` pixels, cached features `float[N, Dv]`, a decoded PIL image for a pretrained model, or an
+            index into tensors that already exist.
+        tiles: the number of consecutive elements of `images` that form a block, such as the tiles of an image; empty:
+            each element is a block.
     """
 
-    image: Any
+    images: Sequence[Any]
     questions: Sequence[TokenizedQuestion]
+    tiles: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -81,10 +99,11 @@ class Row:
         """Return T."""
         return len(self.columns["input_ids"])
 
-    def extend(self, **values: Sequence[float]) -> None:
-        """Append values to every column."""
-        for name in FILL:
-            self.columns[name].extend(values[name])
+    def extend(self, length: int, **values: float | Sequence[float]) -> None:
+        """Append tokens; a number is repeated for each, and a column that is not given gets its padding value."""
+        for name, fill in FILL.items():
+            value = values.get(name, fill)
+            self.columns[name].extend(value if isinstance(value, Sequence) else [value] * length)
 
 
 def build_row(
@@ -95,44 +114,49 @@ def build_row(
     Args:
         documents: images with their questions.
         num_image_tokens: N.
-        attention_pattern: a key of `masks.ATTENTION_PATTERNS`; under "prefix_lm" a document is a single branch.
-        first_image: index in the batch of the first document's image; the other images follow it.
+        attention_pattern: a key of `ATTENTION_PATTERNS`; under "prefix_lm" a document is a single branch.
+        first_image: index in the batch of the first document's first image; the other images follow it.
 
     Raises:
         ValueError: two questions share an image under "prefix_lm", where image tokens see the question; an image has
             no question; or a question has no prompt token.
     """
-    row = Row()
+    row, blocks = Row(), ATTENTION_PATTERNS[attention_pattern]
+    one_branch, features = "prefix" in blocks, first_image * num_image_tokens
     for number, document in enumerate(documents):
-        if attention_pattern == "prefix_lm" and len(document.questions) > 1:
+        if one_branch and len(document.questions) > 1:
             raise ValueError(
-                f"{len(document.questions)} questions share an image under prefix_lm, where the image sees its "
-                "question; give each question its own row (data.questions_per_row=1) or use another attention pattern"
+                f"{len(document.questions)} questions share an image under {attention_pattern}, where the image sees "
+                "its question; give each its own row (data.questions_per_row=1) or use another attention pattern"
             )
-        image = first_image + number
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")
-        row.extend(
-            input_ids=[FILL["input_ids"]] * num_image_tokens,
-            image_index=range(image * num_image_tokens, (image + 1) * num_image_tokens),
-            document=[number] * num_image_tokens,
-            branch=[0] * num_image_tokens,
-            role=[IMAGE] * num_image_tokens,
-            position=range(num_image_tokens),
-            labels=[IGNORE] * num_image_tokens,
-            weights=[0.0] * num_image_tokens,
-        )
+        start, tiles = 0, document.tiles or [1] * len(document.images)
+        for block, count in enumerate(tiles):
+            end = start + count * num_image_tokens
+            row.extend(
+                end - start,
+                image_index=range(features + start, features + end),
+                document=number,
+                role=IMAGE,
+                block=0 if one_branch else block if "image" in blocks else NONE,
+                position=range(start, end),
+            )
+            start = end
+        features += start
         for branch, question in enumerate(document.questions, start=1):
             if not question.prompt:
                 raise ValueError("a question without a prompt token has no position to answer from")
             prompt, answer = len(question.prompt), max(len(question.answer) - 1, 0)
+            block = 0 if one_branch else len(tiles) if "question" in blocks else NONE
             row.extend(
+                prompt + answer,
                 input_ids=[*question.prompt, *question.answer[:-1]],
-                image_index=[NO_IMAGE] * (prompt + answer),
-                document=[number] * (prompt + answer),
-                branch=[0 if attention_pattern == "prefix_lm" else branch] * (prompt + answer),
+                document=number,
+                branch=0 if one_branch else branch,
                 role=[PROMPT] * prompt + [ANSWER] * answer,
-                position=range(num_image_tokens, num_image_tokens + prompt + answer),
+                block=[block] * prompt + [NONE] * answer,
+                position=range(start, start + prompt + answer),
                 labels=[IGNORE] * (prompt - 1) + list(question.answer or [IGNORE]),
                 weights=[0.0] * (prompt - 1) + [question.weight] * len(question.answer or [IGNORE]),
             )

@@ -137,7 +137,7 @@ class ThroughputMeter(TrainerCallback):
         self.shapes["positions"] += batch["document"].numel()
         self.shapes["images"] += len(batch["pixel_values" if "pixel_values" in batch else "image_features"])
         self.shapes["encoded"] += len(batch.get("pixel_values", ()))
-        self.counts = self.counts.to(batch["role"].device) + count(batch, self.vlm.attention_pattern, self.window)
+        self.counts = self.counts.to(batch["role"].device) + count(batch, self.window)
         self.enter("language_model")
 
     def backward(self, loss: Tensor) -> None:

@@ -73,7 +73,7 @@ def read(
     images = list(load(root, path, selected, bad_records))
     paths = {key: image_path for key, image_path, _ in images}
     questions = ((key, Question(key, "", prompt, _one_line(texts[0]), texts)) for key, _, texts in images)
-    examples = records.group_by_image(questions, paths.__getitem__, path, split, bad_records)
+    examples = records.group_by_image(questions, lambda image_id: [paths[image_id]], path, split, bad_records)
     return arrange(examples, selected.name, captions=captions)
 
 

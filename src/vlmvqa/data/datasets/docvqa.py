@@ -49,7 +49,7 @@ def read(
     indices = selected.indices(len(entries), path)
     usable = records.usable_records(entries, "questionId", path, bad_records, find, indices=indices)
     questions = ((record["image"], _question(record, template)) for record in usable)
-    return records.group_by_image(questions, lambda image: root / image, path, split, bad_records)
+    return records.group_by_image(questions, lambda image: [root / image], path, split, bad_records)
 
 
 def files(root: Path, split: str) -> list[Path]:

@@ -64,7 +64,7 @@ def read(
     entries = _load(paths, with_details, bad_records)
     entries = [entries[index] for index in selected.indices(len(entries), where)]
     questions = _questions(entries, with_details, template, bad_records)
-    return records.group_by_image(questions, lambda image_id: images / f"{image_id}.jpg", where, split, bad_records)
+    return records.group_by_image(questions, lambda image_id: [images / f"{image_id}.jpg"], where, split, bad_records)
 
 
 def files(root: Path, split: str) -> list[Path]:

@@ -2,9 +2,10 @@
 
     root/train.jsonl    {"image": "images/1.jpg", "question": "What is it?", "answers": ["a cat", "cat"], "id": 1}
 
-Image paths are relative to the file. `id` is optional (default: the line number), and so is `question_type`, for the
-tables and the prior control. A file without any `answers` is a test split. `data.root` may also be one file, whose
-split is `all`, with slices of it (`data.train_split=all[:90%] data.eval_split=all[90%:]`).
+Image paths are relative to the file. A question about several images has a list of them instead, in the order in which
+the model reads them: `"images": ["a.jpg", "b.jpg"]`. `id` is optional (default: the line number), and so is
+`question_type`, for the tables and the prior control. A file without any `answers` is a test split. `data.root` may
+also be one file, whose split is `all`, with slices of it (`data.train_split=all[:90%] data.eval_split=all[90%:]`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from vlmvqa.data.splits import Slice, parse_split
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.paths import replace_file
 
+TOGETHER = " + "  # joins the paths of images that are asked about together to their id
 SINGLE = "all"  # the split of a single file
 Records = dict[int | str, tuple[int, Any]]  # by the question's id: number and JSON value of the line
 LINE = '{"image": "images/1.jpg", "question": "What is it?", "answers": ["a cat"]}'
@@ -54,7 +56,7 @@ def read(
     answered = any(content.get("answers") is not None for _, content in entries.values())
     return records.group_by_image(
         _questions(chosen, path, answered, template, bad_records),
-        lambda image: path.parent / image,
+        lambda images: [path.parent / image for image in images.split(TOGETHER)],
         path,
         split,
         bad_records,
@@ -144,12 +146,16 @@ def _load(path: Path, bad_records: BadRecords) -> Records:
 def _questions(
     entries: Records, path: Path, answered: bool, template: records.PromptTemplate, bad_records: BadRecords
 ) -> Iterator[tuple[str, Question]]:
-    """Yield image path and question of each usable record."""
+    """Yield image id and question of each usable record; the id is the path of the image, or of several."""
     for key, (line, record) in entries.items():
         if isinstance(record.get("answers"), str):
             record = {**record, "answers": [record["answers"]]}
         optional = {"question_type": str} if "question_type" in record else {}
-        problem = records.find_question_problem(record, {"image": str, **optional})
+        several = "images" in record
+        images = {"images": list} if several else {"image": str}
+        problem = records.find_question_problem(record, {**images, **optional})
+        if several and not problem and set(map(type, record["images"])) != {str}:
+            problem = "its 'images' should be a list of paths"
         if not problem and answered:
             problem = records.find_answers_problem(record)
         if problem:
@@ -157,4 +163,5 @@ def _questions(
             continue
         text, answers = record["question"], tuple(record.get("answers") or ())
         target = records.most_common(answers) if answers else None
-        yield record["image"], Question(key, text, template(text), target, answers, record.get("question_type"))
+        image = TOGETHER.join(record["images"]) if several else record["image"]
+        yield image, Question(key, text, template(text), target, answers, record.get("question_type"))

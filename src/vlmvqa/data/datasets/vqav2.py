@@ -47,7 +47,7 @@ def read(
     path, *annotations, images = files(root, selected.name)
     return records.group_by_image(
         _questions(path, annotations[0] if annotations else None, selected, template, bad_records),
-        lambda image_id: images / f"COCO_{images.name}_{image_id:012d}.jpg",
+        lambda image_id: [images / f"COCO_{images.name}_{image_id:012d}.jpg"],
         path,
         split,
         bad_records,

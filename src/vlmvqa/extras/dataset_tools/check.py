@@ -62,7 +62,8 @@ def check(read: Read, splits: Mapping[str, Mapping[str, int]], decode_images: bo
 
 def _decoding_error(example: Example) -> str:
     try:
-        decode(example.image, example.name)
+        for image in example.named_images:
+            decode(*image)
     except InputError as error:
         return str(error)
     return ""

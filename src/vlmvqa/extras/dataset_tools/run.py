@@ -101,7 +101,7 @@ def cache_features(config: PrepareConfig) -> None:
     examples = read_examples(data, config.split, _most_samples(config), bad_records)
     vision, processor = build_encoder(config, data, examples)
     key = feature_key(vision, processor.images, config.features.dtype)
-    shape = vision.num_image_tokens, vision.width
+    shape = vision.features.tokens, vision.features.width
     print(disk_space(folder, len(unique_images(examples)), shape, config.features.dtype), flush=True)
     cores = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     try:
@@ -110,7 +110,7 @@ def cache_features(config: PrepareConfig) -> None:
             key,
             vision,
             examples,
-            processor.load_image,
+            processor.load_images,
             bad_records,
             batch_size=config.batch_size,
             workers=cores if config.workers is None else config.workers,

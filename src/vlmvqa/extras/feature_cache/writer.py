@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlmvqa.data.example import Example
+from vlmvqa.data.example import Example, refuse_several_images
 from vlmvqa.errors import BadRecords, InputError, counted
 from vlmvqa.extras.feature_cache.store import (
     FEATURES,
@@ -32,6 +32,7 @@ from vlmvqa.extras.feature_cache.store import (
 from vlmvqa.models.interface import DTYPES
 from vlmvqa.paths import replace_file
 from vlmvqa.ranks import bar
+from vlmvqa.sequence.rows import Document
 
 if TYPE_CHECKING:
     from vlmvqa.models.vision import VisionEncoder
@@ -44,9 +45,9 @@ class _Images(Dataset[tuple[int, Tensor, str]]):
     """
 
     def __init__(
-        self, images: Sequence[tuple[int, Example]], load_image: Callable[[Example], Tensor], size: int
+        self, images: Sequence[tuple[int, Example]], load_images: Callable[[Example], Document], size: int
     ) -> None:
-        self.images, self.load_image, self.size = images, load_image, size
+        self.images, self.load_images, self.size = images, load_images, size
 
     def __len__(self) -> int:
         return len(self.images)
@@ -54,7 +55,8 @@ class _Images(Dataset[tuple[int, Tensor, str]]):
     def __getitem__(self, index: int) -> tuple[int, Tensor, str]:
         row, example = self.images[index]
         try:
-            return row, self.load_image(example), ""
+            (pixels,) = self.load_images(example).images
+            return row, pixels, ""
         except InputError as error:
             return row, torch.zeros(3, self.size, self.size), str(error)
 
@@ -63,8 +65,10 @@ def unique_images(examples: Iterable[Example]) -> dict[ImageId, Example]:
     """Return one example of each image by its id, in order.
 
     Raises:
-        InputError: two files have the same id.
+        InputError: two files have the same id, or questions are about several images.
     """
+    examples = list(examples)
+    refuse_several_images(examples, "data.feature_cache")
     found: dict[ImageId, Example] = {}
     for example in examples:
         first = found.setdefault(example.image_id, example)
@@ -105,7 +109,7 @@ def write(
     key: Key,
     vision: VisionEncoder,
     examples: Iterable[Example],
-    load_image: Callable[[Example], Tensor],
+    load_images: Callable[[Example], Document],
     bad_records: BadRecords,
     *,
     batch_size: int = 64,
@@ -116,7 +120,7 @@ def write(
 
     Args:
         key: the `feature_key` of the encoder; features of another key are replaced only if `overwrite` is set.
-        load_image: returns an example's image as `float[3, H, H]`, as in training (`Processor.load_image`).
+        load_images: returns an example's image as `float[3, H, H]`, as in training (`Processor.load_images`).
         workers: number of processes that decode images.
 
     Raises:
@@ -124,7 +128,7 @@ def write(
     """
     if batch_size < 1 or workers < 0:
         raise InputError(f"batch_size={batch_size} workers={workers}: use at least 1 image, 0 workers")
-    images, shape = unique_images(examples), (vision.num_image_tokens, vision.width)
+    images, shape = unique_images(examples), (vision.features.tokens, vision.features.width)
     if not images:
         raise InputError("the split has no images; check split and data.max_train_samples")
     ids, image_bytes = list(images), bytes_per_image(shape, DTYPES[key["dtype"]])
@@ -134,7 +138,7 @@ def write(
         index = {"key": key, "shape": shape, "ids": ids, "samples": sample_checksums(list(images.values()))}
         _write_index(folder, index, skipped)
         todo = [(row, images[image]) for row, image in enumerate(ids) if image not in encoded]
-        pixels, pin = _Images(todo, load_image, vision.image_size), next(vision.parameters()).is_cuda
+        pixels, pin = _Images(todo, load_images, vision.image_size), next(vision.parameters()).is_cuda
         loaded = DataLoader(pixels, batch_size, num_workers=workers, pin_memory=pin)
         with bar(doing="encoding", unit="images", total=len(ids), initial=len(encoded)) as count:
             for rows, features, errors in _encoded(vision, loaded, ids, key["dtype"]):

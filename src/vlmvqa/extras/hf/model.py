@@ -26,15 +26,15 @@ from transformers.utils.generic import can_return_tuple
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hf.config import VlmvqaConfig
-from vlmvqa.models.build import assemble, build_vision_encoder
+from vlmvqa.models.build import assemble, build_vision_encoder, random_weights
 from vlmvqa.models.generation import last_prompt_tokens
 from vlmvqa.models.language import LanguageModel
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.loss import divide_loss, supervised_loss
-from vlmvqa.sequence.masks import NONE, Tokens
-from vlmvqa.sequence.rows import IMAGE, NO_IMAGE, PADDING
+from vlmvqa.sequence.masks import Tokens
+from vlmvqa.sequence.rows import IMAGE, NO_IMAGE, NONE, PADDING
 
-COLUMNS = ("input_ids", "attention_mask", "position_ids", "branch", "role", "pixel_values")
+COLUMNS = ("input_ids", "attention_mask", "position_ids", "branch", "role", "block", "pixel_values")
 USE_PROCESSOR = "pass all that the processor returns: model.generate(**processor(images=..., text=...))"
 
 
@@ -52,7 +52,7 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         dtype = torch.get_default_dtype()
         settings = dataclasses.replace(config.model_settings(), dtype=str(dtype).removeprefix("torch."))
-        encoder = build_vision_encoder(dataclasses.replace(settings.vision, weights="random"))
+        encoder = build_vision_encoder(random_weights(settings.vision))
         language = LanguageModel(AutoModelForCausalLM.from_config(config.language_config, dtype=dtype))
         vlm = assemble(encoder, language, settings)
         self.vision, self.projector, self.language = vlm.vision, vlm.projector, vlm.language
@@ -75,6 +75,7 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         branch: Tensor | None = None,
         role: Tensor | None = None,
+        block: Tensor | None = None,
         pixel_values: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
@@ -86,8 +87,9 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Compute logits, and the loss if there are labels.
 
         Args:
-            input_ids, attention_mask, position_ids, branch, role, pixel_values: rows, as the processor returns them;
-                with a filled `past_key_values` only the next `input_ids`, and the `attention_mask` of all K columns.
+            input_ids, attention_mask, position_ids, branch, role, block, pixel_values: rows, as the processor returns
+                them; with a filled `past_key_values` only the next `input_ids`, and the `attention_mask` of all K
+                columns.
             labels: int64[B, T], each at the position that predicts it, as the processor returns them; -100 for none.
             logits_to_keep: number of last positions that logits are computed for, or their indices (0: all).
             use_cache: fill a new cache with the rows' keys and values.
@@ -102,7 +104,7 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if options.get("output_attentions") or options.get("output_hidden_states"):
             raise InputError("this model returns neither attentions nor hidden states; leave output_... out")
         if pixel_values is not None:
-            columns = (input_ids, attention_mask, position_ids, branch, role, pixel_values)
+            columns = (input_ids, attention_mask, position_ids, branch, role, block, pixel_values)
             batch = _batch(dict(zip(COLUMNS, columns, strict=True)))
             cache = past_key_values if past_key_values is not None or not use_cache else DynamicCache()
             hidden = self.vlm.decode(batch, cache)
@@ -256,6 +258,7 @@ def _batch(columns: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         "document": torch.where(is_token, 0, PADDING),
         "branch": rows["branch"],
         "role": rows["role"],
+        "block": rows["block"],
         "position": rows["position_ids"],
         "pixel_values": rows["pixel_values"],
     }

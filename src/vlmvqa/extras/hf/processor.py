@@ -8,7 +8,6 @@ Legend: B rows, T tokens, N image tokens, H image height and width.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hf.config import VlmvqaConfig
 from vlmvqa.hub import OWN_CODE
-from vlmvqa.models.build import build_vision_encoder
+from vlmvqa.models.build import build_projector, build_vision_encoder, random_weights
 from vlmvqa.models.checkpoint import CONFIG, TOKENIZER
 from vlmvqa.sequence.rows import NO_IMAGE, PADDING, Document, build_row, pad_rows
 
@@ -62,10 +61,11 @@ class VlmvqaProcessor(ProcessorMixin):
         self.config = config
         settings = config.model_settings()
         with torch.device("meta"):
-            encoder = build_vision_encoder(dataclasses.replace(settings.vision, weights="random"))
+            encoder = build_vision_encoder(random_weights(settings.vision))
+            projector = build_projector(settings.projector, encoder.features, width=1)  # for its number of tokens
         images = build_settings(ImageSettings, config.images or {}, f"{CONFIG}: images")
         self.rows = Processor(
-            tokenizer, images, encoder.num_image_tokens, settings.attention_pattern, config.max_text_tokens
+            tokenizer, images, projector.output.tokens, settings.attention_pattern, config.max_text_tokens
         )
 
     def __call__(
@@ -82,9 +82,9 @@ class VlmvqaProcessor(ProcessorMixin):
             options: options of transformers' processors that our rows always comply with, such as `padding`.
 
         Returns:
-            `input_ids`, `attention_mask`, `position_ids`, `branch` and `role`, `int64[B, T]`, as in `sequence/rows.py`;
-            `pixel_values float[B, 3, H, H]`; with `suffix` also `labels int64[B, T]`, each at the position that
-            predicts it.
+            `input_ids`, `attention_mask`, `position_ids`, `branch`, `role` and `block`, `int64[B, T]`, as in
+            `sequence/rows.py`; `pixel_values float[B, 3, H, H]`; with `suffix` also `labels int64[B, T]`, each at the
+            position that predicts it.
 
         Raises:
             InputError: an image that cannot be read, an empty question, images and questions that don't correspond,
@@ -100,8 +100,8 @@ class VlmvqaProcessor(ProcessorMixin):
         answers = [[None] * len(row) for row in questions] if suffix is None else _texts(suffix)
         self._check(pictures, questions, answers)
         documents = [
-            Document(self._pixels(number, picture), [self._tokenize(*pair) for pair in zip(row, targets, strict=True)])
-            for number, (picture, row, targets) in enumerate(zip(pictures, questions, answers, strict=True))
+            Document([self._pixels(number, picture)], [self._tokenize(*pair) for pair in zip(*texts, strict=True)])
+            for number, (picture, *texts) in enumerate(zip(pictures, questions, answers, strict=True))
         ]
         columns = pad_rows(
             [build_row([one], self.rows.num_image_tokens, self.rows.attention_pattern) for one in documents], left=True
@@ -114,7 +114,8 @@ class VlmvqaProcessor(ProcessorMixin):
             "position_ids": columns["position"],
             "branch": columns["branch"],
             "role": columns["role"],
-            "pixel_values": torch.stack([document.image for document in documents]),
+            "block": columns["block"],
+            "pixel_values": torch.stack([image for document in documents for image in document.images]),
         }
         return BatchFeature(found if suffix is None else {**found, "labels": columns["labels"]})
 
@@ -127,7 +128,7 @@ class VlmvqaProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """The columns that a call returns."""
-        return ["input_ids", "attention_mask", "position_ids", "branch", "role", "pixel_values"]
+        return ["input_ids", "attention_mask", "position_ids", "branch", "role", "block", "pixel_values"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> VlmvqaProcessor:

@@ -14,9 +14,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from vlmvqa.data import images
 from vlmvqa.data.example import Example, Question
 from vlmvqa.errors import InputError
+from vlmvqa.extras.report.gallery import picture
 
 THUMBNAIL_SIZE = 320  # pixels
 
@@ -111,7 +111,7 @@ class SampledQuestions:
         if index not in self.thumbnails:
             with suppress(InputError):
                 # A copy: `decode` returns an image that is in memory already as it is.
-                thumbnail = images.decode(example.image, example.name).copy()
+                thumbnail = picture(example).copy()
                 thumbnail.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
                 self.thumbnails[index] = thumbnail
         return self.thumbnails.get(index)

@@ -27,6 +27,7 @@ from vlmvqa.models.vision import VisionSettings
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.paths import replace_file
 from vlmvqa.sequence.masks import Tokens
+from vlmvqa.sequence.rows import NONE
 
 IMAGES, ROWS, TOKENS = 2, 2, 64
 CLOSE = 1e-3  # largest allowed difference, as a share of the largest value
@@ -123,7 +124,7 @@ def compare_language(settings: LanguageSettings, device: torch.device, generator
         language = build_language_model(settings).eval().to(device)
         tokens = ids(language.config.vocab_size)
         zeros, position = torch.zeros_like(tokens), torch.arange(TOKENS, device=device).expand_as(tokens)
-        causal = Tokens.of(zeros, zeros, zeros, position, "causal")
+        causal = Tokens(zeros, zeros, torch.full_like(zeros, NONE), position)
         return language.logits(language(language.embed(tokens), causal))
 
     return _compare(f"language model, transformers' {settings.name}", theirs, ours)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmvqa.extras.planning.published_sizes import Settings, known_config
 from vlmvqa.extras.pretrained.model import PretrainedSettings
+from vlmvqa.models.build import fused_settings
 from vlmvqa.sequence.masks import BLOCK, Tokens, block_mask
 from vlmvqa.sequence.rows import FILL, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
 
@@ -74,10 +75,9 @@ def num_image_tokens(settings: PretrainedSettings) -> int:
 def computed_blocks(rows: Rows, images: int, image_tokens: int, attention_pattern: str) -> float:
     """Return the share of a row's blocks of `masks.BLOCK` tokens squared that FlexAttention computes."""
     question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
-    documents = [Document(number, [question] * round(rows.questions)) for number in range(images)]
+    documents = [Document([number], [question] * round(rows.questions)) for number in range(images)]
     batch = pad_rows([build_row(documents, image_tokens, attention_pattern, 0)], BLOCK)
-    columns = batch["document"], batch["branch"], batch["role"], batch["position"]
-    blocks = block_mask(Tokens.of(*columns, attention_pattern))
+    blocks = block_mask(Tokens.of(batch))
     assert blocks.full_kv_num_blocks is not None
     seen = int((blocks.kv_num_blocks + blocks.full_kv_num_blocks).sum())
     return min(1.0, seen / ceil((rows.row_tokens or batch["document"].shape[1]) / BLOCK) ** 2)
@@ -93,8 +93,9 @@ def dummy_batch(settings: Settings, shape: RowShape, rows: int) -> dict[str, Ten
     labels[:, -shape.supervised :] = 0
     if not isinstance(settings, PretrainedSettings):
         columns = {name: torch.zeros_like(ids) for name in FILL}
-        side = settings.vision.image_size
-        images = torch.ones(rows * shape.images, 3, side, side)
+        encoders = fused_settings(settings.vision)
+        side = max(one.image_size for one in encoders)
+        images = torch.ones(rows * shape.images, 3 * len(encoders), side, side)
         return {**columns, "labels": labels, "weights": torch.ones(rows, shape.tokens), "pixel_values": images}
     config = known_config(settings)
     ids[:, : num_image_tokens(settings)] = config.image_token_id

@@ -20,7 +20,7 @@ from vlmvqa.extras.planning.published_sizes import Settings, known_settings
 from vlmvqa.extras.planning.time import EFFICIENCY, OVERLAP, Assumptions, StepWork
 from vlmvqa.extras.report.text_tables import aligned
 from vlmvqa.models.vlm import ModelSettings
-from vlmvqa.sequence.masks import SHAREABLE
+from vlmvqa.sequence.rows import SHAREABLE
 
 # Questions per image: the datasets' published counts.
 QUESTIONS = {"vqav2": 5.36, "gqa": 13.1, "coco_captions": 5.0, "docvqa": 3.9}

@@ -311,7 +311,7 @@ class PretrainedVLM(Model):
 
 
 def attention_pattern_of(config: PreTrainedConfig) -> str:
-    """Return the attention pattern of a model of transformers, a key of `masks.ATTENTION_PATTERNS`."""
+    """Return the attention pattern of a model of transformers, a key of `rows.ATTENTION_PATTERNS`."""
     return "prefix_lm" if config.model_type == "paligemma" else "causal"
 
 

@@ -15,10 +15,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
-from vlmvqa.data.example import Example, Question
+from vlmvqa.data.example import Example, Question, refuse_several_images
 from vlmvqa.data.images import ImageSettings, decode
 from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
@@ -78,9 +77,10 @@ class PretrainedProcessor(Processor):
             question = self._shortened(question, over, len(target)) if over > 0 else question
         return TokenizedQuestion(self._prompt_text(question.prompt), target)  # type: ignore[arg-type] # tokenized below
 
-    def load_image(self, example: Example) -> Image:  # type: ignore[override]
+    def load_images(self, example: Example) -> Document:
         """Decode the image; the library's processor resizes it in `collate`."""
-        return decode(example.image, example.name)
+        refuse_several_images([example], "a pretrained model's prompt")
+        return Document([decode(example.image, example.name)], ())
 
     def count_tokens(self, question: Question, answer: str) -> int:
         """Return the number of tokens of a question with its answer, without image tokens and chat template."""
@@ -98,13 +98,13 @@ class PretrainedProcessor(Processor):
         bos = self.tokenizer.bos_token
         # If the chat template has written BOS, the tokenizer must not add another (as in transformers).
         more: dict[str, Any] = {"add_special_tokens": False} if bos is not None and texts[0].startswith(bos) else {}
-        images = [[document.image] for document in documents]
+        images = [document.images for document in documents]
         found = self.library(text=texts, images=images, padding=True, return_tensors="pt", **more)
         found.pop("labels", None)  # PaliGemma's labels of the prompt
         ids, given = found.pop("input_ids"), found.pop("attention_mask").bool()
         # The prompt contains the image's tokens already.
         built = [
-            build_row([Document(None, [replace(question, prompt=prompt[mask].tolist())])], 0, "prefix_lm")
+            build_row([Document((), [replace(question, prompt=prompt[mask].tolist())])], 0, "prefix_lm")
             for question, prompt, mask in zip(questions, ids, given, strict=True)
         ]
         columns = pad_rows(built, multiple, left=not any(question.answer for question in questions))

@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from PIL import Image as pillow
 from PIL.Image import Image
 
+from vlmvqa.data.example import Example
+from vlmvqa.data.images import decode
 from vlmvqa.inference.predictor import confidence
 from vlmvqa.metrics.registry import metric
 
@@ -49,6 +52,19 @@ def choose_gallery(
     generator = random.Random(seed)
     right, wrong = (generator.sample(records, min(most, len(records))) for records in (right, wrong))
     return sorted(right, key=record_confidence, reverse=True), sorted(wrong, key=record_confidence, reverse=True)
+
+
+def picture(example: Example) -> Image:
+    """Return the image of an example, or its images side by side; raise an InputError if one cannot be read."""
+    images = [decode(*one) for one in example.named_images]
+    if len(images) == 1:
+        return images[0]
+    joined = pillow.new("RGB", (sum(one.width for one in images), max(one.height for one in images)), "white")
+    left = 0
+    for one in images:
+        joined.paste(one, (left, 0))
+        left += one.width
+    return joined
 
 
 def heading(limit: float | None, right: bool) -> tuple[str, str]:

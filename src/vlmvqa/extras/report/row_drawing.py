@@ -39,7 +39,7 @@ def describe(batch: Mapping[str, Tensor], processor: Processor, row: int = 0) ->
             f"{index:>5} {word:<16}{columns['document'][index]:>9}{columns['branch'][index]:>7} "
             f"{ROLES[columns['role'][index]]:<7}{columns['position'][index]:>9}  {predicts}"
         )
-    mask = _mask(batch, processor, row)
+    mask = _mask(batch, row)
     lines.append("visible to the last token of each question:")
     for index in _last_of_each_question(columns):
         keys = [other for other in range(len(words)) if mask[index, other]]
@@ -58,7 +58,7 @@ def draw(batch: Mapping[str, Tensor], processor: Processor, path: Path, title: s
     columns = {name: batch[name][row].tolist() for name in COLUMNS}
     length = sum(document != PADDING for document in columns["document"])
     roles = torch.tensor(columns["role"][:length])
-    mask = _mask(batch, processor, row)[:length, :length]
+    mask = _mask(batch, row)[:length, :length]
     # A cell shows the role of the visible key, or white.
     cells = torch.where(mask, roles[None, :] + 1, 0)
     side = min(max(6.0, length * 0.11), 24.0)
@@ -82,10 +82,9 @@ def draw(batch: Mapping[str, Tensor], processor: Processor, path: Path, title: s
     figure.savefig(path, dpi=110)
 
 
-def _mask(batch: Mapping[str, Tensor], processor: Processor, row: int) -> Tensor:
-    document, branch, role, position = (batch[n][row : row + 1] for n in ("document", "branch", "role", "position"))
-    tokens = Tokens.of(document, branch, role, position, processor.attention_pattern)
-    return visible(tokens.map(lambda t: t[0, :, None]), tokens.map(lambda t: t[0, None, :]))
+def _mask(batch: Mapping[str, Tensor], row: int) -> Tensor:
+    tokens = Tokens.of(batch).map(lambda t: t[row])
+    return visible(tokens.map(lambda t: t[:, None]), tokens.map(lambda t: t[None, :]))
 
 
 def _words(columns: Mapping[str, list[int]], processor: Processor) -> list[str]:

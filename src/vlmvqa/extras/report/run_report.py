@@ -16,7 +16,7 @@ import torch
 from PIL.Image import Image
 
 from vlmvqa.data import images
-from vlmvqa.data.example import Example
+from vlmvqa.data.example import Example, refuse_several_images
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report import curves, gallery
 from vlmvqa.extras.report.attribution import attribute, draw
@@ -61,6 +61,7 @@ def attributions(
     try:
         for record in bar(chosen[:most], doing="attribution", unit="answers"):
             example, question = questions[record["question_id"]]
+            refuse_several_images([example], "attribution")
             image = images.decode(example.image, example.name)
             # Captions have no question text, and their prompt has no place for one.
             attribution = attribute(predictor, image, question.text or "caption", record["answer"])
@@ -179,7 +180,7 @@ def _answers(
     for example in examples:
         with suppress(InputError):  # another program may have answered about an unreadable image
             if example.image_id in shown:
-                thumbnails[example.image_id] = gallery.data_uri(images.decode(example.image, example.name))
+                thumbnails[example.image_id] = gallery.data_uri(gallery.picture(example))
     scale = metric(name)
     return {
         "galleries": {

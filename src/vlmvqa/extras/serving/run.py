@@ -106,7 +106,7 @@ def _browsed(config: ServeConfig) -> browse.Run | None:
     except InputError as error:
         print(f"{folder} is browsed without images: {error}")
         return run
-    return replace(run, images={example.image_id: example.image for example in examples})
+    return replace(run, images={one.image_id: one.image for one in examples if not one.more_images})
 
 
 def _read(given: str | Iterable[str]) -> list[bytes]:

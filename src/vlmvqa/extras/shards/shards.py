@@ -25,7 +25,7 @@ from typing import Any
 from PIL.Image import Image
 
 from vlmvqa.config.schema import DataSettings
-from vlmvqa.data.example import Example, Question
+from vlmvqa.data.example import Example, Question, refuse_several_images
 from vlmvqa.data.records import PromptTemplate, refuse_empty
 from vlmvqa.data.tasks import has_questions
 from vlmvqa.errors import BadRecords, InputError
@@ -181,6 +181,7 @@ def _file_name(split: str) -> str:
 
 def image_bytes(example: Example, bad_records: BadRecords) -> bytes | None:
     """Return the bytes of an image file; None if it cannot be read and is skipped."""
+    refuse_several_images([example], "a packed split")
     image = example.image
     assert not isinstance(image, Image), "an image in memory is not a file"
     try:

@@ -143,8 +143,8 @@ def _operations_per_row(config: TrainConfig, dataset: TrainDataset) -> float | N
     rows = [dataset[index] for index in range(0, len(dataset.packing), max(1, len(dataset.packing) // SAMPLE))]
     batch = dataset.processor.collate(rows)
     window = getattr(model.part("language").module.config, "sliding_window", None)
-    counts = dict(zip(COUNTED, count(batch, model.attention_pattern, window).tolist(), strict=True))
-    images = sum(len(row) for row in rows)
+    counts = dict(zip(COUNTED, count(batch, window).tolist(), strict=True))
+    images = sum(len(document.images) for row in rows for document in row)
     cached = config.data.feature_cache is not None
     return flops.of({**counts, "images": images, "encoded": 0 if cached else images}) / len(rows)
 

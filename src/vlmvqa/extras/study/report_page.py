@@ -17,7 +17,6 @@ from urllib.parse import quote
 
 import numpy as np
 
-from vlmvqa.data import images
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report import curves, gallery
 from vlmvqa.extras.report.curves import Band, Points
@@ -186,5 +185,5 @@ def _thumbnails(folder: Path, shown: set[Any]) -> dict[Any, str]:
         for example in scored_examples(folder) if shown else ():
             with suppress(InputError):
                 if example.image_id in shown:
-                    found[example.image_id] = gallery.data_uri(images.decode(example.image, example.name))
+                    found[example.image_id] = gallery.data_uri(gallery.picture(example))
     return found
