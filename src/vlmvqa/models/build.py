@@ -289,7 +289,6 @@ def _processor(model: VLM, settings: ModelSettings, data: DataSettings, examples
         tuple(known["mean"]),
         tuple(known["std"]),
         known["interpolation"],
-        data.resize,
-        data.reduced_decoding,
     )
-    return Processor(tokenizer, images, model.vision.num_image_tokens, model.attention_pattern, data.max_text_tokens)
+    found = Processor(tokenizer, images, model.vision.num_image_tokens, model.attention_pattern, data.max_text_tokens)
+    return found.with_images(resize=data.resize, reduced=data.reduced_decoding, tiles=data.tiles)

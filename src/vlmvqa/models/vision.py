@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -50,10 +51,14 @@ class VisionEncoder(nn.Module):
         self.patch_grid: tuple[int, int] = encoder.patch_embed.grid_size
         self.num_image_tokens: int = int(encoder.has_class_token) + encoder.patch_embed.num_patches
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode images."""
-        features: Tensor = self.encoder(pixel_values)  # called as a module, so that ZeRO-3's hooks run
+    def forward(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """Encode images; `image_mask bool[I, N]` marks the tokens that others attend to (None: all)."""
         prefix = self.encoder.num_prefix_tokens  # class token, then registers, then patches
+        options = {}
+        if image_mask is not None:
+            patches = image_mask[:, -self.encoder.patch_embed.num_patches :]
+            options["attn_mask"] = F.pad(patches, (prefix, 0), value=True)[:, None, None]
+        features: Tensor = self.encoder(pixel_values, **options)  # called as a module, so that ZeRO-3's hooks run
         class_token = features[:, : int(self.encoder.has_class_token)]
         return torch.cat([class_token, features[:, prefix:]], dim=1)
 

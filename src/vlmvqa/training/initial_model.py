@@ -46,7 +46,7 @@ def continue_from(config: TrainConfig) -> TrainedModel:
     data, folder = config.data, checkpoint.find(config.init_from)
     found = load_model(folder)
     processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
-    processor = processor.with_images(data.resize, data.reduced_decoding)
+    processor = processor.with_images(resize=data.resize, reduced=data.reduced_decoding, tiles=data.tiles)
     return replace(
         found,
         model=cast_parameters(found.model, DTYPES[config.model.dtype]),
