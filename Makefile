@@ -12,6 +12,9 @@ PIP := $(BIN)/pip install --quiet --no-compile --constraint requirements.lock
 # loadfile: tests of one file share their fixtures. The longest files run first (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
+# Each process would compile what it imports again: 20 s for a worker of pytest.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-slow test-all test-gpu test-harnesses vlmevalkit coverage docs lint lock clean
 
 demo: $(CORE)

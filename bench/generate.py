@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> list[tables.Row]:
     lengths = [min(len(answer) + 1, args.tokens) for answer in answers]  # the end token is also a step
     steps = sum(lengths) / len(lengths)
     print(
-        f"{len(job.asked)} questions about {args.images} images of {model.vision.num_image_tokens} tokens; {steps:.1f} "
+        f"{len(job.asked)} questions about {args.images} images of {model.num_image_tokens} tokens; {steps:.1f} "
         f"answer ({'random weights never end one' if not args.ends else f'{len(job.ends)} end tokens'})"
     )
     shown = [

@@ -81,7 +81,7 @@ def save_model(args: Any, shape: Shape, examples: Sequence[Example], folder: Pat
     model = build(settings)
     images = ImageSettings(shape.image_size, (0.5,) * 3, (0.5,) * 3)
     tokenizer = train_tokenizer(examples, VOCABULARY)
-    processor = Processor(tokenizer, images, model.vision.num_image_tokens, args.attention_pattern)
+    processor = Processor(tokenizer, images, model.num_image_tokens, args.attention_pattern)
     Predictor(model, processor, PROMPT, settings, GenerationSettings(args.tokens)).save(folder)
     lengths = [len(processor.tokenize(one, None).prompt) for example in examples for one in example.questions]
     return sum(lengths) / len(lengths)

@@ -42,14 +42,14 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch of the recipe."""
-        return self.batch * (self.model.vision.num_image_tokens + TEXT)
+        return self.batch * (self.model.num_image_tokens + TEXT)
 
     @property
     def cuda(self) -> bool:
         return self.pixels.device.type == "cuda"
 
     def length(self, row: Sequence[Document]) -> int:
-        return sum(shapes.length(d, self.model.vision.num_image_tokens) for d in row)
+        return sum(shapes.length(d, self.model.num_image_tokens) for d in row)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def recipe(job: Job, name: str, micro_batches: list[Rows], text: int | None) -> 
         text: length to which text is padded (None: the longest).
     """
     lm = models.causal_lm(job.model)
-    multiple = 1 if text is None else job.model.vision.num_image_tokens + text
+    multiple = 1 if text is None else job.model.num_image_tokens + text
 
     def collate(rows: Rows) -> Batch:
         # EOS is an input here, so a token follows it; only its label would be used, and the recipe sets labels itself.

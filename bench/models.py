@@ -91,8 +91,9 @@ def build_model(
         )
         nn.init.normal_(encoder.pos_embed)
         causal_lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        projector = Projector(encoder.embed_dim, config.hidden_size)
-    vlm = VLM(VisionEncoder(encoder, shape.image_size), projector, LanguageModel(causal_lm), attention_pattern)
+        tower = VisionEncoder(encoder, shape.image_size)
+        projector = Projector(tower.features, config.hidden_size)
+    vlm = VLM(tower, projector, LanguageModel(causal_lm), attention_pattern)
     return cast_parameters(vlm, dtype).to(device).train()
 
 
@@ -161,7 +162,7 @@ def make_batch(
     images = torch.tensor([one for row in rows for document in row for one in document.images], device=pixels.device)
     firsts = accumulate(map(len, rows), initial=0)  # index of each row's first image
     built = [
-        build_row(row, model.vision.num_image_tokens, model.attention_pattern, first)
+        build_row(row, model.num_image_tokens, model.attention_pattern, first)
         for row, first in zip(rows, firsts, strict=False)
     ]
     columns = pad_rows(built, multiple)

@@ -116,7 +116,7 @@ def examples(questions: int = 3, images: int = 4) -> list[Example]:
 def make_processor(model: VLM, given: Sequence[Example]) -> Processor:
     images = ImageSettings(IMAGE_SIZE, (0.5,) * 3, (0.5,) * 3)
     tokenizer = train_tokenizer(given, VOCABULARY)
-    return Processor(tokenizer, images, model.vision.num_image_tokens, model.attention_pattern)
+    return Processor(tokenizer, images, model.num_image_tokens, model.attention_pattern)
 
 
 def make_batch(

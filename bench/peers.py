@@ -122,7 +122,7 @@ def build_ours(peer: Peer, attention_pattern: str) -> VLM:
             VisionSettings("vit_base_patch16_siglip_224", tower.image_size, weights="random", overrides=overrides)
         )
         causal_lm = AutoModelForCausalLM.from_config(copy.deepcopy(text))
-        projector = Projector(tower.hidden_size, text.hidden_size)
+        projector = Projector(vision.features, text.hidden_size)
     vision.encoder.load_state_dict(siglip_weights(peer.model.vision_tower))
     causal_lm.get_decoder().load_state_dict(peer.model.language_model.state_dict())
     projector.layers[0].load_state_dict(peer.model.multi_modal_projector.linear.state_dict())

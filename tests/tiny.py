@@ -96,7 +96,7 @@ def batch(vlm: VLM, rows: Sequence[Sequence[Document]], pixels: Tensor, multiple
     images = [[image for document in row for image in document.images] for row in rows]
     assert all([image - row[0] for image in row] == list(range(len(row))) for row in images)
     built = [
-        build_row(row, vlm.vision.num_image_tokens, vlm.attention_pattern, first)
+        build_row(row, vlm.num_image_tokens, vlm.attention_pattern, first)
         for row, (first, *_) in zip(rows, images, strict=True)
     ]
     return {"pixel_values": pixels, **pad_rows(built, multiple)}

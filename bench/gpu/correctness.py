@@ -85,9 +85,7 @@ def _compare_layout(section: Section, exact: VLM, pattern: str, rows: int, token
 
 def _batch(section: Section, model: VLM, rows: int, tokens: int) -> gpu_sizes.Batch:
     sizes = section.sizes
-    documents = gpu_sizes.full_rows(
-        sizes.correct_shape, rows, tokens, model.vision.num_image_tokens, models.vocabulary(model)
-    )
+    documents = gpu_sizes.full_rows(sizes.correct_shape, rows, tokens, model.num_image_tokens, models.vocabulary(model))
     images = 1 + max(image for row in documents for document in row for image in document.images)
     return models.make_batch(model, documents, models.random_pixels(model, images), multiple=tokens)
 

@@ -90,7 +90,7 @@ def steps(section: Section, job: Job) -> list[Step]:
 def packed_micro_batches(section: Section, job: Job) -> dict[int, list[Rows]]:
     """Return micro-batches of one packed row and of several."""
     sizes = section.sizes
-    rows = gpu_sizes.packed_rows(job.documents, job.model.vision.num_image_tokens, sizes.row_tokens)
+    rows = gpu_sizes.packed_rows(job.documents, job.model.num_image_tokens, sizes.row_tokens)
     return {most: [rows[first : first + most] for first in range(0, len(rows), most)] for most in (1, sizes.packed)}
 
 

@@ -115,7 +115,7 @@ def make_batches(section: Section, model: VLM, setup: Setup) -> list[gpu_sizes.B
     count, most = setup.rows * setup.accumulation, max(rows * times for rows, times in section.sizes.steps)
     documents = shapes.random_documents(gpu_sizes.SHAPES["vqav2"], most, models.vocabulary(model))
     pixels = models.random_pixels(model, count)
-    longest = max(shapes.length(document, model.vision.num_image_tokens) for document in documents)
+    longest = max(shapes.length(document, model.num_image_tokens) for document in documents)
     multiple = -(-longest // 8) * 8
     rows = [[document] for document in documents[:count]]
     return [

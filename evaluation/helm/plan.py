@@ -14,7 +14,7 @@ from vlmvqa.config.schema import DataSettings, RunSettings
 from vlmvqa.data.example import Example, all_answered
 from vlmvqa.data.tasks import new_lines, read_examples
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.models import checkpoint
+from vlmvqa.models import checkpoint, loading
 from vlmvqa.models.interface import GenerationSettings
 
 ENTRIES = ("vqav2", "gqa")  # run_specs.py has a run entry for each
@@ -146,7 +146,7 @@ def _refuse_mistakes(config: HelmConfig) -> None:
 
 def _client(config: HelmConfig) -> dict[str, Any]:
     """Return the arguments of `VLMClient`; decoding holds only keys of the command line, the rest is the model's."""
-    folder = checkpoint.find(str(config.checkpoint)).resolve()
+    folder = loading.find(str(config.checkpoint)).resolve()
     if not (folder / checkpoint.WEIGHTS).is_file():
         raise InputError(f"{folder} holds no {checkpoint.WEIGHTS}; copy or save the model again")
     prompt = config.prompt

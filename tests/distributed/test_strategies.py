@@ -14,7 +14,7 @@ from tests.distributed.harness import work
 from tests.distributed.worker import Case, model
 from vlmvqa.config.schema import STRATEGIES
 
-STEPS = 8
+STEPS, SAVED = 4, 2  # of a training, and of the checkpoint that others resume
 # The strategy that resumes each strategy's checkpoint.
 NEXT = dict(zip(STRATEGIES, (*STRATEGIES[1:], STRATEGIES[0]), strict=True))
 # An epoch has 14 rows and 2 that fill its fourth step, in which one rank's micro-batch has no supervised token.
@@ -26,6 +26,7 @@ TURNED: dict[str, dict[str, Any]] = {
     "percentile": {"clip_percentile": 50, "optim": "sgd", "trainer": {"learning_rate": 0.3, "max_grad_norm": 0.0}},
     "image_prefix": {"attention_pattern": "image_prefix"},
     "partial": {"trained": "projector"},
+    "fused": {"vision": "fused"},
     "half": {"bf16": True, "optim": "adamw_bnb_8bit"},
 }
 
@@ -37,11 +38,11 @@ COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each strategy on 2 ranks: plain, resuming from another's checkpoint, and with packed rows."""
     cases = [Case(strategy, strategy, steps=STEPS) for strategy in STRATEGIES]
-    cases += [Case(f"{NEXT[s]}-on-{s}", NEXT[s], steps=STEPS, resume=(s, 4)) for s in STRATEGIES]
+    cases += [Case(f"{NEXT[s]}-on-{s}", NEXT[s], steps=STEPS, resume=(s, SAVED)) for s in STRATEGIES]
     cases += [Case(f"{strategy}-packed", strategy, **PACKED) for strategy in STRATEGIES]
     kept: dict[str, Any] = {"keep_gathered": True, "reduce_dtype": "bfloat16", "steps": STEPS}
-    cases += [Case("fsdp-kept", "fsdp", **kept), Case("ddp-on-kept", "ddp", steps=STEPS, resume=("fsdp-kept", 4))]
-    cases.append(Case("kept-on-ddp", "fsdp", resume=("ddp", 4), **kept))
+    cases += [Case("fsdp-kept", "fsdp", **kept), Case("ddp-on-kept", "ddp", steps=STEPS, resume=("fsdp-kept", SAVED))]
+    cases.append(Case("kept-on-ddp", "fsdp", resume=("ddp", SAVED), **kept))
     cases.append(Case("fsdp-packed-on-ddp", "fsdp", resume=("ddp-packed", 2), **PACKED))
     return work(tmp_path_factory.mktemp("two"), cases, 2)
 
@@ -52,12 +53,12 @@ def one(tmp_path_factory: pytest.TempPathFactory, two: dict[str, Any]) -> dict[s
     folder = tmp_path_factory.mktemp("one")
     alone = [Case("plain", batch=4, steps=STEPS), Case("packed", batch=4, **PACKED)]
     for strategy in STRATEGIES:
-        saved = Path(two[strategy]["weights"]).parent.with_name("checkpoint-4")
+        saved = Path(two[strategy]["weights"]).parent.with_name(f"checkpoint-{SAVED}")
         (folder / strategy).mkdir()
         (folder / strategy / saved.name).symlink_to(saved)
         # As many rows per step as on two ranks, in two accumulated micro-batches.
         halves = {"gradient_accumulation_steps": 2}
-        alone.append(Case(f"on-{strategy}", steps=STEPS, resume=(strategy, 4), trainer=halves))
+        alone.append(Case(f"on-{strategy}", steps=STEPS, resume=(strategy, SAVED), trainer=halves))
     return work(folder, alone, 1)
 
 
@@ -86,7 +87,7 @@ def one_turned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_ranks_are_one(two: dict[str, Any], one: dict[str, Any], strategy: str) -> None:
-    """Losses, gradient norms and the weights after 8 steps."""
+    """Losses, gradient norms and the final weights."""
     expected, found = one["plain"], two[strategy]
     assert found["losses"] == pytest.approx(expected["losses"], abs=1e-4) and len(found["losses"]) == STEPS
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
@@ -162,9 +163,9 @@ def test_the_norms_are_remembered(two_turned: dict[str, Any]) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_checkpoint_goes_on_elsewhere(two: dict[str, Any], one: dict[str, Any], strategy: str) -> None:
     """Under the next strategy and in one process: the same next example and the same losses."""
-    rest = {step: loss for step, loss in two[strategy]["losses"].items() if step > 4}
+    rest = {step: loss for step, loss in two[strategy]["losses"].items() if step > SAVED}
     elsewhere = two[f"{NEXT[strategy]}-on-{strategy}"]["losses"]
-    assert elsewhere == pytest.approx(rest, abs=1e-4) and len(elsewhere) == 4
+    assert elsewhere == pytest.approx(rest, abs=1e-4) and len(elsewhere) == STEPS - SAVED
     assert one[f"on-{strategy}"]["losses"] == pytest.approx(rest, abs=1e-4)
 
 
@@ -173,7 +174,7 @@ def test_kept_blocks_and_gradients_reduced_in_bfloat16_save_and_resume(two: dict
     kept, plain = two["fsdp-kept"], two["fsdp"]["losses"]
     assert kept["losses"] == pytest.approx(plain, abs=1e-2) and kept["losses"] != plain
     assert kept["whole_model_is_the_checkpoint"]
-    rest = {step: loss for step, loss in kept["losses"].items() if step > 4}
+    rest = {step: loss for step, loss in kept["losses"].items() if step > SAVED}
     assert two["ddp-on-kept"]["losses"] == pytest.approx(rest, abs=1e-2)
     assert two["kept-on-ddp"]["losses"] == pytest.approx(two["ddp-on-kept"]["losses"], abs=1e-2)
 

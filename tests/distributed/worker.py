@@ -36,14 +36,13 @@ from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.models.build import build
 from vlmvqa.models.checkpoint import WEIGHTS
-from vlmvqa.models.interface import set_trainable
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.vlm import VLM, ModelSettings, ProjectorSettings
 from vlmvqa.training import distributed, runtime_checks, zero
 from vlmvqa.training.answering_model import answering_model
 from vlmvqa.training.block_compilation import compile_blocks
 from vlmvqa.training.checkpoint_state import local_tensor
 from vlmvqa.training.log import read_log
-from vlmvqa.training.optimizer import optimizer_for
+from vlmvqa.training.optimizer import optimizer_for, set_trainable
 from vlmvqa.training.run import COMPILE_KEYS
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
@@ -73,6 +72,7 @@ class Case:
     saves: bool = True
     clip_percentile: int | None = None
     attention_pattern: str = "blockwise_prefix"
+    vision: str = "plain"  # or fused, with a pixel shuffle
     row_tokens: int | None = None
     weighting: str = "token"
     trainer: dict[str, Any] | None = None
@@ -86,9 +86,20 @@ LORA = AdapterSettings(rank=8, targets=("language.*.q_proj", "language.*.down_pr
 ADAPTED = {"lora": LORA, "qlora": replace(LORA, bits=4)}
 
 
-def model(attention_pattern: str) -> VLM:
+def model_settings(attention_pattern: str, vision: str = "plain") -> ModelSettings:
+    settings = tiny.settings(attention_pattern, initializer_range=0.02, **WIDE)
+    if vision == "fused":
+        settings = replace(
+            settings,
+            vision=replace(settings.vision, fused=(replace(settings.vision, layers=(0, 1)),)),
+            projector=ProjectorSettings("pixel_shuffle", options={"layers": "normed"}),
+        )
+    return settings
+
+
+def model(attention_pattern: str, vision: str = "plain") -> VLM:
     torch.manual_seed(0)
-    return build(tiny.settings(attention_pattern, initializer_range=0.02, **WIDE))
+    return build(model_settings(attention_pattern, vision))
 
 
 def run(case: Case, root: Path) -> dict[str, Any]:
@@ -128,7 +139,7 @@ def large_moments(optimizer: torch.optim.Optimizer) -> set[str]:
 
 def make_trainer(case: Case, folder: Path) -> VqaTrainer:
     dist = DistSettings(case.strategy, case.offload, reduce_dtype=case.reduce_dtype, keep_gathered=case.keep_gathered)
-    vlm = model(case.attention_pattern)
+    vlm = model(case.attention_pattern, case.vision)
     adapt = ADAPTED.get(case.trained)
     if adapt is not None:
         peft_adapters.attach(vlm, adapt)
@@ -144,9 +155,9 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         distributed.shard(vlm, arguments.device, torch.bfloat16 if case.bf16 else None, dist)
     given = examples(32)
     tokenizer = train_tokenizer(given, 300)
-    processor = Processor(
-        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.num_image_tokens, vlm.attention_pattern
-    )
+    images = ImageSettings(28, (0.5,) * 3, (0.5,) * 3)
+    images = replace(images, fused=(images,) * (len(vlm.vision.towers) - 1))
+    processor = Processor(tokenizer, images, vlm.num_image_tokens, vlm.attention_pattern)
     most = 1 if case.attention_pattern == "prefix_lm" else None
     rows = RowSettings(row_tokens=case.row_tokens, questions_per_row=most, loss_weighting=case.weighting)
     return VqaTrainer(
@@ -157,7 +168,7 @@ def make_trainer(case: Case, folder: Path) -> VqaTrainer:
         TrainerOptions(
             dist=dist,
             clip_percentile=case.clip_percentile,
-            settings=tiny.settings(case.attention_pattern, initializer_range=0.02, **WIDE),
+            settings=model_settings(case.attention_pattern, case.vision),
             adapt=adapt,
             compiled=compiled,
         ),

@@ -135,7 +135,7 @@ class Home:
         own = drawn == {"data."} and given.get("data", "shapes") == "shapes"  # data/shapes is there, with other sizes
         few = [*SHAPES] if own else [f"{data}options={{train_images:8,val_images:6}}" for data in sorted(drawn)]
         if name == "train":
-            saved = "init_from" in given or given.get("model", "").startswith("tiny_")
+            saved = any(key.startswith("init_from") for key in given) or given.get("model", "").startswith("tiny_")
             few += [*([] if saved else TINY_MODEL), *SHORT]
         if name in ("train", "eval", "merge") and "resume" not in given:
             few += ["run.overwrite=true"]

@@ -81,7 +81,7 @@ def trained(
     torch.manual_seed(0)
     vlm = build(settings).eval()
     images = ImageSettings(tiny.IMAGE_SIZE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", resize)
-    processor = Processor(train_tokenizer(examples(), VOCABULARY), images, vlm.vision.num_image_tokens, pattern, 40)
+    processor = Processor(train_tokenizer(examples(), VOCABULARY), images, vlm.num_image_tokens, pattern, 40)
     return Predictor(vlm, processor, prompt, settings, GenerationSettings(max_new_tokens=6))
 
 

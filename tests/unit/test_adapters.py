@@ -25,9 +25,10 @@ from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.adapters.peft_adapters import AdapterSettings
 from vlmvqa.extras.pretrained.model import OURS, PretrainedSettings, PretrainedVLM
 from vlmvqa.models.build import build
-from vlmvqa.models.interface import DTYPES, PARTS, cast_parameters, set_trainable
+from vlmvqa.models.interface import DTYPES, PARTS, cast_parameters
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training.log import parts_table
+from vlmvqa.training.optimizer import set_trainable
 
 peft = pytest.importorskip("peft", reason="peft is an extra: pip install 'vlmvqa[adapters]'")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is an extra: pip install 'vlmvqa[adapters]'")

@@ -113,7 +113,7 @@ def test_the_layouts_are_what_the_table_says() -> None:
     made = job()
     rungs = {rung.name: rung for rung in ladder.rungs(made)}
     recipe, dynamic = (rungs[name] for name in ("recipe", "dynamic padding"))
-    num_image_tokens = made.model.vision.num_image_tokens
+    num_image_tokens = made.model.num_image_tokens
     for rung in (recipe, dynamic):
         assert {len(rows) for rows in rung.micro_batches[:-1]} == {6}
         assert all(len(d.questions) == len(row) == 1 for rows in rung.micro_batches for row in rows for d in row)

@@ -36,8 +36,8 @@ GIVEN = {
 }
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "hydra_quiet")
 CHOICES = sorted(
-    f"{path.parent.name}={path.stem}"
-    for path in CONF.glob("*/*.yaml")
+    f"{path.parent.relative_to(CONF)}={path.stem}"
+    for path in CONF.rglob("*/*.yaml")
     if path.parent.name not in ("study", "sweep") and not path.stem.startswith("reproduce_")
 )  # studies and sweeps: tests/unit/test_study.py, test_sweep_search.py; reproductions are evaluations
 

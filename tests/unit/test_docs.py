@@ -79,7 +79,7 @@ def test_every_command_is_understood(page: Path, command: str) -> None:
     given = [word for word in words[place + 1 :] if word not in ("--cfg", "job")]
     if config == "prepare":
         assert given[0] in ("download", "check", "pack", "features", "harness")
-    added = {"model=tiny_conv", "experiment=normed", "experiment=f1", "data=textvqa", "data.metric=word_f1"}
+    added = {"model=tiny_conv", "model/projector=convolution", "experiment=f1", "data=textvqa", "data.metric=word_f1"}
     if page.stem == "extending" and added & set(given):
         return  # its own choices are not in conf/: tests/end_to_end/test_docs_extending.py runs them
     compose(given, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -27,9 +28,11 @@ def templates(path: Path) -> set[str]:
     return found
 
 
-SOURCE = [
-    text for room in ("src", "launch", "evaluation") for path in (ROOT / room).rglob("*.py") for text in templates(path)
-]
+@functools.cache
+def source() -> list[str]:
+    """The texts of all source files; read by the first test, since every worker imports this module."""
+    files = [path for room in ("src", "launch", "evaluation") for path in (ROOT / room).rglob("*.py")]
+    return [text for path in files for text in templates(path)]
 
 
 def prints(text: str, sentence: str) -> bool:
@@ -42,7 +45,7 @@ def prints(text: str, sentence: str) -> bool:
 
 @pytest.mark.parametrize("sentence", SENTENCES)
 def test_the_source_prints_it(sentence: str) -> None:
-    assert any(prints(text, sentence) for text in SOURCE)
+    assert any(prints(text, sentence) for text in source())
 
 
 def test_sentences_are_quoted() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -216,35 +218,41 @@ def asked_alone(
     ]
 
 
-@pytest.mark.parametrize(
-    "decoding",
-    [
-        GenerationSettings(7),
-        GenerationSettings(7, num_beams=3),
-        GenerationSettings(7, temperature=1.5),
-        GenerationSettings(7, static_cache=True),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("ends", ENDS)
-@pytest.mark.parametrize("layout", [[[3]], [[1], [5], [2, 4], [2], [1]]], ids=["one row", "five rows"])
-@pytest.mark.parametrize("attention_pattern", ATTENTION_PATTERNS)
+DECODINGS = {
+    "greedy": GenerationSettings(7),
+    "beams": GenerationSettings(7, num_beams=3),
+    "sampled": GenerationSettings(7, temperature=1.5),
+    "static cache": GenerationSettings(7, static_cache=True),
+}
+LAYOUTS = {"one row": [[3]], "five rows": [[1], [5], [2, 4], [2], [1]]}
+
+
+def cases() -> Iterator[Any]:
+    """All combinations; not `long` are those with five rows in which each pair occurs once, and four with one row."""
+    for (a, pattern), (b, decoding), (c, ends), layout in product(
+        enumerate(ATTENTION_PATTERNS), enumerate(DECODINGS), enumerate(ENDS), LAYOUTS
+    ):
+        chosen = c == (a ^ b ^ (b >> 1)) and (layout == "five rows" or a == b)
+        yield pytest.param(pattern, layout, ends, decoding, marks=() if chosen else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("attention_pattern", "layout", "ends", "decoding"), cases())
 def test_a_batch_that_loses_questions_is_its_questions_alone(
-    attention_pattern: str, layout: list[list[int]], ends: str, decoding: GenerationSettings
+    attention_pattern: str, layout: str, ends: str, decoding: str
 ) -> None:
-    vlm = tiny.model(attention_pattern, seed=1)
+    vlm, how, counts = tiny.model(attention_pattern, seed=1), DECODINGS[decoding], LAYOUTS[layout]
     if attention_pattern == "prefix_lm":
-        layout = [[1] * len(row) for row in layout]
-    flat = tiny.without_answers(tiny.documents([count for row in layout for count in row]))
+        counts = [[1] * len(row) for row in counts]
+    flat = tiny.without_answers(tiny.documents([count for row in counts for count in row]))
     taken = iter(flat)
-    rows = [[next(taken) for _ in row] for row in layout]
+    rows = [[next(taken) for _ in row] for row in counts]
     keys = [f"question {n}" for n in range(sum(len(d.questions) for d in flat))]
-    together = generate(vlm, tiny.batch(vlm, rows, tiny.images(len(flat))), ENDS[ends], decoding, keys)
-    alone = asked_alone(vlm, flat, ENDS[ends], decoding, keys)
+    together = generate(vlm, tiny.batch(vlm, rows, tiny.images(len(flat))), ENDS[ends], how, keys)
+    alone = asked_alone(vlm, flat, ENDS[ends], how, keys)
     assert [answer.tokens for answer in together] == [answer.tokens for answer in alone]
     for answer, expected in zip(together, alone, strict=True):
         assert answer.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
-    if ends == "mixed" and len(layout) > 1 and decoding.num_beams == 1:
+    if ends == "mixed" and len(rows) > 1 and how.num_beams == 1:
         assert len({len(answer.tokens) for answer in together}) > 2  # they do end at different steps
 
 

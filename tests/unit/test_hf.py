@@ -74,7 +74,7 @@ def model_of(attention_pattern: str, family: str, **decoding: Any) -> Predictor:
     processor = Processor(
         train_tokenizer(EXAMPLES, 300),
         ImageSettings(28, (0.5,) * 3, (0.5,) * 3),
-        vlm.vision.num_image_tokens,
+        vlm.num_image_tokens,
         attention_pattern,
     )
     settings = tiny.settings(attention_pattern, family, vocab_size=300)

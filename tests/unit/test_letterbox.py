@@ -5,23 +5,27 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from tests import tiny
 from tests.unit.test_images import noise_image
 from tests.unit.test_predictor import predictor
 from tests.unit.test_shared_rows import loss_and_gradients
 from tests.unit.test_tiles import HALF, SIDE, example
 from vlmvqa.data.images import ImageSettings, normalise, to_tensor
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
-from vlmvqa.errors import BadRecords
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.report.attribution import attribute
-from vlmvqa.extras.vision.letterbox import covered, kept_tokens, pad
+from vlmvqa.extras.vision.letterbox import check, covered, kept_tokens, pad
 from vlmvqa.hf import VlmvqaForConditionalGeneration, VlmvqaProcessor
 from vlmvqa.inference.predictor import Predictor, load
-from vlmvqa.models.vlm import VLM
+from vlmvqa.models.build import build
+from vlmvqa.models.vision import VisionSettings
+from vlmvqa.models.vlm import VLM, ProjectorSettings
 from vlmvqa.sequence.rows import build_row
 
 SETTINGS = ImageSettings(SIDE, HALF, HALF, resize="letterbox")
@@ -128,3 +132,38 @@ def test_a_saved_model_letterboxes_and_so_does_transformers(tmp_path: Path) -> N
 
 def test_the_gradient_map_is_that_of_the_covered_patches() -> None:
     assert attribute(boxed(), noise_image(*WIDE), "what", "red", method="gradient").heat.shape == (2, 4)
+
+
+def encoder_of(name: str, **changes: Any) -> VLM:
+    settings = tiny.settings()
+    overrides = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+    vision = VisionSettings(name, weights="random", **{"image_size": 64, "overrides": overrides, **changes})
+    return build(replace(settings, vision=vision))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vit_small_patch16_dinov3.lvd1689m", {}),  # timm's Eva: registers, rotary positions
+        ("vit_base_patch16_clip_224.openai", {"layers": [-1, -2]}),
+        ("vit_base_patch16_siglip_224.webli", {}),  # no class token
+    ],
+)
+def test_other_transformers_mask_their_patches(name: str, changes: dict[str, Any]) -> None:
+    vlm = encoder_of(name, **changes).eval()
+    check(vlm)
+    pixels, mask = torch.randn(2, 3, 64, 64), torch.zeros(2, vlm.num_image_tokens, dtype=torch.bool)
+    mask[:, kept_tokens(64, 32, vlm.num_image_tokens)] = True
+    changed = pixels.clone()
+    changed[:, :, 32:] = 0
+    with torch.no_grad():
+        before, after, unmasked = vlm.vision(pixels, mask), vlm.vision(changed, mask), vlm.vision(changed)
+    assert torch.equal(before[mask], after[mask]) and not torch.equal(before[mask], unmasked[mask])
+
+
+def test_models_that_cannot_leave_patches_out_are_refused() -> None:
+    with pytest.raises(InputError, match="timm cannot mask patches in this encoder; use a vision transformer"):
+        check(encoder_of("convnext_atto.d2_in1k", overrides={"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}))
+    pooled = replace(tiny.settings(), projector=ProjectorSettings("pool", options={"factor": 2}))
+    with pytest.raises(InputError, match="needs a token for each of a square of patches"):
+        check(build(pooled))

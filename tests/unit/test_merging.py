@@ -133,7 +133,7 @@ def merge(saved: dict[str, Path], output: Path, **given: Any) -> dict[str, Tenso
     return weights(output)
 
 
-@pytest.fixture(params=[1 << 24, 100], ids=["whole tensors", "chunks"])
+@pytest.fixture(params=[1 << 24, 1000], ids=["whole tensors", "chunks"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The result doesn't depend on the chunk size."""
     monkeypatch.setattr(files, "CHUNK_SIZE", request.param)
@@ -473,7 +473,7 @@ def test_a_merged_model_is_trained_on_in_the_type_that_is_asked_for(
         compatibility.check(config, DistSettings())
     config = initialised_from(merged_in_halves, f"model.dtype={dtype}")
     compatibility.check(config, DistSettings())
-    found = initial_model.continue_from(config)
+    found = initial_model.initial_model(config, [])
     assert found.settings.dtype == config.model.dtype == dtype
     for name, value in load(merged_in_halves).model.state_dict().items():
         assert torch.equal(found.model.state_dict()[name], value.to(DTYPES[dtype]))

@@ -162,7 +162,7 @@ def test_the_vision_half_is_transformers_dinov2() -> None:
     with torch.no_grad():
         expected = theirs(pixels).last_hidden_state
         torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
-    assert expected.shape == (2, encoder.num_image_tokens, encoder.width) == (2, 17, 32)
+    assert expected.shape == (2, encoder.features.tokens, encoder.features.width) == (2, 17, 32)
 
 
 def siglip_weights(theirs: nn.Module) -> dict[str, Tensor]:
@@ -215,14 +215,14 @@ def test_the_whole_is_paligemma_under_prefix_lm(family: str) -> None:
     encoder.encoder.load_state_dict(siglip_weights(theirs.model.vision_tower))
     language = AutoModelForCausalLM.from_config(copy.deepcopy(text))  # ours sets another attention
     language.get_decoder().load_state_dict(theirs.model.language_model.state_dict())
-    projector = Projector(32, text.hidden_size)
+    projector = Projector(encoder.features, text.hidden_size)
     projector.layers[0].load_state_dict(theirs.model.multi_modal_projector.linear.state_dict())
     vlm = VLM(encoder, projector, LanguageModel(language), "prefix_lm").eval()
 
     question = TokenizedQuestion([2, 40, 41, 42, 43], [50, 51, 52, tiny.EOS])
     pixels = tiny.images(1)
     batch = tiny.batch(vlm, [[Document([0], [question])]], pixels, multiple=1)
-    images, prompt, answer = encoder.num_image_tokens, len(question.prompt), len(question.answer)
+    images, prompt, answer = encoder.features.tokens, len(question.prompt), len(question.answer)
     ids = torch.tensor([[image_token] * images + list(question.prompt) + list(question.answer)])
     kinds = torch.tensor([[0] * (images + prompt) + [1] * answer])
     labels = torch.where(kinds == 1, ids, -100)

@@ -38,10 +38,10 @@ from vlmvqa.extras.planning.published_sizes import known_settings
 from vlmvqa.extras.planning.run import PlanConfig, build_planner
 from vlmvqa.extras.planning.strategy_memory import Weight, strategy_memory, weights_of
 from vlmvqa.models.build import build
-from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM, ModelSettings
 from vlmvqa.sequence.rows import IGNORE, Document, TokenizedQuestion, build_row, pad_rows
 from vlmvqa.training.distributed import shard
+from vlmvqa.training.optimizer import set_trainable
 
 ALL = {"vision": "all", "projector": "all", "language": "all"}
 # Wide enough for tensors of the 8-bit optimizers' smallest size, and for masks much smaller than activations.
@@ -61,10 +61,10 @@ def planner(**changes: Any) -> Planner:
 def vlm_batch(model: VLM, rows: Rows) -> dict[str, Tensor]:
     """Return a batch of images with their questions, laid out like training data."""
     question = TokenizedQuestion([0] * (rows.text_tokens - rows.answer_tokens), [0] * rows.answer_tokens)
-    tokens, pattern, size = model.vision.num_image_tokens, model.attention_pattern, model.vision.image_size
+    tokens, pattern, size = model.num_image_tokens, model.attention_pattern, model.vision.image_size
     documents = [Document([image], [question] * rows.max_questions) for image in range(rows.rows)]
     built = [build_row([document], tokens, pattern, document.images[0]) for document in documents]
-    return {"pixel_values": torch.zeros(rows.rows, 3, size, size), **pad_rows(built, 8)}
+    return {"pixel_values": torch.zeros(rows.rows, 3 * len(model.vision.towers), size, size), **pad_rows(built, 8)}
 
 
 def tensor_bytes(tensors: Iterator[Tensor]) -> int:
@@ -221,8 +221,9 @@ def test_flex_attention_keeps_no_probabilities() -> None:
     assert held[1].activations < 0.6 * held[0].activations
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("optimizer,accumulation", [("adamw_torch", 1), ("adamw_torch", 2), ("sgd", 2)])
+@pytest.mark.parametrize(
+    "optimizer,accumulation,checkpointing", [("adamw_torch", 1, True), ("adamw_torch", 2, False), ("sgd", 2, True)]
+)
 def test_the_worst_moment_is_that_of_a_real_run(optimizer: str, accumulation: int, checkpointing: bool) -> None:
     """Compared with three real steps under `MemoryTracker`."""
     alone = planner(gpus=1, training=Training("fp32", optimizer, accumulation))

@@ -23,7 +23,8 @@ from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.inference.predictor import Answer, Predictor, load
 from vlmvqa.models.attention import softcap_attention
-from vlmvqa.models.interface import DTYPES, Generated, GenerationSettings, answering_dtype
+from vlmvqa.models.interface import DTYPES, Generated, GenerationSettings
+from vlmvqa.models.loading import answering_dtype
 from vlmvqa.models.vlm import VLM
 
 WORDS = ("what", "color", "is", "the", "big", "dog", "left", "of", "it")
@@ -44,9 +45,7 @@ def predictor(attention_pattern: str = "blockwise_prefix", **decoding: Any) -> P
     vlm = tiny.model(attention_pattern, vocab_size=VOCABULARY)
     settings = tiny.settings(attention_pattern, vocab_size=VOCABULARY)
     images = ImageSettings(28, (0.5,) * 3, (0.5,) * 3)
-    processor = Processor(
-        train_tokenizer(examples(), VOCABULARY), images, vlm.vision.num_image_tokens, attention_pattern
-    )
+    processor = Processor(train_tokenizer(examples(), VOCABULARY), images, vlm.num_image_tokens, attention_pattern)
     return Predictor(vlm, processor, "{question}\n", settings, GenerationSettings(**{"max_new_tokens": 4, **decoding}))
 
 
@@ -98,7 +97,7 @@ def test_an_image_with_very_many_questions_is_given_several_rows(shapes: list[tu
     answers = model.answer_examples(asked, row_text_tokens=64, batch_size=4)
     assert len(answers) == 201 and sum(questions for _, _, questions in shapes) == 201
     assert sum(rows for rows, _, _ in shapes) > 5
-    images = model.model.vision.num_image_tokens
+    images = model.model.num_image_tokens
     assert max(tokens for _, tokens, _ in shapes) <= images + 64 + 7  # rounded up to eights
     assert_same(model.answer_examples(asked, row_text_tokens=10**6), answers)
     assert_same(model.answer_examples(asked, row_text_tokens=1), answers)  # a question a row at least

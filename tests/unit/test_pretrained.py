@@ -21,8 +21,9 @@ from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import checkpoint
-from vlmvqa.models.interface import GenerationSettings, set_trainable
+from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.sequence.rows import IGNORE, IMAGE
+from vlmvqa.training.optimizer import set_trainable
 
 OURS = ("labels", "weights", "role", "block", "position", "branch", "document")
 FAMILIES = pretrained.FAMILIES

@@ -24,7 +24,7 @@ def test_dinov2_gemma2_2b() -> None:
         model = build(build_settings(ModelSettings, values, "model"))
     assert parameters(model.language) == 2_614_341_888
     assert parameters(model.projector) == 768 * 2304 + 2304
-    assert (model.vision.num_image_tokens, model.vision.width) == (257, 768)
+    assert (model.num_image_tokens, model.vision.features.width) == (257, 768)
     assert model.language.width == 2304
     # ViT-B/14: 12 blocks of 7,089,408 (layer scale included), patches, class token, 257 positions, final norm
     assert parameters(model.vision) == 12 * 7_089_408 + (3 * 14 * 14 * 768 + 768) + 768 + 257 * 768 + 2 * 768

@@ -18,7 +18,7 @@ from vlmvqa import hub
 from vlmvqa.errors import InputError
 from vlmvqa.extras.pretrained.build import pretrained_config
 from vlmvqa.extras.pretrained.model import PretrainedSettings
-from vlmvqa.models import checkpoint
+from vlmvqa.models import loading
 
 
 def test_a_missing_path_names_the_one_that_was_tried_and_the_nearest(
@@ -28,11 +28,11 @@ def test_a_missing_path_names_the_one_that_was_tried_and_the_nearest(
     monkeypatch.chdir(tmp_path)
     near = rf"no model at {tmp_path}/runs/dmeo/model; the nearest is {tmp_path}/runs/demo; name a run's folder"
     with pytest.raises(InputError, match=near):
-        checkpoint.find("runs/dmeo/model")
+        loading.find("runs/dmeo/model")
     with pytest.raises(InputError, match=rf"no model at {tmp_path}/x; the nearest is {tmp_path};"):
-        checkpoint.find("x")
+        loading.find("x")
     with pytest.raises(InputError, match=rf"HF_HUB_OFFLINE is set.*\(no model at {tmp_path}/runs/x; the nearest is"):
-        checkpoint.find("runs/x")
+        loading.find("runs/x")
 
 
 def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path) -> None:
     }
     for name, reason in expected.items():
         with pytest.raises(InputError, match=rf"{name} is not a saved model: {reason}.*; name a run's folder, its"):
-            checkpoint.find(tmp_path / name)
+            loading.find(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -86,15 +86,15 @@ def test_a_run_without_model_loads_its_newest_undamaged_checkpoint(
     for step in (2, 4, 6):
         write_checkpoint(tmp_path, step, **{"config.json": "{}"})
     (tmp_path / "checkpoint-6" / "config.json").write_text("{")
-    assert checkpoint.find(tmp_path) == tmp_path / "checkpoint-4"
+    assert loading.find(tmp_path) == tmp_path / "checkpoint-4"
     printed = capsys.readouterr().err
     assert "checkpoint-6 is damaged" in printed
     assert f"{tmp_path} has no model/ yet: loading {tmp_path / 'checkpoint-4'}\n" in printed
-    assert checkpoint.find(tmp_path / "latest") == tmp_path / "latest" and capsys.readouterr().err == ""
+    assert loading.find(tmp_path / "latest") == tmp_path / "latest" and capsys.readouterr().err == ""
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step}" / "config.json").unlink()
     with pytest.raises(InputError, match=r"is not a saved model: .*checkpoint-6 is damaged"):
-        checkpoint.find(tmp_path)
+        loading.find(tmp_path)
 
 
 def test_a_checkpoints_checksums_cover_its_folders(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_an_unreachable_hub_is_asked_once(requests: list[Any]) -> None:
         r"nobody/nothing is neither .* \(https://\S+ cannot be reached: Name or service not known\); check the path"
     )
     with pytest.raises(InputError, match=reason):
-        checkpoint.find("nobody/nothing")
+        loading.find("nobody/nothing")
     assert [options["timeout"] for _, options in requests] == [hub.SECONDS]
 
 
@@ -144,7 +144,7 @@ def test_what_is_cached_is_loaded_without_the_hub(
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert checkpoint.find("nobody/nothing") == tmp_path
+    assert loading.find("nobody/nothing") == tmp_path
 
 
 def test_a_reachable_hub_is_asked_for_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_the_loss_of_prefix_lm_would_differ() -> None:
     rows = tiny.apart(tiny.documents([2]))
     pixels = tiny.images(1)
     with torch.no_grad():
-        first, second = (vlm.decode(tiny.batch(vlm, [row], pixels))[0, : vlm.vision.num_image_tokens] for row in rows)
+        first, second = (vlm.decode(tiny.batch(vlm, [row], pixels))[0, : vlm.num_image_tokens] for row in rows)
     assert (first - second).abs().max() > 1e-2
 
 

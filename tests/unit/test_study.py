@@ -19,6 +19,7 @@ from vlmvqa.extras.study.results import RunResult, summarize
 from vlmvqa.extras.study.settings import StudyConfig, StudyRun, build_arms, study_runs
 from vlmvqa.paths import CONF
 
+TWO_ARMS = ("study=mask", "arms=[causal]")  # the baseline and one more
 STUDIES = sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
 
 
@@ -49,18 +50,18 @@ def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
         (["study=mask", "size=small"], "size=small is unknown"),
         (["study=mask", "seeds=[1,1]"], "must be different numbers"),
         (["study=mask", "arms=[casual]"], "there is no arm 'casual'; did you mean 'causal'"),
-        (["study=mask", "base=seed=3"], "it is not the same in all runs"),
-        (["study=mask", "base=hub_id=a/b"], "it is not the same in all runs"),
-        (["study=mask", "base=data=mixture"], "a study compares one"),
-        (["study=mask", "runs={causal:[runs/a]}"], "the study has an arm of this name"),
-        (["study=mask", "runs={other:[nowhere/at/all]}"], "runs.other"),
-        (["study=mask", "base=modl=tiny"], "there is no key 'modl'; did you mean 'model=tiny'"),
-        (["study=mask", "base=trainer.max_steps=9"], "drop trainer.max_steps"),
-        (["study=mask", "study.equal=steps"], "study.equal=steps sets the length by trainer.max_steps"),
-        (["study=mask", "base=trainer.early_stopping_patience=3"], "leave it out of a study"),
+        ([*TWO_ARMS, "base=seed=3"], "it is not the same in all runs"),
+        ([*TWO_ARMS, "base=hub_id=a/b"], "it is not the same in all runs"),
+        ([*TWO_ARMS, "base=data=mixture"], "a study compares one"),
+        ([*TWO_ARMS, "runs={causal:[runs/a]}"], "the study has an arm of this name"),
+        ([*TWO_ARMS, "runs={other:[nowhere/at/all]}"], "runs.other"),
+        ([*TWO_ARMS, "base=modl=tiny"], "there is no key 'modl'; did you mean 'model=tiny'"),
+        ([*TWO_ARMS, "base=trainer.max_steps=9"], "drop trainer.max_steps"),
+        ([*TWO_ARMS, "study.equal=steps"], "study.equal=steps sets the length by trainer.max_steps"),
+        ([*TWO_ARMS, "base=trainer.early_stopping_patience=3"], "leave it out of a study"),
         (["study=mask", "study.equal=time"], "study.equal=time is unknown"),
-        (["study=mask", "study.arms.causal=['trainer.num_train_epochs=2']"], "needs the same trainer.num_train_epochs"),
-        (["study=mask", "study.arms.causal=['model.projector.kidn=mlp']"], "1 of 7 arms cannot run: causal: "),
+        ([*TWO_ARMS, "study.arms.causal=['trainer.num_train_epochs=2']"], "needs the same trainer.num_train_epochs"),
+        ([*TWO_ARMS, "study.arms.causal=['model.projector.kidn=mlp']"], "1 of 2 arms cannot run: causal: "),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(given: list[str], sentence: str) -> None:
@@ -82,7 +83,9 @@ def test_an_experiment_replaces_the_studys_model_and_data(tmp_path: Path) -> Non
 
 def test_a_saved_model_replaces_the_studys_model(tmp_path: Path) -> None:
     given = study("study=loss", f"run.dir={tmp_path}", "base=init_from=org/name")
-    assert all("model" not in run.config.given and run.config.init_from == "org/name" for run in build_runs(given))
+    assert all(
+        "model" not in run.config.given and run.config.init_from == {"model": "org/name"} for run in build_runs(given)
+    )
 
 
 def results(folder: Path, scores: dict[str, list[list[float]]]) -> dict[str, dict[str, RunResult]]:

@@ -18,7 +18,6 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from tests import tiny
 from tests.unit.test_trainer import model, trainer
 from vlmvqa.models.flops import COUNTED, count, matrix_rate
-from vlmvqa.models.interface import set_trainable
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.masks import Tokens, visible
 from vlmvqa.sequence.rows import ATTENTION_PATTERNS, Document, TokenizedQuestion
@@ -31,6 +30,7 @@ from vlmvqa.training.log import (
     rounded,
     short,
 )
+from vlmvqa.training.optimizer import set_trainable
 from vlmvqa.training.throughput import PHASES, PhaseClock, ThroughputMeter
 
 KEYS = {"questions_per_second", "supervised_tokens_per_second", "padding", "peak_memory_gib", "mfu"}

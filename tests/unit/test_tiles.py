@@ -133,7 +133,7 @@ def hidden(model: VLM, document: Document, pixels: torch.Tensor) -> torch.Tensor
 def test_a_later_tile_changes_an_earlier_one_only_inside_their_block(tiles: tuple[int, ...]) -> None:
     vlm = tiny.model()
     (document,) = tiny.documents([2], tiles=[tiles])
-    pixels, tokens = tiny.images(3), vlm.vision.num_image_tokens
+    pixels, tokens = tiny.images(3), vlm.num_image_tokens
     changed = torch.cat([pixels[:2], -pixels[2:]])
     before, after = hidden(vlm, document, pixels), hidden(vlm, document, changed)
     first, second, questions = (slice(n * tokens, (n + 1) * tokens) for n in (0, 1, 3))

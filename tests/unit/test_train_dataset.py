@@ -94,7 +94,7 @@ def test_rows_are_filled_up_to_their_tokens(tokenizer: PreTrainedTokenizerFast) 
 def test_a_packed_epoch_is_the_same_loss_and_gradients(tokenizer: PreTrainedTokenizerFast, weighting: str) -> None:
     """With one question per row, one image per row, packed rows, copies of images; unsupervised rows at the end."""
     vlm = tiny.model(vocab_size=400)
-    make = replace(processor(tokenizer), num_image_tokens=vlm.vision.num_image_tokens)
+    make = replace(processor(tokenizer), num_image_tokens=vlm.num_image_tokens)
     found = []
     for options in ({"questions_per_row": 1}, {}, {"row_tokens": 150}, {"row_tokens": 150, "copy_images": True}):
         rows = TrainDataset(many(), make, RowSettings(loss_weighting=weighting, **options), BadRecords())

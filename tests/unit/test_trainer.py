@@ -20,12 +20,12 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
-from vlmvqa.models.interface import Model, set_trainable
+from vlmvqa.models.interface import Model
 from vlmvqa.models.vlm import VLM
 from vlmvqa.training import checkpoints, quantized_moments
 from vlmvqa.training.block_compilation import compile_blocks
 from vlmvqa.training.log import parts_table, read_log
-from vlmvqa.training.optimizer import GradientClipping
+from vlmvqa.training.optimizer import GradientClipping, set_trainable
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
 COLORS = ("red", "green", "blue", "black")
@@ -48,7 +48,7 @@ def trainer(folder: Path, vlm: VLM, rates: Mapping[str, float | None] | None = N
     given = examples()
     tokenizer = train_tokenizer(given, 300)
     processor = Processor(
-        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.vision.num_image_tokens, vlm.attention_pattern
+        tokenizer, ImageSettings(28, (0.5,) * 3, (0.5,) * 3), vlm.num_image_tokens, vlm.attention_pattern
     )
     settings = {"per_device_train_batch_size": 2, "max_steps": 4, "report_to": "none", "save_strategy": "no"}
     args = TrainingArguments(
@@ -153,7 +153,7 @@ def test_another_global_batch_resumes_at_the_same_row(
     given = trainer(tmp_path, model(), per_device_train_batch_size=now)
     monkeypatch.setattr(given.training_set, "packing", range(rows))
     monkeypatch.setattr(Trainer, "_init_training_state", lambda *_: (0, 0))
-    monkeypatch.setattr("vlmvqa.training.checkpoint_state.progress", lambda _: {"global_batch": before})
+    monkeypatch.setattr("vlmvqa.training.checkpoint_loading.progress", lambda _: {"global_batch": before})
     given.state.global_step = step
     assert given._init_training_state(1000, -(-rows // now), 10, str(tmp_path), None) == place
 
@@ -164,7 +164,7 @@ def test_rows_exchanged_among_steps_are_not_resumed_with_another_global_batch(
     given = trainer(tmp_path, model(), per_device_train_batch_size=4)
     given.training_set.settings = RowSettings(length_window=16)
     monkeypatch.setattr(Trainer, "_init_training_state", lambda *_: (0, 0))
-    monkeypatch.setattr("vlmvqa.training.checkpoint_state.progress", lambda _: {"global_batch": 8})
+    monkeypatch.setattr("vlmvqa.training.checkpoint_loading.progress", lambda _: {"global_batch": 8})
     with pytest.raises(InputError, match=r"data.length_window=16: .* 8 before and 4 now; keep their number"):
         given._init_training_state(1000, 10, 10, str(tmp_path), None)
 

@@ -25,6 +25,7 @@ Config = TypeVar("Config")
 BUILDERS = {
     "data": ("vlmvqa.data.tasks", "data_settings"),
     "model": ("vlmvqa.models.checkpoint", "model_settings"),
+    "init_from": ("vlmvqa.training.initial_model", "named_sources"),
     "adapt": ("vlmvqa.extras.adapters.peft_adapters", "adapter_settings"),
 }
 
@@ -113,6 +114,8 @@ def build_settings(kind: type[Config], values: Mapping[str, Any], where: str) ->
         inner, inside = _dataclass_in(hints[key]), f"{where}.{key}" if where else str(key)
         if inner is not None and value is not None and not isinstance(value, inner):
             value = build_settings(inner, value, inside)
+        elif (inner := _dataclass_of_each(hints[key])) is not None:
+            value = tuple(build_settings(inner, one, f"{inside}[{number}]") for number, one in enumerate(value))
         elif typing.get_origin(hints[key]) is Mapping:
             _refuse_text(value, inside)
         arguments[str(key)] = tuple(value) if isinstance(value, list) else value
@@ -127,6 +130,11 @@ def _dataclass_in(hint: Any) -> type | None:
     """Return the dataclass of a type hint `X` or `X | None`."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+
+
+def _dataclass_of_each(hint: Any) -> type | None:
+    """Return the dataclass of a type hint `tuple[X, ...]`."""
+    return _dataclass_in(typing.get_args(hint)[0]) if typing.get_origin(hint) is tuple else None
 
 
 def _refuse_text(value: Any, where: str) -> None:

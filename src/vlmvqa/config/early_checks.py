@@ -37,7 +37,7 @@ LEAST = {
     **dict.fromkeys(("batch_size", "max_instances"), 1),
 }
 NULLABLE = {"merge": ("samples",), "prepare": ("workers",)}
-# Values of `dtype` of the scripts that answer questions (`models.interface.answering_dtype`).
+# Values of `dtype` of the scripts that answer questions (`models.loading.answering_dtype`).
 ANSWERING_DTYPES = ("auto", "saved", "float32", "bfloat16", "float16")
 
 
@@ -97,10 +97,10 @@ def _refuse_missing_data(data: dict[str, Any], where: str) -> None:
 
 
 def listed(value: Any) -> list[Any]:
-    """Return a setting as a list; null is an empty one."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+    """Return a setting, or the values of a group, as a list; null is an empty one."""
+    if isinstance(value, Mapping):
+        return [one for one in value.values() if one is not None]
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 # ---- the command line's words

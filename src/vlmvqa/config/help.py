@@ -286,7 +286,7 @@ def _choices(name: str) -> Iterator[str]:
     """Yield each config group that a script takes, with the names of its files."""
     for group in _groups(name):
         names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
-        yield textwrap.fill(names, WIDTH, initial_indent=f"  {group:<12}", subsequent_indent=" " * 14)
+        yield textwrap.fill(names, WIDTH, initial_indent=f"  {group:<16}", subsequent_indent=" " * 18)
 
 
 def _groups(name: str) -> Iterator[str]:

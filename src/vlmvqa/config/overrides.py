@@ -5,6 +5,7 @@ Imports no PyTorch, so that a mistake is reported at once.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import CONF
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
-OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs", "space")
+OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs", "space", "init_from")
 # Keys that may be given several times, by config; their values are taken literally, quotes included.
 REPEATABLE = {"predict": ("image", "question"), **dict.fromkeys(("study", "sweep", "plan"), ("base",))}
 # Options with which Hydra prints something in place of running a job.
@@ -83,24 +84,26 @@ def _compose(arguments: tuple[str, ...], config_name: str) -> Composition:
                 from vlmvqa.config.hydra_jobs import sweep_jobs
 
                 first, *others = sweep_jobs(overrides)
-            config = _with_groups(config_name, first)
+            content = OmegaConf.to_container(_with_groups(config_name, tuple(filter(_is_choice, first))), resolve=False)
             # A sweep's overrides as they are given, since Hydra composes its jobs again, one after the other.
-            checked = {one: _check_override(config_name, config, one, given) for one in overrides}
-            jobs = [_with_values(config_name, config, first, given)]
-            jobs += [_with_values(config_name, _with_groups(config_name, job), job, given) for job in others]
+            checked = {one: _check_override(config_name, content, one, given) for one in overrides}
+            jobs = [_with_values(config_name, job, given) for job in (first, *others)]
         except (HydraException, OmegaConfBaseException) as error:
             raise InputError(" ".join(str(error).split())) from error
     return Composition([checked.get(argument, argument) for argument in given], jobs)
 
 
-def _with_groups(config_name: str, overrides: Sequence[str]) -> DictConfig:
+@lru_cache(maxsize=32)  # the runs of a study mostly choose the same files; they are not to be changed
+def _with_groups(config_name: str, choices: tuple[str, ...]) -> DictConfig:
     """Let Hydra compose the chosen files of the groups."""
-    return hydra.compose(config_name, [one for one in overrides if _is_choice(one)], return_hydra_config=True)
+    return hydra.compose(config_name, list(choices), return_hydra_config=True)
 
 
-def _with_values(config_name: str, config: DictConfig, overrides: Sequence[str], arguments: Sequence[str]) -> Job:
+def _with_values(config_name: str, overrides: Sequence[str], arguments: Sequence[str]) -> Job:
     """Apply the other overrides, as Hydra does after composing the groups: composing again would take as long."""
-    values = [_check_override(config_name, config, one, arguments) for one in overrides if not _is_choice(one)]
+    config = copy.deepcopy(_with_groups(config_name, tuple(filter(_is_choice, overrides))))
+    content = OmegaConf.to_container(config, resolve=False)
+    values = [_check_override(config_name, content, one, arguments) for one in overrides if not _is_choice(one)]
     ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), config)
     return Job(resolve(config), keys_of(overrides))
 
@@ -189,25 +192,24 @@ def _is_choice(override: str) -> bool:
     return True
 
 
-def _check_override(config_name: str, config: DictConfig, override: str, arguments: Sequence[str]) -> str:
-    """Return an override as Hydra takes it; raise an InputError if its key does not exist in the config."""
+def _check_override(config_name: str, content: Any, override: str, arguments: Sequence[str]) -> str:
+    """Return an override as Hydra takes it; raise an InputError if its key does not exist in the config's content."""
     key, _, value = override.lstrip("+~").partition("=")
     parts = key.split(".")
     if (CONF / key.partition("@")[0]).is_dir() or parts[0].startswith("hydra"):
         return override
-    content: Any = OmegaConf.to_container(config, resolve=False)
     node = content
     for depth, part in enumerate(parts):
         if isinstance(node, dict) and part in node:
             node = node[part]
             continue
-        opened = depth > 0 and parts[depth - 1] in OPEN and isinstance(node, dict)
+        opened = depth > 0 and parts[depth - 1] in OPEN and isinstance(node, dict | None)
         if opened or (parts[0] == "trainer" and part in argument_types()):
             return "++" + override.lstrip("+")
         from vlmvqa.config.suggestions import default_keys, suggest_key
 
-        content.pop("hydra")
-        names = {*flatten(content), *default_keys(config_name, arguments)}
+        own = {name: inner for name, inner in content.items() if name != "hydra"}
+        names = {*flatten(own), *default_keys(config_name, arguments)}
         raise InputError(f"there is no key '{key}'{suggest_key(key, value, names)}")
     if parts[-1] in OPEN and isinstance(node, dict) and not override.startswith("~"):  # a group replaced as one value
         return "++" + override.lstrip("+")

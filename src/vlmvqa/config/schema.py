@@ -168,6 +168,7 @@ class TrainConfig:
 
     Attributes:
         trainer: transformers' TrainingArguments, by their own names.
+        init_from: saved models that training starts from, by `model` or part.
         given: the keys that the command line sets.
     """
 
@@ -178,7 +179,7 @@ class TrainConfig:
     decoding: GenerationSettings
     dist: DistSettings | None = None
     adapt: AdapterSettings | None = None
-    init_from: str | None = None
+    init_from: Mapping[str, str] | None = None
     resume: str | None = None
     resume_force: bool = False
     seed: int = 0

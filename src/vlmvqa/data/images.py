@@ -48,6 +48,7 @@ class ImageSettings:
             bench.data` measures it), but the pixels differ: by about 3 of 255 for photographs of 640 x 480 resized to
             224. Off by default, for models that were trained without.
         tiles: settings of the tiles that large images are cut into (`extras/vision/tiles.py`); None: they are not.
+        fused: preprocessing of further encoders, whose features are concatenated (`model.vision.fused`).
     """
 
     size: int
@@ -57,6 +58,12 @@ class ImageSettings:
     resize: str = "squash"
     reduced: bool = False
     tiles: Mapping[str, Any] | None = None
+    fused: tuple[ImageSettings, ...] = ()
+
+    @property
+    def side(self) -> int:
+        """Side of the tensor in pixels: the largest size."""
+        return max(one.size for one in (self, *self.fused))
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -97,7 +104,7 @@ def decode(source: ImageSource, name: str, settings: ImageSettings | None = None
             _check_size(image, name)  # before reducing it, so that the same files are errors with and without
             if settings is not None and settings.reduced:
                 # Both kinds of resizing need `size` pixels on the shorter side, which rotation does not change.
-                image.draft(None, (settings.size, settings.size))  # JPEG only; no effect on other formats
+                image.draft(None, (settings.side, settings.side))  # JPEG only; no effect on other formats
             return _upright_rgb(image, name)
     except InputError:
         raise
@@ -113,7 +120,11 @@ def decode(source: ImageSource, name: str, settings: ImageSettings | None = None
 
 
 def to_tensor(image: Image.Image, settings: ImageSettings) -> torch.Tensor:
-    """Return an RGB image resized and normalised: `float[3, size, size]`."""
+    """Return an RGB image resized and normalised: `float[3, size, size]`; `[3 * K, side, side]` for K encoders."""
+    if settings.fused:
+        from vlmvqa.extras.vision.fused_pixels import fused_pixels
+
+        return fused_pixels(image, settings)
     width, height = image.size
     box = (0, 0, width, height)
     if settings.resize == "center_crop":

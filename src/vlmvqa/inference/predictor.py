@@ -22,7 +22,8 @@ from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models.interface import Generated, GenerationSettings
-from vlmvqa.models.trained_model import TrainedModel, load_model
+from vlmvqa.models.loading import load_model
+from vlmvqa.models.trained_model import TrainedModel
 from vlmvqa.ranks import bar
 from vlmvqa.sequence.rows import Document
 

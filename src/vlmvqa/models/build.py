@@ -18,7 +18,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import VisionTransformer
+from timm.models import Eva, VisionTransformer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
@@ -33,9 +33,9 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.checkpoint import CONFIG, TOKENIZER, WEIGHTS
 from vlmvqa.models.interface import DTYPES, cast_parameters
 from vlmvqa.models.language import LanguageModel, LanguageSettings
-from vlmvqa.models.projector import Projector
-from vlmvqa.models.vision import VisionEncoder, VisionSettings
-from vlmvqa.models.vlm import VLM, ModelSettings
+from vlmvqa.models.projector import LAYERS, Projector
+from vlmvqa.models.vision import FeatureShape, VisionEncoder, VisionSettings
+from vlmvqa.models.vlm import VLM, ModelSettings, ProjectorSettings
 
 if TYPE_CHECKING:
     from vlmvqa.config.schema import DataSettings
@@ -56,14 +56,14 @@ def build(settings: ModelSettings) -> VLM:
 def build_uninitialized(settings: ModelSettings, language_config: PreTrainedConfig) -> VLM:
     """Build a model whose weights are loaded afterwards, from the decoder's full config."""
     with no_init_weights():
-        vision = build_vision_encoder(dataclasses.replace(settings.vision, weights="random"))
+        vision = build_vision_encoder(random_weights(settings.vision))
         causal_lm = AutoModelForCausalLM.from_config(language_config, dtype=DTYPES[settings.dtype])
     return assemble(vision, LanguageModel(causal_lm, settings.language.attention, settings.language.loss), settings)
 
 
 def assemble(vision: VisionEncoder, language: LanguageModel, settings: ModelSettings) -> VLM:
     """Connect an encoder and a language model with a new projector."""
-    projector = Projector(vision.width, language.width, settings.projector.kind, settings.projector.dropout)
+    projector = build_projector(settings.projector, vision.features, language.width)
     return cast_parameters(VLM(vision, projector, language, settings.attention_pattern), DTYPES[settings.dtype])
 
 
@@ -71,11 +71,38 @@ def assemble(vision: VisionEncoder, language: LanguageModel, settings: ModelSett
 
 
 def build_vision_encoder(settings: VisionSettings) -> VisionEncoder:
-    """Build timm's model.
+    """Build an encoder from timm's model, or several that are fused.
 
     Raises:
-        InputError: an unknown name or setting, weights that cannot be loaded, or no vision transformer.
+        InputError: an unknown name or setting, weights that cannot be loaded, or a model without usable features.
     """
+    if settings.fused:
+        from vlmvqa.extras.vision.encoders import FusedEncoder
+
+        return FusedEncoder([build_vision_encoder(one) for one in fused_settings(settings)])
+    encoder = build_timm_model(settings)
+    if settings.layers == -1 and settings.norm and isinstance(encoder, VisionTransformer | Eva):
+        return VisionEncoder(encoder, settings.image_size, settings.class_token)
+    from vlmvqa.extras.vision.encoders import LayerEncoder
+
+    return LayerEncoder(encoder, settings)
+
+
+def fused_settings(settings: VisionSettings) -> list[VisionSettings]:
+    """Return the settings of each encoder that is fused; of one encoder, its own."""
+    first = dataclasses.replace(settings, fused=())
+    return (
+        [dataclasses.replace(one, class_token=False) for one in (first, *settings.fused)] if settings.fused else [first]
+    )
+
+
+def random_weights(settings: VisionSettings) -> VisionSettings:
+    """Return the settings of the same encoder with random weights."""
+    return dataclasses.replace(settings, weights="random", fused=tuple(map(random_weights, settings.fused)))
+
+
+def build_timm_model(settings: VisionSettings) -> Any:
+    """Build timm's model without a head, for `build_vision_encoder`."""
     if settings.weights != "random" and settings.overrides:
         raise InputError(
             f"model.vision.overrides would change the shape of {settings.name}'s trained weights; "
@@ -89,27 +116,36 @@ def build_vision_encoder(settings: VisionSettings) -> VisionEncoder:
         )
     arguments = timm_arguments(settings)
     try:
-        if settings.weights == "random":
-            encoder = timm.create_model(name, **arguments)
-        else:
-            from vlmvqa.hub import reading
-
-            what = f"model.vision.name={settings.name} with weights={settings.weights}"
-            with reading(what, None if settings.weights == "hub" else settings.weights, RuntimeError):
-                encoder = timm.create_model(name, **arguments)
+        encoder = _create(name, settings, arguments)
+    except AssertionError as error:
+        raise InputError(f"model.vision.name={settings.name} cannot be built without a head: {error}") from error
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         near = suggest(unknown[1], inspect.signature(VisionTransformer).parameters) if unknown else ""
         raise InputError(
             f"model.vision.overrides: timm's {architecture} does not take these settings: {error}{near}"
         ) from error
-    if not hasattr(encoder, "has_class_token") or not hasattr(encoder, "blocks"):
-        raise InputError(f"model.vision.name={settings.name} is not a vision transformer; choose a timm vit_* model")
-    if settings.weights == "random":
+    if settings.weights == "random" and isinstance(getattr(encoder, "pos_embed", None), nn.Parameter):
         # timm initializes the position embedding with a standard deviation of 0.02, fifty times smaller than the
         # patches it is added to: trained from scratch, the encoder then hardly sees positions for a long time.
         nn.init.normal_(encoder.pos_embed)
-    return VisionEncoder(encoder, settings.image_size)
+    return encoder
+
+
+def _create(name: str, settings: VisionSettings, arguments: dict[str, Any]) -> Any:
+    """Create timm's model, without an image size if it takes none, as a convolutional model."""
+    try:
+        if settings.weights == "random":
+            return timm.create_model(name, **arguments)
+        from vlmvqa.hub import reading
+
+        what = f"model.vision.name={settings.name} with weights={settings.weights}"
+        with reading(what, None if settings.weights == "hub" else settings.weights, RuntimeError):
+            return timm.create_model(name, **arguments)
+    except TypeError as error:
+        if "'img_size'" not in str(error) or "img_size" not in arguments:
+            raise
+        return _create(name, settings, {key: value for key, value in arguments.items() if key != "img_size"})
 
 
 def timm_arguments(settings: VisionSettings) -> dict[str, Any]:
@@ -133,6 +169,22 @@ def timm_arguments(settings: VisionSettings) -> dict[str, Any]:
             "are never read here; save them with safetensors.torch.save_file"
         )
     return {**arguments, "pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+
+
+# ---- the projector
+
+
+def build_projector(settings: ProjectorSettings, features: FeatureShape, width: int) -> Projector:
+    """Build the projector from features to embeddings of a width.
+
+    Raises:
+        InputError: an unknown kind or option, or features that the kind cannot take.
+    """
+    if settings.kind in LAYERS and not settings.options:
+        return Projector(features, width, settings.kind, settings.dropout)
+    from vlmvqa.extras.vision.projectors import build_kind
+
+    return build_kind(settings, features, width)
 
 
 # ---- the language model
@@ -243,9 +295,7 @@ def load_processing_class(folder: Path) -> PreTrainedTokenizerBase:
 def make_processor(tokenizer: PreTrainedTokenizerBase, model: VLM, config: Mapping[str, Any]) -> Processor:
     """Return the processor of a saved model."""
     images = build_settings(ImageSettings, config["images"], "config.json: images")
-    return Processor(
-        tokenizer, images, model.vision.num_image_tokens, model.attention_pattern, config["max_text_tokens"]
-    )
+    return Processor(tokenizer, images, model.num_image_tokens, model.attention_pattern, config["max_text_tokens"])
 
 
 def continued_settings(settings: ModelSettings, folder: Path) -> ModelSettings:
@@ -264,15 +314,19 @@ def compose(settings: ModelSettings, data: DataSettings, examples: Sequence[Exam
         examples: the texts that a tokenizer is trained on, if the settings ask for one.
     """
     model = build(settings)
-    return model, _processor(model, settings, data, examples), None
+    processor = _processor(model, settings, data, examples)
+    if settings.projector.scale_to_text:
+        from vlmvqa.extras.vision.initial_scale import scale_to_text
+
+        scale_to_text(model, processor, examples)
+    return model, processor, None
 
 
 def compose_processor(settings: ModelSettings, data: DataSettings, examples: Sequence[Example]) -> Processor:
     """Return the processor alone: the model is built on the meta device."""
-    vision = dataclasses.replace(settings.vision, weights="random")
     language = dataclasses.replace(settings.language, weights="random")
     with torch.device("meta"):
-        model = build(dataclasses.replace(settings, vision=vision, language=language))
+        model = build(dataclasses.replace(settings, vision=random_weights(settings.vision), language=language))
     return _processor(model, settings, data, examples)
 
 
@@ -283,12 +337,17 @@ def _processor(model: VLM, settings: ModelSettings, data: DataSettings, examples
         from vlmvqa.hub import load_tokenizer
 
         tokenizer = load_tokenizer(settings.language.tokenizer or settings.language.name)
-    known = model.vision.data_config
-    images = ImageSettings(
-        settings.vision.image_size,
-        tuple(known["mean"]),
-        tuple(known["std"]),
-        known["interpolation"],
-    )
-    found = Processor(tokenizer, images, model.vision.num_image_tokens, model.attention_pattern, data.max_text_tokens)
-    return found.with_images(resize=data.resize, reduced=data.reduced_decoding, tiles=data.tiles)
+    first, *others = (_image_settings(tower, data) for tower in model.vision.towers)
+    images = dataclasses.replace(first, fused=tuple(others), tiles=data.tiles)
+    if images.resize == "letterbox":
+        from vlmvqa.extras.vision.letterbox import check
+
+        check(model)
+    return Processor(tokenizer, images, model.num_image_tokens, model.attention_pattern, data.max_text_tokens)
+
+
+def _image_settings(encoder: VisionEncoder, data: DataSettings) -> ImageSettings:
+    """Return the preprocessing of an encoder's input."""
+    known = encoder.data_config
+    mean, std = tuple(known["mean"]), tuple(known["std"])
+    return ImageSettings(encoder.image_size, mean, std, known["interpolation"], data.resize, data.reduced_decoding)

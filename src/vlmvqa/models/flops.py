@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from vlmvqa.models.language import LanguageModel
@@ -89,15 +90,20 @@ def count_flops(vision: VisionEncoder, projector: Projector, language: LanguageM
     """Count operations from the modules' shapes and from which parameters train.
 
     Returns:
-        None for a mixture of experts, whose tokens pass only some of the matrices.
+        None for a mixture of experts, whose tokens pass only some of the matrices, and for a vision encoder that is no
+        plain transformer.
     """
     if any(parameter.ndim > 2 for parameter in language.decoder.parameters()):
         return None
+    if not all(isinstance(tower.encoder, VisionTransformer | Eva) for tower in vision.towers):
+        return None
     # In the order of the forward pass: a gradient flows back only if something before it trains.
-    encoded, flows = _encoder(vision)
-    image = 0
-    for layer in projector.layers:
-        image += vision.num_image_tokens * _matrices(layer, flows)
+    encoded, image, flows = 0, 0, False
+    for tower in vision.towers:
+        operations, trains = _encoder(tower)
+        encoded, flows = encoded + operations, flows | trains
+    for layer, tokens in projector.matrices():
+        image += tokens * _matrices(layer, flows)
         flows |= _trains(layer)
     return Flops(encoded, image, *_language(language, flows))
 
@@ -111,8 +117,8 @@ def _encoder(vision: VisionEncoder) -> tuple[int, bool]:
     flows = _trains_before(encoder, vision)
     for block in vision.blocks:
         flows |= _trains(block)
-        total += tokens * _matrices(block, flows) + tokens**2 * _attention(vision.width, flows)
-    return total, flows | _trains(vision.final_norm)
+        total += tokens * _matrices(block, flows) + tokens**2 * _attention(encoder.embed_dim, flows)
+    return total, flows | any(map(_trains, vision.final_norms))
 
 
 def _language(language: LanguageModel, flows: bool) -> tuple[int, int, int, int]:
@@ -126,7 +132,7 @@ def _language(language: LanguageModel, flows: bool) -> tuple[int, int, int, int]
         flows |= _trains(layer)
         token += _matrices(layer, flows)
         pairs[kind] += _attention(width, flows)
-    flows |= _trains(language.final_norm)
+    flows |= any(map(_trains, language.final_norms))
     words = embedding.num_embeddings if language.head is None else language.head.out_features
     trains = (language.head or embedding).weight.requires_grad
     supervised = 2 * words * language.width * (1 + trains + flows)
@@ -164,7 +170,7 @@ def _trains(part: nn.Module) -> bool:
 
 def _trains_before(network: nn.Module, part: VisionEncoder | LanguageModel) -> bool:
     """Return whether a parameter before the blocks of an encoder or decoder trains."""
-    after = {id(parameter) for module in (*part.blocks, part.final_norm) for parameter in module.parameters()}
+    after = {id(parameter) for module in (*part.blocks, *part.final_norms) for parameter in module.parameters()}
     return any(parameter.requires_grad for parameter in network.parameters() if id(parameter) not in after)
 
 

@@ -41,12 +41,12 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model: its module (`nn.Module`), parameters, transformer blocks, and the norm after them."""
+    """A part of a model: its module (`nn.Module`), parameters, transformer blocks, and the norms after them."""
 
     module: Any
     parameters: Sequence[nn.Parameter]
     blocks: Sequence[nn.Module] = ()
-    final_norm: Sequence[nn.Module] = ()
+    final_norms: Sequence[nn.Module] = ()
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,6 @@ class VisionLanguageModel(Protocol):
     def blocks(self) -> list[nn.Module]:
         """Every transformer block: the units that are sharded and recomputed."""
 
-    @property
-    def adapter_host(self) -> nn.Module:
-        """The module whose parameter names appear in files of weights and adapters."""
-
     def forward(self, num_items_in_batch: Tensor | int | None = None, **batch: Tensor) -> dict[str, Tensor]:
         """Return `loss` (supervised losses over `num_items_in_batch`) and `supervised_tokens`, both scalars."""
 
@@ -147,9 +143,6 @@ class VisionLanguageModel(Protocol):
     def part(self, name: str) -> Part:
         """Return one of `PARTS`."""
 
-    def part_of(self, name: str) -> str:
-        """Return the part that the parameter `name` belongs to."""
-
     def checkpoint_activations(self) -> None:
         """Recompute the activations of every block in the backward pass."""
 
@@ -162,20 +155,8 @@ class VisionLanguageModel(Protocol):
     def patch_grid(self, batch: Batch) -> tuple[int, int]:
         """Return the rows and columns of patches that the encoder computes from an image of the batch."""
 
-    def flops(self) -> Flops | None:
-        """Return the floating-point operations per image and token; None if they cannot be counted."""
-
-    def module_path(self, name: str) -> str:
-        """Return the path of a module of `adapter_host`: its part, then its name within that part."""
-
-    def saved_name(self, name: str) -> str:
-        """Return the name that the parameter `name` has in files of weights."""
-
     def saved_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of `config.json`: the given entries with the network's own config."""
-
-    def save_extras(self, folder: Path) -> None:
-        """Write the files of a saved model other than config, weights and tokenizer."""
 
 
 class Model(nn.Module, VisionLanguageModel):
@@ -205,71 +186,27 @@ class Model(nn.Module, VisionLanguageModel):
         return self
 
     def part_of(self, name: str) -> str:
-        """Return the part that a parameter belongs to."""
+        """Return the part that the parameter `name` belongs to."""
         return name.split(".")[0]
 
     def module_path(self, name: str) -> str:
-        """Return a module's part with its name in it."""
+        """Return the path of a module of `adapter_host`: its part, then its name within that part."""
         return name
 
     def saved_name(self, name: str) -> str:
-        """Return a parameter's name in files of weights."""
+        """Return the name that the parameter `name` has in files of weights."""
         return name
 
     def save_extras(self, folder: Path) -> None:
-        """Write no files other than config, weights and tokenizer."""
+        """Write the files of a saved model other than config, weights and tokenizer: none."""
 
     def flops(self) -> Flops | None:
-        """Return None: the operations cannot be counted."""
+        """Return the floating-point operations per image and token; None: they cannot be counted."""
         return None
 
-
-def answering_dtype(choice: str, saved: str, device: str | torch.device) -> str:
-    """Return the data type of the weights of a model that answers questions, a key of `DTYPES`.
-
-    Args:
-        choice: a key of `DTYPES`; "saved"; or "auto": bfloat16 for float32 weights on a GPU that computes in it, else
-            `saved`.
-        saved: data type in which the weights are saved or trained.
-        device: where the model runs.
-
-    Raises:
-        InputError: unknown choice.
-    """
-    if choice in DTYPES:
-        return choice
-    if choice not in ("auto", "saved"):
-        raise InputError(f"dtype={choice} is unknown; use auto, saved, {', '.join(DTYPES)}")
-    if choice == "saved" or saved != "float32" or torch.device(device).type != "cuda":
-        return saved
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else saved
-
-
-def set_trainable(part: Part, choice: str | int, name: str) -> None:
-    """Set which parameters of a part train.
-
-    Args:
-        choice: "all", "none", or an int n for the last n blocks with the final norm.
-        name: the part's name, for error messages.
-
-    Raises:
-        InputError: unknown choice, or the part has fewer blocks.
-    """
-    if isinstance(choice, bool) or (choice not in ("all", "none") and not isinstance(choice, int)):
-        raise InputError(f"trainable.{name}={choice} is unknown; use all, none, or the number of last blocks")
-    for parameter in part.parameters:
-        parameter.requires_grad_(choice == "all")
-    if isinstance(choice, int):
-        if not 0 < choice <= len(part.blocks):
-            raise InputError(f"trainable.{name}={choice}: no such number of last blocks there; use all or none")
-        for module in (*part.blocks[-choice:], *part.final_norm):
-            module.requires_grad_(True)
-
-
-def set_trainable_parts(model: Model, trainable: Mapping[str, str | int]) -> None:
-    """Set which parameters of each part train; values as in `set_trainable`."""
-    for name, choice in trainable.items():
-        set_trainable(model.part(name), choice, name)
+    def token_grid(self, batch: Batch) -> tuple[int, int] | None:
+        """Return the rows and columns of an image's last tokens; None if they form no grid."""
+        return self.patch_grid(batch)
 
 
 def cast_parameters(model: AnyModule, dtype: torch.dtype) -> AnyModule:

@@ -86,10 +86,9 @@ class LanguageModel(nn.Module):
         return list(self.decoder.layers)
 
     @property
-    def final_norm(self) -> nn.Module:
+    def final_norms(self) -> list[nn.Module]:
         """The norm after the last layer."""
-        norm: nn.Module = self.decoder.norm
-        return norm
+        return [self.decoder.norm]
 
     def set_attention(self, attention: str) -> None:
         """Select the backend. SDPA, which cannot cap scores, is used only if the model has no softcap."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vlmvqa.config.compose import build_settings
 from vlmvqa.config.schema import DataSettings
 from vlmvqa.data.example import Example
 from vlmvqa.data.processor import Processor
@@ -32,6 +31,7 @@ class TrainedModel:
         prompt: the template of a question, which contains `{question}`.
         prompts: the template of each source that the model was trained on.
         started_from: the saved model that training started from: its name, and the fingerprint of its weights file.
+        parts_from: the saved models that its parts came from in training, if there were several; as `started_from`.
         adapter: the adapter's settings and its base model; None without adapters.
         folder: the folder of the saved model; None if it was not loaded.
     """
@@ -43,6 +43,7 @@ class TrainedModel:
     decoding: GenerationSettings = field(default_factory=GenerationSettings)
     prompts: Mapping[str, str] = field(default_factory=dict)
     started_from: Mapping[str, str] | None = None
+    parts_from: Mapping[str, Mapping[str, str]] | None = None
     adapter: Adapter | None = None
     folder: Path | None = None
 
@@ -91,6 +92,7 @@ class TrainedModel:
             "prompt": self.prompt,
             "prompts": dict(self.prompts),
             "started_from": self.started_from,
+            **({"parts_from": self.parts_from} if self.parts_from else {}),
             "max_text_tokens": self.processor.max_text_tokens,
             "decoding": dataclasses.asdict(self.decoding),
             "end_token_ids": sorted(self.processor.end_token_ids),
@@ -107,21 +109,3 @@ def build_model(
     """
     model, processor, started_from = checkpoint.family(settings.family).compose(settings, data, train_examples)
     return TrainedModel(model, processor, data.prompt, settings, decoding, data.prompts, started_from)
-
-
-def load_model(path_or_hub_id: str | Path, device: str = "cpu", dtype: str = "saved") -> TrainedModel:
-    """Load a model from a run's folder, its `model/` folder, one of its checkpoints, or a hub id.
-
-    Args:
-        dtype: data type of the weights, as in `interface.answering_dtype`.
-    """
-    folder = checkpoint.find(path_or_hub_id)
-    model, settings, text, config = checkpoint.load(folder, device, dtype)
-    decoding = build_settings(GenerationSettings, config.get("decoding", {}), "config.json: decoding")
-    more = {"prompts": config.get("prompts", {}), "started_from": config.get("started_from"), "folder": folder}
-    processor: Processor = checkpoint.family(settings.family).make_processor(text, model, config)
-    if "adapter" in config:
-        from vlmvqa.extras.adapters.peft_adapters import Adapter
-
-        more["adapter"] = build_settings(Adapter, config["adapter"], "config.json: adapter")
-    return TrainedModel(model, processor, config.get("prompt", BARE), settings, decoding, **more)

@@ -1,13 +1,14 @@
 """The model: a vision encoder, a projector, and a language model that reads image features as prefix tokens.
 
-    pixel_values [I, 3, H, H] --vision--> [I, N, Dv] --projector--> [I, N, D] --+ (place)
+    pixel_values [I, 3, H, H] --vision--> [I, N, Dv] --projector--> [I, M, D] --+ (place)
     input_ids    [B, T]       --embedding-------------------------> [B, T, D] --+--> decoder --> [B, T, D]
     document, branch, block, position [B, T] --one predicate---> mask [B, 1, T, T] --^              |
     labels       [B, T]       ---------------supervised positions only: logits [S, V], loss <-------+
 
 `models/build.py` builds it from settings and loads its weights.
 
-Legend: B rows, T tokens, I images, N image tokens, D width, Dv vision width, S supervised tokens, V vocabulary.
+Legend: B rows, T tokens, I images, N features and M tokens of an image (equal unless the projector merges patches),
+D width, Dv vision width, S supervised tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,10 +38,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProjectorSettings:
-    """Settings of the projector: its `kind` ("linear" or "mlp"), and `dropout` on the projected features."""
+    """Settings of the projector.
+
+    Attributes:
+        kind: one of `projector.LAYERS`, or a further kind.
+        dropout: dropout on the projected features.
+        scale_to_text: whether the initial output is scaled to the standard deviation of the text embeddings.
+        options: arguments of a further kind's class.
+    """
 
     kind: str = "linear"
     dropout: float = 0.0
+    scale_to_text: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class VLM(Model):
     # ---- embed, place, mask, decode, loss
 
     def image_embeddings(self, batch: Batch) -> Tensor:
-        """Project `pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` to `float[I * N, D]`."""
+        """Project `pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` to `float[I * M, D]`."""
         dtype = next(self.projector.parameters()).dtype
         if "image_features" in batch:
             features = batch["image_features"]
@@ -161,6 +171,11 @@ class VLM(Model):
         return self.language.attention
 
     @property
+    def num_image_tokens(self) -> int:
+        """Number of tokens of an image in a row, M."""
+        return self.projector.output.tokens
+
+    @property
     def shares_images(self) -> bool:
         """Whether one row may hold several questions about an image."""
         return self.attention_pattern in SHAREABLE
@@ -175,7 +190,7 @@ class VLM(Model):
         if name == "projector":
             return Part(self.projector, list(self.projector.parameters()))
         module = self.vision if name == "vision" else self.language
-        return Part(module, list(module.parameters()), module.blocks, [module.final_norm])
+        return Part(module, list(module.parameters()), module.blocks, module.final_norms)
 
     def checkpoint_activations(self) -> None:
         """Recompute activations of encoder blocks and decoder layers in the backward pass: less memory, more time."""
@@ -193,6 +208,10 @@ class VLM(Model):
     def patch_grid(self, batch: Batch) -> tuple[int, int]:
         """Return the rows and columns of patches of an image."""
         return self.vision.patch_grid
+
+    def token_grid(self, batch: Batch) -> tuple[int, int] | None:
+        """Return the rows and columns of image tokens; None if they form no grid."""
+        return self.projector.output.grid
 
     def flops(self) -> Flops | None:
         """Return the floating-point operations per image and token (see `flops.count_flops`)."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from vlmvqa.models import checkpoint
-from vlmvqa.models.interface import DTYPES, Model, answering_dtype, cast_parameters
+from vlmvqa.models.interface import DTYPES, Model, cast_parameters
+from vlmvqa.models.loading import answering_dtype
 
 if TYPE_CHECKING:
     from vlmvqa.training.trainer import VqaTrainer

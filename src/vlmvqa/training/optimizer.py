@@ -1,4 +1,4 @@
-"""Optimizers: supported names, parameter groups and gradient clipping."""
+"""Which parameters train; optimizers: supported names, parameter groups and gradient clipping."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from vlmvqa.config.schema import DistSettings
 from vlmvqa.errors import InputError
-from vlmvqa.models.interface import PARTS, Model
+from vlmvqa.models.interface import PARTS, Model, Part
 
 # Package, class and install extra of each optimizer.
 CLASSES = {
@@ -27,6 +27,27 @@ CLASSES = {
 }
 OPTIMIZERS = tuple(name for name in CLASSES if name != "sgd")  # those that `checkpoint_state.py` saves moments of
 NORM_WINDOW = 100  # gradient norms that the clipping percentile is taken of
+
+
+def set_trainable(part: Part, choice: str | int, name: str) -> None:
+    """Set which parameters of a part train.
+
+    Args:
+        choice: "all", "none", or an int n for the last n blocks with the final norms.
+        name: the part's name, for error messages.
+
+    Raises:
+        InputError: unknown choice, or the part has fewer blocks.
+    """
+    if isinstance(choice, bool) or (choice not in ("all", "none") and not isinstance(choice, int)):
+        raise InputError(f"trainable.{name}={choice} is unknown; use all, none, or the number of last blocks")
+    for parameter in part.parameters:
+        parameter.requires_grad_(choice == "all")
+    if isinstance(choice, int):
+        if not 0 < choice <= len(part.blocks):
+            raise InputError(f"trainable.{name}={choice}: no such number of last blocks there; use all or none")
+        for module in (*part.blocks[-choice:], *part.final_norms):
+            module.requires_grad_(True)
 
 
 def optimizer_for(name: str, dist: DistSettings) -> str:

@@ -21,12 +21,12 @@ from vlmvqa.data.tasks import Task, read_tasks
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models.checkpoint import BASE, CONFIG, WEIGHTS
-from vlmvqa.models.interface import Model, set_trainable
-from vlmvqa.models.trained_model import TrainedModel, build_model, load_model
+from vlmvqa.models.interface import Model
+from vlmvqa.models.trained_model import TrainedModel, build_model
 from vlmvqa.training.checkpoint_state import full_weights, num_elements, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
 from vlmvqa.training.log import SAMPLES, ProgressBar, parts_table, truncate
-from vlmvqa.training.optimizer import optimizer_for
+from vlmvqa.training.optimizer import optimizer_for, set_trainable
 from vlmvqa.training.run_folder import is_resumed, open_run, record_start, refuse_run
 from vlmvqa.training.trainer import TrainerOptions, VqaTrainer
 
@@ -256,18 +256,15 @@ def build(session: Session) -> tuple[TrainedModel, Any]:
     examples = [example for task in session.tasks for example in task.train]
     resumed = is_resumed(session.folder, config) and complete_checkpoints(session.folder)
     if resumed and (saved_base / CONFIG).is_file():  # the base of the adapters, saved at the start of this run
+        from vlmvqa.models.loading import load_model
+
         trained = replace(load_model(saved_base), settings=config.model)
     elif config.init_from is not None:
-        from vlmvqa.training.initial_model import continue_from
+        from vlmvqa.training.initial_model import initial_model
 
-        trained = continue_from(config)
+        trained = initial_model(config, examples)
     else:
         trained = build_model(config.model, config.data, config.decoding, examples)
-    if trained.adapter is not None:
-        raise InputError(
-            f"init_from={config.init_from} is an adapter; merge it into its base first, with launch/merge.py "
-            f"adapter={config.init_from} output=..."
-        )
     if config.adapt is not None:
         from vlmvqa.extras.adapters.attach import attach_adapters
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from vlmvqa.config.compose import build_settings
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.models.checkpoint import WEIGHTS as MODEL_WEIGHTS
-from vlmvqa.models.interface import Model, set_trainable_parts
+from vlmvqa.models.interface import Model
+from vlmvqa.training.optimizer import set_trainable
 
 METHODS = ("lora", "dora")
 NAME = "default"  # peft's name of the only adapter
@@ -101,11 +102,12 @@ def prepare(
 ) -> list[str]:
     """Attach adapters, if there are `settings`, and set which parameters train; arguments and result as in `attach`.
 
-    `trainable` has a choice per part (`interface.set_trainable`); with adapters, "all" trains a part as well.
+    `trainable` has a choice per part (`optimizer.set_trainable`); with adapters, "all" trains a part as well.
     """
     paths = [] if settings is None else attach(model, settings, device)
     chosen = {part: choice for part, choice in trainable.items() if settings is None or choice == "all"}
-    set_trainable_parts(model, chosen)
+    for part, choice in chosen.items():
+        set_trainable(model.part(part), choice, part)
     if settings is not None:
         keep_float32(model, chosen)
     return paths

@@ -10,7 +10,7 @@ from vlmvqa import fingerprint
 from vlmvqa.config.compose import build_settings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters import peft_adapters
-from vlmvqa.models import checkpoint
+from vlmvqa.models import checkpoint, loading
 from vlmvqa.models.interface import DTYPES, Model, cast_parameters
 
 
@@ -21,7 +21,7 @@ def base_of(folder: Path, adapter: Mapping[str, Any]) -> Path:
         InputError: the base model is missing, or its weights differ from those the adapter was trained on.
     """
     base = str(adapter["base"])
-    where = checkpoint.find(str(checkpoint.stored_base(folder, base) or base))
+    where = loading.find(str(loading.stored_base(folder, base) or base))
     found, expected = fingerprint.weights_in(where), adapter["fingerprint"]
     if found != expected:
         raise InputError(
@@ -39,7 +39,7 @@ def load_adapter(folder: Path, config: Mapping[str, Any], device: str, dtype: st
             theirs.
     """
     base, trained_in = base_of(folder, config["adapter"]), config["model"]["dtype"]
-    model, _, _, entries = checkpoint.load(base)
+    model, _, _, entries = loading.load(base)
     if "adapter" in entries:
         raise InputError(f"the base of {folder} is {base}, which is an adapter itself; merge that into its base first")
     settings = build_settings(

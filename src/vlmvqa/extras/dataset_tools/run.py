@@ -103,7 +103,7 @@ def cache_features(config: PrepareConfig) -> None:
     if processor.images.tiles is not None or processor.images.resize == "letterbox":
         raise InputError("features are those of images of one shape; leave data.tiles and data.resize=letterbox out")
     key = feature_key(vision, processor.images, config.features.dtype)
-    shape = vision.num_image_tokens, vision.width
+    shape = vision.features.tokens, vision.features.width
     print(disk_space(folder, len(unique_images(examples)), shape, config.features.dtype), flush=True)
     cores = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     try:

@@ -35,6 +35,7 @@ from vlmvqa.data.images import INTERPOLATIONS
 from vlmvqa.errors import InputError
 from vlmvqa.models.interface import DTYPES
 from vlmvqa.models.trained_model import TrainedModel
+from vlmvqa.models.vision import VisionEncoder
 from vlmvqa.models.vlm import VLM, ModelSettings
 
 REGISTERED = "load it with `import vlmvqa.hf` instead (docs/ecosystem.md)"
@@ -67,7 +68,7 @@ def refuse(trained: TrainedModel) -> None:
         raise InputError("the model is one of transformers already; load its folder with transformers as it is")
     language, text, images = model.language, trained.processor.tokenizer, trained.processor.images
     template = trained.prompt.endswith("\n") and trained.prompt.count("{question}") == 1
-    encoder = _encoder_problem(model.vision.encoder)
+    encoder = _encoder_problem(model.vision)
     checks = {
         f"model.attention_pattern={model.attention_pattern} is not its pattern, prefix_lm": (
             model.attention_pattern == "prefix_lm"
@@ -109,8 +110,11 @@ def _window(model: Any) -> float:
     return getattr(model.language.config, "sliding_window", None) or math.inf
 
 
-def _encoder_problem(encoder: Any) -> str | None:
-    """Return why neither `Dinov2Model` nor `SiglipVisionModel` computes what timm's model does; None if one does."""
+def _encoder_problem(vision: VisionEncoder) -> str | None:
+    """Return why neither `Dinov2Model` nor `SiglipVisionModel` computes what the encoder does; None if one does."""
+    encoder = vision.encoder
+    if type(vision) is not VisionEncoder or vision.num_class_tokens != int(encoder.has_class_token):
+        return "returns other features than those of the last layer with its class token"
     if type(encoder) is not VisionTransformer:
         return f"is a {type(encoder).__name__}, not timm's VisionTransformer"
     block = encoder.blocks[0]

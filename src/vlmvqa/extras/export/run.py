@@ -20,7 +20,7 @@ from vlmvqa.config.schema import RunSettings
 from vlmvqa.errors import InputError, suggest
 from vlmvqa.hub import OWN_CODE, SAFE_WEIGHTS
 from vlmvqa.inference.predictor import Predictor
-from vlmvqa.models.trained_model import load_model
+from vlmvqa.models.loading import load_model
 
 # Modules with a function `convert(trained)` that returns a model and a processor of transformers,
 # and `notes(trained)`: in which cases they differ from the trained ones.

@@ -131,16 +131,21 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def feature_key(vision: VisionEncoder, images: ImageSettings, dtype: str) -> Key:
     """Return what the features of an image depend on, for an encoder with cast but not yet sharded weights."""
-    config = vision.encoder.pretrained_cfg
-    # Neither the weights' shapes nor the printed layers include the number of heads.
+    # Neither the weights' shapes nor the printed modules include the number of heads.
     heads = [vars(module).get("num_heads") for module in vision.modules()]
     transform = json.loads(json.dumps(asdict(images)))  # with lists instead of tuples, as in index.json
     return {
-        "encoder": ".".join(filter(None, (config["architecture"], config.get("tag")))),
-        "weights": fingerprint.weights(vision, f"{vision.encoder} {heads}"),
+        "encoder": " + ".join(map(_name, vision.towers)),
+        "weights": fingerprint.weights(vision, f"{vision} {heads} {vision.features}"),
         "dtype": dtype,
         **{f"image {name}": value for name, value in transform.items()},
     }
+
+
+def _name(vision: VisionEncoder) -> str:
+    """Return the name of timm's model with its pretrained tag."""
+    config = vision.encoder.pretrained_cfg
+    return ".".join(filter(None, (config["architecture"], config.get("tag"))))
 
 
 def differences(found: Key, key: Key) -> str:

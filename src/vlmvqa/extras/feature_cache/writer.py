@@ -129,7 +129,7 @@ def write(
     """
     if batch_size < 1 or workers < 0:
         raise InputError(f"batch_size={batch_size} workers={workers}: use at least 1 image, 0 workers")
-    images, shape = unique_images(examples), (vision.num_image_tokens, vision.width)
+    images, shape = unique_images(examples), (vision.features.tokens, vision.features.width)
     if not images:
         raise InputError("the split has no images; check split and data.max_train_samples")
     ids, image_bytes = list(images), bytes_per_image(shape, DTYPES[key["dtype"]])

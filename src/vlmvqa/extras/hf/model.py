@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hf.config import VlmvqaConfig
-from vlmvqa.models.build import assemble, build_vision_encoder
+from vlmvqa.models.build import assemble, build_vision_encoder, random_weights
 from vlmvqa.models.generation import last_prompt_tokens
 from vlmvqa.models.language import LanguageModel
 from vlmvqa.models.vlm import VLM
@@ -52,7 +52,7 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         dtype = torch.get_default_dtype()
         settings = dataclasses.replace(config.model_settings(), dtype=str(dtype).removeprefix("torch."))
-        encoder = build_vision_encoder(dataclasses.replace(settings.vision, weights="random"))
+        encoder = build_vision_encoder(random_weights(settings.vision))
         language = LanguageModel(AutoModelForCausalLM.from_config(config.language_config, dtype=dtype))
         vlm = assemble(encoder, language, settings)
         self.vision, self.projector, self.language = vlm.vision, vlm.projector, vlm.language

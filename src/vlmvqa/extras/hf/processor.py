@@ -28,7 +28,7 @@ from vlmvqa.errors import InputError
 from vlmvqa.extras.hf.config import VlmvqaConfig
 from vlmvqa.extras.vision.segments import masks
 from vlmvqa.hub import OWN_CODE
-from vlmvqa.models.build import build_vision_encoder
+from vlmvqa.models.build import build_projector, build_vision_encoder, random_weights
 from vlmvqa.models.checkpoint import CONFIG, TOKENIZER
 from vlmvqa.sequence.rows import NO_IMAGE, PADDING, Document, build_row, pad_rows
 
@@ -62,10 +62,11 @@ class VlmvqaProcessor(ProcessorMixin):
         self.config = config
         settings = config.model_settings()
         with torch.device("meta"):
-            encoder = build_vision_encoder(replace(settings.vision, weights="random"))
+            encoder = build_vision_encoder(random_weights(settings.vision))
+            projector = build_projector(settings.projector, encoder.features, width=1)  # for its number of tokens
         images = build_settings(ImageSettings, config.images or {}, f"{CONFIG}: images")
         self.rows = Processor(
-            tokenizer, images, encoder.num_image_tokens, settings.attention_pattern, config.max_text_tokens
+            tokenizer, images, projector.output.tokens, settings.attention_pattern, config.max_text_tokens
         )
 
     def __call__(

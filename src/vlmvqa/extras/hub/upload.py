@@ -19,7 +19,8 @@ from vlmvqa import ranks
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import PEFT_CONFIG
 from vlmvqa.hub import hub_or_cache, when_offline
-from vlmvqa.models.checkpoint import BASE, CONFIG, stored_base
+from vlmvqa.models.checkpoint import BASE, CONFIG
+from vlmvqa.models.loading import stored_base
 
 
 def refuse_upload(target: str) -> None:

@@ -23,8 +23,8 @@ from vlmvqa.extras.merging.statistics import MergeStatistics
 from vlmvqa.extras.merging.tensor_names import TensorNames
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.models import checkpoint
-from vlmvqa.models.checkpoint import read_config
 from vlmvqa.models.interface import DTYPES
+from vlmvqa.models.loading import read_config
 from vlmvqa.paths import replace_file
 from vlmvqa.ranks import bar
 

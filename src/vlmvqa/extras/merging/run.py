@@ -23,7 +23,7 @@ from vlmvqa.extras.merging.settings import MergeSettings
 from vlmvqa.extras.merging.validation import adapter_settings
 from vlmvqa.inference.predictor import load
 from vlmvqa.metrics.registry import check_scorable, metric, score
-from vlmvqa.models import checkpoint
+from vlmvqa.models import loading
 from vlmvqa.models.checkpoint import OURS
 from vlmvqa.paths import replace_file
 
@@ -116,12 +116,12 @@ INTO = {
 
 def _merge(config: MergeConfig) -> Merge:
     """Return the merge of the config's models, checked to fit together."""
-    base = None if config.base is None else checkpoint.find(config.base)
+    base = None if config.base is None else loading.find(config.base)
     if config.adapter is None:
-        return Merge(base, [checkpoint.find(folder) for folder in config.models], config.settings, config.into)
+        return Merge(base, [loading.find(folder) for folder in config.models], config.settings, config.into)
     keys = [one.name for one in fields(MergeSettings)]
     refuse_overrides(config.given, "for several models, and adapter= is one; give models=[...] for it", "models", *keys)
-    adapter = checkpoint.find(config.adapter)
+    adapter = loading.find(config.adapter)
     if adapter_settings(adapter) is None:
         raise InputError(
             f"adapter={config.adapter} is a complete model, not an adapter; name the run of an adapter, or "

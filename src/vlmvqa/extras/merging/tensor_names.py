@@ -19,7 +19,7 @@ from vlmvqa.extras.adapters import peft_adapters
 from vlmvqa.extras.pretrained import family
 from vlmvqa.extras.pretrained.build import build_pretrained, pretrained_config
 from vlmvqa.extras.pretrained.model import PretrainedVLM
-from vlmvqa.models import build, checkpoint
+from vlmvqa.models import build, checkpoint, loading
 from vlmvqa.models.interface import Model
 
 
@@ -38,7 +38,7 @@ class TensorNames:
     @classmethod
     def read(cls, folder: Path) -> TensorNames:
         """Read the names of a saved model from its config."""
-        config = checkpoint.read_config(folder) if (folder / checkpoint.CONFIG).exists() else {}
+        config = loading.read_config(folder) if (folder / checkpoint.CONFIG).exists() else {}
         architecture = config.get("model_type")
         if architecture != checkpoint.OURS and architecture in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             _, settings = family.saved_settings(folder, config)
@@ -91,7 +91,7 @@ class TensorNames:
         """Return the names of the weights that adapters over 4 bits quantize."""
         model: Model | None = self.model
         if model is None:  # a `VLM`
-            config, settings = build.saved_settings(self.folder, checkpoint.read_config(self.folder))
+            config, settings = build.saved_settings(self.folder, loading.read_config(self.folder))
             with torch.device("meta"):
                 model = build.uninitialized(settings, config)
         return {f"{name}.weight" for name in peft_adapters.packable(model)}

@@ -17,8 +17,9 @@ from vlmvqa.extras.adapters.saved import base_of
 from vlmvqa.extras.merging.files import DTYPES, FLOATS, Weights
 from vlmvqa.extras.pretrained.hf_processor import load_processor
 from vlmvqa.hub import OWN_CODE
-from vlmvqa.models import checkpoint, interface
-from vlmvqa.models.checkpoint import OURS, read_config
+from vlmvqa.models import checkpoint, interface, loading
+from vlmvqa.models.checkpoint import OURS
+from vlmvqa.models.loading import read_config
 
 # Keys of a transformers config that don't change what the model computes.
 IGNORED = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache", OURS)
@@ -61,7 +62,7 @@ def resolve_base(base: Path | None, folders: Sequence[Path]) -> Path | None:
     for folder, adapter in recorded.items():
         if adapter["fingerprint"] != first_adapter["fingerprint"]:
             one, two = (
-                checkpoint.stored_base(path, entry["base"]) or entry["base"]
+                loading.stored_base(path, entry["base"]) or entry["base"]
                 for path, entry in ((folder, adapter), (first, first_adapter))
             )
             raise InputError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmvqa.extras.planning.published_sizes import Settings, known_config
 from vlmvqa.extras.pretrained.model import PretrainedSettings
+from vlmvqa.models.build import fused_settings
 from vlmvqa.sequence.masks import BLOCK, Tokens, block_mask
 from vlmvqa.sequence.rows import FILL, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
 
@@ -94,8 +95,9 @@ def dummy_batch(settings: Settings, shape: RowShape, rows: int) -> dict[str, Ten
     labels[:, -shape.supervised :] = 0
     if not isinstance(settings, PretrainedSettings):
         columns = {name: torch.zeros_like(ids) for name in FILL}
-        side = settings.vision.image_size
-        images = torch.ones(rows * shape.images, 3, side, side)
+        encoders = fused_settings(settings.vision)
+        side = max(one.image_size for one in encoders)
+        images = torch.ones(rows * shape.images, 3 * len(encoders), side, side)
         return {**columns, "labels": labels, "weights": torch.ones(rows, shape.tokens), "pixel_values": images}
     config = known_config(settings)
     ids[:, : num_image_tokens(settings)] = config.image_token_id

@@ -32,7 +32,7 @@ from vlmvqa.extras.planning.memory_tracker import MemoryTracker
 from vlmvqa.extras.planning.published_sizes import Settings, known_config
 from vlmvqa.extras.pretrained.build import build_pretrained
 from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM
-from vlmvqa.models.build import build
+from vlmvqa.models.build import build, random_weights
 from vlmvqa.models.interface import Model
 from vlmvqa.sequence.loss import CHUNK
 from vlmvqa.sequence.rows import Batch
@@ -122,8 +122,8 @@ def build_random(settings: Settings) -> Model:
     """Build the model with random weights."""
     if isinstance(settings, PretrainedSettings):
         return build_pretrained(replace(settings, weights="random"), known_config(settings))
-    vision, language = replace(settings.vision, weights="random"), replace(settings.language, weights="random")
-    return build(replace(settings, vision=vision, language=language))
+    language = replace(settings.language, weights="random")
+    return build(replace(settings, vision=random_weights(settings.vision), language=language))
 
 
 def build_on_meta(

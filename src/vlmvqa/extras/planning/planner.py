@@ -91,7 +91,7 @@ class Plan:
 
 @dataclass
 class Planner:
-    """Plans training runs of one model, row shape and type of GPU; `trainable` as in `interface.set_trainable`."""
+    """Plans training runs of one model, row shape and type of GPU; `trainable` as in `optimizer.set_trainable`."""
 
     settings: Settings
     trainable: Mapping[str, str | int]
@@ -164,7 +164,7 @@ class Planner:
         """Tokens per image in the decoder's row."""
         if isinstance(self.settings, PretrainedSettings):
             return num_image_tokens(self.settings)
-        return self.rows.tiles * int(self.model.part("vision").module.num_image_tokens)
+        return self.rows.tiles * int(self.model.part("projector").module.output.tokens)
 
     @cached_property
     def weights(self) -> list[Weight]:

@@ -20,7 +20,7 @@ from vlmvqa.extras.pretrained.build import build_pretrained, pretrained_config
 from vlmvqa.extras.pretrained.hf_processor import ADDED_TOKENS, load_processor, random_processor
 from vlmvqa.extras.pretrained.model import PretrainedSettings, PretrainedVLM, attention_pattern_of
 from vlmvqa.extras.pretrained.processor import PretrainedProcessor
-from vlmvqa.models import checkpoint
+from vlmvqa.models import loading
 from vlmvqa.models.checkpoint import CONFIG, OURS
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def compose(
     processor, config = _processor(settings, data, examples)
     if settings.weights == "random":
         return build_pretrained(settings, config), processor, None
-    folder, named = checkpoint.find(settings.pretrained), Path(settings.pretrained).expanduser()
+    folder, named = loading.find(settings.pretrained), Path(settings.pretrained).expanduser()
     name = str(named.resolve()) if named.exists() else settings.pretrained  # absolute: valid in any working directory
     started_from = {"model": name, "weights": fingerprint.weights_in(folder)}
     return build_pretrained(dataclasses.replace(settings, pretrained=str(folder)), config), processor, started_from

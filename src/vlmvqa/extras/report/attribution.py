@@ -102,9 +102,12 @@ def _answered_row(predictor: Predictor, example: Example, answer: str) -> dict[s
 def _attention(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """Return `float[rows, columns]`; the decoder must read each patch as one token."""
     image_tokens = ((batch["role"] == IMAGE) & (batch["document"] != PADDING))[0].nonzero()[:, 0]
-    rows, columns = model.patch_grid(batch)
+    grid = model.token_grid(batch)
     mixed = any("resampler" in name for name, _ in model.part("projector").module.named_modules())  # Idefics2's latents
-    if mixed or len(image_tokens) - rows * columns not in (0, 1):  # 1: the class token, which comes first
+    rows, columns = grid or model.patch_grid(batch)
+    if (
+        grid is None or mixed or len(image_tokens) - rows * columns not in (0, 1)
+    ):  # 1: the class token, which comes first
         raise InputError(
             f"the model reads {len(image_tokens)} image tokens that do not correspond one to one to {rows} x {columns} "
             "patches, so attention to a patch is undefined; use method=gradient"

@@ -11,7 +11,8 @@ import yaml
 
 from vlmvqa.extras.report.templates import template
 from vlmvqa.metrics.registry import metric
-from vlmvqa.models.checkpoint import OURS, read_config
+from vlmvqa.models.checkpoint import OURS
+from vlmvqa.models.loading import read_config
 from vlmvqa.paths import is_hub_id
 
 # Licences by a substring of the model's name: the hub's identifier, and the text for the card.

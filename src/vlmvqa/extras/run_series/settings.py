@@ -35,7 +35,8 @@ def common_settings(group: Mapping[str, Any], base: Sequence[str], size: str) ->
     A given experiment or saved model replaces the group's own model (and data).
     """
     kinds = {setting.lstrip("+").partition("=")[0] for setting in base}
-    replaced = {"model", "data"} if "experiment" in kinds else {"model"} if "init_from" in kinds else set()
+    saved = kinds & {"init_from", "init_from.model"}
+    replaced = {"model", "data"} if "experiment" in kinds else {"model"} if saved else set()
     own = [setting for setting in group["base"] if setting.partition("=")[0] not in replaced]
     return [*own, *(group["smoke"] if size == "smoke" else ()), *base]
 

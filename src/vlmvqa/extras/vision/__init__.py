@@ -1,1 +1,1 @@
-"""Optional parts of the vision encoder and its input."""
+"""Further vision encoders, projectors and inputs: chosen layers, fused encoders, fewer tokens, tiles, letterboxing."""

@@ -11,13 +11,31 @@ with 16 x 16 patches its aspect ratio changes by a few percent at most.
 
 from __future__ import annotations
 
+import inspect
 from math import isqrt
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from vlmvqa.data.images import INTERPOLATIONS, ImageSettings, normalise
+from vlmvqa.errors import InputError
+
+if TYPE_CHECKING:
+    from vlmvqa.models.vlm import VLM
+
+
+def check(model: VLM) -> None:
+    """Raise an InputError if a model cannot read letterboxed images."""
+    vision, (rows, columns) = model.vision, model.vision.patch_grid
+    if "attn_mask" not in inspect.signature(vision.encoder.forward).parameters:
+        raise InputError("data.resize=letterbox: timm cannot mask patches in this encoder; use a vision transformer")
+    if model.num_image_tokens != vision.features.tokens or rows != columns or vision.image_size % rows:
+        raise InputError(
+            "data.resize=letterbox leaves patches out of the row, which needs a token for each of a square of patches; "
+            "use another model.projector.kind or data.resize=squash"
+        )
 
 
 def covered(width: int, height: int, side: int) -> tuple[int, int]:

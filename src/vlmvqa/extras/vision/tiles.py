@@ -83,7 +83,7 @@ def cut(image: Image.Image, settings: ImageSettings) -> list[Image.Image]:
     columns, rows = _grid(*image.size, settings)
     if columns * rows == 1:
         return [image]
-    size = settings.size
+    size = settings.side
     resized = image.resize((columns * size, rows * size), INTERPOLATIONS[settings.interpolation])
     corners = ((column * size, row * size) for row in range(rows) for column in range(columns))
     return [*(resized.crop((left, top, left + size, top + size)) for left, top in corners), image]
@@ -97,4 +97,4 @@ def count_tiles(width: int, height: int, settings: ImageSettings) -> int:
 
 def _grid(width: int, height: int, settings: ImageSettings) -> tuple[int, int]:
     assert settings.tiles is not None
-    return choose_grid(width, height, settings.size, tile_settings(settings.tiles).max)
+    return choose_grid(width, height, settings.side, tile_settings(settings.tiles).max)
