@@ -13,8 +13,6 @@ from typing import Any, Protocol
 
 from PIL.Image import Image
 
-from vlmvqa.errors import InputError
-
 
 class StoredImage(Protocol):
     """An encoded image file that is read on demand: a path, or a position in a shard (`extras/shards`)."""
@@ -78,13 +76,6 @@ class Example:
     def name(self) -> str:
         """Return the name of the first image in error messages."""
         return self.named_images[0][1]
-
-
-def refuse_several_images(examples: Iterable[Example], feature: str) -> None:
-    """Raise an InputError if questions are about several images, where `feature` supports one."""
-    for example in examples:
-        if example.more_images:
-            raise InputError(f"{feature} supports one image per question, but {example.name} is one of several")
 
 
 def count_questions(examples: Iterable[Example]) -> int:

@@ -82,11 +82,13 @@ class Document:
             index into tensors that already exist.
         tiles: the number of consecutive elements of `images` that form a block, such as the tiles of an image; empty:
             each element is a block.
+        kept: the tokens of each image that are in the row; empty: all N.
     """
 
     images: Sequence[Any]
     questions: Sequence[TokenizedQuestion]
     tiles: Sequence[int] = ()
+    kept: Sequence[Sequence[int]] = ()
 
 
 @dataclass(slots=True)
@@ -132,18 +134,19 @@ def build_row(
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")
         start, tiles = 0, document.tiles or [1] * len(document.images)
+        kept = iter(document.kept or [range(num_image_tokens)] * len(document.images))
         for block, count in enumerate(tiles):
-            end = start + count * num_image_tokens
+            index = [features + n * num_image_tokens + token for n in range(count) for token in next(kept)]
             row.extend(
-                end - start,
-                image_index=range(features + start, features + end),
+                len(index),
+                image_index=index,
                 document=number,
                 role=IMAGE,
                 block=0 if one_branch else block if "image" in blocks else NONE,
-                position=range(start, end),
+                position=range(start, start + len(index)),
             )
-            start = end
-        features += start
+            start += len(index)
+            features += count * num_image_tokens
         for branch, question in enumerate(document.questions, start=1):
             if not question.prompt:
                 raise ValueError("a question without a prompt token has no position to answer from")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlmvqa.data.example import Example, refuse_several_images
+from vlmvqa.data.example import Example
 from vlmvqa.errors import BadRecords, InputError, counted
 from vlmvqa.extras.feature_cache.store import (
     FEATURES,
@@ -29,6 +29,7 @@ from vlmvqa.extras.feature_cache.store import (
     read_index,
     sample_checksums,
 )
+from vlmvqa.extras.vision.several_images import refuse_several_images
 from vlmvqa.models.interface import DTYPES
 from vlmvqa.paths import replace_file
 from vlmvqa.ranks import bar
