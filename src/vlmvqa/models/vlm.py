@@ -92,8 +92,7 @@ class VLM(Model):
         if "image_features" in batch:
             features = batch["image_features"]
         else:
-            mask = [batch["image_mask"]] if "image_mask" in batch else []  # of letterboxed images
-            features = self.vision(batch["pixel_values"].to(dtype), *mask)
+            features = self.vision(batch["pixel_values"].to(dtype), batch.get("image_mask"))
         projected: Tensor = self.projector(features.to(dtype))
         return rearrange(projected, "i n d -> (i n) d")
 
