@@ -19,9 +19,8 @@ def stored_size(source: ImageSource) -> tuple[int, int]:
     if isinstance(source, Image.Image):
         return source.size
     try:
-        if not isinstance(source, Path):  # of a path, Pillow reads the header only
-            source = io.BytesIO(source if isinstance(source, bytes) else source.read_bytes())
-        with Image.open(source) as image:
+        content = source if isinstance(source, Path | bytes) else source.read_bytes()
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:  # a path's header
             return image.size
     except (*DECODE_ERRORS, Image.DecompressionBombError):
         return 1, 1
