@@ -77,11 +77,9 @@ class Document:
     """Images and the tokenized questions that share them.
 
     Attributes:
-        images: images, or tiles of images, of N tokens each. An element is whatever the collate function stacks:
-            `float[3, H, H]` pixels, cached features `float[N, Dv]`, a decoded PIL image for a pretrained model, or an
-            index into tensors that already exist.
-        tiles: the number of consecutive elements of `images` that form a block, such as the tiles of an image; empty:
-            each element is a block.
+        images: images or tiles, as the collate function stacks them (`float[3, H, H]` pixels, cached features
+            `float[N, Dv]`, a pretrained model's PIL images), or indices into tensors that already exist.
+        tiles: number of consecutive `images` in each block, such as the tiles of an image; empty: 1 in each.
         kept: the tokens of each image that are in the row; empty: all N.
     """
 
@@ -120,8 +118,7 @@ def build_row(
         first_image: index in the batch of the first document's first image; the other images follow it.
 
     Raises:
-        ValueError: two questions share an image under "prefix_lm", where image tokens see the question; an image has
-            no question; or a question has no prompt token.
+        ValueError: two questions share an image under "prefix_lm", an image has no question, or a question no prompt.
     """
     row, blocks = Row(), ATTENTION_PATTERNS[attention_pattern]
     one_branch, features = "prefix" in blocks, first_image * num_image_tokens
