@@ -193,7 +193,7 @@ def test_shared_rows_equal_separate_rows(kind: str) -> None:
     """Loss, every gradient and every generated token."""
     vlm = model(kind)
     assert vlm.num_image_tokens == MODELS[kind][2]
-    rows = lay_out([[2], [1, 3]])
+    rows = lay_out("several images a row")
     flat = [document for row in rows for document in row]
     given = pixels(vlm, len(flat))
     loss, gradients = loss_and_gradients(vlm, tiny.batch(vlm, rows, given))
