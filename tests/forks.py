@@ -1,8 +1,8 @@
 """Real processes without their imports: children of a process that has imported PyTorch, transformers and DeepSpeed.
 
-Imports take a rank 15 CPU seconds, its training two. `ranks` and `script` start processes as torchrun and `python` do:
-each has its own session, environment, working directory, output, signals and exit status, and when one rank fails, the
-others are ended. Real launchers are tested in tests/distributed/test_launchers.py.
+Imports take a rank several times as long as its training. `ranks` and `script` start processes as torchrun and
+`python` do: each has its own session, environment, working directory, output, signals and exit status, and when one
+rank fails, the others are ended. Real launchers are tested in tests/distributed/test_launchers.py.
 
 python -m tests.forks SOCKET    the parent; the first test that needs it starts it, and it ends with the test session
 """

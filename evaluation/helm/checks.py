@@ -8,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vlmvqa.data import images
-from vlmvqa.data.example import Example, refuse_several_images
+from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
+from vlmvqa.extras.vision.several_images import refuse_several_images
 from vlmvqa.paths import replace_file
 from vlmvqa.ranks import bar
 

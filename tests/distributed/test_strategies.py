@@ -75,7 +75,7 @@ def two_turned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def two_compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each strategy on 2 ranks with compiled blocks, and one without."""
     cases = [Case("plain"), *(Case(f"{strategy}-compiled", strategy, trainer=COMPILED) for strategy in STRATEGIES)]
-    return work(tmp_path_factory.mktemp("two"), [replace(case, saves=False) for case in cases], 2)
+    return work(tmp_path_factory.mktemp("two"), [replace(case, steps=2, saves=False) for case in cases], 2)
 
 
 @pytest.fixture(scope="module")

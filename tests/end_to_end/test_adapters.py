@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -30,20 +32,41 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"data.root={tmp_path_factory.mktemp('shapes')}"
 
 
-@pytest.fixture(scope="module")
-def bases(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of each family, a model that was trained a little, whole."""
-    found = {}
-    for family in ("paligemma", "idefics2"):
-        found[family] = tmp_path_factory.mktemp(family)
-        given = (f"model=tiny_{family}", shapes, *DATA, *QUIET, *STEPS, f"run.dir={found[family]}")
-        done(call("train", *given))
-    return found
+Bases = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def base(bases: dict[str, Path]) -> Path:
-    return bases["paligemma"]
+def bases(shapes: str, tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    """Of a family, a model that was trained a little, whole."""
+
+    @functools.cache
+    def trained(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        done(call("train", f"model=tiny_{family}", shapes, *DATA, *QUIET, *STEPS, f"run.dir={folder}"))
+        return folder
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def base(bases: Bases) -> Path:
+    return bases("paligemma")
+
+
+Adapted = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def adapted(bases: Bases, shapes: str, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    """The run of an adapter of a kind over the base of a family."""
+
+    @functools.cache
+    def trained(family: str, kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind) / "run"
+        done(call("train", *adapt(bases(family), shapes, folder, kind)))
+        return folder
+
+    return trained
 
 
 def adapt(base: Path, shapes: str, folder: Path, kind: str, *more: str) -> tuple[str, ...]:
@@ -64,10 +87,11 @@ def forget_the_end(run: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "kind"), [("paligemma", "lora"), pytest.param("idefics2", "qlora", marks=pytest.mark.slow)]
 )
-def test_adapters_resume_exactly(bases: dict[str, Path], shapes: str, family: str, kind: str, tmp_path: Path) -> None:
+def test_adapters_resume_exactly(
+    bases: Bases, adapted: Adapted, shapes: str, family: str, kind: str, tmp_path: Path
+) -> None:
     """Six steps, and three steps and three: the same losses and answers. Checkpoints hold the adapters alone."""
-    base, through, in_two = bases[family], tmp_path / "through", tmp_path / "two"
-    done(call("train", *adapt(base, shapes, through, kind)))
+    base, through, in_two = bases(family), adapted(family, kind), tmp_path / "two"
     shutil.copytree(through, in_two, symlinks=True)
     forget_the_end(in_two)
     again = done(call("train", *adapt(base, shapes, in_two, kind, "resume=auto")))
@@ -85,14 +109,14 @@ def test_adapters_resume_exactly(bases: dict[str, Path], shapes: str, family: st
 @pytest.mark.parametrize(
     "own", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["another folder's", "the run's own"]
 )
-def test_a_changed_base_stops_a_resumed_run(bases: dict[str, Path], shapes: str, own: bool, tmp_path: Path) -> None:
+def test_a_changed_base_stops_a_resumed_run(bases: Bases, shapes: str, own: bool, tmp_path: Path) -> None:
     """It would go on over other weights, and name these as its base when it is saved."""
     run, base = tmp_path / "run", tmp_path / "base"
     if own:
         given = ("model=tiny_paligemma", "adapt=lora", "trainer.use_cpu=true", *QUIET[:1], *QUIET[2:])
         given = (*given, shapes, *DATA, *STEPS, *FLOAT, f"run.dir={run}")
     else:
-        shutil.copytree(bases["paligemma"] / "model", base)
+        shutil.copytree(bases("paligemma") / "model", base)
         given = adapt(base, shapes, run, "lora")
     done(call("train", *given))
     forget_the_end(run)
@@ -104,21 +128,25 @@ def test_a_changed_base_stops_a_resumed_run(bases: dict[str, Path], shapes: str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True], ids=["alone", "projector"])
-def test_the_saved_adapter_is_scored_as_the_run_was(base: Path, shapes: str, whole: bool, tmp_path: Path) -> None:
+def test_the_saved_adapter_is_scored_as_the_run_was(
+    base: Path, adapted: Adapted, shapes: str, whole: bool, tmp_path: Path
+) -> None:
     """Beside it a projector that trains whole is kept in float32, over a base in bfloat16."""
-    given = adapt(base, shapes, tmp_path / "run", "lora")
+    run = tmp_path / "run"
     if whole:
-        given = (*(word for word in given if word not in FLOAT), "model.dtype=bfloat16", "trainable.projector=all")
-    done(call("train", *given))
-    weights = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+        given = [word for word in adapt(base, shapes, run, "lora") if word not in FLOAT]
+        done(call("train", *given, "model.dtype=bfloat16", "trainable.projector=all"))
+    else:
+        run = adapted("paligemma", "lora")
+    weights = load_file(run / "model" / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert any("projector" in name for name in weights) == whole
-    where = f"checkpoint={tmp_path / 'run'}"
+    where = f"checkpoint={run}"
     done(call("eval", where, "data=shapes", shapes, *DATA[1:], "split=val", f"run.dir={tmp_path / 'eval'}"))
-    assert metrics(tmp_path / "eval")["metrics"] == metrics(tmp_path / "run")["metrics"]
-    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert metrics(tmp_path / "eval")["metrics"] == metrics(run)["metrics"]
+    config = json.loads((run / "model" / "config.json").read_text())
     assert config["adapter"]["base"] == str(base / "model")
-    on = ("train", f"init_from={tmp_path / 'run'}", "trainer=tiny_paligemma", shapes, *DATA, *QUIET)
+    on = ("train", f"init_from={run}", "trainer=tiny_paligemma", shapes, *DATA, *QUIET)
     assert "is an adapter; merge it into its base first" in sentence(call(*on, f"run.dir={tmp_path / 'on'}"))
 
 
@@ -224,12 +252,10 @@ def test_neftune_and_8_bit_optimizers(base: Path, shapes: str, tmp_path: Path) -
         pytest.param("idefics2", "qlora", "zero2", marks=pytest.mark.long),
     ],
 )
-def test_two_ranks_resume_exactly(
-    bases: dict[str, Path], shapes: str, family: str, kind: str, dist: str, tmp_path: Path
-) -> None:
+def test_two_ranks_resume_exactly(bases: Bases, shapes: str, family: str, kind: str, dist: str, tmp_path: Path) -> None:
     def train(folder: Path, *more: str) -> None:
         given = adapt(
-            bases[family], shapes, folder, kind, f"dist={dist}", "trainer.per_device_train_batch_size=2", *more
+            bases(family), shapes, folder, kind, f"dist={dist}", "trainer.per_device_train_batch_size=2", *more
         )
         process = forks.ranks(2, ["launch/train.py", *given])
         printed, _ = process.communicate()

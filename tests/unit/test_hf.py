@@ -446,6 +446,19 @@ def test_images_are_read_as_ours(folders: Any, tmp_path: Path) -> None:
     assert processor(images=f"data:image/png;base64,{content}", text="what")["pixel_values"].shape == (1, 3, 28, 28)
 
 
+def test_tiles_are_read_as_ours(tmp_path: Path) -> None:
+    """Rows of different numbers of tiles, and several questions a row: the answers of the core."""
+    ours = model_of("blockwise_prefix", "gemma2")
+    ours.processor = replace(ours.processor, images=replace(ours.processor.images, tiles={"max": 4}))
+    ours.save(tmp_path)
+    model, processor = load(tmp_path)
+    sizes = [(60, 60), (20, 20), (90, 40), (60, 60), (28, 28), (30, 90)]
+    large = [replace(one, image=one.image.resize(size)) for one, size in zip(EXAMPLES, sizes, strict=True)]  # type: ignore[union-attr]
+    asked = [(one.image, [question.text for question in one.questions]) for one in large]
+    assert len(inputs(processor, asked)["pixel_values"]) == 5 + 1 + 4 + 5 + 1 + 4
+    assert answers(model, processor, asked) == expected(tmp_path, large) != expected(tmp_path, EXAMPLES)
+
+
 PICTURE = ALONE[0][0]
 
 

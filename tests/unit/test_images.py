@@ -342,7 +342,7 @@ def test_extreme_images_keep_their_colour(size: tuple[int, int], resize: str) ->
     [
         ({"size": 0}, "image size is 0 pixels"),
         ({"interpolation": "bicubik"}, "interpolation=bicubik is unknown .*did you mean 'bicubic'"),
-        ({"resize": "stretch"}, r"resize=stretch is unknown \(use squash or center_crop\)"),
+        ({"resize": "stretch"}, r"resize=stretch is unknown \(use squash or center_crop or letterbox\)"),
         ({"std": (0.5, 0.0, 0.5)}, "three positive stds"),
         ({"mean": (0.5,)}, "three means"),
     ],

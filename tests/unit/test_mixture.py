@@ -9,7 +9,8 @@ import pytest
 from tests.configs import data, train_config, values
 from tests.end_to_end.scripts import call, sentence
 from vlmvqa.config.schema import DataSettings
-from vlmvqa.data.tasks import SHARED, data_settings, read_tasks
+from vlmvqa.data.mixture import SHARED
+from vlmvqa.data.tasks import data_settings, read_tasks
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.synthetic import gqa as synthetic_gqa
 from vlmvqa.extras.synthetic import vqav2 as synthetic_vqav2

@@ -384,8 +384,12 @@ def test_a_packed_row_is_full() -> None:
 
 
 def test_a_rows_shape_is_that_of_training_data() -> None:
-    labels = vlm_batch(tiny.model(), ROWS)["labels"]
+    labels, model = vlm_batch(tiny.model(), ROWS)["labels"], tiny.model()
     assert planner(settings=tiny.settings()).shape == RowShape(labels.shape[1], 1, int((labels[0] != IGNORE).sum()))
+    question = TokenizedQuestion([0] * (ROWS.text_tokens - ROWS.answer_tokens), [0] * ROWS.answer_tokens)
+    tiled = tiny.batch(model, [[Document(range(5), [question] * ROWS.max_questions, [5])]], tiny.images(5))["labels"]
+    planned = planner(settings=tiny.settings(), rows=replace(ROWS, tiles=5))
+    assert planned.shape == RowShape(tiled.shape[1], 5, int((tiled != IGNORE).sum()))
 
 
 @pytest.mark.long

@@ -54,6 +54,13 @@ def asked(
             asked(attention_pattern="prefix_lm", questions_per_row=4),
             "set data.questions_per_row=1, or model.attention_pattern=blockwise_prefix",
         ),
+        (
+            asked(attention_pattern="prefix_lm", tiles={"tile_attention": "tile"}),
+            "makes images and question one block, so tiles cannot be blocks; leave data.tiles.tile_attention out",
+        ),
+        (asked(cached=True, trained_vision="none", tiles={}), "leave data.tiles and data.resize=letterbox"),
+        (asked(cached=True, trained_vision="none", resize="letterbox"), "one input without padding"),
+        (asked(activation_checkpointing=True, resize="letterbox"), "recomputes no activations where patches"),
         (asked(loss="fused"), "its kernel needs a GPU; use model.language.loss=chunked"),
         (
             asked(cached=True, trained_vision="4"),

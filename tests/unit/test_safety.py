@@ -29,7 +29,7 @@ from vlmvqa.hub import load_tokenizer
 from vlmvqa.models.build import build_language_model, build_vision_encoder, language_config
 from vlmvqa.models.language import LanguageSettings
 from vlmvqa.models.vision import VisionSettings
-from vlmvqa.training import checkpoint_state
+from vlmvqa.training import checkpoint_loading
 
 FILES = sorted(path for folder in ("src", "launch", "evaluation", "bench") for path in (ROOT / folder).rglob("*.py"))
 PICKLES = ("pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
@@ -190,7 +190,7 @@ def test_resuming_a_checkpoint_runs_no_code(tmp_path: Path, marker: Path) -> Non
     plant(tmp_path / "scheduler.pt", marker)
     trainer: Any = SimpleNamespace(lr_scheduler=None)
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        checkpoint_state._load_schedule(trainer, tmp_path)
+        checkpoint_loading._load_schedule(trainer, tmp_path)
 
 
 def own_code(folder: Path, file: str, entry: dict[str, str], marker: Path, **more: str) -> None:

@@ -22,7 +22,7 @@ from tests.pretrained import picture
 from tests.serving import image_file, serving, vlm_predictor
 
 # Python's own files: modules may be imported at first use.
-OWN_PATHS = (sys.prefix, sys.base_prefix, str(ROOT / "src"), "/proc/self")
+OWN_PATHS = (sys.prefix, sys.base_prefix, sys.pycache_prefix or sys.prefix, str(ROOT / "src"), "/proc/self")
 MAX_BYTES = 200e6
 IMAGES = [image_file(picture(n), kind) for n, kind in enumerate(("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))]
 _opened: list[str] = []
@@ -51,7 +51,9 @@ def nothing_opened() -> Iterator[None]:
     _opened.clear()
     _watching = True
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "dont_write_bytecode", True)  # of modules imported at first use
+            yield
     finally:
         _watching = False
     assert not _opened

@@ -39,7 +39,13 @@ def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
     assert runs[0].arm == found.study.baseline and {run.seed for run in runs} == {3, 5}
     assert runs[0].folder == tmp_path / found.study.baseline / "seed-3" and runs[0].config.seed == 3
     configs = {str(run.config.model) + str(run.config.data) + str(run.config.trainer) for run in runs}
-    others = {str(run.config.trainable) + str(run.config.learning_rates) + run.config.loss_weighting for run in runs}
+    others = {
+        str(list(run.config.stages))
+        + str(run.config.trainable)
+        + str(run.config.learning_rates)
+        + run.config.loss_weighting
+        for run in runs
+    }
     assert len(configs) > 1 or len(others) > 1  # the arms differ
 
 
@@ -159,6 +165,13 @@ def test_runs_of_other_questions_are_refused(tmp_path: Path) -> None:
     scores = {"blockwise_prefix": [[100.0] * 8], "causal": [[100.0] * 6]}
     with pytest.raises(InputError, match="cannot be compared: they differ by 2 questions"):
         summary(tmp_path, scores, {})
+
+
+def test_the_documented_table_of_stages_is_the_recorded_one() -> None:
+    found = json.loads((ROOT / "bench" / "recorded" / "study_stages.json").read_text())
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert piped(tables.comparison(found)) in page and piped(tables.costs(found)) in page
+    assert f"{found['questions']:,} questions about {found['images']} images to score" in page
 
 
 def test_the_documented_table_is_the_recorded_one() -> None:

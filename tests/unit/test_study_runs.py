@@ -106,7 +106,8 @@ def test_a_bar_counts_all_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_all_arms_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = "plan.gpus=1", f"run.dir={tmp_path}", "study=projector", "base=trainer.per_device_train_batch_size=16"
+    given = ["plan.gpus=1", f"run.dir={tmp_path}", "study=projector", "base=trainer.per_device_train_batch_size=16"]
+    given += [f"base=model.{layers}=1" for layers in ("vision.overrides.depth", "language.overrides.num_hidden_layers")]
     plan(config(PlanConfig, "plan", *given))
     printed = capsys.readouterr().out
     assert "Projectors, on 1 x a10g" in printed

@@ -153,7 +153,7 @@ def test_another_global_batch_resumes_at_the_same_row(
     given = trainer(tmp_path, model(), per_device_train_batch_size=now)
     monkeypatch.setattr(given.training_set, "packing", range(rows))
     monkeypatch.setattr(Trainer, "_init_training_state", lambda *_: (0, 0))
-    monkeypatch.setattr("vlmvqa.training.checkpoint_state.progress", lambda _: {"global_batch": before})
+    monkeypatch.setattr("vlmvqa.training.checkpoint_loading.progress", lambda _: {"global_batch": before})
     given.state.global_step = step
     assert given._init_training_state(1000, -(-rows // now), 10, str(tmp_path), None) == place
 
@@ -164,7 +164,7 @@ def test_rows_exchanged_among_steps_are_not_resumed_with_another_global_batch(
     given = trainer(tmp_path, model(), per_device_train_batch_size=4)
     given.training_set.settings = RowSettings(length_window=16)
     monkeypatch.setattr(Trainer, "_init_training_state", lambda *_: (0, 0))
-    monkeypatch.setattr("vlmvqa.training.checkpoint_state.progress", lambda _: {"global_batch": 8})
+    monkeypatch.setattr("vlmvqa.training.checkpoint_loading.progress", lambda _: {"global_batch": 8})
     with pytest.raises(InputError, match=r"data.length_window=16: .* 8 before and 4 now; keep their number"):
         given._init_training_state(1000, 10, 10, str(tmp_path), None)
 

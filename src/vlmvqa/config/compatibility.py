@@ -34,6 +34,7 @@ class RunRequest:
         questions_per_row, row_tokens: `data.questions_per_row` and `data.row_tokens`.
         copy_images: `copy_images`.
         cached: whether the encoder's output is cached (`data.feature_cache`).
+        tiles, resize: `data.tiles` and `data.resize`.
         trained_vision: `trainable.vision`.
         gpu: whether the run trains on a GPU.
         bf16_works: whether the device computes in bfloat16.
@@ -55,6 +56,8 @@ class RunRequest:
     adapt: Any = None
     accelerate_precision: str = "no"
     static_cache: bool = False
+    tiles: Any = None
+    resize: str = "squash"
 
 
 def missing(package: str) -> bool:
@@ -80,6 +83,8 @@ def check(config: TrainConfig, dist: DistSettings) -> None:
             config.adapt,
             os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
             config.decoding.static_cache,
+            config.data.tiles,
+            config.data.resize,
         )
     )
 
@@ -90,6 +95,8 @@ def refuse(r: RunRequest) -> None:
         "vlmvqa.extras.loggers.tracking": r.trainer.get("report_to") not in (None, "none"),
         "vlmvqa.extras.adapters.compatibility": r.adapt is not None,
         "vlmvqa.extras.pretrained.compatibility": not isinstance(r.model, ModelSettings),
+        "vlmvqa.extras.vision.compatibility": r.tiles is not None or r.resize == "letterbox",
+        "vlmvqa.training.block_compilation": any(map(r.trainer.get, ("torch_compile_backend", "torch_compile_mode"))),
     }
     modules = [importlib.import_module(module) for module, used in extras.items() if used]
     for conflicts in [*(module.conflicts for module in modules), run_conflicts, model_conflicts]:
@@ -101,11 +108,9 @@ def refuse(r: RunRequest) -> None:
 def run_conflicts(r: RunRequest) -> Conflicts:
     """Return the conflicts of optimizer, strategy, precision, data and loss."""
     optim = optimizer_for(r.trainer.get("optim", "adamw_torch"), r.dist)
-    backend, mode = r.trainer.get("torch_compile_backend"), r.trainer.get("torch_compile_mode")
     return [
         *_optimizer_conflicts(r, optim),
         *_strategy_conflicts(r, optim),
-        *_compile_conflicts(backend, mode),
         *_precision_conflicts(r),
         (
             r.cached and r.trained_vision != "none",
@@ -198,26 +203,6 @@ def _precision_conflicts(r: RunRequest) -> Conflicts:
         (
             r.model.dtype == "float16" and r.adapt is None,
             "model.dtype=float16: weights that train are kept in float32; set model.dtype=float32 (trainer.fp16=true)",
-        ),
-    ]
-
-
-def _compile_conflicts(backend: str | None, mode: str | None) -> Conflicts:
-    """Return the conflicts of `torch.compile`'s arguments; PyTorch's lists take a second to import."""
-    if not (backend or mode):
-        return []
-    from torch._dynamo import list_backends
-    from torch._inductor import list_mode_options
-
-    backends, modes = list_backends(None), list(list_mode_options())
-    return [
-        (
-            backend is not None and backend not in backends,
-            f"trainer.torch_compile_backend={backend} is unknown; use inductor{suggest(str(backend), backends)}",
-        ),
-        (
-            mode is not None and (mode not in modes or backend not in (None, "inductor")),
-            f"trainer.torch_compile_mode={mode} must be one of {', '.join(modes)}, with the backend inductor",
         ),
     ]
 

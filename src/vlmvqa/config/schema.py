@@ -66,6 +66,7 @@ class DataSettings:
     target: str = "most_common"
     resize: str = "squash"
     reduced_decoding: bool = False
+    tiles: Mapping[str, Any] | None = None
     max_text_tokens: int | None = 64
     max_new_tokens: int | None = None  # read by conf/decoding
     questions_per_row: int | None = None

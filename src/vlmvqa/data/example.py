@@ -15,8 +15,6 @@ from typing import Any, Protocol
 from PIL.Image import Image
 from PIL.Image import new as new_image
 
-from vlmvqa.errors import InputError
-
 
 class StoredImage(Protocol):
     """An encoded image file that is read on demand: a path, or a position in a shard (`extras/shards`)."""
@@ -96,15 +94,6 @@ class Example:
     def name(self) -> str:
         """Return the name of the first image in error messages."""
         return self.named_images[0][1]
-
-
-def refuse_several_images(examples: Iterable[Example], feature: str) -> None:
-    """Raise an InputError at several images, none, or a conversation, where `feature` supports single questions."""
-    for example in examples:
-        if example.more_images:
-            raise InputError(f"{feature} supports one image per question, but {example.name} is one of several")
-        if isinstance(example.image, NoImage) or any(question.history for question in example.questions):
-            raise InputError(f"{feature} supports questions about an image, not conversations such as {example.name}")
 
 
 def count_questions(examples: Iterable[Example]) -> int:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-RESIZES = ("squash", "center_crop")
+RESIZES = ("squash", "center_crop", "letterbox")
 
 # Everything that Pillow's decoders raise for a damaged file.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError, struct.error, zlib.error)
@@ -40,10 +42,12 @@ class ImageSettings:
         size: side of the square input in pixels.
         mean, std: normalisation of red, green and blue in 0..1.
         interpolation: `nearest`, `bilinear`, `bicubic` or `lanczos`.
-        resize: `squash` keeps the full image but not its aspect ratio, `center_crop` the reverse.
+        resize: `squash` keeps the full image but not its aspect ratio, `center_crop` the reverse; `letterbox` keeps
+            both and pads (`extras/vision/letterbox.py`).
         reduced: decode a JPEG at 1/2, 1/4 or 1/8 scale, never below `size` on either side. Faster (`python -m
             bench.data` measures it), but the pixels differ: by about 3 of 255 for photographs of 640 x 480 resized to
             224. Off by default, for models that were trained without.
+        tiles: settings of the tiles that large images are cut into (`extras/vision/tiles.py`); None: they are not.
         fused: preprocessing of further encoders, whose features are concatenated (`model.vision.fused`).
     """
 
@@ -53,6 +57,7 @@ class ImageSettings:
     interpolation: str = "bicubic"
     resize: str = "squash"
     reduced: bool = False
+    tiles: Mapping[str, Any] | None = None
     fused: tuple[ImageSettings, ...] = ()
 
     @property
@@ -71,6 +76,10 @@ class ImageSettings:
             value = getattr(self, name)
             if value not in known:
                 raise InputError(f"{name}={value} is unknown (use {' or '.join(known)}){suggest(value, known) or '.'}")
+        if self.tiles is not None:
+            from vlmvqa.extras.vision.tiles import check
+
+            check(self)
 
 
 def decode(source: ImageSource, name: str, settings: ImageSettings | None = None) -> Image.Image:
@@ -125,6 +134,11 @@ def to_tensor(image: Image.Image, settings: ImageSettings) -> torch.Tensor:
         left, top = (width - side) // 2, (height - side) // 2
         box = (left, top, left + side, top + side)
     resized = image.resize((settings.size, settings.size), INTERPOLATIONS[settings.interpolation], box=box)
+    return normalise(resized, settings)
+
+
+def normalise(resized: Image.Image, settings: ImageSettings) -> torch.Tensor:
+    """Return the pixels of an RGB image, normalised: `float[3, height, width]`."""
     pixels = torch.from_numpy(np.array(resized, dtype=np.float32)).permute(2, 0, 1).contiguous()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
     return pixels.div_(255).sub_(mean).div_(std)

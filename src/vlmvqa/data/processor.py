@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -84,12 +85,20 @@ class Processor:
 
     def load_images(self, example: Example) -> Document:
         """Return the images, resized and normalised, each `float[3, H, H]`, as a document without questions."""
-        images = [to_tensor(decode(*one, self.images), self.images) for one in example.named_images]
-        return Document(images, (), (0,) if isinstance(example.image, NoImage) else ())
+        if isinstance(example.image, NoImage):  # computed by the encoder, and in no row
+            return Document([to_tensor(decode(example.image, example.name, self.images), self.images)], (), kept=[()])
+        if segments := self._segments:
+            found: Document = segments.load(example, self.images, self.num_image_tokens)
+            return found
+        return Document([to_tensor(decode(*one, self.images), self.images) for one in example.named_images], ())
 
     def count_image_tokens(self, example: Example) -> int:
         """Return how many tokens the images of an example take in a row."""
-        return 0 if isinstance(example.image, NoImage) else self.num_image_tokens * len(example.named_images)
+        if isinstance(example.image, NoImage):
+            return 0
+        if segments := self._segments:
+            return int(segments.count_image_tokens(example, self.images, self.num_image_tokens))
+        return self.num_image_tokens * len(example.named_images)
 
     def count_tokens(self, question: Question, answer: str) -> int:
         """Return how many tokens a question and its answer take in a row."""
@@ -99,16 +108,28 @@ class Processor:
     def collate(self, rows: Sequence[Sequence[Document]], multiple: int = 8) -> dict[str, Tensor]:
         """Return the batch of some rows of documents, with T a multiple of `multiple`.
 
-        `pixel_values float[I, 3, H, H]` or `image_features float[I, N, Dv]`, and the columns of `sequence/rows.py`.
+        `pixel_values float[I, 3, H, H]` or `image_features float[I, N, Dv]`, and the columns of `sequence/rows.py`;
+        letterboxed images also have an `image_mask bool[I, N]`.
         """
-        images = torch.stack([image for row in rows for document in row for image in document.images])
+        documents = [document for row in rows for document in row]
+        images = torch.stack([image for document in documents for image in document.images])
         counts = (sum(len(document.images) for document in row) for row in rows)
         first_images = accumulate(counts, initial=0)  # index in the batch of each row's first image
         built = [
             build_row(row, self.num_image_tokens, self.attention_pattern, first)
             for row, first in zip(rows, first_images, strict=False)
         ]
-        return {"pixel_values" if images.ndim == 4 else "image_features": images, **pad_rows(built, multiple)}
+        masks = segments.masks(documents, self.num_image_tokens) if (segments := self._segments) else {}
+        return {"pixel_values" if images.ndim == 4 else "image_features": images, **masks, **pad_rows(built, multiple)}
+
+    @property
+    def _segments(self) -> ModuleType | None:
+        """Functions for images of several inputs (`data.tiles`) or with padding (`data.resize=letterbox`)."""
+        if self.images.tiles is None and self.images.resize != "letterbox":
+            return None
+        from vlmvqa.extras.vision import segments
+
+        return segments
 
     @property
     def shares_images(self) -> bool:
@@ -120,9 +141,9 @@ class Processor:
         """The object of transformers that is saved with the model: the tokenizer."""
         return self.tokenizer
 
-    def with_images(self, resize: str, reduced: bool) -> Processor:
+    def with_images(self, **options: Any) -> Processor:
         """Return the processor with other options of `ImageSettings`."""
-        return replace(self, images=replace(self.images, resize=resize, reduced=reduced))
+        return replace(self, images=replace(self.images, **options))
 
     @cached_property
     def end_token_ids(self) -> set[int]:

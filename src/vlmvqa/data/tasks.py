@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vlmvqa.config.compose import build_settings, refuse_overrides
+from vlmvqa.config.compose import build_settings
 from vlmvqa.config.schema import MIXTURE, DataSettings
 from vlmvqa.data.cache import read_once
 from vlmvqa.data.example import Example, all_answered, count_questions
@@ -23,19 +22,6 @@ from vlmvqa.paths import refuse_no_root
 # Sources that are not a module of `data.datasets`.
 ELSEWHERE = {"shapes": "vlmvqa.extras.synthetic.vqav2"}
 READ_ARGUMENTS = ("prompt", "max_samples", "bad_records")  # of every source's `read`
-# Keys that all tasks of a mixture share, because they share the model's input and its rows.
-SHARED = (
-    "target",
-    "resize",
-    "reduced_decoding",
-    "max_text_tokens",
-    "max_new_tokens",
-    "questions_per_row",
-    "row_tokens",
-    "length_window",
-    "feature_cache",
-    "on_bad_record",
-)
 
 
 # --- settings -----------------------------------------------------------------------------------------
@@ -44,30 +30,10 @@ SHARED = (
 def data_settings(values: Mapping[str, Any], given: Iterable[str] = ()) -> DataSettings:
     """Return the `data` group, checked; `given` are the keys that the command line sets."""
     if values.get("source") != MIXTURE:
-        return _checked(build_settings(DataSettings, values, "data"), "data")
-    mixture = build_settings(DataSettings, {"root": None, **values}, "data")
-    nodes: Mapping[str, Any] = mixture.parts
-    parts = {name: build_settings(DataSettings, node, f"data.parts.{name}") for name, node in nodes.items()}
-    for name in mixture.weights:
-        if name not in parts:
-            raise InputError(
-                f"data.weights.{name}: there is no such part{suggest(name, parts)} (only {', '.join(parts)})"
-            )
-    own = [f"data.parts.{name}.{key}" for name in parts for key in SHARED]
-    refuse_overrides(given, "the same for all parts of a mixture, as data.<key>", *own)
-    if mixture.feature_cache is not None:
-        raise InputError("data.feature_cache holds one dataset's images, so a mixture cannot use it; leave it out")
-    shared = {key: getattr(mixture, key) for key in SHARED}
-    parts = {name: _checked(replace(part, **shared), f"data.parts.{name}") for name, part in parts.items()}
-    if len(parts) < 2:
-        raise InputError(f"data.parts holds {len(parts)} datasets; name two or more, or choose the one as data=...")
-    weights = {name: mixture.weights.get(name, 1.0) for name in parts}
-    for name, weight in weights.items():
-        if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise InputError(f"data.weights.{name}={weight} should be above 0: how often an epoch sees each image")
-    checked = replace(mixture, parts=parts, weights=weights)
-    checked.prompts  # noqa: B018  # raises if two parts contradict each other
-    return checked
+        return checked(build_settings(DataSettings, values, "data"), "data")
+    from vlmvqa.data.mixture import mixture_settings
+
+    return mixture_settings(values, given)
 
 
 def new_lines(prompt: str) -> str:
@@ -75,7 +41,8 @@ def new_lines(prompt: str) -> str:
     return prompt.replace("\\n", "\n")
 
 
-def _checked(settings: DataSettings, where: str) -> DataSettings:
+def checked(settings: DataSettings, where: str) -> DataSettings:
+    """Return the settings of a task; raise an InputError if they contradict each other."""
     settings = replace(settings, prompt=new_lines(settings.prompt))
     refuse_no_root(where, settings.root, settings.hub, settings.shards)
     if isinstance(settings.min_steps, bool) or not isinstance(settings.min_steps, int) or settings.min_steps < 0:

@@ -219,11 +219,8 @@ class TrainDataset(Dataset[list[Document]]):
         index, first, end = self.documents[number]
         example = self.examples[index]
         try:
-            images = (
-                self.processor.load_images(example)
-                if self.features is None
-                else Document([self.features[example.image_id]], ())
-            )
+            cached = self.features
+            images = self.processor.load_images(example) if cached is None else Document([cached[example.image_id]], ())
         except InputError as error:
             self.bad_records.add_error(error)
             return []

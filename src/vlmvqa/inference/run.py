@@ -23,7 +23,7 @@ from vlmvqa.metrics.registry import check_scorable
 from vlmvqa.training import distributed
 
 # Settings of the data that belong to the model: it must read images and prompts as in training.
-TRAINED_WITH = ("data.prompt", "data.resize", "data.reduced_decoding", "data.max_text_tokens")
+TRAINED_WITH = ("data.prompt", "data.resize", "data.reduced_decoding", "data.tiles", "data.max_text_tokens")
 
 
 def evaluate_run(config: EvalConfig) -> None:
@@ -59,6 +59,7 @@ def _score_checkpoint(config: EvalConfig) -> dict[str, Any]:
         prompt=prompt,
         resize=images.resize,
         reduced_decoding=images.reduced,
+        tiles=images.tiles,
         max_text_tokens=predictor.processor.max_text_tokens,
     )
     config = replace(config, decoding=predictor.decoding, data=data)  # recorded as it runs

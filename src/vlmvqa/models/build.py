@@ -338,7 +338,11 @@ def _processor(model: VLM, settings: ModelSettings, data: DataSettings, examples
 
         tokenizer = load_tokenizer(settings.language.tokenizer or settings.language.name)
     first, *others = (_image_settings(tower, data) for tower in model.vision.towers)
-    images = dataclasses.replace(first, fused=tuple(others))
+    images = dataclasses.replace(first, fused=tuple(others), tiles=data.tiles)
+    if images.resize == "letterbox":
+        from vlmvqa.extras.vision.letterbox import check
+
+        check(model)
     return Processor(tokenizer, images, model.num_image_tokens, model.attention_pattern, data.max_text_tokens)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -78,11 +79,18 @@ class VisionEncoder(nn.Module):
         patches: int = encoder.patch_embed.num_patches
         self.features = FeatureShape(encoder.embed_dim, self.num_class_tokens + patches, self.patch_grid)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode images."""
-        features: Tensor = self.encoder(pixel_values)  # called as a module, so that ZeRO-3's hooks run
+    def forward(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """Encode images; `image_mask bool[I, N]` marks the tokens that others attend to (None: all)."""
+        features: Tensor = self.encoder(pixel_values, **self.masking(image_mask))  # a module call: ZeRO-3's hooks run
         prefix = self.encoder.num_prefix_tokens  # class token, then registers, then patches
         return torch.cat([features[:, : self.num_class_tokens], features[:, prefix:]], dim=1)
+
+    def masking(self, image_mask: Tensor | None) -> dict[str, Tensor]:
+        """Return the arguments with which timm's model attends to some tokens of each image only."""
+        if image_mask is None:
+            return {}
+        patches = image_mask[:, -self.patch_grid[0] * self.patch_grid[1] :]
+        return {"attn_mask": F.pad(patches, (self.encoder.num_prefix_tokens, 0), value=True)[:, None, None]}
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -9,10 +9,10 @@
 
 A document is an image, or several images or tiles in order, with its questions; a row holds one or more. The positions
 of every branch continue those of the images, so that a shared row computes the same as separate rows. A conversation
-is one branch: its turns follow each other, each prompt a block of its own, with EOS as an input between two turns.
+is one branch: its turns follow each other, each prompt a block of its own.
 
-Labels are stored at the position that predicts them: the last prompt token has the first answer token
-as its label, the last answer token has EOS. A branch's last EOS is no input, because nothing is predicted from it.
+Labels are stored at the position that predicts them: the last prompt token has the first answer token as its label, the
+last answer token has EOS, which is an input only where another turn follows.
 
 Legend: B rows, T tokens per row, N tokens per image.
 """
@@ -84,12 +84,14 @@ class Document:
             `float[3, H, H]` pixels, cached features `float[N, Dv]`, a decoded PIL image for a pretrained model, or an
             index into tensors that already exist.
         tiles: the number of consecutive elements of `images` that form a block, such as the tiles of an image; empty:
-            each element is a block. 0: an image that the encoder computes and the row leaves out (text-only questions).
+            each element is a block.
+        kept: the tokens of each image that are in the row (none for text-only questions); empty: all N.
     """
 
     images: Sequence[Any]
     questions: Sequence[TokenizedQuestion]
     tiles: Sequence[int] = ()
+    kept: Sequence[Sequence[int]] = ()
 
 
 @dataclass(slots=True)
@@ -128,25 +130,18 @@ def build_row(
     one_branch, features = "prefix" in blocks, first_image * num_image_tokens
     for number, document in enumerate(documents):
         if one_branch and len(document.questions) > 1:
-            raise ValueError(
-                f"{len(document.questions)} questions share an image under {attention_pattern}, where the image sees "
-                "its question; give each its own row (data.questions_per_row=1) or use another attention pattern"
-            )
+            count = len(document.questions)
+            raise ValueError(f"{count} questions share an image under {attention_pattern}; give each its own row")
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")
         start, tiles = 0, document.tiles or [1] * len(document.images)
+        kept = iter(document.kept or [range(num_image_tokens)] * len(document.images))
         for block, count in enumerate(tiles):
-            end = start + count * num_image_tokens
-            row.extend(
-                end - start,
-                image_index=range(features + start, features + end),
-                document=number,
-                role=IMAGE,
-                block=0 if one_branch else block if "image" in blocks else NONE,
-                position=range(start, end),
-            )
-            start = end
-        features += len(document.images) * num_image_tokens
+            index = [features + n * num_image_tokens + token for n in range(count) for token in next(kept)]
+            own, place = 0 if one_branch else block if "image" in blocks else NONE, range(start, start + len(index))
+            row.extend(len(index), image_index=index, document=number, role=IMAGE, block=own, position=place)
+            start += len(index)
+            features += count * num_image_tokens
         for branch, question in enumerate(document.questions, start=1):
             position = start
             for turn, part in enumerate((*question.earlier, question)):

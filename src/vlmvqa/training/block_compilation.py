@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from torch._dynamo import list_backends
+from torch._inductor import list_mode_options
+
+from vlmvqa.config.compatibility import Conflicts, RunRequest
+from vlmvqa.errors import suggest
 from vlmvqa.models.interface import Model
 
 
@@ -15,3 +20,19 @@ def compile_blocks(model: Model, backend: str | None, mode: str | None) -> str:
     for block in model.blocks:
         block.compile(backend=backend, mode=mode)
     return backend
+
+
+def conflicts(r: RunRequest) -> Conflicts:
+    """Return the conflicts of `torch.compile`'s arguments."""
+    backend, mode = r.trainer.get("torch_compile_backend"), r.trainer.get("torch_compile_mode")
+    backends, modes = list_backends(None), list(list_mode_options())
+    return [
+        (
+            backend is not None and backend not in backends,
+            f"trainer.torch_compile_backend={backend} is unknown; use inductor{suggest(str(backend), backends)}",
+        ),
+        (
+            mode is not None and (mode not in modes or backend not in (None, "inductor")),
+            f"trainer.torch_compile_mode={mode} must be one of {', '.join(modes)}, with the backend inductor",
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""Save and load a checkpoint, whose files are the same under every strategy and number of ranks.
+"""Save a checkpoint, whose files are the same under every strategy; `checkpoint_loading.py` loads it.
 
 model.safetensors       full weights in the model's own dtypes; with adapters, only the trained weights
 optimizer.safetensors   AdamW's full moments in fp32 by parameter name, and their number of steps
@@ -13,14 +13,12 @@ config.json, tokenizer  as in `model/` (models/checkpoint.py), so that a checkpo
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -50,12 +48,6 @@ def save_weights(trainer: VqaTrainer, path: Path) -> None:
         save_file(named, path, {"format": "pt"})
 
 
-def load_weights(trainer: VqaTrainer, path: Path) -> None:
-    """Load what `save_weights` saved; every rank must call this."""
-    saved = load_file(path)
-    trainer.full_state.load_weights({name: saved[trainer.vlm.saved_name(name)] for name in trainer.saved_dtypes})
-
-
 def save(trainer: VqaTrainer, folder: Path) -> None:
     """Save everything that resuming a run needs; every rank must call this."""
     save_weights(trainer, folder / WEIGHTS)
@@ -78,57 +70,6 @@ def save(trainer: VqaTrainer, folder: Path) -> None:
     trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
     if trainer.describe is not None:
         trainer.describe(folder)
-
-
-def load(trainer: VqaTrainer, folder: Path) -> None:
-    """Load what `save` saved into a trainer that is ready for its first step; every rank must call this."""
-    load_weights(trainer, folder / WEIGHTS)
-    with safe_open(folder / MOMENTS, framework="pt") as file:
-        step = int(file.metadata()["step"])
-        trainer.full_state.load_moments({name: file.get_tensor(name) for name in file.keys()}, step)  # noqa: SIM118
-    _load_schedule(trainer, folder)
-    if getattr(trainer.accelerator, "scaler", None) is not None:  # DeepSpeed starts with a new one
-        trainer._load_scaler(str(folder))
-    trainer.clipping.norms = progress(folder)["norms"]
-
-
-def progress(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's progress.json: world_size, global_batch, norms, base."""
-    found: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
-    return found
-
-
-def total_steps(folder: Path) -> int:
-    """Return the planned number of optimizer steps of the run that saved a checkpoint."""
-    found: int = json.loads((folder / TRAINER_STATE_NAME).read_text())["max_steps"]
-    return found
-
-
-def _load_schedule(trainer: VqaTrainer, folder: Path) -> None:
-    """Load the schedule's step; its length and base rates come from this run's config.
-
-    They equal the checkpoint's unless the run is extended or resumed with resume_force; a changed learning rate is
-    printed.
-    """
-    schedule = trainer.lr_scheduler
-    saved = torch.load(folder / SCHEDULER_NAME, map_location="cpu", weights_only=True)
-    before, step = [float(rate) for rate in saved["_last_lr"]], saved["last_epoch"]
-    pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    rates = [float(base) * scale(step) for base, scale in pairs]
-    if [float(rate) for rate in saved["base_lrs"]] == [float(rate) for rate in schedule.base_lrs]:
-        schedule.load_state_dict(saved)
-    schedule.last_epoch = step
-    if len(before) == len(rates) and all(math.isclose(*pair, rel_tol=1e-6) for pair in zip(before, rates, strict=True)):
-        rates = before  # the saved values, bit for bit
-    else:
-        kind = str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type))
-        ranks.print_on_rank0(
-            f"learning rate after step {trainer.state.global_step:,}: {max(before):.3g} before, {max(rates):.3g} now "
-            f"(the {kind} schedule spans {trainer.state.max_steps:,} steps)"
-        )
-    schedule._last_lr = rates
-    for group, rate in zip(trainer.plain_optimizer().param_groups, rates, strict=True):
-        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else float(rate)
 
 
 # ---- full weights and moments

@@ -115,7 +115,11 @@ def _continue_from(config: TrainConfig, source: str) -> TrainedModel:
     found = loading.load_model(folder)
     _refuse_adapter(MODEL, source, found.adapter is not None)
     processor = replace(found.processor, max_text_tokens=data.max_text_tokens)
-    processor = processor.with_images(data.resize, data.reduced_decoding)
+    processor = processor.with_images(resize=data.resize, reduced=data.reduced_decoding, tiles=data.tiles)
+    if data.resize == "letterbox" and isinstance(found.model, VLM):
+        from vlmvqa.extras.vision.letterbox import check
+
+        check(found.model)
     return replace(
         found,
         model=cast_parameters(found.model, DTYPES[config.model.dtype]),

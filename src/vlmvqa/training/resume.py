@@ -12,7 +12,7 @@ import yaml
 from vlmvqa.config.compose import to_dict
 from vlmvqa.config.schema import TrainConfig
 from vlmvqa.errors import InputError, counted
-from vlmvqa.training.checkpoint_state import progress, total_steps
+from vlmvqa.training.checkpoint_loading import progress, total_steps
 
 # Settings that determine the result of a run: a resumed run cannot change them...
 DECIDES = (

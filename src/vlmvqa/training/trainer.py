@@ -150,7 +150,9 @@ class VqaTrainer(Trainer):
         else:
             self.full_state = FullState(self.vlm, self.plain_optimizer())
         if resume_from_checkpoint is not None:
-            checkpoint_state.load(self, Path(resume_from_checkpoint))
+            from vlmvqa.training import checkpoint_loading
+
+            checkpoint_loading.load(self, Path(resume_from_checkpoint))
         ranks.print_on_rank0(runtime_checks.check(self))
         self.stop_handler.start()
         if resume_from_checkpoint is None:
@@ -335,11 +337,13 @@ class VqaTrainer(Trainer):
             checkpoints.rotate(self.folder, self.save_limit, best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Do nothing: `checkpoint_state.load` loads the weights once the model is wrapped."""
+        """Do nothing: `checkpoint_loading.load` loads the weights once the model is wrapped."""
 
     def _load_best_model(self) -> None:
+        from vlmvqa.training import checkpoint_loading
+
         assert self.state.best_model_checkpoint is not None
-        checkpoint_state.load_weights(self, Path(self.state.best_model_checkpoint) / checkpoint.WEIGHTS)
+        checkpoint_loading.load_weights(self, Path(self.state.best_model_checkpoint) / checkpoint.WEIGHTS)
 
     @property
     def global_batch(self) -> int:
@@ -356,26 +360,19 @@ class VqaTrainer(Trainer):
         stopping = self.options.early_stopping
         if self.state.global_step >= max_steps or (stopping is not None and stopping.restore(self.state)):
             return num_train_epochs, 0  # the run was finished
-        before = checkpoint_state.progress(Path(resume))["global_batch"] if resume else self.global_batch
-        if before == self.global_batch:
+        if resume is None:
             return epoch, batches
-        window = self.training_set.settings.length_window
-        if window > 1:
-            raise InputError(
-                f"data.length_window={window}: an epoch's order depends on the rows of a step, {before} before and "
-                f"{self.global_batch} now; keep their number"
-            )
-        rows = len(self.training_set.packing)  # without the rows that fill the last step of an epoch
-        epoch, steps = divmod(self.state.global_step, math.ceil(rows / before))
-        within = math.ceil(min(steps * before, rows) / self.global_batch)
-        epoch, within = epoch + within // num_update_steps_per_epoch, within % num_update_steps_per_epoch
-        return epoch, within * self.args.gradient_accumulation_steps
+        from vlmvqa.training import checkpoint_loading
+
+        return checkpoint_loading.position(self, Path(resume), epoch, batches, num_update_steps_per_epoch)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load the rank's random state; with another number of ranks, seed it from seed, step and rank."""
         if checkpoint is None:
             return
-        if checkpoint_state.progress(Path(checkpoint))["world_size"] == ranks.world_size():
+        from vlmvqa.training import checkpoint_loading
+
+        if checkpoint_loading.progress(Path(checkpoint))["world_size"] == ranks.world_size():
             super()._load_rng_state(checkpoint)
         else:
             set_seed(random.Random(f"{self.args.seed}-{self.state.global_step}-{ranks.rank()}").randrange(2**32))

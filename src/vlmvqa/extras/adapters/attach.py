@@ -16,7 +16,7 @@ from vlmvqa.extras.adapters.peft_adapters import Adapter, AdapterSettings
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import PARTS
 from vlmvqa.models.trained_model import TrainedModel
-from vlmvqa.training.checkpoint_state import progress
+from vlmvqa.training.checkpoint_loading import progress
 
 
 def attach_adapters(config: TrainConfig, trained: TrainedModel, device: torch.device) -> Base | None:

@@ -100,6 +100,8 @@ def cache_features(config: PrepareConfig) -> None:
     bad_records = BadRecords(data.on_bad_record)
     examples = read_examples(data, config.split, _most_samples(config), bad_records)
     vision, processor = build_encoder(config, data, examples)
+    if processor.images.tiles is not None or processor.images.resize == "letterbox":
+        raise InputError("features are those of images of one shape; leave data.tiles and data.resize=letterbox out")
     key = feature_key(vision, processor.images, config.features.dtype)
     shape = vision.features.tokens, vision.features.width
     print(disk_space(folder, len(unique_images(examples)), shape, config.features.dtype), flush=True)

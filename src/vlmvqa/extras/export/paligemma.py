@@ -82,6 +82,7 @@ def refuse(trained: TrainedModel) -> None:
         f"data.prompt={trained.prompt!r} does not end with a newline, which the processor appends": template,
         "its tokenizer has no BOS, which the processor writes": text.bos_token is not None,
         f"data.resize={images.resize} is not squash": images.resize == "squash",
+        "data.tiles is set": images.tiles is None,
         "an image has more tokens than its sliding window": trained.processor.num_image_tokens < _window(model),
     }
     for reason, fits in checks.items():

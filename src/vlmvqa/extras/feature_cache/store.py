@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from vlmvqa import fingerprint
-from vlmvqa.data.example import Example, refuse_several_images
+from vlmvqa.data.example import Example
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.errors import InputError, suggest
+from vlmvqa.extras.vision.several_images import refuse_several_images
 from vlmvqa.models.interface import DTYPES
 
 if TYPE_CHECKING:

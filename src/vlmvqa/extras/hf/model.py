@@ -34,7 +34,7 @@ from vlmvqa.sequence.loss import divide_loss, supervised_loss
 from vlmvqa.sequence.masks import Tokens
 from vlmvqa.sequence.rows import IMAGE, NO_IMAGE, NONE, PADDING
 
-COLUMNS = ("input_ids", "attention_mask", "position_ids", "branch", "role", "block", "pixel_values")
+COLUMNS = ("input_ids", "attention_mask", "position_ids", "branch", "role", "block", "pixel_values", "image_mask")
 USE_PROCESSOR = "pass all that the processor returns: model.generate(**processor(images=..., text=...))"
 
 
@@ -77,6 +77,7 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         role: Tensor | None = None,
         block: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        image_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -87,9 +88,9 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Compute logits, and the loss if there are labels.
 
         Args:
-            input_ids, attention_mask, position_ids, branch, role, block, pixel_values: rows, as the processor returns
-                them; with a filled `past_key_values` only the next `input_ids`, and the `attention_mask` of all K
-                columns.
+            input_ids, attention_mask, position_ids, branch, role, block, pixel_values, image_mask: rows, as the
+                processor returns them; with a filled `past_key_values` only the next `input_ids`, and the
+                `attention_mask` of all K columns.
             labels: int64[B, T], each at the position that predicts it, as the processor returns them; -100 for none.
             logits_to_keep: number of last positions that logits are computed for, or their indices (0: all).
             use_cache: fill a new cache with the rows' keys and values.
@@ -104,7 +105,7 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if options.get("output_attentions") or options.get("output_hidden_states"):
             raise InputError("this model returns neither attentions nor hidden states; leave output_... out")
         if pixel_values is not None:
-            columns = (input_ids, attention_mask, position_ids, branch, role, block, pixel_values)
+            columns = (input_ids, attention_mask, position_ids, branch, role, block, pixel_values, image_mask)
             batch = _batch(dict(zip(COLUMNS, columns, strict=True)))
             cache = past_key_values if past_key_values is not None or not use_cache else DynamicCache()
             hidden = self.vlm.decode(batch, cache)
@@ -247,12 +248,16 @@ def _batch(columns: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         InputError: a column is missing.
     """
     rows = {name: column for name, column in columns.items() if column is not None}
-    if missing := [name for name in COLUMNS if name not in rows]:
+    if missing := [name for name in COLUMNS if name not in rows and name != "image_mask"]:
         raise InputError(f"the input has no {', '.join(missing)}; {USE_PROCESSOR}")
     is_token = rows["attention_mask"].bool()
     is_image = is_token & (rows["role"] == IMAGE)
     index = (is_image.flatten().cumsum(0) - 1).view_as(is_image)  # row after row, as `pixel_values` are
+    masked = {} if "image_mask" not in rows else {"image_mask": rows["image_mask"]}
+    if masked:  # the row lacks the padding of letterboxed images
+        index = rows["image_mask"].flatten().nonzero()[:, 0][index.clamp(min=0)]
     return {
+        **masked,
         "input_ids": rows["input_ids"],
         "image_index": torch.where(is_image, index, NO_IMAGE),
         "document": torch.where(is_token, 0, PADDING),

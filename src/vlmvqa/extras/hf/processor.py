@@ -3,29 +3,30 @@
 A row holds an image and its questions. It is padded on the left, and image tokens have the padding token's id, so that
 a decoded row is its text.
 
-Legend: B rows, T tokens, N image tokens, H image height and width.
+Legend: B rows, T tokens, I images and tiles, N image tokens, H image height and width.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import HTTPError
 from PIL import Image
-from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import load_image
 
 from vlmvqa.config.compose import build_settings
-from vlmvqa.data.example import Question
-from vlmvqa.data.images import ImageSettings, decode, to_tensor
+from vlmvqa.data.example import Example, Question
+from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
 from vlmvqa.extras.hf.config import VlmvqaConfig
+from vlmvqa.extras.vision.segments import masks
 from vlmvqa.hub import OWN_CODE
 from vlmvqa.models.build import build_projector, build_vision_encoder, random_weights
 from vlmvqa.models.checkpoint import CONFIG, TOKENIZER
@@ -83,8 +84,9 @@ class VlmvqaProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask`, `position_ids`, `branch`, `role` and `block`, `int64[B, T]`, as in
-            `sequence/rows.py`; `pixel_values float[B, 3, H, H]`; with `suffix` also `labels int64[B, T]`, each at the
-            position that predicts it.
+            `sequence/rows.py`; `pixel_values float[I, 3, H, H]`, the images or tiles of one row after the other; if
+            they are letterboxed, `image_mask bool[I, N]`; with `suffix` also `labels int64[B, T]`, each at the position
+            that predicts it.
 
         Raises:
             InputError: an image that cannot be read, an empty question, images and questions that don't correspond,
@@ -100,7 +102,7 @@ class VlmvqaProcessor(ProcessorMixin):
         answers = [[None] * len(row) for row in questions] if suffix is None else _texts(suffix)
         self._check(pictures, questions, answers)
         documents = [
-            Document([self._pixels(number, picture)], [self._tokenize(*pair) for pair in zip(*texts, strict=True)])
+            replace(self._load(number, picture), questions=[self._tokenize(*pair) for pair in zip(*texts, strict=True)])
             for number, (picture, *texts) in enumerate(zip(pictures, questions, answers, strict=True))
         ]
         columns = pad_rows(
@@ -117,6 +119,7 @@ class VlmvqaProcessor(ProcessorMixin):
             "block": columns["block"],
             "pixel_values": torch.stack([image for document in documents for image in document.images]),
         }
+        found |= masks(documents, self.rows.num_image_tokens)
         return BatchFeature(found if suffix is None else {**found, "labels": columns["labels"]})
 
     @property
@@ -128,7 +131,7 @@ class VlmvqaProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """The columns that a call returns."""
-        return ["input_ids", "attention_mask", "position_ids", "branch", "role", "block", "pixel_values"]
+        return ["input_ids", "attention_mask", "position_ids", "branch", "role", "block", "pixel_values", "image_mask"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> VlmvqaProcessor:
@@ -176,18 +179,19 @@ class VlmvqaProcessor(ProcessorMixin):
     def _tokenize(self, text: str, answer: str | None) -> Any:
         return self.rows.tokenize(Question(repr(text), text, self.config.prompt.replace("{question}", text)), answer)
 
-    def _pixels(self, number: int, image: Any) -> Tensor:
-        """Return an image, resized and normalised: `float[3, H, H]`."""
-        name, settings = f"image {number}", self.rows.images
+    def _load(self, number: int, image: Any) -> Document:
+        """Return an image, or its tiles, resized and normalised, as a document without questions."""
         if isinstance(image, str | os.PathLike) and os.path.isfile(image):
-            image, name = Path(image), str(image)
+            image = Path(image)
         elif not isinstance(image, Image.Image):
             try:
                 image = load_image(image)
             except (TypeError, ValueError, OSError, HTTPError) as error:
                 reason = str(error).partition(" Got ")[0]  # transformers appends the complete string
-                raise InputError(f"{name} is no PIL image, path or URL of an image ({reason}); correct it") from error
-        return to_tensor(decode(image, name, settings), settings)
+                raise InputError(
+                    f"image {number} is no PIL image, path or URL of an image ({reason}); correct it"
+                ) from error
+        return self.rows.load_images(Example(image, number, ()))
 
 
 def _images(images: Any) -> list[Any]:

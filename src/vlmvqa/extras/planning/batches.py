@@ -31,6 +31,7 @@ class Rows:
         row_tokens: Length that rows are packed to (None: one image per row).
         mean_text_tokens: Mean of `text_tokens`, which is then a maximum (None: all texts have it). Memory is planned
             for the maximum, time for the mean and its padding.
+        tiles: Inputs of the encoder per image: with `data.tiles` the most tiles and the thumbnail.
     """
 
     rows: int
@@ -39,6 +40,7 @@ class Rows:
     answer_tokens: int = 4
     row_tokens: int | None = None
     mean_text_tokens: float | None = None
+    tiles: int = 1
 
     @property
     def max_questions(self) -> int:
@@ -48,7 +50,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowShape:
-    """Size of a row: its tokens (T), images and supervised tokens."""
+    """Size of a row: its tokens (T), images (all tiles) and supervised tokens."""
 
     tokens: int
     images: int

@@ -164,7 +164,7 @@ class Planner:
         """Tokens per image in the decoder's row."""
         if isinstance(self.settings, PretrainedSettings):
             return num_image_tokens(self.settings)
-        return int(self.model.part("projector").module.output.tokens)
+        return self.rows.tiles * int(self.model.part("projector").module.output.tokens)
 
     @cached_property
     def weights(self) -> list[Weight]:
@@ -180,9 +180,9 @@ class Planner:
         rows = self.rows
         if rows.row_tokens is not None:
             supervised = ceil(self.images_per_row * rows.questions) * rows.answer_tokens
-            return RowShape(rows.row_tokens, self.images_per_row, supervised)
+            return RowShape(rows.row_tokens, self.images_per_row * rows.tiles, supervised)
         tokens = self.fixed_tokens + rows.max_questions * (rows.text_tokens - 1)  # EOS is no input
-        return RowShape(ceil(tokens / 8) * 8, 1, rows.max_questions * rows.answer_tokens)
+        return RowShape(ceil(tokens / 8) * 8, rows.tiles, rows.max_questions * rows.answer_tokens)
 
     @cached_property
     def fixed_tokens(self) -> int:

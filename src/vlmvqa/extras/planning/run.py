@@ -19,6 +19,7 @@ from vlmvqa.extras.planning.planner import Planner, RunChoice, Training
 from vlmvqa.extras.planning.published_sizes import Settings, known_settings
 from vlmvqa.extras.planning.time import EFFICIENCY, OVERLAP, Assumptions, StepWork
 from vlmvqa.extras.report.text_tables import aligned
+from vlmvqa.extras.vision.tiles import tile_settings
 from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.sequence.rows import SHAREABLE
 
@@ -126,7 +127,8 @@ def build_planner(config: PlanConfig) -> Planner:
     questions, tokens = _questions(config.plan, data, settings, config.copy_images), _text_tokens(config.plan, data)
     mean = config.plan.text_tokens or TEXT_TOKENS.get(data.source)
     batch = trainer["per_device_train_batch_size"]
-    rows = Rows(batch, questions, tokens, config.plan.answer_tokens, data.row_tokens, mean)
+    tiles = 1 if data.tiles is None else tile_settings(data.tiles).inputs
+    rows = Rows(batch, questions, tokens, config.plan.answer_tokens, data.row_tokens, mean, tiles)
     precision = "bf16" if trainer.get("bf16") else "fp16" if trainer.get("fp16") else "fp32"
     training = Training(precision, trainer["optim"], trainer["gradient_accumulation_steps"])
     planner = Planner(

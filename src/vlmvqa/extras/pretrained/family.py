@@ -102,9 +102,10 @@ def _processor(
     settings: PretrainedSettings, data: DataSettings, examples: Sequence[Example]
 ) -> tuple[PretrainedProcessor, PreTrainedConfig]:
     """Return the processor of a pretrained model, and the network's config."""
-    if data.resize != "squash" or data.reduced_decoding:
+    if data.resize != "squash" or data.reduced_decoding or data.tiles is not None:
         raise InputError(
-            f"{settings.pretrained} resizes images as in its training; leave data.resize and data.reduced_decoding out"
+            f"{settings.pretrained} resizes images as in its training; leave data.resize, data.reduced_decoding and "
+            "data.tiles out"
         )
     config = pretrained_config(settings)
     if settings.weights == "random":

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmvqa.data.example import Example, Question, refuse_several_images
+from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings, decode
 from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
+from vlmvqa.extras.vision.several_images import refuse_several_images
 from vlmvqa.sequence.rows import ANSWER, IMAGE, PADDING, Document, TokenizedQuestion, build_row, pad_rows
 
 
@@ -132,7 +133,7 @@ class PretrainedProcessor(Processor):
         """The object of transformers that is saved with the model: its processor."""
         return self.library
 
-    def with_images(self, resize: str, reduced: bool) -> PretrainedProcessor:
+    def with_images(self, **options: Any) -> PretrainedProcessor:
         """Return the processor unchanged: it resizes images as in its training."""
         return self
 

@@ -167,6 +167,9 @@ def _gradient(model: Model, batch: dict[str, Tensor]) -> Tensor:
         )
     rows, columns = model.patch_grid(batch)
     contribution = -(gradient * features[0].detach()).sum(-1)[-1, -rows * columns :].view(rows, columns)
+    if "image_mask" in batch:
+        real = batch["image_mask"][-1, -rows * columns :].view(rows, columns)
+        return contribution[real.any(1)][:, real.any(0)]
     if "pixel_attention_mask" not in batch:
         return contribution
     real = batch["pixel_attention_mask"][0, -1]  # [H, W]: tiles are padded to the largest

@@ -16,7 +16,7 @@ import torch
 from PIL.Image import Image
 
 from vlmvqa.data import images
-from vlmvqa.data.example import Example, refuse_several_images
+from vlmvqa.data.example import Example
 from vlmvqa.errors import InputError
 from vlmvqa.extras.report import curves, gallery
 from vlmvqa.extras.report.attribution import attribute, draw
@@ -25,6 +25,7 @@ from vlmvqa.extras.report.confusion import confusion_matrix
 from vlmvqa.extras.report.gallery import Record, choose_gallery, evenly
 from vlmvqa.extras.report.templates import template
 from vlmvqa.extras.stages.log import join, stage_logs
+from vlmvqa.extras.vision.several_images import refuse_several_images
 from vlmvqa.inference.baselines import CONTROLS
 from vlmvqa.inference.predictor import Predictor
 from vlmvqa.metrics.registry import metric

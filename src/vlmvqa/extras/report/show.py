@@ -1,16 +1,26 @@
-"""One sample as the model reads it: its tokens, and a drawing of the row and its attention mask."""
+"""One sample as the model reads it: its tokens, its images, and a drawing of the row and its attention mask."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
 
 from vlmvqa.config.schema import AnyModelSettings, DataSettings, RunSettings
+from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.packing import split_questions
 from vlmvqa.data.tasks import read_examples
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.report.row_drawing import describe, draw
 from vlmvqa.models import checkpoint
 from vlmvqa.models.interface import GenerationSettings
+
+GAP = 4  # pixels between inputs
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class ShowConfig:
 
 
 def show(config: ShowConfig) -> None:
-    """Print the tokens of a sample, and write `row.png` to the run's folder.
+    """Print a sample's tokens; write `row.png`, and `inputs.png` for several images or tiles, to the run's folder.
 
     Raises:
         InputError: the split has no such sample.
@@ -51,3 +61,14 @@ def show(config: ShowConfig) -> None:
     print(describe(batch, processor))
     draw(batch, processor, folder / "row.png", title=example.name)
     print(f"image: {folder / 'row.png'}")
+    pixels = batch["pixel_values"]
+    if len(pixels) > 1:
+        save_inputs(pixels, processor.images, folder / "inputs.png")
+        print(f"the encoder's inputs: {folder / 'inputs.png'}")
+
+
+def save_inputs(pixels: Tensor, settings: ImageSettings, path: Path) -> None:
+    """Save the encoder's inputs `float[I, 3, H, H]`, with the normalisation undone, side by side."""
+    std, mean = (torch.tensor(values)[:, None, None] for values in (settings.std, settings.mean))
+    levels = ((pixels * std + mean) * 255).round().clamp(0, 255).byte()
+    Image.fromarray(rearrange(F.pad(levels, (0, GAP), value=255), "i c h w -> h (i w) c").numpy()).save(path)

@@ -25,12 +25,13 @@ from typing import Any
 from PIL.Image import Image
 
 from vlmvqa.config.schema import DataSettings
-from vlmvqa.data.example import Example, Question, refuse_several_images
+from vlmvqa.data.example import Example, Question
 from vlmvqa.data.records import PromptTemplate, refuse_empty
 from vlmvqa.data.tasks import has_questions
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.hub.parquet import require
 from vlmvqa.extras.synthetic.generate import GENERATORS, generator
+from vlmvqa.extras.vision.several_images import refuse_several_images
 from vlmvqa.ranks import bar
 
 FORMAT = 2

@@ -5,7 +5,8 @@
     TOTAL   7
 
 Fields, values and lines are chosen at random. Letters are bold and large enough to read in an image of 48 pixels; a
-small model needs much longer to learn thinner ones.
+small model needs much longer to learn thinner ones. With `small_print` a wider page holds the form four times, so
+that an image of 48 pixels shows letters of half that size.
 """
 
 from __future__ import annotations
@@ -52,15 +53,18 @@ def write(
     train_images: int = 2000,
     val_images: int = 200,
     image_size: int = 48,
+    small_print: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> None:
-    """Write the splits `train`, `val` and `test`; `image_size` is in pixels.
+    """Write the splits `train`, `val` and `test`.
 
-    `test` has no answers and as many pages as `val`. Each page has a question for each of its fields, and one about the
-    text on a random line.
+    `image_size` is the height of a page in pixels; pages are square, except with `small_print` (`four_copies`). `test`
+    has no answers and as many pages as `val`. Each page has a question for each of its fields, and one about the text
+    on a random line.
     """
-    fonts = {kind: _font(size * image_size * SUPERSAMPLING) for kind, size in FONT_SIZES.items()}
+    form_size = image_size // 2 if small_print else image_size
+    fonts = {kind: _font(size * form_size * SUPERSAMPLING) for kind, size in FONT_SIZES.items()}
     (folder / "documents").mkdir()
     for first_id, split, images in ((1, "train", train_images), (2, "val", val_images), (3, "test", val_images)):
         rng = random.Random(f"{seed} forms {split}")
@@ -69,7 +73,8 @@ def write(
             page = random_page(rng)
             document = first_id * 1_000_000 + number
             name = f"documents/form{document}_1.png"
-            render(rng, page, image_size, fonts).save(folder / name)
+            form = render(rng, page, form_size, fonts)
+            (four_copies(form) if small_print else form).save(folder / name)
             for place, (question, answer, kind) in enumerate(page_questions(rng, page)):
                 record = {"questionId": 10 * document + place, "question": question, "question_types": [kind]}
                 record |= {"image": name, "docId": document, "data_split": split}
@@ -105,6 +110,15 @@ def render(rng: random.Random, page: Page, image_size: int, fonts: Mapping[str |
             y = ((place + 0.5) / LINES + rng.uniform(-0.01, 0.01)) * side
             canvas.text((x, y), text, rng.randint(0, 30), font, anchor="lm", stroke_width=round(STROKE_WIDTH * side))
     return image.reduce(SUPERSAMPLING)
+
+
+def four_copies(form: Image.Image) -> Image.Image:
+    """Return a page of 5 : 4 with the form, stretched to its shape, in each quarter."""
+    width, height = form.width * 5 // 4, form.height
+    page = Image.new("L", (2 * width, 2 * height))
+    for left, top in ((0, 0), (width, 0), (0, height), (width, height)):
+        page.paste(form.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+    return page
 
 
 def _font(size: float) -> Font:

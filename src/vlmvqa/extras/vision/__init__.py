@@ -1,1 +1,1 @@
-"""Further vision encoders and projectors: chosen layers, fused encoders, fewer tokens per image."""
+"""Further vision encoders, projectors and inputs: chosen layers, fused encoders, fewer tokens, tiles, letterboxing."""

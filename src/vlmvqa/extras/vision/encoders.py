@@ -59,10 +59,10 @@ class LayerEncoder(VisionEncoder):
         self.layers, self.norm = kept, settings.norm
         self.features, self.patch_grid = self._measure(settings)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode images."""
+    def forward(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """Encode images; see `VisionEncoder.forward`."""
         features = []
-        for layer in self.encoder(pixel_values):
+        for layer in self.encoder(pixel_values, **self.masking(image_mask)):
             grid, prefix = layer if self.num_class_tokens else (layer, None)
             patches = rearrange(grid, "i d h w -> i (h w) d")
             features.append(patches if prefix is None else torch.cat([prefix[:, :1], patches], dim=1))
@@ -120,8 +120,8 @@ class FusedEncoder(VisionEncoder):
         width = sum(one.features.width for one in encoders)
         self.features = FeatureShape(width, self.patch_grid[0] * self.patch_grid[1], self.patch_grid)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode images."""
+    def forward(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """Encode images; a mask is refused before (`letterbox.check`)."""
         features = []
         for number, encoder in enumerate(self.towers):
             size = encoder.image_size
