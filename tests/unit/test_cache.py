@@ -227,9 +227,9 @@ def test_cached_examples_equal_those_that_were_read(read: Reader, split: str) ->
 
 
 def test_all_fields_of_examples_are_cached() -> None:
-    """A new field needs a place in the JSON; questions about several images are not cached."""
+    """A new field needs a place in the JSON; questions about several images and conversations are not cached."""
     assert [field.name for field in fields(Example)] == ["image", "image_id", "questions", "more_images"]
-    names = ["id", "text", "prompt", "target", "answers", "question_type", "answer_type", "details"]
+    names = ["id", "text", "prompt", "target", "answers", "question_type", "answer_type", "details", "history"]
     assert [field.name for field in fields(Question)] == names
 
 

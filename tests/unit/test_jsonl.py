@@ -189,7 +189,9 @@ def test_llavas_format_is_recognised(tmp_path: Path, name: str, policy: str) -> 
     lines, path = name.endswith("jsonl"), tmp_path / name
     path.write_text(json.dumps(LLAVA if lines else [LLAVA], indent=2 if name == "indented.json" else None))
     place = f"{path}, line 1" if lines else str(path)
-    said = f"{place} is in LLaVA's format ('conversations'), which is not supported yet; write a file of JSON lines, "
+    said = (
+        f"{place} is in LLaVA's format ('conversations'), which data=conversations reads; write a file of JSON lines, "
+    )
     for root, split in ((tmp_path, "train"), (path, "all")):
         with pytest.raises(InputError) as caught:
             jsonl.read(root, split, bad_records=BadRecords(policy))

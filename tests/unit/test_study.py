@@ -161,6 +161,13 @@ def test_runs_of_other_questions_are_refused(tmp_path: Path) -> None:
         summary(tmp_path, scores, {})
 
 
+def test_the_documented_table_of_stages_is_the_recorded_one() -> None:
+    found = json.loads((ROOT / "bench" / "recorded" / "study_stages.json").read_text())
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert piped(tables.comparison(found)) in page and piped(tables.costs(found)) in page
+    assert f"{found['questions']:,} questions about {found['images']} images to score" in page
+
+
 def test_the_documented_table_is_the_recorded_one() -> None:
     """And its controls, which the text rounds."""
     found = json.loads((ROOT / "bench" / "recorded" / "study_mask.json").read_text())

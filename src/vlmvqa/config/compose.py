@@ -81,8 +81,6 @@ def refuse_overrides(given: Iterable[str], reason: str, *keys: str) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as plain values that YAML and JSON can hold."""
     values: dict[str, Any] = _plain(asdict(config))
-    for one in (values, *values.get("stages", {}).values()):
-        one.pop("given")
     return values
 
 
@@ -94,7 +92,7 @@ def to_yaml(config: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _plain(inner) for key, inner in value.items() if key != "given"}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value

@@ -30,7 +30,7 @@ MODELS = {
 PATHS = {"eval": ("predictions", "compare"), "serve": ("browse", "examples")}
 # Scripts that read data.root, and the sources whose files must exist already (others are generated).
 READS_DATA = ("train", "eval", "show", "merge", "helm", *(f"prepare {job}" for job in PREPARE if job != "download"))
-FILES = ("coco_captions", "docvqa", "gqa", "jsonl", "vqav2")
+FILES = ("coco_captions", "conversations", "docvqa", "gqa", "jsonl", "vqav2")
 # The least value of a whole number.
 LEAST = {
     **dict.fromkeys(("samples", "log_samples", "attributions", "workers", "seed"), 0),

@@ -178,7 +178,7 @@ def code_fingerprint() -> str:
 
 # --- examples as arrays -------------------------------------------------------------------------------
 
-TEXTS = [field.name for field in fields(Question) if field.name not in ("id", "answers", "details")]
+TEXTS = [field.name for field in fields(Question) if field.name not in ("id", "answers", "details", "history")]
 
 
 def _to_arrays(examples: Sequence[Example], root: Path) -> Arrays | None:
@@ -190,7 +190,7 @@ def _to_arrays(examples: Sequence[Example], root: Path) -> Arrays | None:
     def numbers(values: Iterable[str | None]) -> NDArray[np.int32]:
         return np.array([texts.setdefault(text, len(texts)) for text in values], np.int32)
 
-    if any(example.more_images for example in examples):
+    if any(example.more_images for example in examples) or any(question.history for question in questions):
         return None
     try:
         arrays = {
@@ -221,7 +221,7 @@ def _to_examples(arrays: Arrays, root: Path) -> list[Example]:
         answers = [tuple(islice(answer_texts, count)) for count in arrays["answer_counts"].tolist()]
         columns = {"id": ids, "details": details, "answers": [answers[number] for number in arrays["answers"].tolist()]}
         columns |= {name: values(name) for name in TEXTS}
-        questions = map(Question, *(columns[field.name] for field in fields(Question)))
+        questions = map(Question, *(columns[field.name] for field in fields(Question) if field.name in columns))
         return [
             Example(root / image, image_id, tuple(islice(questions, count)))
             for image, image_id, count in zip(images, image_ids, arrays["question_counts"].tolist(), strict=True)

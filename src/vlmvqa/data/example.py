@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL.Image import Image
+from PIL.Image import new as new_image
 
 
 class StoredImage(Protocol):
@@ -20,6 +22,20 @@ class StoredImage(Protocol):
     def read_bytes(self) -> bytes:
         """Return the bytes of the image file."""
         ...
+
+
+@dataclass(frozen=True)
+class NoImage:
+    """A grey pixel in the place of the image of a text-only question, which takes no tokens in the row.
+
+    The encoder computes it nevertheless: ranks that run different modules would wait for each other.
+    """
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes of the image file."""
+        file = BytesIO()
+        new_image("RGB", (1, 1), (128, 128, 128)).save(file, "png")
+        return file.getvalue()
 
 
 ImageSource = Path | bytes | Image | StoredImage
@@ -38,6 +54,7 @@ class Question:
         question_type, answer_type: the benchmark's categories, for the tables of the report.
         details: further fields that the benchmark's metric needs, named as in the official files: set by GQA's
             evaluation splits, None elsewhere.
+        history: the turns of the conversation before this one, whose targets are inputs, and supervised in training.
     """
 
     id: int | str
@@ -48,6 +65,7 @@ class Question:
     question_type: str | None = None
     answer_type: str | None = None
     details: Mapping[str, Any] | None = field(default=None, hash=False)
+    history: tuple[Question, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vlmvqa.data.example import Example, Question
+from vlmvqa.data.example import Example, NoImage, Question
 from vlmvqa.data.images import ImageSettings, decode, to_tensor
 from vlmvqa.data.tokenization import TokenTable
 from vlmvqa.errors import InputError
@@ -51,7 +51,12 @@ class Processor:
             InputError: the answer is empty, or leaves no room for the question within `max_text_tokens`.
         """
         bos = self.tokenizer.bos_token_id
-        prompt = [*([] if bos is None else [bos]), *self._ids(question.prompt)]  # PaliGemma's order: image, BOS, prompt
+        start = [] if bos is None else [bos]  # PaliGemma's order: image, BOS, prompt
+        earlier = [self._turn(turn, turn.target, [] if n else start) for n, turn in enumerate(question.history)]
+        return replace(self._turn(question, answer, [] if earlier else start), earlier=earlier)
+
+    def _turn(self, question: Question, answer: str | None, start: list[int]) -> TokenizedQuestion:
+        prompt = [*start, *self._ids(question.prompt)]
         target: list[int] = []
         if answer is not None:
             target = [*self._ids(answer), self.tokenizer.eos_token_id]
@@ -80,6 +85,8 @@ class Processor:
 
     def load_images(self, example: Example) -> Document:
         """Return the images, resized and normalised, each `float[3, H, H]`, as a document without questions."""
+        if isinstance(example.image, NoImage):  # computed by the encoder, and in no row
+            return Document([to_tensor(decode(example.image, example.name, self.images), self.images)], (), kept=[()])
         if segments := self._segments:
             found: Document = segments.load(example, self.images, self.num_image_tokens)
             return found
@@ -87,14 +94,16 @@ class Processor:
 
     def count_image_tokens(self, example: Example) -> int:
         """Return how many tokens the images of an example take in a row."""
+        if isinstance(example.image, NoImage):
+            return 0
         if segments := self._segments:
             return int(segments.count_image_tokens(example, self.images, self.num_image_tokens))
         return self.num_image_tokens * len(example.named_images)
 
     def count_tokens(self, question: Question, answer: str) -> int:
-        """Return how many tokens a question and its answer take in a row; EOS is a label, never an input."""
+        """Return how many tokens a question and its answer take in a row."""
         tokens = self.tokenize(question, answer)
-        return len(tokens.prompt) + len(tokens.answer) - 1
+        return sum(len(turn.prompt) + len(turn.answer) for turn in (*tokens.earlier, tokens)) - 1
 
     def collate(self, rows: Sequence[Sequence[Document]], multiple: int = 8) -> dict[str, Tensor]:
         """Return the batch of some rows of documents, with T a multiple of `multiple`.

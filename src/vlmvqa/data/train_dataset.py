@@ -168,11 +168,13 @@ class TrainDataset(Dataset[list[Document]]):
     def _question_lengths(self) -> list[int]:
         """Return the tokens of each question with its longest possible answer; 0 where `_check_length` must count them.
 
-        Those are questions with an empty answer or more than `max_text_tokens`. All texts are tokenized here, once.
+        Those are conversations, and questions with an empty answer or more than `max_text_tokens`. Texts are tokenized
+        here, once.
         """
         questions = [question for example in self.examples for question in example.questions]
         answers = [self._possible_answers(question) for question in questions]
-        texts = chain((question.prompt for question in questions), chain.from_iterable(answers))
+        history = [turn for question in questions for turn in question.history]
+        texts = chain((turn.prompt for turn in (*history, *questions)), chain.from_iterable(answers))
         table = TokenTable.build(texts, self.processor.tokenizer)
         self.processor = replace(self.processor, table=table)
         starts = np.cumsum([0, *map(len, answers[:-1])])
@@ -180,8 +182,10 @@ class TrainDataset(Dataset[list[Document]]):
         longest, shortest = np.maximum.reduceat(answer_lengths, starts), np.minimum.reduceat(answer_lengths, starts)
         prompt_lengths = table.lengths(question.prompt for question in questions)
         total = prompt_lengths + (self.processor.tokenizer.bos_token_id is not None) + longest
-        limit = self.processor.max_text_tokens
-        unusual = (shortest == 0) | (False if limit is None else total + 1 > limit)  # EOS counts towards the limit
+        limit, turns = self.processor.max_text_tokens, np.array([len(question.history) for question in questions])
+        unusual = (
+            (shortest == 0) | (turns > 0) | (False if limit is None else total + 1 > limit)
+        )  # EOS counts towards the limit
         lengths: list[int] = np.where(unusual, 0, total).tolist()
         return lengths
 
@@ -224,7 +228,8 @@ class TrainDataset(Dataset[list[Document]]):
         questions = []
         for question in example.questions[first:end]:
             tokens = self.processor.tokenize(question, self._answer(question) if supervised else None)
-            weight = weigh(len(tokens.answer), len(example.questions)) if supervised else 0.0
+            count = sum(len(turn.answer) for turn in (*tokens.earlier, tokens))
+            weight = weigh(count, len(example.questions)) if supervised else 0.0
             questions.append(replace(tokens, weight=weight))
         groups = [[question] for question in questions] if self.settings.copy_images else [questions]
         return [replace(images, questions=group) for group in groups]

@@ -226,7 +226,7 @@ def last_prompt_tokens(batch: Batch) -> Tensor:
     """Return which tokens are the last of a prompt, `bool[B, T]`: no token of the same branch follows them."""
     is_prompt = (batch["role"] == PROMPT) & (batch["document"] != PADDING)
     follows = torch.zeros_like(is_prompt)
-    same = is_prompt[:, 1:] & (batch["position"][:, 1:] == batch["position"][:, :-1] + 1)
+    same = (batch["document"][:, 1:] != PADDING) & (batch["position"][:, 1:] == batch["position"][:, :-1] + 1)
     follows[:, :-1] = same & (batch["branch"][:, 1:] == batch["branch"][:, :-1])
     return is_prompt & ~follows
 

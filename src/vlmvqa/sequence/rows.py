@@ -8,10 +8,11 @@
      position   0  1  2  3   4  5  6   7  8   4  5   6  7   0  1  2  3   4  5   6    .   .
 
 A document is an image, or several images or tiles in order, with its questions; a row holds one or more. The positions
-of every branch continue those of the images, so that a shared row computes the same as separate rows.
+of every branch continue those of the images, so that a shared row computes the same as separate rows. A conversation
+is one branch: its turns follow each other, each prompt a block of its own.
 
-Labels are stored at the position that predicts them: the last prompt token has the first answer token
-as its label, the last answer token has EOS. EOS is never an input, because nothing is predicted from it.
+Labels are stored at the position that predicts them: the last prompt token has the first answer token as its label, the
+last answer token has EOS, which is an input only where another turn follows.
 
 Legend: B rows, T tokens per row, N tokens per image.
 """
@@ -65,11 +66,13 @@ class TokenizedQuestion:
         prompt: BOS and the question in the prompt template.
         answer: the answer with EOS; empty if the model is to generate it.
         weight: weight of each supervised token in the loss.
+        earlier: the turns of the conversation before this one; supervised if this one has an answer.
     """
 
     prompt: Sequence[int]
     answer: Sequence[int] = ()
     weight: float = 1.0
+    earlier: Sequence[TokenizedQuestion] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class Document:
         images: images or tiles, as the collate function stacks them (`float[3, H, H]` pixels, cached features
             `float[N, Dv]`, a pretrained model's PIL images), or indices into tensors that already exist.
         tiles: number of consecutive `images` in each block, such as the tiles of an image; empty: 1 in each.
-        kept: the tokens of each image that are in the row; empty: all N.
+        kept: the tokens of each image that are in the row (none for text-only questions); empty: all N.
     """
 
     images: Sequence[Any]
@@ -124,42 +127,38 @@ def build_row(
     one_branch, features = "prefix" in blocks, first_image * num_image_tokens
     for number, document in enumerate(documents):
         if one_branch and len(document.questions) > 1:
-            raise ValueError(
-                f"{len(document.questions)} questions share an image under {attention_pattern}, where the image sees "
-                "its question; give each its own row (data.questions_per_row=1) or use another attention pattern"
-            )
+            count = len(document.questions)
+            raise ValueError(f"{count} questions share an image under {attention_pattern}; give each its own row")
         if not document.questions:
             raise ValueError("an image without questions cannot be laid out in a row")
         start, tiles = 0, document.tiles or [1] * len(document.images)
         kept = iter(document.kept or [range(num_image_tokens)] * len(document.images))
         for block, count in enumerate(tiles):
             index = [features + n * num_image_tokens + token for n in range(count) for token in next(kept)]
-            row.extend(
-                len(index),
-                image_index=index,
-                document=number,
-                role=IMAGE,
-                block=0 if one_branch else block if "image" in blocks else NONE,
-                position=range(start, start + len(index)),
-            )
+            own, place = 0 if one_branch else block if "image" in blocks else NONE, range(start, start + len(index))
+            row.extend(len(index), image_index=index, document=number, role=IMAGE, block=own, position=place)
             start += len(index)
             features += count * num_image_tokens
         for branch, question in enumerate(document.questions, start=1):
-            if not question.prompt:
-                raise ValueError("a question without a prompt token has no position to answer from")
-            prompt, answer = len(question.prompt), max(len(question.answer) - 1, 0)
-            block = 0 if one_branch else len(tiles) if "question" in blocks else NONE
-            row.extend(
-                prompt + answer,
-                input_ids=[*question.prompt, *question.answer[:-1]],
-                document=number,
-                branch=0 if one_branch else branch,
-                role=[PROMPT] * prompt + [ANSWER] * answer,
-                block=[block] * prompt + [NONE] * answer,
-                position=range(start, start + prompt + answer),
-                labels=[IGNORE] * (prompt - 1) + list(question.answer or [IGNORE]),
-                weights=[0.0] * (prompt - 1) + [question.weight] * len(question.answer or [IGNORE]),
-            )
+            position = start
+            for turn, part in enumerate((*question.earlier, question)):
+                if not part.prompt:
+                    raise ValueError("a question without a prompt token has no position to answer from")
+                prompt, inputs = len(part.prompt), part.answer[:-1] if part is question else part.answer
+                length, labels = prompt + len(inputs), list(part.answer if question.answer else ())
+                block = turn if one_branch else len(tiles) + turn if "question" in blocks else NONE
+                row.extend(
+                    length,
+                    input_ids=[*part.prompt, *inputs],
+                    document=number,
+                    branch=0 if one_branch else branch,
+                    role=[PROMPT] * prompt + [ANSWER] * len(inputs),
+                    block=[block] * prompt + [NONE] * len(inputs),
+                    position=range(position, position + length),
+                    labels=([IGNORE] * (prompt - 1) + labels + [IGNORE] * length)[:length],
+                    weights=([0.0] * (prompt - 1) + [question.weight] * len(labels) + [0.0] * length)[:length],
+                )
+                position += length
     return row
 
 

@@ -105,7 +105,7 @@ def _check_not_list(path: Path) -> None:
 
 def _refuse_format(where: Path | str, llava: bool) -> NoReturn:
     """Raise the InputError that shows the expected format."""
-    format = "in LLaVA's format ('conversations'), which is not supported yet" if llava else "a JSON list"
+    format = "in LLaVA's format ('conversations'), which data=conversations reads" if llava else "a JSON list"
     raise InputError(f"{where} is {format}; write a file of JSON lines, a line for each question: {LINE}")
 
 

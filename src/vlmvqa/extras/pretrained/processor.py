@@ -66,6 +66,8 @@ class PretrainedProcessor(Processor):
         Raises:
             InputError: the answer is empty or exceeds `max_text_tokens`, or the text contains a special token.
         """
+        if question.history:
+            raise InputError("a pretrained model's prompt holds one question, not a conversation; use another model")
         if special := self._special_words.search(f"{question.prompt} {answer or ''}"):
             raise InputError(
                 f"question {question.id}: {special[0]} in its text or answer is a token of the model's own; take it out"

@@ -194,4 +194,6 @@ def image_bytes(example: Example, bad_records: BadRecords) -> bytes | None:
 
 def _record(example: Example) -> str:
     questions = [{**asdict(question), "prompt": None} for question in example.questions]
+    for question in questions:
+        del question["history"]  # of conversations, which are not packed
     return json.dumps({"image_id": example.image_id, "questions": questions})

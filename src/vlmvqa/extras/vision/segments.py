@@ -42,5 +42,5 @@ def masks(documents: Sequence[Document], num_image_tokens: int) -> dict[str, Ten
     kept = [tokens for document in documents for tokens in document.kept]
     mask = torch.zeros(len(kept), num_image_tokens, dtype=torch.bool)
     for row, tokens in zip(mask, kept, strict=True):
-        row[list(tokens)] = True
-    return {"image_mask": mask} if kept else {}
+        row[list(tokens) or slice(None)] = True  # a text-only question's image is in no row, but computed
+    return {"image_mask": mask} if any(map(len, kept)) else {}
