@@ -89,11 +89,9 @@ class VLM(Model):
     def image_embeddings(self, batch: Batch) -> Tensor:
         """Project `pixel_values [I, 3, H, H]` or cached `image_features [I, N, Dv]` to `float[I * M, D]`."""
         dtype = next(self.projector.parameters()).dtype
-        if "image_features" in batch:
-            features = batch["image_features"]
-        else:
-            mask = [batch["image_mask"]] if "image_mask" in batch else []  # of letterboxed images
-            features = self.vision(batch["pixel_values"].to(dtype), *mask)
+        features = batch.get("image_features")
+        if features is None:
+            features = self.vision(batch["pixel_values"].to(dtype), batch.get("image_mask"))
         projected: Tensor = self.projector(features.to(dtype))
         return rearrange(projected, "i n d -> (i n) d")
 

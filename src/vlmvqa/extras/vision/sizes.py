@@ -19,8 +19,9 @@ def stored_size(source: ImageSource) -> tuple[int, int]:
     if isinstance(source, Image.Image):
         return source.size
     try:
-        content = source if isinstance(source, Path | bytes) else source.read_bytes()
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:  # a path's header
+        # Of a path, Pillow reads the header only.
+        content = source if isinstance(source, bytes | Path) else source.read_bytes()
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             return image.size
     except (*DECODE_ERRORS, Image.DecompressionBombError):
         return 1, 1
