@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
@@ -24,12 +26,16 @@ from vlmvqa.data.example import Example, Question
 from vlmvqa.data.images import ImageSettings
 from vlmvqa.data.processor import Processor
 from vlmvqa.data.tokenization import train_tokenizer
-from vlmvqa.errors import InputError
+from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.extras.feature_cache.store import feature_key
+from vlmvqa.extras.feature_cache.writer import write
 from vlmvqa.extras.planning import verify
 from vlmvqa.extras.planning.memory_tracker import MemoryTracker
+from vlmvqa.extras.report.attribution import attribute
 from vlmvqa.extras.vision.initial_scale import scale_to_text
 from vlmvqa.extras.vision.reductions import AveragePool, PixelShuffle
 from vlmvqa.extras.vision.resampler import Resampler
+from vlmvqa.inference.predictor import Predictor
 from vlmvqa.models import build as building
 from vlmvqa.models.build import build, build_projector
 from vlmvqa.models.generation import generate
@@ -187,7 +193,7 @@ def test_shared_rows_equal_separate_rows(kind: str) -> None:
     """Loss, every gradient and every generated token."""
     vlm = model(kind)
     assert vlm.num_image_tokens == MODELS[kind][2]
-    rows = lay_out([[2], [1, 3]])
+    rows = lay_out("several images a row")
     flat = [document for row in rows for document in row]
     given = pixels(vlm, len(flat))
     loss, gradients = loss_and_gradients(vlm, tiny.batch(vlm, rows, given))
@@ -277,3 +283,54 @@ def test_the_initial_output_is_as_large_as_the_text_embeddings(factor: float, ki
         image = vlm.image_embeddings(batch).std()
         text = vlm.language.embed(torch.tensor([i for d in documents for i in d.questions[0].prompt])).std()
     torch.testing.assert_close(image, text, rtol=1e-4, atol=0)
+
+
+# ---- caches, operations, attributions
+
+
+@pytest.mark.parametrize("kind", ["layers", "swin", "fused"])
+def test_cached_features_are_the_encoders_to_the_bit(kind: str, tmp_path: Path) -> None:
+    """An unreadable image is skipped; its place in the batch has the encoder's input shape."""
+    given = trained(kind)
+    vision, broken = given.model.vision, Example(b"no image", "broken", examples()[0].questions)
+    shown = [*examples(), broken]
+    key = feature_key(vision, given.processor.images, "float32")
+    store = write(tmp_path / "f", key, vision, shown, given.processor.load_images, BadRecords("skip"), batch_size=3)
+    assert set(store.skipped) == {"broken"} and store.shape == (vision.features.tokens, vision.features.width)
+    pixels = torch.stack([given.processor.load_images(one).images[0] for one in examples()])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.stack([store[n] for n in range(4)]), vision(pixels), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["normed", "pixel_shuffle", "pool", "resampler", "layers", "dinov3", "fused"])
+def test_operations_are_those_that_pytorch_counts(kind: str) -> None:
+    """Of encoder and projector, forward and backward; a resampler's attention scores are left out."""
+    vlm = model(kind).train()
+    counted = vlm.flops()
+    assert counted is not None
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        vlm.image_embeddings({"pixel_values": pixels(vlm, 2)}).sum().backward()
+    assert 2 * (counted.encoded + counted.image) == pytest.approx(
+        counter.get_total_flops(), rel=0.1 if kind == "resampler" else 0.01
+    )
+
+
+def test_operations_of_a_hierarchical_encoder_are_not_reported() -> None:
+    assert model("swin").flops() is None
+
+
+def predictor(kind: str) -> Predictor:
+    given = trained(kind)
+    return Predictor(given.model, given.processor, given.prompt, given.settings)
+
+
+def test_attention_to_merged_patches_is_drawn_and_to_latents_refused() -> None:
+    picture = Image.effect_noise((40, 40), 50).convert("RGB")
+    merged = predictor("pixel_shuffle")
+    found = attribute(merged, picture, "what is it?", "red")
+    assert found.heat.shape == (2, 2) and found.heat.sum() == pytest.approx(1)
+    assert attribute(merged, picture, "what is it?", "red", method="gradient").heat.shape == (4, 4)
+    latents = predictor("resampler")
+    with pytest.raises(InputError, match=r"do not correspond one to one .*use method=gradient"):
+        attribute(latents, picture, "what is it?", "red")
+    assert attribute(latents, picture, "what is it?", "red", method="gradient").heat.shape == (4, 4)

@@ -38,7 +38,7 @@ def test_every_study_composes(name: str, size: str, tmp_path: Path) -> None:
     assert found.study is not None and len(runs) == 2 * len(found.study.arms)
     assert runs[0].arm == found.study.baseline and {run.seed for run in runs} == {3, 5}
     assert runs[0].folder == tmp_path / found.study.baseline / "seed-3" and runs[0].config.seed == 3
-    configs = {str(run.config.model) + str(run.config.data) + str(run.config.trainer) for run in runs}
+    configs = {f"{run.config.model} {run.config.data} {run.config.trainer} {list(run.config.stages)}" for run in runs}
     others = {str(run.config.trainable) + str(run.config.learning_rates) + run.config.loss_weighting for run in runs}
     assert len(configs) > 1 or len(others) > 1  # the arms differ
 

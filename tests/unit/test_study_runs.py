@@ -112,7 +112,8 @@ def test_all_arms_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     assert "Projectors, on 1 x a10g" in printed
     planned = json.loads((tmp_path / "plan.json").read_text())["arms"]
-    assert planned.keys() == {"linear", "mlp", "linear_frozen", "mlp_frozen"}
+    reduced = {"linear_64", "pixel_shuffle_64", "pool_64", "resampler_64"}
+    assert planned.keys() == {"linear", "mlp", "linear_frozen", "mlp_frozen", "normed", *reduced}
     assert planned["linear"]["rows"] == 16 and planned["linear"]["fits"]
     assert planned["linear_frozen"]["optimizer"] < planned["linear"]["optimizer"] < planned["mlp"]["optimizer"]
     with pytest.raises(InputError, match="with study=, dist must be given for all arms, as base=dist="):

@@ -57,9 +57,9 @@ def test_help_is_two_screens_at_most_and_needs_no_pytorch(name: str, light: dict
         "sweep": "learning_rate",
         "export": "",
     }
-    choices = others.get(name, "decoding    greedy")
+    choices = others.get(name, r"decoding +greedy")
     for part in ("Groups, as group=choice:", "--cfg job", choices):
-        assert part in said
+        assert re.search(part, said)
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))

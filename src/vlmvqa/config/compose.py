@@ -81,7 +81,8 @@ def refuse_overrides(given: Iterable[str], reason: str, *keys: str) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a configuration as plain values that YAML and JSON can hold."""
     values: dict[str, Any] = _plain(asdict(config))
-    values.pop("given")
+    for one in (values, *values.get("stages", {}).values()):
+        one.pop("given")
     return values
 
 

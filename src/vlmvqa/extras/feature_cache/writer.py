@@ -46,9 +46,12 @@ class _Images(Dataset[tuple[int, Tensor, str]]):
     """
 
     def __init__(
-        self, images: Sequence[tuple[int, Example]], load_images: Callable[[Example], Document], size: int
+        self,
+        images: Sequence[tuple[int, Example]],
+        load_images: Callable[[Example], Document],
+        shape: tuple[int, int, int],
     ) -> None:
-        self.images, self.load_images, self.size = images, load_images, size
+        self.images, self.load_images, self.shape = images, load_images, shape
 
     def __len__(self) -> int:
         return len(self.images)
@@ -59,7 +62,7 @@ class _Images(Dataset[tuple[int, Tensor, str]]):
             (pixels,) = self.load_images(example).images
             return row, pixels, ""
         except InputError as error:
-            return row, torch.zeros(3, self.size, self.size), str(error)
+            return row, torch.zeros(self.shape), str(error)
 
 
 def unique_images(examples: Iterable[Example]) -> dict[ImageId, Example]:
@@ -139,7 +142,8 @@ def write(
         index = {"key": key, "shape": shape, "ids": ids, "samples": sample_checksums(list(images.values()))}
         _write_index(folder, index, skipped)
         todo = [(row, images[image]) for row, image in enumerate(ids) if image not in encoded]
-        pixels, pin = _Images(todo, load_images, vision.image_size), next(vision.parameters()).is_cuda
+        inputs = 3 * len(vision.towers), vision.image_size, vision.image_size
+        pixels, pin = _Images(todo, load_images, inputs), next(vision.parameters()).is_cuda
         loaded = DataLoader(pixels, batch_size, num_workers=workers, pin_memory=pin)
         with bar(doing="encoding", unit="images", total=len(ids), initial=len(encoded)) as count:
             for rows, features, errors in _encoded(vision, loaded, ids, key["dtype"]):
