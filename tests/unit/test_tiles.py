@@ -16,10 +16,11 @@ from tests import tiny
 from tests.unit.test_images import encoded, noise_image
 from tests.unit.test_predictor import predictor
 from vlmvqa.data.example import Example, Question
-from vlmvqa.data.images import ImageSettings
+from vlmvqa.data.images import ImageSettings, to_tensor
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.report.attribution import attribute
+from vlmvqa.extras.report.show import GAP, save_inputs
 from vlmvqa.extras.vision.tiles import TileSettings, choose_grid, cut
 from vlmvqa.inference.predictor import Predictor, load
 from vlmvqa.models.vlm import VLM
@@ -185,3 +186,13 @@ def test_what_tiles_cannot_be_combined_with(change: dict[str, Any], said: str) -
 def test_settings_of_tiles_are_checked(values: tuple[Any, ...], said: str) -> None:
     with pytest.raises(InputError, match=said):
         TileSettings(*values)
+
+
+def test_show_saves_what_the_encoder_reads(tmp_path: Path) -> None:
+    """Tile after tile, then the thumbnail, with the normalisation undone."""
+    image = noise_image(2 * SIDE, 2 * SIDE)
+    save_inputs(torch.stack([to_tensor(tile, SETTINGS) for tile in cut(image, SETTINGS)]), SETTINGS, tmp_path / "a.png")
+    shown = np.asarray(Image.open(tmp_path / "a.png"))
+    assert shown.shape == (SIDE, 5 * (SIDE + GAP), 3)
+    assert (shown[:, :SIDE] == np.asarray(image)[:SIDE, :SIDE]).all()
+    assert (shown[:, SIDE + GAP : 2 * SIDE + GAP] == np.asarray(image)[:SIDE, SIDE:]).all()

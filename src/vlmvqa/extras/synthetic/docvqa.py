@@ -5,8 +5,8 @@
     TOTAL   7
 
 Fields, values and lines are chosen at random. Letters are bold and large enough to read in an image of 48 pixels; a
-small model needs much longer to learn thinner ones. With `small_print` a wider page holds the form four times, so
-that an image of 48 pixels shows letters of half that size.
+small model needs much longer to learn thinner ones. With `small_print` a wider page of 96 pixels holds the form 4 x 4
+times: half the size that is easy to read, and a quarter of it where the page is resized to 48 pixels.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ FIELDS = {
 }
 LINES = 3  # per page: at 48 pixels, a line is as high as a patch of the tiny model's encoder
 PLACES = ("at the top", "in the middle", "at the bottom")
+COPIES = 4  # of a form in each row and column of a page of small print
 SUPERSAMPLING = 4  # pages are rendered this many times larger, then averaged
 # Probabilities of 1 to 3 lines. Pages with one line teach a small model first how fields and values relate.
 LINE_COUNT_WEIGHTS = (0.5, 0.2, 0.3)
@@ -59,11 +60,11 @@ def write(
 ) -> None:
     """Write the splits `train`, `val` and `test`.
 
-    `image_size` is the height of a page in pixels; pages are square, except with `small_print` (`four_copies`). `test`
-    has no answers and as many pages as `val`. Each page has a question for each of its fields, and one about the text
-    on a random line.
+    `image_size` is the height of a page in pixels; pages are square, except with `small_print`. `test` has no answers
+    and as many pages as `val`. Each page has a question for each of its fields, and one about the text on a random
+    line.
     """
-    form_size = image_size // 2 if small_print else image_size
+    form_size = image_size // COPIES if small_print else image_size
     fonts = {kind: _font(size * form_size * SUPERSAMPLING) for kind, size in FONT_SIZES.items()}
     (folder / "documents").mkdir()
     for first_id, split, images in ((1, "train", train_images), (2, "val", val_images), (3, "test", val_images)):
@@ -74,7 +75,7 @@ def write(
             document = first_id * 1_000_000 + number
             name = f"documents/form{document}_1.png"
             form = render(rng, page, form_size, fonts)
-            (four_copies(form) if small_print else form).save(folder / name)
+            (copies_on_page(form) if small_print else form).save(folder / name)
             for place, (question, answer, kind) in enumerate(page_questions(rng, page)):
                 record = {"questionId": 10 * document + place, "question": question, "question_types": [kind]}
                 record |= {"image": name, "docId": document, "data_split": split}
@@ -112,12 +113,13 @@ def render(rng: random.Random, page: Page, image_size: int, fonts: Mapping[str |
     return image.reduce(SUPERSAMPLING)
 
 
-def four_copies(form: Image.Image) -> Image.Image:
-    """Return a page of 5 : 4 with the form, stretched to its shape, in each quarter."""
+def copies_on_page(form: Image.Image) -> Image.Image:
+    """Return a page of 5 : 4 full of copies of the form, stretched to its shape."""
     width, height = form.width * 5 // 4, form.height
-    page = Image.new("L", (2 * width, 2 * height))
-    for left, top in ((0, 0), (width, 0), (0, height), (width, height)):
-        page.paste(form.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+    page = Image.new("L", (COPIES * width, COPIES * height))
+    for place in range(COPIES**2):
+        corner = (place % COPIES * width, place // COPIES * height)
+        page.paste(form.resize((width, height), Image.Resampling.BICUBIC), corner)
     return page
 
 
