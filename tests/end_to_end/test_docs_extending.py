@@ -99,8 +99,8 @@ def test_the_encoder_is_in_the_saved_model(home: Path) -> None:
 
 
 def test_the_projector_is_in_the_saved_model(home: Path) -> None:
-    weights = (home / "runs" / "normed" / "model" / "model.safetensors").read_bytes()
-    assert b"projector.layers.1.weight" in weights  # after the norm, 0
+    weights = (home / "runs" / "convolution" / "model" / "model.safetensors").read_bytes()
+    assert b"projector.mix.weight" in weights and b"projector.layers.0.weight" in weights
 
 
 def test_the_task_is_scored_and_submitted(home: Path) -> None:
