@@ -97,4 +97,6 @@ def examples(given: Iterable[Example]) -> str:
         digest.update(f"{example.image_id!r}\n".encode())
         for question in example.questions:
             digest.update(f"{question.id!r} {question.prompt!r} {question.answers!r}\n".encode())
+            for turn in question.history:
+                digest.update(f"{turn.prompt!r} {turn.target!r}\n".encode())
     return digest.hexdigest()

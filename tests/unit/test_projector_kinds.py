@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
 import vlmvqa
+import vlmvqa.hf
 from tests import tiny
 from tests.unit.test_planner import ROWS, planner, vlm_batch, wide
 from tests.unit.test_shared_rows import lay_out, loss_and_gradients
@@ -264,6 +266,23 @@ def test_a_saved_model_answers_as_before(kind: str, tmp_path: Path) -> None:
     batch = before.processor.collate([[one] for one in encoded])
     with torch.no_grad():
         assert torch.equal(before.model.decode(batch), again.model.decode(batch))
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "swin", "fused", "resampler"])
+def test_transformers_loads_the_saved_model(kind: str, tmp_path: Path) -> None:
+    """Also buffers that are not saved: rotary periods, indices of relative positions."""
+    before = trained(kind)
+    before.save(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    batch = before.processor.collate([[before.processor.encode(one, [None])] for one in examples()])
+    with torch.no_grad():
+        assert torch.equal(before.model.decode(batch), again.vlm.decode(batch))
+
+
+def test_a_checked_encoder_has_no_batch_normalisation() -> None:
+    """Also inside timm's plain transformers."""
+    with pytest.raises(InputError, match=r"vit_base_mci_224 cannot be used: its batch normalisation"):
+        building.build_vision_encoder(VisionSettings("vit_base_mci_224", 64, "random", {"depth": 1}))
 
 
 @pytest.mark.parametrize(("factor", "kind"), [(0.05, "linear"), (20.0, "linear"), (3.0, "resampler")])

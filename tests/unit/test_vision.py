@@ -33,7 +33,10 @@ FAMILIES: dict[str, tuple[VisionSettings, tuple[int, int]]] = {
     "eva02": (VisionSettings("eva02_tiny_patch14_224", 28, overrides=TINY), (1 + 4, 32)),
     "perception_encoder": (VisionSettings("vit_pe_core_tiny_patch16_384", 32, overrides=TINY), (1 + 4, 32)),
     "beit": (VisionSettings("beit_base_patch16_224", 32, overrides=TINY), (1 + 4, 32)),
-    "convnext": (VisionSettings("convnext_tiny", 64, overrides={"depths": (1,) * 4, "dims": (8, 16, 32, 64)}), (4, 64)),
+    "convnext": (
+        VisionSettings("convnext_tiny", 64, norm=False, overrides={"depths": (1,) * 4, "dims": (8, 16, 32, 64)}),
+        (4, 64),
+    ),
     "swin": (VisionSettings("swin_tiny_patch4_window7_224", 64, overrides=SWIN), (4, 128)),
 }
 DINOV2 = VisionSettings("vit_small_patch14_dinov2.lvd142m", 28, weights="random", overrides=TINY)
@@ -143,7 +146,7 @@ def test_an_encoder_that_cannot_be_used_is_refused_with_the_reason() -> None:
     for name, reason in {
         "resnet18": "batch normalisation keeps running statistics",
         "deit_tiny_distilled_patch16_224": "cannot be built without a head",
-        "hiera_tiny_224": r"normalization .* not supported; try model\.vision\.norm=false",
+        "hiera_tiny_224": r"final norm in its head only; set model\.vision\.norm=false",
     }.items():
         with pytest.raises(InputError, match=rf"model\.vision\.name={name}.*{reason}"):
             encoder(VisionSettings(name, 64))

@@ -25,7 +25,18 @@ from vlmvqa.errors import InputError, suggest
 from vlmvqa.paths import CONF
 
 # Nodes that hold another library's arguments: any key may be added, and that library's builder checks it.
-OPEN = ("overrides", "options", "weights", "metric_options", "extra_metrics", "runs", "space", "init_from", "stages")
+OPEN = (
+    "overrides",
+    "options",
+    "weights",
+    "metric_options",
+    "extra_metrics",
+    "runs",
+    "space",
+    "init_from",
+    "stages",
+    "tiles",
+)
 # Keys that may be given several times, by config; their values are taken literally, quotes included.
 REPEATABLE = {"predict": ("image", "question"), **dict.fromkeys(("study", "sweep", "plan"), ("base",))}
 # Options with which Hydra prints something in place of running a job.

@@ -55,7 +55,15 @@ class AnswerLog:
     @staticmethod
     def batch_key(rows: Sequence[Example]) -> str:
         """Return a hash of a batch: its images and questions, in order."""
-        return _digest([[repr(row.image_id), [[repr(q.id), q.prompt] for q in row.questions]] for row in rows])
+        return _digest(
+            [
+                [
+                    repr(row.image_id),
+                    [[repr(q.id), q.prompt, *((t.prompt, t.target) for t in q.history)] for q in row.questions],
+                ]
+                for row in rows
+            ]
+        )
 
     def remove(self) -> None:
         """Delete the log, once the results hold the answers."""

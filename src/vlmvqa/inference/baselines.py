@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from vlmvqa.data.example import Example
+from vlmvqa.data.example import Example, NoImage
 from vlmvqa.errors import InputError
 
 BLANK_SIDE = 64  # pixels
@@ -66,28 +66,36 @@ def prior_answers(train: Iterable[Example], evaluated: Iterable[Example]) -> dic
 
 
 def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example] | None:
-    """Replace each example's image by another example's; the questions and their order stay the same.
+    """Replace each example's images by another example's; the questions and their order stay the same.
 
     The images (identified by `image_id`) are cyclically shifted in random order: none keeps its place, and each is used
-    exactly once. The `image_id` moves with the image, because errors and galleries name it.
+    exactly once. Several images of a question are exchanged with as many; text-only questions stay as they are. The
+    `image_id` moves with the image, because errors and galleries name it.
 
     Returns:
         The examples, or None if there are fewer than two images.
     """
     images = {example.image_id: example for example in examples}
-    if len(images) < 2:
+    by_count: dict[int, list[int | str]] = {}
+    for example in images.values():
+        count = 0 if isinstance(example.image, NoImage) else len(example.named_images)
+        by_count.setdefault(count, []).append(example.image_id)
+    if all(len(same) < 2 for count, same in by_count.items() if count):
         return None
-    order = list(images)
-    random.Random(seed).shuffle(order)
-    shifted = dict(zip(order, order[1:] + order[:1], strict=True))
+    generator, shifted = random.Random(seed), {image: image for image in by_count.pop(0, [])}
+    for order in by_count.values():
+        generator.shuffle(order)
+        shifted |= zip(order, order[1:] + order[:1], strict=True)
     return [replace(images[shifted[example.image_id]], questions=example.questions) for example in examples]
 
 
 def blank_images(examples: Sequence[Example]) -> list[Example]:
-    """Replace each example's image by a uniform grey one."""
+    """Replace each example's images by uniform grey ones; text-only questions stay as they are."""
     grey = grey_image()
     return [
-        replace(one, image=grey, image_id=f"grey for {one.image_id}", more_images=(grey,) * len(one.more_images))
+        one
+        if isinstance(one.image, NoImage)
+        else replace(one, image=grey, image_id=f"grey for {one.image_id}", more_images=(grey,) * len(one.more_images))
         for one in examples
     ]
 

@@ -112,6 +112,7 @@ def score_documents(predictor: Predictor, documents: Sequence[Document], num_bes
     best = [tuple(zip(*one, strict=True)) for one in zip(best_tokens, best_values, strict=True)]
     scored, start = [], 0
     for question in (question for document in documents for question in document.questions):
+        start += sum(len(turn.answer) for turn in question.earlier)  # supervised too, but given
         end = start + len(question.answer)
         scored.append(Likelihood(tuple(question.answer), tuple(own[start:end]), tuple(best[start:end])))
         start = end

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import Eva, VisionTransformer
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -125,6 +126,11 @@ def build_timm_model(settings: VisionSettings) -> Any:
         raise InputError(
             f"model.vision.overrides: timm's {architecture} does not take these settings: {error}{near}"
         ) from error
+    if any(isinstance(module, _BatchNorm) for module in encoder.modules()):
+        raise InputError(
+            f"model.vision.name={settings.name} cannot be used: its batch normalisation keeps running statistics, "
+            "which are not weights; choose a vision transformer, ConvNeXt or Swin"
+        )
     if settings.weights == "random" and isinstance(getattr(encoder, "pos_embed", None), nn.Parameter):
         # timm initializes the position embedding with a standard deviation of 0.02, fifty times smaller than the
         # patches it is added to: trained from scratch, the encoder then hardly sees positions for a long time.

@@ -62,6 +62,9 @@ def read(
         except ValueError as error:
             bad_records.add(where, str(error))
             continue
+        except (KeyError, TypeError, AttributeError) as error:
+            bad_records.add(where, f"it is in none of the known formats ({type(error).__name__}: {error})")
+            continue
         if turns:  # all may be rated too low
             examples.append(_example(number, turns, pictures, template))
     return records.refuse_empty(examples, root, split)

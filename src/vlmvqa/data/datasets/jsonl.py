@@ -54,9 +54,10 @@ def read(
     keys = list(entries)
     chosen = {keys[index]: entries[keys[index]] for index in selected.indices(len(keys), path, "lines")}
     answered = any(content.get("answers") is not None for _, content in entries.values())
+    together: dict[str, list[str]] = {}
     return records.group_by_image(
-        _questions(chosen, path, answered, template, bad_records),
-        lambda images: [path.parent / image for image in images.split(TOGETHER)],
+        _questions(chosen, path, answered, template, bad_records, together),
+        lambda images: [path.parent / image for image in together.get(images, [images])],
         path,
         split,
         bad_records,
@@ -144,9 +145,18 @@ def _load(path: Path, bad_records: BadRecords) -> Records:
 
 
 def _questions(
-    entries: Records, path: Path, answered: bool, template: records.PromptTemplate, bad_records: BadRecords
+    entries: Records,
+    path: Path,
+    answered: bool,
+    template: records.PromptTemplate,
+    bad_records: BadRecords,
+    together: dict[str, list[str]],
 ) -> Iterator[tuple[str, Question]]:
-    """Yield image id and question of each usable record; the id is the path of the image, or of several."""
+    """Yield image id and question of each usable record; the id is the path of the image, or of several joined.
+
+    Args:
+        together: receives the paths of several images by their id.
+    """
     for key, (line, record) in entries.items():
         if isinstance(record.get("answers"), str):
             record = {**record, "answers": [record["answers"]]}
@@ -164,4 +174,6 @@ def _questions(
         text, answers = record["question"], tuple(record.get("answers") or ())
         target = records.most_common(answers) if answers else None
         image = TOGETHER.join(record["images"]) if several else record["image"]
+        if several:
+            together[image] = record["images"]
         yield image, Question(key, text, template(text), target, answers, record.get("question_type"))

@@ -113,10 +113,10 @@ def _window(model: Any) -> float:
 def _encoder_problem(vision: VisionEncoder) -> str | None:
     """Return why neither `Dinov2Model` nor `SiglipVisionModel` computes what the encoder does; None if one does."""
     encoder = vision.encoder
-    if type(vision) is not VisionEncoder or vision.num_class_tokens != int(encoder.has_class_token):
-        return "returns other features than those of the last layer with its class token"
     if type(encoder) is not VisionTransformer:
         return f"is a {type(encoder).__name__}, not timm's VisionTransformer"
+    if type(vision) is not VisionEncoder or vision.num_class_tokens != int(encoder.has_class_token):
+        return "returns other features than those of the last layer with its class token"
     block = encoder.blocks[0]
     scaled = isinstance(block.ls1, LayerScale)
     if encoder.num_prefix_tokens > int(encoder.has_class_token):

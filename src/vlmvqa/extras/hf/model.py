@@ -52,7 +52,10 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         dtype = torch.get_default_dtype()
         settings = dataclasses.replace(config.model_settings(), dtype=str(dtype).removeprefix("torch."))
-        encoder = build_vision_encoder(random_weights(settings.vision))
+        with torch.device("cpu"):  # not meta, for the values of its buffers
+            encoder = build_vision_encoder(random_weights(settings.vision))
+        # Buffers that are not saved, such as rotary periods; `from_pretrained` replaces them by empty ones.
+        self._encoder_buffers = {f"vision.{name}": buffer.clone() for name, buffer in encoder.named_buffers()}
         language = LanguageModel(AutoModelForCausalLM.from_config(config.language_config, dtype=dtype))
         vlm = assemble(encoder, language, settings)
         self.vision, self.projector, self.language = vlm.vision, vlm.projector, vlm.language
@@ -233,8 +236,12 @@ class VlmvqaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *arguments, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Raise InputError at a part whose weights the loaded file lacks; new parts have initialized themselves."""
+        """Set the encoder's buffers; raise InputError at a part whose weights the loaded file lacks."""
         name = next(name for name, one in self.named_modules() if one is module)
+        if all(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters(recurse=False)):
+            for key, buffer in module.named_buffers(recurse=False):
+                buffer.copy_(self._encoder_buffers[f"{name}.{key}"])
+            return
         raise InputError(f"{self.name_or_path} holds no weights of {name}; save or copy the model again")
 
     def init_weights(self) -> None:

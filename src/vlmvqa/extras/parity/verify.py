@@ -88,13 +88,18 @@ def verify(config: VerifyConfig) -> None:
 
 def compare_vision(settings: VisionSettings, device: torch.device, generator: torch.Generator) -> Comparison:
     """Compare the features of random pixels `float[I, 3, H, H]`: class token and patches, without registers."""
+    if settings.fused or settings.layers != -1 or not (settings.norm and settings.class_token):
+        raise InputError(
+            "launch/verify.py compares the last layer of one encoder, with class token and norm; leave "
+            "model.vision.fused, layers, class_token and norm out"
+        )
     size = settings.image_size
     pixels = torch.randn(IMAGES, 3, size, size, generator=generator).to(device)
 
     def theirs() -> Tensor:
         encoder = timm.create_model(settings.name.removeprefix("timm/"), **timm_arguments(settings)).eval().to(device)
         features: Tensor = encoder.forward_features(pixels)
-        first = int(encoder.has_class_token)
+        first = int(encoder.cls_token is not None)
         return torch.cat([features[:, :first], features[:, encoder.num_prefix_tokens :]], dim=1)
 
     def ours() -> Tensor:

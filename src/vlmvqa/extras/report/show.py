@@ -68,7 +68,8 @@ def show(config: ShowConfig) -> None:
 
 
 def save_inputs(pixels: Tensor, settings: ImageSettings, path: Path) -> None:
-    """Save the encoder's inputs `float[I, 3, H, H]`, with the normalisation undone, side by side."""
+    """Save the (first) encoder's inputs `float[I, 3, H, H]`, with the normalisation undone, side by side."""
+    pixels = pixels[:, :3, : settings.size, : settings.size]
     std, mean = (torch.tensor(values)[:, None, None] for values in (settings.std, settings.mean))
     levels = ((pixels * std + mean) * 255).round().clamp(0, 255).byte()
     Image.fromarray(rearrange(F.pad(levels, (0, GAP), value=255), "i c h w -> h (i w) c").numpy()).save(path)

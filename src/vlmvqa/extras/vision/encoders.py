@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from vlmvqa.errors import InputError
 from vlmvqa.models.vision import FeatureShape, VisionEncoder, VisionSettings
@@ -29,7 +28,7 @@ class LayerEncoder(VisionEncoder):
     Args:
         encoder: a timm model without a head.
         settings: the layers, in any order (features are concatenated from the first to the last), the class token, and
-            whether the final norm is applied to each (as far as timm does so).
+            whether the final norm is applied to each.
 
     Raises:
         InputError: the model lacks a property that is needed, or has fewer layers.
@@ -37,7 +36,7 @@ class LayerEncoder(VisionEncoder):
 
     def __init__(self, encoder: Any, settings: VisionSettings) -> None:
         nn.Module.__init__(self)  # the shape of the features is measured instead
-        _check(encoder, settings.name)
+        _check(encoder, settings)
         layers = [settings.layers] if isinstance(settings.layers, int) else list(settings.layers)
         if not all(isinstance(layer, int) for layer in layers) or not layers:
             raise InputError(f"model.vision.layers={settings.layers} must be the number of a layer, or a list of them")
@@ -158,19 +157,17 @@ class FusedEncoder(VisionEncoder):
             encoder.checkpoint_activations()
 
 
-def _check(encoder: Any, name: str) -> None:
+def _check(encoder: Any, settings: VisionSettings) -> None:
     """Raise an InputError that names the property that a timm model lacks."""
     if not hasattr(encoder, "forward_intermediates"):
         reason = "timm returns no features of its layers (forward_intermediates)"
-    elif any(isinstance(module, _BatchNorm) for module in encoder.modules()):
-        reason = "its batch normalisation keeps running statistics, which are not weights"
+    elif settings.norm and not isinstance(getattr(encoder, "norm", None), nn.Module):
+        reason = "timm applies its final norm in its head only; set model.vision.norm=false"
     elif not _blocks(encoder):
         reason = "it has no blocks, the units of sharding and activation checkpointing"
     else:
         return
-    raise InputError(
-        f"model.vision.name={name} cannot be used: {reason}; choose a vision transformer, ConvNeXt or Swin"
-    )
+    raise InputError(f"model.vision.name={settings.name} cannot be used: {reason}; or choose a vision transformer")
 
 
 def _blocks(encoder: nn.Module) -> list[nn.Module]:

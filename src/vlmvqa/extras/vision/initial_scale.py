@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 
 from vlmvqa import ranks
-from vlmvqa.data.example import Example
+from vlmvqa.data.example import Example, NoImage
 from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
 from vlmvqa.models.vlm import VLM
@@ -37,7 +37,8 @@ def scale_to_text(model: VLM, processor: Processor, examples: Sequence[Example])
     if not documents:
         raise InputError("model.projector.scale_to_text=true: no training image can be read to measure it on")
     batch = processor.collate([[document] for document in documents])
-    image = model.image_embeddings(batch).float().std().item()
+    index = batch["image_index"][batch["image_index"] != NO_IMAGE]  # without patches of padding
+    image = model.image_embeddings(batch)[index].float().std().item()
     is_text = (batch["image_index"] == NO_IMAGE) & (batch["document"] != PADDING)
     text = model.language.embed(batch["input_ids"][is_text]).float().std().item()
     model.train()
@@ -54,5 +55,7 @@ def scale_to_text(model: VLM, processor: Processor, examples: Sequence[Example])
 
 def _documents(processor: Processor, examples: Sequence[Example]) -> Iterator[Document]:
     for example in examples:
+        if isinstance(example.image, NoImage):
+            continue
         with suppress(InputError):  # listed where training reads it
             yield processor.encode(example.with_questions(0, 1), [None])
