@@ -190,6 +190,7 @@ def test_a_trained_model_gives_the_same_answers(tmp_path: Path) -> None:
         ({"prompt": "Question: {question} Answer:"}, "does not end with a newline"),
         ({"resize": "center_crop"}, "data.resize=center_crop is not squash"),
         ({"vision": "vit_base_patch14_reg4_dinov2.lvd142m"}, "its encoder has register tokens"),
+        ({"vision": "vit_small_patch16_dinov3.lvd1689m"}, "its encoder is a Eva, not timm's VisionTransformer"),
         ({"vision": "vit_base_patch16_clip_224.openai"}, "its encoder has other norms or activations"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_a_softcap_that_is_lost_is_noticed(saved: ModelSettings, monkeypatch: py
     monkeypatch.setattr(verify, "build_language_model", without_cap)
     with pytest.raises(InputError, match="an output differs from the library's"):
         verify.verify(VerifyConfig(RunSettings("verify", "runs/verify"), saved))
+
+
+def test_other_features_are_refused(saved: ModelSettings) -> None:
+    """timm's features of the last layer would not be those that the model reads."""
+    for changed in ({"layers": -2}, {"class_token": False}, {"norm": False}, {"fused": (saved.vision,)}):
+        other = replace(saved, vision=replace(saved.vision, **changed))  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="compares the last layer of one encoder, with class token and norm"):
+            verify.verify(VerifyConfig(RunSettings("verify", "runs/verify"), other))
 
 
 def test_random_weights_are_refused() -> None:

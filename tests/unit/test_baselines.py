@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmvqa.data.example import Example, Question
+from vlmvqa.data.example import Example, NoImage, Question
 from vlmvqa.errors import InputError
 from vlmvqa.inference.baselines import blank_images, prior_answers, shuffle_images
 
@@ -72,6 +72,19 @@ def test_images_that_are_asked_about_together_move_together() -> None:
     assert shuffled is not None and all(one.more_images == (Path(f"more-{one.image_id}.jpg"),) for one in shuffled)
     assert [len(one.named_images) for one in blank_images(examples)] == [2] * 5
     assert not any(isinstance(one, Path) for two in blank_images(examples) for one, _ in two.named_images)
+
+
+def test_text_only_questions_stay_and_images_are_exchanged_with_as_many() -> None:
+    """So that a control changes what is shown, not the form of the input."""
+    single = [example(n, ("what", "red")) for n in range(3)]
+    pairs = [replace(example(n, ("same", "no")), more_images=(Path(f"more-{n}.jpg"),)) for n in range(3, 6)]
+    text = replace(example(6, ("why", "so")), image=NoImage())
+    given = [text, *single, *pairs]
+    shuffled = shuffle_images(given, seed=0)
+    assert shuffled is not None and shuffled[0] == text and blank_images(given)[0] == text
+    for own, other in zip(given[1:], shuffled[1:], strict=True):
+        assert other.image_id != own.image_id and len(other.named_images) == len(own.named_images)
+    assert shuffle_images([text, single[0], pairs[0]], seed=0) is None
 
 
 def test_shuffle_follows_the_seed() -> None:

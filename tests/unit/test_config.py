@@ -19,6 +19,7 @@ from vlmvqa.config.compose import build_settings, to_dict, to_yaml
 from vlmvqa.config.early_checks import argument_types
 from vlmvqa.config.overrides import compose
 from vlmvqa.config.schema import DataSettings, DistSettings
+from vlmvqa.data.mixture import SHARED
 from vlmvqa.data.tasks import data_settings
 from vlmvqa.errors import InputError
 from vlmvqa.extras.adapters.peft_adapters import ATTENTION, FEED_FORWARD
@@ -206,6 +207,12 @@ def test_only_groups_that_are_open_take_new_keys() -> None:
     assert compose(["data.options.other=1"], "train").arguments == ["++data.options.other=1"]
     with pytest.raises(InputError, match=r"there is no key 'model\.vision\.weights\.x'"):
         compose(["model.vision.weights.x=1"], "train")
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_dataset_has_the_keys_of_images_and_rows(path: Path) -> None:
+    assert set(SHARED) - {"max_new_tokens"} <= set(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert compose([f"data={path.stem}", "data.tiles.max=4"], "train").jobs[0].values["data"]["tiles"] == {"max": 4}
 
 
 def test_a_group_may_be_given_with_and_without_a_plus() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from PIL import Image
 
 from tests import tiny
 from tests.unit.test_predictor import predictor
+from vlmvqa import fingerprint
 from vlmvqa.data.datasets.conversations import read
 from vlmvqa.data.example import Example, NoImage, Question
 from vlmvqa.data.train_dataset import RowSettings, TrainDataset
 from vlmvqa.errors import BadRecords, InputError
+from vlmvqa.inference.answer_log import AnswerLog
 from vlmvqa.models.interface import GenerationSettings
 from vlmvqa.sequence.masks import Tokens, visible
 from vlmvqa.sequence.rows import ATTENTION_PATTERNS, IGNORE, Document, TokenizedQuestion, build_row, pad_rows
@@ -100,6 +103,11 @@ def test_turns_with_low_ratings_are_dropped(root: Path) -> None:
         ({"conversations": [{"from": "gpt", "value": "x"}]}, "are not turns from human and gpt"),
         (llava(image="3.png"), "3.png is missing"),
         (llava(mark="<image><image>"), "it has 1 images and 2 times <image>"),
+        (
+            {"conversations": [{"role": "user", "content": "x"}]},
+            "it is in none of the known formats (KeyError: 'from')",
+        ),
+        ({"texts": [["What?", "A cat."]]}, "it is in none of the known formats"),
     ],
 )
 def test_bad_records_are_named(root: Path, record: dict[str, Any], problem: str) -> None:
@@ -108,6 +116,33 @@ def test_bad_records_are_named(root: Path, record: dict[str, Any], problem: str)
     assert problem in str(refused.value) and "train.json, conversation 1" in str(refused.value)
     skipped = BadRecords("skip")
     assert len(read(root, "train", bad_records=skipped)) == 1 and len(skipped.listed()) == 1
+
+
+def test_a_broken_line_does_not_move_the_others(root: Path) -> None:
+    (root / "train.jsonl").write_text(
+        '{"broken\n' + json.dumps(llava(image="3.png")) + "\n" + json.dumps(llava()) + "\n"
+    )
+    skipped = BadRecords("skip")
+    assert len(read(root, "train", bad_records=skipped)) == 1
+    assert [line for line in (1, 2) if f"train.jsonl, line {line}" in str(skipped.listed())] == [1, 2]
+
+
+def test_two_files_of_a_split_are_refused(root: Path) -> None:
+    (root / "train.jsonl").write_text(json.dumps(llava()))
+    with pytest.raises(InputError, match=r"holds train\.json and train\.jsonl, two files of one split"):
+        written(root, llava())
+
+
+def test_the_history_is_part_of_every_key() -> None:
+    """Of the data's fingerprint, and of the batches whose answers a resumed evaluation keeps."""
+    asked = Question(1, "Why?", "Why?\n", "So.", ("So.",))
+    given = [
+        Example(Path("1.png"), 1, (replace(asked, history=(turn,)),)) for turn in (asked, replace(asked, target="No."))
+    ]
+    given.append(Example(Path("1.png"), 1, (asked,)))
+    assert (
+        len({fingerprint.examples([one]) for one in given}) == len({AnswerLog.batch_key([one]) for one in given}) == 3
+    )
 
 
 # --- rows ---------------------------------------------------------------------------------------------

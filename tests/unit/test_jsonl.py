@@ -86,6 +86,13 @@ def test_questions_about_several_images(root: Path) -> None:
     assert skipped.count("should be a list of paths") == 2 and "c.png is missing" in skipped
 
 
+def test_a_file_name_may_hold_what_joins_several(root: Path) -> None:
+    name = "images/cats + dogs.png"
+    Image.new("RGB", (8, 8)).save(root / name)
+    write(root / "train.jsonl", [{"image": name, "question": "What?", "answers": ["no"]}])
+    assert [example.image for example in jsonl.read(root, "train")] == [root / name]
+
+
 def test_one_file_is_sliced_and_never_trained_and_evaluated_on_by_mistake(root: Path) -> None:
     path = root / "train.jsonl"
     assert ids(jsonl.read(path, "all[:2]")) == [1, "mine"] and ids(jsonl.read(path, "all[2:]")) == [77]

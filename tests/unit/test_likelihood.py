@@ -73,6 +73,18 @@ def test_it_is_the_sum_over_the_tokens(pattern: str) -> None:
             assert found[question.id].log_probability(end=False) == sum(found[question.id].log_probabilities[:-1])
 
 
+def test_of_a_conversation_only_the_last_answer_counts() -> None:
+    """The answers before it are supervised in training, and given here."""
+    model, (first, *others) = predictor(), answered()
+    turn = replace(first.questions[0], target="blue and green")
+    talked = replace(first, questions=(replace(first.questions[0], history=(turn,)), *first.questions[1:]))
+    found = log_likelihoods(model, [talked, *others], batch_size=2)
+    for question in talked.questions:
+        expected, ids = summed(model, talked, question)
+        assert found[question.id].tokens == tuple(ids)
+        assert found[question.id].log_probability() == pytest.approx(expected, abs=1e-4)
+
+
 def test_shared_rows_equal_separate_rows() -> None:
     model, given = predictor(), answered()
     alone = [replace(e, questions=(question,)) for e in given for question in e.questions]

@@ -21,7 +21,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResa
 import vlmvqa
 import vlmvqa.hf
 from tests import tiny
-from tests.unit.test_planner import ROWS, planner, vlm_batch, wide
+from tests.unit.test_planner import ROWS, planner, real_peak, vlm_batch, wide
 from tests.unit.test_shared_rows import lay_out, loss_and_gradients
 from tests.unit.test_vision import DINOV2, FAMILIES, SIGLIP
 from vlmvqa.data.example import Example, Question
@@ -31,8 +31,6 @@ from vlmvqa.data.tokenization import train_tokenizer
 from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.extras.feature_cache.store import feature_key
 from vlmvqa.extras.feature_cache.writer import write
-from vlmvqa.extras.planning import verify
-from vlmvqa.extras.planning.memory_tracker import MemoryTracker
 from vlmvqa.extras.report.attribution import attribute
 from vlmvqa.extras.vision.initial_scale import scale_to_text
 from vlmvqa.extras.vision.reductions import AveragePool, PixelShuffle
@@ -96,7 +94,7 @@ def test_pixel_shuffle_is_einops() -> None:
     ]
     assert torch.equal(projector(features()), projector.layers(torch.stack(merged, dim=1)))
     reference = rearrange(features()[:, 1:], "i (h p w q) d -> i (h w) (p q d)", h=2, p=2, w=2, q=2)
-    assert torch.equal(projector.merge(features()[:, 1:]), reference)
+    assert torch.equal(projector(features()), projector.layers(reference))
     assert projector.output == (10, 4, (2, 2))
 
 
@@ -113,7 +111,7 @@ def test_pooling_is_the_mean_of_each_square() -> None:
     projector = AveragePool(FEATURES, 10)
     square = features()[:, 1:].view(2, 4, 4, 6)
     expected = torch.stack([square[:, r : r + 2, c : c + 2].mean((1, 2)) for r in (0, 2) for c in (0, 2)], dim=1)
-    torch.testing.assert_close(projector.merge(features()[:, 1:]), expected)
+    torch.testing.assert_close(projector(features()), projector.layers(expected))
 
 
 def test_the_resampler_is_transformers_perceiver() -> None:
@@ -223,12 +221,7 @@ def test_the_plan_is_what_a_step_takes(kind: str) -> None:
     planned = plan.memory("ddp", 4, False)
     assert planned.parameters == sum(parameter.nbytes for parameter in vlm.parameters())
     batch = vlm_batch(vlm, replace(ROWS, rows=4))
-    tracker = MemoryTracker()
-    tracker.exclude([*vlm.parameters(), *vlm.buffers(), *batch.values()])
-    with tracker:
-        verify.train_steps(vlm, batch, plan.training)
-    peak = max(alive for alive, *_ in tracker.timeline)
-    assert planned.peak == pytest.approx(peak + planned.parameters, rel=0.05)
+    assert planned.peak == pytest.approx(real_peak(vlm, batch, plan.training) + planned.parameters, rel=0.05)
 
 
 def examples() -> list[Example]:
@@ -295,7 +288,7 @@ def test_the_initial_output_is_as_large_as_the_text_embeddings(factor: float, ki
     images = ImageSettings(tiny.IMAGE_SIZE, (0.5,) * 3, (0.5,) * 3)
     processor = Processor(train_tokenizer(examples(), 300), images, vlm.num_image_tokens, vlm.attention_pattern)
     vlm.language.decoder.resize_token_embeddings(300)
-    scale_to_text(vlm, processor, examples())
+    scale_to_text(TrainedModel(vlm, processor, "{question}", tiny.settings()), examples())
     documents = [processor.encode(one, [None]) for one in examples()]
     batch = processor.collate([[one] for one in documents])
     with torch.no_grad():

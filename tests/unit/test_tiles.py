@@ -188,6 +188,13 @@ def test_settings_of_tiles_are_checked(values: tuple[Any, ...], said: str) -> No
         TileSettings(*values)
 
 
+def test_show_saves_the_first_of_fused_encoders(tmp_path: Path) -> None:
+    fused = replace(SETTINGS, tiles=None, fused=(replace(SETTINGS, tiles=None, size=2 * SIDE),))
+    image = noise_image(SIDE, SIDE)
+    save_inputs(to_tensor(image, fused)[None], fused, tmp_path / "a.png")
+    assert (np.asarray(Image.open(tmp_path / "a.png"))[:, :SIDE] == np.asarray(image)).all()
+
+
 def test_show_saves_what_the_encoder_reads(tmp_path: Path) -> None:
     """Tile after tile, then the thumbnail, with the normalisation undone."""
     image = noise_image(2 * SIDE, 2 * SIDE)

@@ -69,8 +69,8 @@ def shuffle_images(examples: Sequence[Example], seed: int) -> list[Example] | No
     """Replace each example's images by another example's; the questions and their order stay the same.
 
     The images (identified by `image_id`) are cyclically shifted in random order: none keeps its place, and each is used
-    exactly once. Several images of a question are exchanged with as many; text-only questions stay as they are. The
-    `image_id` moves with the image, because errors and galleries name it.
+    exactly once. Several images of a question are exchanged with as many (a single one of its number stays), and
+    text-only questions stay as they are. The `image_id` moves with the image, because errors and galleries name it.
 
     Returns:
         The examples, or None if there are fewer than two images.

@@ -320,12 +320,7 @@ def compose(settings: ModelSettings, data: DataSettings, examples: Sequence[Exam
         examples: the texts that a tokenizer is trained on, if the settings ask for one.
     """
     model = build(settings)
-    processor = _processor(model, settings, data, examples)
-    if settings.projector.scale_to_text:
-        from vlmvqa.extras.vision.initial_scale import scale_to_text
-
-        scale_to_text(model, processor, examples)
-    return model, processor, None
+    return model, _processor(model, settings, data, examples), None
 
 
 def compose_processor(settings: ModelSettings, data: DataSettings, examples: Sequence[Example]) -> Processor:

@@ -67,7 +67,6 @@ class VisionEncoder(nn.Module):
 
     Attributes:
         features: the shape of the output.
-        patch_grid: rows and columns of patches.
     """
 
     def __init__(self, encoder: Any, image_size: int, class_token: bool = True) -> None:  # timm's classes share no type
@@ -75,9 +74,9 @@ class VisionEncoder(nn.Module):
         self.encoder = encoder
         self.image_size = image_size
         self.num_class_tokens = int(class_token and encoder.cls_token is not None)
-        self.patch_grid: tuple[int, int] = encoder.patch_embed.grid_size
-        patches: int = encoder.patch_embed.num_patches
-        self.features = FeatureShape(encoder.embed_dim, self.num_class_tokens + patches, self.patch_grid)
+        patches = encoder.patch_embed
+        tokens: int = self.num_class_tokens + patches.num_patches
+        self.features = FeatureShape(encoder.embed_dim, tokens, patches.grid_size)
 
     def forward(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Tensor:
         """Encode images; `image_mask bool[I, N]` marks the tokens that others attend to (None: all)."""
@@ -101,6 +100,12 @@ class VisionEncoder(nn.Module):
     def final_norms(self) -> list[nn.Module]:
         """The norm after the last block."""
         return [self.encoder.norm]
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        assert self.features.grid is not None
+        return self.features.grid
 
     @property
     def towers(self) -> list[VisionEncoder]:

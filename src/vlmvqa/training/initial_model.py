@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from safetensors import safe_open
 
@@ -100,11 +99,6 @@ def initial_model(config: TrainConfig, examples: Sequence[Example]) -> TrainedMo
         if part == "language":
             tokenizer = checkpoint.family(config.model.family).load_processing_class(folder)
             trained = replace(trained, processor=replace(trained.processor, tokenizer=tokenizer))
-    model, settings = cast(VLM, trained.model), cast(ModelSettings, trained.settings)  # no other family has parts
-    if MODEL not in config.init_from and "projector" not in sources and settings.projector.scale_to_text:
-        from vlmvqa.extras.vision.initial_scale import scale_to_text
-
-        scale_to_text(model, trained.processor, examples)  # of the loaded parts
     # No saved model holds these weights, so adapters cannot name one as their base.
     return replace(trained, started_from=None, parts_from=started_from)
 

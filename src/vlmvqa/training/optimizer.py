@@ -1,4 +1,4 @@
-"""Which parameters train; optimizers: supported names, parameter groups and gradient clipping."""
+"""Trainable parameters, and their optimizer: supported names, parameter groups, gradient clipping."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models.checkpoint import BASE, CONFIG, WEIGHTS
 from vlmvqa.models.interface import Model
 from vlmvqa.models.trained_model import TrainedModel, build_model
+from vlmvqa.models.vlm import ModelSettings
 from vlmvqa.training.checkpoint_state import full_weights, num_elements, save_weights
 from vlmvqa.training.checkpoints import complete_checkpoints, step_of
 from vlmvqa.training.log import SAMPLES, ProgressBar, parts_table, truncate
@@ -278,6 +279,11 @@ def build(session: Session) -> tuple[TrainedModel, Any]:
         trained = initial_model(config, examples)
     else:
         trained = build_model(config.model, config.data, config.decoding, examples)
+    has_new_projector = not resumed and not {"model", "projector"} & set(config.init_from or ())
+    if has_new_projector and isinstance(config.model, ModelSettings) and config.model.projector.scale_to_text:
+        from vlmvqa.extras.vision.initial_scale import scale_to_text
+
+        scale_to_text(trained, examples)
     if config.adapt is not None:
         from vlmvqa.extras.adapters.attach import attach_adapters
 

@@ -28,7 +28,6 @@ from vlmvqa.data.splits import parse_split
 from vlmvqa.errors import BadRecords, InputError
 
 IMAGE = "<image>"
-RATINGS = "_ratings"
 write_submission = jsonl.write_submission
 Turn = tuple[str, str]  # of the user and of the assistant
 
@@ -155,24 +154,32 @@ def _records(
         rows = table.rows(numbers, list(table.columns or ()))
         yield from ((n, f"{table.where}, row {n}", row) for n, row in zip(numbers, rows, strict=False))
         return
-    paths = {path.stem: path for ending in ("json", "jsonl") for path in sorted(root.glob(f"*.{ending}"))}
+    paths: dict[str, Path] = {}
+    for path in [*sorted(root.glob("*.json")), *sorted(root.glob("*.jsonl"))]:
+        if paths.setdefault(path.stem, path) != path:
+            raise InputError(f"{root} holds {paths[path.stem].name} and {path.name}, two files of one split; move one")
     if not paths:
         raise InputError(f"{root} holds no .json, .jsonl or .parquet file; put train.json there, or set data.root")
     selected = parse_split(split, list(paths), str(root), max_samples)
     path = paths[selected.name]
-    content = records.load_json(path) if path.suffix == ".json" else list(_lines(path, bad_records))
-    if not isinstance(content, list):
-        raise InputError(f"{path} is no JSON list of conversations; write one, or a file of JSON lines")
+    if path.suffix == ".jsonl":
+        content = list(_lines(path, bad_records))
+    else:
+        listed = records.load_json(path)
+        if not isinstance(listed, list):
+            raise InputError(f"{path} is no JSON list of conversations; write one, or a file of JSON lines")
+        content = [(f"conversation {number}", record) for number, record in enumerate(listed)]
     for number in selected.indices(len(content), path, "conversations"):
-        yield number, f"{path}, conversation {number}", content[number]
+        place, record = content[number]
+        yield number, f"{path}, {place}", record
 
 
-def _lines(path: Path, bad_records: BadRecords) -> Iterator[Any]:
-    """Yield the records of a file of JSON lines."""
+def _lines(path: Path, bad_records: BadRecords) -> Iterator[tuple[str, Any]]:
+    """Yield place and content of the records of a file of JSON lines."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
                 if line.strip():
-                    yield json.loads(line)
+                    yield f"line {number}", json.loads(line)
             except json.JSONDecodeError as error:
                 bad_records.add(f"{path}, line {number}, column {error.colno}", f"broken JSON ({error.msg})")

@@ -191,6 +191,11 @@ class PretrainedVLM(Model):
         side = self.net.config.vision_config.patch_size
         return height // side, width // side
 
+    def token_grid(self, batch: Batch) -> tuple[int, int] | None:
+        """Return the rows and columns of patches; None if a resampler mixes them, as in Idefics2."""
+        mixed = any("resampler" in name for name, _ in self.projector.named_modules())
+        return None if mixed else self.patch_grid(batch)
+
     # ---- loss
 
     def image_embeddings(self, batch: Batch) -> Tensor:

@@ -103,15 +103,13 @@ def _attention(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """Return `float[rows, columns]`; the decoder must read each patch as one token."""
     image_tokens = ((batch["role"] == IMAGE) & (batch["document"] != PADDING))[0].nonzero()[:, 0]
     grid = model.token_grid(batch)
-    mixed = any("resampler" in name for name, _ in model.part("projector").module.named_modules())  # Idefics2's latents
-    rows, columns = grid or model.patch_grid(batch)
-    if (
-        grid is None or mixed or len(image_tokens) - rows * columns not in (0, 1)
-    ):  # 1: the class token, which comes first
+    if grid is None or len(image_tokens) - grid[0] * grid[1] not in (0, 1):  # 1: the class token, which comes first
+        rows, columns = model.patch_grid(batch)
         raise InputError(
             f"the model reads {len(image_tokens)} image tokens that do not correspond one to one to {rows} x {columns} "
             "patches, so attention to a patch is undefined; use method=gradient"
         )
+    rows, columns = grid
     queries = (batch["labels"][0] != IGNORE).nonzero()[:, 0]
     queries = queries[: max(len(queries) - 1, 1)]  # positions that predict the answer's words, not its end
     means = _attention_weights(model, batch, queries, image_tokens)

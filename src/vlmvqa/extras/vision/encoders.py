@@ -56,7 +56,7 @@ class LayerEncoder(VisionEncoder):
         )
         self.encoder, self.image_size = encoder, settings.image_size
         self.layers, self.norm = kept, settings.norm
-        self.features, self.patch_grid = self._measure(settings)
+        self.features = self._measure(settings)
 
     def forward(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Tensor:
         """Encode images; see `VisionEncoder.forward`."""
@@ -68,8 +68,8 @@ class LayerEncoder(VisionEncoder):
         return torch.cat(features, dim=-1)
 
     @torch.no_grad()
-    def _measure(self, settings: VisionSettings) -> tuple[FeatureShape, tuple[int, int]]:
-        """Return the shape of the features and of the grid, from the features of one image."""
+    def _measure(self, settings: VisionSettings) -> FeatureShape:
+        """Return the shape of the features, from those of one image."""
         parameter = next(self.encoder.parameters())
         pixels = torch.zeros(1, 3, self.image_size, self.image_size, dtype=parameter.dtype, device=parameter.device)
         self.eval()
@@ -86,7 +86,7 @@ class LayerEncoder(VisionEncoder):
             )
         ((rows, columns),) = grids
         width = sum(layer.shape[1] for layer in layers)
-        return FeatureShape(width, self.num_class_tokens + rows * columns, (rows, columns)), (rows, columns)
+        return FeatureShape(width, self.num_class_tokens + rows * columns, (rows, columns))
 
     def extra_repr(self) -> str:
         """Return the settings of the features, by which a cache of features is recognised."""
@@ -115,9 +115,8 @@ class FusedEncoder(VisionEncoder):
         self.encoder = nn.ModuleList(encoders)
         self.image_size = max(one.image_size for one in encoders)
         self.num_class_tokens = 0
-        self.patch_grid = encoders[0].patch_grid
-        width = sum(one.features.width for one in encoders)
-        self.features = FeatureShape(width, self.patch_grid[0] * self.patch_grid[1], self.patch_grid)
+        rows, columns = encoders[0].patch_grid
+        self.features = FeatureShape(sum(one.features.width for one in encoders), rows * columns, (rows, columns))
 
     def forward(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Tensor:
         """Encode images; a mask is refused before (`letterbox.check`)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
+from typing import cast
 
 import torch
 
@@ -16,6 +17,7 @@ from vlmvqa import ranks
 from vlmvqa.data.example import Example, NoImage
 from vlmvqa.data.processor import Processor
 from vlmvqa.errors import InputError
+from vlmvqa.models.trained_model import TrainedModel
 from vlmvqa.models.vlm import VLM
 from vlmvqa.sequence.rows import NO_IMAGE, PADDING, Document
 
@@ -23,8 +25,8 @@ IMAGES = 16  # measured on
 
 
 @torch.no_grad()
-def scale_to_text(model: VLM, processor: Processor, examples: Sequence[Example]) -> float:
-    """Scale the projector so that its output has the standard deviation of the text embeddings; return the factor.
+def scale_to_text(trained: TrainedModel, examples: Sequence[Example]) -> None:
+    """Scale a new `VLM`'s projector so that its output has the standard deviation of the text embeddings.
 
     Both are measured on the first training images that can be read and their questions, the same ones on every rank.
     The last layer's weight and bias are multiplied, in which the output of every kind of projector is linear.
@@ -32,6 +34,7 @@ def scale_to_text(model: VLM, processor: Processor, examples: Sequence[Example])
     Raises:
         InputError: no image can be read.
     """
+    model, processor = cast(VLM, trained.model), trained.processor
     model.eval()
     documents = list(islice(_documents(processor, examples), IMAGES))
     if not documents:
@@ -50,7 +53,6 @@ def scale_to_text(model: VLM, processor: Processor, examples: Sequence[Example])
         f"projector: output scaled by {factor:.3g}, from a standard deviation of {image:.3g} to that of the text "
         f"embeddings, {text:.3g}"
     )
-    return factor
 
 
 def _documents(processor: Processor, examples: Sequence[Example]) -> Iterator[Document]:

@@ -1,11 +1,11 @@
-"""Projectors that merge neighbouring patches into one token; the class token is dropped.
+"""Projectors that merge squares of patches into one token each; the class token is dropped.
 
-Legend: I images, N tokens of an image in the features, M in the embeddings, Dv vision width, D language width.
+Legend: I images, N tokens of an image in the features, M in the embeddings, S patches of a square, Dv vision width,
+D language width.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -14,12 +14,12 @@ from vlmvqa.models.projector import Projector
 from vlmvqa.models.vision import FeatureShape
 
 
-class Reduction(Projector):
-    """Base class: a grid of patches is reduced by `factor` on each side, and its tokens projected.
+class PixelShuffle(Projector):
+    """The patches of a square become the channels of one token (InternVL, Idefics3): no feature is lost.
 
     Args:
-        factor: patches merged on each side.
-        layers: the projection, one of `projector.LAYERS`.
+        factor: patches on each side of a square.
+        layers: the projection of a merged token, one of `projector.LAYERS`.
 
     Raises:
         InputError: the features form no grid, or one that the factor does not divide.
@@ -28,51 +28,44 @@ class Reduction(Projector):
     def __init__(
         self, features: FeatureShape, width: int, dropout: float = 0.0, factor: int = 2, layers: str = "linear"
     ) -> None:
-        grid = "unordered" if features.grid is None else " x ".join(map(str, features.grid))
-        if features.grid is None or factor < 1 or any(side % factor for side in features.grid):
-            raise InputError(
-                f"model.projector.options.factor={factor} does not divide the {grid} patches of an image; use another "
-                "factor, or another model.vision.image_size"
-            )
-        rows, columns = (side // factor for side in features.grid)
-        channels = features.width * self.channels(factor)
-        super().__init__(FeatureShape(channels, rows * columns, (rows, columns)), width, layers, dropout)
-        self.grid, self.factor = features.grid, factor
-
-    @staticmethod
-    def channels(factor: int) -> int:
-        """Return how many times wider a merged token is."""
-        return 1
-
-    def merge(self, patches: Tensor) -> Tensor:
-        """Merge patches, `float[I, h * w, Dv] -> float[I, M, channels]`."""
-        raise NotImplementedError
+        super().__init__(merged(features, factor, channels=factor**2 * features.width), width, layers, dropout)
+        self.factor = factor
 
     def forward(self, features: Tensor) -> Tensor:
         """Project image features."""
-        patches = features[:, features.shape[1] - self.grid[0] * self.grid[1] :]  # without class token
-        return super().forward(self.merge(patches))
+        return super().forward(rearrange(squares(features, self.output, self.factor), "i m s d -> i m (s d)"))
 
 
-class PixelShuffle(Reduction):
-    """`factor` x `factor` patches become the channels of one token (InternVL, Idefics3): no feature is lost."""
+class AveragePool(Projector):
+    """The mean of the patches of a square becomes one token; arguments and errors as for `PixelShuffle`."""
 
-    @staticmethod
-    def channels(factor: int) -> int:
-        """Return the number of merged patches."""
-        return factor**2
+    def __init__(
+        self, features: FeatureShape, width: int, dropout: float = 0.0, factor: int = 2, layers: str = "linear"
+    ) -> None:
+        super().__init__(merged(features, factor, channels=features.width), width, layers, dropout)
+        self.factor = factor
 
-    def merge(self, patches: Tensor) -> Tensor:
-        """Move patches to channels."""
-        rows, columns = (side // self.factor for side in self.grid)
-        pattern = "i (h a w b) d -> i (h w) (a b d)"
-        return rearrange(patches, pattern, h=rows, w=columns, a=self.factor, b=self.factor)
+    def forward(self, features: Tensor) -> Tensor:
+        """Project image features."""
+        return super().forward(squares(features, self.output, self.factor).mean(2))
 
 
-class AveragePool(Reduction):
-    """The mean of `factor` x `factor` patches (LLaVA-OneVision pools bilinearly, Honeybee adaptively)."""
+def merged(features: FeatureShape, factor: int, channels: int) -> FeatureShape:
+    """Return the shape after merging `factor` x `factor` patches into tokens with so many channels."""
+    if features.grid is None or factor < 1 or any(side % factor for side in features.grid):
+        grid = "unordered" if features.grid is None else " x ".join(map(str, features.grid))
+        raise InputError(
+            f"model.projector.options.factor={factor} does not divide the {grid} patches of an image; use another "
+            "factor, or another model.vision.image_size"
+        )
+    rows, columns = (side // factor for side in features.grid)
+    return FeatureShape(channels, rows * columns, (rows, columns))
 
-    def merge(self, patches: Tensor) -> Tensor:
-        """Average patches."""
-        image = rearrange(patches, "i (h w) d -> i d h w", h=self.grid[0])
-        return rearrange(F.avg_pool2d(image, self.factor), "i d h w -> i (h w) d")
+
+def squares(features: Tensor, output: FeatureShape, factor: int) -> Tensor:
+    """Return the patches of each square, row by row: `float[I, N, Dv] -> float[I, M, S, Dv]`."""
+    assert output.grid is not None
+    rows, columns = output.grid
+    patches = features[:, -output.tokens * factor**2 :]  # without class token
+    pattern = "i (h a w b) d -> i (h w) (a b) d"
+    return rearrange(patches, pattern, h=rows, w=columns, a=factor, b=factor)
