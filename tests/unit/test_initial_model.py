@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,14 @@ from tests.unit.test_predictor import examples, predictor
 from vlmvqa import fingerprint
 from vlmvqa.config import early_checks
 from vlmvqa.config.overrides import compose
-from vlmvqa.config.schema import TrainConfig
-from vlmvqa.errors import InputError
+from vlmvqa.config.schema import DistSettings, TrainConfig
+from vlmvqa.errors import BadRecords, InputError
 from vlmvqa.models.interface import PARTS
 from vlmvqa.models.loading import load_model
 from vlmvqa.models.trained_model import TrainedModel
+from vlmvqa.models.vlm import ProjectorSettings
 from vlmvqa.training.initial_model import initial_model, with_saved_model
+from vlmvqa.training.run import Session, build
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,28 @@ def test_parts_are_put_into_a_new_model(saved: dict[str, Path]) -> None:
     assert equal_parts(found, b) == {"vision", "language"}
     assert found.processor.tokenizer.get_vocab() == b.processor.tokenizer.get_vocab()
     assert found.parts_from is not None and found.parts_from.keys() == {"language", "vision"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "times"), [((), 1), (("vision", "language"), 1), (("projector", "vision"), 0), (("model",), 0)]
+)
+def test_a_new_projector_is_scaled_once(
+    saved: dict[str, Path], capsys: pytest.CaptureFixture[str], parts: tuple[str, ...], times: int
+) -> None:
+    """After the parts next to it are loaded, whose outputs the scale depends on; a saved one keeps its scale."""
+    sources = ", ".join(f"{part}: {saved['b']}" for part in parts)
+    config = unbuilt(f"init_from={{{sources}}}" if parts else "seed=0")
+    config = replace(config, model=replace(config.model, projector=ProjectorSettings(scale_to_text=True)))
+    config = with_saved_model(config) if parts else config
+    tasks: Any = [SimpleNamespace(train=examples())]
+    trained, _ = build(Session(config, DistSettings(), None, tasks, BadRecords(), None))  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count("projector: output scaled by") == times
+    if times:
+        model: Any = trained.model.eval()
+        documents = [trained.processor.encode(example.with_questions(0, 1), [None]) for example in examples()[:16]]
+        batch = trained.processor.collate([[document] for document in documents])
+        text = model.language.embed(batch["input_ids"][(batch["image_index"] < 0) & (batch["document"] >= 0)])
+        torch.testing.assert_close(model.image_embeddings(batch).std(), text.std(), rtol=1e-3, atol=0)
 
 
 def test_what_does_not_fit_is_refused(saved: dict[str, Path]) -> None:

@@ -74,9 +74,8 @@ class VisionEncoder(nn.Module):
         self.encoder = encoder
         self.image_size = image_size
         self.num_class_tokens = int(class_token and encoder.cls_token is not None)
-        patches = encoder.patch_embed
-        tokens: int = self.num_class_tokens + patches.num_patches
-        self.features = FeatureShape(encoder.embed_dim, tokens, patches.grid_size)
+        tokens = self.num_class_tokens + encoder.patch_embed.num_patches
+        self.features = FeatureShape(encoder.embed_dim, tokens, encoder.patch_embed.grid_size)
 
     def forward(self, pixel_values: Tensor, image_mask: Tensor | None = None) -> Tensor:
         """Encode images; `image_mask bool[I, N]` marks the tokens that others attend to (None: all)."""
